@@ -1,0 +1,74 @@
+"""The `razor-local` command. One file per command, loaded only when it is called."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+
+import click
+
+from ..errors import RazorError
+
+# command: what it is for; the code is in the file of the same name, as a click command of that name
+COMMANDS = {
+    "chat": "Chat with a model.",
+    "convert": "Add a razor profile to a copy of a GGUF model, or write it as a sidecar.",
+    "doctor": "Show which library is loaded, its backends and devices, and what is wrong.",
+    "inspect": "Show the plan and the KV cache bytes of a GGUF model.",
+}
+
+
+class _Group(click.Group):
+    """Knows its commands without importing them, and turns our errors into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except RazorError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click ends quietly when the reader of stdout has gone
+            name = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{name}{error.strerror or error}") from error
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"razor-local {version('razor-local')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with 'razor-local chat', which needs no model of yours.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def main() -> None:
+    """Run GGUF models with RazorAttention: less KV cache at long contexts.
+
+    Retrieval heads keep every token, the other KV heads keep the first tokens, a recent window
+    and one compensation token.
+    """

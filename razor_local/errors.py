@@ -1,0 +1,29 @@
+"""Exceptions of razor_local. Each message says what was expected, what was found, what to do."""
+
+
+class RazorError(Exception):
+    """Base of every error that razor_local raises on purpose; the CLI prints it as one line."""
+
+
+class GGUFError(RazorError, ValueError):
+    """A file that is not a GGUF, is damaged, or is larger in some count than any real model."""
+
+
+class ProfileError(RazorError, ValueError):
+    """Bad razor metadata, sidecar, head list, or a profile that does not fit the model."""
+
+
+class UnsupportedError(RazorError):
+    """An architecture, feature or combination of options that razor refuses by name."""
+
+
+class LibraryError(RazorError, ImportError):
+    """The native library is missing, of another version, or another one was loaded before."""
+
+
+class ContextFullError(RazorError):
+    """A prompt or an answer does not fit the context; nothing was cut."""
+
+
+class StateError(RazorError):
+    """A saved state belongs to another plan, or the cache must be cleared first."""

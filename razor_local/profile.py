@@ -1,0 +1,387 @@
+"""What is known of a model's KV heads: shape of the model, and its razor profile.
+
+Read from the `razor.*` metadata of a GGUF, or from a sidecar (a GGUF without tensors). Every key's
+type, element type, count and range is checked here, before any library sees the file.
+docs/format.md describes each key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from .errors import ProfileError
+from .gguf_header import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, Header, read_header
+
+VERSION = 1
+METHODS = ("rope", "alibi")
+DEFAULT_METHOD = "rope"
+DEFAULT_SINKS = 4
+DEFAULT_WINDOW_MIN = 4000
+DEFAULT_WINDOW_DIVISOR = 5
+DEFAULT_COMPENSATION = True
+
+MAX_SINKS = 4096
+MAX_WINDOW = 2**30
+MAX_LAYERS = 512  # llama.cpp's own limit
+MAX_HEADS = 4096  # per layer
+MAX_HEAD_DIM = 8192
+MAX_CALIBRATION_KEYS = 64
+MAX_CALIBRATION_BYTES = 4096
+
+KEY_PREFIX = "razor."
+KEY_VERSION = "razor.version"
+KEY_METHOD = "razor.method"
+KEY_SINK_TOKENS = "razor.sink_tokens"
+KEY_WINDOW_MIN = "razor.window_min"
+KEY_WINDOW_DIVISOR = "razor.window_divisor"
+KEY_COMPENSATION = "razor.compensation"
+KEY_RETRIEVAL = "razor.head.retrieval"
+KEY_ECHO = "razor.head.echo_score"
+KEY_INDUCTION = "razor.head.induction_score"
+KEY_SCOPE = "razor.head.scope"
+KEY_HEAD_PREFIX = "razor.head."
+KEY_CALIBRATION_PREFIX = "razor.calibration."
+KEY_FINGERPRINT = "razor.model.fingerprint"  # in sidecars only
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The attention shape of a model, as far as the KV cache depends on it.
+
+    n_layer leaves out next-token-prediction layers, which the context's own cache does not hold.
+    n_head, n_head_kv: query and KV heads per layer [n_layer]. head_dim_k, head_dim_v: elements.
+    n_ctx_train: tokens. fingerprint: sha256 (hex) of what makes the model itself, see
+    model_fingerprint.
+    """
+
+    arch: str
+    n_layer: int
+    n_head: tuple[int, ...]
+    n_head_kv: tuple[int, ...]
+    head_dim_k: int
+    head_dim_v: int
+    n_ctx_train: int
+    name: str = ""
+    fingerprint: str = ""
+    path: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """The heads of a model and the hyper-parameters that go with them. Checked on creation.
+
+    retrieval: one uint8 array [n_head_kv] of 0/1 per layer, 1 = retrieval head.
+    echo_score, induction_score: f32 [sum of n_head], layer-major, or None.
+    sink_tokens, window_min: tokens; window_divisor: 0 lets window_min alone decide.
+    Raises ProfileError.
+    """
+
+    retrieval: tuple[np.ndarray, ...]
+    method: str = DEFAULT_METHOD
+    sink_tokens: int = DEFAULT_SINKS
+    window_min: int = DEFAULT_WINDOW_MIN
+    window_divisor: int = DEFAULT_WINDOW_DIVISOR
+    compensation: bool = DEFAULT_COMPENSATION
+    echo_score: np.ndarray | None = None
+    induction_score: np.ndarray | None = None
+    calibration: dict[str, str | int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ProfileError(
+                f"{KEY_METHOD} is '{self.method[:40]}', expected one of {', '.join(METHODS)}"
+            )
+        _check_range(KEY_SINK_TOKENS, self.sink_tokens, 0, MAX_SINKS)
+        _check_range(KEY_WINDOW_MIN, self.window_min, 1, MAX_WINDOW)
+        _check_range(KEY_WINDOW_DIVISOR, self.window_divisor, 0, MAX_WINDOW)
+        layers = []
+        for il, heads in enumerate(self.retrieval):
+            raw = np.asarray(heads)
+            if raw.ndim != 1 or not np.isin(raw, (0, 1)).all():
+                raise ProfileError(f"{KEY_RETRIEVAL}: layer {il} holds other values than 0 and 1")
+            heads = raw.astype(np.uint8)
+            heads.setflags(write=False)
+            layers.append(heads)
+        object.__setattr__(self, "retrieval", tuple(layers))
+        for key, score in ((KEY_ECHO, self.echo_score), (KEY_INDUCTION, self.induction_score)):
+            if score is not None and not np.isfinite(score).all():
+                raise ProfileError(f"{key} holds values that are not finite numbers")
+
+    def flat(self) -> np.ndarray:
+        """All heads, layer-major: uint8 [sum of n_head_kv], as the native library takes them."""
+        return np.concatenate([np.zeros(0, np.uint8), *self.retrieval])
+
+    def with_options(
+        self, window: int | None, sink_tokens: int | None, compensation: bool | None
+    ) -> Profile:
+        """A copy with the options that are not None; a window applies to every context size."""
+        changes: dict[str, object] = {}
+        if window:
+            _check_range("window", window, 1, MAX_WINDOW)
+            changes.update(window_min=window, window_divisor=0)
+        if sink_tokens is not None:
+            _check_range("sink_tokens", sink_tokens, 0, MAX_SINKS)
+            changes["sink_tokens"] = sink_tokens
+        if compensation is not None:
+            changes["compensation"] = bool(compensation)
+        return replace(self, **changes) if changes else self
+
+    def check_shape(self, shape: ModelShape) -> None:
+        """Raises ProfileError unless the profile has exactly the model's layers and KV heads."""
+        found = tuple(len(layer) for layer in self.retrieval)
+        if found != shape.n_head_kv:
+            raise ProfileError(
+                f"the profile is for {describe_heads(found)},"
+                f" the model has {describe_heads(shape.n_head_kv)}"
+            )
+        for key, score in ((KEY_ECHO, self.echo_score), (KEY_INDUCTION, self.induction_score)):
+            if score is not None and score.shape != (sum(shape.n_head),):
+                raise ProfileError(
+                    f"{key} has shape {list(score.shape)}, the model has {sum(shape.n_head)}"
+                    " query heads"
+                )
+
+
+def describe_heads(n_head_kv: tuple[int, ...]) -> str:
+    """For example "32 layers x 8 KV heads"."""
+    kinds = sorted(set(n_head_kv))
+    heads = str(kinds[0]) if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1]}" if kinds else "no"
+    return f"{len(n_head_kv)} layers x {heads} KV heads"
+
+
+def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """Shape of a model file. Raises GGUFError or ProfileError (one sentence), or OSError."""
+    return shape_from_header(read_header(path))
+
+
+def read_profile(path: str | os.PathLike[str]) -> Profile | None:
+    """Profile in a model file, None where it has no razor keys. Raises as profile_from_header."""
+    header = read_header(path)
+    return profile_from_header(header, shape_from_header(header))
+
+
+def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
+    """Profile in a sidecar of the model with this shape.
+
+    Raises ProfileError where the file is no sidecar, or one of another model.
+    """
+    header = read_header(path)
+    fingerprint = header.string(KEY_FINGERPRINT)
+    if fingerprint is None:
+        raise ProfileError(
+            f"{path} is not a sidecar (it has no {KEY_FINGERPRINT}); make one with"
+            " 'razor-local convert MODEL.gguf --heads FILE.tsv --sidecar -o OUT.gguf'"
+        )
+    if fingerprint != shape.fingerprint:
+        other = header.string("general.name") or "another model"
+        raise ProfileError(
+            f"{path} is the sidecar of another model file ({other[:80]}, fingerprint"
+            f" {fingerprint[:12]}), this model is {shape.name[:80] or shape.path}"
+            f" ({shape.fingerprint[:12]})"
+        )
+    profile = profile_from_header(header, shape)
+    if profile is None:
+        raise ProfileError(f"{path} has no {KEY_RETRIEVAL}; make the sidecar again")
+    return profile
+
+
+def shape_from_header(header: Header) -> ModelShape:
+    """ModelShape of a header that was read already. Raises GGUFError, ProfileError or OSError."""
+
+    def bad(text: str) -> ProfileError:
+        return ProfileError(f"{header.path}: {text}")
+
+    arch = header.string("general.architecture", 256)
+    if not arch:
+        raise bad("has no general.architecture, so it is no language model that can be run")
+
+    def size(key: str, default: int | None, low: int, high: int) -> int:
+        value = header.number(f"{arch}.{key}", (U32, I32, U16))
+        if value is None:
+            if default is None:
+                raise bad(f"has no {arch}.{key}, so it is no language model that can be run")
+            return default
+        if not low <= value <= high:
+            raise bad(f"{arch}.{key} is {value}, expected {low} to {high}")
+        return int(value)
+
+    n_layer_all = size("block_count", None, 1, MAX_LAYERS)
+    n_nextn = size("nextn_predict_layers", 0, 0, n_layer_all)
+    # upstream keeps such layers where a model consists of nothing else
+    n_layer = n_layer_all - n_nextn or n_layer_all
+
+    def heads(key: str) -> tuple[int, ...] | None:
+        key = f"{arch}.{key}"
+        entry = header.entries.get(key)
+        if entry is None:
+            return None
+        if entry.kind == ARRAY:
+            if entry.count != n_layer_all:
+                raise bad(f"{key} has {entry.count} elements for {n_layer_all} layers")
+            element = I32 if entry.element == I32 else U32
+            values = [int(n) for n in header.array(key, element, MAX_LAYERS)]
+        else:
+            values = [int(header.number(key, (U32, I32, U16)))] * n_layer_all
+        for n in values:
+            if not 0 <= n <= MAX_HEADS:
+                raise bad(f"{key} holds {n}, expected 0 to {MAX_HEADS}")
+        return tuple(values[:n_layer])
+
+    n_head = heads("attention.head_count")
+    if n_head is None or not any(n_head):
+        raise bad(f"has no {arch}.attention.head_count: a model without attention has no KV cache")
+    n_head_kv = heads("attention.head_count_kv") or n_head
+    for il, (q, kv) in enumerate(zip(n_head, n_head_kv, strict=True)):
+        if kv and q % kv:
+            raise bad(f"layer {il} has {q} query heads, not a multiple of its {kv} KV heads")
+    n_embd = size("embedding_length", None, 1, 2**24)
+    head_dim = n_embd // n_head[0] if n_head[0] else 0
+    return ModelShape(
+        arch=arch,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim_k=size("attention.key_length", head_dim, 1, MAX_HEAD_DIM),
+        head_dim_v=size("attention.value_length", head_dim, 1, MAX_HEAD_DIM),
+        n_ctx_train=size("context_length", 0, 0, 2**31 - 1),
+        name=header.string("general.name") or "",
+        fingerprint=model_fingerprint(header),
+        path=header.path,
+    )
+
+
+def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
+    """Profile in a header, None without razor keys. Raises ProfileError or GGUFError."""
+    entries = {k: e for k, e in header.entries.items() if k.startswith(KEY_PREFIX)}
+    if not entries:
+        return None
+
+    def bad(text: str) -> ProfileError:
+        return ProfileError(f"{header.path}: {text}")
+
+    version = header.number(KEY_VERSION, (U32,))
+    if version is None:
+        raise bad(f"has razor metadata without {KEY_VERSION}; convert the model again")
+    if version != VERSION:
+        raise bad(
+            f"has razor metadata of version {version}, this razor-local reads version {VERSION};"
+            " update razor-local or convert the model again"
+        )
+    method = header.string(KEY_METHOD, 64)
+    scores = {}
+    for key in entries:
+        if key == KEY_SCOPE and method != "alibi":
+            raise bad(f"{KEY_SCOPE} belongs to {KEY_METHOD} 'alibi', found '{method or 'rope'}'")
+        if key.startswith(KEY_HEAD_PREFIX) and key not in (
+            KEY_RETRIEVAL, KEY_ECHO, KEY_INDUCTION, KEY_SCOPE
+        ):  # fmt: skip
+            raise bad(f"has the unknown key '{key[:80]}'; update razor-local")
+
+    def number(key: str, default: int) -> int:
+        value = header.number(key, (U32,))
+        return default if value is None else int(value)
+
+    def per_head(key: str, element: int, heads: tuple[int, ...], kind: str) -> np.ndarray | None:
+        values = header.array(key, element, MAX_LAYERS * MAX_HEADS)
+        if values is not None and len(values) != sum(heads):
+            raise bad(f"{key} has {len(values)} elements, the model has {sum(heads)} {kind} heads")
+        return values
+
+    flat = per_head(KEY_RETRIEVAL, U8, shape.n_head_kv, "KV")
+    if flat is None:
+        raise bad(f"has razor metadata without {KEY_RETRIEVAL}; convert the model again")
+    per_head(KEY_SCOPE, U32, shape.n_head_kv, "KV")
+    for key in (KEY_ECHO, KEY_INDUCTION):
+        scores[key] = per_head(key, F32, shape.n_head, "query")
+    compensation = header.number(KEY_COMPENSATION, (BOOL,))
+    if compensation not in (None, 0, 1):
+        raise bad(f"{KEY_COMPENSATION} holds the byte {compensation}, expected 0 or 1")
+    fingerprint = header.string(KEY_FINGERPRINT, 256)
+    if fingerprint is not None and len(fingerprint) != 64:
+        raise bad(f"{KEY_FINGERPRINT} is '{fingerprint[:80]}', expected 64 hexadecimal digits")
+    try:
+        return Profile(
+            retrieval=split_heads(flat, shape.n_head_kv),
+            method=DEFAULT_METHOD if method is None else method,
+            sink_tokens=number(KEY_SINK_TOKENS, DEFAULT_SINKS),
+            window_min=number(KEY_WINDOW_MIN, DEFAULT_WINDOW_MIN),
+            window_divisor=number(KEY_WINDOW_DIVISOR, DEFAULT_WINDOW_DIVISOR),
+            compensation=DEFAULT_COMPENSATION if compensation is None else bool(compensation),
+            echo_score=scores[KEY_ECHO],
+            induction_score=scores[KEY_INDUCTION],
+            calibration=_calibration(header),
+        )
+    except ProfileError as error:
+        raise bad(str(error)) from None
+
+
+def split_heads(flat: np.ndarray, n_head_kv: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Layer-major [sum of n_head_kv] into one array [n_head_kv] per layer."""
+    return tuple(np.split(flat, np.cumsum(n_head_kv)[:-1]))
+
+
+def model_fingerprint(header: Header) -> str:
+    """sha256 (hex) that tells model files apart, for sidecars.
+
+    Over the architecture and attention shape, the tensor table (names, types, shapes, offsets
+    relative to the data section) and a sample of the data: 1 KiB from the middle of up to 512
+    tensors. It does not depend on the file's name, on razor keys or on the metadata's size; another
+    quantization or fine-tune of the same model has another fingerprint.
+    """
+    digest = hashlib.sha256(b"razor fingerprint 1\0")
+    arch = header.string("general.architecture", 256) or ""
+    digest.update(arch.encode() + b"\0")
+    for key in (
+        "block_count", "nextn_predict_layers", "embedding_length", "attention.head_count",
+        "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    ):  # fmt: skip
+        entry = header.entries.get(f"{arch}.{key}")
+        value = "" if entry is None else entry.value
+        if entry is not None and entry.kind == ARRAY and entry.element in (U32, I32):
+            value = header.array(entry.key, entry.element, MAX_LAYERS).tolist()
+        digest.update(f"{key}={value}\0".encode())
+    for tensor in header.tensors:
+        name = tensor.name.encode()
+        digest.update(struct.pack("<I", len(name)) + name)
+        digest.update(struct.pack(f"<I{len(tensor.dims)}Q", len(tensor.dims), *tensor.dims))
+        digest.update(struct.pack("<IQ", tensor.kind, tensor.offset))
+    sampled = header.tensors[:: max(1, -(-len(header.tensors) // 512))]
+    with open(header.path, "rb") as file:
+        for tensor in sampled:
+            n = min(tensor.nbytes, 1024)
+            file.seek(header.data_start + tensor.offset + (tensor.nbytes - n) // 2)
+            digest.update(file.read(n))
+    return digest.hexdigest()
+
+
+def _calibration(header: Header) -> dict[str, str | int]:
+    keys = [k for k in header.entries if k.startswith(KEY_CALIBRATION_PREFIX)]
+    if len(keys) > MAX_CALIBRATION_KEYS:
+        raise ProfileError(
+            f"has {len(keys)} keys {KEY_CALIBRATION_PREFIX}*, expected at most"
+            f" {MAX_CALIBRATION_KEYS}"
+        )
+    record: dict[str, str | int] = {}
+    for key in keys:
+        entry = header.entries[key]
+        if entry.kind == STRING:
+            value = header.string(key, MAX_CALIBRATION_BYTES)
+        elif entry.kind == U32:
+            value = entry.value
+        else:
+            raise ProfileError(f"key '{key[:80]}' should be string or u32, found {entry.type_name}")
+        record[key.removeprefix(KEY_CALIBRATION_PREFIX)] = value
+    return record
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ProfileError(f"{name} is {value!r}, expected a whole number")
+    if not low <= value <= high:
+        raise ProfileError(f"{name} is {value}, expected {low} to {high}")
