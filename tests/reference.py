@@ -22,7 +22,7 @@ SLACK = 64  # LLAMA_RAZOR_SLACK
 
 @dataclass(frozen=True)
 class Razor:
-    """RazorAttention as the reference computes it. mask: one row of 0/1 per layer, 1 = retrieval."""
+    """RazorAttention as the reference computes it. mask: a row of 0/1 per layer, 1 = retrieval."""
 
     mask: tuple[tuple[int, ...], ...]
     window: int
@@ -32,7 +32,8 @@ class Razor:
 
     def frontier(self, p: np.ndarray | int) -> np.ndarray:
         """First position that is not folded when position p attends."""
-        return np.maximum(self.sink_tokens, self.block * (np.asarray(p) // self.block) - self.window)
+        start = self.block * (np.asarray(p) // self.block)
+        return np.maximum(self.sink_tokens, start - self.window)
 
 
 def window_of(n_ctx: int, window_min: int, window_divisor: int) -> int:
@@ -121,7 +122,7 @@ def forward(
 def _attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, razor: Razor | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one head over a whole sequence; q, k, v f64 [n, d] -> [n, d], effective n [n]."""
+    """Attention of one head over a sequence; q, k, v f64 [n, d] -> [n, d], effective n [n]."""
     n, d = q.shape
     pos = np.arange(n)
     logits = q @ k.T / np.sqrt(d)
@@ -168,7 +169,7 @@ def _norm(spec: TinySpec, w: dict[str, np.ndarray], name: str, x: np.ndarray) ->
 
 
 def _rope(spec: TinySpec, x: np.ndarray) -> np.ndarray:
-    """Rotate pairs of x [n, heads, d]: neighbours (llama) or halves (qwen), angle p * base^(-2i/d)."""
+    """Rotate pairs of x [n, heads, d]: neighbours (llama) or halves (qwen) by p * base^(-2i/d)."""
     n, _, d = x.shape
     angle = np.arange(n)[:, None] * spec.rope_base ** (-np.arange(0, d, 2) / d)
     cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]

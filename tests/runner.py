@@ -26,7 +26,7 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_
 
 
 class LoadError(Exception):
-    """A model or context was refused; the text is llama_razor_last_error() ("" in a stock library)."""
+    """A model or context was refused; the text is llama_razor_last_error(), "" in stock."""
 
 
 # the structs of llama-razor.h
@@ -102,7 +102,7 @@ class BufferStats(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Override:
-    """Arguments of llama_razor_set_override. retrieval: flat 0/1 mask, or None for the model's own."""
+    """Arguments of llama_razor_set_override. retrieval: flat 0/1 mask, None: the model's own."""
 
     retrieval: bytes | None = None
     window: int = 0
@@ -274,9 +274,8 @@ class Context:
         params.no_perf = True
         for name, value in fields.items():
             setattr(params, name, value)
-        self.abort_after = -1  # >= 0: the abort callback answers true from that call on
+        self._abort_after = -1
         self._abort = llama.ggml_abort_callback(self._should_abort)
-        params.abort_callback = self._abort
         if razor is not None:
             set_override(razor)
         try:
@@ -290,11 +289,15 @@ class Context:
         self.memory = llama.llama_get_memory(self.ptr)
         self.n_past = 0
 
+    def abort_after(self, n_nodes: int | None) -> None:
+        """Let computations abort after n_nodes more graph nodes; None: let them finish."""
+        llama, self._abort_after = bindings(), -1 if n_nodes is None else n_nodes
+        callback = llama.ggml_abort_callback() if n_nodes is None else self._abort
+        llama.llama_set_abort_callback(self.ptr, callback, None)
+
     def _should_abort(self, data: Any) -> bool:
-        if self.abort_after < 0:
-            return False
-        self.abort_after -= 1
-        return self.abort_after < 0
+        self._abort_after -= 1
+        return self._abort_after < 0
 
     def close(self) -> None:
         if self.ptr:
@@ -336,8 +339,8 @@ class Context:
     def decode(
         self, tokens: Sequence[int], splits: Sequence[int] | int | None = None
     ) -> np.ndarray:
-        """Decode tokens after those in the cache, in calls of the sizes of splits (a list whose sum
-        is the number of tokens, or one size), n_batch by default. Logits f32 [n_tokens, n_vocab]."""
+        """Decode tokens after those in the cache, in calls of the sizes of splits: a list whose sum
+        is the number of tokens, or one size, n_batch by default. Logits f32 [n, n_vocab]."""
         n = len(tokens)
         if splits is None or isinstance(splits, int):
             size = splits or self.n_batch

@@ -1,0 +1,45 @@
+"""Fixtures of the native tests: models made once per run, a worker on a stock llama.cpp build."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than about 20 seconds")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(spec, extra_kv) -> path of the GGUF, written once per run."""
+    folder, paths = tmp_path_factory.mktemp("models"), {}
+
+    def make(spec: tiny_models.TinySpec, extra_kv: dict[str, Any] | None = None) -> Path:
+        key = (spec, repr(extra_kv))
+        if key not in paths:
+            name = f"{len(paths)}-{spec.arch}.gguf"
+            paths[key] = tiny_models.make_model(folder / name, spec, extra_kv)
+        return paths[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[Any]:
+    """Worker on an unpatched build of the same llama.cpp: stock(runner function, arguments)."""
+    import runner
+
+    lib_dir = os.environ.get("RAZOR_STOCK_LIB")
+    if lib_dir is None:
+        from stock import stock_lib_dir
+
+        lib_dir = stock_lib_dir()
+    with runner.Worker(lib_dir) as worker:
+        assert not worker(runner.ping), f"{lib_dir} is patched, expected a stock build"
+        yield worker

@@ -1,0 +1,244 @@
+"""The native cache against an independent float64 model: full, with F32, F16 and quantized KV.
+
+Error of an F32 cache: max |logit - reference| over all positions and the vocabulary, absolute; the
+logits of the tiny models have a standard deviation of about 3, and a stock build's own error is
+about 3e-5 (F32 angles of RoPE). Error of other types: root mean square of the difference, pooled
+over all models of a test; stock's own error is that of a full cache of the same type against the
+full float64 model.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import reference
+import runner
+from tiny_models import TinySpec, make_weights, with_kv_heads
+
+F32_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: TinySpec
+    mask: tuple[tuple[int, ...], ...]
+    window: int
+    n_tokens: int
+    sink_tokens: int = 4
+    compensation: bool = True
+
+    @property
+    def razor(self) -> reference.Razor:
+        return reference.make_razor(self.mask, self.window, self.sink_tokens, self.compensation)
+
+    def __str__(self) -> str:
+        s = self.spec
+        mask = ".".join("".join(map(str, row)) for row in self.mask)
+        return (
+            f"{s.arch}-{s.n_head}q{s.n_head_kv}kv-d{s.head_dim}-{mask}-w{self.window}"
+            f"-s{self.sink_tokens}-n{self.n_tokens}{'' if self.compensation else '-nocomp'}"
+        )
+
+
+def mask_of(kind: str, n_kv: int, n_layer: int) -> tuple[tuple[int, ...], ...]:
+    """A mask by name; with one KV head per layer the heads of a layer become the layers."""
+    patterns = {
+        "none": [0],
+        "prefix": [1, 1, 0, 0],
+        "suffix": [0, 0, 1, 1],
+        "scattered": [1, 0, 1, 0],
+        "middle": [0, 1, 1, 0],
+        "edges": [1, 0, 0, 1],
+    }
+    if kind == "mixed":  # layers with none, some and all retrieval heads
+        rows = [[0] * n_kv, [(h + 1) % 2 for h in range(n_kv)], [1] * n_kv, [0] * n_kv]
+    else:
+        p = patterns[kind]
+        if n_kv == 1:
+            rows = [[p[il % len(p)]] for il in range(n_layer)]
+        else:
+            rows = [[p[(h * len(p)) // n_kv] for h in range(n_kv)]] * n_layer
+    return tuple(tuple(row) for row in rows[:n_layer])
+
+
+MASKS = ("none", "mixed", "prefix", "suffix", "scattered", "middle", "edges")
+
+
+def matrix() -> list[Case]:
+    """All archs x groupings x head sizes, with masks, windows, sinks and lengths in turn; then all
+    masks with and without compensation for one shape per arch."""
+    cases = []
+    for arch in ("llama", "qwen2", "qwen3", "gpt2"):
+        for grouping in ("mha",) if arch == "gpt2" else ("mha", "gqa", "mqa"):
+            for head_dim in (32, 64, 96, 128):
+                i = len(cases)
+                spec = TinySpec(arch, 3, 4, 4, head_dim, seed=i, tied=i % 5 == 4)
+                spec = with_kv_heads(spec, grouping)
+                cases.append(
+                    Case(
+                        spec,
+                        mask_of(MASKS[i % len(MASKS)], spec.n_head_kv, spec.n_layer),
+                        window=(16, 33, 20, 64, 100)[i % 5],
+                        n_tokens=(310, 420, 530)[i % 3],
+                        sink_tokens=(4, 0, 7, 1)[i % 4],
+                        compensation=i % 6 != 5,
+                    )
+                )
+    for arch in ("llama", "qwen2", "qwen3", "gpt2"):
+        n_kv = 8 if arch == "gpt2" else 4
+        spec = TinySpec(arch, 3, 8, n_kv, 32, seed=100)
+        for kind in MASKS:
+            for compensation in (True, False):
+                mask = mask_of(kind, n_kv, 3)
+                cases.append(Case(spec, mask, 24, 280, compensation=compensation))
+    return cases
+
+
+@functools.cache
+def weights(spec: TinySpec) -> dict[str, np.ndarray]:
+    return make_weights(spec)
+
+
+@functools.lru_cache(maxsize=64)
+def expected(spec: TinySpec, n_tokens: int, razor: reference.Razor | None) -> np.ndarray:
+    return reference.forward(spec, weights(spec), tokens_of(spec, n_tokens), razor)
+
+
+def tokens_of(spec: TinySpec, n_tokens: int) -> list[int]:
+    return runner.random_tokens(n_tokens, spec.n_vocab, spec.seed)
+
+
+def test_matrix_covers_what_it_says() -> None:
+    cases = matrix()
+    assert len(cases) >= 90
+    assert len({str(case) for case in cases}) == len(cases)
+    for name, values in (
+        ("arch", {"llama", "qwen2", "qwen3", "gpt2"}),
+        ("head_dim", {32, 64, 96, 128}),
+        ("n_head_kv", {1, 2, 4, 8}),
+    ):
+        assert {getattr(case.spec, name) for case in cases} == values
+    rows = {row for case in cases for row in case.mask}
+    assert {(1, 1, 0, 0), (0, 0, 1, 1), (1, 0, 1, 0), (0, 1, 1, 0), (1, 0, 0, 1)} <= rows
+    assert any(not any(row) for row in rows) and any(all(row) for row in rows)
+
+
+@pytest.mark.parametrize("case", matrix(), ids=str)
+def test_f32_cache_equals_the_reference(case: Case, tiny) -> None:
+    want = expected(case.spec, case.n_tokens, case.razor)
+    got = runner.logits(
+        tiny(case.spec),
+        tokens_of(case.spec, case.n_tokens),
+        runner.override(case.razor),
+        n_ctx=1024,
+        n_ubatch=128,
+    )
+    # the case can tell right from wrong: neither a full cache nor the other mode is near
+    other = replace(case, compensation=not case.compensation)
+    for wrong in (None, other.razor):
+        diff = np.abs(want - expected(case.spec, case.n_tokens, wrong))
+        assert diff.max() > 100 * F32_TOLERANCE
+
+    error = np.abs(got - want).max(axis=1)
+    first = np.argmax(error > F32_TOLERANCE)
+    assert error.max() <= F32_TOLERANCE, f"error {error.max():.2e}, from position {first} on"
+
+
+POOL = [
+    Case(TinySpec("llama", 3, 4, 2, 64, seed=200), ((0, 0), (1, 0), (0, 1)), 64, 500),
+    Case(TinySpec("qwen2", 3, 4, 4, 32, seed=201), ((0, 1, 0, 1), (0,) * 4, (1, 0, 0, 0)), 64, 500),
+    Case(TinySpec("qwen3", 3, 4, 2, 128, seed=202), ((0, 1), (0, 0), (1, 1)), 64, 500),
+    Case(TinySpec("qwen3", 2, 4, 1, 96, seed=203), ((0,), (0,)), 64, 500),
+    Case(TinySpec("gpt2", 3, 4, 4, 64, seed=204), ((0,) * 4, (0, 0, 1, 0), (0, 1, 1, 0)), 64, 500),
+    Case(TinySpec("llama", 2, 8, 8, 32, seed=205), ((0,) * 8, (0, 0, 1, 0) * 2), 64, 500),
+]
+
+# upstream quantizes V only with flash attention
+KV = [
+    ("f32", "f32", True),
+    ("f16", "f16", False),
+    ("f16", "f16", True),
+    ("bf16", "bf16", False),
+    ("bf16", "bf16", True),
+    ("q8_0", "f16", False),
+    ("q8_0", "q8_0", True),
+    ("q5_1", "q5_1", True),
+    ("q5_0", "q5_0", True),
+    ("q4_1", "q4_1", True),
+    ("q4_0", "f16", False),
+    ("q4_0", "q4_0", True),
+    ("q8_0", "q4_0", True),
+    ("f16", "q8_0", True),
+]
+
+
+def rms_pair(type_k: str, type_v: str, flash_attn: bool, tiny, stock) -> tuple[float, float]:
+    """Pooled rms error of razor and of stock, each against its own float64 reference."""
+    squares: dict[str, list[float]] = {"razor": [], "stock": []}
+    for case in POOL:
+        path, tokens = tiny(case.spec), tokens_of(case.spec, case.n_tokens)
+        params = {"n_ctx": 512, "type_k": type_k, "type_v": type_v, "flash_attn": flash_attn}
+        razor = runner.logits(path, tokens, runner.override(case.razor), **params)
+        full = stock(runner.logits, path, tokens, **params)
+        for name, got, plan in (("razor", razor, case.razor), ("stock", full, None)):
+            want = expected(case.spec, case.n_tokens, plan)
+            squares[name].append(float(((got - want) ** 2).mean()))
+    return tuple(float(np.sqrt(np.mean(squares[name]))) for name in ("razor", "stock"))
+
+
+@pytest.mark.parametrize(
+    ("type_k", "type_v", "flash_attn"), KV, ids=lambda x: {True: "fa", False: "nofa"}.get(x, x)
+)
+def test_error_is_within_stocks_own(
+    type_k: str, type_v: str, flash_attn: bool, tiny, stock, record_property
+) -> None:
+    razor, full = rms_pair(type_k, type_v, flash_attn, tiny, stock)
+    record_property("rms_razor_stock", f"{razor:.2e} {full:.2e}")
+    print(f"rms error {type_k}/{type_v} fa={flash_attn}: razor {razor:.2e}, stock {full:.2e}")
+    assert full > 0
+    assert razor <= 1.2 * full
+
+
+def test_single_token_decode_across_folds(tiny) -> None:
+    """600 decodes of one token each: graphs are reused, folds happen in between."""
+    case = Case(TinySpec("llama", 3, 4, 2, 32, seed=300), ((0, 0), (1, 0), (0, 1)), 40, 600)
+    got = runner.logits(
+        tiny(case.spec),
+        tokens_of(case.spec, case.n_tokens),
+        runner.override(case.razor),
+        splits=1,
+        n_ctx=1024,
+    )
+    want = expected(case.spec, case.n_tokens, case.razor)
+    assert np.abs(got - want).max() <= F32_TOLERANCE
+
+
+@pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
+@pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
+def test_kv_offload_flag(offload: bool, flash_attn: bool, tiny) -> None:
+    """offload_kqv changes where things run, not what comes out."""
+    case = POOL[0]
+    params = {"n_ctx": 512, "flash_attn": flash_attn}
+    tokens = tokens_of(case.spec, 300)
+    runs = [
+        runner.logits(tiny(case.spec), tokens, runner.override(case.razor), offload_kqv=x, **params)
+        for x in (True, offload)
+    ]
+    np.testing.assert_array_equal(*runs)
+
+
+def test_several_threads(tiny) -> None:
+    """Two threads give the same logits as the reference too."""
+    case = Case(TinySpec("qwen3", 3, 8, 4, 64, seed=301), mask_of("middle", 4, 3), 32, 400)
+    got = runner.logits(
+        tiny(case.spec),
+        tokens_of(case.spec, case.n_tokens),
+        runner.override(case.razor),
+        n_ctx=1024,
+        n_threads=2,
+    )
+    want = expected(case.spec, case.n_tokens, case.razor)
+    assert np.abs(got - want).max() <= F32_TOLERANCE
