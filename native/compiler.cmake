@@ -1,0 +1,17 @@
+# CMake's own words for a missing compiler take ten lines and do not name the package to install.
+
+include(CheckLanguage)
+
+message(CHECK_START "razor_local: C and C++ compiler")
+check_language(C)
+check_language(CXX)
+if (NOT CMAKE_C_COMPILER OR NOT CMAKE_CXX_COMPILER)
+    message(CHECK_FAIL "not found")
+    message(FATAL_ERROR
+        "No C and C++ compiler was found: install one (Debian and Ubuntu: apt install g++, Fedora: dnf "
+        "install gcc-c++, macOS: xcode-select --install, Windows: Visual Studio Build Tools) or name "
+        "yours in the environment variables CC and CXX.")
+endif()
+enable_language(C)
+enable_language(CXX)
+message(CHECK_PASS "${CMAKE_CXX_COMPILER} (${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION})")

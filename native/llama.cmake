@@ -1,0 +1,105 @@
+# llama.cpp with our patches and sources.
+
+set(razor_tree ${CMAKE_BINARY_DIR}/llama.cpp) # a fixed place: another path would compile everything again
+
+# unpack and patch
+
+set(razor_parts CMakeLists.txt LICENSE cmake ggml include src vendor)
+if (RAZOR_TOOLS)
+    list(APPEND razor_parts common scripts/ui-assets.cmake tools)
+endif()
+
+set(razor_patches "")
+set(razor_sources "")
+if (NOT RAZOR_STOCK)
+    file(GLOB razor_patches CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/native/patches/*.patch)
+    file(GLOB razor_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/native/src/*.cpp)
+endif()
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
+    ${razor_patches} ${CMAKE_CURRENT_SOURCE_DIR}/native/unpack.py ${CMAKE_CURRENT_SOURCE_DIR}/native/apply_patches.py)
+
+message(CHECK_START "razor_local: llama.cpp of llama-cpp-python ${razor_version}, unpacked and patched")
+set(patch_args "")
+foreach (patch ${razor_patches}) # glob sorts by name: 0001-, 0002-, …
+    list(APPEND patch_args --patch ${patch})
+endforeach()
+execute_process(
+    COMMAND ${Python_EXECUTABLE} -B ${CMAKE_CURRENT_SOURCE_DIR}/native/unpack.py
+        --sdist ${razor_sdist} --tree ${razor_tree} ${patch_args} ${razor_parts}
+    RESULT_VARIABLE status
+    OUTPUT_VARIABLE output OUTPUT_STRIP_TRAILING_WHITESPACE
+    ERROR_VARIABLE  error  ERROR_STRIP_TRAILING_WHITESPACE)
+if (NOT status EQUAL 0)
+    message(CHECK_FAIL "failed")
+    message(FATAL_ERROR "${error}")
+endif()
+message(CHECK_PASS "${output}")
+
+# configure: shared libraries, nothing else unless asked for
+
+set(BUILD_SHARED_LIBS        ON)
+set(GGML_NATIVE              ${RAZOR_NATIVE} CACHE BOOL "" FORCE)
+set(GGML_CUDA                ${RAZOR_CUDA}   CACHE BOOL "" FORCE)
+set(GGML_METAL               ${RAZOR_METAL}  CACHE BOOL "" FORCE)
+set(GGML_METAL_EMBED_LIBRARY ${RAZOR_METAL}  CACHE BOOL "" FORCE)
+set(GGML_VULKAN              ${RAZOR_VULKAN} CACHE BOOL "" FORCE)
+set(GGML_BACKEND_DL          OFF CACHE BOOL "" FORCE) # its loader also looks in the current folder
+set(LLAMA_BUILD_COMMON       ${RAZOR_TOOLS}  CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_TOOLS        ${RAZOR_TOOLS}  CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_SERVER       ${RAZOR_TOOLS}  CACHE BOOL "" FORCE)
+set(LLAMA_TOOLS_INSTALL      ON  CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_APP          OFF CACHE BOOL "" FORCE) # sdist lacks a header of it
+set(LLAMA_BUILD_EXAMPLES     OFF CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_TESTS        OFF CACHE BOOL "" FORCE)
+set(LLAMA_OPENSSL            OFF CACHE BOOL "" FORCE) # no downloads by the tools
+set(LLAMA_USE_PREBUILT_UI    OFF CACHE BOOL "" FORCE) # nor during the build
+
+# upstream asks git for its commit: without this it would find ours, and each of our commits would
+# compile ggml again
+set(ENV{GIT_CEILING_DIRECTORIES} ${CMAKE_BINARY_DIR})
+set(LLAMA_BUILD_NUMBER 0)
+set(LLAMA_BUILD_COMMIT ${razor_version})
+
+# everything in one folder, found from there
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+if (APPLE)
+    set(razor_origin "@loader_path")
+else()
+    set(razor_origin "$ORIGIN")
+endif()
+set(CMAKE_INSTALL_RPATH "${razor_origin};${razor_origin}/../lib")
+
+add_subdirectory(${razor_tree} ${CMAKE_BINARY_DIR}/llama EXCLUDE_FROM_ALL)
+
+# our sources: outside of upstream's unity build, so that a change compiles one file
+
+if (razor_sources)
+    target_sources(llama PRIVATE ${razor_sources})
+    target_include_directories(llama PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/native/src)
+    set_source_files_properties(${razor_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+    set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/native/src/llama-razor.cpp TARGET_DIRECTORY llama PROPERTIES
+        COMPILE_DEFINITIONS "RAZOR_BUILD_INFO=\"${razor_version} ${razor_sha256} ${razor_options}\"")
+endif()
+
+# what is built and installed
+
+set(razor_libraries llama)
+foreach (target ggml ggml-base ggml-cpu ggml-blas ggml-cuda ggml-metal ggml-vulkan)
+    if (TARGET ${target})
+        list(APPEND razor_libraries ${target})
+    endif()
+endforeach()
+
+set(razor_tools "")
+if (RAZOR_TOOLS)
+    set(razor_tools llama-bench llama-perplexity llama-server)
+    list(APPEND razor_libraries llama-common llama-bench-impl llama-perplexity-impl llama-server-impl mtmd)
+endif()
+
+# one file per library: wheels hold no links, and a copy under another name would be loaded twice
+foreach (target ${razor_libraries})
+    set_property(TARGET ${target} PROPERTY VERSION)
+    set_property(TARGET ${target} PROPERTY SOVERSION)
+endforeach()
+
+add_custom_target(razor ALL DEPENDS ${razor_libraries} ${razor_tools})
