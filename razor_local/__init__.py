@@ -1,0 +1,47 @@
+"""RazorAttention for GGUF models: llama.cpp with a KV cache in which local heads hold less.
+
+`from razor_local import Llama` loads the native library; everything else here does not, so that
+plans, profiles and the command line's help stay fast and work without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "Llama": "llama",
+    "Memory": "llama",
+    "SequenceStats": "llama",
+    "Chat": "chat",
+    "Profile": "profile",
+    "ModelShape": "profile",
+    "read_model_shape": "profile",
+    "read_profile": "profile",
+    "read_sidecar": "profile",
+    "Plan": "plan",
+    "make_plan": "plan",
+    "RazorError": "errors",
+    "GGUFError": "errors",
+    "ProfileError": "errors",
+    "UnsupportedError": "errors",
+    "LibraryError": "errors",
+    "ContextFullError": "errors",
+    "StateError": "errors",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("razor-local")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

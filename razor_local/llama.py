@@ -1,0 +1,542 @@
+"""Llama: llama_cpp.Llama whose KV cache follows a razor profile."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from ctypes import c_uint8
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import native
+from .errors import (
+    ContextFullError,
+    GGUFError,
+    LibraryError,
+    ProfileError,
+    RazorError,
+    StateError,
+    UnsupportedError,
+)
+from .gguf_header import read_header
+from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
+from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+
+_native = native.load()  # before llama_cpp, which would load a library of its own
+
+import llama_cpp  # noqa: E402
+from llama_cpp import llama_cpp as C  # noqa: E402, N812
+
+_TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
+_ABORTED = 2  # llama_decode: stopped by the abort callback
+_NO_SLOT = 1  # llama_decode: no room for the batch
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """KV heads and bytes of one layer's cache, as the library reports them."""
+
+    il: int
+    retrieval_kv_heads: int
+    local_kv_heads: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the KV cache takes. All sizes in bytes, allocated when the context was created.
+
+    active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
+    reason). kv_bytes: sum of the backend buffers. kv_bytes_full: llama.cpp's own cache with the
+    same types. kv_bytes_full_f16: a full f16 cache, None where the model's cache is of a kind that
+    the plan does not describe. layers: empty where not active. n_tokens: in the cache now.
+    """
+
+    active: bool
+    why: str | None
+    kv_bytes: int
+    kv_bytes_full: int
+    kv_bytes_full_f16: int | None
+    layers: tuple[LayerMemory, ...]
+    n_tokens: int
+    n_ctx: int
+
+    @property
+    def share(self) -> float:
+        """kv_bytes / kv_bytes_full; 1.0 for a model without a KV cache."""
+        return self.kv_bytes / self.kv_bytes_full if self.kv_bytes_full else 1.0
+
+
+@dataclass(frozen=True)
+class SequenceStats:
+    """One sequence of the cache, in tokens.
+
+    Positions [sink_tokens, frontier) are folded into the compensation tokens of the local heads,
+    n_folded of them. n_rollback: this many can be taken back from the end without evaluating again.
+    """
+
+    n_tokens: int
+    frontier: int
+    n_folded: int
+    n_rollback: int
+
+
+class Prefill(NamedTuple):
+    """n_reused: tokens already in the cache. n_evaluated: tokens run. complete: not stopped."""
+
+    n_reused: int
+    n_evaluated: int
+    complete: bool
+
+
+class Llama(llama_cpp.Llama):
+    """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
+
+    razor: True, use the profile in the model file, and llama.cpp's own cache where it has none; a
+        path, the profile of that sidecar; a Profile; False, llama.cpp's own cache.
+    window, sink_tokens (tokens), compensation: instead of the profile's.
+    type_k, type_v: KV cache types by name ("q8_0") or ggml number.
+    progress: called while the model loads with the part done (0 to 1); False stops loading.
+
+    Other defaults than the base class: flash_attn=True, verbose=False. n_ctx is rounded up to a
+    multiple of 256.
+
+    Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
+    refuses), RazorError (loading failed; with the native library's reason), OSError.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        razor: bool | str | os.PathLike[str] | Profile = True,
+        window: int | None = None,
+        sink_tokens: int | None = None,
+        compensation: bool | None = None,
+        progress: Callable[[float], object] | None = None,
+        n_ctx: int = 512,
+        type_k: int | str | None = None,
+        type_v: int | str | None = None,
+        flash_attn: bool = True,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self._razor_args = {
+            "razor": razor,
+            "window": window,
+            "sink_tokens": sink_tokens,
+            "compensation": compensation,
+        }
+        self._progress = progress
+        self._progress_error: BaseException | None = None
+        model_path = os.fspath(model_path)
+        type_k, type_v = _type_name(type_k), _type_name(type_v)
+        if kwargs.get("vocab_only"):
+            razor = False  # no weights, no cache
+
+        shape, profile, why = _resolve(model_path, razor, window, sink_tokens, compensation)
+        self._plan: Plan | None = None
+        if shape is not None:
+            n_ctx = padded_n_ctx(shape, n_ctx)
+            plan = make_plan(
+                shape, profile, n_ctx, type_k, type_v, flash_attn, window, sink_tokens, compensation
+            )
+            self._plan = plan if profile is not None else replace(plan, why_inactive=why)
+        self._why = self._plan.why_inactive if self._plan else why
+        if self._plan is not None and self._plan.active:
+            _refuse_options(kwargs)
+        if profile is not None:
+            profile = profile.with_options(window, sink_tokens, compensation)
+        self._profile = profile
+
+        native.clear_errors()
+        try:
+            with _native.override(_params(profile)):
+                super().__init__(
+                    model_path,
+                    n_ctx=n_ctx,
+                    type_k=KV_TYPES[type_k].ggml_id,
+                    type_v=KV_TYPES[type_v].ggml_id,
+                    flash_attn=flash_attn,
+                    verbose=verbose,
+                    **kwargs,
+                )
+                reason = ""
+        except (ValueError, RuntimeError) as error:
+            reason = self._load_error(model_path, error)
+            self.close()
+        if self._progress_error is not None:
+            raise self._progress_error
+        if reason:
+            kind = UnsupportedError if _native.last_error() else RazorError
+            raise kind(reason)
+        self._check_plan()
+
+    # -- what razor does --
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of this context; None for a model whose cache the plan does not describe."""
+        return self._plan
+
+    def memory(self) -> Memory:
+        """What the KV cache takes, from the native library's own count."""
+        stats = _native.stats(self.ctx)
+        layers = ()
+        if stats.active:
+            rows = [_native.layer(self.ctx, il) for il in range(stats.n_layer)]
+            layers = tuple(
+                LayerMemory(il, r.n_retrieval, r.n_local, r.bytes_k + r.bytes_v + r.bytes_sums)
+                for il, r in enumerate(rows)
+            )
+        return Memory(
+            active=bool(stats.active),
+            why=self._why,
+            kv_bytes=stats.kv_bytes,
+            kv_bytes_full=self._plan.kv_bytes_full if stats.active else stats.kv_bytes,
+            kv_bytes_full_f16=self._plan.kv_bytes_full_f16 if self._plan else None,
+            layers=layers,
+            n_tokens=self.n_tokens,
+            n_ctx=self._n_ctx,
+        )
+
+    def stats(self, seq_id: int = 0) -> SequenceStats:
+        """Tokens, frontier and folded tokens of a sequence. Raises RazorError if not active."""
+        if not _native.stats(self.ctx).active:
+            raise RazorError(f"razor is not active in this context ({self._why})")
+        try:
+            seq = _native.seq(self.ctx, seq_id)
+        except IndexError:
+            raise RazorError(f"the context has no sequence {seq_id}") from None
+        return SequenceStats(seq.n_tokens, seq.frontier, seq.n_folded, seq.n_rollback)
+
+    # -- evaluation --
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluates tokens after the n_tokens that count as evaluated.
+
+        Where the cache cannot go back to n_tokens (a fold lies in between), everything is evaluated
+        again from the start. Raises ContextFullError with nothing changed, and RazorError if the
+        computation fails; n_tokens then says what the cache still holds.
+        """
+        tokens = list(tokens)
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextFullError(
+                f"{self.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
+                f" {self._n_ctx}; use a larger n_ctx or a shorter text"
+            )
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+            tokens = self._input_ids.tolist() + tokens
+            self._clear_cache()
+        for i in range(0, len(tokens), self.n_batch):
+            self._eval_batch(tokens[i : i + self.n_batch])
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        progress: Callable[[int, int], object] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Prefill:
+        """Brings the cache to exactly these tokens, reusing what it already holds of them.
+
+        progress(n_done, n_tokens) is called after each batch. stop() is asked often, from inside
+        the computation where the backend allows it; once it is true, evaluation ends and the cache
+        keeps a valid beginning of tokens. generate(tokens) then samples without evaluating again.
+        Raises as eval().
+        """
+        tokens = list(tokens)
+        if not tokens:
+            raise RazorError("there is nothing to evaluate: the prompt has no tokens")
+        if len(tokens) > self._n_ctx:
+            raise ContextFullError(
+                f"the prompt has {len(tokens)} tokens, the context {self._n_ctx}; use a larger"
+                " n_ctx or a shorter text"
+            )
+        same = self._common_prefix(tokens)
+        if same == len(tokens) == self.n_tokens and not self._requires_eval:
+            return Prefill(same, 0, True)
+        keep = min(same, len(tokens) - 1)  # the last token again, for its logits
+        if keep and self._ctx.kv_cache_seq_rm(-1, keep, -1):
+            self.n_tokens = keep
+            self._requires_eval = True
+        else:
+            keep = 0
+            self.reset()
+
+        @C.ggml_abort_callback
+        def abort(_data: Any) -> bool:
+            return bool(stop())
+
+        if stop is not None:
+            C.llama_set_abort_callback(self.ctx, abort, None)
+        try:
+            while self.n_tokens < len(tokens):
+                if stop is not None and stop():
+                    return Prefill(keep, self.n_tokens - keep, False)
+                try:
+                    self.eval(tokens[self.n_tokens : self.n_tokens + self.n_batch])
+                except _AbortedError:
+                    return Prefill(keep, max(self.n_tokens - keep, 0), False)
+                if progress is not None:
+                    progress(self.n_tokens, len(tokens))
+        finally:
+            if stop is not None:
+                C.llama_set_abort_callback(self.ctx, C.ggml_abort_callback(), None)
+        return Prefill(keep, len(tokens) - keep, True)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, of any length; b"" for special tokens."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = C.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        return C.llama_vocab_is_eog(self._model.vocab, token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is a control token, such as a turn marker of the chat template."""
+        return C.llama_vocab_is_control(self._model.vocab, token)
+
+    # -- state --
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        state = super().save_state()
+        state.razor_plan = self._plan_key()
+        return state
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Continues from a saved state. Raises StateError for a state of another plan.
+
+        A state that is refused before it is read leaves the context as it was; one that turns out
+        bad while it is read leaves it empty.
+        """
+        if getattr(state, "razor_plan", None) != self._plan_key():
+            raise StateError(
+                "the state was saved by a context with another plan (context size, KV types,"
+                " retrieval heads, window); load it with the settings it was saved with"
+            )
+        if state.n_tokens > self._n_ctx:
+            raise StateError(
+                f"the state holds {state.n_tokens} tokens, the context {self._n_ctx}"
+            )
+        native.clear_errors()
+        size = state.llama_state_size
+        data = (c_uint8 * size).from_buffer_copy(state.llama_state)
+        if C.llama_state_set_data(self.ctx, data, size) != size:
+            self._clear_cache()
+            raise StateError(
+                f"the state cannot be loaded: {self._reason()}; the context is empty now"
+            )
+        n = state.n_tokens
+        self.n_tokens = n
+        self.input_ids[:n] = state.input_ids[:n]
+        rows = min(len(self.scores), len(state.scores))
+        self.scores[:rows] = state.scores[:rows]
+        self._requires_eval = True
+        self._seed = state.seed
+
+    def close(self) -> None:
+        if hasattr(self, "_stack"):  # not there if the arguments were refused
+            super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **self._razor_args}
+
+    # -- internals --
+
+    @property
+    def model_params(self) -> Any:
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        # the base class offers no other place between creating these and loading the model
+        self._model_params = params
+        if self._progress is not None:
+            self._progress_callback = C.llama_progress_callback(self._on_progress)
+            params.progress_callback = self._progress_callback
+
+    def _on_progress(self, part: float, _data: Any) -> bool:
+        try:
+            return self._progress(part) is not False
+        except BaseException as error:  # ctypes would print it and go on
+            self._progress_error = error
+            return False
+
+    def _eval_batch(self, batch: list[int]) -> None:
+        n_past, n = self.n_tokens, len(batch)
+        native.clear_errors()
+        self._batch.set_batch(batch=batch, n_past=n_past, logits_all=self._logits_all)
+        code = C.llama_decode(self.ctx, self._batch.batch)
+        if code != 0:
+            self._after_failed_decode(batch, n_past)
+            if code == _ABORTED:
+                raise _AbortedError("the computation was stopped")
+            if code == _NO_SLOT:
+                raise ContextFullError(
+                    f"no room for {n} more tokens after {n_past} in a context of {self._n_ctx};"
+                    " use a larger n_ctx"
+                )
+            raise RazorError(
+                f"evaluating {n} tokens after {n_past} failed (llama_decode {code}):"
+                f" {self._reason()}"
+            )
+        self.input_ids[n_past : n_past + n] = batch
+        if self._logits_all:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+            self.scores[n_past : n_past + n, :].reshape(-1)[:] = logits
+        self.n_tokens += n
+        self._requires_eval = False
+
+    def _after_failed_decode(self, batch: list[int], n_past: int) -> None:
+        """Sets n_tokens to what the cache holds: part of the batch may have been evaluated."""
+        self._requires_eval = True
+        if self._logits_all:  # the logits of that part were not kept
+            return
+        n = C.llama_memory_seq_pos_max(C.llama_get_memory(self.ctx), 0) + 1
+        if n_past <= n <= n_past + len(batch) and self._ctx.kv_cache_seq_rm(-1, n, -1):
+            self.input_ids[n_past:n] = batch[: n - n_past]
+            self.n_tokens = n
+        else:
+            self._clear_cache()
+
+    def _clear_cache(self) -> None:
+        self.n_tokens = 0
+        self._requires_eval = True
+        self._ctx.kv_cache_clear()
+
+    def _common_prefix(self, tokens: list[int]) -> int:
+        n = min(self.n_tokens, len(tokens))
+        differs = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], dtype=np.intc))
+        return int(differs[0]) if differs.size else n
+
+    def _reason(self) -> str:
+        return _native.last_error() or " / ".join(native.error_lines()[-2:]) or "no reason given"
+
+    def _load_error(self, model_path: str, error: Exception) -> str:
+        reason = self._reason()
+        if hasattr(self, "_model"):
+            return f"no context could be created for {model_path}: {reason}"
+        if str(error).startswith("Failed to load model"):
+            return f"{model_path} could not be loaded: {reason}"
+        return str(error)
+
+    def _plan_key(self) -> dict[str, Any] | None:
+        """What two contexts must share so that a state of one can be loaded by the other."""
+        if self._plan is None or not self._plan.active:
+            return None
+        key = self._plan.to_dict()
+        return {**key, "heads": [layer.tolist() for layer in self._profile.retrieval]}
+
+    def _check_plan(self) -> None:
+        """The plan that every tool prints must be what the library allocated."""
+        stats = _native.stats(self.ctx)
+        planned = self._plan.kv_bytes if self._plan and self._plan.active else None
+        found = stats.kv_bytes if stats.active else None
+        if planned != found:
+            self.close()
+            raise LibraryError(
+                f"the library allocated {found} bytes of KV cache, the plan says {planned}:"
+                " library and Python code do not belong together; reinstall razor-local"
+            )
+        if not stats.active and self._plan and self._plan.kv_bytes != stats.kv_bytes:
+            self._plan = None  # a cache of another kind, such as sliding windows
+
+
+class _AbortedError(RazorError):
+    pass
+
+
+def _resolve(
+    model_path: str,
+    razor: bool | str | os.PathLike[str] | Profile,
+    window: int | None,
+    sink_tokens: int | None,
+    compensation: bool | None,
+) -> tuple[ModelShape | None, Profile | None, str]:
+    """Shape and profile of a model, and why there is no profile. Shape None: not understood."""
+    overridden = not (window is sink_tokens is compensation is None)
+    disabled = os.environ.get(native.DISABLE_ENV, "") not in ("", "0")
+    if razor is False or disabled:
+        why = "razor=False" if razor is False else f"{native.DISABLE_ENV} is set"
+        if overridden and not disabled:
+            raise ProfileError(
+                "window, sink_tokens and compensation change a razor profile, which razor=False"
+                " switches off; leave one or the other out"
+            )
+        try:
+            return shape_from_header(read_header(model_path)), None, why
+        except (GGUFError, ProfileError):
+            return None, None, why  # llama.cpp may know better
+
+    header = read_header(model_path)
+    if razor is True:
+        try:
+            shape = shape_from_header(header)
+        except ProfileError:
+            if any(key.startswith("razor.") for key in header.entries):
+                raise
+            shape = None
+        profile = profile_from_header(header, shape) if shape else None
+        if profile is None and overridden:
+            raise ProfileError(
+                f"{model_path} has no razor profile that window, sink_tokens or compensation could"
+                " change; make one with 'razor-local convert MODEL.gguf --heads FILE.tsv -o"
+                " OUT.gguf', or pass razor=SIDECAR"
+            )
+    else:
+        shape = shape_from_header(header)
+        profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
+    if profile is not None and profile.method != "rope":
+        raise UnsupportedError(
+            f"the profile's method is '{profile.method}', only 'rope' can be run yet; pass"
+            " razor=False for llama.cpp's own cache"
+        )
+    return shape, profile, "the model file has no razor profile"
+
+
+def _refuse_options(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("draft_model") is not None:
+        raise UnsupportedError(
+            "draft_model cannot be used with razor: taking rejected drafts back can fail once"
+            " tokens are folded, and that path would not notice; pass razor=False"
+        )
+    if kwargs.get("embedding"):
+        raise UnsupportedError(
+            "embedding=True needs a cache of several sequences, razor serves one yet; pass"
+            " razor=False"
+        )
+
+
+def _params(profile: Profile | None) -> native.Params:
+    params = native.Params(size=ctypes.sizeof(native.Params))
+    if profile is None:
+        return params  # enabled = 0
+    heads = profile.flat()
+    params.enabled = 1
+    params.sink_tokens = profile.sink_tokens
+    params.window_min = profile.window_min
+    params.window_divisor = profile.window_divisor
+    params.compensation = profile.compensation
+    params.n_retrieval = heads.size
+    params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
+    return params
+
+
+def _type_name(kv_type: int | str | None) -> str:
+    if kv_type is None:
+        return "f16"
+    name = _TYPE_NAMES.get(kv_type) if isinstance(kv_type, int) else kv_type
+    if name not in KV_TYPES:
+        raise UnsupportedError(
+            f"{kv_type!r} is not a KV cache type, expected one of {', '.join(KV_TYPES)}"
+        )
+    return name
