@@ -13,6 +13,10 @@ class ProfileError(RazorError, ValueError):
     """Bad razor metadata, sidecar, head list, or a profile that does not fit the model."""
 
 
+class ConvertError(RazorError):
+    """An output file that convert does not write: it exists, is the model itself, does not fit."""
+
+
 class UnsupportedError(RazorError):
     """An architecture, feature or combination of options that razor refuses by name."""
 

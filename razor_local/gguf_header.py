@@ -273,13 +273,13 @@ class _Reader:
 
     def header(self) -> Header:
         if self.size < 4 or self.take(4, "the magic") != MAGIC:
-            raise self.fail('is not a GGUF file (it does not begin with "GGUF")')
+            raise self.fail('not a GGUF file (it does not begin with "GGUF")')
         version = self.u32("the version")
         if version not in VERSIONS:
             if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
-                raise self.fail("is a big-endian GGUF; only little-endian files can be run here")
+                raise self.fail("a big-endian GGUF; only little-endian files can be run here")
             raise self.fail(
-                f"is GGUF version {version}, expected 2 or 3; convert the model again"
+                f"GGUF version {version}, expected 2 or 3; convert the model again"
                 " with a current converter"
             )
         n_tensors = self.count("tensors", MAX_TENSORS, 8 + 4 + 4 + 8)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from .errors import ProfileError
+from .errors import ProfileError, UnsupportedError
 from .gguf_header import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, Header, read_header
 
 VERSION = 1
-METHODS = ("rope", "alibi")
-DEFAULT_METHOD = "rope"
+METHOD = "rope"  # the only one that can be run; "alibi" has its name in the format already
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW_MIN = 4000
 DEFAULT_WINDOW_DIVISOR = 5
@@ -46,8 +46,18 @@ KEY_ECHO = "razor.head.echo_score"
 KEY_INDUCTION = "razor.head.induction_score"
 KEY_SCOPE = "razor.head.scope"
 KEY_HEAD_PREFIX = "razor.head."
+HEAD_KEYS = (KEY_RETRIEVAL, KEY_ECHO, KEY_INDUCTION, KEY_SCOPE)
 KEY_CALIBRATION_PREFIX = "razor.calibration."
 KEY_FINGERPRINT = "razor.model.fingerprint"  # in sidecars only
+
+UNSUPPORTED_KEYS = {
+    "attention.kv_lora_rank": "multi-head latent attention (MLA)",
+    "attention.sliding_window": "sliding window attention",
+    "attention.max_alibi_bias": "ALiBi",
+    "attention.causal": "non-causal attention (an encoder)",
+    "rope.dimension_sections": "M-RoPE",
+    "ssm.state_size": "recurrent layers",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Profile:
     """
 
     retrieval: tuple[np.ndarray, ...]
-    method: str = DEFAULT_METHOD
+    method: str = METHOD
     sink_tokens: int = DEFAULT_SINKS
     window_min: int = DEFAULT_WINDOW_MIN
     window_divisor: int = DEFAULT_WINDOW_DIVISOR
@@ -93,10 +103,8 @@ class Profile:
     calibration: dict[str, str | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ProfileError(
-                f"{KEY_METHOD} is '{self.method[:40]}', expected one of {', '.join(METHODS)}"
-            )
+        if self.method != METHOD:
+            raise ProfileError(f"{KEY_METHOD} is '{self.method[:40]}', expected '{METHOD}'")
         _check_range(KEY_SINK_TOKENS, self.sink_tokens, 0, MAX_SINKS)
         _check_range(KEY_WINDOW_MIN, self.window_min, 1, MAX_WINDOW)
         _check_range(KEY_WINDOW_DIVISOR, self.window_divisor, 0, MAX_WINDOW)
@@ -112,6 +120,9 @@ class Profile:
         for key, score in ((KEY_ECHO, self.echo_score), (KEY_INDUCTION, self.induction_score)):
             if score is not None and not np.isfinite(score).all():
                 raise ProfileError(f"{key} holds values that are not finite numbers")
+        for key, value in self.calibration.items():
+            if not isinstance(value, str):
+                _check_range(KEY_CALIBRATION_PREFIX + key, value, 0, 2**32 - 1)
 
     def flat(self) -> np.ndarray:
         """All heads, layer-major: uint8 [sum of n_head_kv], as the native library takes them."""
@@ -148,11 +159,11 @@ class Profile:
                 )
 
 
-def describe_heads(n_head_kv: tuple[int, ...]) -> str:
-    """For example "32 layers x 8 KV heads"."""
-    kinds = sorted(set(n_head_kv))
-    heads = str(kinds[0]) if len(kinds) == 1 else f"{kinds[0]} to {kinds[-1]}" if kinds else "no"
-    return f"{len(n_head_kv)} layers x {heads} KV heads"
+def describe_heads(heads: tuple[int, ...], kind: str = "KV") -> str:
+    """For example "32 layers x 8 KV heads"; heads: number of heads per layer."""
+    low, high = min(heads, default=0), max(heads, default=0)
+    count = str(low) if low == high else f"{low} to {high}"
+    return f"{len(heads)} layers x {count} {kind} heads"
 
 
 def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
@@ -256,6 +267,20 @@ def shape_from_header(header: Header) -> ModelShape:
     )
 
 
+def unsupported_feature(header: Header, arch: str) -> str | None:
+    """What in the metadata lets the native library refuse razor for this model, None if nothing.
+
+    The library decides by architecture when a context is created; this is for the tools that never
+    load it.
+    """
+    for key, feature in UNSUPPORTED_KEYS.items():
+        entry = header.entries.get(f"{arch}.{key}")
+        causal = key == "attention.causal"
+        if entry is not None and (entry.value == 0 if causal else entry.value != 0):
+            return feature
+    return None
+
+
 def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
     """Profile in a header, None without razor keys. Raises ProfileError or GGUFError."""
     entries = {k: e for k, e in header.entries.items() if k.startswith(KEY_PREFIX)}
@@ -265,60 +290,60 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
     def bad(text: str) -> ProfileError:
         return ProfileError(f"{header.path}: {text}")
 
-    version = header.number(KEY_VERSION, (U32,))
-    if version is None:
-        raise bad(f"has razor metadata without {KEY_VERSION}; convert the model again")
+    def required(key: str, kind: int) -> int | str:
+        value = header.string(key, 64) if kind == STRING else header.number(key, (kind,))
+        if value is None:
+            raise bad(f"has razor metadata without {key}; convert the model again")
+        return value
+
+    version = required(KEY_VERSION, U32)
     if version != VERSION:
         raise bad(
             f"has razor metadata of version {version}, this razor-local reads version {VERSION};"
             " update razor-local or convert the model again"
         )
-    method = header.string(KEY_METHOD, 64)
-    scores = {}
+    method = required(KEY_METHOD, STRING)
+    if method == "alibi":
+        raise UnsupportedError(
+            f"{header.path}: {KEY_METHOD} is 'alibi', and only 'rope' can be run; switch razor off"
+        )
     for key in entries:
-        if key == KEY_SCOPE and method != "alibi":
-            raise bad(f"{KEY_SCOPE} belongs to {KEY_METHOD} 'alibi', found '{method or 'rope'}'")
-        if key.startswith(KEY_HEAD_PREFIX) and key not in (
-            KEY_RETRIEVAL, KEY_ECHO, KEY_INDUCTION, KEY_SCOPE
-        ):  # fmt: skip
+        if key.startswith(KEY_HEAD_PREFIX) and key not in HEAD_KEYS:
             raise bad(f"has the unknown key '{key[:80]}'; update razor-local")
-
-    def number(key: str, default: int) -> int:
-        value = header.number(key, (U32,))
-        return default if value is None else int(value)
+    compensation = required(KEY_COMPENSATION, BOOL)
+    if compensation not in (0, 1):
+        raise bad(f"{KEY_COMPENSATION} holds the byte {compensation}, expected 0 or 1")
+    fingerprint = header.string(KEY_FINGERPRINT, 256)
+    if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", fingerprint):
+        raise bad(f"{KEY_FINGERPRINT} is '{fingerprint[:80]}', expected 64 hexadecimal digits")
 
     def per_head(key: str, element: int, heads: tuple[int, ...], kind: str) -> np.ndarray | None:
         values = header.array(key, element, MAX_LAYERS * MAX_HEADS)
         if values is not None and len(values) != sum(heads):
-            raise bad(f"{key} has {len(values)} elements, the model has {sum(heads)} {kind} heads")
+            raise bad(
+                f"{key} has {len(values)} elements, the model has {sum(heads)} {kind} heads"
+                f" ({describe_heads(heads, kind)})"
+            )
         return values
 
     flat = per_head(KEY_RETRIEVAL, U8, shape.n_head_kv, "KV")
     if flat is None:
         raise bad(f"has razor metadata without {KEY_RETRIEVAL}; convert the model again")
-    per_head(KEY_SCOPE, U32, shape.n_head_kv, "KV")
-    for key in (KEY_ECHO, KEY_INDUCTION):
-        scores[key] = per_head(key, F32, shape.n_head, "query")
-    compensation = header.number(KEY_COMPENSATION, (BOOL,))
-    if compensation not in (None, 0, 1):
-        raise bad(f"{KEY_COMPENSATION} holds the byte {compensation}, expected 0 or 1")
-    fingerprint = header.string(KEY_FINGERPRINT, 256)
-    if fingerprint is not None and len(fingerprint) != 64:
-        raise bad(f"{KEY_FINGERPRINT} is '{fingerprint[:80]}', expected 64 hexadecimal digits")
+    per_head(KEY_SCOPE, U32, shape.n_head_kv, "KV")  # of 'alibi' alone: checked, not used
     try:
         return Profile(
             retrieval=split_heads(flat, shape.n_head_kv),
-            method=DEFAULT_METHOD if method is None else method,
-            sink_tokens=number(KEY_SINK_TOKENS, DEFAULT_SINKS),
-            window_min=number(KEY_WINDOW_MIN, DEFAULT_WINDOW_MIN),
-            window_divisor=number(KEY_WINDOW_DIVISOR, DEFAULT_WINDOW_DIVISOR),
-            compensation=DEFAULT_COMPENSATION if compensation is None else bool(compensation),
-            echo_score=scores[KEY_ECHO],
-            induction_score=scores[KEY_INDUCTION],
+            method=method,
+            sink_tokens=required(KEY_SINK_TOKENS, U32),
+            window_min=required(KEY_WINDOW_MIN, U32),
+            window_divisor=required(KEY_WINDOW_DIVISOR, U32),
+            compensation=bool(compensation),
+            echo_score=per_head(KEY_ECHO, F32, shape.n_head, "query"),
+            induction_score=per_head(KEY_INDUCTION, F32, shape.n_head, "query"),
             calibration=_calibration(header),
         )
     except ProfileError as error:
-        raise bad(str(error)) from None
+        raise error if str(error).startswith(f"{header.path}:") else bad(str(error)) from None
 
 
 def split_heads(flat: np.ndarray, n_head_kv: tuple[int, ...]) -> tuple[np.ndarray, ...]:

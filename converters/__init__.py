@@ -1,0 +1,1 @@
+"""Ways from a model or a published head list to a razor profile in a GGUF."""
