@@ -28,7 +28,7 @@ from .profile import ModelShape, Profile, profile_from_header, read_sidecar, sha
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
 import llama_cpp  # noqa: E402
-from llama_cpp import llama_cpp as C  # noqa: E402, N812
+from llama_cpp import llama_cpp as C  # noqa: E402
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
@@ -324,9 +324,7 @@ class Llama(llama_cpp.Llama):
                 " retrieval heads, window); load it with the settings it was saved with"
             )
         if state.n_tokens > self._n_ctx:
-            raise StateError(
-                f"the state holds {state.n_tokens} tokens, the context {self._n_ctx}"
-            )
+            raise StateError(f"the state holds {state.n_tokens} tokens, the context {self._n_ctx}")
         native.clear_errors()
         size = state.llama_state_size
         data = (c_uint8 * size).from_buffer_copy(state.llama_state)

@@ -181,8 +181,8 @@ def load() -> Native:
     used = Path(lib._name)
     if not used.exists() or not used.resolve().samefile(path.resolve()):
         raise LibraryError(
-            f"llama_cpp was imported before razor_local and loaded {used}, razor-local needs {path};"
-            " import razor_local.Llama first, in a new process"
+            f"llama_cpp was imported before razor_local and loaded {used}, razor-local needs"
+            f" {path}; import razor_local.Llama first, in a new process"
         )
     for name, (argtypes, restype) in _FUNCTIONS.items():
         function = getattr(lib, name, None)
@@ -259,9 +259,7 @@ def _import_bindings(folder: Path) -> Any:
         import llama_cpp
         import llama_cpp.llama_cpp
     except ModuleNotFoundError as error:
-        raise LibraryError(
-            f"the Python package {error.name} is missing; {REINSTALL}"
-        ) from error
+        raise LibraryError(f"the Python package {error.name} is missing; {REINSTALL}") from error
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise LibraryError(
             f"{_library_in(folder)} cannot be loaded ({error}); {REINSTALL}"

@@ -1,0 +1,278 @@
+"""A conversation with a model, apart from any user interface.
+
+Chat keeps the messages, renders them with the model's own chat template, reuses what the KV cache
+already holds of them, and streams the answer. It never cuts a prompt: what does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import codecs
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .errors import ContextFullError, RazorError
+
+if TYPE_CHECKING:
+    from .llama import Llama, Prefill
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+class Model(Protocol):
+    """What Chat needs of a razor_local.Llama."""
+
+    n_tokens: int
+
+    def n_ctx(self) -> int: ...
+    def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
+    def piece(self, token: int) -> bytes: ...
+    def is_end(self, token: int) -> bool: ...
+    def is_special(self, token: int) -> bool: ...
+    def set_seed(self, seed: int) -> None: ...
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        progress: Callable[[int, int], object] | None = ...,
+        stop: Callable[[], bool] | None = ...,
+    ) -> Prefill: ...
+    def generate(self, tokens: Sequence[int], **sampling: Any) -> Iterable[int]: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; the meanings and defaults are llama.cpp's. temp 0: most likely token.
+
+    seed None: another one for every conversation.
+    """
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Numbers of the last turn. Counts in tokens.
+
+    n_prompt: the whole conversation before the answer, n_reused of it were in the cache already.
+    ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
+    "stopped" (stop() or an interrupt; with n_answer 0 the message was taken back).
+    """
+
+    n_prompt: int
+    n_reused: int
+    n_evaluated: int
+    n_answer: int
+    prompt_seconds: float
+    answer_seconds: float
+    ended: str
+
+    @property
+    def prompt_per_second(self) -> float:
+        return self.n_evaluated / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def answer_per_second(self) -> float:
+        return self.n_answer / self.answer_seconds if self.answer_seconds else 0.0
+
+
+def chat_template(model: Llama) -> Callable[[list[Message]], str]:
+    """The model's own chat template: renders messages up to where the answer begins.
+
+    Raises RazorError where the model has none; the function it returns, where the template refuses
+    the messages.
+    """
+    from llama_cpp import llama_cpp as C
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    source = C.llama_model_chat_template(model.model, None)
+    if source is None:
+        raise RazorError(
+            f"{model.model_path} has no chat template: it is not a chat model; use an instruct"
+            " version, or Llama.create_completion() for plain text"
+        )
+
+    def text_of(token: int) -> str:
+        return C.llama_vocab_get_text(C.llama_model_get_vocab(model.model), token).decode(
+            "utf-8", "replace"
+        )
+
+    bos, eos = model.token_bos(), model.token_eos()
+    try:
+        formatter = Jinja2ChatFormatter(
+            template=source.decode("utf-8", "replace"),
+            bos_token=text_of(bos) if bos >= 0 else "",
+            eos_token=text_of(eos) if eos >= 0 else "",
+        )
+    except Exception as error:  # jinja2.TemplateError, and whatever its extensions raise
+        raise RazorError(f"the model's chat template cannot be read: {error}") from error
+
+    def render(messages: list[Message]) -> str:
+        try:
+            return formatter(messages=messages).prompt
+        except Exception as error:
+            raise RazorError(f"the model's chat template refuses this: {error}") from error
+
+    return render
+
+
+class Chat:
+    """One conversation. messages may be read at any time, and is always valid to go on from.
+
+    render: see chat_template. max_tokens: of an answer, None for as many as fit; also the room that
+    a prompt must leave (None: a sixteenth of the context, at most 256).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        render: Callable[[list[Message]], str],
+        *,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.model = model
+        self.max_tokens = max_tokens
+        self.sampling = sampling or Sampling()
+        self.last: Turn | None = None
+        self._render = render
+        self._stopped = False
+        self._seed = secrets.randbits(31) if self.sampling.seed is None else self.sampling.seed
+        self._n_turns = 0
+        # the conversation up to its last answer as a template may write it, and its tokens
+        self._known_texts: tuple[str, ...] = ()
+        self._known_tokens: list[int] = []
+        self.messages: list[Message] = []
+        self.set_system(system)
+
+    @property
+    def reserve(self) -> int:
+        """Tokens that a prompt must leave free for the answer."""
+        return self.max_tokens or min(256, max(1, self.model.n_ctx() // 16))
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        first = self.messages[0] if self.messages else None
+        return first["content"] if first and first["role"] == "system" else None
+
+    def set_system(self, text: str | None) -> None:
+        """Replaces the system prompt (None: none) and keeps the rest of the conversation."""
+        rest = [m for m in self.messages if m["role"] != "system"]
+        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+
+    def clear(self) -> None:
+        """Forgets the conversation, keeps the system prompt."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self._known_texts, self._known_tokens = (), []
+
+    def stop(self) -> None:
+        """Ends the turn that is running, from a signal handler or another thread."""
+        self._stopped = True
+
+    @property
+    def n_used(self) -> int:
+        """Tokens of the context that the conversation takes so far, as of its last answer."""
+        return len(self._known_tokens)
+
+    def say(self, text: str, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
+        """Adds a user message and streams the answer in pieces of text; then last tells of it.
+
+        progress(n_done, n_prompt), in tokens, while the prompt is evaluated. The message and the
+        answer enter the conversation together: a turn stopped before its first token leaves no
+        trace, one stopped later keeps what was answered.
+        Raises ContextFullError for a prompt that does not fit, with the conversation unchanged.
+        """
+        model, n_ctx = self.model, self.model.n_ctx()
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._render(messages)
+        tokens = self._tokens_of(prompt)
+        n_prompt, reserve = len(tokens), self.reserve
+        if n_prompt + reserve > n_ctx:
+            raise ContextFullError(
+                f"the conversation with this message has {n_prompt} tokens and {reserve} are kept"
+                f" for the answer, the context holds {n_ctx}: shorten it, clear the conversation,"
+                f" or use a context of {-(-(n_prompt + reserve) // 256) * 256} or more"
+            )
+        self._stopped = False
+        started = time.perf_counter()
+        prefill = model.prefill(tokens, progress, lambda: self._stopped)
+        prefilled = time.perf_counter()
+        ended = "stopped"
+        answer: list[int] = []
+        raw: list[str] = []
+        said: list[str] = []
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        try:
+            for token in self._generate(tokens) if prefill.complete else ():
+                if model.is_end(token):
+                    ended = "end"
+                    break
+                answer.append(token)
+                piece = decoder.decode(model.piece(token))
+                raw.append(piece)
+                if len(answer) == 1 and piece[:1] == " " and piece[1:2].strip():
+                    piece = piece[1:]  # SentencePiece puts a space before the first word
+                if piece:
+                    said.append(piece)
+                    yield piece
+                if self._stopped:
+                    break
+                if self.max_tokens and len(answer) >= self.max_tokens:
+                    ended = "length"
+                    break
+                if n_prompt + len(answer) >= n_ctx:
+                    ended = "context"
+                    break
+            rest = decoder.decode(b"", final=True)  # an unfinished character
+            if rest:
+                raw.append(rest)
+                said.append(rest)
+                yield rest
+        finally:
+            # here too if the caller stops listening, or an interrupt or error comes in between
+            if answer or ended == "end":
+                content = "".join(said)
+                self.messages = [*messages, {"role": "assistant", "content": content}]
+                texts = ("".join(raw), content, content.strip())  # some templates strip
+                self._known_texts = tuple(prompt + text for text in dict.fromkeys(texts))
+                self._known_tokens = tokens + answer
+            self.last = Turn(
+                n_prompt=n_prompt,
+                n_reused=prefill.n_reused,
+                n_evaluated=prefill.n_evaluated,
+                n_answer=len(answer),
+                prompt_seconds=prefilled - started,
+                answer_seconds=time.perf_counter() - prefilled,
+                ended=ended,
+            )
+
+    def _generate(self, tokens: list[int]) -> Iterable[int]:
+        s = self.sampling
+        self.model.set_seed((self._seed + self._n_turns) % 2**32)
+        self._n_turns += 1
+        return self.model.generate(tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+
+    def _tokens_of(self, prompt: str) -> list[int]:
+        """Tokens of a rendered conversation.
+
+        Where it goes on from the last answer, the tokens of that answer are taken as the model
+        produced them: tokenized again they could differ, and the cache would have to go back.
+        """
+        for known in self._known_texts:
+            if prompt.startswith(known):
+                rest = self._tokenize(prompt[len(known) :])
+                # between plain words a tokenizer may merge or add a space; a turn marker is safe
+                if rest and self.model.is_special(rest[0]):
+                    return self._known_tokens + rest
+        return self._tokenize(prompt)
+
+    def _tokenize(self, text: str) -> list[int]:
+        # the template has written the BOS token, if the model wants one
+        return self.model.tokenize(text.encode("utf-8"), add_bos=False, special=True)

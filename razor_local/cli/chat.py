@@ -1,0 +1,301 @@
+"""razor-local chat: a conversation in the terminal, or one answer for a text on stdin."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import RazorError
+from ..plan import KV_TYPES
+
+if TYPE_CHECKING:
+    from ..chat import Chat
+    from ..llama import Llama
+
+DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"
+MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
+
+HELP = '''\
+/help          this text
+/clear         forget the conversation, keep the system prompt
+/system TEXT   set the system prompt (without TEXT: show it)
+/stats         KV heads, window and bytes of the cache, speed of the last turn
+/context       tokens used and left
+/exit          leave (also Ctrl-D)
+
+Paste a text of several lines and type a question behind it; Enter sends both, with an empty line
+between them. If your terminal does not mark what is pasted, put the message between two lines
+of """. Alt-Enter begins another line. Ctrl-C stops an answer and keeps what was said.'''
+
+DEFAULT_MODEL_HINT = """\
+This is the small built-in model. It only answers questions about facts in a text, such as: paste
+a text with "The secret code of Marlow is 48213." somewhere in it, then ask
+"What is the secret code of Marlow?". Start with 'razor-local chat MODEL.gguf' for a real model."""
+
+_KV_TYPE = click.Choice(list(KV_TYPES))
+
+
+@click.command(
+    "chat",
+    epilog="With a pipe on stdin the whole of it is one message: the answer goes to stdout. "
+    "Example: cat text.txt question.txt | razor-local chat",
+)
+@click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL.gguf]")
+@click.option(
+    "-c", "--ctx-size", type=click.IntRange(0), metavar="N",
+    help="Context size in tokens, 0: as trained.  [default: as trained, at most 32768]",
+)  # fmt: skip
+@click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+)  # fmt: skip
+@click.option("-t", "--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
+@click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    help="Prompt tokens per step.",
+)  # fmt: skip
+@click.option(
+    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    help="Prompt tokens per computation.",
+)  # fmt: skip
+@click.option("-ctk", "--cache-type-k", type=_KV_TYPE, default="f16", show_default=True)
+@click.option("-ctv", "--cache-type-v", type=_KV_TYPE, default="f16", show_default=True)
+@click.option(
+    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
+)
+@click.option("-s", "--seed", type=int, default=-1, metavar="N", help="-1: random.")
+@click.option(
+    "--temp", type=click.FloatRange(0), metavar="T",
+    help="Temperature, 0: always the most likely token.  [default: 0.8, built-in model 0]",
+)  # fmt: skip
+@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option(
+    "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
+    help="Razor profile of the model, if it is not in the model file.",
+)  # fmt: skip
+@click.option("--razor/--no-razor", default=True, help="RazorAttention.  [default: on]")
+@click.option(
+    "-n", "--predict", type=int, default=-1, metavar="N", show_default=True,
+    help="Tokens of an answer at most, -1: until it ends.",
+)  # fmt: skip
+def chat(model: Path | None, **options: Any) -> None:
+    """Chat with MODEL.gguf, or with the small built-in model."""
+    if options["sidecar"] and not options["razor"]:
+        raise click.UsageError("--sidecar and --no-razor exclude each other")
+    if options["predict"] == 0 or options["predict"] < -1:
+        raise click.UsageError("--predict is a number of tokens, or -1")
+    piped = None if sys.stdin.isatty() else _read_stdin()
+
+    llama = _load(model or DEFAULT_MODEL, options)
+
+    from ..chat import Chat, Sampling, chat_template
+
+    temp = options["temp"]
+    conversation = Chat(
+        llama,
+        chat_template(llama),
+        system=options["system"],
+        max_tokens=options["predict"] if options["predict"] > 0 else None,
+        sampling=Sampling(
+            temp=temp if temp is not None else (0.8 if model else 0.0),
+            top_p=options["top_p"],
+            min_p=options["min_p"],
+            seed=options["seed"] if options["seed"] >= 0 else None,
+        ),
+    )
+    if piped is not None:
+        _answer(llama, conversation, piped)
+        if conversation.last.ended == "stopped":
+            sys.exit(130)
+        return
+    _say(_describe(llama))
+    if model is None:
+        _say(DEFAULT_MODEL_HINT)
+    _say("/help for help, /exit to leave")
+    _converse(llama, conversation)
+
+
+def _read_stdin() -> str:
+    try:
+        text = click.get_binary_stream("stdin").read().decode("utf-8").strip("\r\n")
+    except UnicodeDecodeError as error:
+        raise RazorError(f"stdin is not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise RazorError("stdin is empty: pipe a message into it, or start from a terminal")
+    return text
+
+
+def _load(path: Path, options: dict[str, Any]) -> Llama:
+    from ..profile import read_model_shape
+    from ..terminal import ProgressBar, on_interrupt
+
+    n_ctx = options["ctx_size"]
+    trained = read_model_shape(path).n_ctx_train
+    if n_ctx is None:
+        n_ctx = min(trained, MAX_DEFAULT_CTX)
+    elif n_ctx > trained:
+        _say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
+    from ..llama import Llama
+
+    interrupted: list[bool] = []
+    try:
+        with ProgressBar("loading") as bar, on_interrupt(lambda: interrupted.append(True)):
+
+            def progress(part: float) -> bool:
+                bar.update(part, 1)
+                return not interrupted
+
+            return Llama(
+                path,
+                razor=options["sidecar"] or options["razor"],
+                progress=progress,
+                n_ctx=n_ctx,
+                n_gpu_layers=options["n_gpu_layers"],
+                n_threads=options["threads"],
+                n_threads_batch=options["threads"],
+                n_batch=options["batch_size"],
+                n_ubatch=options["ubatch_size"],
+                type_k=options["cache_type_k"],
+                type_v=options["cache_type_v"],
+                flash_attn=options["flash_attn"] == "on",
+            )
+    except RazorError:
+        if interrupted:
+            raise click.Abort() from None
+        raise
+
+
+def _converse(llama: Llama, conversation: Chat) -> None:
+    from ..terminal import MessageReader
+
+    reader = MessageReader()
+    while True:
+        try:
+            text = reader.read()
+        except KeyboardInterrupt:
+            _say("/exit or Ctrl-D to leave")
+            continue
+        if text is None:
+            return
+        try:
+            if text.startswith("/") and "\n" not in text:
+                if not _command(llama, conversation, text):
+                    return
+            elif text.strip():
+                _answer(llama, conversation, text)
+        except RazorError as error:
+            _say(f"Error: {error}")
+
+
+def _answer(llama: Llama, conversation: Chat, text: str) -> None:
+    """Streams one answer to stdout, then one line of numbers to stderr."""
+    from ..terminal import ProgressBar, on_interrupt
+
+    with ProgressBar("reading the prompt") as bar, on_interrupt(conversation.stop):
+        for piece in conversation.say(text, bar.update):
+            bar.close()
+            click.echo(piece, nl=False)
+    turn = conversation.last
+    if turn.n_answer:
+        click.echo()
+    if turn.ended == "stopped":
+        kept = "what was answered is kept" if turn.n_answer else "the message is not kept"
+        _say(f"(stopped; {kept})")
+    elif turn.ended == "context":
+        _say(f"(the context of {llama.n_ctx()} tokens is full: /clear, or start with a larger -c)")
+    elif turn.ended == "length":
+        _say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
+    _say(_numbers(llama, conversation))
+
+
+def _command(llama: Llama, conversation: Chat, line: str) -> bool:
+    """Runs a slash command; False to leave."""
+    name, _, argument = line[1:].partition(" ")
+    argument = argument.strip()
+    if name in ("exit", "quit", "bye"):
+        return False
+    if name in ("help", "?"):
+        _say(HELP)
+    elif name == "clear":
+        conversation.clear()
+        _say("the conversation is empty")
+    elif name == "system":
+        if argument:
+            conversation.set_system(argument)
+        _say(f"system prompt: {conversation.system or 'none'}")
+    elif name == "stats":
+        _say(_stats(llama, conversation))
+    elif name == "context":
+        used, n_ctx = conversation.n_used, llama.n_ctx()
+        _say(
+            f"{used} of {n_ctx} tokens used by {len(conversation.messages)} messages;"
+            f" {max(n_ctx - used - conversation.reserve, 0)} left for the next message,"
+            f" {conversation.reserve} kept for its answer"
+        )
+    else:
+        _say(f"Error: there is no /{name}; /help shows the commands")
+    return True
+
+
+def _describe(llama: Llama) -> str:
+    memory, plan = llama.memory(), llama.plan
+    name = llama.metadata.get("general.name") or Path(llama.model_path).name
+    if not memory.active:
+        return (
+            f"{name}, {memory.n_ctx} tokens, KV {_mib(memory.kv_bytes)}; razor is off: {memory.why}"
+        )
+    return (
+        f"{name}, {memory.n_ctx} tokens; razor: {plan.retrieval_kv_heads} of {plan.kv_heads} KV heads"
+        f" keep every token, the others {plan.sink_tokens} + the last {plan.window}; {_kv(memory)}"
+    )
+
+
+def _stats(llama: Llama, conversation: Chat) -> str:
+    memory, plan = llama.memory(), llama.plan
+    lines = [_describe(llama)]
+    if memory.active:
+        seq = llama.stats()
+        lines.append(
+            f"cache: {seq.n_tokens} tokens, {seq.n_folded} of them folded in local heads"
+            f" (frontier {seq.frontier}), types {plan.type_k}/{plan.type_v}"
+        )
+    if plan is not None:
+        sizes = ", ".join(f"{t} {_mib(plan.kv_bytes_full_as(t))}" for t in _full_types(plan))
+        lines.append(f"full cache of {memory.n_ctx} tokens: {sizes}")
+    if conversation.last is not None:
+        lines.append(_numbers(llama, conversation))
+    return "\n".join(lines)
+
+
+def _full_types(plan: Any) -> list[str]:
+    quantized = [t for t in ("q8_0", "q4_0") if plan.shape.head_dim_k % 32 == 0]
+    return ["f16", *(quantized if plan.shape.head_dim_v % 32 == 0 else [])]
+
+
+def _numbers(llama: Llama, conversation: Chat) -> str:
+    turn, memory = conversation.last, llama.memory()
+    prompt = f"{turn.n_evaluated} new tokens, {turn.prompt_per_second:.1f} tok/s"
+    return (
+        f"prompt {prompt} | answer {turn.n_answer} tokens, {turn.answer_per_second:.1f} tok/s"
+        f" | context {conversation.n_used}/{memory.n_ctx} | {_kv(memory)}"
+    )
+
+
+def _kv(memory: Any) -> str:
+    if not memory.active:
+        return f"KV {_mib(memory.kv_bytes)} (full cache)"
+    full = _mib(memory.kv_bytes_full)
+    return f"KV {_mib(memory.kv_bytes)} of {full} full ({memory.share:.0%})"
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.1f} MiB"
+
+
+def _say(text: str) -> None:
+    click.secho(text, err=True, dim=True)

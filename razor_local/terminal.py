@@ -1,0 +1,151 @@
+"""The terminal side of the chat command: reading messages, pasted texts too, and progress bars.
+
+Everything is written to stderr; stdout is for answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+BLOCK = '"""'  # begins and ends a message of several lines
+
+
+class MessageReader:
+    """Reads messages from a terminal.
+
+    A pasted text of several lines stands in the line as a short marker, whatever its size, so that
+    a question can be typed behind it. Terminals without bracketed paste have blocks between two
+    lines of three double quotes. Alt-Enter begins another line.
+    """
+
+    def __init__(self) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.keys import Keys
+        from prompt_toolkit.output import create_output
+
+        keys = KeyBindings()
+
+        @keys.add(Keys.BracketedPaste)
+        def _paste(event: Any) -> None:
+            event.current_buffer.insert_text(self.add_paste(event.data))
+
+        @keys.add("escape", "enter")
+        def _newline(event: Any) -> None:
+            event.current_buffer.insert_text("\n")
+
+        self._pastes: dict[str, str] = {}
+        self._n_pastes = 0
+        self._session = PromptSession(key_bindings=keys, output=create_output(stdout=sys.stderr))
+
+    def read(self) -> str | None:
+        """The next message, None at the end of input. Raises KeyboardInterrupt for Ctrl-C."""
+        self._pastes.clear()
+        try:
+            line = self._session.prompt(">>> ")
+            if line.lstrip().startswith(BLOCK):
+                line = self._read_block(line.lstrip()[len(BLOCK) :])
+        except EOFError:
+            return None
+        return self.expand(line).strip("\n")
+
+    def _read_block(self, line: str) -> str:
+        lines = [line]
+        while not lines[-1].rstrip().endswith(BLOCK):
+            lines.append(self._session.prompt("... "))
+        lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
+        return "\n".join(lines)
+
+    def add_paste(self, text: str) -> str:
+        """What stands in the line for a pasted text: itself if it is one line, else a marker."""
+        text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+        if "\n" not in text:
+            return text
+        self._n_pastes += 1
+        marker = f"[pasted text {self._n_pastes}: {text.count(chr(10)) + 1} lines]"
+        self._pastes[marker] = text
+        return marker
+
+    def expand(self, line: str) -> str:
+        """The line with the pasted texts in it, each set off by an empty line."""
+        for marker, text in self._pastes.items():
+            before, found, after = line.partition(marker)
+            if found:
+                parts = (before.rstrip(" "), text, after.lstrip(" "))
+                line = "\n\n".join(part for part in parts if part)
+        return line
+
+
+class ProgressBar:
+    """One line of progress that vanishes when it is done; nothing where stderr is no terminal."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: Any = None
+        self._task: Any = None
+
+    def update(self, done: float, total: float) -> None:
+        if self._bar is None:
+            if done >= total or not sys.stderr.isatty():
+                return
+            self._bar = self._start()
+            self._task = self._bar.add_task(self._what, total=total)
+        self._bar.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @staticmethod
+    def _start() -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.progress import TimeRemainingColumn as TimeLeft
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeLeft(),
+            # a copy of stderr: the bindings point file descriptor 2 elsewhere while loading
+            console=Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        bar.start()
+        return bar
+
+
+@contextlib.contextmanager
+def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
+    """Inside the block Ctrl-C calls action instead of raising; a second Ctrl-C raises as usual.
+
+    An exception in the middle of a native call or its callbacks would be lost or end half-way.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(_signal: int, _frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        action()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
