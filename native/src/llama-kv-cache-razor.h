@@ -1,0 +1,272 @@
+#pragma once
+
+#include "llama-hparams.h"
+#include "llama-kv-cache.h"
+#include "llama-razor-plan.h"
+
+#include <map>
+#include <vector>
+
+struct llm_graph_context;
+
+//
+// llama_kv_cache_razor
+//
+
+// a copy of the model's hparams in which layer il has as many KV heads as it has retrieval heads
+// a base class, so that it exists before llama_kv_cache keeps a reference to it
+struct llama_razor_hparams {
+    llama_razor_hparams(const llama_hparams & hparams, const llama_razor_plan & plan);
+
+    llama_hparams hparams_retrieval;
+};
+
+// two caches in one: the llama_kv_cache it derives from holds the retrieval heads and is upstream's full cache,
+// and each layer with local heads has a store of its own, cells = [sinks | compensation | ring of recent tokens]
+//
+// when the positions reach a new block, the part of the ring that leaves the window is folded into the compensation
+// token. The fold is part of the graph of the block's first ubatch: rows of the ring -> sum -> accumulator -> mean
+//
+// what the store holds after n tokens depends on the tokens alone: the fold frontier is a function of the position,
+// and no ubatch crosses a block
+class llama_kv_cache_razor : private llama_razor_hparams, public llama_kv_cache {
+public:
+    // the fold state of a stream, written by apply_local() alone
+    struct stream_state {
+        uint32_t n_high        = 0;  // positions below were written at some time since the last clear
+        uint32_t frontier      = 0;  // positions [sink_tokens, frontier) are folded
+        int64_t  frontier_prev = -1; // before the last fold, -1: cannot be undone
+        uint32_t slot          = 0;  // compensation cell and accumulator row in use
+    };
+
+    // what the graph of one ubatch does with the local stores
+    struct step_info {
+        uint32_t strm      = 0;
+        uint32_t pos0      = 0;  // first position of the ubatch
+        uint32_t n_kv      = 0;  // cells that the attention looks at
+        uint32_t frontier  = 0;
+        uint32_t slot      = 0;
+        uint32_t fold_from = 0;  // positions [fold_from, frontier) are folded before the ubatch is written
+        uint32_t n_fold    = 0;
+    };
+
+    // row of the accumulators that is always zero
+    static constexpr uint32_t SLOT_ZERO = 2;
+    static constexpr uint32_t N_SLOTS   = 3;
+
+    struct local_layer {
+        uint32_t il;
+
+        ggml_tensor * k; // type_k [n_embd_head_k*n_local, cells, n_stream]
+        ggml_tensor * v; // type_v [n_embd_head_v*n_local, cells, n_stream]
+
+        // sums of the folded rows, nullptr without compensation
+        ggml_tensor * k_sum; // F32 [n_embd_head_k*n_local, N_SLOTS, n_stream]
+        ggml_tensor * v_sum; // F32 [n_embd_head_v*n_local, N_SLOTS, n_stream]
+    };
+
+    llama_kv_cache_razor(
+            const llama_model & model,
+         const llama_cparams  & cparams,
+             llama_razor_plan   plan,
+                    ggml_type   type_k,
+                    ggml_type   type_v);
+
+    ~llama_kv_cache_razor() = default;
+
+    //
+    // llama_memory_i
+    //
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    // only the end of the sequence can be removed, and over a fold only as far as the ring still has the folded rows
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_kv_cache_razor specific API
+    //
+
+    // the ubatch was applied but its computation failed: go back to before it, or clear if the ring has lost rows
+    void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
+
+    // called for each ubatch before its graph is built
+    step_info apply_local(const llama_ubatch & ubatch);
+
+    // the step with the largest graph
+    step_info full_step() const;
+
+    const llama_razor_plan & get_plan() const { return plan; }
+
+    const local_layer * get_local(int32_t il) const; // nullptr: all heads of the layer are retrieval heads
+
+    uint32_t n_tokens(uint32_t strm) const;
+
+    const stream_state & get_state(uint32_t strm) const { return streams[strm]; }
+
+    // tokens that seq_rm() can remove from the end now
+    uint32_t n_rollback(uint32_t strm) const;
+
+    ggml_type get_type_k() const { return tk; }
+    ggml_type get_type_v() const { return tv; }
+
+    size_t bytes_retrieval_k(int32_t il) const;
+    size_t bytes_retrieval_v(int32_t il) const;
+
+    const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs_retrieval() const { return ctxs_bufs; }
+    const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs_local()     const { return ctxs_bufs_local; }
+
+private:
+    const llama_cparams & cparams;
+
+    const llama_razor_plan plan;
+
+    const ggml_type tk;
+    const ggml_type tv;
+
+    // an operation that local heads cannot follow was asked for: nothing is decoded until the cache is cleared
+    bool broken = false;
+
+    std::vector<stream_state> streams;
+
+    std::vector<local_layer> layers_local;
+
+    std::vector<int32_t> map_local; // model layer -> index in layers_local, -1: none
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs_local;
+
+    // the step of the last apply_local()
+    step_info last_step;
+
+    uint64_t fingerprint() const;
+
+    // true: the positions [frontier, n_high) below the fold frontier `to` are still in the ring
+    bool can_unfold(const stream_state & st, uint32_t to) const;
+
+    void unfold(stream_state & st, uint32_t to) const;
+};
+
+class llama_kv_cache_razor_context : public llama_kv_cache_context {
+public:
+    // used to create a full-cache context
+    llama_kv_cache_razor_context(llama_kv_cache_razor * kv);
+
+    // used to create a batch processing context from a batch
+    llama_kv_cache_razor_context(
+            llama_kv_cache_razor * kv,
+            slot_info_vec_t sinfos,
+            std::vector<llama_ubatch> ubatches);
+
+    bool apply() override;
+
+    const llama_kv_cache_razor            & get_kv()   const { return *kv_razor; }
+    const llama_kv_cache_razor::step_info & get_step() const { return step; }
+
+private:
+    llama_kv_cache_razor * kv_razor;
+
+    llama_kv_cache_razor::step_info step;
+};
+
+//
+// llm_graph_input_razor
+//
+
+// the inputs of the local heads of all layers
+class llm_graph_input_razor : public llm_graph_input_i {
+public:
+    llm_graph_input_razor(
+            ggml_context * ctx,
+            const llama_ubatch  & ubatch,
+            const llama_hparams & hparams,
+            const llama_cparams & cparams,
+            const llama_kv_cache_razor_context * mctx);
+
+    // added to the inputs of the graph when the memory is ours, else nullptr
+    static llm_graph_input_razor * create(
+            llm_graph_result * res,
+            ggml_context * ctx,
+            const llama_ubatch  & ubatch,
+            const llama_hparams & hparams,
+            const llama_cparams & cparams,
+            const llama_memory_context_i * mctx);
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    // the attention of a layer with local heads; nullptr: the layer has none and upstream's way is right
+    //   q_cur [n_embd_head_k, n_head,    n_tokens]
+    //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
+    //   v_cur [n_embd_head_v, n_head_kv, n_tokens]
+    // returns [n_embd_head_v*n_head, n_tokens]
+    ggml_tensor * build_attn(
+            const llm_graph_context & g,
+            const llm_graph_input_attn_kv & inp,
+            ggml_tensor * q_cur,
+            ggml_tensor * k_cur,
+            ggml_tensor * v_cur,
+            ggml_tensor * kq_b,
+            ggml_tensor * sinks,
+                  float   kq_scale,
+                    int   il) const;
+
+private:
+    // the order of the heads of a layer in the graph
+    struct head_order {
+        bool identity    = true;  // one group after the other already
+        bool local_first = false;
+
+        // when not identity: offsets in heads
+        size_t offs_q   = 0;
+        size_t offs_kv  = 0;
+        size_t offs_out = 0;
+    };
+
+    head_order make_order(int32_t il) const;
+
+    void build_fold(const llm_graph_context & g, ggml_tensor * store, ggml_tensor * sums) const;
+
+    ggml_tensor * cell_idxs = nullptr; // I64 [n_tokens]
+    ggml_tensor * mask      = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
+
+    // per layer and token, the heads in the order of the graph (see head_order)
+    ggml_tensor * heads     = nullptr; // I32 [n]
+
+    // of the fold, unused when n_fold == 0
+    ggml_tensor * fold_rows = nullptr; // I32 [n_fold]
+    ggml_tensor * fold_src  = nullptr; // I32 [1] row of the accumulators
+    ggml_tensor * fold_dst  = nullptr; // I64 [1]
+    ggml_tensor * fold_cell = nullptr; // I64 [1] compensation cell
+    ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
+
+    std::vector<head_order> orders; // per layer
+
+    // copies, because a reused graph outlives the parameters it was built with
+    const llama_hparams hparams;
+
+    const llama_kv_cache_razor_context * mctx;
+
+    // what the graph was built for
+    const uint32_t n_tokens;
+    const uint32_t n_kv;
+    const uint32_t n_fold;
+};

@@ -1,0 +1,128 @@
+#pragma once
+
+// RazorAttention for llama.cpp: the C API that libllama exports beside upstream's llama.h.
+//
+// Paper: "RazorAttention: Efficient KV Cache Compression Through Retrieval Heads", arXiv 2407.15891.
+//
+// Terms
+//   retrieval head      a KV head that keeps every token of the context
+//   local head          a KV head that keeps the sink tokens, a window of recent tokens and one compensation token
+//   compensation token  (k, v) = mean of the dropped keys and values, its logit gets + log(number of dropped tokens)
+//   fold                move the oldest tokens of the window into the compensation token
+//
+// The plan of a context, a function of n_ctx (the context size per sequence) and of llama_razor_params alone:
+//   L     = window > 0 ? window : max(window_min, window_divisor > 0 ? n_ctx/window_divisor : 0)
+//   B     = the largest power of two <= max(L/4, 1), clamped to [16, 256]                 (fold block)
+//   C     = compensation ? 2 : 0                                                            (compensation cells)
+//   cells = (sink_tokens + C + L + B + LLAMA_RAZOR_SLACK) rounded up to a multiple of 256   (cells of a local head)
+//   cells >= n_ctx, or no local head at all: nothing would be saved, the context runs upstream's own full cache
+//   A token at position p attends, in a local head, to the sinks, to the compensation token and to the
+//   positions [F(p), p] where F(p) = max(sink_tokens, B*floor(p/B) - L) is the fold frontier.
+//
+// Bytes of the cache of layer il, with r retrieval and l local KV heads of size d_k (K) and d_v (V):
+//   K     (r*n_ctx + l*cells) * row_size(type_k, d_k)
+//   V     (r'*n_ctx + l*cells) * row_size(type_v, d_v),  r' = r with flash attention; without it upstream pads the
+//         V cache of every layer that has a retrieval head to the widest layer: r' = (r > 0 ? max over layers of r : 0)
+//   sums  l > 0 && compensation ? 3*l*(d_k + d_v)*4 : 0                                     (F32 accumulators)
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LLAMA_RAZOR_API_VERSION 1
+#define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, over a fold too (at most one block)
+
+// set to a value other than "" and "0": razor metadata and overrides are ignored, upstream's own cache runs
+#define LLAMA_RAZOR_DISABLE_ENV "RAZOR_LOCAL_DISABLE"
+
+struct llama_razor_params {
+    uint32_t size;            // sizeof(struct llama_razor_params)
+    uint32_t enabled;         // 0: upstream's own cache, whatever the model's metadata says; the rest is ignored
+    uint32_t sink_tokens;     // N0, 0..4096
+    uint32_t window;          // L in tokens, 0: from window_min and window_divisor
+    uint32_t window_min;      // S0, 1..2^30
+    uint32_t window_divisor;  // C of the paper, 0: window_min alone decides
+    uint32_t compensation;    // 0/1
+    uint32_t n_retrieval;     // length of retrieval; 0: the mask of the model's metadata
+    const uint8_t * retrieval; // 0/1 per KV head, layer-major
+};
+
+// of a whole context
+struct llama_razor_stats {
+    uint32_t size;            // sizeof(struct llama_razor_stats), set by the caller
+    uint32_t active;          // 0: upstream's own cache runs; then only n_ctx, n_layer, n_stream and kv_bytes are set
+    uint32_t n_ctx;           // per sequence
+    uint32_t n_layer;         // layers of the mask
+    uint32_t n_stream;
+    uint32_t sink_tokens;
+    uint32_t window;          // L
+    uint32_t block;           // B
+    uint32_t cells;           // per local head
+    uint32_t compensation;
+    int32_t  type_k;          // enum ggml_type
+    int32_t  type_v;
+    uint64_t kv_bytes;        // all KV buffers together, as allocated by the backends
+    uint64_t kv_bytes_retrieval;
+    uint64_t kv_bytes_local;  // accumulators included
+    uint32_t n_buffers;       // see llama_razor_get_buffer
+    uint32_t reserved;
+};
+
+struct llama_razor_layer_stats {
+    uint32_t size;
+    uint32_t n_head_kv;
+    uint32_t n_retrieval;     // KV heads
+    uint32_t n_local;
+    uint64_t bytes_k;         // tensor bytes, retrieval + local
+    uint64_t bytes_v;
+    uint64_t bytes_sums;
+};
+
+struct llama_razor_seq_stats {
+    uint32_t size;
+    uint32_t n_tokens;        // tokens in the cache
+    uint32_t frontier;        // F: positions [sink_tokens, frontier) are folded
+    uint32_t n_folded;        // N_d = frontier - sink_tokens
+    uint32_t n_rollback;      // llama_memory_seq_rm can remove at least this many tokens from the end
+    uint32_t reserved;
+};
+
+struct llama_razor_buffer_stats {
+    uint32_t size;
+    uint32_t is_local;        // 1: buffer of the local heads, 0: of the retrieval heads
+    uint64_t bytes;
+    char     name[64];        // buffer type, for example "CPU" or "CUDA0"
+};
+
+// LLAMA_RAZOR_API_VERSION of the library
+LLAMA_API uint32_t llama_razor_api_version(void);
+
+// "<llama-cpp-python version> <sdist sha256> <build options>" of the pin that the library was built from
+LLAMA_API const char * llama_razor_build_info(void);
+
+// what contexts that this thread creates from now on do, instead of what the model's metadata says
+// NULL: back to the metadata. The struct and the mask are copied.
+// A mask that does not fit the model makes the creation of the context fail (see llama_razor_last_error).
+// returns false, with llama_razor_last_error() set, on a struct of the wrong size or a value out of range
+LLAMA_API bool llama_razor_set_override(const struct llama_razor_params * params);
+
+// why the last razor call, model load or context creation of this thread was refused; "" if it was not
+LLAMA_API const char * llama_razor_last_error(void);
+
+// the number of layers the mask covers, and the KV heads of each (n_head_kv may be NULL)
+LLAMA_API uint32_t llama_razor_model_layers(const struct llama_model * model, uint32_t * n_head_kv, uint32_t n_max);
+
+// false: the size member is not the library's, or the index is out of range
+LLAMA_API bool llama_razor_get_stats (const struct llama_context * ctx, struct llama_razor_stats * stats);
+LLAMA_API bool llama_razor_get_layer (const struct llama_context * ctx, uint32_t il, struct llama_razor_layer_stats * stats);
+LLAMA_API bool llama_razor_get_seq   (const struct llama_context * ctx, llama_seq_id seq_id, struct llama_razor_seq_stats * stats);
+LLAMA_API bool llama_razor_get_buffer(const struct llama_context * ctx, uint32_t i, struct llama_razor_buffer_stats * stats);
+
+#ifdef __cplusplus
+}
+#endif
