@@ -11,10 +11,6 @@ import pytest
 import tiny_models
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than about 20 seconds")
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny(spec, extra_kv) -> path of the GGUF, written once per run."""

@@ -1,6 +1,7 @@
 """Drives libllama through the low-level llama_cpp bindings, in one place for all native tests.
 
-One process loads one library: the package's own (or the folder that LLAMA_CPP_LIB_PATH names).
+One process loads one library: the package's own (razor_local.native finds it), or the one in the
+folder that LLAMA_CPP_LIB_PATH names.
 `Worker` runs the same code in a child process on another library, for comparison with a stock
 build, or on the same library, for what must work in another process or may not crash this one.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
 import pickle
 import random
@@ -133,28 +135,30 @@ def override(razor: Any, **changes: Any) -> Override:
 @functools.cache
 def bindings() -> ModuleType:
     """The low-level bindings on this process's library, its log switched off."""
-    if "LLAMA_CPP_LIB_PATH" not in os.environ:
-        import razor_local.native  # noqa: F401  names the package's library to llama_cpp
-    import llama_cpp.llama_cpp as llama
+    if "LLAMA_CPP_LIB_PATH" in os.environ:
+        import llama_cpp.llama_cpp as llama
 
-    llama.llama_log_set(_silent_log(llama), None)
+        llama.llama_log_set(_log, None)
+    else:
+        from razor_local import native
+
+        native.load()
+        import llama_cpp.llama_cpp as llama
     llama.llama_backend_init()
     return llama
 
 
-@functools.cache
-def _silent_log(llama: ModuleType) -> Any:
-    def log(level: int, text: bytes, data: Any) -> None:
-        if os.environ.get("RAZOR_TEST_LOG"):
-            sys.stderr.write(text.decode(errors="replace"))
-
-    return llama.llama_log_callback(log)  # kept alive by the cache
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _log(level: int, text: bytes, data: Any) -> None:
+    if os.environ.get("RAZOR_TEST_LOG"):
+        sys.stderr.write(text.decode(errors="replace"))
 
 
 @functools.cache
 def razor_api() -> ctypes.CDLL:
     """The library with the prototypes of llama-razor.h set. AttributeError: a stock library."""
-    lib = bindings()._lib
+    # a handle of its own: razor_local.native declares the same functions with its own structs
+    lib = ctypes.CDLL(bindings()._lib._name)
     ctx, u32 = ctypes.c_void_p, ctypes.c_uint32
     for name, args, result in (
         ("api_version", [], u32),
@@ -472,6 +476,19 @@ def refusal(path: str, razor: Override | None = None, **params: Any) -> str | No
     return None
 
 
+def rss_growth(path: str, razor: Override | None, params: dict[str, Any]) -> int:
+    """Bytes of resident memory that creating a context adds (Linux)."""
+    with Model(path) as model:
+        before = _rss()
+        with Context(model, razor, **params):
+            return _rss() - before
+
+
+def _rss() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def ping() -> bool:
     """Whether the worker's library is patched."""
     return is_patched()
@@ -480,12 +497,17 @@ def ping() -> bool:
 class Worker:
     """A child process on another library: worker(function of this module, arguments)."""
 
-    def __init__(self, lib_dir: str | Path | None, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        lib_dir: str | Path | None,
+        env: dict[str, str] | None = None,
+        preload: str | None = None,  # a test module that adds functions to this one
+    ) -> None:
         child_env = dict(os.environ) | (env or {})
         if lib_dir is not None:
             child_env["LLAMA_CPP_LIB_PATH"] = str(lib_dir)
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *([preload] if preload else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=child_env,
@@ -549,4 +571,6 @@ def random_splits(n: int, largest: int, seed: int) -> list[int]:
 if __name__ == "__main__":
     # unpickled arguments name their classes by this module's import name
     sys.modules["runner"] = sys.modules["__main__"]
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     _serve()

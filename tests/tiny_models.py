@@ -107,7 +107,7 @@ def make_weights(spec: TinySpec) -> dict[str, np.ndarray]:
             # hiding errors of the cache
             linear(f"{blk}.ffn_up.weight", spec.n_ff, d, 1.0)
             tensor(f"{blk}.ffn_up.bias", (spec.n_ff,), 0.1)
-            linear(f"{blk}.ffn_down.weight", d, spec.n_ff, 0.1)
+            linear(f"{blk}.ffn_down.weight", d, spec.n_ff, 0.01)
             tensor(f"{blk}.ffn_down.bias", (d,), 0.1)
         else:
             linear(f"{blk}.ffn_gate.weight", spec.n_ff, d, 1.0)
