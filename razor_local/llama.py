@@ -171,8 +171,7 @@ class Llama(llama_cpp.Llama):
         if self._progress_error is not None:
             raise self._progress_error
         if reason:
-            kind = UnsupportedError if _native.last_error() else RazorError
-            raise kind(reason)
+            raise (UnsupportedError if _native.last_error() else RazorError)(reason)
         self._check_plan()
 
     # -- what razor does --
@@ -307,38 +306,32 @@ class Llama(llama_cpp.Llama):
 
     # -- state --
 
-    def save_state(self) -> llama_cpp.LlamaState:
-        state = super().save_state()
-        state.razor_plan = self._plan_key()
-        return state
-
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """Continues from a saved state. Raises StateError for a state of another plan.
+        """Continues from a state of save_state(), of a context with the same plan.
 
-        A state that is refused before it is read leaves the context as it was; one that turns out
-        bad while it is read leaves it empty.
+        Raises StateError for another state; the context is then as it was, or empty where the
+        state turned out to be damaged half-way.
         """
-        if getattr(state, "razor_plan", None) != self._plan_key():
-            raise StateError(
-                "the state was saved by a context with another plan (context size, KV types,"
-                " retrieval heads, window); load it with the settings it was saved with"
-            )
         if state.n_tokens > self._n_ctx:
-            raise StateError(f"the state holds {state.n_tokens} tokens, the context {self._n_ctx}")
+            raise StateError(
+                f"the state holds {state.n_tokens} tokens, the context only {self._n_ctx}; use a"
+                " larger n_ctx"
+            )
         native.clear_errors()
         size = state.llama_state_size
         data = (c_uint8 * size).from_buffer_copy(state.llama_state)
+        self._requires_eval = True
         if C.llama_state_set_data(self.ctx, data, size) != size:
-            self._clear_cache()
-            raise StateError(
-                f"the state cannot be loaded: {self._reason()}; the context is empty now"
-            )
+            reason = self._reason()
+            if self._n_cached() != self.n_tokens:
+                self._clear_cache()
+                reason += "; the context is empty now"
+            raise StateError(f"the state cannot be loaded: {reason}")
         n = state.n_tokens
         self.n_tokens = n
         self.input_ids[:n] = state.input_ids[:n]
         rows = min(len(self.scores), len(state.scores))
         self.scores[:rows] = state.scores[:rows]
-        self._requires_eval = True
         self._seed = state.seed
 
     def close(self) -> None:
@@ -375,18 +368,15 @@ class Llama(llama_cpp.Llama):
         self._batch.set_batch(batch=batch, n_past=n_past, logits_all=self._logits_all)
         code = C.llama_decode(self.ctx, self._batch.batch)
         if code != 0:
+            reason = self._reason()
             self._after_failed_decode(batch, n_past)
             if code == _ABORTED:
                 raise _AbortedError("the computation was stopped")
-            if code == _NO_SLOT:
-                raise ContextFullError(
-                    f"no room for {n} more tokens after {n_past} in a context of {self._n_ctx};"
-                    " use a larger n_ctx"
-                )
-            raise RazorError(
-                f"evaluating {n} tokens after {n_past} failed (llama_decode {code}):"
-                f" {self._reason()}"
-            )
+            full = code == _NO_SLOT and reason in ("", "the context is full")
+            what = f"{n} tokens after {n_past} in a context of {self._n_ctx}"
+            if full:
+                raise ContextFullError(f"there is no room for {what}; use a larger n_ctx")
+            raise RazorError(f"evaluating {what} failed: {reason or f'llama_decode {code}'}")
         self.input_ids[n_past : n_past + n] = batch
         if self._logits_all:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
@@ -399,12 +389,16 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
         if self._logits_all:  # the logits of that part were not kept
             return
-        n = C.llama_memory_seq_pos_max(C.llama_get_memory(self.ctx), 0) + 1
+        n = self._n_cached()
         if n_past <= n <= n_past + len(batch) and self._ctx.kv_cache_seq_rm(-1, n, -1):
             self.input_ids[n_past:n] = batch[: n - n_past]
             self.n_tokens = n
         else:
             self._clear_cache()
+
+    def _n_cached(self) -> int:
+        """Tokens in the cache itself."""
+        return C.llama_memory_seq_pos_max(C.llama_get_memory(self.ctx), 0) + 1
 
     def _clear_cache(self) -> None:
         self.n_tokens = 0
@@ -417,22 +411,17 @@ class Llama(llama_cpp.Llama):
         return int(differs[0]) if differs.size else n
 
     def _reason(self) -> str:
-        return _native.last_error() or " / ".join(native.error_lines()[-2:]) or "no reason given"
+        """Why the last native call failed, "" if it gave no reason."""
+        razor = _native.last_error() if self._profile is not None else ""
+        return razor or "; ".join(native.error_lines()[-2:])
 
     def _load_error(self, model_path: str, error: Exception) -> str:
-        reason = self._reason()
+        reason = self._reason() or "the native library gives no reason"
         if hasattr(self, "_model"):
             return f"no context could be created for {model_path}: {reason}"
         if str(error).startswith("Failed to load model"):
             return f"{model_path} could not be loaded: {reason}"
         return str(error)
-
-    def _plan_key(self) -> dict[str, Any] | None:
-        """What two contexts must share so that a state of one can be loaded by the other."""
-        if self._plan is None or not self._plan.active:
-            return None
-        key = self._plan.to_dict()
-        return {**key, "heads": [layer.tolist() for layer in self._profile.retrieval]}
 
     def _check_plan(self) -> None:
         """The plan that every tool prints must be what the library allocated."""

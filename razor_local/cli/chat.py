@@ -246,12 +246,10 @@ def _describe(llama: Llama) -> str:
     memory, plan = llama.memory(), llama.plan
     name = llama.metadata.get("general.name") or Path(llama.model_path).name
     if not memory.active:
-        return (
-            f"{name}, {memory.n_ctx} tokens, KV {_mib(memory.kv_bytes)}; razor is off: {memory.why}"
-        )
+        return f"{name}, {memory.n_ctx} tokens; razor is off ({memory.why}); {_kv(memory)}"
     return (
-        f"{name}, {memory.n_ctx} tokens; razor: {plan.retrieval_kv_heads} of {plan.kv_heads} KV heads"
-        f" keep every token, the others {plan.sink_tokens} + the last {plan.window}; {_kv(memory)}"
+        f"{name}, {memory.n_ctx} tokens; {plan.retrieval_kv_heads} of {plan.kv_heads} KV heads keep"
+        f" every token, the others {plan.sink_tokens} and the last {plan.window}; {_kv(memory)}"
     )
 
 
