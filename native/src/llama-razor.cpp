@@ -291,7 +291,7 @@ static llama_razor_plan razor_make_plan(const llama_razor_profile & profile, con
         window = std::max<uint64_t>(profile.window_min, profile.window_divisor > 0 ? n_ctx/profile.window_divisor : 0);
     }
 
-    uint32_t block = 16;
+    uint32_t block = 64;
     while (block < 256 && 2*block <= window/4) {
         block *= 2;
     }
@@ -450,7 +450,7 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
     res.size     = sizeof(res);
     res.n_ctx    = ctx->get_cparams().n_ctx_seq;
     res.n_layer  = model.hparams.n_layer();
-    res.n_stream = 1;
+    res.n_stream = ctx->get_cparams().kv_unified ? 1 : ctx->get_cparams().n_seq_max;
 
     const auto * memory = ctx->get_memory();
     if (memory) {
