@@ -154,7 +154,7 @@ class Llama(llama_cpp.Llama):
 
         native.clear_errors()
         try:
-            with _native.override(_params(profile)):
+            with _native.override(native.make_params(profile)):
                 super().__init__(
                     model_path,
                     n_ctx=n_ctx,
@@ -501,21 +501,6 @@ def _refuse_options(kwargs: dict[str, Any]) -> None:
             "embedding=True needs a cache of several sequences, razor serves one yet; pass"
             " razor=False"
         )
-
-
-def _params(profile: Profile | None) -> native.Params:
-    params = native.Params(size=ctypes.sizeof(native.Params))
-    if profile is None:
-        return params  # enabled = 0
-    heads = profile.flat()
-    params.enabled = 1
-    params.sink_tokens = profile.sink_tokens
-    params.window_min = profile.window_min
-    params.window_divisor = profile.window_divisor
-    params.compensation = profile.compensation
-    params.n_retrieval = heads.size
-    params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
-    return params
 
 
 def _type_name(kv_type: int | str | None) -> str:

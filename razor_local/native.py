@@ -18,9 +18,12 @@ from ctypes import c_bool, c_char, c_char_p, c_int32, c_uint8, c_uint32, c_uint6
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import LibraryError
+
+if TYPE_CHECKING:
+    from .profile import Profile
 
 API_VERSION = 1  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
@@ -169,6 +172,22 @@ class Native:
         if not getattr(self.lib, function)(*args, ctypes.byref(out)):
             raise IndexError(f"{function}{args[1:]} has nothing for this context")
         return out
+
+
+def make_params(profile: Profile | None) -> Params:
+    """What override() takes for a profile; None switches razor off."""
+    params = Params(size=ctypes.sizeof(Params))
+    if profile is None:
+        return params  # enabled = 0
+    heads = profile.flat()
+    params.enabled = 1
+    params.sink_tokens = profile.sink_tokens
+    params.window_min = profile.window_min
+    params.window_divisor = profile.window_divisor
+    params.compensation = profile.compensation
+    params.n_retrieval = heads.size
+    params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
+    return params
 
 
 @cache
