@@ -1,4 +1,4 @@
-"""Makes razor_local/data/razor-default.gguf, the model that `razor-local chat` starts without MODEL.
+"""Makes razor_local/data/razor-default.gguf, which `razor-local chat` starts without MODEL.
 
     python models/make_default.py FOLDER [--type q8_0]
 
@@ -21,9 +21,9 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
-
 from razor_local.converters.heads import profile_from_heads
 from razor_local.converters.write import write_copy
+
 from razor_local.profile import read_model_shape
 
 HERE = Path(__file__).resolve().parent

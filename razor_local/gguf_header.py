@@ -259,15 +259,18 @@ class _Reader:
     def u64(self, what: str) -> int:
         return int.from_bytes(self.take(8, what), "little")
 
-    def text(self, cap: int, what: str) -> str:
+    def name(self, cap: int, what: str) -> str:
         length = self.u64(what)
         if length > cap:
             raise self.fail(f"{what} is {length} bytes long, expected at most {cap}")
         raw = self.take(length, what)
         try:
-            return raw.decode("utf-8")
+            text = raw.decode("utf-8")
         except UnicodeDecodeError:
             raise self.fail(f"{what} is not valid UTF-8") from None
+        if not text.isprintable():  # messages print names: no line breaks, no terminal codes
+            raise self.fail(f"{what} holds control characters")
+        return text
 
     # -- the header
 
@@ -291,7 +294,7 @@ class _Reader:
         for i in range(n_keys):
             entry = self.entry(i)
             if entry.key in entries:
-                raise self.fail(f"metadata key '{entry.key}' appears twice")
+                raise self.fail(f"metadata key '{entry.key[:80]}' appears twice")
             entries[entry.key] = entry
         metadata_end = self.pos
 
@@ -322,7 +325,7 @@ class _Reader:
 
     def entry(self, i: int) -> Entry:
         start = self.pos
-        key = self.text(MAX_KEY_BYTES, f"the name of metadata key {i}")
+        key = self.name(MAX_KEY_BYTES, f"the name of metadata key {i}")
         if not key:
             raise self.fail(f"the name of metadata key {i} is empty")
         what = f"the value of key '{key[:80]}'"
@@ -331,7 +334,7 @@ class _Reader:
         if kind == ARRAY:
             element = self.kind(key)
             if element == ARRAY:
-                raise self.fail(f"key '{key}' is an array of arrays, which llama.cpp cannot read")
+                raise self.fail(f"key '{key[:80]}' is an array of arrays, llama.cpp refuses those")
             count = self.u64(what)
             data = self.pos
             if element == STRING:
@@ -357,7 +360,7 @@ class _Reader:
     def kind(self, key: str) -> int:
         kind = self.u32(f"the type of key '{key[:80]}'")
         if kind >= len(TYPE_NAMES):
-            raise self.fail(f"key '{key}' has the unknown type {kind}")
+            raise self.fail(f"key '{key[:80]}' has the unknown type {kind}")
         return kind
 
     def skip_strings(self, count: int, what: str) -> None:
@@ -390,7 +393,7 @@ class _Reader:
         return n
 
     def tensor_row(self, i: int) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.text(MAX_NAME_BYTES, f"the name of tensor {i}")
+        name = self.name(MAX_NAME_BYTES, f"the name of tensor {i}")
         what = f"the description of tensor '{name}'"
         n_dims = self.u32(what)
         if n_dims > MAX_DIMS:

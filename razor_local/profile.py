@@ -104,7 +104,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         if self.method != METHOD:
-            raise ProfileError(f"{KEY_METHOD} is '{self.method[:40]}', expected '{METHOD}'")
+            raise ProfileError(f"{KEY_METHOD} is {self.method[:40]!r}, expected '{METHOD}'")
         _check_range(KEY_SINK_TOKENS, self.sink_tokens, 0, MAX_SINKS)
         _check_range(KEY_WINDOW_MIN, self.window_min, 1, MAX_WINDOW)
         _check_range(KEY_WINDOW_DIVISOR, self.window_divisor, 0, MAX_WINDOW)
@@ -190,11 +190,11 @@ def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
             " 'razor-local convert MODEL.gguf --heads FILE.tsv --sidecar -o OUT.gguf'"
         )
     if fingerprint != shape.fingerprint:
-        other = header.string("general.name") or "another model"
+        other = header.string("general.name") or "without a name"
         raise ProfileError(
-            f"{path} is the sidecar of another model file ({other[:80]}, fingerprint"
-            f" {fingerprint[:12]}), this model is {shape.name[:80] or shape.path}"
-            f" ({shape.fingerprint[:12]})"
+            f"{path} is the sidecar of another model file ({other[:80]!r}, fingerprint"
+            f" {fingerprint[:12]!r}), this model is {shape.name[:80]!r}"
+            f" ({shape.fingerprint[:12]}); make a sidecar of this file"
         )
     profile = profile_from_header(header, shape)
     if profile is None:
@@ -209,7 +209,7 @@ def shape_from_header(header: Header) -> ModelShape:
         return ProfileError(f"{header.path}: {text}")
 
     arch = header.string("general.architecture", 256)
-    if not arch:
+    if not arch or not arch.isprintable():
         raise bad("has no general.architecture, so it is no language model that can be run")
 
     def size(key: str, default: int | None, low: int, high: int) -> int:
@@ -315,7 +315,7 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
         raise bad(f"{KEY_COMPENSATION} holds the byte {compensation}, expected 0 or 1")
     fingerprint = header.string(KEY_FINGERPRINT, 256)
     if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", fingerprint):
-        raise bad(f"{KEY_FINGERPRINT} is '{fingerprint[:80]}', expected 64 hexadecimal digits")
+        raise bad(f"{KEY_FINGERPRINT} is {fingerprint[:80]!r}, expected 64 hexadecimal digits")
 
     def per_head(key: str, element: int, heads: tuple[int, ...], kind: str) -> np.ndarray | None:
         values = header.array(key, element, MAX_LAYERS * MAX_HEADS)

@@ -1,0 +1,289 @@
+"""The plan's arithmetic: hand-computed numbers, then properties that hold for every plan."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from razor_local.errors import ProfileError, UnsupportedError
+from razor_local.plan import KV_TYPES, SLACK, fold_block, make_plan, row_size
+from razor_local.profile import ModelShape, Profile
+
+
+def shape(n_head_kv: tuple[int, ...], d_k: int = 128, d_v: int = 128, n_ctx_train: int = 8192):
+    n_head = tuple(4 * n for n in n_head_kv)
+    return ModelShape("llama", len(n_head_kv), n_head, n_head_kv, d_k, d_v, n_ctx_train)
+
+
+def profile(rows: list[list[int]], **options) -> Profile:
+    return Profile(tuple(np.array(row, np.uint8) for row in rows), **options)
+
+
+def with_counts(n_head_kv: tuple[int, ...], counts: list[int], **options) -> Profile:
+    return profile(
+        [[1] * r + [0] * (n - r) for n, r in zip(n_head_kv, counts, strict=True)], **options
+    )
+
+
+def test_row_sizes():
+    sizes = {
+        "f32": 512, "f16": 256, "bf16": 256, "q8_0": 136, "q5_1": 96, "q5_0": 88, "q4_1": 80,
+        "q4_0": 72,
+    }  # fmt: skip
+    assert {name: row_size(name, 128) for name in KV_TYPES} == sizes
+
+
+def test_types_are_those_of_ggml():
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for name, info in KV_TYPES.items():
+        kind = GGMLQuantizationType[name.upper()]
+        assert info.ggml_id == int(kind)
+        assert (info.block, info.block_bytes) == GGML_QUANT_SIZES[kind]
+
+
+@pytest.mark.parametrize(
+    ("window", "block"),
+    [(1, 64), (256, 64), (511, 64), (512, 128), (1023, 128), (1024, 256), (2**30, 256)],
+)  # fmt: skip
+def test_fold_block(window, block):
+    assert fold_block(window) == block
+
+
+def test_32k_by_hand():
+    """Llama 3.1 8B: 32 layers x 8 KV heads of 128, 38 retrieval heads, n_ctx 32,768, f16.
+
+    L = max(4000, 32768/5) = 6553; B = 256; 4 + 2 + 6553 + 256 + 64 = 6879 -> 6912 cells.
+    Rows of 256 bytes. 38*32768 + 218*6912 = 2,752,000 rows for K and for V.
+    Sums: 3 * 218 * 256 * 4 bytes. Full: 256 * 32768 rows, twice.
+    """
+    heads = (8,) * 32
+    counts = [2, 2, 2, 2, 2, 2] + [1] * 26
+    plan = make_plan(shape(heads), with_counts(heads, counts), 32768)
+    assert plan.active and plan.why_inactive is None
+    assert (plan.window, plan.block, plan.cells) == (6553, 256, 6912)
+    assert (plan.kv_heads, plan.retrieval_kv_heads) == (256, 38)
+    assert 38 * 32768 + 218 * 6912 == 2_752_000
+    assert plan.kv_bytes == 2 * 2_752_000 * 256 + 3 * 218 * 256 * 4 == 1_409_693_696
+    assert plan.kv_bytes_full == 2 * 256 * 32768 * 256 == 4_294_967_296
+    assert plan.share == pytest.approx(0.3282, abs=1e-4)
+
+
+def test_small_context_by_hand():
+    """4 layers x 4 KV heads of 32, heads (1,0) (1,1) (1,2), window max(256, 2048/8), q8_0 K.
+
+    4 + 2 + 256 + 64 + 64 = 390 -> 512 cells. K rows 34 bytes, V rows 64 bytes.
+    """
+    rows = [[0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    small = profile(rows, window_min=256, window_divisor=8)
+    plan = make_plan(shape((4,) * 4, 32, 32), small, 2048, "q8_0", "f16")
+    local, mixed = plan.layers[0], plan.layers[1]
+    assert plan.cells == 512
+    assert (local.n_retrieval, local.n_local) == (0, 4)
+    assert (local.bytes_k, local.bytes_v) == (4 * 512 * 34, 4 * 512 * 64)
+    assert local.bytes_sums == 3 * 4 * 64 * 4
+    assert (mixed.n_retrieval, mixed.n_local) == (3, 1)
+    assert mixed.bytes_k == (3 * 2048 + 512) * 34
+    assert mixed.bytes_v == (3 * 2048 + 512) * 64
+    assert plan.kv_bytes == sum(layer.kv_bytes for layer in plan.layers)
+
+
+def test_without_flash_attention_v_is_as_wide_as_the_widest_layer():
+    heads = (4, 4, 2)
+    p = with_counts(heads, [3, 1, 0], window_min=64, window_divisor=0)
+    plan = make_plan(shape(heads, 64, 32), p, 4096, flash_attn=False)
+    cells = plan.cells
+    assert [layer.bytes_v for layer in plan.layers] == [
+        (3 * 4096 + 1 * cells) * 64,
+        (3 * 4096 + 3 * cells) * 64,
+        (0 * 4096 + 2 * cells) * 64,  # no retrieval head: nothing is stored to be padded
+    ]
+    assert [layer.bytes_k for layer in plan.layers] == [
+        (3 * 4096 + 1 * cells) * 128,
+        (1 * 4096 + 3 * cells) * 128,
+        (0 * 4096 + 2 * cells) * 128,
+    ]
+    assert plan.kv_bytes_full == 4096 * (10 * 128 + 12 * 64)
+
+
+def test_different_key_and_value_sizes():
+    p = with_counts((2,), [1], window_min=64, window_divisor=0, compensation=False)
+    plan = make_plan(shape((2,), 192, 128), p, 1024)
+    assert plan.cells == 256  # 4 + 0 + 64 + 64 + 64
+    assert plan.layers[0].bytes_k == (1024 + 256) * 384
+    assert plan.layers[0].bytes_v == (1024 + 256) * 256
+    assert plan.layers[0].bytes_sums == 0
+
+
+def test_compensation_takes_two_cells():
+    p = with_counts((2,), [1], window_min=124, window_divisor=0)
+    cells = {c: make_plan(shape((2,)), p, 1024, compensation=c).cells for c in (True, False)}
+    assert 4 + 124 + 64 + SLACK == 256
+    assert cells == {True: 512, False: 256}
+
+
+def test_n_ctx_is_rounded_up_and_zero_is_the_trained_length():
+    heads = (2,)
+    p = with_counts(heads, [1], window_min=64)
+    assert make_plan(shape(heads), p, 1000).n_ctx == 1024
+    assert make_plan(shape(heads), p, 1024).n_ctx == 1024
+    assert make_plan(shape(heads), p, 0).n_ctx == 8192
+    for bad in (-1, 2**31):
+        with pytest.raises(UnsupportedError, match=f"the context size is {bad}"):
+            make_plan(shape(heads), p, bad)
+
+
+def test_inactive_plans_say_why():
+    heads = (2, 2)
+    full = make_plan(shape(heads), None, 4096)
+    assert not full.active and full.why_inactive == "no profile"
+    assert full.kv_bytes == full.kv_bytes_full == 4096 * 4 * 512
+    assert full.retrieval_kv_heads == full.kv_heads == 4
+    all_retrieval = make_plan(shape(heads), with_counts(heads, [2, 2]), 32768)
+    assert all_retrieval.why_inactive == "every KV head is a retrieval head"
+    short = make_plan(shape(heads), with_counts(heads, [1, 1]), 4352)
+    assert short.why_inactive == "a local head would take 4352 cells, the context has 4352"
+    assert short.kv_bytes == short.kv_bytes_full
+    assert make_plan(shape(heads), with_counts(heads, [1, 1]), 4608).active
+
+
+def test_options_override_the_profile():
+    heads = (2,)
+    p = with_counts(heads, [1])
+    plan = make_plan(shape(heads), p, 32768, window=100, sink_tokens=0, compensation=False)
+    assert (plan.window, plan.block, plan.sink_tokens, plan.compensation) == (100, 64, 0, False)
+    assert plan.cells == 256
+    assert make_plan(shape(heads), p, 32768).window == 6553
+    with pytest.raises(ProfileError, match="sink_tokens is 5000, expected 0 to 4096"):
+        make_plan(shape(heads), p, 32768, sink_tokens=5000)
+    with pytest.raises(ProfileError, match="window is -1, expected 1 to"):
+        make_plan(shape(heads), p, 32768, window=-1)
+
+
+def test_refused_combinations():
+    heads = (2,)
+    with pytest.raises(UnsupportedError, match="'q3_k' is not a KV cache type"):
+        make_plan(shape(heads), None, 4096, "q3_k")
+    with pytest.raises(UnsupportedError, match="V cache .q4_0. needs flash attention"):
+        make_plan(shape(heads), None, 4096, "f16", "q4_0", flash_attn=False)
+    make_plan(shape(heads), None, 4096, "q4_0", "f16", flash_attn=False)
+    with pytest.raises(UnsupportedError, match="multiple of 32, this model has 80"):
+        make_plan(shape(heads, 80, 80), None, 4096, "q8_0")
+    assert make_plan(shape(heads, 80, 80), None, 4096).kv_bytes_full_f16 == 4096 * 2 * 320
+    with pytest.raises(ProfileError, match="2 layers x 3 KV heads, the model has 1 layers x 2 KV"):
+        make_plan(shape(heads), with_counts((3, 3), [1, 1]), 4096)
+
+
+def test_to_dict_is_json_and_complete():
+    heads = (2, 4)
+    plan = make_plan(shape(heads), with_counts(heads, [1, 1]), 32768, "q8_0", "q4_0")
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert {
+        "kv_bytes", "kv_bytes_full", "kv_heads", "retrieval_kv_heads", "sink_tokens", "window",
+        "n_ctx", "type_k", "type_v", "layers",
+    } <= set(data)  # fmt: skip
+    assert data["kv_bytes"] == plan.kv_bytes and data["type_v"] == "q4_0"
+    assert sum(x["bytes_k"] + x["bytes_v"] + x["bytes_sums"] for x in data["layers"]) == (
+        plan.kv_bytes
+    )
+
+
+# -- properties
+
+LAYERS = st.lists(
+    st.integers(1, 16).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
+    min_size=1,
+    max_size=6,
+)
+TYPES = st.sampled_from(sorted(KV_TYPES))
+DIMS = st.sampled_from([32, 64, 96, 128, 256])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    layers=LAYERS,
+    d_k=DIMS,
+    d_v=DIMS,
+    n_ctx=st.integers(1, 200_000),
+    type_k=TYPES,
+    type_v=TYPES,
+    flash=st.booleans(),
+    sinks=st.integers(0, 4096),
+    window_min=st.integers(1, 2**20),
+    divisor=st.integers(0, 64),
+    compensation=st.booleans(),
+)
+def test_every_plan(
+    layers, d_k, d_v, n_ctx, type_k, type_v, flash, sinks, window_min, divisor, compensation
+):
+    assume(flash or KV_TYPES[type_v].block == 1)
+    heads, counts = tuple(n for n, _ in layers), [r for _, r in layers]
+    p = with_counts(
+        heads,
+        counts,
+        sink_tokens=sinks,
+        window_min=window_min,
+        window_divisor=divisor,
+        compensation=compensation,
+    )
+    plan = make_plan(shape(heads, d_k, d_v), p, n_ctx, type_k, type_v, flash)
+    assert plan.n_ctx % 256 == 0 and 0 <= plan.n_ctx - n_ctx < 256
+    assert plan.kv_heads == sum(heads)
+
+    # what a local head needs, from the meaning of the words rather than from the code
+    length = max(window_min, plan.n_ctx // divisor if divisor else 0)
+    need = sinks + (2 if compensation else 0) + length + fold_block(length) + SLACK
+    cells = next(n for n in range(need, need + 256) if n % 256 == 0)
+    assert plan.active == (cells < plan.n_ctx and sum(counts) < sum(heads))
+    if not plan.active:
+        assert plan.kv_bytes == plan.kv_bytes_full and plan.why_inactive
+        return
+    assert plan.cells == cells and plan.window == length
+    assert plan.retrieval_kv_heads == sum(counts)
+    sums = sum(layer.bytes_sums for layer in plan.layers)
+    assert plan.kv_bytes - sums < plan.kv_bytes_full
+    # K and V rows of a uniform model are a weighted mean of both kinds of heads
+    if flash:
+        rows = sum(counts) * plan.n_ctx + (sum(heads) - sum(counts)) * cells
+        assert plan.kv_bytes - sums == rows * (row_size(type_k, d_k) + row_size(type_v, d_v))
+
+
+@settings(max_examples=200, deadline=None)
+@given(layers=LAYERS, n_ctx=st.integers(1, 100_000), more=st.integers(0, 100_000), type_=TYPES)
+def test_bytes_grow_with_context_and_heads(layers, n_ctx, more, type_):
+    heads, counts = tuple(n for n, _ in layers), [r for _, r in layers]
+    p = with_counts(heads, counts, window_min=512, window_divisor=5)
+
+    def bytes_at(n: int, profile_: Profile | None = p) -> int:
+        return make_plan(shape(heads), profile_, n, type_, type_).kv_bytes
+
+    assert bytes_at(n_ctx) <= bytes_at(n_ctx + more)
+    il = next((i for i, (n, r) in enumerate(layers) if r < n), None)
+    if il is not None:
+        counts[il] += 1
+        assert bytes_at(n_ctx) <= bytes_at(n_ctx, with_counts(heads, counts, window_min=512)) + (
+            3 * 16 * 6 * 256 * 4  # a head less to keep sums for
+        )
+
+
+@pytest.mark.parametrize("type_", sorted(KV_TYPES))
+def test_share_at_32k_with_15_percent_heads(type_):
+    """What the tools promise at 32k; the sums weigh more where rows are small."""
+    heads = (8,) * 32
+    counts = [2] * 6 + [1] * 26  # 38 of 256: 14.8 %
+    plan = make_plan(shape(heads), with_counts(heads, counts), 32768, type_, type_)
+    assert plan.share <= 0.34
+
+
+def test_shares_of_the_design_table():
+    heads = (20,)
+    p = with_counts(heads, [3])  # 15 %
+    shares = {n: make_plan(shape(heads), p, n).share for n in (8192, 16384, 24576, 131072)}
+    assert shares[8192] == pytest.approx(0.58, abs=0.03)
+    assert shares[16384] == pytest.approx(0.38, abs=0.03)
+    assert shares[24576] == pytest.approx(0.33, abs=0.02)
+    assert shares[131072] == pytest.approx(0.32, abs=0.01)
