@@ -26,7 +26,7 @@ N_TOKENS = 520
 @pytest.fixture(scope="module", params=list(SPECS))
 def setup(request, tiny):
     spec = SPECS[request.param]
-    razor = reference.make_razor(MASKS[request.param], window=70)  # block 16
+    razor = reference.make_razor(MASKS[request.param], window=70)
     tokens = runner.random_tokens(N_TOKENS, spec.n_vocab, 5)
     return tiny(spec), tokens, runner.override(razor)
 

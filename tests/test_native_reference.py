@@ -2,7 +2,7 @@
 
 Error of an F32 cache: max |logit - reference| over all positions and the vocabulary, absolute; the
 logits of the tiny models have a standard deviation of about 3, and a stock build's own error is
-about 3e-5 (F32 angles of RoPE). Error of other types: root mean square of the difference, pooled
+3e-6 to 1e-5. Error of other types: root mean square of the difference, pooled
 over all models of a test; stock's own error is that of a full cache of the same type against the
 full float64 model.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import reference
 import runner
 from tiny_models import TinySpec, make_weights, with_kv_heads
 
-F32_TOLERANCE = 1e-4
+F32_TOLERANCE = 3e-5  # 1e-4 is promised
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def mask_of(kind: str, n_kv: int, n_layer: int) -> tuple[tuple[int, ...], ...]:
         p = patterns[kind]
         if n_kv == 1:
             rows = [[p[il % len(p)]] for il in range(n_layer)]
+        elif n_kv == 2:
+            rows = [[p[0], p[-1]], [p[0], 0], [0, p[-1]]]
         else:
             rows = [[p[(h * len(p)) // n_kv] for h in range(n_kv)]] * n_layer
     return tuple(tuple(row) for row in rows[:n_layer])
@@ -140,7 +143,7 @@ def test_f32_cache_equals_the_reference(case: Case, tiny) -> None:
     other = replace(case, compensation=not case.compensation)
     for wrong in (None, other.razor):
         diff = np.abs(want - expected(case.spec, case.n_tokens, wrong))
-        assert diff.max() > 100 * F32_TOLERANCE
+        assert diff.max() > 1e-2
 
     error = np.abs(got - want).max(axis=1)
     first = np.argmax(error > F32_TOLERANCE)
@@ -148,12 +151,12 @@ def test_f32_cache_equals_the_reference(case: Case, tiny) -> None:
 
 
 POOL = [
-    Case(TinySpec("llama", 3, 4, 2, 64, seed=200), ((0, 0), (1, 0), (0, 1)), 64, 500),
-    Case(TinySpec("qwen2", 3, 4, 4, 32, seed=201), ((0, 1, 0, 1), (0,) * 4, (1, 0, 0, 0)), 64, 500),
-    Case(TinySpec("qwen3", 3, 4, 2, 128, seed=202), ((0, 1), (0, 0), (1, 1)), 64, 500),
-    Case(TinySpec("qwen3", 2, 4, 1, 96, seed=203), ((0,), (0,)), 64, 500),
-    Case(TinySpec("gpt2", 3, 4, 4, 64, seed=204), ((0,) * 4, (0, 0, 1, 0), (0, 1, 1, 0)), 64, 500),
-    Case(TinySpec("llama", 2, 8, 8, 32, seed=205), ((0,) * 8, (0, 0, 1, 0) * 2), 64, 500),
+    Case(TinySpec("llama", 3, 4, 2, 64, seed=200), ((0, 0), (1, 0), (0, 1)), 64, 512),
+    Case(TinySpec("qwen2", 3, 4, 4, 32, seed=201), ((0, 1, 0, 1), (0,) * 4, (1, 0, 0, 0)), 64, 512),
+    Case(TinySpec("qwen3", 3, 4, 2, 128, seed=202), ((0, 1), (0, 0), (1, 1)), 64, 512),
+    Case(TinySpec("qwen3", 2, 4, 1, 96, seed=203), ((0,), (0,)), 64, 512),
+    Case(TinySpec("gpt2", 3, 4, 4, 64, seed=204), ((0,) * 4, (0, 0, 1, 0), (0, 1, 1, 0)), 64, 512),
+    Case(TinySpec("llama", 2, 8, 8, 32, seed=205), ((0,) * 8, (0, 0, 1, 0) * 2), 64, 512),
 ]
 
 # upstream quantizes V only with flash attention
@@ -175,29 +178,31 @@ KV = [
 ]
 
 
-def rms_pair(type_k: str, type_v: str, flash_attn: bool, tiny, stock) -> tuple[float, float]:
+def rms_pair(params: dict[str, Any], tiny, stock) -> tuple[float, float]:
     """Pooled rms error of razor and of stock, each against its own float64 reference."""
     squares: dict[str, list[float]] = {"razor": [], "stock": []}
     for case in POOL:
         path, tokens = tiny(case.spec), tokens_of(case.spec, case.n_tokens)
-        params = {"n_ctx": 512, "type_k": type_k, "type_v": type_v, "flash_attn": flash_attn}
-        razor = runner.logits(path, tokens, runner.override(case.razor), **params)
-        full = stock(runner.logits, path, tokens, **params)
+        razor = runner.logits(path, tokens, runner.override(case.razor), n_ctx=512, **params)
+        full = stock(runner.logits, path, tokens, n_ctx=512, **params)
         for name, got, plan in (("razor", razor, case.razor), ("stock", full, None)):
             want = expected(case.spec, case.n_tokens, plan)
             squares[name].append(float(((got - want) ** 2).mean()))
     return tuple(float(np.sqrt(np.mean(squares[name]))) for name in ("razor", "stock"))
 
 
+# llama.cpp's CPU flash attention sums F16 values in F32 where an ubatch has 64 tokens or more, in
+# F16 below, with ten times the error: both are compared with ubatches that take the same kernel
+@pytest.mark.parametrize("n_ubatch", [512, 32])
 @pytest.mark.parametrize(
     ("type_k", "type_v", "flash_attn"), KV, ids=lambda x: {True: "fa", False: "nofa"}.get(x, x)
 )
 def test_error_is_within_stocks_own(
-    type_k: str, type_v: str, flash_attn: bool, tiny, stock, record_property
+    type_k: str, type_v: str, flash_attn: bool, n_ubatch: int, tiny, stock
 ) -> None:
-    razor, full = rms_pair(type_k, type_v, flash_attn, tiny, stock)
-    record_property("rms_razor_stock", f"{razor:.2e} {full:.2e}")
-    print(f"rms error {type_k}/{type_v} fa={flash_attn}: razor {razor:.2e}, stock {full:.2e}")
+    params = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, "n_ubatch": n_ubatch}
+    razor, full = rms_pair(params, tiny, stock)
+    print(f"rms error: razor {razor:.2e}, stock {full:.2e}, ratio {razor / full:.2f}")
     assert full > 0
     assert razor <= 1.2 * full
 

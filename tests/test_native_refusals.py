@@ -1,4 +1,4 @@
-"""What cannot run is refused by name, in one sentence; malformed metadata never crashes the library.
+"""What cannot run is refused by name, in one sentence; bad metadata never crashes the library.
 
 Everything that feeds the library a damaged file runs in a process of its own.
 """

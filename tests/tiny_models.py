@@ -71,9 +71,9 @@ def make_weights(spec: TinySpec) -> dict[str, np.ndarray]:
         tensor(name, (n_out, n_in), gain / n_in**0.5)
 
     def norm(name: str, size: int, mean: float = 1.0) -> None:
-        tensor(f"{name}.weight", (size,), 0.1, mean)
+        tensor(f"{name}.weight", (size,), 0.1 * mean, mean)
         if spec.arch == "gpt2":
-            tensor(f"{name}.bias", (size,), 0.1)
+            tensor(f"{name}.bias", (size,), 0.1 * mean)
 
     # a direction all tokens share: the mean of keys and values (the compensation token) is not ~0
     tensor("token_embd.weight", (spec.n_vocab, d), 1.0)
@@ -114,8 +114,10 @@ def make_weights(spec: TinySpec) -> dict[str, np.ndarray]:
             linear(f"{blk}.ffn_up.weight", spec.n_ff, d, 1.0)
             linear(f"{blk}.ffn_down.weight", d, spec.n_ff, 1.0)
 
-    norm("output_norm", d)
-    if not spec.tied:
+    if spec.tied:
+        norm("output_norm", d, 3 / d**0.5)
+    else:
+        norm("output_norm", d)
         linear("output.weight", spec.n_vocab, d, 3.0)
     return weights
 
