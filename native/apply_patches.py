@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
-_UNSUPPORTED = (b"rename ", b"copy ", b"new file ", b"deleted file ", b"GIT binary ", b"Binary files ")
+_UNSUPPORTED = (b"rename ", b"copy ", b"new file ", b"deleted file ", b"GIT binary", b"Binary file")
 
 
 class PatchError(Exception):
@@ -69,7 +69,7 @@ def parse_patch(text: bytes, name: str) -> list[FilePatch]:
             continue
         if line.startswith(b"@@ -"):
             raise PatchError(
-                f"{name} line {i + 1}: a hunk without its '---' and '+++' lines, make the patch anew"
+                f"{name} line {i + 1}: a hunk without '---' and '+++' lines, make the patch anew"
             )
         i += 1
     if not files:
@@ -106,7 +106,7 @@ def _read_hunk(lines: list[bytes], i: int, target: FilePatch) -> int:
     while len(hunk.old) < n_old or len(hunk.new) < n_new:
         line = lines[i] if i < len(lines) else b""
         kind, rest = line[:1], line[1:]
-        if line in (b"\n", b"\r\n"):  # editors strip the blank of an empty context line
+        if line == b"\n":  # editors strip the blank of an empty context line
             kind, rest = b" ", line
         if kind == b"\\":
             _drop_newline(hunk, lines[i - 1][:1])
@@ -136,7 +136,7 @@ def _drop_newline(hunk: Hunk, kind: bytes) -> None:
     """Honour '\\ No newline at end of file' after a line of the given kind."""
     for side, kinds in ((hunk.old, b" -"), (hunk.new, b" +")):
         if kind in kinds and side:
-            side[-1] = side[-1].rstrip(b"\r\n")
+            side[-1] = side[-1].removesuffix(b"\n")
 
 
 def apply_file_patch(content: bytes, patch: FilePatch) -> bytes:

@@ -4,7 +4,8 @@ install(TARGETS ${razor_libraries}
     LIBRARY DESTINATION razor_local/lib COMPONENT razor
     RUNTIME DESTINATION razor_local/lib COMPONENT razor
     ARCHIVE DESTINATION razor_local/lib COMPONENT razor_dev EXCLUDE_FROM_ALL
-    PUBLIC_HEADER DESTINATION razor_local/include COMPONENT razor_dev EXCLUDE_FROM_ALL)
+    PUBLIC_HEADER  DESTINATION razor_local/include COMPONENT razor_dev EXCLUDE_FROM_ALL
+    PRIVATE_HEADER DESTINATION razor_local/include COMPONENT razor_dev EXCLUDE_FROM_ALL)
 install(FILES ${razor_tree}/LICENSE DESTINATION razor_local/lib RENAME LICENSE-llama.cpp COMPONENT razor)
 
 if (RAZOR_TOOLS)
