@@ -482,11 +482,6 @@ def _resolve(
     else:
         shape = shape_from_header(header)
         profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
-    if profile is not None and profile.method != "rope":
-        raise UnsupportedError(
-            f"the profile's method is '{profile.method}', only 'rope' can be run yet; pass"
-            " razor=False for llama.cpp's own cache"
-        )
     return shape, profile, "the model file has no razor profile"
 
 

@@ -29,6 +29,7 @@ class MessageReader:
         from prompt_toolkit.key_binding import KeyBindings
         from prompt_toolkit.keys import Keys
         from prompt_toolkit.output import create_output
+        from prompt_toolkit.output.vt100 import Vt100_Output
 
         keys = KeyBindings()
 
@@ -42,7 +43,10 @@ class MessageReader:
 
         self._pastes: dict[str, str] = {}
         self._n_pastes = 0
-        self._session = PromptSession(key_bindings=keys, output=create_output(stdout=sys.stderr))
+        output = create_output(stdout=sys.stderr)
+        if isinstance(output, Vt100_Output):
+            output.enable_cpr = False  # a prompt of one line need not ask where it stands
+        self._session = PromptSession(key_bindings=keys, output=output, reserve_space_for_menu=0)
 
     def read(self) -> str | None:
         """The next message, None at the end of input. Raises KeyboardInterrupt for Ctrl-C."""
@@ -96,7 +100,7 @@ class ProgressBar:
                 return
             self._bar = self._start()
             self._task = self._bar.add_task(self._what, total=total)
-        self._bar.update(self._task, completed=done, total=total)
+        self._bar.update(self._task, completed=done, total=total, refresh=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -123,6 +127,7 @@ class ProgressBar:
             # a copy of stderr: the bindings point file descriptor 2 elsewhere while loading
             console=Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True),
             transient=True,
+            auto_refresh=False,  # no thread beside the computation
             redirect_stdout=False,
             redirect_stderr=False,
         )

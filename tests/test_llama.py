@@ -1,0 +1,502 @@
+"""The Python runtime: llama_cpp's API on top of the razor cache, its errors and its accounting."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_models
+from test_chat import FACT, QUESTION, text_with
+
+from razor_local import (
+    ContextFullError,
+    GGUFError,
+    Llama,
+    Profile,
+    ProfileError,
+    RazorError,
+    StateError,
+    UnsupportedError,
+    make_plan,
+    native,
+    read_model_shape,
+)
+from razor_local.cli.chat import DEFAULT_MODEL
+from razor_local.llama import llama_cpp
+from razor_local.plan import KV_TYPES
+
+MESSAGES = [{"role": "user", "content": f"{text_with(FACT)}\n\n{QUESTION}"}]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = Llama(DEFAULT_MODEL, n_ctx=2048)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def precise():
+    """Without flash attention, whose CPU code rounds differently for other batch sizes."""
+    model = Llama(DEFAULT_MODEL, n_ctx=2048, type_k="f32", type_v="f32", flash_attn=False)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A model file without a razor profile."""
+    path = tmp_path_factory.mktemp("plain") / "plain.gguf"
+    return tiny_models.make_model(path, tiny_models.TinySpec())
+
+
+def prompt(llama, n):
+    tokens = llama.tokenize(text_with(FACT, 2 * n).encode(), add_bos=False)
+    assert len(tokens) >= n
+    return tokens[:n]
+
+
+def logits(llama):
+    """Of the last token, [n_vocab] f32."""
+    return np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), shape=(llama.n_vocab(),)).copy()
+
+
+def greedy(llama, tokens, n=10):
+    return [token for token, _ in zip(llama.generate(tokens, temp=0), range(n), strict=False)]
+
+
+# -- accounting --
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "q8_0", "q4_0"])
+def test_memory_is_what_the_plan_says(kv_type, flash_attn):
+    type_v = kv_type if flash_attn else "f16"
+    with_types = dict(type_k=kv_type, type_v=type_v, flash_attn=flash_attn)
+    llama = Llama(DEFAULT_MODEL, n_ctx=2000, **with_types)
+    memory, plan = llama.memory(), llama.plan
+    assert memory.active and memory.why is None and memory.n_ctx == 2048 and memory.n_tokens == 0
+    assert memory.kv_bytes == plan.kv_bytes == sum(layer.kv_bytes for layer in memory.layers)
+    assert memory.kv_bytes_full == plan.kv_bytes_full
+    assert memory.kv_bytes_full_f16 == 2048 * 16 * (32 + 32) * 2
+    assert 0 < memory.share < 0.5
+    heads = sum(layer.retrieval_kv_heads for layer in memory.layers)
+    assert heads == plan.retrieval_kv_heads < 16
+    full = Llama(DEFAULT_MODEL, n_ctx=2000, razor=False, **with_types).memory()
+    assert not full.active and full.kv_bytes == full.kv_bytes_full == memory.kv_bytes_full
+    assert full.why == "razor=False" and full.layers == () and full.share == 1.0
+
+
+def test_memory_counts_tokens_and_stats_tell_what_was_folded(llama):
+    llama.reset()
+    tokens = prompt(llama, 600)
+    llama.prefill(tokens)
+    stats = llama.stats()
+    assert llama.memory().n_tokens == stats.n_tokens == 600
+    assert 0 < stats.n_folded == stats.frontier - llama.plan.sink_tokens < 600
+    with pytest.raises(RazorError, match="no sequence 5"):
+        llama.stats(5)
+    with pytest.raises(RazorError, match="not active .*razor=False"):
+        Llama(DEFAULT_MODEL, razor=False).stats()
+
+
+def test_buffers_add_up(llama):
+    stats = native.load().stats(llama.ctx)
+    buffers = native.load().buffers(llama.ctx)
+    assert sum(buffer.bytes for buffer in buffers) == stats.kv_bytes == llama.plan.kv_bytes
+    local = sum(buffer.bytes for buffer in buffers if buffer.is_local)
+    assert local == stats.kv_bytes_local and {b.name for b in buffers} == {b"CPU"}
+
+
+# -- which profile --
+
+
+def test_a_model_without_profile_runs_the_stock_cache(plain):
+    llama = Llama(plain, n_ctx=512)
+    memory = llama.memory()
+    assert not memory.active and memory.why == "the model file has no razor profile"
+    assert memory.kv_bytes == memory.kv_bytes_full == llama.plan.kv_bytes
+
+
+def test_a_window_as_large_as_the_context_runs_the_stock_cache():
+    llama = Llama(DEFAULT_MODEL, n_ctx=2048, window=2048)
+    assert not llama.memory().active and "cells" in llama.memory().why
+
+
+def test_options_replace_those_of_the_profile():
+    llama = Llama(DEFAULT_MODEL, n_ctx=2048, window=300, sink_tokens=7, compensation=False)
+    stats = native.load().stats(llama.ctx)
+    assert (stats.window, stats.sink_tokens, stats.compensation) == (300, 7, 0)
+    assert (llama.plan.window, llama.plan.sink_tokens) == (300, 7)
+
+
+def test_a_profile_object_and_its_sidecar_give_the_same_context(plain, tmp_path):
+    from razor_local.converters.write import write_sidecar
+
+    shape = read_model_shape(plain)
+    heads = [np.zeros(n, np.uint8) for n in shape.n_head_kv]
+    heads[1][0] = 1
+    profile = Profile(retrieval=tuple(heads), window_min=64, window_divisor=0)
+    sidecar = tmp_path / "plain.razor.gguf"
+    write_sidecar(plain, sidecar, profile)
+    by_object = Llama(plain, n_ctx=1024, razor=profile)
+    by_file = Llama(str(plain), n_ctx=1024, razor=str(sidecar))
+    assert by_object.memory().active and by_object.memory() == by_file.memory()
+    assert by_object.plan.to_dict() == make_plan(shape, profile, 1024).to_dict()
+    with pytest.raises(ProfileError, match="sidecar of another model"):
+        Llama(DEFAULT_MODEL, razor=sidecar)
+    with pytest.raises(ProfileError, match="is not a sidecar"):
+        Llama(plain, razor=DEFAULT_MODEL)
+    with pytest.raises(FileNotFoundError):
+        Llama(plain, razor=tmp_path / "none.gguf")
+    with pytest.raises(ProfileError, match="the profile is for"):
+        Llama(DEFAULT_MODEL, n_ctx=2048, razor=profile)
+
+
+def test_options_without_a_profile_say_how_to_get_one(plain):
+    with pytest.raises(ProfileError, match="no razor profile .*'razor-local convert"):
+        Llama(plain, window=64)
+    with pytest.raises(ProfileError, match="razor=False switches off"):
+        Llama(DEFAULT_MODEL, razor=False, sink_tokens=2)
+    with pytest.raises(ProfileError, match="window is -1"):
+        Llama(DEFAULT_MODEL, window=-1)
+
+
+def test_the_environment_switches_razor_off(monkeypatch):
+    monkeypatch.setenv("RAZOR_LOCAL_DISABLE", "1")
+    memory = Llama(DEFAULT_MODEL, n_ctx=2048, window=300).memory()
+    assert not memory.active and memory.why == "RAZOR_LOCAL_DISABLE is set"
+    monkeypatch.setenv("RAZOR_LOCAL_DISABLE", "0")
+    assert Llama(DEFAULT_MODEL, n_ctx=2048).memory().active
+
+
+def test_the_override_ends_with_the_constructor():
+    def raw_is_active():
+        raw = llama_cpp.Llama(str(DEFAULT_MODEL), n_ctx=2048, verbose=False)
+        return bool(native.load().stats(raw.ctx).active)
+
+    assert raw_is_active()  # by the file's own metadata
+    Llama(DEFAULT_MODEL, razor=False)
+    assert raw_is_active()
+    with pytest.raises(RazorError):  # fails inside the block where the override is set
+        Llama(DEFAULT_MODEL, razor=False, progress=lambda _: False)
+    assert raw_is_active()
+    with pytest.raises(TypeError):
+        Llama(DEFAULT_MODEL, razor=False, n_batch="many")
+    assert raw_is_active()
+
+
+def test_options_that_razor_cannot_serve_are_refused(plain):
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    draft = LlamaPromptLookupDecoding()
+    with pytest.raises(UnsupportedError, match="draft_model cannot be used .* razor=False"):
+        Llama(DEFAULT_MODEL, n_ctx=2048, draft_model=draft)
+    with pytest.raises(UnsupportedError, match="embedding=True .* razor=False"):
+        Llama(DEFAULT_MODEL, n_ctx=2048, embedding=True)
+    Llama(DEFAULT_MODEL, n_ctx=2048, razor=False, draft_model=draft)
+    embedding = Llama(DEFAULT_MODEL, n_ctx=512, razor=False, embedding=True).embed("hello")
+    assert np.isfinite(embedding).all()
+    Llama(plain, n_ctx=512, draft_model=draft)  # nothing to refuse without a profile
+
+
+def test_kv_types_by_name_and_number():
+    for name, kv_type in KV_TYPES.items():
+        by_name = Llama(DEFAULT_MODEL, n_ctx=2048, type_k=name)
+        by_number = Llama(DEFAULT_MODEL, n_ctx=2048, type_k=kv_type.ggml_id)
+        assert by_name.plan.type_k == by_number.plan.type_k == name
+    for wrong in ("q9", 99):
+        with pytest.raises(UnsupportedError, match="is not a KV cache type, expected one of f32"):
+            Llama(DEFAULT_MODEL, type_v=wrong)
+    with pytest.raises(UnsupportedError, match="flash attention"):
+        Llama(DEFAULT_MODEL, type_v="q8_0", flash_attn=False)
+
+
+def test_n_ctx_0_is_the_trained_length():
+    assert Llama(DEFAULT_MODEL, n_ctx=0).n_ctx() == read_model_shape(DEFAULT_MODEL).n_ctx_train
+
+
+# -- llama_cpp's API --
+
+
+def test_chat_completion_finds_a_fact_behind_the_window(llama):
+    result = llama.create_chat_completion(MESSAGES, temperature=0)
+    assert "48213" in result["choices"][0]["message"]["content"]
+    assert llama.stats().n_folded > 200
+    chunks = llama.create_chat_completion(MESSAGES, temperature=0, stream=True)
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == result["choices"][0]["message"]["content"]
+
+
+def test_completion_stop_strings_grammar_and_callbacks(llama):
+    text = "The secret code of"
+    whole = llama(text, max_tokens=12, temperature=0)["choices"][0]
+    assert whole["finish_reason"] == "length"
+    stopped = llama(text, max_tokens=12, temperature=0, stop=[whole["text"][3:6]])["choices"][0]
+    assert stopped["text"] == whole["text"][: whole["text"].index(whole["text"][3:6])]
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    assert llama(text, max_tokens=8, grammar=grammar)["choices"][0]["text"] in ("yes", "no")
+    only = llama.tokenize(b"z", add_bos=False)[0]
+    biased = llama(text, max_tokens=3, logit_bias={only: 1000.0})["choices"][0]["text"]
+    assert biased == "zzz"
+
+
+def test_a_tool_call_is_forced_into_its_schema(llama):
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "lookup",
+            "parameters": {"type": "object", "properties": {"n": {"type": "boolean"}}},
+        },
+    }
+    result = llama.create_chat_completion(
+        [{"role": "user", "content": "x"}],
+        tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "lookup"}},
+        max_tokens=32,
+        temperature=0,
+    )
+    call = result["choices"][0]["message"]["tool_calls"][0]["function"]
+    assert call["name"] == "lookup" and call["arguments"].startswith("{")
+
+
+def test_logprobs_with_logits_all_after_a_rollback():
+    llama = Llama(DEFAULT_MODEL, n_ctx=1024, logits_all=True)
+    assert llama.memory().active
+    first = llama(text_with(FACT, 200), max_tokens=4, temperature=0, logprobs=2)
+    again = llama(text_with(FACT, 200), max_tokens=4, temperature=0, logprobs=2)
+    assert first["choices"][0]["text"] == again["choices"][0]["text"]
+    np.testing.assert_allclose(
+        first["choices"][0]["logprobs"]["token_logprobs"],
+        again["choices"][0]["logprobs"]["token_logprobs"],
+        atol=1e-4,
+    )
+
+
+def test_pieces_of_any_length(llama):
+    tokens = llama.tokenize("häß 🙂 text".encode(), add_bos=False)
+    assert b"".join(map(llama.piece, tokens)) == "häß 🙂 text".encode()
+    assert llama.piece(llama.token_eos()) == b"" and llama.is_end(llama.token_eos())
+    assert llama.is_special(llama.token_eos()) and not llama.is_special(tokens[0])
+
+
+def test_pickle_keeps_the_options():
+    llama = Llama(DEFAULT_MODEL, n_ctx=2048, window=300, type_k="q8_0")
+    copy = pickle.loads(pickle.dumps(llama))
+    assert copy.plan.to_dict() == llama.plan.to_dict() and copy.plan.window == 300
+
+
+# -- evaluation --
+
+
+@pytest.mark.parametrize("n_keep", [1, 100, 560, 599, 600])
+def test_going_back_gives_the_logits_of_a_fresh_evaluation(precise, n_keep):
+    """n_keep 1 and 100 lie behind folds: eval() must notice that the cache cannot go back."""
+    tokens, other = prompt(precise, 600), prompt(precise, 640)[600:]
+    precise.reset()
+    precise.eval(tokens)
+    precise.n_tokens = n_keep
+    precise.eval(other)
+    assert precise.n_tokens == n_keep + 40 and precise.stats().n_tokens == n_keep + 40
+    found = logits(precise)
+    precise.reset()
+    precise.eval(tokens[:n_keep] + other)
+    np.testing.assert_allclose(found, logits(precise), atol=1e-4)
+
+
+def test_prefill_reuses_what_it_can_and_is_what_generate_starts_from(llama):
+    tokens = prompt(llama, 700)
+    llama.reset()
+    assert llama.prefill(tokens) == (0, 700, True)
+    assert llama.prefill(tokens) == (700, 0, True)
+    expected = greedy(llama, tokens)
+    assert llama.prefill(tokens + expected[:5]).n_reused >= 700
+    assert llama.prefill(tokens[:300]).complete and llama.stats().n_tokens == 300
+    assert llama.prefill(tokens).complete
+    assert greedy(llama, tokens) == expected
+    with pytest.raises(RazorError, match="no tokens"):
+        llama.prefill([])
+
+
+@pytest.mark.parametrize("n_calls", [0, 1, 50, 333, 700, 1100])
+def test_a_stopped_prefill_leaves_a_valid_cache(precise, n_calls):
+    tokens = prompt(precise, 700)
+    precise.reset()
+    precise.prefill(tokens)
+    expected = logits(precise)
+    precise.reset()
+    calls = iter(range(n_calls))
+    result = precise.prefill(tokens, stop=lambda: next(calls, None) is None)
+    assert not result.complete and 0 <= precise.n_tokens < 700
+    assert precise.n_tokens == result.n_evaluated
+    if n_calls:
+        assert precise.stats().n_tokens == precise.n_tokens
+    resumed = precise.prefill(tokens)
+    assert resumed.complete and resumed.n_reused == result.n_evaluated
+    np.testing.assert_allclose(logits(precise), expected, atol=1e-4)
+
+
+def test_an_exception_in_a_progress_function_leaves_a_valid_cache(llama):
+    tokens = prompt(llama, 700)
+    llama.reset()
+    with pytest.raises(KeyboardInterrupt):
+        llama.prefill(tokens, progress=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert llama.n_tokens == 512
+    assert llama.prefill(tokens) == (512, 188, True)
+
+
+def test_a_full_context_is_an_error_with_numbers_and_no_harm(llama):
+    tokens = prompt(llama, 600)
+    llama.reset()
+    llama.prefill(tokens)
+    expected = greedy(llama, tokens)
+    llama.prefill(tokens)
+    with pytest.raises(ContextFullError, match="600 tokens .* 1449 more .* 2048"):
+        llama.eval([1] * 1449)
+    with pytest.raises(ContextFullError, match="2049 tokens, the context 2048"):
+        llama.prefill([1] * 2049)
+    assert llama.n_tokens == 600 and greedy(llama, tokens) == expected
+    llama.reset()
+    llama.eval([1] * 2048)
+    with pytest.raises(ContextFullError):
+        llama.eval([1])
+
+
+def test_a_refused_batch_is_an_error_with_the_librarys_reason(llama):
+    llama.reset()
+    llama.eval(prompt(llama, 20))
+    with pytest.raises(RazorError, match="llama_decode|invalid token|failed"):
+        llama.eval([llama.n_vocab() + 5])
+    assert llama.n_tokens == llama.stats().n_tokens == 20
+    llama.eval([1])
+
+
+# -- state --
+
+
+def test_a_state_continues_where_it_was_saved(llama):
+    tokens = prompt(llama, 600)
+    llama.reset()
+    llama.prefill(tokens)
+    state = llama.save_state()
+    expected = greedy(llama, tokens)
+    for target in (llama, Llama(DEFAULT_MODEL, n_ctx=2048)):
+        target.prefill(prompt(llama, 50))
+        target.load_state(pickle.loads(pickle.dumps(state)))
+        assert target.n_tokens == 600 and target.stats().n_tokens == 600
+        assert target.prefill(tokens).n_reused == 599  # one for its logits
+        assert greedy(target, tokens) == expected
+
+
+def test_the_ram_cache_of_the_base_class_works():
+    llama = Llama(DEFAULT_MODEL, n_ctx=2048)
+    expected = llama.create_chat_completion(MESSAGES, temperature=0)["choices"]
+    llama.set_cache(llama_cpp.LlamaRAMCache())
+    for _ in range(2):
+        assert llama.create_chat_completion(MESSAGES, temperature=0)["choices"] == expected
+        llama("something else", max_tokens=2)
+
+
+@pytest.mark.parametrize("other", [{"window": 300}, {"razor": False}, {"type_k": "q8_0"}])
+def test_a_state_of_another_plan_is_refused_and_changes_nothing(llama, other):
+    tokens = prompt(llama, 300)
+    llama.prefill(tokens)
+    expected = greedy(llama, tokens)
+    llama.prefill(tokens)
+    state = llama.save_state()
+    target = Llama(DEFAULT_MODEL, n_ctx=2048, **other)
+    target.prefill(tokens[:100])
+    with pytest.raises(StateError, match="cannot be loaded: .+"):
+        target.load_state(state)
+    assert target.n_tokens == 100 and target.prefill(tokens).complete
+    with pytest.raises(StateError, match="cannot be loaded: .+"):
+        llama.load_state(target.save_state())
+    assert llama.n_tokens == 300 and greedy(llama, tokens) == expected
+
+
+def test_a_damaged_state_is_refused_and_the_context_stays_usable(llama):
+    tokens = prompt(llama, 300)
+    llama.prefill(tokens)
+    expected = greedy(llama, tokens)
+    llama.prefill(tokens)
+    state = llama.save_state()
+    state.llama_state = state.llama_state[: len(state.llama_state) // 2]
+    state.llama_state_size = len(state.llama_state)
+    with pytest.raises(StateError, match="cannot be loaded"):
+        llama.load_state(state)
+    assert llama.n_tokens in (0, 300)
+    assert llama.prefill(tokens).complete and greedy(llama, tokens) == expected
+    state.n_tokens = 5000
+    with pytest.raises(StateError, match="holds 5000 tokens, the context only 2048"):
+        llama.load_state(state)
+
+
+# -- errors and noise --
+
+
+def test_bad_files_are_one_sentence(tmp_path):
+    text = tmp_path / "text.gguf"
+    text.write_text("not a model")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(DEFAULT_MODEL.read_bytes()[:-1000])
+    for razor in (True, False):
+        with pytest.raises((GGUFError, RazorError), match="text.gguf"):
+            Llama(text, razor=razor)
+        with pytest.raises((GGUFError, RazorError), match="cut.gguf"):
+            Llama(cut, razor=razor)
+        with pytest.raises(FileNotFoundError):
+            Llama(tmp_path / "none.gguf", razor=razor)
+
+
+def test_quiet_by_default_and_the_native_log_if_verbose(capfd, tmp_path):
+    llama = Llama(DEFAULT_MODEL, n_ctx=2048)
+    llama.create_chat_completion(MESSAGES, max_tokens=2)
+    with pytest.raises(RazorError):
+        llama.eval([llama.n_vocab() + 5])
+    broken = tmp_path / "broken.gguf"
+    broken.write_text("x")
+    with pytest.raises(RazorError, match="could not be loaded: .+"):
+        Llama(broken, razor=False)
+    llama.close()
+    assert capfd.readouterr() == ("", "")
+    Llama(DEFAULT_MODEL, n_ctx=2048, verbose=True).close()
+    out, err = capfd.readouterr()
+    assert out == "" and "llama_context" in err
+    Llama(DEFAULT_MODEL, n_ctx=2048).close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_loading_reports_progress_and_can_be_stopped():
+    seen = []
+    Llama(DEFAULT_MODEL, progress=seen.append)
+    assert seen[-1] == 1.0 and seen == sorted(seen)
+    with pytest.raises(RazorError, match="could not be loaded"):
+        Llama(DEFAULT_MODEL, progress=lambda part: False)
+
+    def interrupt(part):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Llama(DEFAULT_MODEL, progress=interrupt)
+    Llama(DEFAULT_MODEL)
+
+
+def test_a_plan_that_the_library_does_not_follow_is_noticed(monkeypatch):
+    from razor_local import LibraryError
+
+    make_params = native.make_params
+    monkeypatch.setattr(native, "make_params", lambda profile: make_params(None))  # razor off
+    with pytest.raises(LibraryError, match="the plan says"):
+        Llama(DEFAULT_MODEL, n_ctx=2048)
+
+
+def test_plans_and_profiles_need_no_native_library():
+    code = (
+        "import sys, razor_local as r; r.read_model_shape(sys.argv[1]); r.make_plan; r.RazorError;"
+        "bad = {'llama_cpp', 'numba', 'rich', 'prompt_toolkit'} & set(sys.modules); assert not bad,"
+        " bad"
+    )
+    subprocess.run([sys.executable, "-c", code, str(DEFAULT_MODEL)], check=True)
