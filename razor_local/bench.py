@@ -21,9 +21,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import RazorError
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 N_WARMUP = 3  # tokens per side and depth that do not count
 
@@ -269,14 +272,11 @@ class _Bindings:
         self.depth = depth
         if depth == 0:
             return
-        head = b""
-        if self.plan.active:
-            self.decode(0)
-            size = self.api.llama_state_seq_get_size(self.ctx, 0)
-            saved = (ctypes.c_uint8 * size)()
-            self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
-            head = bytes(saved[: STATE_HEAD.size])
-        state = random_state(self.plan, depth, head)
+        self.decode(0)
+        size = self.api.llama_state_seq_get_size(self.ctx, 0)
+        saved = (ctypes.c_uint8 * size)()
+        self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
+        state = random_state(self.plan, depth, bytes(saved))
         data = (ctypes.c_uint8 * len(state)).from_buffer(state)
         if not self.api.llama_state_seq_set_data(self.ctx, data, len(state), 0):
             raise RazorError(f"the random cache was refused ({self._reason()})")
@@ -294,15 +294,15 @@ class _Bindings:
         return None if self.native is None else int(self.native.stats(self.ctx).kv_bytes)
 
 
-STATE_HEAD = struct.Struct("<IIQ")  # of a razor state: magic, version, fingerprint of the plan
+_STATE_HEAD = struct.Struct("<Ii")  # llama_context: magic, sequence
+_RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fingerprint of the plan
 
 
-def random_state(plan: Any, n_tokens: int, head: bytes) -> bytearray:
+def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
     """A saved sequence of n_tokens with random rows, as llama_state_seq_set_data takes it.
 
-    plan: a razor_local.plan.Plan with flash attention. head: the first bytes of a state that a
-    context of the plan saved, b"" for a full cache. The layout is that of llama_kv_cache and
-    llama_kv_cache_razor, state_write().
+    plan: one with flash attention. saved: a state that a context of the plan saved, its head is
+    taken over. The layout is that of state_write() of llama_kv_cache and llama_kv_cache_razor.
     """
     import numpy as np
 
@@ -328,12 +328,13 @@ def random_state(plan: Any, n_tokens: int, head: bytes) -> bytearray:
             row = blocks.tobytes()
         return row * n
 
-    shape, out = plan.shape, bytearray()
+    shape, out = plan.shape, bytearray(saved[: _STATE_HEAD.size])
     dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
     if plan.active:
         start = (n_tokens - 1) // plan.block * plan.block
         frontier = max(plan.sink_tokens, start - plan.window)
-        out += head + struct.pack("<IIIqI", n_tokens, n_tokens, frontier, -1, 0)
+        out += saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size]
+        out += struct.pack("<IIIqI", n_tokens, n_tokens, frontier, -1, 0)
     full = [layer.n_retrieval if plan.active else layer.n_head_kv for layer in plan.layers]
     full = [n for n in full if n > 0]
     out += struct.pack("<II", 1, n_tokens)  # streams, cells
