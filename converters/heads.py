@@ -105,6 +105,6 @@ def _cell(path: Path, il: int, ih: int, text: str) -> int:
     if value not in (0, 1):
         hint = "; scores must be turned into 0 and 1 first" if value is not None else ""
         raise ProfileError(
-            f"{path}: row {il + 1}, column {ih + 1} is '{text[:40]}', expected 0 or 1{hint}"
+            f"{path}: row {il + 1}, column {ih + 1} is {text[:40]!r}, expected 0 or 1{hint}"
         )
     return int(value)

@@ -204,7 +204,7 @@ def make_plan(
     divided = n_ctx // profile.window_divisor if profile.window_divisor else 0
     length = max(profile.window_min, divided)
     block = fold_block(length)
-    extra = 2 if profile.compensation else 0
+    extra = 4 if profile.compensation else 0
     cells = _round_up(profile.sink_tokens + extra + length + block + SLACK, N_CTX_PAD)
     retrieval = tuple(int(layer.sum()) for layer in profile.retrieval)
     if retrieval == shape.n_head_kv:

@@ -289,7 +289,7 @@ def test_large_vocabulary_is_fast(tmp_path):
 VALID = small_model([kv_array("u", U16, [1, 2, 3]), kv("s", STRING, "s" * 200)])
 
 
-@settings(max_examples=1500, deadline=2000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=800, deadline=2000, suppress_health_check=list(HealthCheck))
 @given(
     edits=st.lists(
         st.tuples(

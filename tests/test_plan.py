@@ -203,7 +203,7 @@ TYPES = st.sampled_from(sorted(KV_TYPES))
 DIMS = st.sampled_from([32, 64, 96, 128, 256])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     layers=LAYERS,
     d_k=DIMS,
@@ -236,7 +236,7 @@ def test_every_plan(
 
     # what a local head needs, from the meaning of the words rather than from the code
     length = max(window_min, plan.n_ctx // divisor if divisor else 0)
-    need = sinks + (2 if compensation else 0) + length + fold_block(length) + SLACK
+    need = sinks + (4 if compensation else 0) + length + fold_block(length) + SLACK
     cells = next(n for n in range(need, need + 256) if n % 256 == 0)
     assert plan.active == (cells < plan.n_ctx and sum(counts) < sum(heads))
     if not plan.active:
@@ -245,14 +245,14 @@ def test_every_plan(
     assert plan.cells == cells and plan.window == length
     assert plan.retrieval_kv_heads == sum(counts)
     sums = sum(layer.bytes_sums for layer in plan.layers)
-    assert plan.kv_bytes - sums < plan.kv_bytes_full
-    # K and V rows of a uniform model are a weighted mean of both kinds of heads
+    # without flash attention V is padded to the widest layer, which can eat up what is saved
     if flash:
+        assert plan.kv_bytes - sums < plan.kv_bytes_full
         rows = sum(counts) * plan.n_ctx + (sum(heads) - sum(counts)) * cells
         assert plan.kv_bytes - sums == rows * (row_size(type_k, d_k) + row_size(type_v, d_v))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(layers=LAYERS, n_ctx=st.integers(1, 100_000), more=st.integers(0, 100_000), type_=TYPES)
 def test_bytes_grow_with_context_and_heads(layers, n_ctx, more, type_):
     heads, counts = tuple(n for n, _ in layers), [r for _, r in layers]
