@@ -13,6 +13,7 @@ from .errors import UnsupportedError
 from .profile import ModelShape, Profile
 
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
+COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values
 N_CTX_PAD = 256  # llama.cpp rounds n_ctx up to it; the cells of local heads are rounded alike
 MAX_N_CTX = 2**31 - 1
 
@@ -204,7 +205,7 @@ def make_plan(
     divided = n_ctx // profile.window_divisor if profile.window_divisor else 0
     length = max(profile.window_min, divided)
     block = fold_block(length)
-    extra = 4 if profile.compensation else 0
+    extra = COMPENSATION_CELLS if profile.compensation else 0
     cells = _round_up(profile.sink_tokens + extra + length + block + SLACK, N_CTX_PAD)
     retrieval = tuple(int(layer.sum()) for layer in profile.retrieval)
     if retrieval == shape.n_head_kv:

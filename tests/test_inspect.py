@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_model_with_a_profile(folder):
-    """Rows of 64 bytes; 4 + 2 + 512 + 128 + 64 = 710 -> 768 cells; 3 KV heads keep 4,096."""
+    """Rows of 64 bytes; 4 + 4 + 512 + 128 + 64 = 712 -> 768 cells; 3 KV heads keep 4,096."""
     code, stdout, stderr = run("inspect", folder / "razor.gguf")
     assert (code, stderr) == (0, "")
     assert lines(stdout) == [
