@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -78,12 +79,11 @@ class MessageReader:
 
     def expand(self, line: str) -> str:
         """The line with the pasted texts in it, each set off by an empty line."""
-        for marker, text in self._pastes.items():
-            before, found, after = line.partition(marker)
-            if found:
-                parts = (before.rstrip(" "), text, after.lstrip(" "))
-                line = "\n\n".join(part for part in parts if part)
-        return line
+        if not self._pastes:
+            return line
+        parts = re.split("(" + "|".join(map(re.escape, self._pastes)) + ")", line)
+        texts = [self._pastes.get(part, part.strip(" ")) for part in parts]
+        return "\n\n".join(text for text in texts if text)
 
 
 class ProgressBar:

@@ -122,7 +122,7 @@ def chat(model: Path | None, **options: Any) -> None:
 
 def _read_stdin() -> str:
     try:
-        text = click.get_binary_stream("stdin").read().decode("utf-8").strip("\r\n")
+        text = sys.stdin.buffer.read().decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
         raise RazorError(f"stdin is not UTF-8 text (byte {error.start})") from error
     if not text.strip():
