@@ -351,7 +351,7 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
             out += rows(kv_type, n_heads * head_dim, n_tokens)
     if plan.active:
         ring = n_tokens - plan.sink_tokens
-        extra = 2 if plan.compensation else 0
+        extra = 4 if plan.compensation else 0
         used = n_tokens if ring <= 0 else plan.sink_tokens + extra + ring
         used = min(used, plan.cells)
         for layer in plan.layers:

@@ -51,7 +51,7 @@ def block_of(window: int) -> int:
 
 def cells_of(window: int, sink_tokens: int, compensation: bool) -> int:
     """Cells of a local head."""
-    cells = sink_tokens + (2 if compensation else 0) + window + block_of(window) + SLACK
+    cells = sink_tokens + (4 if compensation else 0) + window + block_of(window) + SLACK
     return -(-cells // 256) * 256
 
 

@@ -719,7 +719,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         fold_rows = input(GGML_TYPE_I32, n_fold, 1, "razor_inp_fold_rows");
         fold_src  = input(GGML_TYPE_I32, 1,      1, "razor_inp_fold_src");
         fold_dst  = input(GGML_TYPE_I64, 1,      1, "razor_inp_fold_dst");
-        fold_cell = input(GGML_TYPE_I64, 1,      1, "razor_inp_fold_cell");
+        fold_cell = input(GGML_TYPE_I64, plan.N_COMP_CELLS, 1, "razor_inp_fold_cell");
         fold_inv  = input(GGML_TYPE_F32, 1,      1, "razor_inp_fold_inv");
     }
 }
@@ -780,7 +780,20 @@ static void set_input_mask(
     }
 
     if (plan.n_comp > 0 && step.frontier > plan.sink_tokens) {
-        data[plan.sink_tokens + step.slot] = llama_cast<T>(logf(step.frontier - plan.sink_tokens));
+        const double n_folded = step.frontier - plan.sink_tokens;
+
+        // the largest value of the type that is not above log(N_d), and what is missing
+        float val = log(n_folded);
+        T  first  = llama_cast<T>(val);
+        for (double over = exp(llama_cast<float>(first)); over > n_folded; over = exp(llama_cast<float>(first))) {
+            val  -= std::max(1.0f, val)*1e-4f;
+            first = llama_cast<T>(val);
+        }
+
+        const double rest = n_folded - exp(llama_cast<float>(first));
+
+        data[plan.comp_cell(step.slot) + 0] = first;
+        data[plan.comp_cell(step.slot) + 1] = rest > 0.0 ? llama_cast<T>((float) log(rest)) : drop;
     }
 
     // each token sees itself and what the one before it sees
@@ -872,8 +885,11 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
         // the first fold starts from zero
         *(int32_t *) fold_src ->data = step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot;
         *(int64_t *) fold_dst ->data = step.slot;
-        *(int64_t *) fold_cell->data = plan.sink_tokens + step.slot;
         *(float   *) fold_inv ->data = 1.0f/(step.frontier - plan.sink_tokens);
+
+        for (uint32_t i = 0; i < plan.N_COMP_CELLS; ++i) {
+            ((int64_t *) fold_cell->data)[i] = plan.comp_cell(step.slot) + i;
+        }
     }
 }
 
@@ -904,8 +920,12 @@ void llm_graph_input_razor::build_fold(const llm_graph_context & g, ggml_tensor 
     cur = ggml_reshape_2d(ctx0, cur, n_embd, 1);
     cur = ggml_add(ctx0, cur, ggml_get_rows(ctx0, sums, fold_src));
 
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, sums,  cur, fold_dst));
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, store, ggml_mul(ctx0, cur, fold_inv), fold_cell));
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, sums, cur, fold_dst));
+
+    cur = ggml_mul(ctx0, cur, fold_inv);
+    cur = ggml_repeat_4d(ctx0, cur, n_embd, fold_cell->ne[0], 1, 1);
+
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, store, cur, fold_cell));
 }
 
 ggml_tensor * llm_graph_input_razor::build_attn(

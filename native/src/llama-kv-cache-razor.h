@@ -36,7 +36,7 @@ public:
         uint32_t n_high        = 0;  // positions below were written at some time since the last clear
         uint32_t frontier      = 0;  // positions [sink_tokens, frontier) are folded
         int64_t  frontier_prev = -1; // before the last fold, -1: cannot be undone
-        uint32_t slot          = 0;  // compensation cell and accumulator row in use
+        uint32_t slot          = 0;  // compensation token and accumulator row in use
     };
 
     // what the graph of one ubatch does with the local stores
@@ -255,7 +255,7 @@ private:
     ggml_tensor * fold_rows = nullptr; // I32 [n_fold]
     ggml_tensor * fold_src  = nullptr; // I32 [1] row of the accumulators
     ggml_tensor * fold_dst  = nullptr; // I64 [1]
-    ggml_tensor * fold_cell = nullptr; // I64 [1] compensation cell
+    ggml_tensor * fold_cell = nullptr; // I64 [N_COMP_CELLS]
     ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
 
     std::vector<head_order> orders; // per layer

@@ -32,11 +32,17 @@ struct llama_razor_profile {
 std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_context * ctx, const llama_hparams & hparams);
 
 struct llama_razor_plan {
+    // a fold writes one compensation token while the other keeps the value before it, and each takes two cells with
+    // equal rows, because an F16 mask cannot hold log(N_d) but the sum of two of its exponentials can be N_d
+    static constexpr uint32_t N_COMP_SLOTS = 2;
+    static constexpr uint32_t N_COMP_CELLS = 2; // per slot
+    static constexpr uint32_t N_COMP       = N_COMP_SLOTS*N_COMP_CELLS;
+
     uint32_t n_ctx       = 0; // per sequence
     uint32_t sink_tokens = 0; // S
     uint32_t window      = 0; // L
     uint32_t block       = 0; // B
-    uint32_t n_comp      = 0; // compensation cells: a fold writes one while the other keeps the value before it
+    uint32_t n_comp      = 0; // compensation cells, N_COMP or 0
     uint32_t cells       = 0; // of a local head: [sinks | compensation | ring]
 
     // KV heads of each layer: the retrieval heads in order, the local heads in order
@@ -53,6 +59,9 @@ struct llama_razor_plan {
 
         return start > window && start - window > sink_tokens ? start - window : sink_tokens;
     }
+
+    // the first cell of a compensation token
+    uint32_t comp_cell(uint32_t slot) const { return sink_tokens + slot*N_COMP_CELLS; }
 
     // the cell of position p, of the sinks or of the ring
     uint32_t cell(uint32_t pos) const {

@@ -296,7 +296,7 @@ static llama_razor_plan razor_make_plan(const llama_razor_profile & profile, con
         block *= 2;
     }
 
-    const uint64_t n_comp = profile.compensation ? 2 : 0;
+    const uint64_t n_comp = profile.compensation ? llama_razor_plan::N_COMP : 0;
     const uint64_t cells  = (profile.sink_tokens + n_comp + window + block + LLAMA_RAZOR_SLACK + 255)/256*256;
 
     res.n_ctx       = n_ctx;
