@@ -221,6 +221,8 @@ class Model:
         llama = bindings()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
+        if is_patched():
+            set_override(None)  # resets last_error(), which a load that fails early does not
         self.ptr = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.ptr:
             raise LoadError(last_error())

@@ -99,8 +99,10 @@ class CacheMachine(RuleBasedStateMachine):
         if p0 + length < len(self.tokens):
             assert not self.ctx.seq_rm(p0, p0 + length)
 
-    @rule(data=st.booleans())
-    def clear(self, data: bool) -> None:
+    @rule(data=st.booleans(), often=st.integers(0, 3))
+    def clear(self, data: bool, often: int) -> None:
+        if often and not self.must_clear:  # rarely, so that contexts fill up
+            return
         self.ctx.clear(data)
         self.tokens, self.high, self.must_clear = [], 0, False
 
@@ -146,9 +148,9 @@ class CacheMachine(RuleBasedStateMachine):
         if n <= self.ctx.n_batch:
             assert self.ctx.try_decode([1] * n)[0] != 0
 
-    @rule(shift=st.sampled_from([-3, 2]))
+    @rule(shift=st.integers(-9, 9))
     def shift_positions(self, shift: int) -> None:
-        if self.tokens:
+        if self.tokens and shift in (-3, 2):  # rarely: only clearing helps afterwards
             llama = runner.bindings()
             assert not llama.llama_memory_can_shift(self.ctx.memory)
             llama.llama_memory_seq_add(self.ctx.memory, 0, 0, -1, shift)
@@ -181,8 +183,8 @@ def test_random_operations(name: str, model) -> None:
     run.settings = settings(
         derandomize=True,
         deadline=None,
-        max_examples=25,
-        stateful_step_count=30,
+        max_examples=60,
+        stateful_step_count=40,
         suppress_health_check=list(HealthCheck),
     )
     run().runTest()
@@ -398,7 +400,7 @@ def test_abort_at_every_node(model) -> None:
     with runner.Context(model, runner.override(plan), n_ctx=N_CTX, n_ubatch=16) as ctx:
         want = ctx.decode(tokens)
         for start in (30, 64, 128, 330, 384):  # folds at 64, 128, 384; the ring has wrapped
-            for n_nodes in range(0, 160, 9):
+            for n_nodes in range(0, 120, 6):
                 ctx.clear()
                 ctx.decode(tokens[:start])
                 ctx.abort_after(n_nodes)
@@ -409,7 +411,7 @@ def test_abort_at_every_node(model) -> None:
                 assert ctx.n_past in (0, start, start + 16)
                 got = ctx.decode(tokens[ctx.n_past :])
                 np.testing.assert_allclose(got, want[-len(got) :], rtol=0, atol=TOLERANCE)
-    assert aborted > 50
+    assert aborted > 60
 
 
 def test_positions_must_follow(model) -> None:
