@@ -522,3 +522,23 @@ def test_unknown_array_types_are_copied(tmp_path):
     model.write_bytes(small_model(extra))
     write_copy(model, tmp_path / "o.gguf", Profile((np.array([1, 0]), np.array([0, 0]))))
     assert other_keys(tmp_path / "o.gguf") == other_keys(model)
+
+
+def test_documentation_names_every_key_and_its_type(model, tmp_path):
+    """docs/format.md is the contract: its table is checked against what is really written."""
+    text = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `razor.")]
+    documented = {row[1].strip(" `"): row[2].strip() for row in rows}
+    scores = np.zeros(12, np.float32)
+    profile = Profile(PROFILE.retrieval, echo_score=scores, induction_score=scores)
+    write_sidecar(model, tmp_path / "s.gguf", profile)
+    written = read_header(tmp_path / "s.gguf").entries
+    for key, entry in written.items():
+        if key.startswith("razor."):
+            assert documented[key] == entry.type_name
+    assert set(documented) - set(written) == {"razor.head.scope", "razor.calibration.*"}
+    mask = (tmp_path / "s.gguf").read_bytes()
+    entry = written["razor.head.retrieval"]
+    example = text[text.index("14 00 00 00") :].split("```")[0].splitlines()
+    octets = bytes.fromhex("".join(line[: line.rindex("  ")].strip() for line in example if line))
+    assert mask[entry.start : entry.data][:-8] == octets[:-12]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +183,33 @@ def test_fingerprint_knows_the_model_not_the_file(tmp_path):
     other[-17] ^= 1  # in the middle of the last tensor
     assert same != fingerprint("data", bytes(other))
     assert same != fingerprint("name", base.replace(b"b.weight", b"c.weight"))
+
+
+def test_fingerprint_is_the_documented_one(tmp_path):
+    """Computed here from docs/format.md, on a model of 600 tensors: every second one is sampled."""
+    keys = [
+        kv("general.architecture", STRING, "llama"),
+        kv("llama.block_count", U32, 2),
+        kv("llama.embedding_length", U32, 256),
+        kv("llama.attention.head_count", U32, 8),
+        kv_array("llama.attention.head_count_kv", I32, [2, 4]),
+    ]
+    size = 5000
+    tensors, chunks, expected = [], [], b"razor fingerprint 1\0llama\0"
+    expected += b"llama.block_count=2\0llama.nextn_predict_layers=\0llama.embedding_length=256\0"
+    expected += b"llama.attention.head_count=8\0llama.attention.head_count_kv=[2, 4]\0"
+    expected += b"llama.attention.key_length=\0llama.attention.value_length=\0"
+    padded = size + -size % 32
+    for i in range(600):
+        name = f"t{i}"
+        tensors.append(tensor(name, (size, 1), 24, i * padded))
+        chunks.append(random.Random(i).randbytes(size) + bytes(padded - size))
+        expected += struct.pack("<I", len(name)) + name.encode()
+        expected += struct.pack("<IQQIQ", 2, size, 1, 24, i * padded)
+    for i in range(0, 600, 2):
+        expected += chunks[i][(size - 1024) // 2 :][:1024]
+    path = write(tmp_path / "m", gguf(keys, tensors, b"".join(chunks)))
+    assert read_model_shape(path).fingerprint == hashlib.sha256(expected).hexdigest()
 
 
 # -- profile
