@@ -196,9 +196,9 @@ def test_fingerprint_is_the_documented_one(tmp_path):
     ]
     size = 5000
     tensors, chunks, expected = [], [], b"razor fingerprint 1\0llama\0"
-    expected += b"llama.block_count=2\0llama.nextn_predict_layers=\0llama.embedding_length=256\0"
-    expected += b"llama.attention.head_count=8\0llama.attention.head_count_kv=[2, 4]\0"
-    expected += b"llama.attention.key_length=\0llama.attention.value_length=\0"
+    expected += b"block_count=2\0nextn_predict_layers=\0embedding_length=256\0"
+    expected += b"attention.head_count=8\0attention.head_count_kv=[2, 4]\0"
+    expected += b"attention.key_length=\0attention.value_length=\0"
     padded = size + -size % 32
     for i in range(600):
         name = f"t{i}"
