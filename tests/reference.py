@@ -74,7 +74,7 @@ def forward(
     entropy-like number of tokens each query effectively attends to: f64 [n_head, n_tokens]."""
     w = {name: data.astype(np.float64) for name, data in weights.items()}
     tokens = np.asarray(tokens)
-    n, d = len(tokens), spec.head_dim
+    n = len(tokens)
 
     x = w["token_embd.weight"][tokens]
     if spec.arch == "gpt2":
@@ -83,29 +83,9 @@ def forward(
     for il in range(spec.n_layer):
         blk = f"blk.{il}"
         h = _norm(spec, w, f"{blk}.attn_norm", x)
-        if spec.arch == "gpt2":
-            qkv = _linear(w, f"{blk}.attn_qkv", h)
-            q, k, v = np.split(qkv, 3, axis=1)
-        else:
-            q, k, v = (_linear(w, f"{blk}.attn_{name}", h) for name in "qkv")
-        q = q.reshape(n, spec.n_head, d)
-        k = k.reshape(n, spec.n_head_kv, d)
-        v = v.reshape(n, spec.n_head_kv, d)
-        if spec.arch == "qwen3":
-            q = _rms(q, spec.norm_eps) * w[f"{blk}.attn_q_norm.weight"]
-            k = _rms(k, spec.norm_eps) * w[f"{blk}.attn_k_norm.weight"]
-        if spec.arch != "gpt2":
-            q, k = _rope(spec, q), _rope(spec, k)
-
-        out = np.empty_like(q)
-        group = spec.n_head // spec.n_head_kv
-        for ih in range(spec.n_head):
-            kv = ih // group
-            local = razor is not None and not razor.mask[il][kv]
-            out[:, ih], n_eff = _attend(q[:, ih], k[:, kv], v[:, kv], razor if local else None)
-            if probe is not None:
-                probe.setdefault(il, []).append(n_eff)
-        x = x + _linear(w, f"{blk}.attn_output", out.reshape(n, -1))
+        if spec.kv_heads[il] > 0:
+            h = _attention(spec, w, il, h, razor, probe)
+        x = x + _linear(w, f"{blk}.attn_output", h)
 
         h = _norm(spec, w, f"{blk}.ffn_norm", x)
         if spec.arch == "gpt2":
@@ -117,6 +97,37 @@ def forward(
 
     x = _norm(spec, w, "output_norm", x)
     return x @ w["token_embd.weight" if spec.tied else "output.weight"].T
+
+
+def _attention(
+    spec: TinySpec,
+    w: dict[str, np.ndarray],
+    il: int,
+    h: np.ndarray,
+    razor: Razor | None,
+    probe: dict | None,
+) -> np.ndarray:
+    """Heads of layer il side by side, f64 [n, n_head * d], from its normed input h [n, n_embd]."""
+    blk, n, d, n_kv = f"blk.{il}", len(h), spec.head_dim, spec.kv_heads[il]
+    if spec.arch == "gpt2":
+        q, k, v = np.split(_linear(w, f"{blk}.attn_qkv", h), 3, axis=1)
+    else:
+        q, k, v = (_linear(w, f"{blk}.attn_{name}", h) for name in "qkv")
+    q, k, v = q.reshape(n, spec.n_head, d), k.reshape(n, n_kv, d), v.reshape(n, n_kv, d)
+    if spec.arch == "qwen3":
+        q = _rms(q, spec.norm_eps) * w[f"{blk}.attn_q_norm.weight"]
+        k = _rms(k, spec.norm_eps) * w[f"{blk}.attn_k_norm.weight"]
+    if spec.arch != "gpt2":
+        q, k = _rope(spec, q), _rope(spec, k)
+
+    out = np.empty_like(q)
+    for ih in range(spec.n_head):
+        kv = ih // (spec.n_head // n_kv)
+        local = razor is not None and not razor.mask[il][kv]
+        out[:, ih], n_eff = _attend(q[:, ih], k[:, kv], v[:, kv], razor if local else None)
+        if probe is not None:
+            probe.setdefault(il, []).append(n_eff)
+    return out.reshape(n, -1)
 
 
 def _attend(
@@ -183,7 +194,7 @@ def _rope(spec: TinySpec, x: np.ndarray) -> np.ndarray:
         theta = theta * scale
     cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
     y = np.empty_like(x)
-    if spec.arch == "llama":
+    if spec.arch in ("llama", "deci"):
         first, second = slice(0, d, 2), slice(1, d, 2)
     else:
         first, second = slice(0, d // 2), slice(d // 2, d)

@@ -92,7 +92,7 @@ def test_window_that_holds_everything_equals_stock(kv: str, flash_attn: bool, ti
         want = stock(runner.logits, tiny(spec), tokens, **params)
         # with local heads alone nothing of upstream's cache is left, its rotation of quantized
         # rows must be there all the same
-        for mask in (MASKS[name], ((0,) * spec.n_head_kv,) * spec.n_layer):
+        for mask in (MASKS[name], tuple((0,) * n for n in spec.kv_heads)):
             override = runner.override(reference.make_razor(mask, window=300))
             with runner.Model(tiny(spec)) as model:
                 with runner.Context(model, override, **params) as ctx:
@@ -110,7 +110,7 @@ def test_all_retrieval_heads_are_bit_identical_to_stock(
     type_v = kv if flash_attn or kv in ("f32", "f16") else "f16"
     params = {"n_ctx": 1024, "type_k": kv, "type_v": type_v, "flash_attn": flash_attn}
     for spec in SPECS.values():
-        mask = ((1,) * spec.n_head_kv,) * spec.n_layer
+        mask = tuple((1,) * n for n in spec.kv_heads)
         override = runner.override(reference.make_razor(mask, window=16))
         tokens = runner.random_tokens(400, spec.n_vocab, 8)
         got = runner.logits(tiny(spec), tokens, override, 100, **params)

@@ -148,6 +148,13 @@ def test_bytes_of_other_types(kv: str, model) -> None:
     check(model, 2048, (kv, kv), window=500)
 
 
+@pytest.mark.parametrize("compensation", [True, False], ids=["comp", "nocomp"])
+def test_bytes_where_cells_are_rounded_up(compensation: bool, model) -> None:
+    """Windows about the one that fills 256 cells exactly, and where the block grows."""
+    for window in (118, 120, 121, 122, 124, 125, 511, 512, 1023, 1024):
+        check(model, 2048, ("f16", "f16"), window=window, compensation=compensation)
+
+
 def test_bytes_of_mixed_types_and_no_offload(model) -> None:
     check(model, 2048, ("q8_0", "q4_0"), window=500, offload_kqv=False)
 

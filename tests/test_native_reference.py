@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import reference
 import runner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_models import TinySpec, make_weights, with_kv_heads
 
 F32_TOLERANCE = 3e-5  # 1e-4 is promised
@@ -38,8 +40,9 @@ class Case:
     def __str__(self) -> str:
         s = self.spec
         mask = ".".join("".join(map(str, row)) for row in self.mask)
+        n_kv = "+".join(str(n) for n in dict.fromkeys(s.kv_heads))
         return (
-            f"{s.arch}-{s.n_head}q{s.n_head_kv}kv-d{s.head_dim}-{mask}-w{self.window}"
+            f"{s.arch}-{s.n_head}q{n_kv}kv-d{s.head_dim}-{mask}-w{self.window}"
             f"-s{self.sink_tokens}-n{self.n_tokens}{'' if self.compensation else '-nocomp'}"
         )
 
@@ -83,7 +86,7 @@ def matrix() -> list[Case]:
                 cases.append(
                     Case(
                         spec,
-                        mask_of(MASKS[i % len(MASKS)], spec.n_head_kv, spec.n_layer),
+                        mask_of(MASKS[i % len(MASKS)], spec.kv_heads[0], spec.n_layer),
                         window=(16, 33, 20, 64, 100)[i % 5],
                         n_tokens=(310, 420, 530)[i % 3],
                         sink_tokens=(4, 0, 7, 1)[i % 4],
@@ -97,6 +100,13 @@ def matrix() -> list[Case]:
             for compensation in (True, False):
                 mask = mask_of(kind, n_kv, 3)
                 cases.append(Case(spec, mask, 24, 280, compensation=compensation))
+    # layers with different numbers of KV heads, one without attention
+    for n_kv, mask in (
+        ((4, 1, 2), ((1, 0, 0, 1), (0,), (0, 1))),
+        ((2, 0, 4), ((0, 1), (), (0, 0, 1, 0))),
+        ((1, 4, 0), ((1,), (0, 0, 0, 0), ())),
+    ):
+        cases.append(Case(TinySpec("deci", 3, 4, n_kv, 32, seed=101), mask, 24, 280))
     return cases
 
 
@@ -119,11 +129,11 @@ def test_matrix_covers_what_it_says() -> None:
     assert len(cases) >= 90
     assert len({str(case) for case in cases}) == len(cases)
     for name, values in (
-        ("arch", {"llama", "qwen2", "qwen3", "gpt2"}),
+        ("arch", {"llama", "qwen2", "qwen3", "gpt2", "deci"}),
         ("head_dim", {32, 64, 96, 128}),
-        ("n_head_kv", {1, 2, 4, 8}),
     ):
         assert {getattr(case.spec, name) for case in cases} == values
+    assert {n for case in cases for n in case.spec.kv_heads} == {0, 1, 2, 4, 8}
     rows = {row for case in cases for row in case.mask}
     assert {(1, 1, 0, 0), (0, 0, 1, 1), (1, 0, 1, 0), (0, 1, 1, 0), (1, 0, 0, 1)} <= rows
     assert any(not any(row) for row in rows) and any(all(row) for row in rows)
@@ -148,6 +158,42 @@ def test_f32_cache_equals_the_reference(case: Case, tiny) -> None:
     error = np.abs(got - want).max(axis=1)
     first = np.argmax(error > F32_TOLERANCE)
     assert error.max() <= F32_TOLERANCE, f"error {error.max():.2e}, from position {first} on"
+
+
+@st.composite
+def random_cases(draw) -> tuple[Case, list[int], int]:
+    """Any small plan: windows of one token, sinks beyond a block, any mask, any split."""
+    n_kv = draw(st.sampled_from([1, 2, 3, 5]))
+    n_layer = draw(st.integers(1, 3))
+    arch = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
+    spec = TinySpec(arch, n_layer, n_kv * draw(st.sampled_from([1, 2])), n_kv, 32, seed=400)
+    bits = draw(st.lists(st.integers(0, 1), min_size=n_kv * n_layer, max_size=n_kv * n_layer))
+    mask = tuple(tuple(bits[i * n_kv : (i + 1) * n_kv]) for i in range(n_layer))
+    n_tokens = draw(st.integers(1, 600))
+    case = Case(
+        spec,
+        mask,
+        window=draw(st.sampled_from([1, 2, 15, 63, 64, 65, 120, 121, 150, 300])),
+        n_tokens=n_tokens,
+        sink_tokens=draw(st.sampled_from([0, 1, 4, 63, 64, 65, 130])),
+        compensation=draw(st.booleans()),
+    )
+    splits = runner.random_splits(n_tokens, draw(st.sampled_from([3, 50, 200])), 0)
+    return case, splits, draw(st.sampled_from([1, 16, 100, 512]))
+
+
+@settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=HealthCheck)
+@given(random_cases())
+def test_any_plan_equals_the_reference(tiny, drawn: tuple[Case, list[int], int]) -> None:
+    case, splits, n_ubatch = drawn
+    tokens = tokens_of(case.spec, case.n_tokens)
+    with runner.Model(tiny(case.spec)) as model:
+        override = runner.override(case.razor)
+        with runner.Context(model, override, n_ctx=1024, n_ubatch=n_ubatch) as ctx:
+            assert ctx.stats().active == (0 in sum(case.mask, ()))
+            got = ctx.decode(tokens, splits)
+    want = reference.forward(case.spec, weights(case.spec), tokens, case.razor)
+    assert np.abs(got - want).max() <= F32_TOLERANCE
 
 
 POOL = [

@@ -15,7 +15,8 @@ NATIVE = Path(__file__).parents[1] / "native"
 MAX_ADDED_LINES = 60
 
 KV = [("f32", False), ("f16", False), ("f16", True), ("q8_0", True), ("q4_0", True)]
-SPECS = {arch: TinySpec(arch, 2, 4, 4 if arch == "gpt2" else 2, 64, seed=11) for arch in ARCHS}
+N_HEAD_KV = {"gpt2": 4, "deci": (1, 4)}
+SPECS = {arch: TinySpec(arch, 2, 4, N_HEAD_KV.get(arch, 2), 64, seed=11) for arch in ARCHS}
 
 
 @pytest.mark.parametrize(("kv", "flash_attn"), KV)

@@ -16,17 +16,20 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-ARCHS = ("llama", "qwen2", "qwen3", "gpt2")
+ARCHS = ("llama", "qwen2", "qwen3", "gpt2", "deci")
 
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Shape of a tiny model. gpt2 and qwen2 ignore n_embd: it is n_head * head_dim there."""
+    """Shape of a tiny model. gpt2 and qwen2 ignore n_embd: it is n_head * head_dim there.
+
+    deci is llama with a KV head count per layer; a layer with 0 is linear, without attention.
+    """
 
     arch: str = "llama"
     n_layer: int = 3
     n_head: int = 4
-    n_head_kv: int = 2
+    n_head_kv: int | tuple[int, ...] = 2
     head_dim: int = 32
     n_embd: int = 64
     n_ff: int = 96
@@ -41,8 +44,10 @@ class TinySpec:
     def __post_init__(self) -> None:
         if self.arch not in ARCHS:
             raise ValueError(f"unknown arch {self.arch!r}")
-        if self.n_head % self.n_head_kv:
+        if any(n > 0 and self.n_head % n for n in self.kv_heads):
             raise ValueError("n_head must be a multiple of n_head_kv")
+        if isinstance(self.n_head_kv, tuple) != (self.arch == "deci"):
+            raise ValueError("deci, and no other arch, has a KV head count per layer")
         if self.arch in ("gpt2", "qwen2"):
             object.__setattr__(self, "n_embd", self.n_head * self.head_dim)
         if self.arch == "gpt2" and self.n_head != self.n_head_kv:
@@ -51,13 +56,15 @@ class TinySpec:
     @property
     def kv_heads(self) -> tuple[int, ...]:
         """KV heads of each layer."""
+        if isinstance(self.n_head_kv, tuple):
+            return self.n_head_kv
         return (self.n_head_kv,) * self.n_layer
 
 
 def make_weights(spec: TinySpec) -> dict[str, np.ndarray]:
     """Tensors of the model by GGUF name: f32, shapes in numpy order (rows = outputs)."""
     weights: dict[str, np.ndarray] = {}
-    d, n_q, n_kv = spec.n_embd, spec.n_head * spec.head_dim, spec.n_head_kv * spec.head_dim
+    d, n_q = spec.n_embd, spec.n_head * spec.head_dim
 
     def normal(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> np.ndarray:
         # one generator per tensor: adding a tensor does not change the others
@@ -82,11 +89,12 @@ def make_weights(spec: TinySpec) -> dict[str, np.ndarray]:
         tensor("position_embd.weight", (spec.n_ctx_train, d), 0.5)
 
     for il in range(spec.n_layer):
-        blk = f"blk.{il}"
+        blk, n_kv = f"blk.{il}", spec.kv_heads[il] * spec.head_dim
         norm(f"{blk}.attn_norm", d)
-        linear(f"{blk}.attn_q.weight", n_q, d, spec.sharpness)
-        linear(f"{blk}.attn_k.weight", n_kv, d, spec.sharpness)
-        linear(f"{blk}.attn_v.weight", n_kv, d, 1.0)
+        if n_kv:
+            linear(f"{blk}.attn_q.weight", n_q, d, spec.sharpness)
+            linear(f"{blk}.attn_k.weight", n_kv, d, spec.sharpness)
+            linear(f"{blk}.attn_v.weight", n_kv, d, 1.0)
         if spec.arch in ("qwen2", "gpt2"):
             tensor(f"{blk}.attn_q.bias", (n_q,), 0.3)
             tensor(f"{blk}.attn_k.bias", (n_kv,), 0.5)
@@ -98,7 +106,7 @@ def make_weights(spec: TinySpec) -> dict[str, np.ndarray]:
         if spec.arch == "qwen3":
             tensor(f"{blk}.attn_q_norm.weight", (spec.head_dim,), 0.1, spec.sharpness)
             tensor(f"{blk}.attn_k_norm.weight", (spec.head_dim,), 0.1, spec.sharpness)
-        linear(f"{blk}.attn_output.weight", d, n_q, 2.0)
+        linear(f"{blk}.attn_output.weight", d, n_q if n_kv else d, 2.0 if n_kv else 0.5)
         if spec.arch == "gpt2":
             tensor(f"{blk}.attn_output.bias", (d,), 0.1)
         norm(f"{blk}.ffn_norm", d)
@@ -134,14 +142,18 @@ def model_kv(spec: TinySpec) -> dict[str, tuple[Any, GGUFValueType]]:
         f"{a}.embedding_length": (spec.n_embd, u32),
         f"{a}.feed_forward_length": (spec.n_ff, u32),
         f"{a}.attention.head_count": (spec.n_head, u32),
-        f"{a}.attention.head_count_kv": (spec.n_head_kv, u32),
+        f"{a}.attention.head_count_kv": (
+            (np.array(spec.n_head_kv, np.int32), GGUFValueType.ARRAY)
+            if isinstance(spec.n_head_kv, tuple)
+            else (spec.n_head_kv, u32)
+        ),
         f"{a}.attention.{eps_key}": (spec.norm_eps, f32),
         f"{a}.vocab_size": (spec.n_vocab, u32),
         "tokenizer.ggml.model": ("none", string),
     }
     if spec.arch != "gpt2":
         kv[f"{a}.rope.freq_base"] = (spec.rope_base, f32)
-    if spec.arch in ("llama", "qwen3"):  # head_dim is free there
+    if spec.arch in ("llama", "qwen3", "deci"):  # head_dim is free there
         kv[f"{a}.attention.key_length"] = (spec.head_dim, u32)
         kv[f"{a}.attention.value_length"] = (spec.head_dim, u32)
         kv[f"{a}.rope.dimension_count"] = (spec.head_dim, u32)
@@ -259,7 +271,7 @@ def make_1b_shape(
         return np.tile(rows, (n_out // 64, 1))
 
     def tensors() -> Iterable[tuple[str, np.ndarray, GGMLQuantizationType | None]]:
-        d, ff, n_kv = shape.n_embd, shape.n_ff, shape.n_head_kv * shape.head_dim
+        d, ff, n_kv = shape.n_embd, shape.n_ff, shape.kv_heads[0] * shape.head_dim
         ones = np.ones(d, np.float32)
         yield "token_embd.weight", matrix(n_vocab, d), qtype
         for il in range(n_layer):
