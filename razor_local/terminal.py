@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,16 +88,21 @@ class MessageReader:
 
 
 class ProgressBar:
-    """One line of progress that vanishes when it is done; nothing where stderr is no terminal."""
+    """One line of progress that vanishes when it is done.
+
+    Nothing where stderr is no terminal, or where all is done within half a second.
+    """
 
     def __init__(self, what: str) -> None:
         self._what = what
+        self._created = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
     def update(self, done: float, total: float) -> None:
         if self._bar is None:
-            if done >= total or not sys.stderr.isatty():
+            quick = time.monotonic() - self._created < 0.5
+            if quick or done >= total or not sys.stderr.isatty():
                 return
             self._bar = self._start()
             self._task = self._bar.add_task(self._what, total=total)

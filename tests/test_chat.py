@@ -210,6 +210,26 @@ def test_sampling_reaches_the_model_and_seeds_differ_by_turn():
     assert model.seed == 1
 
 
+def test_without_turn_markers_the_whole_conversation_is_tokenized_again():
+    class Merging(ScriptedModel):
+        """Has a token for "k" at the end of a line, as word-piece tokenizers would."""
+
+        def tokenize(self, text, add_bos=True, special=False):
+            parts = text.split(b"k\n")
+            return [t for i, part in enumerate(parts) for t in ([300] if i else []) + list(part)]
+
+    def plain(messages):
+        return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "
+
+    model = Merging([b"ok\0", b"ok\0"])
+    chat = Chat(model, plain)
+    list(chat.say("x"))
+    list(chat.say("y"))
+    whole = "user: x\nassistant: ok\nuser: y\nassistant: "
+    assert model.cache[: chat.last.n_prompt] == model.tokenize(whole.encode())
+    assert 300 in model.cache
+
+
 def test_a_leading_space_of_sentencepiece_is_not_part_of_the_answer():
     class Words(ScriptedModel):
         def piece(self, token):
