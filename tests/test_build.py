@@ -289,7 +289,8 @@ class Project:
         }
         clean |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1"}  # no network in tests
         clean["XDG_CACHE_HOME"] = str(self.folder / "cache")
-        command = [cmake(), "-S", self.folder, "-B", self.folder / "build"]
+        command = [tool("cmake"), "-S", self.folder, "-B", self.folder / "build", "-G", "Ninja"]
+        command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
         command += [f"-DPython_EXECUTABLE={sys.executable}", *defines]
         done = subprocess.run(
             command, env=clean | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -297,10 +298,10 @@ class Project:
         return done.returncode, " ".join(done.stdout.split())
 
 
-def cmake() -> str:
-    scripts = sysconfig.get_path("scripts")
-    path = shutil.which("cmake", path=scripts) or shutil.which("cmake")
-    assert path, "no cmake: run the tests with 'uv run pytest', which installs it"
+def tool(name: str) -> str:
+    """A program of this Python environment, else of the PATH."""
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    assert path, f"no {name}: run the tests with 'uv run pytest', which installs it"
     return path
 
 
@@ -340,8 +341,7 @@ def test_no_compiler(project: Project, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     env = {"CC": "", "CXX": "", "PATH": str(tmp_path / "bin")}
     says = "No C and C++ compiler was found: install one (Debian and Ubuntu: apt install g++"
-    make = shutil.which("make") or shutil.which("ninja") or ""
-    refused(project.configure(f"-DCMAKE_MAKE_PROGRAM={make}", **env), says)
+    refused(project.configure(**env), says)
 
 
 def test_sdist_option(project: Project, tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_cmake(*args: str | Path) -> str:
     env = os.environ | {"PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]}
     done = subprocess.run(
-        [cmake(), *args], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [tool("cmake"), *args], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
