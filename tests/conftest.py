@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def stock() -> Iterator[Any]:
     """Worker on an unpatched build of the same llama.cpp: stock(runner function, arguments)."""
     import runner
+    from stock import stock_lib_dir
 
-    lib_dir = os.environ.get("RAZOR_STOCK_LIB")
-    if lib_dir is None:
-        from stock import stock_lib_dir
-
-        lib_dir = stock_lib_dir()
+    lib_dir = stock_lib_dir()
     with runner.Worker(lib_dir) as worker:
         assert not worker(runner.ping), f"{lib_dir} is patched, expected a stock build"
         yield worker
