@@ -542,3 +542,18 @@ def test_documentation_names_every_key_and_its_type(model, tmp_path):
     example = text[text.index("14 00 00 00") :].split("```")[0].splitlines()
     octets = bytes.fromhex("".join(line[: line.rindex("  ")].strip() for line in example if line))
     assert mask[entry.start : entry.data][:-8] == octets[:-12]
+
+
+def test_file_is_on_disk_before_it_gets_its_name(model, tmp_path, monkeypatch):
+    """A power cut must not leave an empty file under the final name."""
+    steps = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def call(*args, name=name, real=real):
+            steps.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+    write_copy(model, tmp_path / "out.gguf", PROFILE)
+    assert steps == ["fsync", "replace", "fsync"]  # the file, its new name, the folder
