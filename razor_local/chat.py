@@ -275,4 +275,6 @@ class Chat:
 
     def _tokenize(self, text: str) -> list[int]:
         # the template has written the BOS token, if the model wants one
-        return self.model.tokenize(text.encode("utf-8"), add_bos=False, special=True)
+        # (bytes that are no UTF-8 come from a terminal as surrogates)
+        data = text.encode("utf-8", "surrogateescape")
+        return self.model.tokenize(data, add_bos=False, special=True)

@@ -148,13 +148,16 @@ class Llama(llama_cpp.Llama):
         self._why = self._plan.why_inactive if self._plan else why
         if self._plan is not None and self._plan.active:
             _refuse_options(kwargs)
+        if self._plan is not None:
+            _refuse_too_large(self._plan)
         if profile is not None:
             profile = profile.with_options(window, sink_tokens, compensation)
         self._profile = profile
 
         native.clear_errors()
-        try:
-            with _native.override(native.make_params(profile)):
+        refusal = None
+        with _native.override(native.make_params(profile)):
+            try:
                 super().__init__(
                     model_path,
                     n_ctx=n_ctx,
@@ -164,14 +167,15 @@ class Llama(llama_cpp.Llama):
                     verbose=verbose,
                     **kwargs,
                 )
-                reason = ""
-        except (ValueError, RuntimeError) as error:
-            reason = self._load_error(model_path, error)
-            self.close()
+            except (ValueError, RuntimeError) as error:
+                refusal = self._refusal(model_path, error)
+                self.close()
+                if refusal is None:
+                    raise
         if self._progress_error is not None:
             raise self._progress_error
-        if reason:
-            raise (UnsupportedError if _native.last_error() else RazorError)(reason)
+        if refusal is not None:
+            raise refusal
         self._check_plan()
 
     # -- what razor does --
@@ -415,13 +419,15 @@ class Llama(llama_cpp.Llama):
         razor = _native.last_error() if self._profile is not None else ""
         return razor or "; ".join(native.error_lines()[-2:])
 
-    def _load_error(self, model_path: str, error: Exception) -> str:
+    def _refusal(self, model_path: str, error: Exception) -> RazorError | None:
+        """Why loading failed, by the library; None for a mistake in the arguments."""
         reason = self._reason() or "the native library gives no reason"
+        kind = UnsupportedError if _native.last_error() else RazorError
         if hasattr(self, "_model"):
-            return f"no context could be created for {model_path}: {reason}"
+            return kind(f"no context could be created for {model_path}: {reason}")
         if str(error).startswith("Failed to load model"):
-            return f"{model_path} could not be loaded: {reason}"
-        return str(error)
+            return kind(f"{model_path} could not be loaded: {reason}")
+        return None
 
     def _check_plan(self) -> None:
         """The plan that every tool prints must be what the library allocated."""
@@ -495,6 +501,19 @@ def _refuse_options(kwargs: dict[str, Any]) -> None:
         raise UnsupportedError(
             "embedding=True needs a cache of several sequences, razor serves one yet; pass"
             " razor=False"
+        )
+
+
+def _refuse_too_large(plan: Plan) -> None:
+    # allocating it would succeed and filling it end the process, where memory is overcommitted
+    if C.llama_supports_gpu_offload() or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if plan.kv_bytes > memory:
+        raise RazorError(
+            f"the KV cache of {plan.n_ctx} tokens takes {plan.kv_bytes / 2**30:.1f} GiB, this"
+            f" machine has {memory / 2**30:.1f} GiB; use a smaller n_ctx or q8_0 for type_k and"
+            " type_v"
         )
 
 

@@ -67,6 +67,49 @@ def test_no_library_in_the_folder(tmp_path):
     )
 
 
+def test_the_command_line_without_a_library(tmp_path):
+    """inspect and --help need none; chat says what is missing."""
+    from razor_local.cli.chat import DEFAULT_MODEL
+
+    def command(*args):
+        return subprocess.run(
+            [sys.executable, "-c", "from razor_local.cli import main; main()", *args],
+            env={**os.environ, "RAZOR_LOCAL_LIB": str(tmp_path)},
+            input="hello",
+            capture_output=True,
+            text=True,
+        )
+
+    assert command("inspect", str(DEFAULT_MODEL)).returncode == 0
+    assert command("chat", "--help").returncode == 0
+    chat = command("chat")
+    assert chat.returncode == 1 and chat.stdout == ""
+    assert chat.stderr == (
+        f"Error: there is no libllama.so in {tmp_path}; correct or unset RAZOR_LOCAL_LIB\n"
+    )
+
+
+def test_an_editable_installation_has_the_library_elsewhere(monkeypatch, tmp_path, library):
+    """The Python sources stay in the checkout, the distribution's list of files knows the rest."""
+    import importlib.metadata
+
+    import razor_local
+
+    lib = tmp_path / "site-packages" / "razor_local" / "lib"
+    lib.mkdir(parents=True)
+    (lib / "libllama.so").symlink_to(library.path)
+    monkeypatch.delenv("RAZOR_LOCAL_LIB", raising=False)
+    monkeypatch.setattr(razor_local, "__path__", [str(tmp_path / "checkout" / "razor_local")])
+    with monkeypatch.context() as m:
+        file = importlib.metadata.PackagePath("razor_local/lib/libllama.so")
+        file.dist = type("Dist", (), {"locate_file": lambda self, p: lib.parents[1] / p})()
+        m.setattr(importlib.metadata, "files", lambda name: [file])
+        assert native.library_folder() == lib
+        (lib / "libllama.so").unlink()
+        with pytest.raises(LibraryError, match="no libllama.so in .*checkout.* and .*reinstall"):
+            native.library_folder()
+
+
 def test_a_library_that_cannot_be_loaded(tmp_path):
     (tmp_path / "libllama.so").write_text("not a library")
     result = run(IMPORT, RAZOR_LOCAL_LIB=str(tmp_path))

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import tiny_models
+from other_models import MODELS, make_other
 from test_chat import FACT, QUESTION, text_with
 
 from razor_local import (
@@ -215,8 +216,33 @@ def test_kv_types_by_name_and_number():
         Llama(DEFAULT_MODEL, type_v="q8_0", flash_attn=False)
 
 
+def test_a_cache_larger_than_the_machine_is_refused():
+    with pytest.raises(RazorError, match=r"2000000000 tokens takes \d+\.\d GiB, this machine has"):
+        Llama(DEFAULT_MODEL, n_ctx=2_000_000_000)
+
+
 def test_n_ctx_0_is_the_trained_length():
     assert Llama(DEFAULT_MODEL, n_ctx=0).n_ctx() == read_model_shape(DEFAULT_MODEL).n_ctx_train
+
+
+@pytest.mark.parametrize("arch", [arch for arch in MODELS if arch != "falcon"])
+def test_other_architectures_are_refused_by_name_and_run_stock(arch, tmp_path):
+    path = make_other(tmp_path / f"{arch}.gguf", arch)
+    try:
+        shape = read_model_shape(path)
+    except ProfileError:
+        shape = None
+    if shape is not None:
+        heads = tuple(np.zeros(n, np.uint8) for n in shape.n_head_kv)
+        profile = Profile(retrieval=heads, window_min=64, window_divisor=0)
+        with pytest.raises(UnsupportedError, match=rf"\.gguf: {arch}: .+ razor off"):
+            Llama(path, n_ctx=1024, razor=profile)
+    for razor in (True, False):
+        llama = Llama(path, n_ctx=1024, razor=razor)
+        llama.eval([1, 2, 3])
+        memory = llama.memory()
+        assert not memory.active and memory.why and memory.kv_bytes == memory.kv_bytes_full
+        assert (llama.plan is None) or llama.plan.kv_bytes == memory.kv_bytes
 
 
 # -- llama_cpp's API --

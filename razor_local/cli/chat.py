@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import RazorError
+from ..errors import ProfileError, RazorError
 from ..plan import KV_TYPES
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def chat(model: Path | None, **options: Any) -> None:
     if options["predict"] == 0 or options["predict"] < -1:
         raise click.UsageError("--predict is a number of tokens, or -1")
     piped = None if sys.stdin.isatty() else _read_stdin()
+    sys.stdout.reconfigure(errors="replace")  # a locale that cannot show a character
 
     llama = _load(model or DEFAULT_MODEL, options)
 
@@ -135,10 +136,13 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
     from ..terminal import ProgressBar, on_interrupt
 
     n_ctx = options["ctx_size"]
-    trained = read_model_shape(path).n_ctx_train
+    try:
+        trained = read_model_shape(path).n_ctx_train
+    except ProfileError:  # not a shape that a plan describes; llama.cpp may know better
+        trained = 0
     if n_ctx is None:
         n_ctx = min(trained, MAX_DEFAULT_CTX)
-    elif n_ctx > trained:
+    elif trained and n_ctx > trained:
         _say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
     from ..llama import Llama
 
