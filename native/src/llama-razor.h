@@ -111,7 +111,8 @@ LLAMA_API const char * llama_razor_build_info(void);
 // returns false, with llama_razor_last_error() set, on a struct of the wrong size or a value out of range
 LLAMA_API bool llama_razor_set_override(const struct llama_razor_params * params);
 
-// why the last razor call, model load or context creation of this thread was refused; "" if it was not
+// why the last razor call, model load, context creation, decode or state load of this thread was refused by razor; "" if
+// it was not. A load that fails before razor sees the file leaves it alone: llama_razor_set_override() resets it
 LLAMA_API const char * llama_razor_last_error(void);
 
 // the number of layers the mask covers, and the KV heads of each (n_head_kv may be NULL)
