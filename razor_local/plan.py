@@ -215,7 +215,7 @@ def make_plan(
             full,
             why_inactive=f"a local head would take {cells} cells, the context has {n_ctx}",
         )
-    return replace(
+    plan = replace(
         full,
         active=True,
         sink_tokens=profile.sink_tokens,
@@ -227,6 +227,10 @@ def make_plan(
             shape, retrieval, n_ctx, cells, profile.compensation, type_k, type_v, flash_attn
         ),
     )
+    if plan.kv_bytes >= full.kv_bytes:  # V padded to the widest layer, without flash attention
+        why = f"it would take {plan.kv_bytes:,} bytes, a full cache {full.kv_bytes:,}"
+        return replace(full, why_inactive=why)
+    return plan
 
 
 def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:

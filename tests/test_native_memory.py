@@ -223,3 +223,26 @@ def test_sequence_statistics(model) -> None:
             ctx.seq(1)
         with pytest.raises(ValueError):
             ctx.layer(5)
+
+
+def test_padding_that_eats_what_is_saved(tiny) -> None:
+    """Without flash attention V is padded to the widest layer: both sides compare bytes."""
+    path = tiny(TinySpec("llama", 2, 4, 2, 32, n_ctx_train=2048))
+    override = runner.Override(bytes((1, 0, 1, 1)), window=557, compensation=False)
+    profile = Profile((np.array([1, 0], np.uint8), np.array([1, 1], np.uint8)))
+    for flash_attn, active in ((False, 0), (True, 1)):
+        with runner.Model(path) as model:
+            with runner.Context(model, override, n_ctx=1280, flash_attn=flash_attn) as ctx:
+                stats = ctx.stats()
+        plan = make_plan(
+            read_model_shape(path),
+            profile,
+            1280,
+            "f32",
+            "f32",
+            flash_attn,
+            window=557,
+            compensation=False,
+        )
+        assert (stats.active, plan.active) == (active, bool(active))
+        assert stats.kv_bytes == plan.kv_bytes <= plan.kv_bytes_full

@@ -238,7 +238,8 @@ def test_every_plan(
     length = max(window_min, plan.n_ctx // divisor if divisor else 0)
     need = sinks + (4 if compensation else 0) + length + fold_block(length) + SLACK
     cells = next(n for n in range(need, need + 256) if n % 256 == 0)
-    assert plan.active == (cells < plan.n_ctx and sum(counts) < sum(heads))
+    saves = cells < plan.n_ctx and sum(counts) < sum(heads)
+    assert plan.active == saves or (plan.why_inactive.startswith("it would take") and not flash)
     if not plan.active:
         assert plan.kv_bytes == plan.kv_bytes_full and plan.why_inactive
         return

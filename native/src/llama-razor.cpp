@@ -323,6 +323,41 @@ static llama_razor_plan razor_make_plan(const llama_razor_profile & profile, con
     return res;
 }
 
+// bytes of the cache, see llama-razor.h; full: of upstream's cache of all heads
+static uint64_t razor_plan_bytes(
+        const llama_razor_plan & plan,
+        const llama_hparams & hparams,
+        const llama_memory_params & params,
+        bool flash_attn,
+        bool full) {
+    auto n_full = [&](uint32_t il) -> uint64_t { return full ? hparams.n_head_kv(il) : plan.retrieval[il].size(); };
+
+    uint64_t n_widest = 0;
+    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+        n_widest = std::max(n_widest, n_full(il));
+    }
+
+    uint64_t res = 0;
+
+    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+        const uint64_t d_k = hparams.n_embd_head_k(il);
+        const uint64_t d_v = hparams.n_embd_head_v(il);
+
+        const uint64_t n_k     = n_full(il);
+        const uint64_t n_v     = flash_attn || (n_k == 0 && !full) ? n_k : n_widest;
+        const uint64_t n_local = full ? 0 : plan.local[il].size();
+
+        res += (n_k*plan.n_ctx + n_local*plan.cells)*ggml_row_size(params.type_k, d_k);
+        res += (n_v*plan.n_ctx + n_local*plan.cells)*ggml_row_size(params.type_v, d_v);
+
+        if (plan.n_comp > 0) {
+            res += n_local*llama_kv_cache_razor::N_SLOTS*(d_k + d_v)*sizeof(float);
+        }
+    }
+
+    return res;
+}
+
 llama_memory_i * llama_razor_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     llama_razor_error_set("");
 
@@ -359,8 +394,10 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
 
     const bool any_local = std::any_of(plan.local.begin(), plan.local.end(), [](const auto & l) { return !l.empty(); });
 
-    if (!any_local || plan.cells >= plan.n_ctx) {
-        LLAMA_LOG_INFO("razor: %s, using the full cache\n", any_local ? "the window covers the context" : "all KV heads are retrieval heads");
+    if (!any_local || plan.cells >= plan.n_ctx ||
+            razor_plan_bytes(plan, hparams, params, cparams.flash_attn, false) >=
+            razor_plan_bytes(plan, hparams, params, cparams.flash_attn, true)) {
+        LLAMA_LOG_INFO("razor: nothing would be saved at a context of %u tokens, using the full cache\n", plan.n_ctx);
 
         return nullptr;
     }

@@ -15,7 +15,8 @@
 //   B     = the largest power of two <= max(L/4, 1), clamped to [64, 256]                 (fold block)
 //   C     = compensation ? 4 : 0                                                            (compensation cells)
 //   cells = (sink_tokens + C + L + B + LLAMA_RAZOR_SLACK) rounded up to a multiple of 256   (cells of a local head)
-//   cells >= n_ctx, or no local head at all: nothing would be saved, the context runs upstream's own full cache
+//   no local head at all, cells >= n_ctx, or as many bytes as a full cache of the same types (possible without flash
+//   attention, see below): nothing would be saved, the context runs upstream's own full cache
 //   A token at position p attends, in a local head, to the sinks, to the compensation token and to the
 //   positions [F(p), p] where F(p) = max(sink_tokens, B*floor(p/B) - L) is the fold frontier.
 //
