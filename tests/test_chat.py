@@ -136,6 +136,8 @@ def test_the_last_token_that_fits_is_used(n_prompt):
     with pytest.raises(ContextFullError):
         list(chat.say("y"))
     chat.clear()
+    with pytest.raises(ContextFullError, match="has 61 tokens and 4 are kept"):
+        list(chat.say("x" * (61 - len("<u:><a:"))))
     assert chat.n_used == 0 and chat.messages == []
 
 

@@ -458,7 +458,7 @@ def test_a_damaged_state_is_refused_and_the_context_stays_usable(llama):
     state.llama_state_size = len(state.llama_state)
     with pytest.raises(StateError, match="cannot be loaded"):
         llama.load_state(state)
-    assert llama.n_tokens in (0, 300)
+    assert llama.n_tokens == llama.stats().n_tokens in (0, 300)
     assert llama.prefill(tokens).complete and greedy(llama, tokens) == expected
     state.n_tokens = 5000
     with pytest.raises(StateError, match="holds 5000 tokens, the context only 2048"):
@@ -489,7 +489,7 @@ def test_quiet_by_default_and_the_native_log_if_verbose(capfd, tmp_path):
         llama.eval([llama.n_vocab() + 5])
     broken = tmp_path / "broken.gguf"
     broken.write_text("x")
-    with pytest.raises(RazorError, match="could not be loaded: .+"):
+    with pytest.raises(RazorError, match="could not be loaded: .*failed to load model"):
         Llama(broken, razor=False)
     llama.close()
     assert capfd.readouterr() == ("", "")
