@@ -236,18 +236,25 @@ def _checked(
     header = read_header(model)
     shape = shape_from_header(header)
     profile.check_shape(shape)
+    check_output(model, out, force)
+    return header, shape, Path(out)
+
+
+def check_output(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], force: bool = False
+) -> None:
+    """Raises ConvertError where a copy or sidecar of the model is not going to be written."""
     out = Path(out)
     if not out.parent.is_dir():
         raise ConvertError(f"the folder {out.parent} does not exist; make it first")
     if out.is_dir():
         raise ConvertError(f"{out} is a folder, expected the name of the new file")
-    if out.exists() and os.path.samefile(out, header.path):
+    if out.exists() and os.path.samefile(out, model):
         raise ConvertError(
             f"{out} is the model itself; a model is never changed in place, choose another name"
         )
     if os.path.lexists(out) and not force:
         raise ConvertError(f"{out} exists; choose another name or pass --force")
-    return header, shape, out
 
 
 def _write_file(

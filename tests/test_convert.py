@@ -448,12 +448,6 @@ def test_command_writes_a_copy_and_a_sidecar(model, heads, tmp_path):
     assert read_sidecar(side, read_model_shape(model)).sink_tokens == 4
 
 
-def test_command_without_heads_says_what_to_pass(model, tmp_path):
-    code, stdout, stderr = run("convert", model, "-o", tmp_path / "o.gguf")
-    assert code == 2 and stdout == ""
-    assert "scoring the heads of a model is not there yet; pass a head list with --heads" in stderr
-
-
 @pytest.mark.parametrize(
     ("args", "text"),
     [

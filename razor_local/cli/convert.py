@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ..converters.scores import Scores
+    from ..profile import ModelShape, Profile
 
 PATH = click.Path(path_type=Path)
 
 EPILOG = """
 \b
 Examples:
+  razor-local convert model.gguf -o model-razor.gguf
+  razor-local convert model.gguf -o model-razor.gguf --retrieval 0.25 --save-scores scores.json
+  razor-local convert model.gguf -o model.razor.gguf --scores scores.json --sidecar
   razor-local convert model.gguf -o model-razor.gguf --heads heads.tsv
-  razor-local convert model.gguf -o model.razor.gguf --heads heads.tsv --sidecar
 """
+
+
+class _Size(click.ParamType):
+    """A number of bytes such as 3G, 512M or 1500000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B)?", value.strip(), re.I)
+        if match is None:
+            self.fail(f"{value!r} is not a size, expected one like 3G or 512M", param, ctx)
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 @click.command(epilog=EPILOG)
@@ -24,6 +47,48 @@ Examples:
     "--heads",
     type=PATH,
     help="Head list: a row per layer, a column per KV head, tab-separated, 1 = retrieval head.",
+)
+@click.option(
+    "--induction",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="KV heads taken by induction score.  [default: 0.14]",
+)
+@click.option(
+    "--echo",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="KV heads taken by echo score.  [default: 0.01]",
+)
+@click.option(
+    "--retrieval",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="One budget instead: the share of retrieval heads.",
+)
+@click.option(
+    "--scores", type=PATH, help="Head scores of an earlier --save-scores, instead of measuring."
+)
+@click.option(
+    "--save-scores", type=PATH, help="Keep the measured scores in this file (.json or .npz)."
+)
+@click.option(
+    "--tokens",
+    type=int,
+    help="Random tokens to measure with.  [default: 2500, or what the trained context holds]",
+)
+@click.option("--repeats", type=int, help="How often they are repeated.  [default: 4]")
+@click.option("--seed", type=int, help="Of the random tokens.  [default: 0]")
+@click.option("--max-memory", type=_Size(), help="For measuring, beside the model.  [default: 3G]")
+@click.option(
+    "-t", "--threads", type=click.IntRange(1), metavar="N", help="CPU threads for measuring."
+)
+@click.option(
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    metavar="N",
+    help="Layers on the GPU for measuring.  [default: -1, all]",
 )
 @click.option("--sidecar", is_flag=True, help="Write the profile alone, without the model.")
 @click.option("--sinks", type=int, default=4, show_default=True, help="Sink tokens.")
@@ -49,34 +114,37 @@ def convert(
     window_divisor: int,
     no_compensation: bool,
     force: bool,
+    **measuring: Any,
 ) -> None:
     """Add a razor profile to a copy of MODEL (a GGUF file), or write it as a sidecar.
 
+    Without a head list or scores the heads are measured first: the model reads random tokens
+    several times over, and the heads that look for the repetition become retrieval heads.
+
     The tensors of the copy are byte-identical to the model's.
     """
-    if heads is None:
-        raise click.UsageError(
-            "scoring the heads of a model is not there yet; pass a head list with --heads FILE.tsv"
-            " (a row per layer, a column per KV head, 1 = retrieval head)"
-        )
+    _check_options(heads, measuring)
     from ..converters.heads import profile_from_heads
-    from ..converters.write import write_copy, write_sidecar
+    from ..converters.write import check_output, write_copy, write_sidecar
     from ..gguf_header import read_header
     from ..profile import shape_from_header, unsupported_feature
 
+    options = {
+        "sink_tokens": sinks,
+        "window_min": window_min,
+        "window_divisor": window_divisor,
+        "compensation": not no_compensation,
+    }
     header = read_header(model)
     shape = shape_from_header(header)
-    profile = profile_from_heads(
-        heads,
-        shape,
-        sink_tokens=sinks,
-        window_min=window_min,
-        window_divisor=window_divisor,
-        compensation=not no_compensation,
-    )
+    check_output(model, output, force)
     feature = unsupported_feature(header, shape.arch)
     if feature:
         click.echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
+    if heads is not None:
+        profile = profile_from_heads(heads, shape, **options)
+    else:
+        profile = _profile_from_scores(model, shape, measuring, options)
     if sidecar:
         write_sidecar(model, output, profile, force)
     else:
@@ -87,6 +155,99 @@ def convert(
         f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
         f" ({n_retrieval / max(n_heads, 1):.1%})"
     )
+
+
+def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
+    """Refuses options that would be ignored."""
+    measure = ("tokens", "repeats", "seed", "max_memory", "threads", "n_gpu_layers", "save_scores")
+    choose = ("induction", "echo", "retrieval")
+    for source, name, excluded in (
+        (heads, "heads", (*measure, *choose, "scores")),
+        (given["scores"], "scores", measure),
+        (given["retrieval"], "retrieval", ("induction", "echo")),
+    ):
+        for other in excluded if source is not None else ():
+            if given[other] is not None:
+                raise click.UsageError(
+                    f"--{name} and --{other.replace('_', '-')} exclude each other"
+                )
+
+
+def _profile_from_scores(
+    model: Path, shape: ModelShape, given: dict[str, Any], options: dict[str, Any]
+) -> Profile:
+    from ..converters.scores import load_scores, profile_from_scores, save_scores
+
+    chosen = ("induction", "echo", "retrieval")
+    shares = {name: given[name] for name in chosen if given[name] is not None}
+    if given["scores"] is not None:
+        scores = load_scores(given["scores"])
+        scores.check_model(shape)
+    else:
+        kept = given["save_scores"]
+        if kept is not None and (kept.is_dir() or not kept.parent.is_dir()):
+            raise click.UsageError(f"--save-scores: {kept} is not a file that can be written")
+        scores = _measure(model, given)
+        if kept is not None:
+            save_scores(scores, kept)
+    return profile_from_scores(scores, **shares, **options)
+
+
+def _measure(model: Path, given: dict[str, Any]) -> Scores:
+    from ..converters.calibrate import calibrate
+
+    names = {"threads": "n_threads"} | {
+        name: name for name in ("tokens", "repeats", "seed", "max_memory", "n_gpu_layers")
+    }
+    options = {to: given[name] for name, to in names.items() if given[name] is not None}
+    with _TimeLeft("Measuring the heads") as show:
+        return calibrate(model, progress=show, **options)
+
+
+class _TimeLeft:
+    """Part done and time left: a bar on a terminal, elsewhere a line of stderr every minute."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.said = time.monotonic()
+        self.bar = None
+
+    def __enter__(self) -> _TimeLeft:
+        return self
+
+    def __call__(self, part: float, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
+        if not sys.stderr.isatty():
+            if time.monotonic() - self.said >= 60:
+                self.said = time.monotonic()
+                click.echo(f"{self.text}: {part:.0%}, {left}", err=True)
+            return
+        if self.bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=Console(stderr=True),
+                transient=True,
+                auto_refresh=False,  # no thread beside the computation
+            )
+            self.task = self.bar.add_task(self.text, total=1.0, left="")
+            self.bar.start()
+        self.bar.update(self.task, completed=part, left=left, refresh=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class _Bar:

@@ -1,0 +1,503 @@
+"""Measures how much each attention head of a model looks for repetitions, on the running model.
+
+The method is that of RazorAttention (arXiv 2407.15891, sections 3.2 and 3.3): a text without any
+meaning, K random tokens repeated several times, in which attention to distant tokens can only be
+due to the repetition. For a query at position i let the *echo tokens* be the earlier positions
+with the same token as i, and the *induction tokens* the positions one after them. With A[h, i, j]
+the attention after softmax that query head h pays from i to j,
+
+    echo(h)      = mean over i of the sum of A[h, i, j] over the echo tokens j of i
+    induction(h) = mean over i of the sum of A[h, i, j] over the induction tokens j of i
+
+where i runs over all positions from the second repetition on (K to repeats * K - 1, counted from
+the first random token). Both are between 0 and 1.
+
+The model runs as it is, quantized, on any backend. llama.cpp's eval callback hands over
+`kq_soft_max-<layer>`, which exists with flash attention off, and of which only a few numbers per
+query are kept: memory is bounded by one ubatch of attention, whatever the model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from ctypes import c_bool, c_char_p, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import native
+from ..errors import ConvertError, RazorError, UnsupportedError
+from ..profile import ModelShape, Profile, read_model_shape
+from ..terminal import on_interrupt
+from .scores import Scores
+
+DEFAULT_TOKENS = 2500
+DEFAULT_REPEATS = 4
+DEFAULT_MAX_MEMORY = 3 << 30
+MIN_TOKENS = 16  # fewer say nothing: every token is near every other
+MAX_TOKENS = 1 << 20
+MAX_UBATCH = 512  # more is not faster
+PREFIX = b"kq_soft_max-"
+
+Progress = Callable[[float, float | None], object]  # part done 0 to 1, seconds left if known
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a measurement takes beside the model, in bytes."""
+
+    n_ubatch: int
+    kv_cache: int
+    attention: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.kv_cache + self.attention + self.activations
+
+
+def calibrate(
+    model_path: str | os.PathLike[str],
+    *,
+    tokens: int | None = None,
+    repeats: int = DEFAULT_REPEATS,
+    seed: int = 0,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    n_threads: int | None = None,
+    n_gpu_layers: int = -1,
+    progress: Progress | None = None,
+) -> Scores:
+    """Echo and induction score of every query head of a model; see above.
+
+    tokens: K, by default 2,500 or as many as the trained context holds; repeats: how often they
+    stand in the text. Special, control, unused and byte tokens are left out, and no token is drawn
+    twice before all others were. A BOS token comes first where the model's tokenizer adds one.
+    max_memory: bytes beside the model's own; it decides the size of the ubatches, on which the
+    scores do not depend. n_gpu_layers: -1, all. progress(part, seconds_left) is called often.
+
+    Ctrl-C ends it between two operations of the computation, with KeyboardInterrupt. Raises
+    UnsupportedError (a model that cannot have a razor cache), ConvertError (too much text or too
+    little memory), GGUFError, ProfileError, RazorError, OSError.
+    """
+    model_path = Path(model_path)
+    shape = read_model_shape(model_path)
+    if repeats < 2:
+        raise ConvertError(f"{repeats} repeats, expected 2 or more: nothing would be repeated")
+    if not 0 <= seed < 2**32:
+        raise ConvertError(f"the seed is {seed}, expected 0 to {2**32 - 1}")
+    lib = native.load()
+    from llama_cpp import llama_cpp as C
+
+    C.llama_backend_init()
+    probe = _Probe(lib.lib, C, shape, progress)
+    with ExitStack() as stack:
+        stack.enter_context(on_interrupt(probe.interrupt))
+        model = stack.enter_context(_model(lib, C, model_path, n_gpu_layers, probe))
+        _check_supported(lib, C, model, shape)
+        bos, usable = _vocabulary(C, model)
+        n_tokens = _n_tokens(tokens, repeats, len(bos), shape)
+        text = np.concatenate([bos, np.tile(draw_tokens(usable, n_tokens, seed), repeats)])
+        memory = plan_memory(shape, len(text), max_memory)
+        probe.start(text, len(bos) + n_tokens, _work(model_path, shape))
+        ctx = stack.enter_context(
+            _context(lib, C, model, model_path, len(text), memory.n_ubatch, n_threads, probe)
+        )
+        for start in range(0, len(text), memory.n_ubatch):
+            part = text[start : start + memory.n_ubatch]
+            code = probe.decode(ctx, start, part)
+            probe.check()
+            if code != 0:
+                raise RazorError(
+                    f"computing tokens {start} to {start + len(part)} of {model_path} failed"
+                    f" ({'; '.join(native.error_lines()[-2:]) or f'llama_decode {code}'})"
+                )
+    return Scores(
+        **probe.scores(),
+        n_head=shape.n_head,
+        n_head_kv=shape.n_head_kv,
+        calibration={
+            "source": "measured on the model",
+            "tokens": n_tokens,
+            "repeats": repeats,
+            "seed": seed,
+            "bos": len(bos),
+            "tool_version": f"razor-local {version('razor-local')}",
+            "model_fingerprint": shape.fingerprint,
+        },
+    )
+
+
+def draw_tokens(usable: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """n random ones of the usable tokens, int32.
+
+    Each is drawn as often as any other, give or take one. No token stands beside an equal one, at
+    the seam of two repetitions neither: its echo token would be its induction token as well.
+    """
+    if len(usable) < 3:
+        raise ConvertError(f"the vocabulary has {len(usable)} ordinary tokens, too few to repeat")
+    rng = np.random.default_rng(seed)
+    text = np.empty(0, np.int32)
+    while len(text) < n:
+        block = rng.permutation(usable)[: n - len(text)].astype(np.int32)
+        seam = len(text) and block[0] == text[-1]
+        end = len(text) + len(block) == n and block[-1] == (text[0] if len(text) else -1)
+        if not seam and not end:
+            text = np.concatenate([text, block])
+    return text
+
+
+def plan_memory(shape: ModelShape, n_tokens: int, max_memory: int) -> Memory:
+    """The largest ubatch within max_memory bytes and what it takes. Raises ConvertError."""
+    n_ctx = -(-n_tokens // 256) * 256
+    n_head, n_kv = max(shape.n_head), max(shape.n_head_kv)
+    # without flash attention every layer's V cache is as wide as the widest
+    kv_cache = 2 * n_ctx * (
+        sum(shape.n_head_kv) * shape.head_dim_k + shape.n_layer * n_kv * shape.head_dim_v
+    )  # fmt: skip
+    n_ubatch = min(MAX_UBATCH, 1 << (n_tokens - 1).bit_length())
+    while True:
+        memory = Memory(
+            n_ubatch,
+            kv_cache,
+            # f32 attention of all heads, and as much again for work buffers and the mask
+            2 * 4 * n_head * n_ubatch * n_ctx,
+            # a bound for feed-forward layers of up to 8 times the embedding
+            4 * 32 * n_head * shape.head_dim_k * n_ubatch,
+        )
+        if memory.total <= max_memory:
+            return memory
+        if n_ubatch == 1:
+            raise ConvertError(
+                f"{n_tokens:,} tokens need {_mib(memory.total)} beside the model"
+                f" ({_mib(kv_cache)} of them for the KV cache), {_mib(max_memory)} are allowed;"
+                " allow more with --max-memory or take fewer --tokens"
+            )
+        n_ubatch //= 2
+
+
+class _Probe:
+    """Sums up the attention that the eval callback brings, and stops the computation if asked to.
+
+    Nothing may be raised into native code: errors are kept and raised by check().
+    """
+
+    def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape, progress: Progress | None):
+        self.lib, self.C, self.shape, self.progress = lib, C, shape, progress
+        self.error: BaseException | None = None
+        self.stopped = False
+        self.eval_callback = C.ggml_backend_sched_eval_callback(self._on_eval)
+        self.abort_callback = C.ggml_abort_callback(lambda _data: self.stopped)
+        self.load_callback = C.llama_progress_callback(lambda _part, _data: not self.stopped)
+        self.kernel = _kernel()
+        _bind(lib)
+        self.echo = [np.zeros(n) for n in shape.n_head]  # f64 sums
+        self.induction = [np.zeros(n) for n in shape.n_head]
+        self.n_seen = np.zeros(shape.n_layer, np.int64)  # queries per layer
+
+    def start(self, text: np.ndarray, first_query: int, work: Callable[[int, int], float]) -> None:
+        """text: int32 tokens; queries count from position first_query on."""
+        self.text, self.first_query, self.work = text, first_query, work
+        self.starts, self.copies = find_copies(text, first_query)
+        self.total_work = work(0, len(text))
+        self.started = time.monotonic()
+
+    def interrupt(self) -> None:
+        self.error, self.stopped = KeyboardInterrupt(), True
+
+    def check(self) -> None:
+        """Raises what was raised in a callback."""
+        if self.error is not None:
+            raise self.error
+
+    def decode(self, ctx: int, start: int, part: np.ndarray) -> int:
+        """llama_decode of the tokens at positions start and up; its result."""
+        self.position, self.n_part = start, len(part)
+        self.wanted = start + len(part) > self.first_query
+        native.clear_errors()
+        ids = (c_int32 * len(part))(*part.tolist())  # the batch only points to it
+        batch = self.C.llama_batch_get_one(ids, len(part))
+        code = self.C.llama_decode(ctx, batch)
+        self.C.llama_synchronize(ctx)
+        if code == 0 and not self.stopped:
+            self._report(1.0)
+        return code
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """Means over all queries: f32 [sum of n_head]. Raises UnsupportedError, RazorError."""
+        n_queries = len(self.text) - self.first_query
+        for il, n_kv in enumerate(self.shape.n_head_kv):
+            if n_kv and self.n_seen[il] != n_queries:
+                raise UnsupportedError(
+                    f"layer {il} of this model ({self.shape.arch}) shows its attention for"
+                    f" {self.n_seen[il]} of {n_queries} queries; its heads cannot be measured"
+                )
+        means = {}
+        for name in ("echo", "induction"):
+            sums = np.concatenate(getattr(self, name))
+            if not np.isfinite(sums).all():
+                raise RazorError("the model's attention is not a number; the file may be damaged")
+            means[name] = (sums / n_queries).astype(np.float32)
+        return means
+
+    def _on_eval(self, tensor: int, ask: bool, _data: int | None) -> bool:
+        try:
+            if self.stopped or not self.wanted:
+                return False
+            name = self.lib.ggml_get_name(tensor)
+            if not name.startswith(PREFIX) or not name[len(PREFIX) :].isdigit():
+                return False
+            il = int(name[len(PREFIX) :])
+            if il >= self.shape.n_layer:
+                return False
+            if not ask:
+                self._add(tensor, il)
+                self._report((il + 1) / self.shape.n_layer)
+            return True
+        except BaseException as error:
+            self.error, self.stopped = error, True
+            return False
+
+    def _add(self, pointer: int, il: int) -> None:
+        """Adds the attention of one layer in this ubatch: f32 [n_head, n_tokens, n_kv]."""
+        tensor = _Tensor.from_address(pointer)
+        n_kv, n_rows, n_head, n_stream = tensor.ne
+        size = n_kv * n_rows * 4
+        fits = (
+            (tensor.type, n_rows, n_head) == (0, self.n_part, self.shape.n_head[il])
+            and n_stream == 1
+            and n_kv >= self.position + self.n_part
+            and tuple(tensor.nb) == (4, n_kv * 4, size, size * n_head)
+        )
+        if not fits:
+            raise UnsupportedError(
+                f"the attention of layer {il} of this model ({self.shape.arch}) has the shape"
+                f" {list(tensor.ne)}, expected one row for each of {self.n_part} tokens in"
+                f" {self.shape.n_head[il]} heads over all earlier tokens"
+            )
+        skip = max(self.first_query - self.position, 0)  # rows that are no queries yet
+        first = self.position + skip - self.first_query
+        starts = self.starts[first : first + n_rows - skip + 1]
+        on_host = tensor.buffer and self.lib.ggml_backend_buffer_is_host(tensor.buffer)
+        data = self.lib.ggml_get_data(pointer)
+        buffer = None if on_host else np.empty((n_rows, n_kv), np.float32)
+        for ih in range(n_head):
+            if on_host:
+                raw = (ctypes.c_float * (n_kv * n_rows)).from_address(data + ih * size)
+                head = np.ctypeslib.as_array(raw).reshape(n_rows, n_kv)
+            else:
+                head = buffer
+                self.lib.ggml_backend_tensor_get(pointer, head.ctypes.data, ih * size, size)
+            echo, induction = self.kernel(head[skip:], starts, self.copies)
+            self.echo[il][ih] += echo
+            self.induction[il][ih] += induction
+        self.n_seen[il] += n_rows - skip
+
+    def _report(self, part: float) -> None:
+        if self.progress is None:
+            return
+        before = self.work(0, self.position)
+        done = before + part * self.work(self.position, self.position + self.n_part)
+        fraction = min(done / self.total_work, 1.0)
+        elapsed = time.monotonic() - self.started
+        left = elapsed / fraction * (1 - fraction) if elapsed > 1 else None
+        self.progress(fraction, left)
+
+
+def find_copies(text: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Earlier positions of the same token, for each position of text from first on.
+
+    Returns starts i64 [len(text) - first + 1] and copies i64: those of position first + q are
+    copies[starts[q]:starts[q + 1]].
+    """
+    seen: dict[int, list[int]] = {}
+    starts, copies = [0], []
+    for i, token in enumerate(text.tolist()):
+        earlier = seen.setdefault(token, [])
+        if i >= first:
+            copies += earlier
+            starts.append(len(copies))
+        earlier.append(i)
+    return np.array(starts, np.int64), np.array(copies, np.int64)
+
+
+def _add_up(attention: np.ndarray, starts: np.ndarray, copies: np.ndarray) -> tuple[float, float]:
+    """Sums over queries of the attention to copies, and to the positions after them.
+
+    attention: f32 [n_queries, n_kv] of one head; starts, copies: as find_copies() gives them.
+    """
+    echo = induction = 0.0
+    for q in range(len(starts) - 1):
+        for j in range(starts[q], starts[q + 1]):
+            echo += attention[q, copies[j]]
+            induction += attention[q, copies[j] + 1]
+    return echo, induction
+
+
+@cache
+def _kernel() -> Callable[..., tuple[float, float]]:
+    """_add_up() as machine code. It reads a few numbers per row: one thread is enough."""
+    from numba import njit
+
+    try:
+        return njit(cache=True, nogil=True)(_add_up)
+    except RuntimeError:  # no folder to keep the code in
+        return njit(nogil=True)(_add_up)
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of struct ggml_tensor."""
+
+    _fields_ = [
+        ("type", c_int32),
+        ("buffer", c_void_p),
+        ("ne", c_int64 * 4),
+        ("nb", c_size_t * 4),
+    ]
+
+
+def _bind(lib: ctypes.CDLL) -> None:
+    lib.ggml_get_name.argtypes, lib.ggml_get_name.restype = [c_void_p], c_char_p
+    lib.ggml_get_data.argtypes, lib.ggml_get_data.restype = [c_void_p], c_void_p
+    is_host = lib.ggml_backend_buffer_is_host
+    is_host.argtypes, is_host.restype = [c_void_p], c_bool
+    get = lib.ggml_backend_tensor_get
+    get.argtypes, get.restype = [c_void_p, c_void_p, c_size_t, c_size_t], None
+
+
+@contextmanager
+def _model(
+    lib: native.Native, C: Any, path: Path, n_gpu_layers: int, probe: _Probe
+) -> Iterator[int]:
+    """The loaded model (a pointer). Raises RazorError."""
+    params = C.llama_model_default_params()
+    params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers < 0 else n_gpu_layers
+    params.progress_callback = probe.load_callback
+    native.clear_errors()
+    with lib.override(native.make_params(None)):  # resets the last error
+        model = C.llama_model_load_from_file(os.fsencode(path), params)
+    probe.check()
+    if not model:
+        raise RazorError(f"{path} could not be loaded ({_reason(lib)})")
+    try:
+        yield model
+    finally:
+        C.llama_model_free(model)
+
+
+@contextmanager
+def _context(
+    lib: native.Native,
+    C: Any,
+    model: int,
+    path: Path,
+    n_tokens: int,
+    n_ubatch: int,
+    n_threads: int | None,
+    probe: _Probe,
+) -> Iterator[int]:
+    """A context (a pointer) that shows its attention: razor and flash attention off."""
+    params = C.llama_context_default_params()
+    params.n_ctx = n_tokens
+    params.n_batch = params.n_ubatch = n_ubatch
+    params.n_threads = params.n_threads_batch = n_threads or _n_cpus()
+    params.n_outputs_max = 1  # nobody reads the logits
+    params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cb_eval = probe.eval_callback
+    params.abort_callback = probe.abort_callback
+    params.no_perf = True
+    native.clear_errors()
+    with lib.override(native.make_params(None)):
+        ctx = C.llama_init_from_model(model, params)
+    if not ctx:
+        raise RazorError(
+            f"no context of {n_tokens} tokens could be created for {path} ({_reason(lib)})"
+        )
+    try:
+        yield ctx
+    finally:
+        C.llama_free(ctx)
+
+
+def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) -> None:
+    """Raises UnsupportedError where no razor cache could ever use what is measured."""
+    local = Profile(tuple(np.zeros(n, np.uint8) for n in shape.n_head_kv), window_min=64)
+    params = C.llama_context_default_params()
+    params.n_ctx = params.n_batch = 1024
+    params.n_ubatch = 64
+    params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    with lib.override(native.make_params(local)):
+        ctx = C.llama_init_from_model(model, params)
+        error = lib.last_error()
+    if ctx:
+        C.llama_free(ctx)
+    elif error:
+        raise UnsupportedError(f"{shape.path}: {error}")
+
+
+def _vocabulary(C: Any, model: int) -> tuple[np.ndarray, np.ndarray]:
+    """[BOS] or [], and the ordinary tokens: int32."""
+    vocab = C.llama_model_get_vocab(model)
+    ids = np.arange(C.llama_vocab_n_tokens(vocab), dtype=np.int32)
+    if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:
+        return ids[:0], ids
+    bos = C.llama_vocab_bos(vocab) if C.llama_vocab_get_add_bos(vocab) else -1
+    not_ordinary = (
+        C.LLAMA_TOKEN_ATTR_UNKNOWN | C.LLAMA_TOKEN_ATTR_UNUSED | C.LLAMA_TOKEN_ATTR_CONTROL
+        | C.LLAMA_TOKEN_ATTR_USER_DEFINED | C.LLAMA_TOKEN_ATTR_BYTE
+    )  # fmt: skip
+    ordinary = [
+        not C.llama_vocab_get_attr(vocab, i) & not_ordinary and not C.llama_vocab_is_eog(vocab, i)
+        for i in ids.tolist()
+    ]
+    return np.array([bos] if bos >= 0 else [], np.int32), ids[ordinary]
+
+
+def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -> int:
+    """K. Raises ConvertError where the model cannot read K tokens that often."""
+    most = (shape.n_ctx_train or MAX_TOKENS) - n_bos
+    n = min(DEFAULT_TOKENS, most // repeats) if tokens is None else tokens
+    if n < MIN_TOKENS or n * repeats > most:
+        raise ConvertError(
+            f"{n:,} tokens x {repeats} repeats, expected {MIN_TOKENS} tokens or more, and"
+            f" {most:,} in all at most: beyond them the model was not trained"
+        )
+    return n
+
+
+def _work(path: Path, shape: ModelShape) -> Callable[[int, int], float]:
+    """How much there is to compute for the positions [start, end), in multiplications."""
+    from ..gguf_header import read_header
+
+    tensors = read_header(path).tensors
+    per_token = sum(math.prod(t.dims) for t in tensors if len(t.dims) > 1)
+    heads = sum(q for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True) if kv)
+    # attention takes several times as long per multiplication as products with weights
+    per_pair = 4 * heads * (shape.head_dim_k + shape.head_dim_v)
+
+    def work(start: int, end: int) -> float:
+        return per_token * (end - start) + per_pair * (end**2 - start**2) / 2
+
+    return work
+
+
+def _n_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _reason(lib: native.Native) -> str:
+    return lib.last_error() or "; ".join(native.error_lines()[-2:]) or "llama.cpp gives no reason"
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"
