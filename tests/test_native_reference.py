@@ -267,6 +267,19 @@ def test_single_token_decode_across_folds(tiny) -> None:
     assert np.abs(got - want).max() <= F32_TOLERANCE
 
 
+@pytest.mark.parametrize("window", [520, 1100])
+def test_larger_blocks(window: int, tiny) -> None:
+    """Folds of 128 and 256 tokens, a ring that comes around more than once."""
+    spec = TinySpec("llama", 2, 2, 2, 32, seed=302)
+    case = Case(spec, ((0, 1), (0, 0)), window, 2700)
+    assert case.razor.block == {520: 128, 1100: 256}[window]
+    got = runner.logits(
+        tiny(spec), tokens_of(spec, 2700), runner.override(case.razor), n_ctx=4096, n_ubatch=200
+    )
+    want = reference.forward(spec, weights(spec), tokens_of(spec, 2700), case.razor)
+    assert np.abs(got - want).max() <= F32_TOLERANCE
+
+
 @pytest.mark.parametrize("offload", [True, False], ids=["offload", "no-offload"])
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
 def test_kv_offload_flag(offload: bool, flash_attn: bool, tiny) -> None:

@@ -94,6 +94,10 @@ def test_override_off(tiny, stock) -> None:
     tokens = runner.random_tokens(400, spec.n_vocab, 4)
     want = stock(runner.logits, tiny(spec), tokens)
     np.testing.assert_array_equal(runner.logits(tiny(spec, keys), tokens, runner.OFF), want)
+    # also where the default window would save something
+    with runner.Model(tiny(spec, keys)) as model:
+        with runner.Context(model, runner.OFF, n_ctx=8192) as ctx:
+            assert ctx.stats().active == 0
 
 
 def test_override_is_dropped(tiny) -> None:
