@@ -14,7 +14,7 @@ import os
 import tempfile
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +177,18 @@ def profile_from_scores(
     )
 
 
+def with_retrieval(profile: Profile, shape: ModelShape, retrieval: float) -> Profile:
+    """The profile of the model with another budget, by the scores it holds. Raises ProfileError."""
+    scores = profile_scores(profile, shape)
+    return replace(profile, retrieval=choose_heads(scores, retrieval=retrieval))
+
+
 def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
     """The scores that a profile of the model holds. Raises ProfileError if it has none."""
     if profile.echo_score is None or profile.induction_score is None:
         raise ProfileError(
-            "the razor profile holds no head scores, so that its heads cannot be chosen again;"
-            " convert the model without --heads, which measures them"
+            "the razor profile holds no head scores, so that no other budget can be chosen; convert"
+            " the model without --heads, which measures them"
         )
     record = {"model_fingerprint": shape.fingerprint} | profile.calibration
     return Scores(

@@ -97,6 +97,8 @@ class Llama(llama_cpp.Llama):
 
     razor: True, use the profile in the model file, and llama.cpp's own cache where it has none; a
         path, the profile of that sidecar; a Profile; False, llama.cpp's own cache.
+    retrieval: another budget than the profile's, the share of KV heads that keep every token; they
+        are chosen by the scores in the profile.
     window, sink_tokens (tokens), compensation: instead of the profile's.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
     progress: called while the model loads with the part done (0 to 1); False stops loading.
@@ -113,6 +115,7 @@ class Llama(llama_cpp.Llama):
         model_path: str | os.PathLike[str],
         *,
         razor: bool | str | os.PathLike[str] | Profile = True,
+        retrieval: float | None = None,
         window: int | None = None,
         sink_tokens: int | None = None,
         compensation: bool | None = None,
@@ -126,6 +129,7 @@ class Llama(llama_cpp.Llama):
     ) -> None:
         self._razor_args = {
             "razor": razor,
+            "retrieval": retrieval,
             "window": window,
             "sink_tokens": sink_tokens,
             "compensation": compensation,
@@ -137,7 +141,9 @@ class Llama(llama_cpp.Llama):
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
 
-        shape, profile, why = _resolve(model_path, razor, window, sink_tokens, compensation)
+        shape, profile, why = _resolve(
+            model_path, razor, retrieval, window, sink_tokens, compensation
+        )
         self._plan: Plan | None = None
         if shape is not None:
             n_ctx = padded_n_ctx(shape, n_ctx)
@@ -451,19 +457,20 @@ class _AbortedError(RazorError):
 def _resolve(
     model_path: str,
     razor: bool | str | os.PathLike[str] | Profile,
+    retrieval: float | None,
     window: int | None,
     sink_tokens: int | None,
     compensation: bool | None,
 ) -> tuple[ModelShape | None, Profile | None, str]:
     """Shape and profile of a model, and why there is no profile. Shape None: not understood."""
-    overridden = not (window is sink_tokens is compensation is None)
+    overridden = not (retrieval is window is sink_tokens is compensation is None)
     disabled = os.environ.get(native.DISABLE_ENV, "") not in ("", "0")
     if razor is False or disabled:
         why = "razor=False" if razor is False else f"{native.DISABLE_ENV} is set"
         if overridden and not disabled:
             raise ProfileError(
-                "window, sink_tokens and compensation change a razor profile, which razor=False"
-                " switches off; leave one or the other out"
+                "retrieval, window, sink_tokens and compensation change a razor profile, which"
+                " razor=False switches off; leave one or the other out"
             )
         try:
             return shape_from_header(read_header(model_path)), None, why
@@ -481,13 +488,17 @@ def _resolve(
         profile = profile_from_header(header, shape) if shape else None
         if profile is None and overridden:
             raise ProfileError(
-                f"{model_path} has no razor profile that window, sink_tokens or compensation could"
-                " change; make one with 'razor-local convert MODEL.gguf --heads FILE.tsv -o"
+                f"{model_path} has no razor profile that retrieval, window, sink_tokens or"
+                " compensation could change; make one with 'razor-local convert MODEL.gguf -o"
                 " OUT.gguf', or pass razor=SIDECAR"
             )
     else:
         shape = shape_from_header(header)
         profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
+    if retrieval is not None and profile is not None:
+        from .converters.scores import with_retrieval
+
+        profile = with_retrieval(profile, shape, retrieval)
     return shape, profile, "the model file has no razor profile"
 
 

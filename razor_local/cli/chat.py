@@ -78,6 +78,10 @@ _KV_TYPE = click.Choice(list(KV_TYPES))
     "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
     help="Razor profile of the model, if it is not in the model file.",
 )  # fmt: skip
+@click.option(
+    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    help="KV heads that keep every token, chosen again by the scores in the profile.",
+)  # fmt: skip
 @click.option("--razor/--no-razor", default=True, help="RazorAttention.  [default: on]")
 @click.option(
     "-n", "--predict", type=int, default=-1, metavar="N", show_default=True,
@@ -87,6 +91,8 @@ def chat(model: Path | None, **options: Any) -> None:
     """Chat with MODEL.gguf, or with the small built-in model."""
     if options["sidecar"] and not options["razor"]:
         raise click.UsageError("--sidecar and --no-razor exclude each other")
+    if options["retrieval"] is not None and not options["razor"]:
+        raise click.UsageError("--retrieval and --no-razor exclude each other")
     if options["predict"] == 0 or options["predict"] < -1:
         raise click.UsageError("--predict is a number of tokens, or -1")
     piped = None if sys.stdin.isatty() else _read_stdin()
@@ -157,6 +163,7 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
             return Llama(
                 path,
                 razor=options["sidecar"] or options["razor"],
+                retrieval=options["retrieval"],
                 progress=progress,
                 n_ctx=n_ctx,
                 n_gpu_layers=options["n_gpu_layers"],

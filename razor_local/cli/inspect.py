@@ -39,6 +39,10 @@ Examples:
     help="Type of the V cache.",
 )  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option(
+    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
+)  # fmt: skip
 @click.option("--no-flash-attn", is_flag=True, help="Plan for a context without flash attention.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
@@ -47,6 +51,7 @@ def inspect(
     cache_type_k: str,
     cache_type_v: str,
     sidecar: Path | None,
+    retrieval: float | None,
     no_flash_attn: bool,
     as_json: bool,
 ) -> None:
@@ -65,6 +70,16 @@ def inspect(
     profile = (
         profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
     )
+    if retrieval is not None:
+        from ..converters.scores import with_retrieval
+        from ..errors import ProfileError
+
+        if profile is None:
+            raise ProfileError(
+                f"{file} has no razor profile; make one with 'razor-local convert MODEL.gguf -o"
+                " OUT.gguf', or name one with --sidecar"
+            )
+        profile = with_retrieval(profile, shape, retrieval)
     plan = make_plan(shape, profile, ctx_size, cache_type_k, cache_type_v, not no_flash_attn)
     feature = unsupported_feature(header, shape.arch)
     if feature:
