@@ -1,14 +1,25 @@
-"""Head lists: which KV heads of a model are retrieval heads.
+"""Head lists of others: which KV heads of a model are retrieval heads.
 
-A list is a text file with one row per layer and one column per KV head, separated by tabs (or
-spaces), 1 = retrieval head, 0 = local head. The published RazorAttention lists look like this.
+Three kinds, told apart by their content:
+
+heads   text, a row per layer and a column per KV head, 1 = retrieval head, 0 = local head: the
+        published RazorAttention lists
+gates   the same with numbers between 0 and 1: DuoAttention's full_attention_heads.tsv
+scores  JSON, {"layer-head": score or list of scores} over query heads: Retrieval_Head and HeadKV
+
+Gates and scores only order the heads. The share of them that is kept is the user's decision.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,54 +34,142 @@ from ..profile import (
     ModelShape,
     Profile,
     describe_heads,
+    split_heads,
 )
 
-MAX_BYTES = 8 << 20
+MAX_BYTES = 32 << 20  # the published JSON files have 2 MiB: hundreds of scores per head
+GATE_SLACK = 0.01  # gates are trained and clipped afterwards: files hold values like -0.0014
+KIND_NAMES = {"heads": "head list", "gates": "gates", "scores": "head scores"}
 
 
-def read_heads(path: str | os.PathLike[str], shape: ModelShape) -> tuple[np.ndarray, ...]:
+@dataclass(frozen=True, eq=False)
+class HeadList:
+    """A head list as it stands in a file, whatever the model.
+
+    kind: "heads", "gates" or "scores". layers: one array per layer: uint8 0/1 per KV head, f64 0..1
+    per KV head, or f64 per query head.
+    """
+
+    path: Path
+    kind: str
+    layers: tuple[np.ndarray, ...]
+
+    @property
+    def n_heads(self) -> tuple[int, ...]:
+        """Heads per layer: KV heads, or query heads of kind "scores"."""
+        return tuple(map(len, self.layers))
+
+    def check_shape(self, shape: ModelShape) -> None:
+        """Raises ProfileError, naming both shapes, where the list is for another model."""
+        heads, unit = (shape.n_head, "query") if self.kind == "scores" else (shape.n_head_kv, "KV")
+        if self.n_heads != heads:
+            swapped = len(set(heads)) == 1 and self.n_heads == (len(heads),) * heads[0]
+            raise ProfileError(
+                f"{self.path} lists {describe_heads(self.n_heads, unit)},"
+                f" the model has {describe_heads(heads, unit)};"
+                + (" its rows and columns are swapped" if swapped else " it is for another model")
+            )
+
+    def values(self, shape: ModelShape) -> np.ndarray:
+        """f64 [sum of n_head_kv], layer-major: the value of each KV head of the model.
+
+        A KV head has the highest score of its group of query heads. Raises ProfileError.
+        """
+        self.check_shape(shape)
+        layers = self.layers
+        if self.kind == "scores":
+            layers = tuple(
+                layer.reshape(n, -1).max(axis=1)
+                for layer, n in zip(layers, shape.n_head_kv, strict=True)
+                if n
+            )
+        return np.concatenate([np.zeros(0), *layers])
+
+
+def read_heads(
+    path: str | os.PathLike[str], shape: ModelShape, retrieval: float | None = None
+) -> tuple[np.ndarray, ...]:
     """Retrieval heads for the model: one uint8 array [n_head_kv] of 0/1 per layer.
 
-    Raises ProfileError where the file is no list of 0 and 1, or is one of another shape; OSError.
+    retrieval: the share of KV heads to take from gates or scores, rounded up to whole heads.
+    Raises ProfileError where the file is no head list, is one of another shape, or does not go with
+    retrieval; OSError.
     """
-    layers = parse_heads(path)
-    found = tuple(len(layer) for layer in layers)
-    if found != shape.n_head_kv:
-        transposed = found == (shape.n_layer,) * shape.n_head_kv[0]
-        raise ProfileError(
-            f"{path} lists {describe_heads(found)},"
-            f" the model has {describe_heads(shape.n_head_kv)};"
-            + (" its rows and columns are swapped" if transposed else " it is for another model")
-        )
-    return layers
+    return profile_from_heads(path, shape, retrieval=retrieval).retrieval
 
 
 def profile_from_heads(
     path: str | os.PathLike[str],
     shape: ModelShape,
     *,
+    retrieval: float | None = None,
     sink_tokens: int = DEFAULT_SINKS,
     window_min: int = DEFAULT_WINDOW_MIN,
     window_divisor: int = DEFAULT_WINDOW_DIVISOR,
     compensation: bool = DEFAULT_COMPENSATION,
 ) -> Profile:
     """Profile of a head list, with a record of where it comes from. Raises as read_heads does."""
+    heads = parse_heads(path)
+    values = heads.values(shape)
+    record: dict[str, str | int] = {
+        "source": f"{KIND_NAMES[heads.kind]} {heads.path.name}"[:1000],
+        "tool_version": f"razor-local {version('razor-local')}",
+        "model_fingerprint": shape.fingerprint,
+    }
+    if heads.kind == "heads":
+        if retrieval is not None:
+            raise ProfileError(
+                f"{path} says itself which heads are retrieval heads; leave --retrieval out"
+            )
+        chosen = values.astype(np.uint8)
+    else:
+        if retrieval is None:
+            raise ProfileError(
+                f"{path} holds {KIND_NAMES[heads.kind]}, which only order the heads; say which"
+                " share of the KV heads keeps every token, for example --retrieval 0.25"
+            )
+        if not 0 <= retrieval <= 1:
+            raise ProfileError(
+                f"retrieval is {retrieval:g}, expected a share of the KV heads from 0 to 1"
+            )
+        n = math.ceil(retrieval * len(values) - 1e-9)  # 0.14 * 50 is a little more than 7
+        chosen, taken, tied = choose_by_rank(values, n)
+        record["retrieval"] = f"{retrieval:g}"
+        if taken < tied:
+            lowest = values[chosen == 1].min()
+            record["ties"] = f"{taken} of {tied} heads with the value {lowest:g}"
     return Profile(
-        retrieval=read_heads(path, shape),
+        retrieval=split_heads(chosen, shape.n_head_kv),
         sink_tokens=sink_tokens,
         window_min=window_min,
         window_divisor=window_divisor,
         compensation=compensation,
-        calibration={
-            "source": f"head list {Path(path).name}"[:1000],
-            "tool_version": f"razor-local {version('razor-local')}",
-            "model_fingerprint": shape.fingerprint,
-        },
+        calibration=record,
     )
 
 
-def parse_heads(path: str | os.PathLike[str]) -> tuple[np.ndarray, ...]:
-    """The rows of a head list as uint8 arrays, whatever the model. Raises ProfileError, OSError."""
+def choose_by_rank(values: np.ndarray, n: int) -> tuple[np.ndarray, int, int]:
+    """The n highest of values [heads]: uint8 0/1 [heads], and the lowest of them: taken, tied.
+
+    Of tied heads those are taken that spread them evenly over the layers: saturated gates are
+    equal in every layer, and the order of the model would take them from its first layers alone.
+    The i-th tied head has the rank of i * (golden ratio) modulo 1, so no random numbers are needed
+    and a larger n always takes what a smaller one took.
+    """
+    chosen = np.zeros(len(values), np.uint8)
+    if n == 0:
+        return chosen, 0, 0
+    lowest = np.sort(values)[len(values) - n]
+    chosen[values > lowest] = 1
+    tied = np.flatnonzero(values == lowest)
+    order = np.argsort(np.arange(len(tied), dtype=np.uint64) * 2654435769 % 2**32)
+    taken = n - int(chosen.sum())
+    chosen[tied[order[:taken]]] = 1
+    return chosen, taken, len(tied)
+
+
+def parse_heads(path: str | os.PathLike[str]) -> HeadList:
+    """Reads a head list of any kind. Raises ProfileError (one sentence), OSError."""
     path = Path(path)
     if path.is_dir():
         raise ProfileError(f"{path} is a folder, expected a head list")
@@ -79,9 +178,16 @@ def parse_heads(path: str | os.PathLike[str]) -> tuple[np.ndarray, ...]:
     if len(raw) > MAX_BYTES:
         raise ProfileError(f"{path} is larger than {MAX_BYTES >> 20} MiB, no head list is")
     try:
-        lines = raw.decode("utf-8-sig").split("\n")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ProfileError(f"{path} is not a text file, expected a head list") from None
+    if text.lstrip()[:1] in ("{", "["):
+        return HeadList(path, "scores", _parse_json(path, text))
+    return _parse_table(path, text)
+
+
+def _parse_table(path: Path, text: str) -> HeadList:
+    lines = text.split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
@@ -90,21 +196,74 @@ def parse_heads(path: str | os.PathLike[str]) -> tuple[np.ndarray, ...]:
         raise ProfileError(f"{path} has {len(lines)} rows, expected at most {MAX_LAYERS} layers")
     layers = []
     for il, line in enumerate(lines):
-        cells = line.split()
+        cells = line.split(None, MAX_HEADS)
         if len(cells) > MAX_HEADS:
-            raise ProfileError(f"{path}: row {il + 1} has {len(cells)} columns, too many KV heads")
-        layers.append(np.array([_cell(path, il, ih, c) for ih, c in enumerate(cells)], np.uint8))
-    return tuple(layers)
+            raise ProfileError(f"{path}: row {il + 1} has more than {MAX_HEADS} columns")
+        layers.append(np.array([_cell(path, il, ih, c) for ih, c in enumerate(cells)]))
+    if all(np.isin(layer, (0, 1)).all() for layer in layers):
+        return HeadList(path, "heads", tuple(layer.astype(np.uint8) for layer in layers))
+    return HeadList(path, "gates", tuple(layer.clip(0, 1) for layer in layers))
 
 
-def _cell(path: Path, il: int, ih: int, text: str) -> int:
+def _cell(path: Path, il: int, ih: int, text: str) -> float:
     try:
-        value = float(text)
+        value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
-        value = None
-    if value not in (0, 1):
-        hint = "; scores must be turned into 0 and 1 first" if value is not None else ""
+        value = math.nan
+    if not -GATE_SLACK <= value <= 1 + GATE_SLACK:
         raise ProfileError(
-            f"{path}: row {il + 1}, column {ih + 1} is {text[:40]!r}, expected 0 or 1{hint}"
+            f"{path}: row {il + 1}, column {ih + 1} is {text[:40]!r}, expected 0 or 1 (or a gate"
+            " value between them)"
         )
-    return int(value)
+    return value
+
+
+def _parse_json(path: Path, text: str) -> tuple[np.ndarray, ...]:
+    """Scores of the query heads: f64 [n_head] per layer, the mean where a head has a list."""
+
+    def bad(what: str) -> ProfileError:
+        return ProfileError(f'{path} {what}; expected {{"layer-head": score or [scores], ...}}')
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise bad("names a head twice")
+        return dict(pairs)
+
+    try:
+        entries = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise bad("is not valid JSON") from None
+    if not isinstance(entries, dict) or not entries:
+        raise bad("is no JSON object of heads")
+    scores: dict[tuple[int, int], float] = {}
+    for key, value in entries.items():
+        match = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", key)
+        if match is None:
+            raise bad(f"has the entry {key[:40]!r}")
+        il, ih = int(match[1]), int(match[2])
+        if il >= MAX_LAYERS or ih >= MAX_HEADS:
+            raise bad(f"has the entry {key!r}, more than {MAX_LAYERS} layers of {MAX_HEADS} heads")
+        if (il, ih) in scores:
+            raise bad(f"names head '{il}-{ih}' twice")
+        scores[il, ih] = _mean(value)
+        if not math.isfinite(scores[il, ih]):
+            raise bad(f"has no finite number for head '{il}-{ih}'")
+    n_layer = 1 + max(il for il, _ in scores)
+    n_head = [0] * n_layer
+    for il, ih in scores:
+        n_head[il] = max(n_head[il], ih + 1)
+    for il, n in enumerate(n_head):
+        for ih in range(n):
+            if (il, ih) not in scores:
+                raise bad(f"has no head '{il}-{ih}' among its {n_layer} layers")
+    return tuple(np.array([scores[il, ih] for ih in range(n)]) for il, n in enumerate(n_head))
+
+
+def _mean(value: Any) -> float:
+    """The mean of a number or a list of numbers, NaN where it is neither."""
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(type(n) in (int, float) and abs(n) < 1e30 for n in numbers):
+        return math.nan
+    return math.fsum(numbers) / len(numbers)

@@ -249,7 +249,7 @@ def shape_from_header(header: Header) -> ModelShape:
         raise bad(f"has no {arch}.attention.head_count: a model without attention has no KV cache")
     n_head_kv = heads("attention.head_count_kv") or n_head
     for il, (q, kv) in enumerate(zip(n_head, n_head_kv, strict=True)):
-        if kv and q % kv:
+        if kv and (not q or q % kv):
             raise bad(f"layer {il} has {q} query heads, not a multiple of its {kv} KV heads")
     n_embd = size("embedding_length", None, 1, 2**24)
     head_dim = n_embd // n_head[0] if n_head[0] else 0

@@ -475,6 +475,21 @@ def test_command_names_both_shapes(model, tmp_path):
     )
 
 
+def test_command_takes_gates_and_a_share(model, tmp_path):
+    gates, out = tmp_path / "gates.tsv", tmp_path / "out.gguf"
+    gates.write_text("1\t1\n1\t0\n0.5\t1\n")
+    code, stdout, stderr = run("convert", model, "-o", out, "--heads", gates, "--retrieval", 0.5)
+    assert (code, stdout) == (0, f"{out}: 3 of 6 KV heads are retrieval heads (50.0%)\n")
+    assert stderr == ("Note: 3 of 4 heads with the value 1 were taken, spread over the layers.\n")
+    assert read_profile(out).flat().sum() == 3
+    code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--heads", gates)
+    assert code == 1 and "say which share of the KV heads keeps every token" in stderr
+    code, _, stderr = run(
+        "convert", model, "-o", tmp_path / "o.gguf", "--heads", gates, "--induction", 0.1
+    )
+    assert code == 2 and "--heads and --induction exclude each other" in stderr
+
+
 def test_command_on_missing_files(model, heads, tmp_path):
     missing = tmp_path / "missing"
     for args in (["convert", missing, "--heads", heads], ["convert", model, "--heads", missing]):

@@ -23,6 +23,7 @@ Examples:
   razor-local convert model.gguf -o model-razor.gguf --retrieval 0.25 --save-scores scores.json
   razor-local convert model.gguf -o model.razor.gguf --scores scores.json --sidecar
   razor-local convert model.gguf -o model-razor.gguf --heads heads.tsv
+  razor-local convert model.gguf -o model-razor.gguf --heads gates.tsv --retrieval 0.25
 """
 
 
@@ -46,7 +47,8 @@ class _Size(click.ParamType):
 @click.option(
     "--heads",
     type=PATH,
-    help="Head list: a row per layer, a column per KV head, tab-separated, 1 = retrieval head.",
+    help="Head list of others instead of measuring: 0/1 table, DuoAttention gates, Retrieval_Head"
+    " JSON.",
 )
 @click.option(
     "--induction",
@@ -142,7 +144,11 @@ def convert(
     if feature:
         click.echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
     if heads is not None:
-        profile = profile_from_heads(heads, shape, **options)
+        profile = profile_from_heads(heads, shape, retrieval=measuring["retrieval"], **options)
+        if "ties" in profile.calibration:
+            click.echo(
+                f"Note: {profile.calibration['ties']} were taken, spread over the layers.", err=True
+            )
     else:
         profile = _profile_from_scores(model, shape, measuring, options)
     if sidecar:
@@ -160,9 +166,8 @@ def convert(
 def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
     """Refuses options that would be ignored."""
     measure = ("tokens", "repeats", "seed", "max_memory", "threads", "n_gpu_layers", "save_scores")
-    choose = ("induction", "echo", "retrieval")
     for source, name, excluded in (
-        (heads, "heads", (*measure, *choose, "scores")),
+        (heads, "heads", (*measure, "induction", "echo", "scores")),
         (given["scores"], "scores", measure),
         (given["retrieval"], "retrieval", ("induction", "echo")),
     ):
