@@ -14,7 +14,7 @@ import shutil
 import stat
 import struct
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +22,8 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import ConvertError, ProfileError
-from ..gguf_header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U16, U32, Header, read_header
+from ..gguf_header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U32, Header, read_header
+from ..gguf_split import part_paths, read_parts
 from ..profile import (
     KEY_CALIBRATION_PREFIX,
     KEY_COMPENSATION,
@@ -39,6 +40,7 @@ from ..profile import (
     VERSION,
     ModelShape,
     Profile,
+    model_fingerprint,
     profile_from_header,
     read_sidecar,
     shape_from_header,
@@ -65,60 +67,89 @@ def write_copy(
 ) -> Path:
     """Writes a copy of the model with the profile in place of any razor keys it had.
 
-    Returns the path of the copy. Raises ConvertError (output refused, disk too small), ProfileError
-    (profile of another shape), GGUFError (damaged model), OSError. Whatever is raised, Ctrl-C
-    included, out is as it was before.
+    A split model is copied file by file: out "m.gguf" becomes m-00001-of-00003.gguf and so on.
+    Returns the path of the copy (of its first file). Raises ConvertError (output refused, disk too
+    small), ProfileError (profile of another shape), GGUFError (damaged model), OSError. Whatever is
+    raised, Ctrl-C included, out is as it was before; only a split output that is overwritten can be
+    lost when the process ends between two renames.
     """
-    header, shape, out = _checked(model, out, profile, force)
-    parts = header.number("split.count", (U16, U32))
-    if parts is not None and parts > 1:
-        raise ConvertError(
-            f"{header.path} is one of {parts} files of a split model; merge them with"
-            " llama-gguf-split --merge first, or write a sidecar of the first one"
-        )
-    if not header.tensors:
-        raise ConvertError(
-            f"{header.path} has no tensors; it is not a model but a sidecar or a vocabulary"
-        )
-
-    kept = [e for e in header.entries.values() if not e.key.startswith(KEY_PREFIX)]
+    parts, shape = _checked(model, profile)
+    outs = check_output(model, out, force)
+    header = parts[0]
     new = profile_keys(profile)
-    head = _head(header.version, len(header.tensors), len(kept) + len(new))
-    ranges = _merged([(e.start, e.end) for e in kept])
-    table_end = (
-        len(head) + sum(end - start for start, end in ranges) + sum(map(len, new))
-        + header.tensor_table[1] - header.tensor_table[0]
-    )  # fmt: skip
-    data_start = -(-table_end // header.alignment) * header.alignment
-    data_bytes = header.data_end - header.data_start
-    total = data_start + data_bytes
+    first = _FirstFile(header, new)
+    total = first.size + sum(part.file_size for part in parts[1:])
+    written = 0
 
-    def write(dst: BinaryIO) -> None:
+    def done(n: int) -> None:
+        nonlocal written
+        written += n
+        if progress is not None:
+            progress(written, total)
+
+    def whole(part: Header) -> Callable[[BinaryIO], None]:
+        def write(dst: BinaryIO) -> None:
+            with open(part.path, "rb") as src:
+                _copy(src, dst, 0, part.file_size, done)
+
+        return write
+
+    def verify(paths: list[Path]) -> None:
+        copies = [read_header(path) for path in paths]
+        starts = [first.data_start, *(part.data_start for part in parts[1:])]
+        for copy, part, start in zip(copies, parts, starts, strict=True):
+            if copy.tensors != part.tensors or copy.data_start != start:
+                raise ConvertError(f"{outs[0]}: the tensor table of the copy is not the model's")
+        _verify_profile(copies[0], shape, profile)
+        if model_fingerprint(copies) != shape.fingerprint:
+            raise ConvertError(
+                f"{outs[0]}: the tensors of the copy are not the model's; check the disk"
+            )
+        for copy in copies:
+            _verify_with_gguf(copy)
+
+    writers = [lambda dst: first.write(dst, done), *map(whole, parts[1:])]
+    _write_files(outs, writers, total + header.alignment, header.path, verify)
+    return outs[0]
+
+
+class _FirstFile:
+    """The copy of the model's file, or of its first one: old metadata, new keys, tensors.
+
+    size, data_start: bytes.
+    """
+
+    def __init__(self, header: Header, new: list[bytes]) -> None:
+        kept = [e for e in header.entries.values() if not e.key.startswith(KEY_PREFIX)]
+        self.header = header
+        self.new = new
+        self.head = _head(header.version, len(header.tensors), len(kept) + len(new))
+        self.ranges = _merged([(e.start, e.end) for e in kept])
+        self.table_end = (
+            len(self.head) + sum(end - start for start, end in self.ranges) + sum(map(len, new))
+            + header.tensor_table[1] - header.tensor_table[0]
+        )  # fmt: skip
+        alignment = header.alignment if header.tensors else 1  # no tensors, no data section
+        self.data_start = -(-self.table_end // alignment) * alignment
+        data_bytes = header.data_end - header.data_start
+        self.padding = -data_bytes % alignment
+        self.size = self.data_start + data_bytes + self.padding
+
+    def write(self, dst: BinaryIO, done: Callable[[int], None]) -> None:
+        header = self.header
         with open(header.path, "rb") as src:
-            dst.write(head)
-            for start, end in ranges:
+            dst.write(self.head)
+            for start, end in self.ranges:
                 _copy(src, dst, start, end)
-            for key in new:
+            for key in self.new:
                 dst.write(key)
             _copy(src, dst, *header.tensor_table)
-            dst.write(bytes(data_start - table_end))
-            done = None if progress is None else lambda n: progress(data_start + n, total)
+            dst.write(bytes(self.data_start - self.table_end))
+            done(self.data_start)
             _copy(src, dst, header.data_start, header.data_end, done)
-            dst.write(bytes(-data_bytes % header.alignment))
-
-    def verify(path: Path) -> None:
-        copy = read_header(path)
-        if copy.tensors != header.tensors or copy.data_start != data_start:
-            raise ConvertError(f"{out}: the tensor table of the copy is not the model's")
-        _verify_profile(copy, shape, profile)
-        if shape_from_header(copy).fingerprint != shape.fingerprint:
-            raise ConvertError(
-                f"{out}: the tensors of the copy are not the model's; check the disk"
-            )
-        _verify_with_gguf(path, copy)
-
-    _write_file(out, total + header.alignment, header.path, write, verify)
-    return out
+            if self.padding:
+                dst.write(bytes(self.padding))
+                done(self.padding)
 
 
 def write_sidecar(
@@ -131,11 +162,9 @@ def write_sidecar(
 
     Returns its path; raises as write_copy does.
     """
-    header, shape, out = _checked(model, out, profile, force)
-    if not header.tensors:
-        raise ConvertError(
-            f"{header.path} has no tensors; it is not a model but a sidecar or a vocabulary"
-        )
+    parts, shape = _checked(model, profile)
+    check_output(model, out, force, sidecar=True)
+    header, out = parts[0], Path(out)
     names = ["general.architecture", "general.name", *(f"{shape.arch}.{k}" for k in SHAPE_KEYS)]
     kept = [header.entries[name] for name in names if name in header.entries]
     new = [*profile_keys(profile), encode(KEY_FINGERPRINT, STRING, shape.fingerprint)]
@@ -148,14 +177,14 @@ def write_sidecar(
         for key in new:
             dst.write(key)
 
-    def verify(path: Path) -> None:
-        read_sidecar(path, shape)
-        sidecar = read_header(path)
+    def verify(paths: list[Path]) -> None:
+        read_sidecar(paths[0], shape)
+        sidecar = read_header(paths[0])
         _verify_profile(sidecar, shape, profile)
-        _verify_with_gguf(path, sidecar)
+        _verify_with_gguf(sidecar)
 
     needed = sum(map(len, new)) + sum(e.end - e.start for e in kept) + 4096
-    _write_file(out, needed, header.path, write, verify)
+    _write_files([out], [write], needed, header.path, verify)
     return out
 
 
@@ -226,71 +255,104 @@ def _copy(
         dst.write(chunk)
         left -= len(chunk)
         if done is not None:
-            done(end - start - left)
+            done(len(chunk))
 
 
 def _checked(
-    model: str | os.PathLike[str], out: str | os.PathLike[str], profile: Profile, force: bool
-) -> tuple[Header, ModelShape, Path]:
-    """Everything that can be refused before a byte is written."""
+    model: str | os.PathLike[str], profile: Profile
+) -> tuple[tuple[Header, ...], ModelShape]:
+    """Headers of the model's files and its shape; the profile fits it and there are tensors."""
     header = read_header(model)
-    shape = shape_from_header(header)
+    parts, shape = read_parts(header), shape_from_header(header)
     profile.check_shape(shape)
-    check_output(model, out, force)
-    return header, shape, Path(out)
+    if not any(part.tensors for part in parts):
+        raise ConvertError(
+            f"{header.path} has no tensors; it is not a model but a sidecar or a vocabulary"
+        )
+    return parts, shape
 
 
 def check_output(
-    model: str | os.PathLike[str], out: str | os.PathLike[str], force: bool = False
-) -> None:
-    """Raises ConvertError where a copy or sidecar of the model is not going to be written."""
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    force: bool = False,
+    sidecar: bool = False,
+) -> tuple[Path, ...]:
+    """The files to write for out: one, or as many as the model has for a copy of a split one.
+
+    Raises ConvertError where they are not going to be written, GGUFError, OSError.
+    """
     out = Path(out)
     if not out.parent.is_dir():
         raise ConvertError(f"the folder {out.parent} does not exist; make it first")
-    if out.is_dir():
-        raise ConvertError(f"{out} is a folder, expected the name of the new file")
-    if out.exists() and os.path.samefile(out, model):
-        raise ConvertError(
-            f"{out} is the model itself; a model is never changed in place, choose another name"
-        )
-    if os.path.lexists(out) and not force:
-        raise ConvertError(f"{out} exists; choose another name or pass --force")
+    parts = read_parts(read_header(model))
+    outs = (out,) if sidecar else part_paths(out, len(parts))
+    for path in outs:
+        if path.is_dir():
+            raise ConvertError(f"{path} is a folder, expected the name of the new file")
+        if path.exists() and any(os.path.samefile(path, part.path) for part in parts):
+            raise ConvertError(
+                f"{path} is the model itself; a model is never changed in place, choose another"
+                " name"
+            )
+        if os.path.lexists(path) and not force:
+            raise ConvertError(f"{path} exists; choose another name or pass --force")
+    return outs
 
 
-def _write_file(
-    out: Path,
+def _write_files(
+    outs: Sequence[Path],
+    writers: Sequence[Callable[[BinaryIO], None]],
     max_bytes: int,
     model: Path,
-    write: Callable[[BinaryIO], None],
-    verify: Callable[[Path], None],
+    verify: Callable[[list[Path]], None],
 ) -> None:
-    """Temporary file beside out, fsync, verify, rename. Leaves nothing behind when it fails."""
-    free = shutil.disk_usage(out.parent).free
+    """Temporary files beside outs, fsync, verify, rename. Leaves none behind when it fails."""
+    folder = outs[0].parent
+    free = shutil.disk_usage(folder).free
     if free < max_bytes:
         raise ConvertError(
-            f"{out.parent} has {free / 2**20:.0f} MiB free, {out.name} needs"
+            f"{folder} has {free / 2**20:.0f} MiB free, {outs[0].name} needs"
             f" {max_bytes / 2**20:.0f} MiB; free some space or write a sidecar"
         )
-    fd, name = tempfile.mkstemp(prefix=f".{out.name[:100]}.", suffix=".part", dir=out.parent)
+    written: list[Path] = []
     try:
-        with open(fd, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(fd)
-        # mkstemp makes private files; readable by whoever can read the model
-        os.chmod(name, stat.S_IMODE(model.stat().st_mode) & 0o666 | stat.S_IWUSR)
-        verify(Path(name))
-        os.replace(name, out)
+        for out, write in zip(outs, writers, strict=True):
+            fd, name = tempfile.mkstemp(prefix=f".{out.name[:100]}.", suffix=".part", dir=folder)
+            written.append(Path(name))
+            with open(fd, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(fd)
+            # mkstemp makes private files; readable by whoever can read the model
+            os.chmod(name, stat.S_IMODE(model.stat().st_mode) & 0o666 | stat.S_IWUSR)
+        verify(written)
+        if len(outs) > 1:
+            # A split model is opened by its first file. While the others are renamed there is
+            # none: what a crash leaves cannot be taken for a model.
+            outs[0].unlink(missing_ok=True)
+            _sync_folder(folder)
+            for i in range(1, len(outs)):
+                os.replace(written[i], outs[i])
+                written[i] = outs[i]
+            _sync_folder(folder)
+        os.replace(written[0], outs[0])
     except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
+        for path in written:
+            with suppress(OSError):
+                path.unlink()
         raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself is on disk only when the folder is
-        folder = os.open(out.parent, os.O_RDONLY | os.O_DIRECTORY)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Renames are on disk only when the folder is."""
+    if hasattr(os, "O_DIRECTORY"):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            os.fsync(fd)
         finally:
-            os.close(folder)
+            os.close(fd)
 
 
 def _verify_profile(header: Header, shape: ModelShape, profile: Profile) -> None:
@@ -299,20 +361,22 @@ def _verify_profile(header: Header, shape: ModelShape, profile: Profile) -> None
         raise ProfileError(f"{header.path}: the profile reads back differently; check the disk")
 
 
-def _verify_with_gguf(path: Path, header: Header) -> None:
-    """A second opinion on the file by gguf's own reader."""
+def _verify_with_gguf(header: Header) -> None:
+    """A second opinion on a new file by gguf's own reader."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     known = {int(kind) for kind in GGMLQuantizationType}
     if any(tensor.kind not in known for tensor in header.tensors):
         return  # a tensor type newer than this gguf
-    reader = GGUFReader(path)
+    reader = GGUFReader(header.path)
     tensors = [(t.name, int(t.data_offset) - header.data_start) for t in reader.tensors]
-    retrieval = reader.fields[KEY_RETRIEVAL]
+    retrieval = header.entries.get(KEY_RETRIEVAL)  # not in the later files of a split model
     same = (
         tensors == [(t.name, t.offset) for t in header.tensors]
         and set(header.entries) <= set(reader.fields)
-        and len(retrieval.data) == header.entries[KEY_RETRIEVAL].count
+        and (retrieval is None or len(reader.fields[KEY_RETRIEVAL].data) == retrieval.count)
     )
     if not same:
-        raise ConvertError(f"{path}: gguf reads the new file differently; nothing was written")
+        raise ConvertError(
+            f"{header.path}: gguf reads the new file differently; nothing was written"
+        )

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from .errors import ProfileError, UnsupportedError
 from .gguf_header import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, Header, read_header
+from .gguf_split import read_parts
 
 VERSION = 1
 METHOD = "rope"  # the only one that can be run; "alibi" has its name in the format already
@@ -203,11 +205,15 @@ def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
 
 
 def shape_from_header(header: Header) -> ModelShape:
-    """ModelShape of a header that was read already. Raises GGUFError, ProfileError or OSError."""
+    """ModelShape of a header that was read already. Raises GGUFError, ProfileError or OSError.
+
+    The other files of a split model are read for it.
+    """
 
     def bad(text: str) -> ProfileError:
         return ProfileError(f"{header.path}: {text}")
 
+    parts = read_parts(header)  # first: a later file of a split model has no other metadata
     arch = header.string("general.architecture", 256)
     if not arch or not arch.isprintable():
         raise bad("has no general.architecture, so it is no language model that can be run")
@@ -262,7 +268,7 @@ def shape_from_header(header: Header) -> ModelShape:
         head_dim_v=size("attention.value_length", head_dim, 1, MAX_HEAD_DIM),
         n_ctx_train=size("context_length", 0, 0, 2**31 - 1),
         name=header.string("general.name") or "",
-        fingerprint=model_fingerprint(header),
+        fingerprint=model_fingerprint(parts),
         path=header.path,
     )
 
@@ -351,14 +357,16 @@ def split_heads(flat: np.ndarray, n_head_kv: tuple[int, ...]) -> tuple[np.ndarra
     return tuple(np.split(flat, np.cumsum(n_head_kv)[:-1]))
 
 
-def model_fingerprint(header: Header) -> str:
+def model_fingerprint(parts: Sequence[Header]) -> str:
     """sha256 (hex) that tells model files apart, for sidecars.
 
-    Over the architecture and attention shape, the tensor table (names, types, shapes, offsets
-    relative to the data section) and a sample of the data: 1 KiB from the middle of up to 512
-    tensors. It does not depend on the file's name, on razor keys or on the metadata's size; another
-    quantization or fine-tune of the same model has another fingerprint.
+    parts: the headers of the model's files, usually one. Over the architecture and attention shape,
+    the tensor tables (names, types, shapes, offsets relative to the data section) and a sample of
+    the data: 1 KiB from the middle of up to 512 tensors. It does not depend on the files' names, on
+    razor keys or on the metadata's size; another quantization or fine-tune of the same model has
+    another fingerprint.
     """
+    header = parts[0]
     digest = hashlib.sha256(b"razor fingerprint 1\0")
     arch = header.string("general.architecture", 256) or ""
     digest.update(arch.encode() + b"\0")
@@ -371,17 +379,20 @@ def model_fingerprint(header: Header) -> str:
         if entry is not None and entry.kind == ARRAY and entry.element in (U32, I32):
             value = header.array(entry.key, entry.element, MAX_LAYERS).tolist()
         digest.update(f"{key}={value}\0".encode())
-    for tensor in header.tensors:
+    tensors = [(part, tensor) for part in parts for tensor in part.tensors]
+    for _, tensor in tensors:
         name = tensor.name.encode()
         digest.update(struct.pack("<I", len(name)) + name)
         digest.update(struct.pack(f"<I{len(tensor.dims)}Q", len(tensor.dims), *tensor.dims))
         digest.update(struct.pack("<IQ", tensor.kind, tensor.offset))
-    sampled = header.tensors[:: max(1, -(-len(header.tensors) // 512))]
-    with open(header.path, "rb") as file:
-        for tensor in sampled:
-            n = min(tensor.nbytes, 1024)
-            file.seek(header.data_start + tensor.offset + (tensor.nbytes - n) // 2)
-            digest.update(file.read(n))
+    sampled = tensors[:: max(1, -(-len(tensors) // 512))]
+    for part in parts:
+        with open(part.path, "rb") as file:
+            for owner, tensor in sampled:
+                if owner is part:
+                    n = min(tensor.nbytes, 1024)
+                    file.seek(part.data_start + tensor.offset + (tensor.nbytes - n) // 2)
+                    digest.update(file.read(n))
     return digest.hexdigest()
 
 

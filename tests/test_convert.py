@@ -21,7 +21,6 @@ from gguf_bytes import (
     F32,
     STRING,
     U8,
-    U16,
     U32,
     gguf,
     kv,
@@ -202,7 +201,7 @@ def test_large_copy_needs_little_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 24 << 20
-    assert calls == sorted(calls) and len(calls) == 8
+    assert calls == sorted(calls) and len(calls) == 9  # the header, 8 buffers
     assert calls[-1][0] == calls[-1][1] == (tmp_path / "o.gguf").stat().st_size
 
 
@@ -226,20 +225,6 @@ def test_sidecar(model, tmp_path):
     # the profile may go into a copy as well, the sidecar still fits that copy
     write_copy(model, tmp_path / "copy.gguf", PROFILE)
     read_sidecar(out, read_model_shape(tmp_path / "copy.gguf"))
-
-
-def split_model(tmp_path: Path) -> Path:
-    path = tmp_path / "part-00001-of-00003.gguf"
-    path.write_bytes(small_model([kv("split.count", U16, 3), kv("split.no", U16, 0)]))
-    return path
-
-
-def test_split_model_is_refused_for_a_copy_but_not_for_a_sidecar(tmp_path):
-    model, profile = split_model(tmp_path), Profile((np.array([1, 0]), np.array([0, 0])))
-    with pytest.raises(ConvertError, match="one of 3 files of a split model; merge them"):
-        write_copy(model, tmp_path / "o.gguf", profile)
-    write_sidecar(model, tmp_path / "s.gguf", profile)
-    read_sidecar(tmp_path / "s.gguf", read_model_shape(model))
 
 
 # -- refusals: nothing is written, nothing is left

@@ -191,11 +191,12 @@ def write_gguf(
     arch: str,
     kv: dict[str, tuple[Any, GGUFValueType]],
     tensors: Iterable[tuple[str, np.ndarray, GGMLQuantizationType | None]],
+    **split: Any,
 ) -> Path:
     """Write a GGUF file. A value of type ARRAY may be bytes (uint8[]), a numpy array of any
-    supported element type, or a list."""
+    supported element type, or a list. split: options of GGUFWriter that write several files."""
     path = Path(path)
-    writer = GGUFWriter(path, arch)
+    writer = GGUFWriter(path, arch, **split)
     for key, (value, vtype) in kv.items():
         sub_type = None
         if vtype == GGUFValueType.ARRAY and isinstance(value, np.ndarray):
@@ -233,6 +234,23 @@ def make_model(
     kv = model_kv(spec) | (extra_kv or {})
     tensors = [(name, data, None) for name, data in make_weights(spec).items()]
     return write_gguf(path, spec.arch, kv, tensors)
+
+
+def make_split_model(
+    folder: Path, spec: TinySpec, max_tensors: int = 12, tensors_in_first: bool = True
+) -> Path:
+    """The model of a spec in files of at most max_tensors tensors; the path of the first file."""
+    tensors = [(name, data, None) for name, data in make_weights(spec).items()]
+    write_gguf(
+        folder / "split.gguf",
+        spec.arch,
+        model_kv(spec),
+        tensors,
+        split_max_tensors=max_tensors,
+        small_first_shard=not tensors_in_first,
+    )
+    (first,) = folder.glob("split-00001-of-*.gguf")
+    return first
 
 
 def make_1b_shape(

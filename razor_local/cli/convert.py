@@ -139,7 +139,7 @@ def convert(
     }
     header = read_header(model)
     shape = shape_from_header(header)
-    check_output(model, output, force)
+    check_output(model, output, force, sidecar)
     feature = unsupported_feature(header, shape.arch)
     if feature:
         click.echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
@@ -155,7 +155,7 @@ def convert(
         write_sidecar(model, output, profile, force)
     else:
         with _Bar(f"Writing {output.name}") as bar:
-            write_copy(model, output, profile, force, bar)
+            output = write_copy(model, output, profile, force, bar)
     n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
     click.echo(
         f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"

@@ -1,0 +1,92 @@
+"""Models split into several files, as llama-gguf-split writes them.
+
+NAME-00001-of-00003.gguf holds the metadata and usually tensors, the other files hold tensors and
+the keys split.no (u16, from 0) and split.count (u16) alone. llama.cpp opens the first file and
+finds the others by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import GGUFError
+from .gguf_header import I32, MAX_TENSORS, U16, Header, read_header
+
+KEY_NO = "split.no"
+KEY_COUNT = "split.count"
+KEY_TENSORS = "split.tensors.count"
+MAX_PARTS = 1024  # llama.cpp's names allow 99999; the largest models have a few hundred
+
+
+def part_paths(first: Path, n: int) -> tuple[Path, ...]:
+    """Paths of the n files of a split model, by the name of the first of them.
+
+    A name without -00001-of-0000N gets it. n = 1: the path itself.
+    """
+    if n == 1:
+        return (first,)
+    suffix = f"-00001-of-{n:05}.gguf"
+    name = first.name
+    prefix = name.removesuffix(suffix) if name.endswith(suffix) else name.removesuffix(".gguf")
+    return tuple(first.with_name(f"{prefix}-{i + 1:05}-of-{n:05}.gguf") for i in range(n))
+
+
+def read_parts(header: Header) -> tuple[Header, ...]:
+    """The headers of all files of a model, given that of the first; of any other model, its own.
+
+    Raises GGUFError where header is not of the first file, a file is missing or does not belong to
+    the others; OSError.
+    """
+
+    def bad(text: str) -> GGUFError:
+        return GGUFError(f"{header.path}: {text}")
+
+    n = header.number(KEY_COUNT, (U16,)) or 1
+    if n == 1:
+        return (header,)
+    if n > MAX_PARTS:
+        raise bad(f"is one of {n} files of a split model, expected at most {MAX_PARTS}")
+    no = header.number(KEY_NO, (U16,))
+    name = header.path.name
+    if no:
+        first = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-00001\1", name)
+        raise bad(f"is file {no + 1} of {n} of a split model; pass the first one, {first}")
+    if no is None:
+        raise bad(f"has {KEY_COUNT} but no {KEY_NO}; split the model again")
+    if not name.endswith(f"-00001-of-{n:05}.gguf"):
+        raise bad(
+            f"is the first of {n} files of a split model, whose names must end in"
+            f" -00001-of-{n:05}.gguf and so on; give them their names back"
+        )
+    paths = part_paths(header.path, n)
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise bad(
+            f"is the first of {n} files of a split model, missing beside it:"
+            f" {', '.join(missing[:5])}{more}; download them too"
+        )
+    parts, n_tensors, names = [header], len(header.tensors), {t.name for t in header.tensors}
+    for i, path in enumerate(paths[1:], 1):
+        part = read_header(path)
+        found = (part.number(KEY_NO, (U16,)), part.number(KEY_COUNT, (U16,)))
+        if found != (i, n):
+            raise GGUFError(
+                f"{path}: should be file {i + 1} of {n} of a split model, its keys {KEY_NO} and"
+                f" {KEY_COUNT} say {found[0]} and {found[1]}; it is of another model"
+            )
+        parts.append(part)
+        n_tensors += len(part.tensors)
+        names |= {tensor.name for tensor in part.tensors}
+        if n_tensors > MAX_TENSORS:
+            raise bad(f"its files hold more than {MAX_TENSORS} tensors")
+    if len(names) != n_tensors:
+        raise bad("two of its files hold a tensor of the same name; they are of different models")
+    claimed = header.number(KEY_TENSORS, (I32, U16))
+    if claimed is not None and claimed != n_tensors:
+        raise bad(
+            f"its {n} files hold {n_tensors} tensors, {KEY_TENSORS} says {claimed}; they are of"
+            " different models"
+        )
+    return tuple(parts)
