@@ -11,7 +11,7 @@ with F(p) = max(N0, B * floor(p / B) - L). A retrieval head attends to [0, p].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,9 +69,12 @@ def forward(
     tokens: Sequence[int],
     razor: Razor | None = None,
     probe: dict | None = None,
+    see: Callable[[int, int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
     """Logits f64 [n_tokens, n_vocab] of every position. probe, if given, receives per layer the
-    entropy-like number of tokens each query effectively attends to: f64 [n_head, n_tokens]."""
+    entropy-like number of tokens each query effectively attends to: f64 [n_head, n_tokens].
+    see(layer, query head, attention), if given, is shown every attention matrix: f64 [n_tokens,
+    n_tokens], in a local head with a last column for the compensation token."""
     w = {name: data.astype(np.float64) for name, data in weights.items()}
     tokens = np.asarray(tokens)
     n = len(tokens)
@@ -84,7 +87,7 @@ def forward(
         blk = f"blk.{il}"
         h = _norm(spec, w, f"{blk}.attn_norm", x)
         if spec.kv_heads[il] > 0:
-            h = _attention(spec, w, il, h, razor, probe)
+            h = _attention(spec, w, il, h, razor, probe, see)
         x = x + _linear(w, f"{blk}.attn_output", h)
 
         h = _norm(spec, w, f"{blk}.ffn_norm", x)
@@ -106,6 +109,7 @@ def _attention(
     h: np.ndarray,
     razor: Razor | None,
     probe: dict | None,
+    see: Callable[[int, int, np.ndarray], None] | None,
 ) -> np.ndarray:
     """Heads of layer il side by side, f64 [n, n_head * d], from its normed input h [n, n_embd]."""
     blk, n, d, n_kv = f"blk.{il}", len(h), spec.head_dim, spec.kv_heads[il]
@@ -124,16 +128,19 @@ def _attention(
     for ih in range(spec.n_head):
         kv = ih // (spec.n_head // n_kv)
         local = razor is not None and not razor.mask[il][kv]
-        out[:, ih], n_eff = _attend(q[:, ih], k[:, kv], v[:, kv], razor if local else None)
+        out[:, ih], prob = _attend(q[:, ih], k[:, kv], v[:, kv], razor if local else None)
         if probe is not None:
-            probe.setdefault(il, []).append(n_eff)
+            probe.setdefault(il, []).append(1 / (prob**2).sum(axis=1))
+        if see is not None:
+            see(il, ih, prob)
     return out.reshape(n, -1)
 
 
 def _attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, razor: Razor | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one head over a sequence; q, k, v f64 [n, d] -> [n, d], effective n [n]."""
+    """Attention of one head over a sequence; q, k, v f64 [n, d] -> [n, d], attention [n, n], with
+    compensation [n, n + 1]."""
     n, d = q.shape
     pos = np.arange(n)
     logits = q @ k.T / np.sqrt(d)
@@ -160,7 +167,7 @@ def _attend(
     out = prob[:, :n] @ v
     if prob.shape[1] > n:
         out = out + prob[:, n:] * v_mean
-    return out, 1 / (prob**2).sum(axis=1)
+    return out, prob
 
 
 def _linear(w: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
