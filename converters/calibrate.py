@@ -91,7 +91,7 @@ def calibrate(
     model_path = Path(model_path)
     shape = read_model_shape(model_path)
     if repeats < 2:
-        raise ConvertError(f"{repeats} repeats, expected 2 or more: nothing would be repeated")
+        raise ConvertError(f"{repeats} is no number of repeats, expected 2 or more")
     if not 0 <= seed < 2**32:
         raise ConvertError(f"the seed is {seed}, expected 0 to {2**32 - 1}")
     lib = native.load()
@@ -440,7 +440,7 @@ def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) 
     if ctx:
         C.llama_free(ctx)
     elif error:
-        raise UnsupportedError(f"{shape.path}: {error}")
+        raise UnsupportedError(f"the heads of {shape.path} are not measured: {error}")
 
 
 def _vocabulary(C: Any, model: int) -> tuple[np.ndarray, np.ndarray]:
@@ -465,10 +465,15 @@ def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -
     """K. Raises ConvertError where the model cannot read K tokens that often."""
     most = (shape.n_ctx_train or MAX_TOKENS) - n_bos
     n = min(DEFAULT_TOKENS, most // repeats) if tokens is None else tokens
-    if n < MIN_TOKENS or n * repeats > most:
+    if n < MIN_TOKENS:
         raise ConvertError(
-            f"{n:,} tokens x {repeats} repeats, expected {MIN_TOKENS} tokens or more, and"
-            f" {most:,} in all at most: beyond them the model was not trained"
+            f"{n} tokens are too few to measure heads with, expected {MIN_TOKENS} or more"
+            + (f"; {repeats} repeats of them do not fit into {most:,}" if tokens is None else "")
+        )
+    if n * repeats > most:
+        raise ConvertError(
+            f"{repeats} x {n:,} tokens are more than the {most:,} that the model was trained for;"
+            f" take at most {most // repeats:,} --tokens"
         )
     return n
 

@@ -1,0 +1,315 @@
+"""Files of head scores, and the heads that are chosen by them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import zipfile
+
+import numpy as np
+import pytest
+from razor_local.converters.scores import (
+    Scores,
+    choose_heads,
+    load_scores,
+    profile_from_scores,
+    profile_scores,
+    save_scores,
+    with_retrieval,
+)
+
+from razor_local.errors import ProfileError
+from razor_local.profile import ModelShape, Profile
+
+RECORD = {"model_fingerprint": "0" * 64, "tokens": 2500, "source": "test"}
+
+
+def scores(echo, induction, n_head=(4, 4), n_head_kv=(2, 2)) -> Scores:
+    return Scores(np.float32(echo), np.float32(induction), n_head, n_head_kv, RECORD)
+
+
+def random_scores(n_layer: int, n_kv: int, group: int, seed: int = 0) -> Scores:
+    rng = np.random.default_rng(seed)
+    n = n_layer * n_kv * group
+    echo, induction = rng.random((2, n), np.float32)
+    return scores(echo, induction, (n_kv * group,) * n_layer, (n_kv,) * n_layer)
+
+
+def chosen(*args, **options) -> list[list[int]]:
+    return [layer.tolist() for layer in choose_heads(*args, **options)]
+
+
+# -- choosing heads
+
+
+def test_a_kv_head_has_the_largest_score_of_its_group():
+    s = scores([0] * 8, [0.1, 0.1, 0.0, 0.9, 0.5, 0.5, 0.5, 0.5])
+    assert chosen(s, induction=0.25, echo=0) == [[0, 1], [0, 0]]
+
+
+def test_all_layers_are_ranked_together_and_both_sets_joined():
+    s = scores([0.9, 0, 0, 0, 0, 0, 0, 0.2], [0, 0, 0, 0, 0.3, 0, 0.4, 0])
+    assert chosen(s, induction=0.5, echo=0) == [[0, 0], [1, 1]]
+    assert chosen(s, induction=0.5, echo=0.25) == [[1, 0], [1, 1]]
+    assert chosen(s, induction=0.25, echo=0.5) == [[1, 0], [0, 1]], "one head is in both sets"
+
+
+def test_equal_scores_are_taken_in_the_order_of_the_model():
+    s = scores([0] * 8, [0.5] * 8)
+    assert chosen(s, induction=0.5, echo=0) == [[1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "count"),
+    [(0.14, 16, 3), (0.14, 50, 7), (0.14, 100, 14), (0.01, 16, 1), (0.07, 100, 7), (0, 16, 0)]
+    + [(0.14, 256, 36), (0.01, 256, 3), (1, 16, 16), (0.29, 100, 29), (1e-6, 16, 1)],
+)
+def test_counts_are_rounded_up(share, total, count):
+    s = random_scores(1, total, 1)
+    assert sum(map(sum, chosen(s, induction=share, echo=0))) == count
+    assert sum(map(sum, chosen(s, induction=0, echo=share))) == count
+    assert sum(map(sum, chosen(s, retrieval=share))) == count
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.15, 0.25, 0.5, 0.9, 1])
+def test_a_budget_is_met_exactly_with_a_15th_of_echo_heads(seed, share):
+    s = random_scores(8, 8, 2, seed)
+    flat = np.concatenate(choose_heads(s, retrieval=share))
+    budget = int(np.ceil(share * 64 - 1e-9))
+    assert flat.sum() == budget
+    echo = s.echo.reshape(64, 2).max(axis=1)
+    induction = s.induction.reshape(64, 2).max(axis=1)
+    n_echo = int(budget / 15 + 0.5)
+    by_echo, by_induction = np.argsort(-echo)[:n_echo], np.argsort(-induction)
+    assert flat[by_echo].all()
+    rest = [head for head in by_induction if head not in by_echo][: budget - n_echo]
+    assert sorted([*by_echo, *rest]) == np.flatnonzero(flat).tolist()
+
+
+def test_layers_without_kv_heads_and_of_different_sizes():
+    s = scores([0] * 12, np.linspace(0, 1, 12), (4, 4, 4), (2, 0, 1))
+    assert chosen(s, retrieval=0.5) == [[0, 1], [], [1]]
+
+
+@pytest.mark.parametrize("name", ["induction", "echo", "retrieval"])
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_shares_are_from_0_to_1(name, share):
+    with pytest.raises(ProfileError, match=f"{name} is .*, expected a share"):
+        choose_heads(random_scores(2, 2, 1), **{name: share})
+
+
+# -- profiles
+
+
+def shape_of(s: Scores, fingerprint: str = "0" * 64) -> ModelShape:
+    n = len(s.n_head)
+    return ModelShape("llama", n, s.n_head, s.n_head_kv, 32, 32, 1024, fingerprint=fingerprint)
+
+
+def test_profile_keeps_scores_and_record():
+    s = random_scores(4, 4, 2)
+    profile = profile_from_scores(s, window_min=77)
+    profile.check_shape(shape_of(s))
+    assert profile.window_min == 77
+    assert (profile.echo_score == s.echo).all() and (profile.induction_score == s.induction).all()
+    assert profile.calibration == RECORD | {"induction": "0.14", "echo": "0.01"}
+    assert profile_from_scores(s, retrieval=0.3).calibration["retrieval"] == "0.3"
+
+
+def test_another_budget_from_a_profile():
+    s = random_scores(4, 4, 2)
+    profile = with_retrieval(profile_from_scores(s, window_min=77), shape_of(s), 0.5)
+    assert profile.flat().sum() == 8 and profile.window_min == 77
+    assert np.array_equal(profile.flat(), np.concatenate(choose_heads(s, retrieval=0.5)))
+
+
+def test_a_profile_without_scores_says_what_to_do():
+    profile = Profile((np.array([1, 0]),) * 2)
+    with pytest.raises(ProfileError, match="holds no head scores.*convert the model without"):
+        profile_scores(profile, shape_of(random_scores(2, 2, 2)))
+
+
+def test_scores_of_another_model_are_refused():
+    s = random_scores(2, 2, 2)
+    s.check_model(shape_of(s))
+    with pytest.raises(ProfileError, match="measured on another model file"):
+        s.check_model(shape_of(s, "1" * 64))
+    with pytest.raises(ProfileError, match="2 layers x 4 query heads .* 2 layers x 8 query heads"):
+        s.check_model(shape_of(random_scores(2, 2, 4)))
+
+
+# -- files
+
+
+@pytest.mark.parametrize("name", ["s.json", "s.npz", "s"])
+def test_round_trip_is_exact(tmp_path, name):
+    s = random_scores(3, 2, 4)
+    echo = s.echo.copy()
+    echo[:3] = 0, 1e-40, np.nextafter(np.float32(0.1), np.float32(1))
+    s = Scores(echo, s.induction, s.n_head, s.n_head_kv, RECORD)
+    assert save_scores(s, tmp_path / name) == tmp_path / name
+    read = load_scores(tmp_path / name)
+    assert read.echo.tobytes() == s.echo.tobytes()
+    assert read.induction.tobytes() == s.induction.tobytes()
+    assert (read.n_head, read.n_head_kv, read.calibration) == (s.n_head, s.n_head_kv, RECORD)
+    assert [p.name for p in tmp_path.iterdir()] == [name], "nothing else is left"
+
+
+def test_npz_is_one_that_numpy_reads(tmp_path):
+    s = random_scores(3, 2, 4)
+    with np.load(save_scores(s, tmp_path / "s.npz"), allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["induction"], s.induction)
+
+
+def test_an_earlier_file_stays_when_writing_fails(tmp_path, monkeypatch):
+    path = save_scores(random_scores(2, 2, 1), tmp_path / "s.json")
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_scores(random_scores(2, 2, 1, seed=1), path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+GOOD = {
+    "format": "razor scores", "version": 1, "calibration": RECORD, "n_head": [2, 2],
+    "n_head_kv": [1, 2], "echo": [0, 0.5, 0.25, 1], "induction": [0, 0.5, 0.25, 1],
+}  # fmt: skip
+BAD = {
+    "no format": ({"format": None}, "is not a file of head scores; make one with"),
+    "newer": ({"version": 2}, "is of version 2, this razor-local reads version 1"),
+    "no version": ({"version": None}, "is of version None"),
+    "no record": ({"calibration": None}, "has no calibration record"),
+    "record is a list": ({"calibration": [1]}, "has no calibration record"),
+    "record without model": ({"calibration": {"tokens": 1}}, "does not say which model"),
+    "record of a list": ({"calibration": RECORD | {"a": [1]}}, "'a' is neither a text nor"),
+    "record of a large number": ({"calibration": RECORD | {"a": 2**32}}, "'a' is neither"),
+    "record of a long text": ({"calibration": RECORD | {"a": "x" * 5000}}, "'a' is neither"),
+    "no echo": ({"echo": None}, "has no list 'echo' of finite numbers"),
+    "a text": ({"induction": ["0.5"] * 4}, "has no list 'induction' of finite numbers"),
+    "true": ({"induction": [True] * 4}, "has no list 'induction' of finite numbers"),
+    "nested": ({"induction": [[0.5] * 4]}, "has no list 'induction' of finite numbers"),
+    "nan": ({"echo": [float("nan")] * 4}, "has no list 'echo' of finite numbers"),
+    "infinite": ({"echo": [float("inf")] * 4}, "has no list 'echo' of finite numbers"),
+    "huge": ({"echo": [10**400] * 4}, "has no list 'echo' of finite numbers"),
+    "negative": ({"echo": [0, 0, -0.1, 0]}, "echo score 2 is -0.1"),
+    "above 1": ({"induction": [0, 0, 0, 1.01]}, "induction score 3 is 1.01"),
+    "too few": ({"echo": [0.5] * 3}, "echo has shape [3], expected 4 scores"),
+    "too many": ({"induction": [0.5] * 5}, "induction has shape [5], expected 4 scores"),
+    "no layers": ({"n_head": [], "n_head_kv": []}, "scores for 0 layers"),
+    "layers differ": ({"n_head_kv": [1, 2, 2]}, "2 layers of query heads and 3 of KV heads"),
+    "half heads": ({"n_head": [2.0, 2]}, "has no list 'n_head' of whole numbers"),
+    "no group": ({"n_head_kv": [2, 3]}, "layer 1 has scores of 2 query heads for 3 KV heads"),
+    "no query heads": ({"n_head": [4, 0]}, "layer 1 has scores of 0 query heads"),
+    "negative heads": ({"n_head": [5, -1]}, "layer 1 has scores of -1 query heads"),
+    "many layers": ({"n_head": [1] * 600, "n_head_kv": [1] * 600}, "scores for 600 layers"),
+}
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_malformed_json(tmp_path, change):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(GOOD))
+    assert load_scores(path).n_head == (2, 2)
+    fields, text = BAD[change]
+    path.write_text(json.dumps(GOOD | fields))
+    with pytest.raises(ProfileError) as error:
+        load_scores(path)
+    assert str(error.value).startswith(f"{path}: ") and text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\x00\xff", b"1\t0\n", b"[" * 100_000, b"null", b"{}", b"PK", b"PK\x03\x04" * 99]
+)
+def test_other_files(tmp_path, raw):
+    path = tmp_path / "s.json"
+    path.write_bytes(raw)
+    with pytest.raises(ProfileError, match="is neither JSON|is not a file of head|damaged npz"):
+        load_scores(path)
+
+
+def npz(**changes: object) -> bytes:
+    """An npz file of GOOD, with some members replaced by arrays or bytes."""
+    head = {name: GOOD[name] for name in ("format", "version", "calibration")}
+    members = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
+    members |= {name: np.array(GOOD[name], np.float32) for name in ("echo", "induction")}
+    members |= {name: np.array(GOOD[name]) for name in ("n_head", "n_head_kv")}
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, value in (members | changes).items():
+            raw = io.BytesIO()
+            if isinstance(value, bytes):
+                raw.write(value)
+            elif value is not None:
+                np.save(raw, value, allow_pickle=True)
+            if value is not None:
+                archive.writestr(f"{name}.npy", raw.getvalue())
+    return out.getvalue()
+
+
+def npy_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"echo": None}, "has no list 'echo' of finite numbers"),
+        ({"head": None}, "is not a file of head scores"),
+        ({"echo": np.zeros((2, 2))}, "echo is not a one-dimensional array of numbers"),
+        ({"echo": np.array([{}] * 4, object)}, "echo is not a one-dimensional array of numbers"),
+        ({"echo": np.full(4, np.nan)}, "echo score 0 is nan"),
+        ({"n_head": np.float32([2, 2])}, "has no list 'n_head' of whole numbers"),
+        ({"echo": b"\x93NUMPY\x03\x00"}, "echo is not a one-dimensional array of numbers"),
+        (
+            {"echo": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (10**15,)}")},
+            "echo is not a one-dimensional array of numbers",
+        ),
+        (
+            {"echo": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999,)}")},
+            "echo is not a one-dimensional array of numbers",
+        ),
+    ],
+)
+def test_malformed_npz(tmp_path, changes, text):
+    path = tmp_path / "s.npz"
+    path.write_bytes(npz())
+    assert load_scores(path).n_head == (2, 2)
+    path.write_bytes(npz(**changes))
+    with pytest.raises(ProfileError) as error:
+        load_scores(path)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["s.json", "s.npz"])
+def test_damaged_files_are_read_or_refused_but_never_crash(tmp_path, name):
+    good = save_scores(random_scores(2, 2, 2), tmp_path / name).read_bytes()
+    rng, path, n_refused = random.Random(0), tmp_path / "damaged", 0
+    for _ in range(500):
+        raw = bytearray(good[: rng.randint(0, len(good))] if rng.random() < 0.3 else good)
+        for _ in range(rng.randint(0, 8) if raw else 0):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+        path.write_bytes(raw)
+        try:
+            load_scores(path)
+        except ProfileError as error:
+            n_refused += 1
+            assert "\n" not in str(error)
+    assert n_refused > 200
+
+
+def test_a_large_file_is_refused_before_it_is_parsed(tmp_path):
+    path = tmp_path / "s.json"
+    with open(path, "wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(ProfileError, match="is larger than 64 MiB"):
+        load_scores(path)
+    path.write_bytes(npz(extra=b"0", echo=bytes(1 << 20)))
+    with pytest.raises(ProfileError, match="echo is not a one-dimensional"):
+        load_scores(path)
