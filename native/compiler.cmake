@@ -7,8 +7,12 @@ check_language(C)
 check_language(CXX)
 if (NOT CMAKE_C_COMPILER OR NOT CMAKE_CXX_COMPILER)
     message(CHECK_FAIL "not found")
+    set(named "")
+    if (NOT "$ENV{CC}$ENV{CXX}" STREQUAL "") # set by the user, or by the build backend from what compiled Python
+        set(named " (CC is '$ENV{CC}', CXX is '$ENV{CXX}')")
+    endif()
     message(FATAL_ERROR
-        "No C and C++ compiler was found: install one (Debian and Ubuntu: apt install g++, Fedora: dnf "
+        "No C and C++ compiler was found${named}: install one (Debian and Ubuntu: apt install g++, Fedora: dnf "
         "install gcc-c++, macOS: xcode-select --install, Windows: Visual Studio Build Tools) or name "
         "yours in the environment variables CC and CXX.")
 endif()

@@ -342,6 +342,8 @@ def test_no_compiler(project: Project, tmp_path: Path) -> None:
     env = {"CC": "", "CXX": "", "PATH": str(tmp_path / "bin")}
     says = "No C and C++ compiler was found: install one (Debian and Ubuntu: apt install g++"
     refused(project.configure(**env), says)
+    says = "No C and C++ compiler was found (CC is 'no-such-cc', CXX is 'no-such-c++'): install one"
+    refused(project.configure(CC="no-such-cc", CXX="no-such-c++"), says)
 
 
 def test_sdist_option(project: Project, tmp_path: Path) -> None:
