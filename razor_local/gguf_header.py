@@ -37,7 +37,7 @@ MAX_KEY_BYTES = 65_535
 MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 MAX_STRING_BYTES = 64 << 20
-MAX_STRINGS = 4_000_000  # elements of all string arrays together; each costs a step in Python
+MAX_STRINGS = 2_000_000  # elements of all string arrays together; each costs a step in Python
 MAX_METADATA_BYTES = 512 << 20
 MAX_ALIGNMENT = 1 << 20
 
@@ -369,16 +369,19 @@ class _Reader:
         if self.strings_left < 0:
             raise self.fail(f"{what}: more than {MAX_STRINGS} strings, no real vocabulary has them")
         buffer, at = self.buffer, self.at  # local: half a million steps in a large vocabulary
+        end, number = len(buffer), int.from_bytes
         for _ in range(count):
-            if at + 8 > len(buffer):
+            if at + 8 > end:
                 self.at = at
                 self.fill(8, what)
                 buffer, at = self.buffer, self.at
-            at += 8 + int.from_bytes(buffer[at : at + 8], "little")
-            if at > len(buffer):
-                self.at = len(buffer)
-                self.skip(at - len(buffer), what)
+                end = len(buffer)
+            at += 8 + number(buffer[at : at + 8], "little")
+            if at > end:
+                self.at = end
+                self.skip(at - end, what)
                 buffer, at = self.buffer, self.at
+                end = len(buffer)
         self.at = at
 
     def alignment(self, entries: dict[str, Entry]) -> int:
