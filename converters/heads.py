@@ -36,6 +36,7 @@ from ..profile import (
     describe_heads,
     split_heads,
 )
+from .scores import FORMAT
 
 MAX_BYTES = 32 << 20  # the published JSON files have 2 MiB: hundreds of scores per head
 GATE_SLACK = 0.01  # gates are trained and clipped afterwards: files hold values like -0.0014
@@ -237,6 +238,8 @@ def _parse_json(path: Path, text: str) -> tuple[np.ndarray, ...]:
         raise bad("is not valid JSON") from None
     if not isinstance(entries, dict) or not entries:
         raise bad("is no JSON object of heads")
+    if entries.get("format") == FORMAT:
+        raise ProfileError(f"{path} holds scores of razor-local itself; pass it with --scores")
     scores: dict[tuple[int, int], float] = {}
     for key, value in entries.items():
         match = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", key)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
     from ..plan import Plan
     from ..profile import ModelShape, Profile
 
@@ -22,6 +25,7 @@ Examples:
   razor-local inspect model-razor.gguf -c 32768
   razor-local inspect model.gguf --sidecar model.razor.gguf -ctk q8_0 -ctv q8_0
   razor-local inspect model-razor.gguf -c 131072 --json
+  razor-local inspect model-razor.gguf --heads --compare heads.tsv --plot heads.png
 """
 
 
@@ -44,6 +48,12 @@ Examples:
     help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
 )  # fmt: skip
 @click.option("--no-flash-attn", is_flag=True, help="Plan for a context without flash attention.")
+@click.option("--heads", is_flag=True, help="Show a map of the heads and their scores instead.")
+@click.option(
+    "--compare", type=PATH, metavar="OTHER",
+    help="Compare the heads with those of another profile, sidecar or head list.",
+)  # fmt: skip
+@click.option("--plot", type=PATH, metavar="PICTURE", help="Draw the heads (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
     file: Path,
@@ -53,9 +63,13 @@ def inspect(
     sidecar: Path | None,
     retrieval: float | None,
     no_flash_attn: bool,
+    heads: bool,
+    compare: Path | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Show which KV heads of FILE (a GGUF) keep everything, and the bytes of its KV cache."""
+    from ..errors import ProfileError
     from ..gguf_header import read_header
     from ..plan import make_plan
     from ..profile import (
@@ -70,17 +84,16 @@ def inspect(
     profile = (
         profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
     )
+    looking = heads or compare is not None or plot is not None
+    if profile is None and (retrieval is not None or looking):
+        raise ProfileError(
+            f"{file} has no razor profile; make one with 'razor-local convert MODEL.gguf -o"
+            " OUT.gguf', or name one with --sidecar"
+        )
     if retrieval is not None:
         from ..converters.scores import with_retrieval
-        from ..errors import ProfileError
 
-        if profile is None:
-            raise ProfileError(
-                f"{file} has no razor profile; make one with 'razor-local convert MODEL.gguf -o"
-                " OUT.gguf', or name one with --sidecar"
-            )
         profile = with_retrieval(profile, shape, retrieval)
-    plan = make_plan(shape, profile, ctx_size, cache_type_k, cache_type_v, not no_flash_attn)
     feature = unsupported_feature(header, shape.arch)
     if feature:
         click.echo(
@@ -88,8 +101,28 @@ def inspect(
             " below are those of plain full attention in every layer.",
             err=True,
         )
+    there = None
+    if compare is not None:
+        from ..head_map import read_other_heads
+
+        there = read_other_heads(compare, shape, int(profile.flat().sum()))
+    if plot is not None:
+        from ..head_map import plot_heads
+
+        plot_heads(profile, shape, plot)
+    if looking and not as_json:
+        return _print_heads(shape, profile, heads, there, compare, plot)
+    plan = make_plan(shape, profile, ctx_size, cache_type_k, cache_type_v, not no_flash_attn)
     if as_json:
-        click.echo(json.dumps(describe(shape, profile, plan), indent=2))
+        described = describe(shape, profile, plan)
+        if heads:
+            described["scores"] = _scores(shape, profile)
+        if there is not None:
+            from ..head_map import compare_heads
+
+            compared = compare_heads(profile.retrieval, there).to_dict()
+            described["comparison"] = {"with": str(compare)} | compared
+        click.echo(json.dumps(described, indent=2))
     else:
         _print(shape, profile, plan)
 
@@ -123,6 +156,14 @@ def describe(shape: ModelShape, profile: Profile | None, plan: Plan) -> dict[str
     }
 
 
+def _scores(shape: ModelShape, profile: Profile) -> dict[str, list[list[float]]]:
+    """Per layer and query head."""
+    from ..head_map import query_head_scores
+
+    found = query_head_scores(profile, shape)
+    return {name: [layer.tolist() for layer in layers] for name, layers in found.items()}
+
+
 def _full_bytes(plan: Plan, kv_type: str) -> int | None:
     from ..errors import UnsupportedError
 
@@ -132,31 +173,47 @@ def _full_bytes(plan: Plan, kv_type: str) -> int | None:
         return None
 
 
-def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
+def _print_heads(
+    shape: ModelShape,
+    profile: Profile,
+    heads: bool,
+    there: tuple[np.ndarray, ...] | None,
+    compare: Path | None,
+    plot: Path | None,
+) -> None:
+    from ..head_map import ASCII_SHADES, SHADES, comparison_lines, map_lines
+
+    console = _console()
+    _print_profile(console, shape, profile)
+    if heads:
+        console.print()
+        try:
+            SHADES.encode(console.encoding)
+            shades = SHADES
+        except UnicodeEncodeError:
+            shades = ASCII_SHADES
+        for line in map_lines(profile, shape, shades):
+            console.print(line)
+    if there is not None:
+        console.print(f"\nhere     {_printable(str(shape.path))}")
+        console.print(f"there    {_printable(str(compare))}\n")
+        for line in comparison_lines(profile.retrieval, there):
+            console.print(line)
+    if plot is not None:
+        console.print(f"\nplot     {_printable(str(plot))}")
+
+
+def _console() -> Console:
     from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    heads = " ".join(
-        sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True)})
-    )
-    console.print(
-        f"model    {_printable(shape.name) or 'without a name'}: {shape.arch},"
-        f" {shape.n_layer} layers, {heads} query/KV heads of size {shape.head_dim_k},"
-        f" trained for {shape.n_ctx_train:,} tokens"
-    )
-    if profile is None:
-        console.print(
-            "profile  none: every KV head keeps every token (razor-local convert adds one)"
-        )
-    else:
-        n, total = int(profile.flat().sum()), len(profile.flat())
-        divisor = f", context/{profile.window_divisor}" if profile.window_divisor else ""
-        console.print(
-            f"profile  {n} of {total} KV heads are retrieval heads ({n / max(total, 1):.1%}),"
-            f" {profile.sink_tokens} sinks, window max({profile.window_min:,}{divisor}),"
-            f" compensation {'on' if profile.compensation else 'off'}"
-        )
+    console = _console()
+    _print_profile(console, shape, profile)
     console.print(
         f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v},"
         f" flash attention {'on' if plan.flash_attn else 'off'}"
@@ -203,10 +260,33 @@ def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
     console.print(table)
 
 
+def _print_profile(console: Console, shape: ModelShape, profile: Profile | None) -> None:
+    heads = " ".join(
+        sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True)})
+    )
+    console.print(
+        f"model    {_printable(shape.name) or 'without a name'}: {shape.arch},"
+        f" {shape.n_layer} layers, {heads} query/KV heads of size {shape.head_dim_k},"
+        f" trained for {shape.n_ctx_train:,} tokens"
+    )
+    if profile is None:
+        console.print(
+            "profile  none: every KV head keeps every token (razor-local convert adds one)"
+        )
+    else:
+        n, total = int(profile.flat().sum()), len(profile.flat())
+        divisor = f", context/{profile.window_divisor}" if profile.window_divisor else ""
+        console.print(
+            f"profile  {n} of {total} KV heads are retrieval heads ({n / max(total, 1):.1%}),"
+            f" {profile.sink_tokens} sinks, window max({profile.window_min:,}{divisor}),"
+            f" compensation {'on' if profile.compensation else 'off'}"
+        )
+
+
 def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.2f}"
 
 
 def _printable(text: str) -> str:
     """A model's name may hold anything, a terminal's control codes too."""
-    return "".join(c if c.isprintable() else "?" for c in text[:100])
+    return "".join(c if c.isprintable() else "?" for c in text[:300])

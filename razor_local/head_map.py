@@ -1,0 +1,203 @@
+"""Looking at the heads of a profile: a map in text, a picture, a comparison with other heads."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ProfileError, UnsupportedError
+from .gguf_header import MAGIC, read_header
+from .profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
+
+SHADES = "·░▒▓█"
+ASCII_SHADES = ".-+*#"  # for terminals without the blocks
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def query_head_scores(profile: Profile, shape: ModelShape) -> dict[str, tuple[np.ndarray, ...]]:
+    """Induction and echo score, as far as the profile has them: one f32 [n_head] per layer."""
+    found = {"induction": profile.induction_score, "echo": profile.echo_score}
+    ends = np.cumsum(shape.n_head)[:-1]
+    return {
+        name: tuple(np.split(score, ends)) for name, score in found.items() if score is not None
+    }
+
+
+def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iterator[str]:
+    """The map of a profile, a line per layer and a character per KV head, scores as shades.
+
+    The score of a KV head is the highest of its group of query heads.
+    """
+    columns = {"retrieval": ["".join(".#"[head] for head in layer) for layer in profile.retrieval]}
+    legend = ["# retrieval head, . local head"]
+    for name, layers in query_head_scores(profile, shape).items():
+        groups = [
+            layer.reshape(n, -1).max(axis=1) if n else layer[:0]
+            for layer, n in zip(layers, shape.n_head_kv, strict=True)
+        ]
+        top = max((float(group.max()) for group in groups if len(group)), default=0.0)
+        columns[name] = ["".join(_shade(v, top, shades) for v in group) for group in groups]
+        legend.append(f"{name} {shades} from 0 to {top:.3g}")
+    yield from _table({"layer": [str(il) for il in range(shape.n_layer)]} | columns, "layer")
+    yield ""
+    yield "; ".join(legend)
+
+
+def _shade(value: float, top: float, shades: str) -> str:
+    share = value / top if top > 0 else 0.0
+    return shades[min(max(int(share * len(shades)), 0), len(shades) - 1)]
+
+
+# -- comparison
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Retrieval heads here, there and in both; jaccard: both / either, None where it is 0 / 0."""
+
+    here: int
+    there: int
+    both: int
+    jaccard: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Retrieval heads of two profiles of one shape, per layer and in all."""
+
+    total: Overlap
+    layers: tuple[Overlap, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the total's fields, and layers: a list of the same."""
+        return asdict(self.total) | {"layers": [asdict(layer) for layer in self.layers]}
+
+
+def compare_heads(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]) -> Comparison:
+    """here, there: one uint8 array [n_head_kv] of 0/1 per layer, of the same shape."""
+    layers = tuple(_overlap(a, b) for a, b in zip(here, there, strict=True))
+    return Comparison(_overlap(np.concatenate(here), np.concatenate(there)), layers)
+
+
+def _overlap(here: np.ndarray, there: np.ndarray) -> Overlap:
+    both, either = int((here & there).sum()), int((here | there).sum())
+    return Overlap(int(here.sum()), int(there.sum()), both, both / either if either else None)
+
+
+def read_other_heads(
+    path: str | os.PathLike[str], shape: ModelShape, n_retrieval: int
+) -> tuple[np.ndarray, ...]:
+    """Retrieval heads to compare with: of a model with a profile, a sidecar, or a head list.
+
+    The file may be of another model of the same shape: another quantization or fine-tune. Of gates
+    and scores the n_retrieval highest count. Raises ProfileError where the shapes differ or there
+    are no heads in the file, GGUFError, OSError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ProfileError(f"{path} is a folder, expected a profile, a sidecar or a head list")
+    with open(path, "rb") as file:
+        is_gguf = file.read(len(MAGIC)) == MAGIC
+    if not is_gguf:
+        from .converters.heads import parse_heads, profile_from_heads
+
+        total = sum(shape.n_head_kv)
+        share = None if parse_heads(path).kind == "heads" else n_retrieval / max(total, 1)
+        return profile_from_heads(path, shape, retrieval=share).retrieval
+    header = read_header(path)
+    other = shape_from_header(header)
+    if other.n_head_kv != shape.n_head_kv:
+        raise ProfileError(
+            f"{path} is of {describe_heads(other.n_head_kv)}, the model has"
+            f" {describe_heads(shape.n_head_kv)}; only heads of one shape can be compared"
+        )
+    profile = profile_from_header(header, other)
+    if profile is None:
+        raise ProfileError(f"{path} has no razor profile to compare with")
+    return profile.retrieval
+
+
+def comparison_lines(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]) -> Iterator[str]:
+    """A comparison as a table, a line per layer and a character per KV head."""
+    compared = compare_heads(here, there)
+    rows = [*compared.layers, compared.total]
+    yield from _table(
+        {
+            "layer": [*map(str, range(len(here))), "all"],
+            "# both, < here, > there": [
+                *("".join(".<>#"[a + 2 * b] for a, b in zip(*x, strict=True))
+                  for x in zip(here, there, strict=True)),
+                "",
+            ],
+            "here": [str(row.here) for row in rows],
+            "there": [str(row.there) for row in rows],
+            "both": [str(row.both) for row in rows],
+            "Jaccard": ["-" if row.jaccard is None else f"{row.jaccard:.2f}" for row in rows],
+        },
+        "layer", "here", "there", "both", "Jaccard",
+    )  # fmt: skip
+
+
+def _table(columns: dict[str, list[str]], *right: str) -> Iterator[str]:
+    """Lines of a table with a head line; the columns named in right are aligned to the right."""
+    for cells in zip(*([name, *values] for name, values in columns.items()), strict=True):
+        parts = []
+        for cell, (name, values) in zip(cells, columns.items(), strict=True):
+            width = max(map(len, [name, *values]))
+            parts.append(cell.rjust(width) if name in right else cell.ljust(width))
+        yield "  ".join(parts).rstrip()
+
+
+# -- picture
+
+
+def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]) -> Path:
+    """Draws the chosen KV heads, and induction and echo scores per query head where there are any.
+
+    path ends in .png, .svg or .pdf; a file of that name is replaced. Raises UnsupportedError where
+    matplotlib is missing or the name ends otherwise, OSError.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in PICTURES:
+        raise UnsupportedError(
+            f"{path} is not the name of a picture, expected one that ends in {', '.join(PICTURES)}"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError(
+            "pictures need matplotlib, which is not installed; install it with"
+            " 'pip install razor-local[plot]', or look at the map in the terminal with --heads"
+        ) from None
+    panels = {"retrieval heads": (profile.retrieval, "KV head")} | {
+        f"{name} score": (layers, "query head")
+        for name, layers in query_head_scores(profile, shape).items()
+    }
+    figure = Figure(figsize=(1.5 + 4.5 * len(panels), 2 + 0.12 * shape.n_layer), dpi=120)
+    figure.suptitle("".join(c if c.isprintable() else "?" for c in shape.name[:100]))
+    for axes, (title, (layers, unit)) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
+    ):
+        grid = np.full((len(layers), max(map(len, layers))), np.nan)
+        for il, layer in enumerate(layers):
+            grid[il, : len(layer)] = layer
+        chosen = unit == "KV head"
+        image = axes.imshow(
+            grid, aspect="auto", interpolation="nearest", vmin=0, vmax=1 if chosen else None,
+            cmap="Greys" if chosen else "viridis",
+        )  # fmt: skip
+        axes.set(title=title, xlabel=unit, ylabel="layer")
+        axes.locator_params(integer=True)
+        if not chosen:
+            figure.colorbar(image, ax=axes)
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower())
+    path.write_bytes(picture.getvalue())
+    return path
