@@ -127,20 +127,25 @@ def choose_heads(
     The score of a KV head is the largest of its group of query heads. The KV heads of all layers
     are ranked together, once by induction and once by echo score, equal ones in the order of the
     model. induction, echo: share of all KV heads taken from each ranking, rounded up, so that a
-    small model keeps a head of both; what is in both counts once.
+    small model keeps a head of both; what is in both counts once. Heads that pay the repetition
+    little more attention than chance are not taken, even if fewer than the share remain: which of
+    them comes first is due to the seed alone.
 
     retrieval: one budget instead, a share of all KV heads rounded up, which is met exactly: its
-    15th part (to the nearest head) is taken from the echo ranking, the rest is filled up from the
-    induction ranking. Raises ProfileError for a share that is not from 0 to 1.
+    15th part (to the nearest head) is taken from the echo ranking as above, the rest is filled up
+    from the induction ranking. Raises ProfileError for a share that is not from 0 to 1.
     """
     for name, share in (("induction", induction), ("echo", echo), ("retrieval", retrieval)):
         if share is not None and not 0 <= share <= 1:
             raise ProfileError(f"{name} is {share:g}, expected a share of the KV heads from 0 to 1")
     total = sum(scores.n_head_kv)
-    by_induction = _ranking(_group_max(scores, scores.induction))
-    by_echo = _ranking(_group_max(scores, scores.echo))
+    induction_scores = _group_max(scores, scores.induction)
+    echo_scores = _group_max(scores, scores.echo)
+    by_induction, by_echo = _ranking(induction_scores), _ranking(echo_scores)
+    by_echo = by_echo[echo_scores[by_echo] > _chance(scores)]
     chosen = np.zeros(total, np.uint8)
     if retrieval is None:
+        by_induction = by_induction[induction_scores[by_induction] > _chance(scores)]
         chosen[by_induction[: _count(induction, total)]] = 1
         chosen[by_echo[: _count(echo, total)]] = 1
     else:
@@ -332,6 +337,16 @@ def _group_max(scores: Scores, per_query_head: np.ndarray) -> np.ndarray:
 def _ranking(values: np.ndarray) -> np.ndarray:
     """Indices of the largest values first, equal ones in their order."""
     return np.argsort(-values, kind="stable")
+
+
+def _chance(scores: Scores) -> float:
+    """The score up to which a head tells nothing, 0 if it is not known how it was measured.
+
+    Attention spread evenly over all earlier tokens has a score of 0.7/tokens to 1/tokens: of the
+    rK to (r + 1)K tokens before a query in repetition r, r are copies.
+    """
+    tokens = scores.calibration.get("tokens")
+    return 3 / tokens if isinstance(tokens, int) and tokens > 0 else 0.0
 
 
 def _count(share: float, total: int) -> int:

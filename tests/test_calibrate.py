@@ -533,7 +533,6 @@ def test_scores_of_another_model_are_refused(known, tmp_path):
         (["--retrieval", 0.2, "--induction", 0.1], "--retrieval and --induction exclude"),
         (["--retrieval", 1.5], "Invalid value for '--retrieval'"),
         (["--max-memory", "much"], "'much' is not a size, expected one like 3G or 512M"),
-        (["--save-scores", "no/such/folder.json"], "no/such/folder.json is not a file that can"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(known, tmp_path, args, text):
@@ -549,6 +548,39 @@ def test_an_output_that_exists_is_refused_before_measuring(known, tmp_path, monk
     code, _, stderr = run("convert", known[0], "-o", out)
     assert code == 1 and "exists; choose another name or pass --force" in stderr
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--sinks", 5000], "razor.sink_tokens is 5000"),
+        (["--window-min", 0], "razor.window_min is 0"),
+        (["--save-scores", "no/folder/scores.json"], "the folder no/folder does not exist"),
+        (["--save-scores", "MODEL"], "is the model itself"),
+        (["--save-scores", "OUT"], "--save-scores and -o name the same file"),
+        (["--save-scores", "KEPT"], "exists; choose another name or pass --force"),
+    ],
+)
+def test_what_could_go_wrong_at_the_end_is_refused_at_the_start(
+    known, tmp_path, monkeypatch, args, text
+):
+    monkeypatch.setattr(module, "calibrate", None)
+    kept = tmp_path / "kept.json"
+    kept.write_text("mine")
+    names = {"MODEL": known[0], "OUT": tmp_path / "o.gguf", "KEPT": kept}
+    args = [names.get(arg, arg) for arg in args]
+    code, _, stderr = run("convert", known[0], "-o", tmp_path / "o.gguf", *args)
+    assert code != 0 and text in stderr
+    assert kept.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_model_that_looks_for_nothing_gets_a_note(tiny, tmp_path):
+    args = ("convert", tiny(tiny_models.TinySpec()), "-o", tmp_path / "o.gguf", "--tokens", 64)
+    code, stdout, stderr = run(*args)
+    assert code == 0 and "0 of 6 KV heads" in stdout
+    assert stderr.startswith("Note: no head looks for repetitions, so all are local; --retrieval")
+    code, stdout, stderr = run(*args, "--retrieval", 0.5, "--force")
+    assert (code, stderr) == (0, "") and "3 of 6 KV heads" in stdout
 
 
 @pytest.mark.parametrize(

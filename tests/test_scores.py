@@ -93,6 +93,15 @@ def test_layers_without_kv_heads_and_of_different_sizes():
     assert chosen(s, retrieval=0.5) == [[0, 1], [], [1]]
 
 
+def test_chance_is_not_chosen_unless_a_budget_asks_for_it():
+    # 2,500 tokens: attention spread evenly has a score of 0.0003 to 0.0004
+    s = scores([0.0011] * 8, [0.0011, 0, 0, 0, 0.0013, 0, 0, 0])
+    assert chosen(s, induction=1, echo=1) == [[0, 0], [1, 0]]
+    assert chosen(s, retrieval=0.5) == [[1, 0], [1, 0]]
+    unknown = Scores(s.echo, s.induction, s.n_head, s.n_head_kv, {"model_fingerprint": ""})
+    assert chosen(unknown, induction=0.5, echo=0) == [[1, 0], [1, 0]]
+
+
 @pytest.mark.parametrize("name", ["induction", "echo", "retrieval"])
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_shares_are_from_0_to_1(name, share):

@@ -129,7 +129,7 @@ def convert(
     from ..converters.heads import profile_from_heads
     from ..converters.write import check_output, write_copy, write_sidecar
     from ..gguf_header import read_header
-    from ..profile import shape_from_header, unsupported_feature
+    from ..profile import Profile, shape_from_header, unsupported_feature
 
     options = {
         "sink_tokens": sinks,
@@ -137,6 +137,8 @@ def convert(
         "window_divisor": window_divisor,
         "compensation": not no_compensation,
     }
+    # all that can be refused is refused before anything is measured
+    Profile(retrieval=(), **options)
     header = read_header(model)
     shape = shape_from_header(header)
     check_output(model, output, force, sidecar)
@@ -150,6 +152,11 @@ def convert(
                 f"Note: {profile.calibration['ties']} were taken, spread over the layers.", err=True
             )
     else:
+        kept = measuring["save_scores"]
+        if kept is not None:
+            if kept.absolute() == output.absolute():
+                raise click.UsageError("--save-scores and -o name the same file")
+            check_output(model, kept, force, sidecar=True)
         profile = _profile_from_scores(model, shape, measuring, options)
     if sidecar:
         write_sidecar(model, output, profile, force)
@@ -157,6 +164,12 @@ def convert(
         with _Bar(f"Writing {output.name}") as bar:
             output = write_copy(model, output, profile, force, bar)
     n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
+    if n_retrieval == 0 and heads is None:
+        click.echo(
+            "Note: no head looks for repetitions, so all are local; --retrieval SHARE takes the"
+            " best ones all the same.",
+            err=True,
+        )
     click.echo(
         f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
         f" ({n_retrieval / max(n_heads, 1):.1%})"
@@ -189,12 +202,9 @@ def _profile_from_scores(
         scores = load_scores(given["scores"])
         scores.check_model(shape)
     else:
-        kept = given["save_scores"]
-        if kept is not None and (kept.is_dir() or not kept.parent.is_dir()):
-            raise click.UsageError(f"--save-scores: {kept} is not a file that can be written")
         scores = _measure(model, given)
-        if kept is not None:
-            save_scores(scores, kept)
+        if given["save_scores"] is not None:
+            save_scores(scores, given["save_scores"])
     return profile_from_scores(scores, **shares, **options)
 
 
