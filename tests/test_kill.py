@@ -1,0 +1,160 @@
+"""Killing the converter: at any moment the output is complete, as it was before, or opens not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gguf_bytes import STRING, U32, gguf, kv, tensor
+from tiny_models import TinySpec, make_split_model
+
+from razor_local.errors import RazorError
+from razor_local.profile import read_profile
+
+# One process that has imported everything forks the converters, so that a kill costs no start.
+SERVER = """
+import json, os, sys
+import gguf
+from razor_local.cli import main
+import razor_local.cli.convert, razor_local.converters.heads, razor_local.converters.write
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        try:
+            main(json.loads(line))
+        except SystemExit as end:
+            os._exit(end.code or 0)  # the time to kill it in is that of its work
+    print(pid, flush=True)
+    sys.stdin.readline()  # until then the number stays the child's, even if it has ended
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path_factory.mktemp("server"),
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """One file of 8 MB and one model of several; both have 3 layers of 2 KV heads."""
+    folder = tmp_path_factory.mktemp("models")
+    keys = [
+        kv("general.architecture", STRING, "llama"),
+        kv("llama.block_count", U32, 3),
+        kv("llama.embedding_length", U32, 64),
+        kv("llama.attention.head_count", U32, 2),
+    ]
+    data = random.Random(0).randbytes(8 << 20)
+    (folder / "one.gguf").write_bytes(gguf(keys, [tensor("t", (len(data),), 24)], data))
+    (folder / "heads.tsv").write_text("1\t0\n0\t0\n0\t1\n")
+    (folder / "old.tsv").write_text("0\t1\n1\t1\n1\t0\n")
+    spec = TinySpec(n_ff=4096, n_vocab=4096)
+    return {"one": folder / "one.gguf", "split": make_split_model(folder, spec, max_tensors=4)}
+
+
+def start(server: subprocess.Popen[str], *args: object) -> int:
+    server.stdin.write(json.dumps([str(a) for a in args]) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def status(server: subprocess.Popen[str]) -> int:
+    server.stdin.write("\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+def opens(out: Path) -> bool:
+    try:
+        return read_profile(out) is not None
+    except (RazorError, FileNotFoundError):
+        return False
+
+
+KINDS = {
+    "copy": ("one", [], "out.gguf"),
+    "sidecar": ("one", ["--sidecar"], "out.gguf"),
+    "split copy": ("split", [], None),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwritten"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(server, models, tmp_path, capsys, kills, kind, overwrite):
+    model, options, name = KINDS[kind]
+    model = models[model]
+    name = name or model.name.replace("split", "out")
+    folder = tmp_path / "out"
+
+    def convert(heads: str) -> int:
+        path = model.with_name(heads)
+        return start(
+            server, "convert", model, "-o", folder / name, "--heads", path, "--force", *options
+        )
+
+    complete = {}
+    times = []
+    for heads in ("old.tsv", "heads.tsv", "heads.tsv"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        started = time.monotonic()
+        convert(heads)
+        assert status(server) == 0
+        times.append(time.monotonic() - started)
+        complete[heads] = visible(folder)
+        assert opens(folder / name)
+    before = complete["old.tsv"] if overwrite else {}
+    assert complete["old.tsv"] != complete["heads.tsv"]
+
+    rng, outcomes, killed = random.Random(kills), Counter(), 0
+    for _ in range(kills):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for file, raw in before.items():
+            (folder / file).write_bytes(raw)
+        pid = convert("heads.tsv")
+        time.sleep(rng.uniform(0, 1.1 * min(times)))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.WIFSIGNALED(status(server))
+        found = visible(folder)
+        if found == complete["heads.tsv"]:
+            outcome = "complete"
+        elif found == before:
+            outcome = "as before"
+        else:
+            outcome = "files that do not open"
+            assert kind == "split copy"  # one file is renamed in one step
+            assert not opens(folder / name)
+        if found and outcome != "files that do not open":
+            assert opens(folder / name)
+        outcomes[outcome] += 1
+    with capsys.disabled():
+        if kills > 50:
+            print(f"\n{kind}, {overwrite=}: {killed} of {kills} killed at work, {dict(outcomes)}")
+    assert killed > kills / 4
+    assert outcomes["as before"] and (kills < 50 or outcomes["complete"])
