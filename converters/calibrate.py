@@ -208,7 +208,6 @@ class _Probe:
         self.text, self.first_query, self.work = text, first_query, work
         self.starts, self.copies = find_copies(text, first_query)
         self.total_work = work(0, len(text))
-        self.started = time.monotonic()
 
     def interrupt(self) -> None:
         self.error, self.stopped = KeyboardInterrupt(), True
@@ -220,6 +219,8 @@ class _Probe:
 
     def decode(self, ctx: int, start: int, part: np.ndarray) -> int:
         """llama_decode of the tokens at positions start and up; its result."""
+        if start == 0:
+            self.started = time.monotonic()
         self.position, self.n_part = start, len(part)
         self.wanted = start + len(part) > self.first_query
         native.clear_errors()
@@ -348,9 +349,12 @@ def _kernel() -> Callable[..., tuple[float, float]]:
     from numba import njit
 
     try:
-        return njit(cache=True, nogil=True)(_add_up)
+        kernel = njit(cache=True, nogil=True)(_add_up)
     except RuntimeError:  # no folder to keep the code in
-        return njit(nogil=True)(_add_up)
+        kernel = njit(nogil=True)(_add_up)
+    none = np.zeros(0, np.int64)
+    kernel(np.zeros((0, 1), np.float32), np.zeros(1, np.int64), none)  # compiles now, not midway
+    return kernel
 
 
 class _Tensor(ctypes.Structure):

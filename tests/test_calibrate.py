@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -432,6 +435,34 @@ def test_progress_goes_from_0_to_1(known):
     )
     assert len(seen) > 10 and 0 < seen[0] < 0.2 and seen[-1] == pytest.approx(1)
     assert seen == sorted(seen)
+
+
+def test_a_terminal_shows_a_bar_and_the_time_left(known, tmp_path):
+    ours, theirs = pty.openpty()
+    args = ["convert", known[0], "-o", tmp_path / "o.gguf", "--tokens", "1000", "-t", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONVERT, *args],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
+        cwd=tmp_path,
+    )
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # the terminal goes away with the process
+        while data := os.read(ours, 65536):
+            text += data
+    os.close(ours)
+    assert process.wait() == 0 and b"4 of 16 KV heads" in process.stdout.read()
+    shown = re.findall(r"Measuring the heads [^%]*? (\d+)% (?:(\d+):(\d\d) left)?", clean(text))
+    parts = [int(part) for part, _, _ in shown]
+    assert len(parts) > 10 and parts == sorted(parts) and parts[-1] == 100
+    left = [60 * int(minutes) + int(seconds) for _, minutes, seconds in shown if minutes]
+    assert left and left[-1] == 0 and max(left) < 60
+
+
+def clean(output: bytes) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
 
 
 @pytest.mark.parametrize("when", [0.02, 0.1, 0.3])
