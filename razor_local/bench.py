@@ -259,7 +259,8 @@ class _Bindings:
     def decode(self, token: int) -> None:
         import ctypes
 
-        batch = self.api.llama_batch_get_one((ctypes.c_int32 * 1)(token), 1)
+        ids = (ctypes.c_int32 * 1)(token)  # the batch only points to it
+        batch = self.api.llama_batch_get_one(ids, 1)
         if self.api.llama_decode(self.ctx, batch):
             raise RazorError(f"a token could not be decoded ({self._reason()})")
         self.api.llama_synchronize(self.ctx)
