@@ -218,8 +218,14 @@ def opens(first: Path) -> bool:
 
 
 def test_a_crash_at_any_step_of_renaming_leaves_no_set_that_opens(split, tmp_path, monkeypatch):
-    """Every state of the folder between two steps, with and without an older set in the way."""
-    folder = tmp_path / "new"
+    """Every state of the folder between two steps, with and without a set of another model there.
+
+    Both models have the same tensors, so nothing but the order keeps a mixture from opening.
+    """
+    folder, another = tmp_path / "new", tmp_path / "another"
+    another.mkdir()
+    tensors_in_first = bool(read_header(split).tensors)
+    another = make_split_model(another, TinySpec(seed=1), tensors_in_first=tensors_in_first)
     folder.mkdir()
     out = write_copy(split, folder / "out.gguf", PROFILE)
     new = files(folder)
@@ -228,8 +234,9 @@ def test_a_crash_at_any_step_of_renaming_leaves_no_set_that_opens(split, tmp_pat
         folder.mkdir()
         old = {}
         if overwrite:
-            write_copy(split, folder / "out.gguf", OTHER)
+            write_copy(another, folder / "out.gguf", OTHER)
             old = files(folder)
+            assert old.keys() == new.keys() and not set(old.values()) & set(new.values())
         states = []
 
         def note(*args, real, folder=folder, states=states):
