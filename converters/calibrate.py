@@ -388,13 +388,14 @@ def _model(
     native.clear_errors()
     with lib.override(native.make_params(None)):  # resets the last error
         model = C.llama_model_load_from_file(os.fsencode(path), params)
-    probe.check()
-    if not model:
-        raise RazorError(f"{path} could not be loaded ({_reason(lib)})")
     try:
+        probe.check()
+        if not model:
+            raise RazorError(f"{path} could not be loaded ({_reason(lib)})")
         yield model
     finally:
-        C.llama_model_free(model)
+        if model:
+            C.llama_model_free(model)
 
 
 @contextmanager
