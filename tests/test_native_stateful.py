@@ -201,7 +201,7 @@ def test_random_operations(name: str, model) -> None:
     run.settings = settings(
         derandomize=True,
         deadline=None,
-        max_examples=60,
+        max_examples=40,
         stateful_step_count=40,
         suppress_health_check=list(HealthCheck),
     )
