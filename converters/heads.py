@@ -38,7 +38,8 @@ from ..profile import (
 )
 from .scores import FORMAT
 
-MAX_BYTES = 32 << 20  # the published JSON files have 2 MiB: hundreds of scores per head
+MAX_BYTES = 8 << 20  # the published JSON files have up to 3 MB: hundreds of scores per head
+MAX_ENTRIES = 65_536  # of a JSON file; the largest models have 16,000 query heads
 GATE_SLACK = 0.01  # gates are trained and clipped afterwards: files hold values like -0.0014
 KIND_NAMES = {"heads": "head list", "gates": "gates", "scores": "head scores"}
 
@@ -188,13 +189,12 @@ def parse_heads(path: str | os.PathLike[str]) -> HeadList:
 
 
 def _parse_table(path: Path, text: str) -> HeadList:
-    lines = text.split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
+    text = text.rstrip()
+    if not text:
         raise ProfileError(f"{path} is empty, expected a row of 0 and 1 per layer")
+    lines = text.split("\n", MAX_LAYERS)
     if len(lines) > MAX_LAYERS:
-        raise ProfileError(f"{path} has {len(lines)} rows, expected at most {MAX_LAYERS} layers")
+        raise ProfileError(f"{path} has more than {MAX_LAYERS} rows, expected one per layer")
     layers = []
     for il, line in enumerate(lines):
         cells = line.split(None, MAX_HEADS)
@@ -240,6 +240,8 @@ def _parse_json(path: Path, text: str) -> tuple[np.ndarray, ...]:
         raise bad("is no JSON object of heads")
     if entries.get("format") == FORMAT:
         raise ProfileError(f"{path} holds scores of razor-local itself; pass it with --scores")
+    if len(entries) > MAX_ENTRIES:
+        raise bad(f"has {len(entries)} entries, no model has as many heads")
     scores: dict[tuple[int, int], float] = {}
     for key, value in entries.items():
         match = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", key)

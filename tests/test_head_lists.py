@@ -176,9 +176,9 @@ BAD = {
     "swapped": ("1\t0\n0\t0\n0\t0\n", "its rows and columns are swapped"),
     "ragged": ("1\t0\t0\n0\t0\n", "lists 2 layers x 2 to 3 KV heads, the model has 2 layers x 3"),
     "gap": ("1\t0\t0\n\n0\t0\t0\n", "lists 3 layers x 0 to 3 KV heads"),
-    "long": ("1\n" * 513, "has 513 rows, expected at most 512 layers"),
+    "long": ("1\n" * 513, "has more than 512 rows, expected one per layer"),
     "wide": ("1\t" * 4097, "row 1 has more than 4096 columns"),
-    "huge": (b"0" * (33 << 20), "is larger than 32 MiB"),
+    "huge": (b"0" * (9 << 20), "is larger than 8 MiB"),
     "gates of another model": (
         "0.5\t0\n",
         "lists 1 layers x 2 KV heads, the model has 2 layers x 3 KV heads; it is for another model",
@@ -201,6 +201,10 @@ BAD = {
     "negative layer": ('{"-1-0": 1}', "has the entry '-1-0'"),
     "other digits in json": ('{"\u0661-0": 1}', "has the entry '\u0661-0'"),
     "many layers": ('{"9999-0": 1}', "has the entry '9999-0', more than 512 layers of 4096 heads"),
+    "many heads": (
+        json.dumps({f"{i % 512}-{i // 512}": 1 for i in range(65_537)}),
+        "has 65537 entries, no model has as many heads",
+    ),
     "twice": ('{"0-0": 1, "0-0": 2}', "names a head twice"),
     "twice, spelt differently": ('{"0-0": 1, "00-0": 2}', "names head '0-0' twice"),
     "no scores": ('{"0-0": []}', "has no finite number for head '0-0'"),

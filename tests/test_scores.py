@@ -316,8 +316,8 @@ def test_damaged_files_are_read_or_refused_but_never_crash(tmp_path, name):
 def test_a_large_file_is_refused_before_it_is_parsed(tmp_path):
     path = tmp_path / "s.json"
     with open(path, "wb") as file:
-        file.truncate((64 << 20) + 1)
-    with pytest.raises(ProfileError, match="is larger than 64 MiB"):
+        file.truncate((8 << 20) + 1)
+    with pytest.raises(ProfileError, match="is larger than 8 MiB"):
         load_scores(path)
     path.write_bytes(npz(extra=b"0", echo=bytes(1 << 20)))
     with pytest.raises(ProfileError, match="echo is not a one-dimensional"):
