@@ -38,6 +38,7 @@ MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 MAX_STRING_BYTES = 64 << 20
 MAX_STRINGS = 2_000_000  # elements of all string arrays together; each costs a step in Python
+MAX_TEXT_BYTES = 64 << 20  # key names and kept values together: up to four bytes of memory each
 MAX_METADATA_BYTES = 512 << 20
 MAX_ALIGNMENT = 1 << 20
 
@@ -205,6 +206,7 @@ class _Reader:
         self.base = 0  # file offset of buffer[0]
         self.buffer = b""
         self.at = 0  # read position inside the buffer
+        self.text_left = MAX_TEXT_BYTES
 
     # -- bytes
 
@@ -245,6 +247,13 @@ class _Reader:
         self.at += n
         return raw
 
+    def text(self, n: int, what: str) -> bytes:
+        """Bytes that are kept as long as the header is."""
+        self.text_left -= n
+        if self.text_left < 0:
+            raise self.fail(f"{what}: its keys hold more than {MAX_TEXT_BYTES >> 20} MiB of text")
+        return self.take(n, what)
+
     def skip(self, n: int, what: str) -> None:
         self.need(n, what)
         self.at += n
@@ -263,7 +272,7 @@ class _Reader:
         length = self.u64(what)
         if length > cap:
             raise self.fail(f"{what} is {length} bytes long, expected at most {cap}")
-        raw = self.take(length, what)
+        raw = self.text(length, what)
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -348,7 +357,7 @@ class _Reader:
             data = self.pos
             if length <= 65_536:
                 # free text may hold any bytes, a name of a key or an architecture may not
-                value = self.take(length, what).decode("utf-8", errors="replace")
+                value = self.text(length, what).decode("utf-8", errors="replace")
             else:
                 self.skip(length, what)
         else:

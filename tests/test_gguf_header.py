@@ -252,6 +252,17 @@ def test_crafted_counts_cost_no_memory(tmp_path):
         tracemalloc.stop()
 
 
+def test_text_is_kept_up_to_a_limit(tmp_path):
+    """Half a GB of values that fit one by one would take 2 GB: a letter of four bytes in each."""
+    path, text = tmp_path / "text.gguf", "\U0001d11e" + "a" * 65_000
+    keys = [kv(f"k{i}", STRING, text) for i in range(1100)]
+    write(path, gguf(keys[:1000]))
+    assert len(read_header(path).entries) == 1000
+    write(path, gguf(keys))
+    with pytest.raises(GGUFError, match="key 'k1032': its keys hold more than 64 MiB of text"):
+        read_header(path)
+
+
 def test_every_truncation_is_refused(tmp_path):
     raw = small_model()
     path = tmp_path / "cut.gguf"
