@@ -486,3 +486,7 @@ def test_positions_must_follow(model) -> None:
             assert ctx.pos_max() == 99
         ctx.n_past = 100
         np.testing.assert_array_equal(ctx.decode(tokens[100:]), want)
+        ctx.clear()
+        status, _ = ctx.try_decode(tokens[:5], 5)  # upstream lets an empty cache start anywhere
+        assert status != 0
+        assert ctx.pos_max() == -1
