@@ -123,6 +123,7 @@ def place_heads(
 
 def token_codes(n: int, rng: np.random.Generator) -> np.ndarray:
     """n rows of CODE times +-1, any two of them different in 6 places or more: f32."""
+    assert n <= 1000, "there are hardly more such codes"
     codes = np.empty((0, CODE), np.float32)
     while len(codes) < n:
         code = rng.choice(np.float32([-1, 1]), CODE)
