@@ -248,6 +248,23 @@ def test_rolled_back_tokens_leave_nothing(name: str, wrong: bool, model) -> None
         np.testing.assert_allclose(got, want[-len(got) :], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("data", [True, False], ids=["data", "cells"])
+@pytest.mark.parametrize("name", PLANS)
+def test_emptied_cache_starts_from_zero(name: str, data: bool, model) -> None:
+    """What was folded before a clear, or before all tokens were removed, is forgotten."""
+    plan = PLANS[name]
+    tokens = runner.random_tokens(plan.window + 400, SPEC.n_vocab, 4)
+    other = runner.random_tokens(len(tokens), SPEC.n_vocab, 5)
+    with runner.Context(model, runner.override(plan), n_ctx=N_CTX) as ctx:
+        want = ctx.decode(tokens)
+        for n in (len(tokens), len(tokens) - plan.block):  # an odd and an even number of folds
+            for empty in (lambda: ctx.clear(data), lambda: ctx.seq_rm(0)):
+                empty()
+                ctx.decode(other[:n])
+                empty()
+                np.testing.assert_array_equal(ctx.decode(tokens), want)
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_refused_rollback_changes_nothing(name: str, model) -> None:
     tokens = runner.random_tokens(1000, SPEC.n_vocab, 4)
