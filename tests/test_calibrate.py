@@ -506,7 +506,7 @@ def test_a_killed_conversion_leaves_nothing(known, tmp_path, how, delay):
     assert process.stdout.read(1) == b"."
     time.sleep(delay)
     process.send_signal(how)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode != 0
     assert list(tmp_path.iterdir()) == []
     if how == signal.SIGINT:
