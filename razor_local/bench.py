@@ -1,9 +1,10 @@
 """Decode speed of a razor context against a full cache, token by token in turn.
 
-Each side is a process of its own, so that the full cache can also be that of another build of
-llama.cpp. The two decode alternately, never at once, and what counts is the median of the paired
-ratios: a machine that is slow for a second is slow for both. After each token the cache is rolled
-back, so that all of them are decoded at the same depth.
+Both contexts share one model in one process: two copies of the weights would lie differently in
+memory, which alone was seen to cost one side 10 %. Only another build of llama.cpp needs a process
+of its own, with that uncertainty. The two decode alternately, never at once, and what counts is the
+median of the paired ratios: a machine that is slow for a second is slow for both. After each token
+the cache is rolled back, so that all of them are decoded at the same depth.
 
 Deep caches are not prefilled but loaded as a state with random rows, which takes seconds instead
 of hours; how long a token takes does not depend on what the rows hold.
@@ -94,27 +95,29 @@ def bench_decode(
             "full", False, full_type_k, full_type_v, None if stock_lib is None else str(stock_lib)
         ),
     ]
+    groups = [sides] if stock_lib is None else [sides[:1], sides[1:]]
     workers: list[_Worker] = []
     try:
-        for side in sides:
-            progress(f"loading the model ({side.name})")
-            workers.append(_Worker(side, common))
-        return [_bench_depth(workers, depth, pairs, progress) for depth in depths]
+        for group in groups:
+            progress("loading the model")
+            workers.append(_Worker(group, common))
+        contexts = [_Context(w, i) for w in workers for i in range(len(w.sides))]
+        return [_bench_depth(contexts, depth, pairs, progress) for depth in depths]
     finally:
         for worker in workers:
             worker.close()
 
 
 def _bench_depth(
-    workers: list[_Worker], depth: int, pairs: int, progress: Callable[[str], None]
+    contexts: list[_Context], depth: int, pairs: int, progress: Callable[[str], None]
 ) -> DecodeResult:
-    razor, full = workers
-    for worker in workers:
-        progress(f"filling {depth} tokens ({worker.side.name})")
-        worker.ask("fill", depth)
+    razor, full = contexts
+    for context in contexts:
+        progress(f"filling {depth} tokens ({context.side.name})")
+        context.ask("fill", depth)
     for _ in range(N_WARMUP):
-        for worker in workers:
-            worker.ask("step")
+        for context in contexts:
+            context.ask("step")
     times: list[tuple[float, float]] = []
     for i in range(pairs):
         progress(f"depth {depth}: pair {i + 1} of {pairs}")
@@ -138,15 +141,20 @@ def _bench_depth(
 
 
 class _Worker:
-    """A process with one context, driven by JSON lines."""
+    """A process with a model and the contexts of some sides, driven by JSON lines."""
 
-    def __init__(self, side: Side, common: dict[str, Any]) -> None:
-        self.side = side
+    def __init__(self, sides: list[Side], common: dict[str, Any]) -> None:
+        self.sides = sides
         env = dict(os.environ)
         # a thread that waits for its turn must not spin on the core of the other side
         env.setdefault("OMP_WAIT_POLICY", "passive")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "razor_local.bench", json.dumps(asdict(side) | common)],
+            [
+                sys.executable,
+                "-m",
+                "razor_local.bench",
+                json.dumps([asdict(s) | common for s in sides]),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -154,10 +162,10 @@ class _Worker:
         )
         self._read()
 
-    def ask(self, command: str, *args: Any) -> Any:
+    def ask(self, index: int, command: str, *args: Any) -> Any:
         assert self._process.stdin is not None
         try:
-            print(json.dumps([command, *args]), file=self._process.stdin, flush=True)
+            print(json.dumps([index, command, *args]), file=self._process.stdin, flush=True)
         except OSError:
             pass  # it has ended: _read says why
         return self._read()
@@ -167,13 +175,16 @@ class _Worker:
         line = self._process.stdout.readline()
         if not line:
             raise RazorError(
-                f"the {self.side.name} side of the benchmark ended with exit code"
+                f"the process of the benchmark ({self._names()}) ended with exit code"
                 f" {self._process.wait()}; is there enough memory for both contexts?"
             )
         answer = json.loads(line)
         if "error" in answer:
-            raise RazorError(f"{self.side.name}: {answer['error']}")
+            raise RazorError(f"{self._names()}: {answer['error']}")
         return answer["ok"]
+
+    def _names(self) -> str:
+        return " and ".join(side.name for side in self.sides)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -184,13 +195,29 @@ class _Worker:
         self._process.wait()
 
 
+@dataclass(frozen=True)
+class _Context:
+    """One side's context in its worker."""
+
+    worker: _Worker
+    index: int
+
+    @property
+    def side(self) -> Side:
+        return self.worker.sides[self.index]
+
+    def ask(self, command: str, *args: Any) -> Any:
+        return self.worker.ask(self.index, command, *args)
+
+
 # what runs in a worker's process
 
 
 class _Bindings:
     """The context of one side on the low-level bindings, which a stock build has too."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    def __init__(self, task: dict[str, Any], first: _Bindings | None = None) -> None:
+        """first: a side whose library and model are used again."""
         from .plan import KV_TYPES, make_plan
         from .profile import read_model_shape, read_profile, read_sidecar
 
@@ -214,6 +241,31 @@ class _Bindings:
                 " raise -c or convert the model with a smaller window"
             )
 
+        if first is None:
+            self._load(task)
+        else:
+            self.native, self.api, self.model = first.native, first.api, first.model
+        llama_cpp = self.api
+
+        ctx_params = llama_cpp.llama_context_default_params()
+        ctx_params.n_ctx = self.plan.n_ctx
+        ctx_params.n_threads = ctx_params.n_threads_batch = task["n_threads"]
+        ctx_params.type_k = KV_TYPES[task["type_k"]].ggml_id
+        ctx_params.type_v = KV_TYPES[task["type_v"]].ggml_id
+        ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if self.native is None:
+            self.ctx = llama_cpp.llama_init_from_model(self.model, ctx_params)
+        else:
+            from .native import make_params
+
+            with self.native.override(make_params(profile)):
+                self.ctx = llama_cpp.llama_init_from_model(self.model, ctx_params)
+        if not self.ctx:
+            raise RazorError(f"the context could not be created ({self._reason()})")
+        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        self.depth = 0
+
+    def _load(self, task: dict[str, Any]) -> None:
         self.native = None
         if task["lib"]:
             os.environ["LLAMA_CPP_LIB_PATH"] = task["lib"]
@@ -234,24 +286,6 @@ class _Bindings:
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(task["model"]), params)
         if not self.model:
             raise RazorError(f"{task['model']} could not be loaded ({self._reason()})")
-
-        ctx_params = llama_cpp.llama_context_default_params()
-        ctx_params.n_ctx = self.plan.n_ctx
-        ctx_params.n_threads = ctx_params.n_threads_batch = task["n_threads"]
-        ctx_params.type_k = KV_TYPES[task["type_k"]].ggml_id
-        ctx_params.type_v = KV_TYPES[task["type_v"]].ggml_id
-        ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if self.native is None:
-            self.ctx = llama_cpp.llama_init_from_model(self.model, ctx_params)
-        else:
-            from .native import make_params
-
-            with self.native.override(make_params(profile)):
-                self.ctx = llama_cpp.llama_init_from_model(self.model, ctx_params)
-        if not self.ctx:
-            raise RazorError(f"the context could not be created ({self._reason()})")
-        self.memory = llama_cpp.llama_get_memory(self.ctx)
-        self.depth = 0
 
     def _reason(self) -> str:
         return (self.native and self.native.last_error()) or "llama.cpp gave no reason"
@@ -365,16 +399,18 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
     return out
 
 
-def _serve(task: dict[str, Any], commands: IO[str], answers: IO[str]) -> None:
+def _serve(tasks: list[dict[str, Any]], commands: IO[str], answers: IO[str]) -> None:
     def answer(**what: Any) -> None:
         print(json.dumps(what), file=answers, flush=True)
 
     try:
-        side = _Bindings(task)
+        sides: list[_Bindings] = []
+        for task in tasks:
+            sides.append(_Bindings(task, sides[0] if sides else None))
         answer(ok=None)
         for line in commands:
-            command, *args = json.loads(line)
-            answer(ok=getattr(side, command)(*args))
+            index, command, *args = json.loads(line)
+            answer(ok=getattr(sides[index], command)(*args))
     except (RazorError, OSError) as error:
         answer(error=str(error))
 
