@@ -154,7 +154,7 @@ def _attend(
     if razor is not None and razor.compensation:
         n_d = front - n0
         folded = n_d > 0
-        k_mean, v_mean = np.zeros_like(q), np.zeros_like(q)
+        k_mean, v_mean = np.zeros_like(k), np.zeros_like(v)
         for f in np.unique(front[folded]):
             at = front == f
             k_mean[at] = k[n0:f].mean(axis=0)
