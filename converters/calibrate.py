@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from ctypes import c_bool, c_char_p, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_int32
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -36,6 +36,7 @@ import numpy as np
 
 from .. import native
 from ..errors import ConvertError, RazorError, UnsupportedError
+from ..probe import Tensor, bind, load_model, n_cpus, reason, vocabulary
 from ..profile import ModelShape, Profile, read_model_shape
 from ..terminal import on_interrupt
 from .scores import Scores
@@ -101,9 +102,12 @@ def calibrate(
     probe = _Probe(lib.lib, C, shape, progress)
     with ExitStack() as stack:
         stack.enter_context(on_interrupt(probe.interrupt))
-        model = stack.enter_context(_model(lib, C, model_path, n_gpu_layers, probe))
+        with lib.override(native.make_params(None)):  # resets the last error
+            model = stack.enter_context(
+                load_model(lib, C, model_path, n_gpu_layers, probe.load_callback, probe.check)
+            )
         _check_supported(lib, C, model, shape)
-        bos, usable = _vocabulary(C, model)
+        bos, usable = vocabulary(C, model)
         n_tokens = _n_tokens(tokens, repeats, len(bos), shape)
         text = np.concatenate([bos, np.tile(draw_tokens(usable, n_tokens, seed), repeats)])
         memory = plan_memory(shape, len(text), max_memory)
@@ -198,7 +202,7 @@ class _Probe:
         self.abort_callback = C.ggml_abort_callback(lambda _data: self.stopped)
         self.load_callback = C.llama_progress_callback(lambda _part, _data: not self.stopped)
         self.kernel = _kernel()
-        _bind(lib)
+        bind(lib)
         self.echo = [np.zeros(n) for n in shape.n_head]  # f64 sums
         self.induction = [np.zeros(n) for n in shape.n_head]
         self.n_seen = np.zeros(shape.n_layer, np.int64)  # queries per layer
@@ -269,7 +273,7 @@ class _Probe:
 
     def _add(self, pointer: int, il: int) -> None:
         """Adds the attention of one layer in this ubatch: f32 [n_head, n_tokens, n_kv]."""
-        tensor = _Tensor.from_address(pointer)
+        tensor = Tensor.from_address(pointer)
         n_kv, n_rows, n_head, n_stream = tensor.ne
         size = n_kv * n_rows * 4
         fits = (
@@ -357,47 +361,6 @@ def _kernel() -> Callable[..., tuple[float, float]]:
     return kernel
 
 
-class _Tensor(ctypes.Structure):
-    """The beginning of struct ggml_tensor."""
-
-    _fields_ = [
-        ("type", c_int32),
-        ("buffer", c_void_p),
-        ("ne", c_int64 * 4),
-        ("nb", c_size_t * 4),
-    ]
-
-
-def _bind(lib: ctypes.CDLL) -> None:
-    lib.ggml_get_name.argtypes, lib.ggml_get_name.restype = [c_void_p], c_char_p
-    lib.ggml_get_data.argtypes, lib.ggml_get_data.restype = [c_void_p], c_void_p
-    is_host = lib.ggml_backend_buffer_is_host
-    is_host.argtypes, is_host.restype = [c_void_p], c_bool
-    get = lib.ggml_backend_tensor_get
-    get.argtypes, get.restype = [c_void_p, c_void_p, c_size_t, c_size_t], None
-
-
-@contextmanager
-def _model(
-    lib: native.Native, C: Any, path: Path, n_gpu_layers: int, probe: _Probe
-) -> Iterator[int]:
-    """The loaded model (a pointer). Raises RazorError."""
-    params = C.llama_model_default_params()
-    params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers < 0 else n_gpu_layers
-    params.progress_callback = probe.load_callback
-    native.clear_errors()
-    with lib.override(native.make_params(None)):  # resets the last error
-        model = C.llama_model_load_from_file(os.fsencode(path), params)
-    try:
-        probe.check()
-        if not model:
-            raise RazorError(f"{path} could not be loaded ({_reason(lib)})")
-        yield model
-    finally:
-        if model:
-            C.llama_model_free(model)
-
-
 @contextmanager
 def _context(
     lib: native.Native,
@@ -413,7 +376,7 @@ def _context(
     params = C.llama_context_default_params()
     params.n_ctx = n_tokens
     params.n_batch = params.n_ubatch = n_ubatch
-    params.n_threads = params.n_threads_batch = n_threads or _n_cpus()
+    params.n_threads = params.n_threads_batch = n_threads or n_cpus()
     params.n_outputs_max = 1  # nobody reads the logits
     params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cb_eval = probe.eval_callback
@@ -424,7 +387,7 @@ def _context(
         ctx = C.llama_init_from_model(model, params)
     if not ctx:
         raise RazorError(
-            f"no context of {n_tokens} tokens could be created for {path} ({_reason(lib)})"
+            f"no context of {n_tokens} tokens could be created for {path} ({reason(lib)})"
         )
     try:
         yield ctx
@@ -446,24 +409,6 @@ def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) 
         C.llama_free(ctx)
     elif error:
         raise UnsupportedError(f"the heads of {shape.path} are not measured: {error}")
-
-
-def _vocabulary(C: Any, model: int) -> tuple[np.ndarray, np.ndarray]:
-    """[BOS] or [], and the ordinary tokens: int32."""
-    vocab = C.llama_model_get_vocab(model)
-    ids = np.arange(C.llama_vocab_n_tokens(vocab), dtype=np.int32)
-    if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:
-        return ids[:0], ids
-    bos = C.llama_vocab_bos(vocab) if C.llama_vocab_get_add_bos(vocab) else -1
-    not_ordinary = (
-        C.LLAMA_TOKEN_ATTR_UNKNOWN | C.LLAMA_TOKEN_ATTR_UNUSED | C.LLAMA_TOKEN_ATTR_CONTROL
-        | C.LLAMA_TOKEN_ATTR_USER_DEFINED | C.LLAMA_TOKEN_ATTR_BYTE
-    )  # fmt: skip
-    ordinary = [
-        not C.llama_vocab_get_attr(vocab, i) & not_ordinary and not C.llama_vocab_is_eog(vocab, i)
-        for i in ids.tolist()
-    ]
-    return np.array([bos] if bos >= 0 else [], np.int32), ids[ordinary]
 
 
 def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -> int:
@@ -497,16 +442,6 @@ def _work(path: Path, shape: ModelShape) -> Callable[[int, int], float]:
         return per_token * (end - start) + per_pair * (end**2 - start**2) / 2
 
     return work
-
-
-def _n_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _reason(lib: native.Native) -> str:
-    return lib.last_error() or "; ".join(native.error_lines()[-2:]) or "llama.cpp gives no reason"
 
 
 def _mib(n_bytes: int) -> str:

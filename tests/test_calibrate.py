@@ -243,7 +243,7 @@ def test_scores_through_copies_are_those_of_host_buffers(monkeypatch, known):
     calls = []
     get = lib.ggml_backend_tensor_get
     monkeypatch.setattr(lib, "ggml_backend_buffer_is_host", lambda _buffer: False)
-    monkeypatch.setattr(module, "_bind", lambda _lib: None)
+    monkeypatch.setattr(module, "bind", lambda _lib: None)
     monkeypatch.setattr(lib, "ggml_backend_tensor_get", lambda *a: calls.append(a) or get(*a))
     copied = calibrate(known[0], tokens=64)
     assert calls and largest_error(direct, copied) == 0
