@@ -69,6 +69,7 @@ def test_metadata_and_override_are_the_same(tiny) -> None:
     from_file = runner.logits(tiny(spec, keys), tokens, n_ctx=1024)
     overridden = runner.logits(tiny(spec), tokens, runner.override(razor), n_ctx=1024)
     np.testing.assert_array_equal(from_file, overridden)
+    assert np.abs(from_file - runner.logits(tiny(spec), tokens, n_ctx=1024)).max() > 0.1
     # an override wins over the file, without a mask it uses the file's
     other = runner.Override(window=33, sink_tokens=4)
     want = runner.override(reference.make_razor(mask, 33))

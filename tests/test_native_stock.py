@@ -85,6 +85,7 @@ def test_environment_switch_not_set(value: str, tiny) -> None:
     with runner.Worker(None, {"RAZOR_LOCAL_DISABLE": value}) as worker:
         got = worker(runner.logits, tiny(spec, keys), tokens)
     np.testing.assert_array_equal(got, runner.logits(tiny(spec, keys), tokens))
+    assert np.abs(got - runner.logits(tiny(spec), tokens)).max() > 0.1, "razor is active"
 
 
 def test_override_off(tiny, stock) -> None:
