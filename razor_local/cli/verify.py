@@ -1,0 +1,191 @@
+"""razor-local verify: every layer's attention against the reference, as it runs here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..terminal import ProgressBar
+    from ..verify import Verification
+
+PATH = click.Path(path_type=Path)
+TYPES = "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0".split()  # plan.KV_TYPES, which imports numpy
+
+EPILOG = """
+\b
+Examples:
+  razor-local verify model-razor.gguf
+  razor-local verify model-razor.gguf -c 32768 -ngl -1 -ctk q8_0 -ctv q8_0
+  razor-local verify model-razor.gguf --text book.txt -n 12000 --json
+  razor-local verify model.gguf --sidecar model.razor.gguf -fa off
+
+\b
+Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model", type=PATH)
+@click.option(
+    "-c", "--ctx-size", type=click.IntRange(min=0), default=0, metavar="N",
+    help="Context in tokens. [default: 8192, or the trained length if that is less]",
+)  # fmt: skip
+@click.option(
+    "-n", "--tokens", type=click.IntRange(min=0), default=0, metavar="N",
+    help="Tokens to run. [default: enough for four folds, or the whole text]",
+)  # fmt: skip
+@click.option("--text", type=PATH, help="Run this text file instead of random tokens.")
+@click.option(
+    "-s", "--seed", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Of the random tokens, and of the choice of the rows.",
+)  # fmt: skip
+@click.option(
+    "--rows", type=click.IntRange(min=0), default=1024, show_default=True, metavar="N",
+    help="Tokens whose attention is compared in each layer, spread over the text; 0: all.",
+)  # fmt: skip
+@click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True,
+    metavar="N", help="Layers on the GPU; -1: all.",
+)  # fmt: skip
+@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@click.option(
+    "-b", "--batch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"
+)
+@click.option(
+    "-ub", "--ubatch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"
+)
+@click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES), default="f16", show_default=True)
+@click.option("-ctv", "--cache-type-v", type=click.Choice(TYPES), default="f16", show_default=True)
+@click.option(
+    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
+)
+@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(
+    model: Path,
+    ctx_size: int,
+    tokens: int,
+    text: Path | None,
+    seed: int,
+    rows: int,
+    n_gpu_layers: int,
+    threads: int | None,
+    batch_size: int,
+    ubatch_size: int,
+    cache_type_k: str,
+    cache_type_v: str,
+    flash_attn: str,
+    sidecar: Path | None,
+    as_json: bool,
+) -> None:
+    """Check that MODEL, as it runs here, computes RazorAttention.
+
+    The model runs with the native cache, and the attention of every layer is computed again from
+    the paper, by an implementation of its own, with the heads that the file names. Beside it a full
+    cache reads the same tokens: its own error is shown, and how far the predictions differ.
+
+    Errors are relative to the output of each head. Columns: KV heads of the group; root mean
+    square of the error over the group (rms), of its worst head, what is allowed, and what the full
+    cache has; the largest error of any number, and what is allowed.
+    """
+    from ..errors import RazorError
+    from ..verify import verify as run
+
+    content = None
+    if text is not None:
+        try:
+            content = text.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise RazorError(f"{text} is no text in UTF-8") from None
+    with _Bars() as bars:
+        result = run(
+            model,
+            n_ctx=ctx_size,
+            n_tokens=tokens,
+            text=content,
+            seed=seed,
+            rows=rows,
+            sidecar=sidecar,
+            type_k=cache_type_k,
+            type_v=cache_type_v,
+            flash_attn=flash_attn == "on",
+            n_batch=batch_size,
+            n_ubatch=min(ubatch_size, batch_size),
+            n_threads=threads,
+            n_gpu_layers=n_gpu_layers,
+            progress=bars,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        _print(result)
+    if not result.passed:
+        raise click.ClickException(result.verdict.removeprefix("FAIL: "))
+    if not as_json:
+        click.echo(result.verdict)
+
+
+class _Bars:
+    """A progress bar for each part of the work, one after the other."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._bar: ProgressBar | None = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __call__(self, what: str, done: float, total: float) -> None:
+        from ..terminal import ProgressBar
+
+        if what != self._what:
+            self.__exit__()
+            self._what, self._bar = what, ProgressBar(what)
+        assert self._bar is not None
+        self._bar.update(done, total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _print(result: Verification) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    plan = result.plan
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("layer", justify="right")
+    table.add_column("heads", no_wrap=True)
+    for name in ("KV", "rms", "worst", "limit", "full", "max", "limit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for group in result.groups:
+        table.add_row(
+            str(group.il),
+            group.group,
+            str(group.kv_heads),
+            f"{group.errors.rms:.1e}",
+            f"{group.errors.worst_rms:.1e}",
+            f"{group.limit_rms:.1e}",
+            f"{group.full.worst_rms:.1e}",
+            f"{group.errors.largest:.1e}",
+            f"{group.limit_largest:.1e}",
+            "pass" if group.passed else "FAIL",
+        )
+    # a table is not cut off where the terminal is narrow
+    Console(highlight=False, markup=False, width=100).print(table)
+    kl = result.kl
+    click.echo(
+        f"\n{result.n_tokens:,} tokens, {result.n_folded:,} of them folded at the end (sinks"
+        f" {plan.sink_tokens}, window {plan.window:,}, blocks of {plan.block}), flash attention"
+        f" {'on' if plan.flash_attn else 'off'}; {result.n_rows:,} rows compared in each layer"
+    )
+    click.echo(
+        f"KL divergence from the full cache: mean {kl.mean:.2e}, last eighth {kl.end:.2e}, largest"
+        f" {kl.largest:.2e} nats; the same token first in {kl.same_top:.1%}"
+    )
