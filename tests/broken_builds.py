@@ -45,6 +45,7 @@ BREAKS = [
     Break("fold-off-by-one", CACHE, "rows[i] = plan.cell(step.fold_from + i);", "rows[i] = plan.cell(step.fold_from + i + 1);", "test_f32_cache_equals_the_reference"),
     Break("fold-starts-from-old-sum", CACHE, "step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot", "1 - step.slot", "test_emptied_cache_starts_from_zero"),
     Break("frontier-late", PLAN, "start - window > sink_tokens ? start - window", "start - window > sink_tokens ? start - window - 1", "test_f32_cache_equals_the_reference"),
+    Break("head-flipped", RAZOR, "(mask[i++] ? retrieval : local).push_back(h);", "((mask[i] != 0) != (i == 1) ? retrieval : local).push_back(h); i++;", "test_f32_cache_equals_the_reference"),
     Break("heads-not-gathered", CACHE, "res.identity    = retrieval_first || res.local_first;", "", "test_f32_cache_equals_the_reference"),
     Break("heads-out-not-gathered", CACHE, "data_out[h*n_gqa + j]    = i_kv*n_gqa + j;", "data_out[h*n_gqa + j]    = h*n_gqa + j;", "test_f32_cache_equals_the_reference"),
     Break("ubatch-crosses-blocks", CACHE, "std::min(n_ubatch, plan.block - pos % plan.block)", "n_ubatch", "test_ubatch_size test_random_splits"),
