@@ -18,7 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from stock import ROOT, _cache_dir, _run, _tool
+import native_build
+from native_build import ROOT, cache_dir
 
 CACHE, PLAN, RAZOR = "llama-kv-cache-razor.cpp", "llama-razor-plan.h", "llama-razor.cpp"
 
@@ -97,7 +98,7 @@ BREAKS = [
 
 def main(patterns: list[str]) -> int:
     chosen = [b for b in BREAKS if not patterns or any(p in b.name for p in patterns)]
-    tree = _cache_dir() / "broken-build"
+    tree = cache_dir() / "broken-build"
     unnoticed = 0
     for broken in chosen:
         copy_sources(tree)
@@ -131,20 +132,10 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def build(tree: Path) -> Path:
-    cmake, ninja = _tool("cmake"), _tool("ninja")
-    if cmake is None or ninja is None:
-        raise SystemExit(
-            "cmake and ninja are needed: run with 'uv run python tests/broken_builds.py'"
-        )
-    folder = tree / "build"
-    if not (folder / "build.ninja").is_file():
-        _run([cmake, "-S", tree, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-              f"-DPython_EXECUTABLE={sys.executable}"])  # fmt: skip
-    _run([cmake, "--build", folder])
+    native_build.build(tree / "build", source=tree)
     installed = tree / "installed"
     shutil.rmtree(installed, ignore_errors=True)
-    _run([cmake, "--install", folder, "--prefix", installed, "--component", "razor"])
-    return installed / "razor_local/lib"
+    return native_build.install(tree / "build", installed)
 
 
 def run(lib: Path, test: str) -> str:

@@ -14,11 +14,12 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import native_build
+from native_build import ROOT, cache_dir
+
 _INPUTS = ["CMakeLists.txt", "native/llama-cpp-python.txt", "native/*.cmake", "native/*.py"]
 _OPTIONS = ["RAZOR_CUDA", "RAZOR_METAL", "RAZOR_VULKAN", "RAZOR_NATIVE", "CC", "CXX", "CFLAGS"]
 _OPTIONS += ["CXXFLAGS", "CMAKE_ARGS"]
@@ -33,7 +34,7 @@ def stock_lib_dir() -> Path:
         if not any(Path(folder).glob("*llama.*")):
             raise RuntimeError(f"RAZOR_STOCK_LIB names {folder}, which holds no libllama: unset it")
         return Path(folder)
-    folder = _cache_dir() / f"stock-{_key()}"
+    folder = cache_dir() / f"stock-{_key()}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="stock-", dir=folder.parent) as temp:
@@ -49,28 +50,9 @@ def stock_lib_dir() -> Path:
 def _build(temp: Path) -> Path:
     """Configure, build and install into `temp`; the folder of the installed libraries."""
     print("building a stock llama.cpp to compare with, once (minutes)", file=sys.stderr)
-    cmake, ninja = _tool("cmake"), _tool("ninja")
-    if cmake is None:
-        raise RuntimeError("no cmake found: run the tests with 'uv run pytest', which installs it")
-    configure = [cmake, "-S", ROOT, "-B", temp / "build", "-DRAZOR_STOCK=ON", "-DRAZOR_TOOLS=OFF"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure += os.environ.get("CMAKE_ARGS", "").split()
-    _run(configure)
-    _run([cmake, "--build", temp / "build", "--config", "Release", "--parallel"])
-    _run([cmake, "--install", temp / "build", "--prefix", temp, "--component", "razor", "--strip"])
-    return temp / "razor_local" / "lib"
-
-
-def _run(command: list) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"building a stock llama.cpp failed:\n{done.stdout[-3000:]}")
-
-
-def _tool(name: str) -> str | None:
-    """A program of this Python environment, else of the PATH."""
-    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    more = os.environ.get("CMAKE_ARGS", "").split()
+    native_build.build(temp / "build", "-DRAZOR_STOCK=ON", "-DRAZOR_TOOLS=OFF", *more)
+    return native_build.install(temp / "build", temp, "--strip")
 
 
 def _key() -> str:
@@ -92,17 +74,6 @@ def _key() -> str:
         lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith(wanted)]
         digest.update("\n".join(sorted(set(lines))).encode())
     return digest.hexdigest()[:16]
-
-
-def _cache_dir() -> Path:
-    """The folder that native/sdist.cmake keeps the sdist in."""
-    if sys.platform == "win32":
-        base = Path(os.environ["LOCALAPPDATA"])
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "razor_local"
 
 
 if __name__ == "__main__":
