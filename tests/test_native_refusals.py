@@ -42,6 +42,7 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
     "method alibi": ("razor.method", ("alibi", STR), "alibi"),
     "method unknown": ("razor.method", ("ROPE", STR), "ROPE"),
     "method empty": ("razor.method", ("", STR), "rope"),
+    "method of two lines": ("razor.method", ("ro\npe\x7f\x1b[1m", STR), "ro?pe"),
     "method long": ("razor.method", ("x" * 10**6, STR), "rope"),
     "method u32": ("razor.method", (1, U32), "u32"),
     "sinks missing": ("razor.sink_tokens", MISSING, "u32"),
@@ -72,14 +73,21 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
     "mask str": ("razor.head.retrieval", ("0100", STR), "str"),
     "echo short": ("razor.head.echo_score", (np.zeros(4, np.float32), ARRAY), "8"),
     "echo u8": ("razor.head.echo_score", (bytes(8), ARRAY), "f32"),
+    "echo NaN": ("razor.head.echo_score", (np.full(8, np.nan, np.float32), ARRAY), "[0]"),
+    "induction infinite": (
+        "razor.head.induction_score",
+        (np.array([0] * 7 + [-np.inf], np.float32), ARRAY),
+        "[7]",
+    ),
     "induction long": ("razor.head.induction_score", (np.zeros(9, np.float32), ARRAY), "8"),
     "induction str": ("razor.head.induction_score", ("x", STR), "f32"),
     "scope count": ("razor.head.scope", (np.zeros(8, np.uint32), ARRAY), "4"),
+    "unknown head key": ("razor.head.budget", (np.zeros(4, np.uint32), ARRAY), "unknown"),
 }
 
 
 def is_sentence(text: str | None) -> bool:
-    return bool(text) and 10 < len(text) < 400 and "\n" not in text
+    return bool(text) and 10 < len(text) < 400 and text.isprintable()
 
 
 @pytest.fixture(scope="module")

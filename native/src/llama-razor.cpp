@@ -11,6 +11,7 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -23,6 +24,13 @@ static thread_local std::string razor_last_error;
 
 void llama_razor_error_set(const std::string & msg) {
     razor_last_error = msg;
+
+    // texts of a file can be part of it, and what is shown to people is one line
+    for (char & c : razor_last_error) {
+        if (c < ' ' || c > '~') {
+            c = '?';
+        }
+    }
 }
 
 [[noreturn]] static void razor_refuse(const std::string & msg) {
@@ -93,6 +101,26 @@ static void razor_check_mask(const std::vector<uint8_t> & mask) {
     }
 }
 
+static void razor_check_scores(const gguf_context * ctx, int64_t id, const char * key) {
+    const float * data = (const float *) gguf_get_arr_data(ctx, id);
+
+    for (size_t i = 0; i < gguf_get_arr_n(ctx, id); ++i) {
+        if (!std::isfinite(data[i])) {
+            razor_refuse(format("%s[%zu] is %f, expected a finite number; convert the model again", key, i, data[i]));
+        }
+    }
+}
+
+static bool razor_is_head_key(const char * key) {
+    for (const char * known : { "retrieval", "echo_score", "induction_score", "scope" }) {
+        if (strcmp(key + strlen("razor.head."), known) == 0) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
 static size_t razor_n_kv_heads(const llama_hparams & hparams) {
     size_t res = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
@@ -123,8 +151,16 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     }
 
     bool any = false;
-    for (int64_t id = 0; id < gguf_get_n_kv(ctx) && !any; ++id) {
-        any = strncmp(gguf_get_key(ctx, id), "razor.", 6) == 0;
+    const char * unknown = nullptr;
+
+    for (int64_t id = 0; id < gguf_get_n_kv(ctx); ++id) {
+        const char * key = gguf_get_key(ctx, id);
+
+        any = any || strncmp(key, "razor.", 6) == 0;
+
+        if (strncmp(key, "razor.head.", 11) == 0 && !razor_is_head_key(key)) {
+            unknown = key;
+        }
     }
 
     if (!any) {
@@ -137,6 +173,11 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     const uint32_t version = gguf_get_val_u32(ctx, id_version);
     if (version != RAZOR_VERSION) {
         razor_refuse(format("razor.version is %u and this library knows version %u; update it or convert the model again", version, RAZOR_VERSION));
+    }
+
+    // whatever is said about heads changes what they keep
+    if (unknown) {
+        razor_refuse(format("unknown key %.64s, made by a newer version; update this library or convert the model again", unknown));
     }
 
     const int64_t id_method = razor_find(ctx, "razor.method", "str", true);
@@ -173,6 +214,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         const int64_t id = razor_find(ctx, key, "", false);
         if (id >= 0) {
             razor_check_type(ctx, id, key, format("f32[%zu]", razor_n_heads(hparams)));
+            razor_check_scores(ctx, id, key);
         }
     }
 
