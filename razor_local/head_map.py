@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ProfileError, UnsupportedError
+from .errors import ProfileError
 from .gguf_header import MAGIC, read_header
+from .picture import make_figure, save_figure
 from .profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
 
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".-+*#"  # for terminals without the blocks
-PICTURES = (".png", ".svg", ".pdf")
 
 
 def query_head_scores(profile: Profile, shape: ModelShape) -> dict[str, tuple[np.ndarray, ...]]:
@@ -163,23 +162,12 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
     path ends in .png, .svg or .pdf; a file of that name is replaced. Raises UnsupportedError where
     matplotlib is missing or the name ends otherwise, OSError.
     """
-    path = Path(path)
-    if path.suffix.lower() not in PICTURES:
-        raise UnsupportedError(
-            f"{path} is not the name of a picture, expected one that ends in {', '.join(PICTURES)}"
-        )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError(
-            "pictures need matplotlib, which is not installed; install it with"
-            " 'pip install razor-local[plot]', or look at the map in the terminal with --heads"
-        ) from None
     panels = {"retrieval heads": (profile.retrieval, "KV head")} | {
         f"{name} score": (layers, "query head")
         for name, layers in query_head_scores(profile, shape).items()
     }
-    figure = Figure(figsize=(1.5 + 4.5 * len(panels), 2 + 0.12 * shape.n_layer), dpi=120)
+    size = (1.5 + 4.5 * len(panels), 2 + 0.12 * shape.n_layer)
+    figure = make_figure(path, size, "look at the map in the terminal with --heads")
     figure.suptitle("".join(c if c.isprintable() else "?" for c in shape.name[:100]))
     for axes, (title, (layers, unit)) in zip(
         np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
@@ -197,7 +185,4 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
         if not chosen:
             figure.colorbar(image, ax=axes)
     figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:].lower())
-    path.write_bytes(picture.getvalue())
-    return path
+    return save_figure(figure, path)

@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from ctypes import c_uint8
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,8 +103,11 @@ class Llama(llama_cpp.Llama):
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
     progress: called while the model loads with the part done (0 to 1); False stops loading.
 
-    Other defaults than the base class: flash_attn=True, verbose=False. n_ctx is rounded up to a
-    multiple of 256.
+    n_ctx: tokens, rounded up to a multiple of 256; 0, as trained; "auto", the largest up to the
+        trained length for the memory that is free now, of which fit.MARGIN stays free (adapters
+        are not counted).
+
+    Other defaults than the base class: flash_attn=True, verbose=False.
 
     Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
     refuses), RazorError (loading failed; with the native library's reason), OSError.
@@ -120,7 +123,7 @@ class Llama(llama_cpp.Llama):
         sink_tokens: int | None = None,
         compensation: bool | None = None,
         progress: Callable[[float], object] | None = None,
-        n_ctx: int = 512,
+        n_ctx: int | str = 512,
         type_k: int | str | None = None,
         type_v: int | str | None = None,
         flash_attn: bool = True,
@@ -140,10 +143,15 @@ class Llama(llama_cpp.Llama):
         type_k, type_v = _type_name(type_k), _type_name(type_v)
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
+            n_ctx = 512 if n_ctx == "auto" else n_ctx
 
         shape, profile, why = _resolve(
             model_path, razor, retrieval, window, sink_tokens, compensation
         )
+        if isinstance(n_ctx, str):
+            options = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
+            run = profile and profile.with_options(window, sink_tokens, compensation)
+            n_ctx = _auto_n_ctx(model_path, n_ctx, run, options)
         self._plan: Plan | None = None
         if shape is not None:
             n_ctx = padded_n_ctx(shape, n_ctx)
@@ -500,6 +508,28 @@ def _resolve(
 
         profile = with_retrieval(profile, shape, retrieval)
     return shape, profile, "the model file has no razor profile"
+
+
+def _auto_n_ctx(
+    model_path: str, n_ctx: str, profile: Profile | None, options: dict[str, Any]
+) -> int:
+    from .fit import ContextOptions, auto_n_ctx
+
+    if n_ctx != "auto":
+        raise UnsupportedError(f"n_ctx is {n_ctx!r}, expected a number of tokens or 'auto'")
+    if options.get("embedding"):
+        raise UnsupportedError("n_ctx='auto' plans for text; pass a number with embedding=True")
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if name in options}
+
+    names = [f.name for f in fields(ContextOptions) if f.name != "profile"]
+    return auto_n_ctx(
+        model_path,
+        ContextOptions(profile=profile, **chosen(*names)),
+        # the base class's own default is 0
+        **{"n_gpu_layers": 0} | chosen("n_gpu_layers", "split_mode", "main_gpu", "tensor_split"),
+    )
 
 
 def _refuse_options(kwargs: dict[str, Any]) -> None:

@@ -109,6 +109,20 @@ class BufferStats(ctypes.Structure):
     ]
 
 
+class Memory(ctypes.Structure):
+    """struct llama_razor_memory"""
+
+    _fields_ = [
+        ("size", c_uint32),
+        ("is_host", c_uint32),
+        ("weights", c_uint64),
+        ("cache", c_uint64),
+        ("compute", c_uint64),
+        ("name", c_char * 64),
+        ("device", c_char * 64),
+    ]
+
+
 # name: (argument types, result type)
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_razor_api_version": ([], c_uint32),
@@ -119,6 +133,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_razor_get_layer": ([c_void_p, c_uint32, ctypes.POINTER(LayerStats)], c_bool),
     "llama_razor_get_seq": ([c_void_p, c_int32, ctypes.POINTER(SeqStats)], c_bool),
     "llama_razor_get_buffer": ([c_void_p, c_uint32, ctypes.POINTER(BufferStats)], c_bool),
+    "llama_razor_get_memory": ([c_void_p, c_uint32, ctypes.POINTER(Memory)], c_bool),
 }
 
 
@@ -166,6 +181,14 @@ class Native:
     def buffers(self, ctx: int) -> list[BufferStats]:
         n = self.stats(ctx).n_buffers
         return [self._get("llama_razor_get_buffer", BufferStats(), ctx, i) for i in range(n)]
+
+    def memory(self, ctx: int) -> list[Memory]:
+        """What a context and its model take, one entry per buffer type."""
+        found: list[Memory] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                found.append(self._get("llama_razor_get_memory", Memory(), ctx, len(found)))
+        return found
 
     def _get(self, function: str, out: Any, *args: Any) -> Any:
         out.size = ctypes.sizeof(out)

@@ -4,6 +4,7 @@
 
 #include "llama-arch.h"
 #include "llama-context.h"
+#include "llama-ext.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-razor.h"
 #include "llama-model.h"
@@ -647,6 +648,38 @@ bool llama_razor_get_buffer(const llama_context * ctx, uint32_t i, llama_razor_b
     snprintf(res.name, sizeof(res.name), "%s", ggml_backend_buffer_name(buf));
 
     *stats = res;
+
+    return true;
+}
+
+bool llama_razor_get_memory(const llama_context * ctx, uint32_t i, llama_razor_memory * memory) {
+    if (!razor_check_size(memory, "llama_razor_memory")) {
+        return false;
+    }
+
+    const auto breakdown = llama_get_memory_breakdown(ctx);
+
+    if (i >= breakdown.size()) {
+        llama_razor_error_set(format("buffer type %u of %zu", i, breakdown.size()));
+
+        return false;
+    }
+
+    const auto & [buft, data] = *std::next(breakdown.begin(), i);
+
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+
+    llama_razor_memory res = {};
+
+    res.size    = sizeof(res);
+    res.is_host = !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_buft_is_host(buft);
+    res.weights = data.model;
+    res.cache   = data.context;
+    res.compute = data.compute;
+    snprintf(res.name,   sizeof(res.name),   "%s", ggml_backend_buft_name(buft));
+    snprintf(res.device, sizeof(res.device), "%s", dev ? ggml_backend_dev_name(dev) : "");
+
+    *memory = res;
 
     return true;
 }

@@ -100,6 +100,18 @@ struct llama_razor_buffer_stats {
     char     name[64];        // buffer type, for example "CPU" or "CUDA0"
 };
 
+// what a context and its model take of one buffer type, in bytes. Of a model that was opened with no_alloc: what they
+// would take
+struct llama_razor_memory {
+    uint32_t size;
+    uint32_t is_host;         // 1: in the memory of the CPU, 0: in that of the device
+    uint64_t weights;         // with mmap the part of the file that is mapped
+    uint64_t cache;           // KV cache, or what the model keeps instead
+    uint64_t compute;
+    char     name[64];        // buffer type, for example "CPU" or "CUDA0"
+    char     device[64];      // its device, "" where it names none (the CPU)
+};
+
 // LLAMA_RAZOR_API_VERSION of the library
 LLAMA_API uint32_t llama_razor_api_version(void);
 
@@ -124,6 +136,9 @@ LLAMA_API bool llama_razor_get_stats (const struct llama_context * ctx, struct l
 LLAMA_API bool llama_razor_get_layer (const struct llama_context * ctx, uint32_t il, struct llama_razor_layer_stats * stats);
 LLAMA_API bool llama_razor_get_seq   (const struct llama_context * ctx, llama_seq_id seq_id, struct llama_razor_seq_stats * stats);
 LLAMA_API bool llama_razor_get_buffer(const struct llama_context * ctx, uint32_t i, struct llama_razor_buffer_stats * stats);
+
+// i: 0 to the number of buffer types that the context uses, razor active or not
+LLAMA_API bool llama_razor_get_memory(const struct llama_context * ctx, uint32_t i, struct llama_razor_memory * memory);
 
 #ifdef __cplusplus
 }

@@ -10,6 +10,7 @@ import click
 
 from ..errors import ProfileError, RazorError
 from ..plan import KV_TYPES
+from .params import ContextSize
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -45,8 +46,9 @@ _KV_TYPE = click.Choice(list(KV_TYPES))
 )
 @click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL.gguf]")
 @click.option(
-    "-c", "--ctx-size", type=click.IntRange(0), metavar="N",
-    help="Context size in tokens, 0: as trained.  [default: as trained, at most 32768]",
+    "-c", "--ctx-size", type=ContextSize(), metavar="N",
+    help="Context size in tokens, 0: as trained, auto: the largest for the memory that is free."
+    "  [default: as trained, at most 32768]",
 )  # fmt: skip
 @click.option(
     "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
@@ -148,7 +150,7 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
         trained = 0
     if n_ctx is None:
         n_ctx = min(trained, MAX_DEFAULT_CTX)
-    elif trained and n_ctx > trained:
+    elif trained and n_ctx != "auto" and n_ctx > trained:
         _say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
     from ..llama import Llama
 

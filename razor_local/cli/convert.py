@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from .params import Size
 
 if TYPE_CHECKING:
     from ..converters.scores import Scores
@@ -25,20 +26,6 @@ Examples:
   razor-local convert model.gguf -o model-razor.gguf --heads heads.tsv
   razor-local convert model.gguf -o model-razor.gguf --heads gates.tsv --retrieval 0.25
 """
-
-
-class _Size(click.ParamType):
-    """A number of bytes such as 3G, 512M or 1500000000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B)?", value.strip(), re.I)
-        if match is None:
-            self.fail(f"{value!r} is not a size, expected one like 3G or 512M", param, ctx)
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 @click.command(epilog=EPILOG)
@@ -81,7 +68,7 @@ class _Size(click.ParamType):
 )
 @click.option("--repeats", type=int, help="How often they are repeated.  [default: 4]")
 @click.option("--seed", type=int, help="Of the random tokens.  [default: 0]")
-@click.option("--max-memory", type=_Size(), help="For measuring, beside the model.  [default: 3G]")
+@click.option("--max-memory", type=Size(), help="For measuring, beside the model.  [default: 3G]")
 @click.option(
     "-t", "--threads", type=click.IntRange(1), metavar="N", help="CPU threads for measuring."
 )

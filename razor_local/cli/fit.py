@@ -1,0 +1,387 @@
+"""razor-local fit: which context fits which memory, without loading the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import RazorError
+from ..plan import KV_TYPES, N_CTX_PAD
+from .params import ContextSize, Size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..fit import Candidate, ContextOptions, DryModel, Need
+    from ..profile import Profile
+
+PATH = click.Path(path_type=Path)
+_KV_TYPE = click.Choice(list(KV_TYPES))
+TYPES = ("f16", "q8_0", "q4_0")  # side by side
+
+EPILOG = """
+\b
+Examples:
+  razor-local fit model.gguf                       contexts for common cards and this machine
+  razor-local fit model.gguf --vram 8GiB           the largest context for 8 GiB
+  razor-local fit model.gguf -c 131072             the memory for a context
+  razor-local fit model.gguf -c 131072 --vram 24G  whether it fits
+  razor-local fit model.gguf -c auto --json        the largest context for this machine
+"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Something to fit into. limits: bytes by name of the place, see fit.Need.room."""
+
+    name: str
+    limits: dict[str, int]
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model", type=PATH, metavar="MODEL.gguf")
+@click.option(
+    "-c", "--ctx-size", type=ContextSize(), metavar="N",
+    help="Tell the memory for this context: tokens, 0: as trained, auto: what fits this machine.",
+)  # fmt: skip
+@click.option(
+    "--vram", type=Size(), metavar="SIZE",
+    help="Memory of the graphics card that may be used, such as 8GiB (of each, if there are"
+    " several).",
+)  # fmt: skip
+@click.option(
+    "--ram", type=Size(), metavar="SIZE", help="Memory of the machine itself that may be used."
+)
+@click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+)  # fmt: skip
+@click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    help="Prompt tokens per step.",
+)  # fmt: skip
+@click.option(
+    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    help="Prompt tokens per computation.",
+)  # fmt: skip
+@click.option(
+    "-ctk", "--cache-type-k", type=_KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
+)
+@click.option("-ctv", "--cache-type-v", type=_KV_TYPE, help="[default: as -ctk]")
+@click.option(
+    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
+)
+@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option(
+    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    help="KV heads that keep every token, chosen again by the scores in the profile.",
+)  # fmt: skip
+@click.option("--beyond", is_flag=True, help="Search beyond the trained length, too.")
+@click.option(
+    "--plot", type=PATH, metavar="PICTURE", help="Draw memory by context (.png, .svg, .pdf)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def fit(model: Path, **given: Any) -> None:
+    """Show which context of MODEL.gguf fits which memory, with a full cache and with razor.
+
+    Headers alone are read. Weights, KV cache and compute buffers are counted as this build of
+    llama.cpp would allocate them. A model without a profile is planned with the paper's shares.
+
+    Of a card in the table, and of the memory of this machine, 1 GiB is left for all else; what
+    --vram and --ram name is used in full.
+    """
+    from rich.console import Console
+
+    from ..fit import MAX_N_CTX, ContextOptions, DryModel, make_candidates, no_room
+
+    with (
+        Console(stderr=True).status("planning"),
+        DryModel(model, n_gpu_layers=given["n_gpu_layers"]) as dry,
+    ):
+        n_ctx = given["ctx_size"] if isinstance(given["ctx_size"], int) else None
+        memories = _memories(dry, given)
+        profile, source = _profile(dry, given["sidecar"], given["retrieval"])
+        base = ContextOptions(
+            flash_attn=given["flash_attn"] == "on",
+            n_batch=given["batch_size"],
+            n_ubatch=given["ubatch_size"],
+        )
+        candidates = make_candidates(dry, profile, _types(given), base)
+        runs = [c for c in candidates if c.refused is None]
+        if source == "paper" and not any(c.cache == "razor" for c in runs):
+            profile = source = None
+        if not runs:
+            raise RazorError(candidates[0].refused)
+        n_max = MAX_N_CTX if given["beyond"] else 0
+        found: dict[str, list[Need | None]] = {
+            c.name: [dry.need(n_ctx, c.options)]
+            if n_ctx is not None
+            else [dry.largest(memory.limits, c.options, n_max) for memory in memories]
+            for c in runs
+        }
+        if len(memories) == 1 and not any(needs[0] for needs in found.values()):
+            raise RazorError(no_room(dry, memories[0].limits, runs[-1].options))
+        if given["plot"] is not None:
+            _plot(dry, runs, given["plot"], given["beyond"])
+        report = _report(dry, profile, source, base, memories, candidates, found)
+    if given["as_json"]:
+        return click.echo(json.dumps(report, indent=2))
+    _print_head(report)
+    if len(memories) > 1:
+        _print_cards(report)
+    else:
+        _print_needs(report)
+    if n_ctx is None:
+        _print_trained(report)
+
+
+def _memories(dry: DryModel, given: dict[str, Any]) -> list[Memory]:
+    """What contexts are searched for; for a given context what it is compared with, at most one."""
+    from ..fit import CARDS, MARGIN, RAM
+
+    devices, vram, ram = dry.devices(), given["vram"], given["ram"]
+    if vram is not None and ram is not None and not devices:
+        raise click.UsageError(
+            "this build has no graphics card, all goes into one memory: give --vram or --ram"
+        )
+    if vram is not None or ram is not None:
+        limits = {} if vram is None else dict.fromkeys(devices or (RAM,), vram)
+        limits |= {} if ram is None else {RAM: ram}
+        return [Memory("given", limits)]
+    here = Memory("this machine", {name: n - MARGIN for name, n in dry.available().items()})
+    if given["ctx_size"] == "auto":
+        return [here]
+    if given["ctx_size"] is not None:
+        return []
+    cards = [Memory(f"{n >> 30} GiB", dict.fromkeys(devices or (RAM,), n - MARGIN)) for n in CARDS]
+    return [*cards, here]
+
+
+def _types(given: dict[str, Any]) -> list[tuple[str, str]]:
+    k, v = given["cache_type_k"], given["cache_type_v"]
+    return [(k or v, v or k)] if k or v else [(t, t) for t in TYPES]
+
+
+def _profile(
+    dry: DryModel, sidecar: Path | None, retrieval: float | None
+) -> tuple[Profile | None, str | None]:
+    """What razor is planned with, and where that comes from."""
+    from ..errors import ProfileError
+    from ..fit import paper_profile
+    from ..profile import read_sidecar
+
+    if dry.shape is None:
+        if sidecar is not None or retrieval is not None:
+            raise ProfileError(f"{dry.path} is no model that razor can run")
+        return None, None
+    profile = dry.profile() if sidecar is None else read_sidecar(sidecar, dry.shape)
+    if profile is None:
+        if retrieval is not None:
+            raise ProfileError(
+                f"{dry.path} has no razor profile; make one with 'razor-local convert MODEL.gguf"
+                " -o OUT.gguf', or name one with --sidecar"
+            )
+        return paper_profile(dry.shape), "paper"
+    if retrieval is not None:
+        from ..converters.scores import with_retrieval
+
+        profile = with_retrieval(profile, dry.shape, retrieval)
+    return profile, "file" if sidecar is None else "sidecar"
+
+
+def _report(
+    dry: DryModel,
+    profile: Profile | None,
+    source: str | None,
+    base: ContextOptions,
+    memories: list[Memory],
+    candidates: list[Candidate],
+    found: dict[str, list[Need | None]],
+) -> dict[str, Any]:
+    """What --json prints; "needs" of a plan are in the order of "memories"."""
+    from ..fit import available_ram, device_memory
+
+    def described(need: Need | None, memory: Memory | None) -> dict[str, Any] | None:
+        if need is None:
+            return None
+        return need.to_dict() | {"fits": memory and need.room(memory.limits) >= 0}
+
+    heads = [] if profile is None else profile.flat().tolist()
+    devices = {name: device_memory(name) for name in dry.devices()}
+    return {
+        "model": {
+            "path": str(dry.path),
+            "name": dry.shape.name if dry.shape else "",
+            "n_ctx_train": dry.n_ctx_train,
+            "weights_bytes": dry.need(N_CTX_PAD).weights,
+        },
+        "profile": source
+        and {"source": source, "retrieval_kv_heads": sum(heads), "kv_heads": len(heads)},
+        "flash_attn": base.flash_attn,
+        "n_ubatch": base.n_ubatch,
+        "ram_available_bytes": available_ram(),
+        "devices": [
+            {"name": name, "free_bytes": free, "total_bytes": total}
+            for name, (free, total) in devices.items()
+        ],
+        "memories": [{"name": m.name, "limits": m.limits} for m in memories],
+        "plans": [
+            {
+                "name": c.name,
+                "cache": c.cache,
+                "type_k": c.options.type_k,
+                "type_v": c.options.type_v,
+                "refused": c.refused,
+                "needs": [
+                    described(need, memory)
+                    for need, memory in zip(found[c.name], memories or [None], strict=True)
+                ]
+                if c.name in found
+                else [],
+            }
+            for c in candidates
+        ],
+    }
+
+
+def _print_head(report: dict[str, Any]) -> None:
+    console, model, profile = _console(), report["model"], report["profile"]
+    name = "".join(c if c.isprintable() else "?" for c in model["name"][:300])
+    trained = model["n_ctx_train"]
+    console.print(
+        f"model    {name or 'without a name'}: {_mib(model['weights_bytes'])} MiB of weights,"
+        f" trained for {trained:,} tokens"
+    )
+    if profile is None:
+        console.print("profile  none, and razor cannot run this kind of model")
+    else:
+        n, total = profile["retrieval_kv_heads"], profile["kv_heads"]
+        where = {
+            "paper": "none: planned with the paper's shares,",
+            "file": "in the file:",
+            "sidecar": "in the sidecar:",
+        }[profile["source"]]
+        console.print(
+            f"profile  {where} {n} of {total} KV heads as retrieval heads ({n / max(total, 1):.1%})"
+        )
+    devices = ", ".join(device["name"] for device in report["devices"])
+    console.print(
+        f"memory   {f'RAM and {devices}' if devices else 'one for all: this build has no device'};"
+        f" {report['n_ubatch']} tokens per computation, flash attention"
+        f" {'on' if report['flash_attn'] else 'off'}"
+    )
+    refused: dict[str, list[str]] = {}
+    for plan in report["plans"]:
+        if plan["refused"]:
+            refused.setdefault(plan["refused"], []).append(plan["name"])
+    for reason, names in refused.items():
+        console.print(f"not {', '.join(names)}: {reason}")
+    console.print()
+
+
+def _print_cards(report: dict[str, Any]) -> None:
+    """The largest contexts: a line per memory, a column per plan."""
+    plans = [plan for plan in report["plans"] if not plan["refused"]]
+    table = _table("memory", *(plan["name"] for plan in plans))
+    for i, memory in enumerate(report["memories"]):
+        needs = [plan["needs"][i] for plan in plans]
+        table.add_row(memory["name"], *(f"{need['n_ctx']:,}" if need else "-" for need in needs))
+    console = _console()
+    console.print("largest context, in tokens, with 1 GiB of each memory left for all else:\n")
+    console.print(table)
+    limits = report["memories"][-1]["limits"].items()
+    here = ", ".join(f"{n / 2**30:.1f} GiB of {name}" for name, n in limits)
+    console.print(f"\nthis machine has {here} for it")
+
+
+def _print_needs(report: dict[str, Any]) -> None:
+    """One memory or one context: a line per plan."""
+    plans = [plan for plan in report["plans"] if not plan["refused"]]
+    places = ["RAM", *(device["name"] for device in report["devices"])]
+    columns = ["context", "weights MiB", "KV MiB", "compute MiB", "together MiB"]
+    columns += [f"{name} MiB" for name in places] if len(places) > 1 else []
+    fits = bool(report["memories"])
+    table = _table("plan", *columns, *(["fits"] if fits else []))
+    for plan in plans:
+        (need,) = plan["needs"]
+        if need is None:
+            table.add_row(plan["name"], "-", *("" for _ in columns[1:]), "no")
+            continue
+        sizes = [need[f"{part}_bytes"] for part in ("weights", "kv", "compute", "total")]
+        totals = {place["name"]: place["total_bytes"] for place in need["places"]}
+        sizes += [totals.get(name, 0) for name in places] if len(places) > 1 else []
+        answer = ["yes" if need["fits"] else "no"] if fits else []
+        table.add_row(plan["name"], f"{need['n_ctx']:,}", *map(_mib, sizes), *answer)
+    _console().print(table)
+    for plan in plans:
+        need = plan["needs"][0]
+        if plan["cache"] == "razor" and need and not need["active"]:
+            _console().print(f"{plan['name']} runs the full cache: {need['why_inactive']}")
+    for memory in report["memories"]:
+        limits = ", ".join(f"{_mib(n)} MiB of {name}" for name, n in memory["limits"].items())
+        _console().print(f"\nmay be used: {limits}")
+
+
+def _print_trained(report: dict[str, Any]) -> None:
+    trained = report["model"]["n_ctx_train"]
+    needs = [need for plan in report["plans"] for need in plan["needs"] if need]
+    if trained and any(need["n_ctx"] - 256 < trained <= need["n_ctx"] for need in needs):
+        _console().print(f"{trained:,} tokens is as long as trained; --beyond looks further")
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left")
+    return table
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.1f}"
+
+
+def _plot(dry: DryModel, runs: list[Candidate], path: Path, beyond: bool) -> None:
+    """Draws the memory of each plan by context, and the cards."""
+    from ..fit import CARDS, MAX_N_CTX
+    from ..picture import make_figure, save_figure
+
+    figure = make_figure(path, (8, 5), "look at the numbers with --json")
+    top = dry.n_ctx_train or 131072
+    top = dry.padded(min(8 * top, MAX_N_CTX) if beyond else top)
+    sizes = sorted({dry.padded(max(round(top * i / 16), 1)) for i in range(17)})
+    axes = figure.add_subplot()
+    highest = 0.0
+    for c in runs:
+        totals = [dry.need(n, c.options).total / 2**30 for n in sizes]
+        highest = max(highest, *totals)
+        style = "--" if c.cache == "full" else "-"
+        color = f"C{[x.options.type_k for x in runs].index(c.options.type_k)}"
+        axes.plot(sizes, totals, style, color=color, label=c.name)
+    for card in CARDS:
+        if card / 2**30 < 1.1 * highest:
+            axes.axhline(card / 2**30, color="0.7", linewidth=0.8)
+            axes.annotate(f"{card >> 30} GiB", (sizes[-1], card / 2**30), fontsize=7, ha="right")
+    name = dry.shape.name if dry.shape else dry.path.name
+    axes.set(
+        title="".join(c if c.isprintable() else "?" for c in name[:100]),
+        xlabel="context in tokens",
+        ylabel="GiB of weights, KV cache and compute buffers",
+        ylim=(0, None),
+    )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend()
+    figure.tight_layout()
+    save_figure(figure, path)

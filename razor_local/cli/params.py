@@ -1,0 +1,37 @@
+"""Types of command line options that more than one command has."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+
+class Size(click.ParamType):
+    """A number of bytes such as 3G, 512M, 8GiB or 1500000000; G and GiB are 1024 MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(i?B)?", value.strip(), re.I)
+        if match is None:
+            self.fail(f"{value!r} is not a size, expected one like 3G or 512M", param, ctx)
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+class ContextSize(click.ParamType):
+    """A number of tokens, 0 for the trained length, or auto."""
+
+    name = "tokens"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if isinstance(value, int) or value == "auto":
+            return value
+        if not re.fullmatch(r"\d{1,10}", value):
+            self.fail(f"{value!r} is not a context size, expected a number or auto", param, ctx)
+        return int(value)

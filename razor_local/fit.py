@@ -1,0 +1,511 @@
+"""What a model and its context will take, before anything is loaded.
+
+llama.cpp is asked itself: a model opened with no_alloc has its headers read and nothing else, and a
+context made on it lays out its KV cache and compute buffers without allocating them. So the numbers
+are those of the real thing, for the devices and backends of this build.
+
+Weights count in full, mapped from the file (mmap) or not: pages of a mapped file can be dropped by
+the operating system, but every token reads them all, and a model that does not stay in memory runs
+at the speed of the disk. They count once: where a backend keeps a copy of its own (CPU_REPACK), the
+mapped pages that it was made from are not needed any more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ctypes import c_char_p, c_size_t, c_void_p
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import native
+from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
+from .gguf_header import read_header
+from .gguf_split import read_parts
+from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
+from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
+
+_native = native.load()  # before llama_cpp, which would load a library of its own
+
+from llama_cpp import llama_cpp as C  # noqa: E402
+
+RAM = "RAM"  # name of the machine's own memory
+MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
+MAX_N_CTX = 2**22  # planning takes some 100 bytes per token
+CARDS = tuple(n * 2**30 for n in (8, 12, 16, 24, 32, 48))  # memory of common graphics cards
+
+
+@dataclass(frozen=True)
+class Place:
+    """What goes into one memory, in bytes. name: RAM, or a device such as "CUDA0"."""
+
+    name: str
+    weights: int
+    kv: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.compute
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a context of n_ctx tokens takes with its model, in bytes.
+
+    active: local heads hold less than every token; why_inactive says why a profile is not followed.
+    kv: all that the context keeps, exactly; compute: buffers for prompts in steps of n_ubatch
+    tokens. The process itself and its vocabulary (some ten MB) and a device's driver (some hundred)
+    are not in it.
+    """
+
+    n_ctx: int
+    active: bool
+    why_inactive: str | None
+    places: tuple[Place, ...]
+
+    @property
+    def weights(self) -> int:
+        return sum(place.weights for place in self.places)
+
+    @property
+    def kv(self) -> int:
+        return sum(place.kv for place in self.places)
+
+    @property
+    def compute(self) -> int:
+        return sum(place.compute for place in self.places)
+
+    @property
+    def total(self) -> int:
+        return sum(place.total for place in self.places)
+
+    def room(self, limits: Mapping[str, int]) -> float:
+        """Bytes left in the fullest memory, negative if it does not fit.
+
+        limits: bytes by name of the place; a place that is not there has no limit (inf).
+        """
+        rooms = [limits[place.name] - place.total for place in self.places if place.name in limits]
+        return min(rooms, default=math.inf)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts (for JSON)."""
+        return {
+            "n_ctx": self.n_ctx,
+            "active": self.active,
+            "why_inactive": self.why_inactive,
+            "weights_bytes": self.weights,
+            "kv_bytes": self.kv,
+            "compute_bytes": self.compute,
+            "total_bytes": self.total,
+            "places": [
+                {
+                    "name": place.name,
+                    "weights_bytes": place.weights,
+                    "kv_bytes": place.kv,
+                    "compute_bytes": place.compute,
+                    "total_bytes": place.total,
+                }
+                for place in self.places
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """Options of a context that decide about its memory; the defaults are those of Llama.
+
+    profile: None for llama.cpp's own full cache. n_batch, n_ubatch: tokens.
+    """
+
+    profile: Profile | None = None
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attn: bool = True
+    n_batch: int = 512
+    n_ubatch: int = 512
+    offload_kqv: bool = True
+    op_offload: bool | None = None
+    swa_full: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in (self.type_k, self.type_v):
+            if name not in KV_TYPES:
+                raise UnsupportedError(
+                    f"{name!r} is not a KV cache type, expected one of {', '.join(KV_TYPES)}"
+                )
+
+
+class DryModel:
+    """A model of which only the headers are read. A context manager.
+
+    n_gpu_layers: -1 for all; without a device in the build it does nothing. split_mode, main_gpu,
+    tensor_split: as in llama_cpp.Llama.
+    shape: None for a model whose cache a plan does not describe. n_ctx_train: tokens, 0 if unknown.
+    Raises GGUFError, RazorError where llama.cpp refuses the model, OSError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_gpu_layers: int = -1,
+        split_mode: int = C.LLAMA_SPLIT_MODE_LAYER,
+        main_gpu: int = 0,
+        tensor_split: Sequence[float] | None = None,
+    ) -> None:
+        self._model: int | None = None
+        self.path = Path(path)
+        if split_mode == C.LLAMA_SPLIT_MODE_TENSOR:
+            raise UnsupportedError("split mode 'tensor' cannot be planned; plan with 'layer'")
+        header = read_header(self.path)
+        read_parts(header)
+        try:
+            self.shape: ModelShape | None = shape_from_header(header)
+        except ProfileError:
+            self.shape = None
+        self._header = header
+        C.llama_backend_init()
+        params = C.llama_model_default_params()
+        params.no_alloc = True
+        params.load_mode = C.LLAMA_LOAD_MODE_NONE  # nothing is mapped either
+        params.n_gpu_layers = 2**31 - 1 if n_gpu_layers == -1 else n_gpu_layers
+        params.split_mode, params.main_gpu = split_mode, main_gpu
+        if tensor_split is not None:
+            n_max = C.llama_max_devices()
+            if len(tensor_split) > n_max:
+                raise UnsupportedError(
+                    f"tensor_split has {len(tensor_split)} parts, expected at most {n_max}"
+                )
+            self._tensor_split = (ctypes.c_float * n_max)(*tensor_split)
+            params.tensor_split = self._tensor_split
+        native.clear_errors()
+        with _native.override(native.make_params(None)):  # resets the last error
+            self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
+            if not self._model:
+                raise RazorError(f"{self.path} cannot be planned: {_reason()}")
+        self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
+        self._needs: dict[ContextOptions, dict[int, Need]] = {}
+
+    def profile(self) -> Profile | None:
+        """The profile in the file, None without one. Raises ProfileError, GGUFError."""
+        return profile_from_header(self._header, self.shape) if self.shape else None
+
+    def close(self) -> None:
+        if self._model:
+            C.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> DryModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def need(self, n_ctx: int, options: ContextOptions | None = None) -> Need:
+        """What a context of n_ctx tokens takes (0: as trained; rounded up to 256).
+
+        Raises UnsupportedError where razor or llama.cpp refuses model or options, RazorError.
+        """
+        options = options or ContextOptions()
+        n_ctx = self.padded(n_ctx)
+        known = self._needs.setdefault(options, {})
+        if n_ctx not in known:
+            known[n_ctx] = self._dry_run(n_ctx, options)
+        return known[n_ctx]
+
+    def largest(
+        self,
+        limits: Mapping[str, int],
+        options: ContextOptions | None = None,
+        n_max: int = 0,
+    ) -> Need | None:
+        """The largest context that fits, a multiple of 256; None if not even 256 tokens do.
+
+        limits: see Need.room. n_max: tokens, not searched beyond (0: as trained, where the model
+        says that, else MAX_N_CTX). Raises as need().
+        """
+        options = options or ContextOptions()
+        n_max = self.padded(min(n_max or self.n_ctx_train or MAX_N_CTX, MAX_N_CTX))
+        n = largest_fitting(
+            lambda n: self.need(n, options).room(limits), n_max, self._needs.get(options, ())
+        )
+        return self.need(n, options) if n else None
+
+    def padded(self, n_ctx: int) -> int:
+        """n_ctx as need() rounds it. Raises UnsupportedError."""
+        n_ctx = n_ctx or self.n_ctx_train
+        if not 0 < n_ctx <= MAX_N_CTX:
+            raise UnsupportedError(
+                f"a context of {n_ctx} tokens cannot be planned, expected 1 to {MAX_N_CTX:,}"
+            )
+        return -(-n_ctx // N_CTX_PAD) * N_CTX_PAD
+
+    def devices(self) -> tuple[str, ...]:
+        """Devices that hold anything of the model or its contexts."""
+        places = self.need(N_CTX_PAD).places
+        return tuple(place.name for place in places if place.name != RAM)
+
+    def available(self) -> dict[str, int]:
+        """Bytes free now in RAM and in each device, as limits for largest().
+
+        A device that does not tell is left out.
+        """
+        free = {RAM: available_ram()}
+        for name in self.devices():
+            n_free, total = device_memory(name)
+            if total:
+                free[name] = n_free
+        return free
+
+    def _dry_run(self, n_ctx: int, options: ContextOptions) -> Need:
+        plan = self._plan(n_ctx, options)
+        params = C.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = min(options.n_batch, n_ctx)
+        params.n_ubatch = min(options.n_ubatch, params.n_batch)
+        params.type_k = KV_TYPES[options.type_k].ggml_id
+        params.type_v = KV_TYPES[options.type_v].ggml_id
+        params.flash_attn_type = int(options.flash_attn)
+        params.offload_kqv = options.offload_kqv
+        for name in ("op_offload", "swa_full"):
+            if getattr(options, name) is not None:
+                setattr(params, name, getattr(options, name))
+        native.clear_errors()
+        with _native.override(native.make_params(options.profile)):
+            context = C.llama_init_from_model(self._model, params)
+            if not context:
+                raise UnsupportedError(f"{self.path} cannot be planned: {_reason()}")
+        try:
+            active = bool(_native.stats(context).active)
+            places = _places(_native.memory(context))
+        finally:
+            C.llama_free(context)
+        why = plan.why_inactive if plan else None
+        if plan and plan.active and not active:
+            why = f"{native.DISABLE_ENV} is set"  # the only other reason
+        need = Need(n_ctx, active, why, places)
+        if active and plan.kv_bytes != need.kv:
+            raise LibraryError(
+                f"the library would allocate {need.kv} bytes of KV cache, the plan says"
+                f" {plan.kv_bytes}: library and Python code do not belong together; reinstall"
+                " razor-local"
+            )
+        return need
+
+    def _plan(self, n_ctx: int, options: ContextOptions) -> Plan | None:
+        if options.profile is None:
+            return None  # llama.cpp has caches that a plan does not describe
+        if self.shape is None:
+            raise UnsupportedError(f"{self.path} is no model that razor can run")
+        return make_plan(
+            self.shape, options.profile, n_ctx, options.type_k, options.type_v, options.flash_attn
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of several plans for a model. cache: "full" or "razor"; refused: why it cannot be run."""
+
+    cache: str
+    options: ContextOptions
+    refused: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For example "razor q8_0"."""
+        k, v = self.options.type_k, self.options.type_v
+        return f"{self.cache} {k}" if k == v else f"{self.cache} {k}/{v}"
+
+
+def make_candidates(
+    model: DryModel,
+    profile: Profile | None,
+    types: Iterable[tuple[str, str]],
+    base: ContextOptions | None = None,
+) -> list[Candidate]:
+    """Plans of a model side by side: a full cache and razor, each with every pair of K and V types.
+
+    profile: what razor is planned with; None leaves razor out. base: all other options.
+    """
+    found = []
+    for cache, planned in (("full", None), ("razor", profile)):
+        for type_k, type_v in types if cache == "full" or profile else ():
+            options = replace(
+                base or ContextOptions(), profile=planned, type_k=type_k, type_v=type_v
+            )
+            refused = None
+            try:
+                model.need(N_CTX_PAD, options)
+            except (UnsupportedError, ProfileError) as error:
+                refused = str(error)
+            found.append(Candidate(cache, options, refused))
+    return found
+
+
+def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[int] = ()) -> int:
+    """Largest multiple of 256 up to n_max at which room is not negative; 0 if it is so at 256.
+
+    room(n): bytes left with n tokens. Where it falls with n the result is the largest there is; in
+    any case room(result) >= 0, and room(result + 256) < 0 unless that is beyond n_max.
+    tried: sizes for which room() costs nothing. n_max: a multiple of 256.
+    """
+    rooms: dict[int, float] = {}
+
+    def at(unit: int) -> float:
+        if unit not in rooms:
+            rooms[unit] = room(unit * N_CTX_PAD)
+        return rooms[unit]
+
+    top = n_max // N_CTX_PAD
+    for n in tried:
+        if n <= n_max:
+            at(n // N_CTX_PAD)
+    low = max((unit for unit, left in rooms.items() if left >= 0), default=0)
+    high = min((unit for unit, left in rooms.items() if left < 0 and unit > low), default=top + 1)
+    if not low:
+        if at(1) < 0:
+            return 0
+        low = 1
+    while high > top and low < top:  # steps that grow: large contexts take time to plan
+        unit = min(max(4 * low, 32), top)
+        if at(unit) >= 0:
+            low = unit
+        else:
+            high = unit
+    steps = 0
+    while high - low > 1 and low < top:
+        # bytes are nearly linear in n: a straight line between the two ends, and a bisection now
+        # and then for where they are not
+        steps += 1
+        part = 0.5 if steps % 4 == 0 else at(low) / (at(low) - at(high))
+        unit = min(max(low + int((high - low) * part), low + 1), high - 1)
+        if at(unit) >= 0:
+            low = unit
+        else:
+            high = unit
+    return low * N_CTX_PAD
+
+
+def auto_n_ctx(path: str | os.PathLike[str], options: ContextOptions, **model_options: Any) -> int:
+    """The largest context, up to the trained length, for the memory that is free now.
+
+    MARGIN stays free in RAM and in each device. model_options: of DryModel.
+    Raises RazorError if there is no room for 256 tokens, and as DryModel and DryModel.need.
+    """
+    with DryModel(path, **model_options) as model:
+        limits = {name: free - MARGIN for name, free in model.available().items()}
+        need = model.largest(limits, options)
+        if need is None:
+            raise RazorError(no_room(model, limits, options))
+        return need.n_ctx
+
+
+def no_room(model: DryModel, limits: Mapping[str, int], options: ContextOptions) -> str:
+    """A sentence that tells why the smallest context does not fit."""
+    need = model.need(N_CTX_PAD, options)
+    full = min((p for p in need.places if p.name in limits), key=lambda p: limits[p.name] - p.total)
+    memory = "memory" if need.places == (full,) else full.name
+    hint = "take a smaller quantization of the model"
+    if full.name != RAM:
+        hint += " or fewer layers on the device (-ngl)"
+    return (
+        f"{model.path}: not even a context of {need.n_ctx} tokens fits: it takes"
+        f" {full.total / 2**20:,.1f} MiB of {memory} ({full.weights / 2**20:,.1f} MiB are weights)"
+        f" and {max(limits[full.name], 0) / 2**20:,.1f} MiB may be used; {hint}"
+    )
+
+
+def paper_profile(shape: ModelShape) -> Profile:
+    """A profile with the paper's shares, to plan for a model that has none yet.
+
+    As many retrieval heads as convert takes at most: 14 % of the KV heads by induction and 1 % by
+    echo score, rounded up, here spread evenly over the layers. How many there are decides about the
+    bytes, not which they are.
+    """
+    from .converters.scores import ECHO, INDUCTION
+
+    total = sum(shape.n_head_kv)
+    n = min(sum(math.ceil(share * total - 1e-9) for share in (INDUCTION, ECHO)), total)
+    heads = np.zeros(total, np.uint8)
+    heads[np.arange(n) * total // max(n, 1)] = 1
+    return Profile(retrieval=split_heads(heads, shape.n_head_kv))
+
+
+def available_ram() -> int:
+    """Bytes of memory that this process can still get without swapping.
+
+    What Linux calls available (free, and caches that can be dropped), or what is left of the limit
+    of a control group (a container) if that is less; elsewhere what ggml reports.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return device_memory("CPU")[0]
+    left = [_cgroup_left(*files) for files in _CGROUP_FILES]
+    return min([free, *(n for n in left if n is not None)])
+
+
+# of versions 2 and 1: limit, usage, statistics
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+
+
+def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
+    """Bytes left of a control group's limit, by its files; None without one."""
+    try:
+        lines = Path(statistics).read_text(encoding="ascii").splitlines()
+        stat = dict(line.split() for line in lines)
+        # parts of files that were read are let go of when memory is short
+        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return max(int(Path(limit).read_text()) - int(Path(used).read_text()) + cached, 0)
+    except (OSError, ValueError):  # "max": no limit
+        return None
+
+
+def device_memory(name: str) -> tuple[int, int]:
+    """Bytes free and in total of a ggml device such as "CUDA0", (0, 0) if it does not tell."""
+    lib = _native.lib
+    find, ask = lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_memory
+    find.argtypes, find.restype = [c_char_p], c_void_p
+    ask.argtypes = [c_void_p, ctypes.POINTER(c_size_t), ctypes.POINTER(c_size_t)]
+    ask.restype = None
+    device = find(name.encode())
+    if not device:
+        return 0, 0
+    free, total = c_size_t(), c_size_t()
+    ask(device, ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:
+    """RAM first, then the devices by name."""
+    found = {RAM: Place(RAM, 0, 0, 0)}
+    for m in sorted(memory, key=lambda m: m.device):
+        name = RAM if m.is_host else m.device.decode("utf-8", "replace")
+        old = found.get(name, Place(name, 0, 0, 0))
+        found[name] = Place(
+            name, old.weights + m.weights, old.kv + m.cache, old.compute + m.compute
+        )
+    return tuple(found.values())
+
+
+def _reason() -> str:
+    return (
+        _native.last_error()
+        or "; ".join(native.error_lines()[-2:])
+        or "the native library gives no reason"
+    )

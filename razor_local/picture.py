@@ -1,0 +1,58 @@
+"""Pictures for --plot, drawn by matplotlib, which is an optional part of the installation."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def make_figure(path: str | os.PathLike[str], size: tuple[float, float], instead: str) -> Figure:
+    """An empty figure of size inches, to be saved as path.
+
+    Raises UnsupportedError where path does not end in .png, .svg or .pdf, or matplotlib is missing;
+    instead says then what to do without it.
+    """
+    if Path(path).suffix.lower() not in PICTURES:
+        raise UnsupportedError(
+            f"{path} is not the name of a picture, expected one that ends in {', '.join(PICTURES)}"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError(
+            "pictures need matplotlib, which is not installed; install it with"
+            f" 'pip install razor-local[plot]', or {instead}"
+        ) from None
+    return Figure(figsize=size, dpi=120)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes the picture; a file of that name is replaced when it is complete. Raises OSError."""
+    path = Path(path)
+    try:
+        fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    try:
+        with open(fd, "wb") as file:
+            figure.savefig(file, format=path.suffix[1:].lower())
+            file.flush()
+            os.fsync(fd)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+    return path
