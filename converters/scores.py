@@ -190,6 +190,11 @@ def with_retrieval(profile: Profile, shape: ModelShape, retrieval: float) -> Pro
 
 def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
     """The scores that a profile of the model holds. Raises ProfileError if it has none."""
+    if profile.scope is not None:
+        raise ProfileError(
+            "the razor profile holds ALiBi scopes, which decide what each head keeps; there is no"
+            " budget to choose"
+        )
     if profile.echo_score is None or profile.induction_score is None:
         raise ProfileError(
             "the razor profile holds no head scores, so that no other budget can be chosen; convert"

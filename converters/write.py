@@ -33,6 +33,7 @@ from ..profile import (
     KEY_METHOD,
     KEY_PREFIX,
     KEY_RETRIEVAL,
+    KEY_SCOPE,
     KEY_SINK_TOKENS,
     KEY_VERSION,
     KEY_WINDOW_DIVISOR,
@@ -202,6 +203,8 @@ def profile_keys(profile: Profile) -> list[bytes]:
     for key, score in ((KEY_ECHO, profile.echo_score), (KEY_INDUCTION, profile.induction_score)):
         if score is not None:
             keys.append(encode_array(key, F32, score))
+    if profile.scope is not None:
+        keys.append(encode_array(KEY_SCOPE, U32, np.concatenate(profile.scope)))
     for key, value in profile.calibration.items():
         kind = STRING if isinstance(value, str) else U32
         keys.append(encode(KEY_CALIBRATION_PREFIX + key, kind, value))
@@ -218,8 +221,8 @@ def encode(key: str, kind: int, value: int | str | bool) -> bytes:
 
 
 def encode_array(key: str, element: int, values: np.ndarray) -> bytes:
-    """One key with a u8 or f32 array, as GGUF stores it."""
-    raw = np.ascontiguousarray(values, {U8: "<u1", F32: "<f4"}[element]).tobytes()
+    """One key with a u8, u32 or f32 array, as GGUF stores it."""
+    raw = np.ascontiguousarray(values, {U8: "<u1", U32: "<u4", F32: "<f4"}[element]).tobytes()
     return _string(key) + struct.pack("<IIQ", ARRAY, element, len(values)) + raw
 
 

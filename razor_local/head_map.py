@@ -35,6 +35,9 @@ def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iter
     """
     columns = {"retrieval": ["".join(".#"[head] for head in layer) for layer in profile.retrieval]}
     legend = ["# retrieval head, . local head"]
+    if profile.scope is not None:
+        columns["scope"] = [" ".join(map(str, layer)) for layer in profile.scope]
+        legend.append("scope in tokens, 0: the whole context")
     for name, layers in query_head_scores(profile, shape).items():
         groups = [
             layer.reshape(n, -1).max(axis=1) if n else layer[:0]
@@ -51,6 +54,20 @@ def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iter
 def _shade(value: float, top: float, shades: str) -> str:
     share = value / top if top > 0 else 0.0
     return shades[min(max(int(share * len(shades)), 0), len(shades) - 1)]
+
+
+def scope_line(profile: Profile, n_ctx: int) -> str:
+    """What the scopes of an ALiBi profile mean in a context of n_ctx tokens."""
+    scopes = np.concatenate(profile.scope)
+    local = scopes[(scopes > 0) & (scopes < n_ctx)]
+    if not len(local):
+        return f"none of {len(scopes)} KV heads keeps less than {n_ctx:,} tokens"
+    kept = int(local.sum()) + n_ctx * (len(scopes) - len(local))
+    return (
+        f"{len(local)} of {len(scopes)} KV heads keep less than {n_ctx:,} tokens: {local.min():,}"
+        f" to {local.max():,} each; all scopes together are {kept / (n_ctx * len(scopes)):.1%} of a"
+        " full cache"
+    )
 
 
 # -- comparison
@@ -157,12 +174,15 @@ def _table(columns: dict[str, list[str]], *right: str) -> Iterator[str]:
 
 
 def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]) -> Path:
-    """Draws the chosen KV heads, and induction and echo scores per query head where there are any.
+    """Draws the chosen KV heads, and scopes, or scores per query head, where there are any.
 
     path ends in .png, .svg or .pdf; a file of that name is replaced. Raises UnsupportedError where
     matplotlib is missing or the name ends otherwise, OSError.
     """
-    panels = {"retrieval heads": (profile.retrieval, "KV head")} | {
+    panels = {"retrieval heads": (profile.retrieval, "KV head")}
+    if profile.scope is not None:
+        panels["scope in tokens"] = (profile.scope, "KV head")
+    panels |= {
         f"{name} score": (layers, "query head")
         for name, layers in query_head_scores(profile, shape).items()
     }
@@ -175,7 +195,7 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
         grid = np.full((len(layers), max(map(len, layers))), np.nan)
         for il, layer in enumerate(layers):
             grid[il, : len(layer)] = layer
-        chosen = unit == "KV head"
+        chosen = layers is profile.retrieval
         image = axes.imshow(
             grid, aspect="auto", interpolation="nearest", vmin=0, vmax=1 if chosen else None,
             cmap="Greys" if chosen else "viridis",

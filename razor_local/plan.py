@@ -174,7 +174,8 @@ def make_plan(
 
     profile None: llama.cpp's own full cache. window, sink_tokens and compensation override the
     profile. Raises ProfileError for a profile of another shape or values out of range, and
-    UnsupportedError for combinations of types that llama.cpp refuses.
+    UnsupportedError for combinations of types that llama.cpp refuses and for profiles of ALiBi
+    scopes.
     """
     n_ctx = padded_n_ctx(shape, n_ctx)
     _kv_type(type_k)
@@ -202,6 +203,11 @@ def make_plan(
 
     profile = profile.with_options(window, sink_tokens, compensation)
     profile.check_shape(shape)
+    if profile.method != "rope":
+        raise UnsupportedError(
+            f"the razor profile is of method '{profile.method}', and only 'rope' can be run;"
+            " switch razor off to run the model with a full cache"
+        )
     divided = n_ctx // profile.window_divisor if profile.window_divisor else 0
     length = max(profile.window_min, divided)
     block = fold_block(length)

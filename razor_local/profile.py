@@ -8,6 +8,7 @@ docs/format.md describes each key.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import struct
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import ProfileError, UnsupportedError
+from .errors import ProfileError
 from .gguf_header import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, Header, read_header
 from .gguf_split import read_parts
 
 VERSION = 1
-METHOD = "rope"  # the only one that can be run; "alibi" has its name in the format already
+METHODS = ("rope", "alibi")  # profiles of the second can be made and looked at, not run
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW_MIN = 4000
 DEFAULT_WINDOW_DIVISOR = 5
@@ -55,11 +56,14 @@ KEY_FINGERPRINT = "razor.model.fingerprint"  # in sidecars only
 UNSUPPORTED_KEYS = {
     "attention.kv_lora_rank": "multi-head latent attention (MLA)",
     "attention.sliding_window": "sliding window attention",
-    "attention.max_alibi_bias": "ALiBi",
     "attention.causal": "non-causal attention (an encoder)",
     "rope.dimension_sections": "M-RoPE",
     "ssm.state_size": "recurrent layers",
 }
+
+# llama.cpp knows by these whether a model has ALiBi
+ALIBI_ARCHS = ("bloom", "jina-bert-v2", "refact")  # always; baichuan with 40 layers (13B) too
+ALIBI_KEY_ARCHS = ("jais", "mpt")  # if attention.max_alibi_bias says so
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,15 @@ class Profile:
     """The heads of a model and the hyper-parameters that go with them. Checked on creation.
 
     retrieval: one uint8 array [n_head_kv] of 0/1 per layer, 1 = retrieval head.
+    scope: of method "alibi" alone, one uint32 array [n_head_kv] per layer: tokens that the head
+    keeps, the newest included; 0, the whole context, for the retrieval heads and no others.
     echo_score, induction_score: f32 [sum of n_head], layer-major, or None.
     sink_tokens, window_min: tokens; window_divisor: 0 lets window_min alone decide.
     Raises ProfileError.
     """
 
     retrieval: tuple[np.ndarray, ...]
-    method: str = METHOD
+    method: str = METHODS[0]
     sink_tokens: int = DEFAULT_SINKS
     window_min: int = DEFAULT_WINDOW_MIN
     window_divisor: int = DEFAULT_WINDOW_DIVISOR
@@ -103,10 +109,13 @@ class Profile:
     echo_score: np.ndarray | None = None
     induction_score: np.ndarray | None = None
     calibration: dict[str, str | int] = field(default_factory=dict)
+    scope: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.method != METHOD:
-            raise ProfileError(f"{KEY_METHOD} is {self.method[:40]!r}, expected '{METHOD}'")
+        if self.method not in METHODS:
+            raise ProfileError(
+                f"{KEY_METHOD} is {self.method[:40]!r}, expected '{METHODS[0]}' or '{METHODS[1]}'"
+            )
         _check_range(KEY_SINK_TOKENS, self.sink_tokens, 0, MAX_SINKS)
         _check_range(KEY_WINDOW_MIN, self.window_min, 1, MAX_WINDOW)
         _check_range(KEY_WINDOW_DIVISOR, self.window_divisor, 0, MAX_WINDOW)
@@ -119,12 +128,48 @@ class Profile:
             heads.setflags(write=False)
             layers.append(heads)
         object.__setattr__(self, "retrieval", tuple(layers))
+        self._check_scope()
         for key, score in ((KEY_ECHO, self.echo_score), (KEY_INDUCTION, self.induction_score)):
             if score is not None and not np.isfinite(score).all():
                 raise ProfileError(f"{key} holds values that are not finite numbers")
         for key, value in self.calibration.items():
             if not isinstance(value, str):
                 _check_range(KEY_CALIBRATION_PREFIX + key, value, 0, 2**32 - 1)
+
+    def _check_scope(self) -> None:
+        if (self.scope is not None) != (self.method == "alibi"):
+            raise ProfileError(
+                f"{KEY_METHOD} is '{self.method}' and {KEY_SCOPE} is"
+                f" {'missing' if self.scope is None else 'there'}; scopes belong to 'alibi'"
+            )
+        if self.scope is None:
+            return
+        layers = []
+        if len(self.scope) != len(self.retrieval):
+            raise ProfileError(
+                f"{KEY_SCOPE} has {len(self.scope)} layers, {KEY_RETRIEVAL} {len(self.retrieval)}"
+            )
+        for il, (heads, retrieval) in enumerate(zip(self.scope, self.retrieval, strict=True)):
+            raw = np.asarray(heads)
+            if raw.shape != retrieval.shape or raw.dtype.kind not in "iu":
+                raise ProfileError(
+                    f"{KEY_SCOPE}: layer {il} has other values than a whole number for each of"
+                    f" {len(retrieval)} KV heads"
+                )
+            bad = (raw < 0) | (raw > MAX_WINDOW)
+            if bad.any():
+                raise ProfileError(
+                    f"{KEY_SCOPE}: layer {il} holds {raw[bad][0]}, expected 0 to {MAX_WINDOW}"
+                )
+            if ((raw == 0) != (retrieval == 1)).any():
+                raise ProfileError(
+                    f"{KEY_SCOPE}: layer {il} is 0 (the whole context) for other KV heads than the"
+                    f" retrieval heads of {KEY_RETRIEVAL}"
+                )
+            heads = raw.astype(np.uint32)
+            heads.setflags(write=False)
+            layers.append(heads)
+        object.__setattr__(self, "scope", tuple(layers))
 
     def flat(self) -> np.ndarray:
         """All heads, layer-major: uint8 [sum of n_head_kv], as the native library takes them."""
@@ -273,18 +318,32 @@ def shape_from_header(header: Header) -> ModelShape:
     )
 
 
-def unsupported_feature(header: Header, arch: str) -> str | None:
+def alibi_max_bias(header: Header, shape: ModelShape) -> float:
+    """max_alibi_bias as llama.cpp sets it for the model, by architecture; 0: it has no ALiBi."""
+    if shape.arch in ALIBI_KEY_ARCHS:
+        bias = header.number(f"{shape.arch}.attention.max_alibi_bias", (F32,)) or 0.0
+        if not math.isfinite(bias):
+            raise ProfileError(
+                f"{header.path}: {shape.arch}.attention.max_alibi_bias is {bias}, expected a finite"
+                " number"
+            )
+        return max(float(bias), 0.0)
+    always = shape.arch in ALIBI_ARCHS or (shape.arch == "baichuan" and shape.n_layer == 40)
+    return 8.0 if always else 0.0
+
+
+def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
     """What in the metadata lets the native library refuse razor for this model, None if nothing.
 
     The library decides by architecture when a context is created; this is for the tools that never
     load it.
     """
     for key, feature in UNSUPPORTED_KEYS.items():
-        entry = header.entries.get(f"{arch}.{key}")
+        entry = header.entries.get(f"{shape.arch}.{key}")
         causal = key == "attention.causal"
         if entry is not None and (entry.value == 0 if causal else entry.value != 0):
             return feature
-    return None
+    return "ALiBi" if alibi_max_bias(header, shape) else None
 
 
 def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
@@ -309,10 +368,6 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
             " update razor-local or convert the model again"
         )
     method = required(KEY_METHOD, STRING)
-    if method == "alibi":
-        raise UnsupportedError(
-            f"{header.path}: {KEY_METHOD} is 'alibi', and only 'rope' can be run; switch razor off"
-        )
     for key in entries:
         if key.startswith(KEY_HEAD_PREFIX) and key not in HEAD_KEYS:
             raise bad(f"has the unknown key '{key[:80]}'; update razor-local")
@@ -335,7 +390,9 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
     flat = per_head(KEY_RETRIEVAL, U8, shape.n_head_kv, "KV")
     if flat is None:
         raise bad(f"has razor metadata without {KEY_RETRIEVAL}; convert the model again")
-    per_head(KEY_SCOPE, U32, shape.n_head_kv, "KV")  # of 'alibi' alone: checked, not used
+    scope = per_head(KEY_SCOPE, U32, shape.n_head_kv, "KV")
+    if method != "alibi":
+        scope = None  # checked, not used
     try:
         return Profile(
             retrieval=split_heads(flat, shape.n_head_kv),
@@ -347,6 +404,7 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
             echo_score=per_head(KEY_ECHO, F32, shape.n_head, "query"),
             induction_score=per_head(KEY_INDUCTION, F32, shape.n_head, "query"),
             calibration=_calibration(header),
+            scope=None if scope is None else split_heads(scope, shape.n_head_kv),
         )
     except ProfileError as error:
         raise error if str(error).startswith(f"{header.path}:") else bad(str(error)) from None

@@ -185,11 +185,13 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     razor_check_type(ctx, id_method, "razor.method", "str");
 
     const std::string method = gguf_get_val_str(ctx, id_method);
-    if (method != "rope") {
-        razor_refuse(format("razor.method is '%.32s', and only 'rope' is supported", method.c_str()));
+    if (method != "rope" && method != "alibi") {
+        razor_refuse(format("razor.method is '%.32s', expected 'rope' or 'alibi'", method.c_str()));
     }
 
     auto res = std::make_shared<llama_razor_profile>();
+
+    res->alibi = method == "alibi";
 
     res->sink_tokens    = razor_get_u32(ctx, "razor.sink_tokens",    0, RAZOR_MAX_SINK_TOKENS);
     res->window_min     = razor_get_u32(ctx, "razor.window_min",     1, RAZOR_MAX_WINDOW);
@@ -426,6 +428,11 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
             razor_refuse("the model has no razor metadata and no retrieval heads were given");
         }
         mask = &model.razor->retrieval;
+    }
+
+    // such a model loads, to be run with razor off
+    if (mask == &profile->retrieval ? profile->alibi : model.razor->alibi) {
+        razor_refuse("razor.method is 'alibi', and only 'rope' can be run, switch razor off to use the full cache");
     }
 
     if (mask->size() != razor_n_kv_heads(hparams)) {

@@ -25,7 +25,15 @@ Examples:
   razor-local convert model.gguf -o model.razor.gguf --scores scores.json --sidecar
   razor-local convert model.gguf -o model-razor.gguf --heads heads.tsv
   razor-local convert model.gguf -o model-razor.gguf --heads gates.tsv --retrieval 0.25
+  razor-local convert bloom.gguf -o bloom-razor.gguf --epsilon 0.01
 """
+
+# all that says how heads are measured or chosen, or what is kept beside their scopes
+NOT_FOR_ALIBI = (
+    "heads", "induction", "echo", "retrieval", "scores", "save_scores", "tokens", "repeats",
+    "seed", "max_memory", "threads", "n_gpu_layers", "sinks", "window_min", "window_divisor",
+    "no_compensation",
+)  # fmt: skip
 
 
 @click.command(epilog=EPILOG)
@@ -79,6 +87,11 @@ Examples:
     metavar="N",
     help="Layers on the GPU for measuring.  [default: -1, all]",
 )
+@click.option(
+    "--epsilon",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="ALiBi models: attention beyond a head's scope is at most this.  [default: 0.001]",
+)
 @click.option("--sidecar", is_flag=True, help="Write the profile alone, without the model.")
 @click.option("--sinks", type=int, default=4, show_default=True, help="Sink tokens.")
 @click.option(
@@ -97,6 +110,7 @@ def convert(
     model: Path,
     output: Path,
     heads: Path | None,
+    epsilon: float | None,
     sidecar: bool,
     sinks: int,
     window_min: int,
@@ -110,13 +124,21 @@ def convert(
     Without a head list or scores the heads are measured first: the model reads random tokens
     several times over, and the heads that look for the repetition become retrieval heads.
 
+    Of ALiBi models nothing is measured: how far back each head can look follows from the weights.
+
     The tensors of the copy are byte-identical to the model's.
     """
     _check_options(heads, measuring)
     from ..converters.heads import profile_from_heads
     from ..converters.write import check_output, write_copy, write_sidecar
     from ..gguf_header import read_header
-    from ..profile import Profile, shape_from_header, unsupported_feature
+    from ..profile import (
+        MAX_WINDOW,
+        Profile,
+        alibi_max_bias,
+        shape_from_header,
+        unsupported_feature,
+    )
 
     options = {
         "sink_tokens": sinks,
@@ -128,11 +150,15 @@ def convert(
     Profile(retrieval=(), **options)
     header = read_header(model)
     shape = shape_from_header(header)
+    alibi = alibi_max_bias(header, shape) > 0
+    _check_method(shape, alibi, epsilon)
     check_output(model, output, force, sidecar)
-    feature = unsupported_feature(header, shape.arch)
+    feature = unsupported_feature(header, shape)
     if feature:
         click.echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
-    if heads is not None:
+    if alibi:
+        profile = _profile_from_weights(model, epsilon)
+    elif heads is not None:
         profile = profile_from_heads(heads, shape, retrieval=measuring["retrieval"], **options)
         if "ties" in profile.calibration:
             click.echo(
@@ -150,6 +176,10 @@ def convert(
     else:
         with _Bar(f"Writing {output.name}") as bar:
             output = write_copy(model, output, profile, force, bar)
+    if profile.scope is not None:
+        from ..head_map import scope_line
+
+        return click.echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
     n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
     if n_retrieval == 0 and heads is None:
         click.echo(
@@ -176,6 +206,32 @@ def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
                 raise click.UsageError(
                     f"--{name} and --{other.replace('_', '-')} exclude each other"
                 )
+
+
+def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None:
+    """Refuses options that mean nothing for the model."""
+    if not alibi:
+        if epsilon is not None:
+            raise click.UsageError(
+                f"--epsilon is for ALiBi models, and this one ({shape.arch}) is none"
+            )
+        return
+    ctx = click.get_current_context()
+    for name in NOT_FOR_ALIBI:
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} means nothing for an ALiBi model ({shape.arch}): what"
+                " its heads keep follows from the weights and --epsilon"
+            )
+
+
+def _profile_from_weights(model: Path, epsilon: float | None) -> Profile:
+    from ..converters.alibi import DEFAULT_EPSILON, profile_from_weights
+
+    with _TimeLeft("Computing the scopes") as show:
+        return profile_from_weights(
+            model, epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, progress=show
+        )
 
 
 def _profile_from_scores(

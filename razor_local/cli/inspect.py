@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,10 @@ def inspect(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Show which KV heads of FILE (a GGUF) keep everything, and the bytes of its KV cache."""
+    """Show which KV heads of FILE (a GGUF) keep everything, and the bytes of its KV cache.
+
+    Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
+    """
     from ..errors import ProfileError
     from ..gguf_header import read_header
     from ..plan import make_plan
@@ -94,7 +98,7 @@ def inspect(
         from ..converters.scores import with_retrieval
 
         profile = with_retrieval(profile, shape, retrieval)
-    feature = unsupported_feature(header, shape.arch)
+    feature = unsupported_feature(header, shape)
     if feature:
         click.echo(
             f"Note: the model has {feature}; razor may be refused when it is run, and the bytes"
@@ -112,7 +116,10 @@ def inspect(
         plot_heads(profile, shape, plot)
     if looking and not as_json:
         return _print_heads(shape, profile, heads, there, compare, plot)
-    plan = make_plan(shape, profile, ctx_size, cache_type_k, cache_type_v, not no_flash_attn)
+    run = None if profile is None or profile.scope is not None else profile
+    plan = make_plan(shape, run, ctx_size, cache_type_k, cache_type_v, not no_flash_attn)
+    if run is not profile:
+        plan = replace(plan, why_inactive="ALiBi scopes cannot be run yet")
     if as_json:
         described = describe(shape, profile, plan)
         if heads:
@@ -147,6 +154,7 @@ def describe(shape: ModelShape, profile: Profile | None, plan: Plan) -> dict[str
         else {
             "method": profile.method,
             "retrieval": [layer.tolist() for layer in profile.retrieval],
+            "scope": None if profile.scope is None else [layer.tolist() for layer in profile.scope],
             "sink_tokens": profile.sink_tokens,
             "window_min": profile.window_min,
             "window_divisor": profile.window_divisor,
@@ -218,6 +226,10 @@ def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
         f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v},"
         f" flash attention {'on' if plan.flash_attn else 'off'}"
     )
+    if profile is not None and profile.scope is not None:
+        from ..head_map import scope_line
+
+        console.print(f"scopes   {scope_line(profile, plan.n_ctx)}")
     if plan.active:
         console.print(
             f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens,"
@@ -272,6 +284,11 @@ def _print_profile(console: Console, shape: ModelShape, profile: Profile | None)
     if profile is None:
         console.print(
             "profile  none: every KV head keeps every token (razor-local convert adds one)"
+        )
+    elif profile.scope is not None:
+        epsilon = _printable(str(profile.calibration.get("epsilon", "an unknown epsilon")))
+        console.print(
+            f"profile  ALiBi: attention beyond the scope of a KV head is at most {epsilon}"
         )
     else:
         n, total = int(profile.flat().sum()), len(profile.flat())

@@ -85,7 +85,7 @@ def _use(path: Path) -> None:
 
 def _plan(h: object) -> None:
     found = profile.shape_from_header(h)
-    profile.unsupported_feature(h, found.arch)
+    profile.unsupported_feature(h, found)
     for n_ctx in (0, 32768):
         _expect_errors(
             lambda n: plan.make_plan(found, profile.profile_from_header(h, found), n).to_dict(),
