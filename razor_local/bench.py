@@ -1,421 +1,651 @@
-"""Decode speed of a razor context against a full cache, token by token in turn.
+"""Razor against a full cache: speed at depth, memory, folding. What `razor-local bench` measures.
 
-Both contexts share one model in one process: two copies of the weights would lie differently in
-memory, which alone was seen to cost one side 10 %. Only another build of llama.cpp needs a process
-of its own, with that uncertainty. The two decode alternately, never at once, and what counts is the
-median of the paired ratios: a machine that is slow for a second is slow for both. After each token
-the cache is rolled back, so that all of them are decoded at the same depth.
+The contexts that are compared live in one process and take turns, never at once, and what counts is
+the median of the paired ratios: a machine that is slow for a second is slow for both. Whoever comes
+first alternates. After each token the cache is rolled back, so that all of them are decoded at the
+same depth. Where a step takes seconds, fewer of them are made.
 
-Deep caches are not prefilled but loaded as a state with random rows, which takes seconds instead
-of hours; how long a token takes does not depend on what the rows hold.
+A context is as large as its depth needs, as a user would set it: the window of razor is a part of
+the context, so a small depth in a large context has another plan. Settings.n_ctx fixes one size for
+all depths instead.
+
+Every finished measurement is a record, a dict of plain numbers; bench_report.py makes figures of
+them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
-import struct
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
+from .bench_machine import EnergyMeter, describe_code, describe_machine, free_memory
+from .bench_worker import Context, ModelSetup, Side, Worker, kept_bytes
 from .errors import RazorError
+from .gguf_header import read_header
+from .gguf_split import read_parts
+from .plan import MAX_N_CTX, N_CTX_PAD, Plan
+from .profile import ModelShape, Profile
+from .safe_write import check_new_file, new_file
+from .shapes import is_random
 
-if TYPE_CHECKING:
-    from .plan import Plan
+VERSION = 1  # of the records
+MIN_DEPTH = 8192  # smaller depths are measured in a context for this one: razor starts at about 4k
+ROOM = 512  # tokens that a context is larger than its depth: a batch of prefill
+MIN_PAIRS, MIN_BATCHES, MAX_BATCHES = 5, 2, 5
+N_WARMUP = 3  # steps per side that do not count, unless they take seconds
+CHUNKS = (512, 256, 128, 64)  # tokens of a batch of prefill
+TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, in batches of 64 and more;
+SMALL_CHUNK = 4  # with all others a token costs the same in any batch, where attention dominates
+SHORT_PROMPT = 512  # tokens that are prefilled for real
+FIT_FROM = 4096  # tokens
+FIT_WINDOW = 2048  # at most: the window of the fit has to be full at FIT_FROM
 
-N_WARMUP = 3  # tokens per side and depth that do not count
+Progress = Callable[[str, float, "float | None"], None]  # what, part done, seconds left
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the two contexts. lib: folder of the library, None for the package's own."""
+class Settings:
+    """What is measured.
 
-    name: str
-    razor: bool
-    type_k: str
-    type_v: str
-    lib: str | None = None
-
-
-@dataclass(frozen=True)
-class DecodeResult:
-    """Medians over pairs of single-token decodes at one depth. ratio > 1: razor is faster."""
-
-    depth: int
-    pairs: int
-    razor_ms: float
-    full_ms: float
-    ratio: float
-    ratio_low: float  # quartiles of the paired ratios
-    ratio_high: float
-    razor_kv_bytes: int
-    full_kv_bytes: int | None  # None: a build that does not report them
-
-
-def bench_decode(
-    model: Path,
-    depths: Sequence[int],
-    *,
-    n_ctx: int,
-    pairs: int = 40,
-    n_threads: int = 1,
-    n_gpu_layers: int = 0,
-    type_k: str = "f16",
-    type_v: str = "f16",
-    full_type_k: str = "f16",
-    full_type_v: str = "f16",
-    sidecar: Path | None = None,
-    stock_lib: Path | None = None,
-    progress: Callable[[str], None] = lambda text: None,
-) -> list[DecodeResult]:
-    """Time single-token decodes at each depth (tokens already in the cache), flash attention on.
-
-    stock_lib: folder of a stock build for the full cache, None: the package's own library with
-    razor off. Raises RazorError if a side cannot be set up.
+    types: (K, V) of razor and of the full cache it is compared with; where that is not f16, with a
+    full f16 cache too. n_ctx: tokens, 0: as each depth needs. max_pairs: of decoded tokens;
+    seconds: what one measurement may take before it makes fewer pairs. real_prefill: tokens that
+    are prefilled for real as a check of random caches, 0: as many as fold, None: no check.
     """
-    deepest = max(depths)
-    if deepest + 1 > n_ctx:
-        raise RazorError(f"depth {deepest} does not fit into a context of {n_ctx} tokens; raise -c")
-    common = {
-        "model": str(model),
-        "n_ctx": n_ctx,
-        "n_threads": n_threads,
-        "n_gpu_layers": n_gpu_layers,
-        "sidecar": None if sidecar is None else str(sidecar),
-    }
-    sides = [
-        Side("razor", True, type_k, type_v),
-        Side(
-            "full", False, full_type_k, full_type_v, None if stock_lib is None else str(stock_lib)
-        ),
-    ]
-    groups = [sides] if stock_lib is None else [sides[:1], sides[1:]]
-    workers: list[_Worker] = []
-    try:
-        for group in groups:
-            progress("loading the model")
-            workers.append(_Worker(group, common))
-        contexts = [_Context(w, i) for w in workers for i in range(len(w.sides))]
-        return [_bench_depth(contexts, depth, pairs, progress) for depth in depths]
-    finally:
-        for worker in workers:
-            worker.close()
 
-
-def _bench_depth(
-    contexts: list[_Context], depth: int, pairs: int, progress: Callable[[str], None]
-) -> DecodeResult:
-    razor, full = contexts
-    for context in contexts:
-        progress(f"filling {depth} tokens ({context.side.name})")
-        context.ask("fill", depth)
-    for _ in range(N_WARMUP):
-        for context in contexts:
-            context.ask("step")
-    times: list[tuple[float, float]] = []
-    for i in range(pairs):
-        progress(f"depth {depth}: pair {i + 1} of {pairs}")
-        # whoever comes second finds the machine warmer: take turns
-        first, second = (razor, full) if i % 2 == 0 else (full, razor)
-        a, b = first.ask("step"), second.ask("step")
-        times.append((a, b) if i % 2 == 0 else (b, a))
-    ratios = [b / a for a, b in times]
-    quartiles = statistics.quantiles(ratios, n=4) if pairs > 1 else [ratios[0]] * 3
-    return DecodeResult(
-        depth=depth,
-        pairs=pairs,
-        razor_ms=statistics.median(a for a, _ in times) * 1e3,
-        full_ms=statistics.median(b for _, b in times) * 1e3,
-        ratio=statistics.median(ratios),
-        ratio_low=quartiles[0],
-        ratio_high=quartiles[2],
-        razor_kv_bytes=razor.ask("kv_bytes"),
-        full_kv_bytes=full.ask("kv_bytes"),
-    )
-
-
-class _Worker:
-    """A process with a model and the contexts of some sides, driven by JSON lines."""
-
-    def __init__(self, sides: list[Side], common: dict[str, Any]) -> None:
-        self.sides = sides
-        env = dict(os.environ)
-        # a thread that waits for its turn must not spin on the core of the other side
-        env.setdefault("OMP_WAIT_POLICY", "passive")
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "razor_local.bench",
-                json.dumps([asdict(s) | common for s in sides]),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        self._read()
-
-    def ask(self, index: int, command: str, *args: Any) -> Any:
-        assert self._process.stdin is not None
-        try:
-            print(json.dumps([index, command, *args]), file=self._process.stdin, flush=True)
-        except OSError:
-            pass  # it has ended: _read says why
-        return self._read()
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RazorError(
-                f"the process of the benchmark ({self._names()}) ended with exit code"
-                f" {self._process.wait()}; is there enough memory for both contexts?"
-            )
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RazorError(f"{self._names()}: {answer['error']}")
-        return answer["ok"]
-
-    def _names(self) -> str:
-        return " and ".join(side.name for side in self.sides)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-        except OSError:
-            pass
-        self._process.wait()
+    depths: tuple[int, ...] = (0, 8192, 32768)
+    types: tuple[tuple[str, str], ...] = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
+    n_ctx: int = 0
+    max_pairs: int = 40
+    seconds: float = 15.0
+    real_prefill: int | None = None
+    fit: bool = True
 
 
 @dataclass(frozen=True)
-class _Context:
-    """One side's context in its worker."""
+class Step:
+    """One measurement: its kind, the depth (or tokens, or n_ctx) it is about, its side if one."""
 
-    worker: _Worker
-    index: int
+    kind: str
+    depth: int
+    side: str = ""
 
     @property
-    def side(self) -> Side:
-        return self.worker.sides[self.index]
+    def cost(self) -> float:
+        """A guess of the seconds it takes with a model of 1B on two cores, for the time left."""
+        d = self.depth
+        return {
+            "memory": 2 + d / 16000,
+            "decode": min(20, 4 + d / 512) + d / 3000,
+            "prompt": 1 + d / 12,
+            "prefill": 17 + d / 2000,
+            "fold": 12.0,
+            "energy": 6.0,
+            "fit": 2 + d / 4000,
+            "real_prefill": 20 + d / 15,
+        }[self.kind]
 
-    def ask(self, command: str, *args: Any) -> Any:
-        return self.worker.ask(self.index, command, *args)
+
+@dataclass(frozen=True)
+class Batch:
+    """Contexts that are open together, and what is measured on them. sides[0] is razor's."""
+
+    sides: tuple[Side, ...]
+    steps: tuple[Step, ...]
+
+    def key(self, step: Step) -> dict[str, Any]:
+        """The fields by which a record is told from all others."""
+        razor = self.sides[0]
+        return {
+            "kind": step.kind,
+            "type_k": razor.type_k,
+            "type_v": razor.type_v,
+            "n_ctx": razor.n_ctx,
+            "window": razor.window,
+            "depth": step.depth,
+            "side": step.side,
+        }
 
 
-# what runs in a worker's process
+# -- what to measure
 
 
-class _Bindings:
-    """The context of one side on the low-level bindings, which a stock build has too."""
+def make_batches(
+    settings: Settings, shape: ModelShape, profile: Profile, energy: bool = False
+) -> list[Batch]:
+    """All measurements, the small contexts first. Raises RazorError for what cannot be measured."""
+    if not settings.depths or not settings.types:
+        raise RazorError("there is nothing to measure: name a depth and a KV type")
+    groups: dict[int, list[int]] = {}
+    for depth in sorted(set(settings.depths)):
+        groups.setdefault(_context_size(settings, shape, depth), []).append(depth)
+    batches = []
+    for n_ctx, depths in sorted(groups.items()):
+        for i, types in enumerate(settings.types):
+            sides = _sides(types, n_ctx)
+            plan = sides[0].plan(shape, profile)
+            for side in sides[1:]:
+                side.plan(shape, profile)  # a type may not fit the head size
+            steps = [Step("memory", depths[-1], side.name) for side in sides]
+            # at depth 0 a large context costs what a small one does
+            points = {0} if n_ctx == min(groups) else set()
+            points |= {_point(depth, n_ctx) for depth in depths if depth > SHORT_PROMPT}
+            fills = _round_up(plan.sink_tokens + plan.window + plan.block, N_CTX_PAD)
+            if fills < max(points, default=0) - N_CTX_PAD:
+                points.add(fills)
+            steps += [Step("decode", depth) for depth in depths]
+            steps += [Step("prompt", depth) for depth in depths if 0 < depth <= SHORT_PROMPT]
+            real = None
+            if settings.real_prefill is not None and n_ctx == min(groups) and i == 0:
+                real = settings.real_prefill or min(fills + 512, n_ctx - ROOM)
+                if not 0 < real <= n_ctx - 64:
+                    raise RazorError(
+                        f"a real prefill of {real} tokens does not fit into the smallest context,"
+                        f" of {n_ctx} tokens; choose fewer"
+                    )
+                points |= {_point(real, n_ctx)}
+                points |= {fills} if fills < real - N_CTX_PAD else set()
+            steps += [Step("prefill", point) for point in sorted(points)]
+            steps += [Step("fold", depths[-1])]
+            if energy:
+                steps += [Step("energy", depths[-1])]
+            if real is not None:
+                steps += [Step("real_prefill", real)]
+            batches.append(Batch(sides, tuple(steps)))
+    if settings.fit:
+        batches += _fit_batch(settings, shape, profile, max(groups), max(settings.depths))
+    return batches
 
-    def __init__(self, task: dict[str, Any], first: _Bindings | None = None) -> None:
-        """first: a side whose library and model are used again."""
-        from .plan import KV_TYPES, make_plan
-        from .profile import read_model_shape, read_profile, read_sidecar
 
-        shape = read_model_shape(task["model"])
-        profile = None
-        if task["razor"]:
-            profile = (
-                read_sidecar(task["sidecar"], shape)
-                if task["sidecar"]
-                else read_profile(task["model"])
-            )
-            if profile is None:
-                raise RazorError(
-                    f"{task['model']} has no razor profile; make one with 'razor-local convert' or"
-                    " name one with --sidecar"
-                )
-        self.plan = make_plan(shape, profile, task["n_ctx"], task["type_k"], task["type_v"])
-        if task["razor"] and not self.plan.active:
+def _context_size(settings: Settings, shape: ModelShape, depth: int) -> int:
+    if settings.n_ctx:
+        n_ctx = _round_up(settings.n_ctx, N_CTX_PAD)
+        if depth + 1 > n_ctx:
             raise RazorError(
-                f"razor does nothing at {self.plan.n_ctx} tokens ({self.plan.why_inactive});"
-                " raise -c or convert the model with a smaller window"
+                f"depth {depth} does not fit into a context of {n_ctx} tokens; raise -c"
             )
-
-        if first is None:
-            self._load(task)
-        else:
-            self.native, self.api, self.model = first.native, first.api, first.model
-        llama_cpp = self.api
-
-        ctx_params = llama_cpp.llama_context_default_params()
-        ctx_params.n_ctx = self.plan.n_ctx
-        ctx_params.n_threads = ctx_params.n_threads_batch = task["n_threads"]
-        ctx_params.type_k = KV_TYPES[task["type_k"]].ggml_id
-        ctx_params.type_v = KV_TYPES[task["type_v"]].ggml_id
-        ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if self.native is None:
-            self.ctx = llama_cpp.llama_init_from_model(self.model, ctx_params)
-        else:
-            from .native import make_params
-
-            with self.native.override(make_params(profile)):
-                self.ctx = llama_cpp.llama_init_from_model(self.model, ctx_params)
-        if not self.ctx:
-            raise RazorError(f"the context could not be created ({self._reason()})")
-        self.memory = llama_cpp.llama_get_memory(self.ctx)
-        self.depth = 0
-
-    def _load(self, task: dict[str, Any]) -> None:
-        self.native = None
-        if task["lib"]:
-            os.environ["LLAMA_CPP_LIB_PATH"] = task["lib"]
-        else:
-            from .native import load
-
-            self.native = load()
-        import llama_cpp
-
-        self.api = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        if self.native is None:
-            llama_cpp.llama_log_set(self._quiet, None)
-        llama_cpp.llama_backend_init()
-
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = task["n_gpu_layers"]
-        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(task["model"]), params)
-        if not self.model:
-            raise RazorError(f"{task['model']} could not be loaded ({self._reason()})")
-
-    def _reason(self) -> str:
-        return (self.native and self.native.last_error()) or "llama.cpp gave no reason"
-
-    def decode(self, token: int) -> None:
-        import ctypes
-
-        ids = (ctypes.c_int32 * 1)(token)  # the batch only points to it
-        batch = self.api.llama_batch_get_one(ids, 1)
-        if self.api.llama_decode(self.ctx, batch):
-            raise RazorError(f"a token could not be decoded ({self._reason()})")
-        self.api.llama_synchronize(self.ctx)
-
-    def fill(self, depth: int) -> None:
-        """Leave depth tokens in the cache, with random rows."""
-        import ctypes
-
-        self.api.llama_memory_clear(self.memory, True)
-        self.depth = depth
-        if depth == 0:
-            return
-        self.decode(0)
-        size = self.api.llama_state_seq_get_size(self.ctx, 0)
-        saved = (ctypes.c_uint8 * size)()
-        self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
-        state = random_state(self.plan, depth, bytes(saved))
-        data = (ctypes.c_uint8 * len(state)).from_buffer(state)
-        if not self.api.llama_state_seq_set_data(self.ctx, data, len(state), 0):
-            raise RazorError(f"the random cache was refused ({self._reason()})")
-
-    def step(self) -> float:
-        """Seconds of one decode at the current depth; the token is taken out again."""
-        start = time.perf_counter()
-        self.decode(1)
-        seconds = time.perf_counter() - start
-        if not self.api.llama_memory_seq_rm(self.memory, 0, self.depth, -1):
-            raise RazorError("the last token could not be removed from the cache")
-        return seconds
-
-    def kv_bytes(self) -> int | None:
-        return None if self.native is None else int(self.native.stats(self.ctx).kv_bytes)
+        return n_ctx
+    least = min(MIN_DEPTH, shape.n_ctx_train or MIN_DEPTH)
+    n_ctx = _round_up(max(depth, least) + ROOM, N_CTX_PAD)
+    if n_ctx > MAX_N_CTX:
+        raise RazorError(f"depth {depth} is more than a context can hold ({MAX_N_CTX} tokens)")
+    return n_ctx
 
 
-_STATE_HEAD = struct.Struct("<Ii")  # llama_context: magic, sequence
-_RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fingerprint of the plan
+def _sides(types: tuple[str, str], n_ctx: int, window: int = 0) -> tuple[Side, ...]:
+    sides = [Side("razor", True, *types, n_ctx, window), Side("full", False, *types, n_ctx)]
+    if types != ("f16", "f16"):
+        sides.append(Side("full_f16", False, "f16", "f16", n_ctx))
+    return tuple(sides)
 
 
-def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
-    """A saved sequence of n_tokens with random rows, as llama_state_seq_set_data takes it.
+def _point(depth: int, n_ctx: int) -> int:
+    """Where a batch of at least 64 tokens fits behind depth."""
+    return max(0, min(depth, n_ctx - CHUNKS[-1]))
 
-    plan: one with flash attention. saved: a state that a context of the plan saved, its head is
-    taken over. The layout is that of state_write() of llama_kv_cache and llama_kv_cache_razor.
+
+def _fit_batch(
+    settings: Settings, shape: ModelShape, profile: Profile, n_ctx: int, deepest: int
+) -> list[Batch]:
+    """Decoding over depth in one context with a window that does not change and is full from
+    FIT_FROM on: a line whose slope is the share of the retrieval heads."""
+    depths = []
+    while FIT_FROM << len(depths) <= deepest:
+        depths.append(FIT_FROM << len(depths))
+    if len(depths) < 3:
+        return []  # any two points are on a line
+    window = min(profile.window_min, FIT_WINDOW)
+    sides = _sides(settings.types[0], n_ctx, window)[:2]
+    sides[0].plan(shape, profile)
+    return [Batch(sides, tuple(Step("fit", depth) for depth in depths))]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# -- a run
+
+
+class Journal:
+    """Finished records of a run, in a file of JSON lines if path is not None.
+
+    The first line is the head. A last line that was cut off, by a killed process, is forgotten.
+    head None: the run has not begun. Raises RazorError for a file of another run, OSError.
     """
-    import numpy as np
 
-    from .plan import KV_TYPES, row_size
+    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
+        self.path = path
+        self.head: dict[str, Any] | None = None
+        self.records: list[dict[str, Any]] = []
+        if path is None:
+            return
+        check_new_file(path)
+        if path.exists():
+            self._take(path, head)
 
-    rng = np.random.default_rng(n_tokens)
+    def _take(self, path: Path, head: dict[str, Any]) -> None:
+        try:
+            text = path.read_text(encoding="utf-8")
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            found, *records = map(json.loads, lines)
+            if found.pop("kind") != "head" or not all("kind" in record for record in records):
+                raise ValueError
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise RazorError(f"{path} is no journal of a benchmark; name a new file") from None
+        for name in ("version", "model", "setup", "settings", "code", "machine"):
+            here, there = head[name], found.get(name)
+            if name == "machine":  # its load may differ
+                here, there = here["cpu"], (there or {}).get("cpu")
+            if json.loads(json.dumps(here)) != there:
+                raise RazorError(
+                    f"{path} is of a run with another {name}; resume it with the same command, code"
+                    " and machine, or name a new file"
+                )
+        self.head, self.records = found, records
+        self._write(path, lines)
 
-    def rows(kv_type: str, n_elements: int, n: int) -> bytes:
-        """n rows; one random row repeated, with small finite values whatever the type."""
-        if kv_type in ("f32", "f16"):
-            values = rng.standard_normal(n_elements) / 8
-            row = values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
-        elif kv_type == "bf16":
-            bits = (rng.standard_normal(n_elements) / 8).astype(np.float32).view(np.uint32)
-            row = (bits >> 16).astype(np.uint16).tobytes()
-        else:
-            info = KV_TYPES[kv_type]
-            blocks = rng.integers(0, 256, (n_elements // info.block, info.block_bytes), np.uint8)
-            scale = np.float16(2.0**-9).tobytes()
-            blocks[:, :2] = np.frombuffer(scale, np.uint8)
-            if kv_type in ("q4_1", "q5_1"):  # scale and minimum
-                blocks[:, 2:4] = np.frombuffer(scale, np.uint8)
-            row = blocks.tobytes()
-        return row * n
+    @staticmethod
+    def _write(path: Path, lines: list[str]) -> None:
+        with new_file(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
-    shape, out = plan.shape, bytearray(saved[: _STATE_HEAD.size])
-    dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
-    if plan.active:
-        start = (n_tokens - 1) // plan.block * plan.block
-        frontier = max(plan.sink_tokens, start - plan.window)
-        out += saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size]
-        out += struct.pack("<IIIqI", n_tokens, n_tokens, frontier, -1, 0)
-    full = [layer.n_retrieval if plan.active else layer.n_head_kv for layer in plan.layers]
-    full = [n for n in full if n > 0]
-    out += struct.pack("<II", 1, n_tokens)  # streams, cells
-    cells = np.zeros((n_tokens, 3), np.int32)  # position, number of sequences, sequence 0
-    cells[:, 0] = np.arange(n_tokens)
-    cells[:, 1] = 1
-    out += cells.tobytes()
-    out += struct.pack("<II", 0, len(full))  # V is not transposed, layers
-    for kv_type, head_dim in dims:
-        for n_heads in full:
-            out += struct.pack(
-                "<iQ", KV_TYPES[kv_type].ggml_id, n_heads * row_size(kv_type, head_dim)
-            )
-            out += rows(kv_type, n_heads * head_dim, n_tokens)
-    if plan.active:
-        ring = n_tokens - plan.sink_tokens
-        extra = 4 if plan.compensation else 0
-        used = n_tokens if ring <= 0 else plan.sink_tokens + extra + ring
-        used = min(used, plan.cells)
-        for layer in plan.layers:
-            if layer.n_local == 0:
-                continue
-            for kv_type, head_dim in dims:
-                out += rows(kv_type, layer.n_local * head_dim, used)
-            for _, head_dim in dims if plan.compensation else ():
-                out += rows("f32", layer.n_local * head_dim, 2)
-    return out
+    def begin(self, head: dict[str, Any]) -> None:
+        self.head = head
+        if self.path is not None:
+            self._write(self.path, [json.dumps({"kind": "head"} | head)])
+
+    def has(self, key: dict[str, Any]) -> bool:
+        return any(all(r.get(k) == v for k, v in key.items()) for r in self.records)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
 
-def _serve(tasks: list[dict[str, Any]], commands: IO[str], answers: IO[str]) -> None:
-    def answer(**what: Any) -> None:
-        print(json.dumps(what), file=answers, flush=True)
+def run_bench(
+    setup: ModelSetup,
+    settings: Settings,
+    *,
+    stock_lib: Path | None = None,
+    resume: Path | None = None,
+    progress: Progress = lambda what, part, left: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measures everything that resume does not hold yet; the head of the run and its records.
 
-    try:
-        sides: list[_Bindings] = []
-        for task in tasks:
-            sides.append(_Bindings(task, sides[0] if sides else None))
-        answer(ok=None)
-        for line in commands:
-            index, command, *args = json.loads(line)
-            answer(ok=getattr(sides[index], command)(*args))
-    except (RazorError, OSError) as error:
-        answer(error=str(error))
+    stock_lib: folder of a stock build for the full caches, None: the package's own library with
+    razor off. Raises RazorError where a context cannot be set up or memory does not suffice.
+    """
+    shape, profile = setup.read()
+    meter = EnergyMeter()
+    batches = make_batches(settings, shape, profile, bool(meter.sources))
+    head = _describe_run(setup, settings, stock_lib, shape, profile, meter)
+    for batch in batches:
+        _check_memory(setup, batch, shape, profile, head["model"]["file_bytes"])
+    journal = Journal(resume, head)
+    left = [[s for s in batch.steps if not journal.has(batch.key(s))] for batch in batches]
+    clock = _Clock(progress, sum(step.cost for steps in left for step in steps))
+    if not any(left) and journal.head is not None:
+        return journal.head, journal.records
+    clock.show("loading the model")
+    with ExitStack() as stack:
+        worker = Worker(setup)
+        stack.callback(worker.close)
+        full_worker = worker
+        if stock_lib is not None:
+            full_worker = Worker(replace(setup, lib=str(stock_lib)))
+            stack.callback(full_worker.close)
+        if journal.head is None:
+            journal.begin(head | {"library": worker.ask("describe")})
+        for batch, steps in zip(batches, left, strict=True):
+            plans = {side.name: side.plan(shape, profile) for side in batch.sides}
+            measure = _Measure(
+                batch, plans, head["model"]["weights_bytes"], worker, full_worker, settings, meter,
+                clock,
+            )  # fmt: skip
+            for step, record in measure.records(steps):
+                journal.add(batch.key(step) | record)
+                clock.done(step.cost)
+    assert journal.head is not None
+    return journal.head, journal.records
 
 
-if __name__ == "__main__":
-    _out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing a library prints may get between the answers
-    _serve(json.loads(sys.argv[1]), sys.stdin, _out)
+def _describe_run(
+    setup: ModelSetup,
+    settings: Settings,
+    stock_lib: Path | None,
+    shape: ModelShape,
+    profile: Profile,
+    meter: EnergyMeter,
+) -> dict[str, Any]:
+    header = read_header(setup.model)
+    heads = profile.flat()
+    return {
+        "version": VERSION,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "code": describe_code(),
+        "machine": describe_machine() | {"energy_meters": meter.sources},
+        "model": {
+            "file": Path(setup.model).name,
+            "name": shape.name,
+            "arch": shape.arch,
+            "random_weights": is_random(header),
+            "fingerprint": shape.fingerprint,
+            "file_bytes": sum(part.file_size for part in read_parts(header)),
+            "weights_bytes": weights_bytes(setup.model),
+            "n_layer": shape.n_layer,
+            "kv_heads": int(heads.size),
+            "retrieval_kv_heads": int(heads.sum()),
+            "retrieval_sha256": hashlib.sha256(heads.tobytes()).hexdigest()[:16],
+            "window_min": profile.window_min,
+            "window_divisor": profile.window_divisor,
+            "sink_tokens": profile.sink_tokens,
+        },
+        "setup": {k: v for k, v in asdict(setup).items() if k not in ("model", "sidecar", "lib")}
+        | {"full_cache": "another build" if stock_lib else "the same library, razor off"},
+        "settings": asdict(settings),
+    }
+
+
+def weights_bytes(model: str | os.PathLike[str]) -> int:
+    """Bytes of weights that decoding one token reads: all but the token embedding where the output
+    head is another tensor, and of the experts those that a token uses."""
+    header = read_header(model)
+    parts = read_parts(header)
+    tensors = {tensor.name: tensor.nbytes for part in parts for tensor in part.tensors}
+    if "output.weight" in tensors:
+        tensors.pop("token_embd.weight", None)
+    tensors.pop("position_embd.weight", None)
+    arch = header.string("general.architecture")
+    count, used = (
+        header.entries.get(f"{arch}.{key}") for key in ("expert_count", "expert_used_count")
+    )
+    share = used.value / count.value if count and used and count.value else 1.0
+    return round(sum(n * (share if "_exps" in name else 1.0) for name, n in tensors.items()))
+
+
+def _check_memory(
+    setup: ModelSetup, batch: Batch, shape: ModelShape, profile: Profile, model_bytes: int
+) -> None:
+    free = free_memory()
+    if free is None or setup.n_gpu_layers:
+        return
+    plans = [side.plan(shape, profile) for side in batch.sides]
+    deepest = max(step.depth for step in batch.steps)
+    states = [kept_bytes(plan, plan.n_ctx if plan.active else deepest) for plan in plans]
+    # a bytearray that grows takes an eighth more; buffers of the graph are a guess
+    needed = model_bytes + sum(p.kv_bytes for p in plans) + max(states) * 9 // 8 + (512 << 20)
+    if needed > free:
+        raise RazorError(
+            f"{plans[0].type_k}/{plans[0].type_v} against full caches of {plans[0].n_ctx:,} tokens"
+            f" needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free;"
+            " leave out that depth or type"
+        )
+
+
+class _Clock:
+    """Tells the progress, and the time left by what was done so far."""
+
+    def __init__(self, progress: Progress, total: float) -> None:
+        self._progress, self._total, self._done = progress, max(total, 1e-9), 0.0
+        self._started = time.monotonic()
+
+    def show(self, what: str) -> None:
+        part, left = self._done / self._total, None
+        if self._done:
+            left = (time.monotonic() - self._started) / part * (1 - part)
+        self._progress(what, part, left)
+
+    def done(self, cost: float) -> None:
+        self._done += cost
+
+
+# -- measurements
+
+
+@dataclass
+class _Measure:
+    """The measurements of one batch, on contexts that are opened when the first needs them."""
+
+    batch: Batch
+    plans: dict[str, Plan]  # by side
+    weights_bytes: int
+    worker: Worker
+    full_worker: Worker  # of the sides without razor
+    settings: Settings
+    meter: EnergyMeter
+    clock: _Clock
+
+    def records(self, steps: Sequence[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
+        for step in steps:
+            if step.kind == "memory":
+                yield step, self.memory(step)
+        rest = [step for step in steps if step.kind != "memory"]
+        if not rest:
+            return
+        with self._open(self.batch.sides) as contexts:
+            for step in rest:
+                yield step, getattr(self, step.kind)(contexts, step.depth)
+
+    @contextmanager
+    def _open(self, sides: Sequence[Side]) -> Iterator[list[Context]]:
+        contexts = []
+        for side in sides:
+            self.show(f"making a context ({side.name})")
+            contexts.append((self.worker if side.razor else self.full_worker).open(side))
+        yield contexts
+        for context in contexts:  # not after an error: then the worker is killed
+            context.close()
+
+    def show(self, what: str) -> None:
+        razor = self.batch.sides[0]
+        self.clock.show(f"{razor.type_k}/{razor.type_v}, {razor.n_ctx:,} tokens: {what}")
+
+    def memory(self, step: Step) -> dict[str, Any]:
+        """A side alone beside the model: bytes of its KV buffers, and the peak while it decodes."""
+        side = next(s for s in self.batch.sides if s.name == step.side)
+        with self._open([side]) as (context,):
+            self.show(f"memory ({side.name})")
+            context.fill(step.depth)
+            told = context.worker.ask("memory", True)["reset"]
+            context.run(2 if step.depth + 2 <= side.n_ctx else 1)
+            taken = context.worker.ask("memory")
+            return {
+                "kv_bytes": context.kv_bytes(),
+                "peak_rss": taken["peak_rss"] if told else None,
+                "device": taken["device"],
+            }
+
+    def decode(self, contexts: list[Context], depth: int) -> dict[str, Any]:
+        """Milliseconds of decodes in turn, and of reading the bytes that each needs."""
+        self._fill(contexts, depth)
+        ms = self._steps(contexts, f"decoding at {depth:,}", self.settings.seconds)
+        needed = {
+            name: self.weights_bytes + kept_bytes(plan, depth) for name, plan in self.plans.items()
+        }
+        read = {
+            c.side.name: c.worker.ask("read_seconds", needed[c.side.name]) * 1e3 for c in contexts
+        }
+        return {"ms": ms, "read_bytes": needed, "read_ms": read}
+
+    def fit(self, contexts: list[Context], depth: int) -> dict[str, Any]:
+        self._fill(contexts, depth)
+        what = f"decoding at {depth:,} with a fixed window"
+        return {"ms": self._steps(contexts, what, self.settings.seconds / 3)}
+
+    def _fill(self, contexts: list[Context], depth: int) -> None:
+        for context in contexts:
+            self.show(f"filling {depth:,} tokens ({context.side.name})")
+            context.fill(depth)
+            # a depth is often a multiple of the block: the step after it folds, as one in a block
+            # does, and all the others do not
+            if 0 < depth < context.side.n_ctx - 1:
+                context.append(1)
+
+    def _steps(self, contexts: list[Context], what: str, seconds: float) -> dict[str, list[float]]:
+        """Milliseconds of each side's steps, as many as fit into seconds."""
+        self.show(what)
+        for _ in range(N_WARMUP):
+            took = sum(context.step() for context in contexts)
+            if took > 2:
+                break
+        pairs = max(MIN_PAIRS, int(seconds / max(took, 1e-9)))
+        pairs = min(pairs, self.settings.max_pairs)
+        return self._in_turn(contexts, what, pairs, lambda context: context.step())
+
+    def _in_turn(
+        self,
+        contexts: list[Context],
+        what: str,
+        rounds: int,
+        measure: Callable[[Context], float],
+    ) -> dict[str, list[float]]:
+        """Milliseconds of each side, in rounds; whoever comes last alternates."""
+        ms: dict[str, list[float]] = {context.side.name: [] for context in contexts}
+        for i in range(rounds):
+            self.show(f"{what}, {i + 1} of {rounds}")
+            for context in contexts if i % 2 == 0 else reversed(contexts):
+                ms[context.side.name].append(round(measure(context) * 1e3, 6))
+        return ms
+
+    def prompt(self, contexts: list[Context], depth: int) -> dict[str, Any]:
+        """Milliseconds of a real prefill of depth tokens, at most a batch."""
+
+        def prefill(context: Context) -> float:
+            context.fill(0)
+            return context.append(depth)
+
+        what = f"a prompt of {depth:,} tokens"
+        first = self._in_turn(contexts[:2], what, 1, prefill)
+        seconds = sum(ms[0] for ms in first.values()) / 1e3
+        return {"tokens": depth, "ms": self._rest(contexts[:2], what, first, seconds, prefill)}
+
+    def prefill(self, contexts: list[Context], depth: int) -> dict[str, Any]:
+        """Milliseconds of a batch of prompt tokens behind depth, against a full cache alike."""
+        contexts = contexts[:2]
+        n_ctx = contexts[0].side.n_ctx
+
+        what = f"prefill at {depth:,}"
+        budget = self.settings.seconds
+
+        def prefill(context: Context, n_tokens: int) -> float:
+            context.rewind(depth)
+            return context.append(n_tokens)
+
+        self.show(f"filling {depth:,} tokens")
+        for context in contexts:
+            context.fill(depth)
+        n_first = CHUNKS[-1]
+        types = {self.batch.sides[0].type_k, self.batch.sides[0].type_v}
+        if len(types) > 1 or types.isdisjoint(TILED):
+            took = sum(context.step() for context in contexts)
+            n_first = CHUNKS[-1] if took * CHUNKS[-1] < budget else SMALL_CHUNK
+        n_first = min(n_first, n_ctx - depth)
+        first = self._in_turn(contexts, what, 1, lambda c: prefill(c, n_first))
+        per_token = sum(ms[0] for ms in first.values()) / 1e3 / n_first
+        n_tokens = next(
+            (n for n in CHUNKS if depth + n <= n_ctx and per_token * n * MIN_BATCHES <= budget),
+            n_first,
+        )
+        ms = self._rest(contexts, what, first if n_tokens == n_first else {}, per_token * n_tokens,
+                        lambda c: prefill(c, n_tokens))  # fmt: skip
+        return {"tokens": n_tokens, "ms": ms}
+
+    def _rest(
+        self,
+        contexts: list[Context],
+        what: str,
+        first: dict[str, list[float]],
+        seconds: float,
+        measure: Callable[[Context], float],
+    ) -> dict[str, list[float]]:
+        """Milliseconds of as many rounds as fit, a round takes seconds. A first round counts only
+        if it took so long that warming up means nothing."""
+        fit = min(max(MIN_BATCHES, int(self.settings.seconds / max(seconds, 1e-9))), MAX_BATCHES)
+        rounds = min(fit, self.settings.max_pairs)
+        if not first or seconds < 5:
+            return self._in_turn(contexts, what, rounds, measure)
+        rest = self._in_turn(contexts, what, rounds - 1, measure)
+        return {name: first[name] + rest[name] for name in first}
+
+    def fold(self, contexts: list[Context], depth: int) -> dict[str, Any]:
+        """Milliseconds of razor's decodes in a row across folds, near the end of the context."""
+        razor = contexts[0]
+        plan = self.plans["razor"]
+        last = razor.side.n_ctx - plan.block  # the last position that opens a block
+        razor.fill(last - 8)
+        self.show("decoding across a fold")
+        took = min(razor.step() for _ in range(N_WARMUP))
+        fit = int(self.settings.seconds / took)
+        # from 8 tokens before a fold to 8 behind one
+        folds = 1 + min(max(0, fit - 16) // plan.block, 2)
+        start = last - (folds - 1) * plan.block - 8
+        start = max(start, 0)
+        razor.fill(start)
+        razor.run(1)
+        n_tokens = last + 8 - razor.depth
+        began = razor.depth
+        ms = [round(seconds * 1e3, 6) for seconds in razor.run(n_tokens)]
+        positions = [i for i in range(n_tokens) if (began + i) % plan.block == 0]
+        return {"start": began, "ms": {"razor": ms}, "folds_at": positions}
+
+    def energy(self, contexts: list[Context], depth: int) -> dict[str, Any]:
+        """Joules and seconds per decoded token of each side, of what the meters see."""
+        found = {}
+        for context in contexts:
+            self.show(f"energy ({context.side.name})")
+            self._fill([context], depth)
+            took = context.step()
+            room = context.side.n_ctx - context.depth
+            n_tokens = max(1, min(room, max(4, int(2 / took))))
+            self.meter.start()
+            context.run(n_tokens)
+            joules, seconds = self.meter.stop()
+            found[context.side.name] = {
+                "tokens": n_tokens, "joules": joules, "seconds": seconds
+            }  # fmt: skip
+        return {"energy": found}
+
+    def real_prefill(self, contexts: list[Context], depth: int) -> dict[str, Any]:
+        """Seconds of a real prefill of depth tokens, then milliseconds of decodes on that cache and
+        on a random one of the same depth."""
+        contexts = contexts[:2]
+        seconds = {context.side.name: 0.0 for context in contexts}
+        for context in contexts:
+            context.fill(0)
+        done, i = 0, 0
+        while done < depth:
+            n = min(CHUNKS[0], depth - done)
+            self.show(f"a real prefill, {done:,} of {depth:,} tokens")
+            for context in contexts if i % 2 == 0 else reversed(contexts):
+                seconds[context.side.name] += context.append(n)
+            done, i = done + n, i + 1
+        budget = self.settings.seconds / 2
+        if depth < contexts[0].side.n_ctx - 1:
+            for context in contexts:
+                context.append(1)
+        real = self._steps(contexts, f"decoding at {depth:,} after a real prefill", budget)
+        self._fill(contexts, depth)
+        random = self._steps(contexts, f"decoding at {depth:,} in a random cache", budget)
+        return {"seconds": seconds, "ms": real, "random_ms": random}
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """Median and quartiles of the paired ratios: (median, lower, upper)."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], ratios[0], ratios[0]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, low, high

@@ -1,87 +1,323 @@
-"""The decode benchmark: its random cache is a real one in all that costs time, and its figures add
-up. How fast anything is, is not tested.
+"""The benchmark as a whole: what it plans to measure, that its figures add up, that it can be
+resumed, and what it refuses. How fast anything is, is not tested.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from tiny_models import TinySpec, razor_kv
 
-from razor_local.bench import _Bindings, bench_decode
+from razor_local import bench as bench_module
+from razor_local.bench import Journal, Settings, make_batches, run_bench, weights_bytes
+from razor_local.bench_machine import EnergyMeter, describe_machine, free_memory
+from razor_local.bench_worker import ModelSetup
 from razor_local.cli import main
 from razor_local.errors import RazorError
+from razor_local.profile import ModelShape, Profile
 
 SPEC = TinySpec("llama", 3, 4, 2, 64, n_ctx_train=4096)
 MASK = ((0, 0), (1, 0), (1, 1))
 KV = razor_kv(MASK, window_min=100, window_divisor=0)
+SHAPE = ModelShape("llama", 16, (32,) * 16, (8,) * 16, 64, 64, 131072)
+PROFILE = Profile(tuple(np.eye(8, dtype=np.uint8)[il % 8] for il in range(16)))
+QUICK = ["-r", "3", "--seconds", "0.05", "-t", "2"]
 
 
-def task(path, **options) -> dict:
-    defaults = {
-        "model": str(path),
-        "n_ctx": 1024,
-        "n_threads": 1,
-        "n_gpu_layers": 0,
-        "sidecar": None,
-        "name": "razor",
-        "razor": True,
-        "type_k": "f16",
-        "type_v": "f16",
-        "lib": None,
-    }
-    return defaults | options
+def run(*args: str):
+    return CliRunner().invoke(main, ["bench", *map(str, args)])
 
 
-@pytest.mark.parametrize("type_kv", ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
-def test_random_cache_has_the_state_of_a_prefill(tiny, type_kv: str) -> None:
-    side = _Bindings(task(tiny(SPEC, KV), type_k=type_kv, type_v=type_kv))
-    for depth in (1, 4, 5, 64, 300, 1000):
-        side.api.llama_memory_clear(side.memory, True)
-        for token in range(depth):
-            side.decode(token % SPEC.n_vocab)
-        size = side.api.llama_state_seq_get_size(side.ctx, 0)
-        want = side.native.seq(side.ctx, 0)
-        side.fill(depth)
-        got = side.native.seq(side.ctx, 0)
-        assert (got.n_tokens, got.frontier) == (want.n_tokens, want.frontier)
-        assert side.api.llama_state_seq_get_size(side.ctx, 0) == size
-        assert side.step() > 0
-        assert side.step() > 0  # the first was taken out again
-
-
-def test_full_cache_is_filled_too(tiny) -> None:
-    side = _Bindings(task(tiny(SPEC, KV), razor=False, name="full"))
-    assert not side.native.stats(side.ctx).active
-    side.fill(700)
-    assert side.api.llama_memory_seq_pos_max(side.memory, 0) == 699
-    assert side.step() > 0
-
-
-def test_command_prints_figures_that_add_up(tiny) -> None:
-    path = str(tiny(SPEC, KV))
-    args = ["bench", path, "-d", "0", "-d", "500", "-c", "2048", "-r", "3", "--json"]
-    done = CliRunner().invoke(main, args)
+@pytest.fixture(scope="module")
+def measured(tiny, tmp_path_factory):
+    """One run of everything on a tiny model, resumed from nothing."""
+    folder = tmp_path_factory.mktemp("bench")
+    args = [tiny(SPEC, KV), "-d", "0,500", "-d", "1k", "-c", "2048", "--types", "f16,q8_0", *QUICK]
+    args += ["--real-prefill", "-o", folder / "run.json", "--resume", folder / "run.jsonl"]
+    done = run(*args, "--plot", folder / "run.svg")
     assert done.exit_code == 0, done.output
-    results = json.loads(done.stdout)
-    assert [(r["depth"], r["pairs"]) for r in results] == [(0, 3), (500, 3)]
-    for r in results:
-        assert r["razor_ms"] > 0 and r["full_ms"] > 0
-        assert r["ratio_low"] <= r["ratio"] <= r["ratio_high"]
-        assert r["razor_kv_bytes"] < r["full_kv_bytes"] == 3 * 2 * 2 * 64 * 2 * 2048
-    done = CliRunner().invoke(main, args[:-1])
-    assert done.exit_code == 0 and "faster by" in done.stdout
+    assert done.stdout == ""
+    return SimpleNamespace(
+        args=args, folder=folder, report=json.loads((folder / "run.json").read_text())
+    )
 
 
-def test_what_cannot_be_timed_is_refused_in_one_sentence(tiny, tmp_path) -> None:
-    path = tiny(SPEC, KV)
-    with pytest.raises(RazorError, match="depth 900 does not fit into a context of 512 tokens"):
-        bench_decode(path, [900], n_ctx=512)
-    with pytest.raises(RazorError, match="has no razor profile"):
-        bench_decode(tiny(SPEC), [10], n_ctx=512)
-    with pytest.raises(RazorError, match="razor does nothing at 256 tokens"):
-        bench_decode(path, [10], n_ctx=256)
-    with pytest.raises(RazorError, match="No such file|does not exist"):
-        bench_decode(tmp_path / "none.gguf", [10], n_ctx=512)
+def test_figures_add_up(measured) -> None:
+    rows = measured.report["rows"]
+    assert [(r["type_k"], r["depth"]) for r in rows] == [
+        (t, d) for t in ("f16", "q8_0") for d in (0, 500, 1024)
+    ]
+    for r in rows:
+        full = 3 * 2 * 2 * 64 * 2 * 2048
+        assert r["n_ctx"] == 2048 and r["pairs"] == 3
+        assert r["razor_tok_s"] == pytest.approx(1e3 / r["razor_ms"])
+        assert 0 < r["decode_ratio_full_q1"] <= r["decode_ratio_full"] <= r["decode_ratio_full_q3"]
+        assert (r["full_f16_ms"] is None) == (r["type_k"] == "f16")
+        assert r["full_kv_bytes"] == (full if r["type_k"] == "f16" else full * 34 // 64)
+        assert r["full_f16_kv_bytes"] == (None if r["type_k"] == "f16" else full)
+        assert r["razor_kv_bytes"] < r["full_kv_bytes"]
+        assert r["razor_over_read"] > 0 and r["razor_prefill_tok_s"] > 0
+        assert r["razor_first_token_s"] > 0 and r["full_first_token_s"] > 0
+        assert r["first_token"] == ("integrated" if r["depth"] == 1024 else "measured")
+    if os.path.exists("/proc/self/clear_refs"):
+        assert all(r["razor_peak_rss"] > r["razor_kv_bytes"] for r in rows)
+
+
+def test_folds_are_crossed_and_counted(measured) -> None:
+    assert [f["type_k"] for f in measured.report["folds"]] == ["f16", "q8_0"]
+    for f in measured.report["folds"]:
+        assert f["folds"] >= 1 and f["tokens"] >= 15
+        assert f["longest_ms"] >= f["longest_fold_ms"] >= f["median_ms"] * 0.1
+        assert f["longest_ratio"] == pytest.approx(f["longest_ms"] / f["median_ms"])
+
+
+def test_real_prefill_is_compared(measured) -> None:
+    checks = measured.report["checks"]
+    assert [c["side"] for c in checks] == ["razor", "full"]
+    for c in checks:
+        assert 100 + 64 < c["tokens"] < 2048  # the window is full: there was something to fold
+        assert c["real_s"] > 0 and c["integrated_over_real"] > 0 and c["random_over_real"] > 0
+
+
+def test_head_says_what_ran_where(measured) -> None:
+    head = measured.report["head"]
+    assert head["model"]["retrieval_kv_heads"] == 3 and head["model"]["kv_heads"] == 6
+    assert not head["model"]["random_weights"]
+    assert head["machine"]["cpu"] and head["machine"]["cores"] >= 1
+    assert head["library"]["build"]["version"] and head["library"]["backends"]
+    assert head["setup"]["n_threads"] == 2
+    assert str(measured.folder) not in json.dumps(head)  # no paths of the machine
+
+
+def test_run_is_resumed_without_measuring_again(measured, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(bench_module, "Worker", refuse)
+    done = run(*measured.args, "--format", "csv", "-o", measured.folder / "again.csv")
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader(io.StringIO((measured.folder / "again.csv").read_text())))
+    assert [float(r["razor_ms"]) for r in rows] == [r["razor_ms"] for r in measured.report["rows"]]
+
+
+def test_only_what_is_missing_is_measured(measured, tmp_path) -> None:
+    lines = (measured.folder / "run.jsonl").read_text().splitlines()
+    # a process that was killed while it wrote the last line
+    torn = tmp_path / "run.jsonl"
+    torn.write_text("".join(f"{line}\n" for line in lines[:-3]) + lines[-3][:40])
+    args = [torn if a == measured.folder / "run.jsonl" else a for a in measured.args]
+    done = run(*args[: args.index("-o")], "--resume", torn, "--json")
+    assert done.exit_code == 0, done.output
+    again = torn.read_text().splitlines()
+    assert again[: len(lines) - 3] == lines[:-3]
+    names = [[json.loads(x).get(k) for k in ("kind", "type_k", "depth")] for x in again]
+    assert names == [[json.loads(x).get(k) for k in ("kind", "type_k", "depth")] for x in lines]
+    assert len(json.loads(done.stdout)["rows"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("-r", "4"), "another settings"),
+        (("--window-min", "90"), "another model|another setup"),
+    ],
+)
+def test_journal_of_another_run_is_refused(measured, change, message) -> None:
+    before = (measured.folder / "run.jsonl").read_bytes()
+    done = run(*measured.args, *change)
+    assert done.exit_code == 1 and "is of a run with" in done.output
+    assert (measured.folder / "run.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "hello\n", "{}\n", '{"kind": "head"}\n', "[1]\n", "\xff\n"])
+def test_other_files_are_no_journals(measured, tmp_path, text) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(text.encode("latin-1"))
+    head = measured.report["head"]
+    with pytest.raises(RazorError, match="is no journal of a benchmark|is of a run with another"):
+        Journal(path, head)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_interrupted_run_keeps_its_journal_and_leaves_no_process(tiny, tmp_path) -> None:
+    journal = tmp_path / "run.jsonl"
+    args = ["bench", str(tiny(SPEC, KV)), "-d", "0", "-c", "2048", "-r", "100000"]
+    args += ["--seconds", "600", "--resume", str(journal), "-o", str(tmp_path / "run.md")]
+    code = "from razor_local.cli import main; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a shell in the background lets its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    end = time.monotonic() + 60
+    while not journal.exists() or journal.read_text().count("\n") < 3:
+        assert time.monotonic() < end and child.poll() is None
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, err = child.communicate(timeout=60)
+    assert child.returncode != 0
+    assert "goes on with what is in" in err and "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child.pid, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
+    kinds = [json.loads(line)["kind"] for line in journal.read_text().splitlines()]
+    assert kinds == ["head", "memory", "memory"]
+
+
+# -- the plan of a run
+
+
+def test_contexts_are_as_large_as_their_depths_need() -> None:
+    settings = Settings(depths=(131072, 0, 512, 8192, 32768))
+    batches = make_batches(settings, SHAPE, PROFILE)
+    sizes = [(b.sides[0].n_ctx, b.sides[0].type_k, b.sides[0].window) for b in batches]
+    assert sizes == [
+        *((n_ctx, t, 0) for n_ctx in (8704, 33280, 131584) for t in ("f16", "q8_0", "q4_0")),
+        (131584, "f16", 2048),
+    ]
+    small = [(s.kind, s.depth) for s in batches[0].steps]
+    assert [d for kind, d in small if kind == "decode"] == [0, 512, 8192]
+    assert ("prompt", 512) in small and ("prompt", 8192) not in small
+    # prefill: at 0, where the window is full, at the depth
+    assert [d for kind, d in small if kind == "prefill"] == [0, 4352, 8192]
+    large = [(s.kind, s.depth) for s in batches[6].steps]
+    assert [d for kind, d in large if kind == "prefill"] == [26624, 131072]
+    assert [s.depth for s in batches[-1].steps] == [4096 << i for i in range(6)]
+    assert [s.name for s in batches[0].sides] == ["razor", "full"]
+    assert [s.name for s in batches[1].sides] == ["razor", "full", "full_f16"]
+    keys = [tuple(b.key(s).values()) for b in batches for s in b.steps]
+    assert len(keys) == len(set(keys))
+
+
+def test_one_context_for_all_depths() -> None:
+    settings = Settings(depths=(0, 8192), n_ctx=32000, types=(("f16", "q8_0"),), fit=False)
+    (batch,) = make_batches(settings, SHAPE, PROFILE, energy=True)
+    assert batch.sides[0].n_ctx == 32000 and batch.sides[2].type_v == "f16"
+    assert [s.kind for s in batch.steps].count("energy") == 1
+
+
+def test_weights_that_a_token_reads(tiny) -> None:
+    tied, untied = (tiny(TinySpec("llama", 3, 4, 2, 64, tied=t)) for t in (True, False))
+    d, ff, n_q, n_kv, layers = 64, 96, 256, 128, 3
+    blocks = layers * (2 * d * n_q + 2 * d * n_kv + 3 * d * ff + 2 * d) + d
+    # the table of token embeddings is the output head, or one row of it is read
+    assert weights_bytes(tied) == weights_bytes(untied) == (blocks + 128 * d) * 4
+
+
+# -- refused
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("MODEL", "-d", "900", "-c", "512"), "depth 900 does not fit into a context of 512"),
+        (("MODEL", "-d", "10", "-c", "256"), "razor does nothing at 256 tokens"),
+        (("STOCK", "-d", "10"), "has no razor profile"),
+        (("none.gguf",), "none.gguf: No such file"),
+        (("MODEL", "-d", "8x"), "'8x' is not a number of tokens"),
+        (("MODEL", "-d", "-1"), "'-1' is not a number of tokens"),
+        (("MODEL", "--types", "f16,q9"), "'q9' is not one of"),
+        (("MODEL", "--types", "f16", "-ctk", "q8_0"), "--types and -ctk, -ctv exclude"),
+        (("MODEL", "--shape", "30m"), "expected one of MODEL, --shape"),
+        ((), "expected one of MODEL, --shape"),
+        (("--shape", "llama-9"), "no shape is called 'llama-9'; there are 30m, llama-3.2-1b"),
+        (("MODEL", "--seed", "3"), "belong to --shape"),
+        (("MODEL", "-o", "no/where/x.json"), "the folder no/where does not exist"),
+        (("MODEL", "--plot", "x.bmp"), "x.bmp is not the name of a picture"),
+        (("MODEL", "--real-prefill", "5k", "-c", "2k", "-d", "0"), "real prefill of 5120 tokens"),
+        (("MODEL", "--window-min", "0"), "razor.window_min is 0, expected 1 to"),
+        (("MODEL", "--retrieval", "0.5"), "holds no head scores"),
+        (("--report", "MODEL"), "is no report of a benchmark"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(
+    tiny, tmp_path, monkeypatch, args, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": str(tiny(SPEC, KV)), "STOCK": str(tiny(SPEC))}
+    done = run(*(names.get(a, a) for a in args))
+    assert done.exit_code != 0 and done.stdout == ""
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(tiny, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bench_module, "free_memory", lambda: 500 << 20)
+    monkeypatch.setattr(bench_module, "Worker", None)
+    journal = tmp_path / "run.jsonl"
+    with pytest.raises(RazorError, match="full caches of 1,024 tokens needs about 0.5 GiB of mem"):
+        run_bench(ModelSetup(str(tiny(SPEC, KV))), Settings((0,), n_ctx=1024), resume=journal)
+    assert not journal.exists()
+
+
+# -- the machine
+
+
+def test_machine_is_described() -> None:
+    machine = describe_machine()
+    assert machine["cpu"] and 1 <= machine["cores"] <= (os.cpu_count() or 1)
+    free = free_memory()
+    assert free is None or 0 < free < machine["memory_total"]
+
+
+def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path) -> None:
+    for name, label in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "name").write_text(label + "\n")
+        (folder / "max_energy_range_uj").write_text("9999999\n")
+        (folder / "energy_uj").write_text("9000000\n")
+    (tmp_path / "intel-rapl:1").mkdir()  # without files: as good as forbidden
+    meter = EnergyMeter(tmp_path, nvml=_Nvml(None))
+    assert meter.sources == ["package-0"]
+    meter.start()
+    (tmp_path / "intel-rapl:0/energy_uj").write_text("500000\n")
+    joules, seconds = meter.stop()
+    assert joules == pytest.approx(1.5) and seconds > 0
+
+
+def test_energy_of_gpus_is_read(tmp_path) -> None:
+    nvml = _Nvml([7_000, 100])
+    meter = EnergyMeter(tmp_path, nvml=nvml)
+    assert meter.sources == ["GPU 0", "GPU 1"]
+    meter.start()
+    nvml.millijoules = [9_500, 600]
+    assert meter.stop()[0] == pytest.approx(3.0)
+    assert EnergyMeter(tmp_path, nvml=_Nvml(None)).sources == []
+
+
+class _Nvml:
+    """The calls of NVML that the meter makes, as its documentation describes them."""
+
+    def __init__(self, millijoules) -> None:
+        self.millijoules = millijoules
+
+    def nvmlInit_v2(self) -> int:
+        return 0 if self.millijoules else 9  # NVML_ERROR_DRIVER_NOT_LOADED
+
+    def nvmlDeviceGetCount_v2(self, count) -> int:
+        count._obj.value = len(self.millijoules)
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
+        handle._obj.value = index + 1
+        return 0
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle, energy) -> int:
+        energy._obj.value = self.millijoules[handle.value - 1]
+        return 0

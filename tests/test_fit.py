@@ -18,12 +18,13 @@ from gguf_bytes import gguf, kv, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from other_models import make_other
-from tiny_models import TinySpec, make_1b_shape, make_model, make_split_model, model_kv, razor_kv
+from tiny_models import TinySpec, make_model, make_split_model, model_kv, razor_kv
 
 from razor_local import Llama, Profile, RazorError, UnsupportedError, fit, make_plan, native
 from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.fit import RAM, ContextOptions, DryModel, largest_fitting, paper_profile
+from razor_local.shapes import SHAPES, write_shape_model
 
 SPECS = {
     "llama": TinySpec("llama", 6, 4, 4, 64, n_embd=64, n_ff=96, n_vocab=512, n_ctx_train=8192),
@@ -31,6 +32,10 @@ SPECS = {
     "gpt2": TinySpec("gpt2", 3, 2, 2, 32, n_ff=128, n_vocab=400, n_ctx_train=4096),
 }
 PLANS = [(cache, t) for cache in ("full", "razor") for t in ("f16", "q8_0", "q4_0")]
+
+
+# all layers on the device, where there is one
+EVERYWHERE = {"n_gpu_layers": -1, "n_threads": 1, "n_threads_batch": 1}
 
 
 def profile_of(model: DryModel) -> Profile:
@@ -75,7 +80,8 @@ def test_what_is_planned_is_allocated(name, cache, kv_type, files):
         need = dry.need(3000, ContextOptions(profile, kv_type, kv_type))
         assert (need.n_ctx, need.active) == (3072, cache == "razor")
         plan = make_plan(dry.shape, profile, 3000, kv_type, kv_type)
-    llama = Llama(files[name], razor=profile or False, n_ctx=3000, type_k=kv_type, type_v=kv_type)
+    types = {"type_k": kv_type, "type_v": kv_type}
+    llama = Llama(files[name], razor=profile or False, n_ctx=3000, **types, **EVERYWHERE)
     try:
         for _ in range(2):
             weights, kv_bytes, compute = allocated(llama)
@@ -96,7 +102,7 @@ def test_without_flash_attention(cache, files):
         need = dry.need(2048, ContextOptions(profile, flash_attn=False, n_batch=256, n_ubatch=64))
     llama = Llama(
         files["llama"], razor=profile or False, n_ctx=2048, flash_attn=False, n_batch=256,
-        n_ubatch=64,
+        n_ubatch=64, n_gpu_layers=-1,
     )  # fmt: skip
     weights, kv_bytes, compute = allocated(llama)
     llama.close()
@@ -107,12 +113,13 @@ def test_without_flash_attention(cache, files):
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0"])
 def test_weights_of_other_types(quant, tmp_path):
     """Also where the CPU backend repacks them: one copy counts."""
-    path = make_1b_shape(tmp_path / "m.gguf", quant=quant, n_layer=1, n_vocab=512)
+    shape = replace(SHAPES["llama-3.2-1b"], n_layer=1, n_vocab=512)
+    path = write_shape_model(tmp_path / "m.gguf", shape, quant=quant)
     with DryModel(path) as dry:
         need = dry.need(512)
     # (the token embedding is the output head, too, and may lie in both places)
     assert path.stat().st_size * 0.99 < need.weights < path.stat().st_size * 1.03
-    llama = Llama(path, n_ctx=512, use_mmap=False)
+    llama = Llama(path, n_ctx=512, use_mmap=False, **EVERYWHERE)
     assert sum(allocated(llama)) == pytest.approx(need.total, rel=0.01)
     llama.close()
 
@@ -126,7 +133,7 @@ def test_caches_that_no_plan_describes(arch, tmp_path):
         if dry.shape is not None:
             with pytest.raises(UnsupportedError, match="not supported, switch razor off"):
                 dry.need(512, ContextOptions(paper_profile(dry.shape)))
-    llama = Llama(path, n_ctx=512, razor=False)
+    llama = Llama(path, n_ctx=512, razor=False, **EVERYWHERE)
     weights, kv_bytes, compute = allocated(llama)
     llama.close()
     assert kv_bytes == need.kv

@@ -20,14 +20,15 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from razor_local.converters.write import write_sidecar
-from tiny_models import TinySpec, make_1b_shape, razor_kv
+from tiny_models import TinySpec, razor_kv
 
 from razor_local import native, reference
 from razor_local import verify as module
 from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
 from razor_local.plan import KV_TYPES
-from razor_local.profile import read_profile
+from razor_local.profile import Profile, read_profile
+from razor_local.shapes import write_shape_model
 from razor_local.verify import Errors, compare_layer, kl_divergence, sample_positions, verify
 
 DEFAULT = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
@@ -394,11 +395,10 @@ def test_errors_in_callbacks_are_raised(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def model_1b(tmp_path_factory) -> Path:
-    mask = np.random.default_rng(0).random((16, 8)) < 0.2
+    mask = (np.random.default_rng(0).random((16, 8)) < 0.2).astype(np.uint8)
     path = tmp_path_factory.mktemp("1b") / "model.gguf"
-    return make_1b_shape(
-        path, razor_kv(mask.astype(int).tolist(), window_min=256, window_divisor=0)
-    )
+    profile = Profile(tuple(mask), window_min=256, window_divisor=0)
+    return write_shape_model(path, "llama-3.2-1b", profile=profile)
 
 
 @pytest.mark.slow

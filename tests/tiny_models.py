@@ -253,63 +253,6 @@ def make_split_model(
     return first
 
 
-def make_1b_shape(
-    path: str | Path,
-    extra_kv: dict[str, tuple[Any, GGUFValueType]] | None = None,
-    *,
-    quant: str = "q4_0",
-    n_layer: int = 16,
-    n_vocab: int = 32000,
-    n_ctx_train: int = 131072,
-) -> Path:
-    """Write a llama of the 1B shape (d 2048, 32 query and 8 KV heads of 64, FFN 8192) for timing.
-
-    Its weights are one random block repeated: meaningless text, the right amount of work. The
-    output head is the token embedding. quant: q4_0, q8_0 or f16.
-    """
-    shape = TinySpec(
-        "llama", n_layer, 32, 8, 64, 2048, 8192, n_vocab, n_ctx_train, tied=True, rope_base=500000.0
-    )
-    types = {
-        "q4_0": (GGMLQuantizationType.Q4_0, 32, 18),
-        "q8_0": (GGMLQuantizationType.Q8_0, 32, 34),
-        "f16": (GGMLQuantizationType.F16, 1, 2),
-    }
-    qtype, block, block_bytes = types[quant]
-    rng = np.random.default_rng(0)
-
-    def matrix(n_out: int, n_in: int) -> np.ndarray:
-        if quant == "f16":
-            row = (rng.standard_normal(n_in) / n_in**0.5).astype(np.float16)
-            return np.tile(row, (n_out, 1))
-        scale = np.float16(0.3 / n_in**0.5 if quant == "q4_0" else 0.02 / n_in**0.5)
-        blocks = rng.integers(0, 256, (n_in // block, block_bytes), np.uint8)
-        blocks[:, :2] = np.frombuffer(scale.tobytes(), np.uint8)
-        rows = np.stack([np.roll(blocks, 7 * i, axis=0).reshape(-1) for i in range(64)])
-        return np.tile(rows, (n_out // 64, 1))
-
-    def tensors() -> Iterable[tuple[str, np.ndarray, GGMLQuantizationType | None]]:
-        d, ff, n_kv = shape.n_embd, shape.n_ff, shape.kv_heads[0] * shape.head_dim
-        ones = np.ones(d, np.float32)
-        yield "token_embd.weight", matrix(n_vocab, d), qtype
-        for il in range(n_layer):
-            for name, n_out, n_in in (
-                ("attn_q", d, d),
-                ("attn_k", n_kv, d),
-                ("attn_v", n_kv, d),
-                ("attn_output", d, d),
-                ("ffn_gate", ff, d),
-                ("ffn_up", ff, d),
-                ("ffn_down", d, ff),
-            ):
-                yield f"blk.{il}.{name}.weight", matrix(n_out, n_in), qtype
-            yield f"blk.{il}.attn_norm.weight", ones, None
-            yield f"blk.{il}.ffn_norm.weight", ones, None
-        yield "output_norm.weight", ones, None
-
-    return write_gguf(path, "llama", model_kv(shape) | (extra_kv or {}), tensors())
-
-
 def with_kv_heads(spec: TinySpec, grouping: str) -> TinySpec:
     """The spec with as many KV heads as query heads (mha), half as many (gqa) or one (mqa)."""
     n_head_kv = {"mha": spec.n_head, "gqa": max(1, spec.n_head // 2), "mqa": 1}[grouping]

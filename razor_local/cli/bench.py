@@ -1,134 +1,340 @@
-"""razor-local bench: decode speed against a full cache, paired token by token."""
+"""razor-local bench: memory and speed against full caches, in turn, with plots."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+import re
+import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from ..bench import DecodeResult
+    from ..bench import Settings
+    from ..bench_report import Report
+    from ..bench_worker import ModelSetup
 
 PATH = click.Path(path_type=Path)
 TYPES = "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0".split()  # plan.KV_TYPES, which imports numpy
+MAX_DEPTH = 2**31 - 1024
 
 EPILOG = """
 \b
 Examples:
   razor-local bench model-razor.gguf
-  razor-local bench model-razor.gguf -d 512 -d 32768 -t 1
-  razor-local bench model-razor.gguf -d 32768 -ctk q8_0 -ctv q8_0 --json
+  razor-local bench model-razor.gguf -d 0,8k,32k,128k --types f16,q8_0 --plot speed.svg
+  razor-local bench model-razor.gguf -c 32k -d 0,4k,16k,30k -ctk q8_0 -ctv q8_0 --json
+  razor-local bench --shape llama-3.2-1b -d 0,512,8k,32k,128k -o run.json --resume run.jsonl
+  razor-local bench --report run.json --plot run.png
+  razor-local bench --compare before.json after.json
 """
 
 
+class _Tokens(click.ParamType):
+    """A number of tokens such as 512, 32k or 1M (k = 1024)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,10})([kKmM]?)", value.strip())
+        n = -1 if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
+        if not 0 <= n <= MAX_DEPTH:
+            self.fail(
+                f"{value!r} is not a number of tokens, expected one like 512 or 32k", param, ctx
+            )
+        return n
+
+
+class _List(click.ParamType):
+    """Values of another type, separated by commas."""
+
+    def __init__(self, item: click.ParamType, name: str) -> None:
+        self.item, self.name = item, name
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@click.argument("model", type=PATH, required=False)
 @click.option(
-    "-d", "--depth", "depths", type=click.IntRange(min=0), multiple=True,
-    help="Tokens in the cache, can be repeated. [default: 512, and 3/4 of the context]",
+    "-d", "--depth", "depths", type=_List(_Tokens(), "tokens,..."), multiple=True,
+    help="Tokens in the cache, for example 0,8k,32k; can be repeated.  [default: 0,8k,32k]",
 )  # fmt: skip
 @click.option(
-    "-c", "--ctx-size", type=click.IntRange(min=0), default=0,
-    help="Context in tokens. [default: the deepest depth + 256, at least 32768]",
+    "-c", "--ctx-size", type=_Tokens(), default=0,
+    help="One context for all depths.  [default: as large as each depth needs, at least 8.5k]",
 )  # fmt: skip
+@click.option(
+    "--types", type=_List(click.Choice(TYPES), "type,..."),
+    help="KV types, K and V alike.  [default: f16,q8_0,q4_0]",
+)  # fmt: skip
+@click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES), help="One type of K instead.")
+@click.option("-ctv", "--cache-type-v", type=click.Choice(TYPES), help="One type of V instead.")
 @click.option(
     "-r", "--pairs", type=click.IntRange(min=1), default=40, show_default=True,
-    help="Pairs of tokens per depth.",
+    help="Tokens to decode per side and depth, at most.",
 )  # fmt: skip
-@click.option("-t", "--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=15.0, show_default=True,
+    help="Time of one measurement: where tokens are slow, fewer are decoded (5 at least).",
+)  # fmt: skip
+@click.option(
+    "-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]"
+)
 @click.option("-ngl", "--n-gpu-layers", type=int, default=0, show_default=True)
-@click.option(
-    "-ctk", "--cache-type-k", type=click.Choice(TYPES), default="f16", show_default=True,
-    help="Type of razor's K cache.",
-)  # fmt: skip
-@click.option(
-    "-ctv", "--cache-type-v", type=click.Choice(TYPES), default="f16", show_default=True,
-    help="Type of razor's V cache.",
-)  # fmt: skip
-@click.option(
-    "--full-type", type=click.Choice(TYPES), default="f16", show_default=True,
-    help="Type of the full cache it is compared with.",
-)  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--stock-lib", type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with the libllama of a stock build for the full cache. [default: the package's]",
+    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    help="Share of retrieval heads instead of the profile's; with --shape: [default: 0.15]",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens.")
+@click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's.")
+@click.option("--sinks", type=int, metavar="N", help="Instead of the profile's.")
+@click.option(
+    "--shape", metavar="NAME",
+    help="Instead of MODEL: random weights in this shape, kept in the cache folder of the user.",
+)  # fmt: skip
+@click.option(
+    "--quant", type=click.Choice(["q4_0", "q8_0", "f16"]), help="Of --shape.  [default: q4_0]"
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Of the weights and heads of --shape.  [default: 0]"
+)
+@click.option(
+    "--real-prefill", type=_Tokens(), is_flag=False, flag_value="0", metavar="[TOKENS]",
+    help="Check the random caches: prefill so many tokens for real.  [default: as many as fold]",
+)  # fmt: skip
+@click.option("--no-fit", is_flag=True, help="Leave out the line of decode time over context.")
+@click.option(
+    "--stock-lib", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with the libllama of a stock build for the full caches.  [default: the package's]",
+)  # fmt: skip
+@click.option(
+    "--resume", type=PATH, metavar="JOURNAL",
+    help="Keep finished measurements in this file, and leave out what is in it.",
+)  # fmt: skip
+@click.option(
+    "--format", "kind", type=click.Choice(["md", "json", "csv", "jsonl"]),
+    help="Of the report.  [default: by the name of --output, or md]",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option("-o", "--output", type=PATH, help="Write the report to this file, not to stdout.")
+@click.option(
+    "--plot", "plots", type=PATH, multiple=True, metavar="PICTURE",
+    help="Draw memory and speed over context (.png, .svg, .pdf); can be repeated.",
+)  # fmt: skip
+@click.option("--report", type=PATH, metavar="RUN.json", help="Measure nothing: show a saved run.")
+@click.option(
+    "--compare", type=PATH, nargs=2, metavar="A.json B.json",
+    help="Measure nothing: compare two saved runs.",
+)  # fmt: skip
 def bench(
-    model: Path,
-    depths: tuple[int, ...],
-    ctx_size: int,
-    pairs: int,
-    threads: int,
-    n_gpu_layers: int,
-    cache_type_k: str,
-    cache_type_v: str,
-    full_type: str,
-    sidecar: Path | None,
-    stock_lib: Path | None,
+    model: Path | None,
+    kind: str | None,
     as_json: bool,
+    output: Path | None,
+    plots: tuple[Path, ...],
+    report: Path | None,
+    compare: tuple[Path, Path] | None,
+    **options: Any,
 ) -> None:
-    """Time single-token decodes of MODEL with razor against a full cache.
+    """Measure MODEL with razor against full caches: memory, prefill, first token, decoding.
 
-    Both contexts decode in turn, and the ratios of neighbours are what counts; flash attention is
-    on for both. Deep caches are filled with random rows.
+    All sides decode in turn in one process, flash attention on, and the ratios of neighbours are
+    what counts. Deep caches are filled with random rows (--real-prefill checks that), each in a
+    context of its size.
     """
-    from rich.console import Console
+    from ..bench_report import (
+        differences,
+        format_comparison,
+        format_report,
+        load_report,
+        plot_report,
+        save_text,
+    )
+    from ..safe_write import check_new_file
 
-    from ..bench import bench_decode
-
-    ctx_size = ctx_size or max(32768, max(depths, default=0) + 256)
-    depths = depths or (512, ctx_size // 4 * 3)
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        results = bench_decode(
-            model,
-            depths,
-            n_ctx=ctx_size,
-            pairs=pairs,
-            n_threads=threads,
-            n_gpu_layers=n_gpu_layers,
-            type_k=cache_type_k,
-            type_v=cache_type_v,
-            full_type_k=full_type,
-            full_type_v=full_type,
-            sidecar=sidecar,
-            stock_lib=stock_lib,
-            progress=status.update,
-        )
-    if as_json:
-        click.echo(json.dumps([asdict(result) for result in results], indent=2))
+    kind = "json" if as_json else kind or _kind_of(output)
+    sources = [model, options["shape"], report, compare or None]
+    if sum(source is not None for source in sources) != 1:
+        raise click.UsageError("expected one of MODEL, --shape, --report and --compare")
+    for path in (*plots, *([output] if output else [])):
+        check_new_file(path)
+    if plots:
+        _check_pictures(plots)
+    if compare:
+        if plots:
+            raise click.UsageError("--compare draws nothing; --plot is for one run")
+        pair = [load_report(path) for path in compare]
+        for line in differences(*pair):
+            click.echo(f"Note: the runs differ in {line}", err=True)
+        text = format_comparison(*pair, kind)
     else:
-        _print(results, f"{cache_type_k}/{cache_type_v}", full_type)
+        run = load_report(report) if report is not None else _measure(model, options)
+        text = format_report(run, kind)
+        for path in plots:
+            plot_report(run, path)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        save_text(text, output)
 
 
-def _print(results: list[DecodeResult], razor_types: str, full_type: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _kind_of(output: Path | None) -> str:
+    kind = "" if output is None else output.suffix.lower()[1:]
+    return kind if kind in ("json", "csv", "jsonl") else "md"
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in (
-        "depth",
-        f"razor {razor_types} ms",
-        f"full {full_type} ms",
-        "faster by",
-        "quartiles",
-        "razor KV MiB",
-        "full KV MiB",
-    ):
-        table.add_column(name, justify="right")
-    for r in results:
-        table.add_row(
-            f"{r.depth:,}",
-            f"{r.razor_ms:.2f}",
-            f"{r.full_ms:.2f}",
-            f"{r.ratio:.3f}x",
-            f"{r.ratio_low:.3f}-{r.ratio_high:.3f}",
-            f"{r.razor_kv_bytes / 2**20:,.1f}",
-            "?" if r.full_kv_bytes is None else f"{r.full_kv_bytes / 2**20:,.1f}",
+
+def _check_pictures(paths: tuple[Path, ...]) -> None:
+    """Refuses before the measuring what could not be drawn after it."""
+    from ..picture import make_figure
+
+    for path in paths:
+        make_figure(path, (1, 1), "leave out --plot")
+
+
+def _measure(model: Path | None, options: dict[str, Any]) -> Report:
+    from ..bench import run_bench
+    from ..bench_report import Report
+
+    settings = _settings(options)
+    setup = _setup(model, options)
+    with _TimeLeft() as show:
+        try:
+            head, records = run_bench(
+                setup,
+                settings,
+                stock_lib=options["stock_lib"],
+                resume=options["resume"],
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            show.close()
+            journal = options["resume"]
+            click.echo(
+                "Interrupted; nothing was kept, next time use --resume FILE."
+                if journal is None
+                else f"Interrupted; the same command goes on with what is in {journal}.",
+                err=True,
+            )
+            raise
+    return Report(head, records)
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    from ..bench import Settings
+
+    k, v, types = options["cache_type_k"], options["cache_type_v"], options["types"]
+    if (k or v) and types:
+        raise click.UsageError("--types and -ctk, -ctv exclude each other")
+    changes: dict[str, Any] = {}
+    if k or v:
+        changes["types"] = ((k or "f16", v or "f16"),)
+    elif types:
+        changes["types"] = tuple((name, name) for name in dict.fromkeys(types))
+    if options["depths"]:
+        changes["depths"] = tuple(sorted({n for some in options["depths"] for n in some}))
+    return Settings(
+        n_ctx=options["ctx_size"],
+        max_pairs=options["pairs"],
+        seconds=options["seconds"],
+        real_prefill=options["real_prefill"],
+        fit=not options["no_fit"],
+        **changes,
+    )
+
+
+def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
+    from ..bench_machine import n_cores
+    from ..bench_worker import ModelSetup
+
+    retrieval = options["retrieval"]
+    if model is None:
+        if options["sidecar"]:
+            raise click.UsageError("--sidecar belongs to MODEL, not to --shape")
+        model = _make_shape(options)
+        retrieval = None  # it is in the file
+    elif options["quant"] or options["seed"] is not None:
+        raise click.UsageError("--quant and --seed belong to --shape")
+    return ModelSetup(
+        model=str(model),
+        sidecar=str(options["sidecar"]) if options["sidecar"] else None,
+        retrieval=retrieval,
+        window_min=options["window_min"],
+        window_divisor=options["window_divisor"],
+        sink_tokens=options["sinks"],
+        n_threads=options["threads"] or n_cores(),
+        n_gpu_layers=options["n_gpu_layers"],
+    )
+
+
+def _make_shape(options: dict[str, Any]) -> Path:
+    from ..shapes import cached_shape_model
+    from ..terminal import ProgressBar
+
+    share = options["retrieval"]
+    with ProgressBar(f"Writing random weights in the shape of {options['shape']}") as bar:
+        path = cached_shape_model(
+            options["shape"],
+            quant=options["quant"] or "q4_0",
+            retrieval=0.15 if share is None else share,
+            seed=options["seed"] or 0,
+            progress=bar.update,
         )
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    click.echo(f"{path}: its weights are random, only its speed means anything", err=True)
+    return path
+
+
+class _TimeLeft:
+    """Part done, time left and what is going on: a bar on a terminal, elsewhere a line a minute."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> _TimeLeft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, what: str, part: float, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
+        if not sys.stderr.isatty():
+            if time.monotonic() - self._said >= 60:
+                self._said = time.monotonic()
+                click.echo(f"{part:.0%}{', ' if left else ''}{left}: {what}", err=True)
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            self._bar = Progress(
+                BarColumn(20),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.description}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+                auto_refresh=False,  # no thread beside the computation
+            )
+            self._task = self._bar.add_task(what, total=1.0, left="")
+            self._bar.start()
+        self._bar.update(self._task, description=what, completed=part, left=left, refresh=True)
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,169 @@
+"""What a benchmark records of the machine and the code, and the energy meters it can read."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+RAPL = Path("/sys/class/powercap")
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU, cores this process may use, memory in bytes, system, load average (None: not told)."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": n_cores(),
+        "memory_total": _meminfo("MemTotal"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def n_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory() -> int | None:
+    """Bytes that can be allocated without swapping; None where the system does not tell."""
+    return _meminfo("MemAvailable")
+
+
+def describe_code() -> dict[str, Any]:
+    """Version, and the commit of the checkout this code runs from; "-dirty" if it was changed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        installed = version("razor-local")
+    except PackageNotFoundError:
+        installed = None
+    return {"version": installed, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None  # an installed package, even if it lies in someone else's repository
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty"]
+    command += ["--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip() or None
+    return None
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            return done.stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def _meminfo(name: str) -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+# -- energy
+
+
+class EnergyMeter:
+    """Energy of everything that tells: CPU packages by RAPL, NVIDIA GPUs by NVML.
+
+    It is the whole package's or board's, idle power and other programs included. sources: names,
+    empty where nothing tells.
+    """
+
+    def __init__(self, rapl: Path = RAPL, nvml: Any = None) -> None:
+        self._counters = [*_rapl_counters(rapl), *_nvml_counters(nvml or _load_nvml())]
+        self.sources = [counter.name for counter in self._counters]
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+        self._values = [counter.read() for counter in self._counters]
+
+    def stop(self) -> tuple[float, float]:
+        """Joules and seconds since start()."""
+        joules = 0.0
+        for counter, before in zip(self._counters, self._values, strict=True):
+            joules += (counter.read() - before) % counter.wraps_at * counter.joules
+        return joules, time.perf_counter() - self._began
+
+
+class _Rapl:
+    joules = 1e-6
+
+    def __init__(self, folder: Path) -> None:
+        self.name = (folder / "name").read_text().strip()
+        self.wraps_at = int((folder / "max_energy_range_uj").read_text()) + 1
+        self._file = folder / "energy_uj"
+        self.read()  # raises where only root may
+
+    def read(self) -> int:
+        return int(self._file.read_text())
+
+
+class _Nvml:
+    joules = 1e-3
+    wraps_at = 2**64
+
+    def __init__(self, lib: Any, index: int) -> None:
+        self._lib, self._device = lib, ctypes.c_void_p()
+        if lib.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(self._device)):
+            raise OSError(f"GPU {index} cannot be opened")
+        self.name = f"GPU {index}"
+        self.read()
+
+    def read(self) -> int:
+        millijoules = ctypes.c_ulonglong()
+        if self._lib.nvmlDeviceGetTotalEnergyConsumption(
+            self._device, ctypes.byref(millijoules)
+        ):  # fmt: skip
+            raise OSError(f"{self.name} does not tell its energy")
+        return millijoules.value
+
+
+def _rapl_counters(root: Path) -> list[_Rapl]:
+    found = []
+    # packages alone: what lies below them is part of them, or memory
+    for folder in sorted(root.glob("intel-rapl:*")):
+        if folder.name.count(":") == 1:
+            with suppress(OSError, ValueError):
+                found.append(_Rapl(folder))
+    return found
+
+
+def _load_nvml() -> Any:
+    name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
+    with suppress(OSError):
+        return ctypes.CDLL(name)
+    return None
+
+
+def _nvml_counters(lib: Any) -> list[_Nvml]:
+    count, found = ctypes.c_uint(), []
+    if lib is None or lib.nvmlInit_v2() or lib.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return []
+    for index in range(count.value):
+        with suppress(OSError):
+            found.append(_Nvml(lib, index))
+    return found

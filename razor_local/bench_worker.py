@@ -1,0 +1,617 @@
+"""The process in which a benchmark runs: one model, several contexts on it, driven by JSON lines.
+
+All contexts share one model in one process: two copies of the weights would lie differently in
+memory, which alone was seen to cost one side 10 %. Only another build of llama.cpp needs a process
+of its own, with that uncertainty.
+
+Deep caches are not prefilled but loaded as a state with random rows, which takes seconds instead
+of hours; how long a token takes does not depend on what the rows hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from .errors import RazorError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .profile import ModelShape, Profile
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """A model and what a run changes of its profile. window_divisor 0: window_min alone decides.
+
+    lib: folder of a stock build, None for the package's own library.
+    """
+
+    model: str
+    sidecar: str | None = None
+    retrieval: float | None = None
+    window_min: int | None = None
+    window_divisor: int | None = None
+    sink_tokens: int | None = None
+    n_threads: int = 1
+    n_gpu_layers: int = 0
+    lib: str | None = None
+
+    def read(self) -> tuple[ModelShape, Profile]:
+        """Raises RazorError (one sentence) where there is no profile or it cannot be changed so."""
+        from .profile import read_model_shape, read_profile, read_sidecar
+
+        shape = read_model_shape(self.model)
+        profile = read_sidecar(self.sidecar, shape) if self.sidecar else read_profile(self.model)
+        if profile is None:
+            raise RazorError(
+                f"{self.model} has no razor profile; make one with 'razor-local convert' or name"
+                " one with --sidecar"
+            )
+        if self.retrieval is not None:
+            from .converters.scores import with_retrieval
+
+            profile = with_retrieval(profile, shape, self.retrieval)
+        names = ("window_min", "window_divisor", "sink_tokens")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return shape, replace(profile, **changes)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the contexts that are compared. window: instead of the profile's, 0: the profile's."""
+
+    name: str  # razor, full, full_f16
+    razor: bool
+    type_k: str
+    type_v: str
+    n_ctx: int
+    window: int = 0
+
+    def plan(self, shape: ModelShape, profile: Profile) -> Plan:
+        """Raises RazorError where a razor context would run a full cache."""
+        from .plan import make_plan
+
+        plan = make_plan(
+            shape,
+            profile if self.razor else None,
+            self.n_ctx,
+            self.type_k,
+            self.type_v,
+            window=self.window or None,
+        )
+        if self.razor and not plan.active:
+            raise RazorError(
+                f"razor does nothing at {plan.n_ctx} tokens ({plan.why_inactive});"
+                " raise -c or set a smaller window with --window-min"
+            )
+        return plan
+
+
+# -- the process that drives
+
+
+class Worker:
+    """A running worker process. Raises RazorError where it fails, in ask() or on creation."""
+
+    def __init__(self, setup: ModelSetup) -> None:
+        env = dict(os.environ)
+        # a thread that waits for its turn must not spin on the core of the other side
+        env.setdefault("OMP_WAIT_POLICY", "passive")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "razor_local.bench_worker", json.dumps(asdict(setup))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, command: str, *args: Any) -> Any:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has ended: _read says why
+            print(json.dumps([command, *args]), file=self._process.stdin, flush=True)
+        return self._read()
+
+    def open(self, side: Side) -> Context:
+        return Context(self, side, self.ask("open", asdict(side)))
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RazorError(
+                f"the process of the benchmark ended with exit code {self._process.wait()};"
+                " is there enough memory for all contexts? leave out depths or types"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RazorError(answer["error"])
+        return answer["ok"]
+
+    def close(self) -> None:
+        # it has nothing to save, and may be in the middle of a step of minutes
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
+
+
+@dataclass
+class Context:
+    """A context in a worker. depth: tokens in its cache."""
+
+    worker: Worker
+    side: Side
+    key: int
+    depth: int = 0
+
+    def fill(self, depth: int) -> None:
+        """Leaves depth tokens in the cache, with random rows."""
+        self.worker.ask("fill", self.key, depth)
+        self.depth = depth
+
+    def step(self) -> float:
+        """Seconds of one decode at the current depth; the token is taken out again."""
+        return self.worker.ask("step", self.key)
+
+    def append(self, n_tokens: int) -> float:
+        """Seconds of a batch of n_tokens, which stay in the cache."""
+        seconds = self.worker.ask("append", self.key, n_tokens)
+        self.depth += n_tokens
+        return seconds
+
+    def run(self, n_tokens: int) -> list[float]:
+        """Seconds of each of n_tokens decodes in a row, which stay in the cache."""
+        seconds = self.worker.ask("run", self.key, n_tokens)
+        self.depth += n_tokens
+        return seconds
+
+    def rewind(self, depth: int) -> None:
+        """Back to depth tokens: by removing the newest, or by filling again."""
+        if self.depth != depth:
+            self.worker.ask("rewind", self.key, depth)
+            self.depth = depth
+
+    def kv_bytes(self) -> int | None:
+        """Bytes in the backends' KV buffers; None: a build that does not report them."""
+        return self.worker.ask("kv_bytes", self.key)
+
+    def close(self) -> None:
+        self.worker.ask("close", self.key)
+
+
+# -- what runs in the worker process
+
+
+class Session:
+    """A model on the low-level bindings, which a stock build has too, and the contexts on it."""
+
+    def __init__(self, setup: ModelSetup) -> None:
+        self.setup = setup
+        self.shape, self.profile = setup.read()
+        self.native = None
+        if setup.lib:
+            os.environ["LLAMA_CPP_LIB_PATH"] = setup.lib
+        else:
+            from .native import load
+
+            self.native = load()
+        import llama_cpp
+
+        self.api = llama_cpp
+        if self.native is None:
+            self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+            llama_cpp.llama_log_set(self._quiet, None)
+        llama_cpp.llama_backend_init()
+        self.ggml = _Ggml(llama_cpp.llama_cpp._lib)
+        self.free_before = self.ggml.free_memory()
+
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = setup.n_gpu_layers
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(setup.model), params)
+        if not self.model:
+            raise RazorError(f"{setup.model} could not be loaded ({self.reason()})")
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        self._contexts: dict[int, SessionContext] = {}
+        self._n_opened = 0
+
+    def reason(self) -> str:
+        return (self.native and self.native.last_error()) or "llama.cpp gave no reason"
+
+    def answer(self, command: str, *args: Any) -> Any:
+        """The answer to one command of Worker or Context."""
+        if command in ("describe", "open", "memory", "read_seconds"):
+            return getattr(self, command)(*args)
+        key, *rest = args
+        if command == "close":
+            return self._contexts.pop(key).close()
+        return getattr(self._contexts[key], command)(*rest)
+
+    def describe(self) -> dict[str, Any]:
+        """The build, its backends and devices."""
+        info = self.api.llama_print_system_info().decode("utf-8", "replace").strip()
+        build = None if self.native is None else asdict(self.native.build)
+        return {"build": build, "cpu_features": info} | self.ggml.describe()
+
+    def open(self, side: dict[str, Any]) -> int:
+        self._n_opened += 1
+        self._contexts[self._n_opened] = SessionContext(self, Side(**side))
+        return self._n_opened
+
+    def memory(self, reset: bool = False) -> dict[str, Any]:
+        """peak_rss: bytes since the last reset, None where the system does not tell; device: bytes
+        taken on all devices that are no CPU since before the model was loaded, None without one."""
+        if reset:
+            return {"reset": _reset_peak_rss()}
+        now = self.ggml.free_memory()
+        taken = [before - now[name] for name, before in self.free_before.items()]
+        return {"peak_rss": _peak_rss(), "device": sum(taken) if taken else None}
+
+    def read_seconds(self, n_bytes: int) -> float:
+        return self.ggml.read_seconds(n_bytes, self.setup.n_threads, self.setup.n_gpu_layers != 0)
+
+
+class SessionContext:
+    """The context of one side."""
+
+    def __init__(self, session: Session, side: Side) -> None:
+        from .plan import KV_TYPES
+
+        self.session, self.api, self.native = session, session.api, session.native
+        self.plan = side.plan(session.shape, session.profile)
+        self.depth = 0
+        params = self.api.llama_context_default_params()
+        params.n_ctx = self.plan.n_ctx
+        params.n_threads = params.n_threads_batch = session.setup.n_threads
+        params.type_k = KV_TYPES[side.type_k].ggml_id
+        params.type_v = KV_TYPES[side.type_v].ggml_id
+        params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if self.native is None:
+            self.ctx = self.api.llama_init_from_model(session.model, params)
+        else:
+            from .native import make_params
+
+            profile = session.profile if side.razor else None
+            if profile is not None and side.window:
+                profile = profile.with_options(side.window, None, None)
+            with self.native.override(make_params(profile)):
+                self.ctx = self.api.llama_init_from_model(session.model, params)
+        if not self.ctx:
+            raise RazorError(
+                f"a {side.type_k}/{side.type_v} context of {self.plan.n_ctx:,} tokens could not be"
+                f" created ({session.reason()}); is there enough memory?"
+            )
+        self.memory = self.api.llama_get_memory(self.ctx)
+
+    def close(self) -> None:
+        self.api.llama_free(self.ctx)
+
+    def _decode(self, tokens: Sequence[int]) -> None:
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch only points to them
+        batch = self.api.llama_batch_get_one(ids, len(tokens))
+        if self.api.llama_decode(self.ctx, batch):
+            raise RazorError(f"{len(tokens)} tokens could not be decoded ({self.session.reason()})")
+        self.api.llama_synchronize(self.ctx)
+
+    def _timed(self, tokens: Sequence[int]) -> float:
+        start = time.perf_counter()
+        self._decode(tokens)
+        return time.perf_counter() - start
+
+    def _tokens(self, n: int) -> list[int]:
+        import numpy as np
+
+        rng = np.random.default_rng(self.depth)
+        return rng.integers(0, self.session.n_vocab, n).tolist()
+
+    def fill(self, depth: int) -> None:
+        """Leaves depth tokens in the cache, with random rows."""
+        self.api.llama_memory_clear(self.memory, True)
+        self.depth = depth
+        if depth == 0:
+            return
+        self._decode([0])
+        size = self.api.llama_state_seq_get_size(self.ctx, 0)
+        saved = (ctypes.c_uint8 * size)()
+        self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
+        state = random_state(self.plan, depth, bytes(saved))
+        data = (ctypes.c_uint8 * len(state)).from_buffer(state)
+        if not self.api.llama_state_seq_set_data(self.ctx, data, len(state), 0):
+            raise RazorError(f"the random cache was refused ({self.session.reason()})")
+
+    def step(self) -> float:
+        seconds = self._timed([1])
+        if not self.api.llama_memory_seq_rm(self.memory, 0, self.depth, -1):
+            raise RazorError("the last token could not be removed from the cache")
+        return seconds
+
+    def append(self, n_tokens: int) -> float:
+        seconds = self._timed(self._tokens(n_tokens))
+        self.depth += n_tokens
+        return seconds
+
+    def run(self, n_tokens: int) -> list[float]:
+        seconds = [self._timed([token]) for token in self._tokens(n_tokens)]
+        self.depth += n_tokens
+        return seconds
+
+    def rewind(self, depth: int) -> None:
+        if depth and self.api.llama_memory_seq_rm(self.memory, 0, depth, -1):
+            self.depth = depth
+        else:
+            self.fill(depth)
+
+    def kv_bytes(self) -> int | None:
+        return None if self.native is None else int(self.native.stats(self.ctx).kv_bytes)
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params"""
+
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
+
+
+_DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
+_CPU, _GPU = 0, 1
+_READ_CAP = 1 << 30  # bytes that read_seconds() really reads; more take in proportion
+
+
+class _Ggml:
+    """The functions of ggml that a benchmark needs beside llama.cpp's own."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self.lib = lib
+        for name, args, result in (
+            ("ggml_backend_reg_count", [], c_size_t),
+            ("ggml_backend_reg_get", [c_size_t], c_void_p),
+            ("ggml_backend_reg_name", [c_void_p], c_char_p),
+            ("ggml_backend_reg_get_proc_address", [c_void_p, c_char_p], c_void_p),
+            ("ggml_backend_dev_count", [], c_size_t),
+            ("ggml_backend_dev_get", [c_size_t], c_void_p),
+            ("ggml_backend_dev_name", [c_void_p], c_char_p),
+            ("ggml_backend_dev_description", [c_void_p], c_char_p),
+            ("ggml_backend_dev_type", [c_void_p], c_int),
+            ("ggml_backend_dev_memory", [c_void_p, c_void_p, c_void_p], None),
+            ("ggml_backend_dev_backend_reg", [c_void_p], c_void_p),
+            ("ggml_backend_dev_init", [c_void_p, c_char_p], c_void_p),
+            ("ggml_backend_free", [c_void_p], None),
+            ("ggml_backend_alloc_ctx_tensors", [c_void_p, c_void_p], c_void_p),
+            ("ggml_backend_buffer_clear", [c_void_p, ctypes.c_uint8], None),
+            ("ggml_backend_buffer_free", [c_void_p], None),
+            ("ggml_backend_graph_compute", [c_void_p, c_void_p], c_int),
+            ("ggml_init", [_InitParams], c_void_p),
+            ("ggml_free", [c_void_p], None),
+            ("ggml_new_tensor_2d", [c_void_p, c_int, c_int64, c_int64], c_void_p),
+            ("ggml_mul_mat", [c_void_p, c_void_p, c_void_p], c_void_p),
+            ("ggml_new_graph", [c_void_p], c_void_p),
+            ("ggml_build_forward_expand", [c_void_p, c_void_p], None),
+        ):
+            function = getattr(lib, name)
+            function.argtypes, function.restype = args, result
+
+    def _devices(self) -> list[int]:
+        return [self.lib.ggml_backend_dev_get(i) for i in range(self.lib.ggml_backend_dev_count())]
+
+    def _memory(self, device: int) -> tuple[int, int]:
+        free, total = c_size_t(), c_size_t()
+        self.lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def describe(self) -> dict[str, Any]:
+        lib = self.lib
+        devices = []
+        for device in self._devices():
+            kind = lib.ggml_backend_dev_type(device)
+            devices.append(
+                {
+                    "name": lib.ggml_backend_dev_name(device).decode("utf-8", "replace"),
+                    "description": lib.ggml_backend_dev_description(device).decode(
+                        "utf-8", "replace"
+                    ),
+                    "type": _DEVICE_TYPES[kind] if kind < len(_DEVICE_TYPES) else str(kind),
+                    "memory_total": self._memory(device)[1],
+                }
+            )
+        registered = range(lib.ggml_backend_reg_count())
+        names = [lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(i)) for i in registered]
+        return {"backends": [n.decode("utf-8", "replace") for n in names], "devices": devices}
+
+    def free_memory(self) -> dict[str, int]:
+        """Free bytes of each device that is no CPU, by name."""
+        return {
+            self.lib.ggml_backend_dev_name(device).decode("utf-8", "replace"): self._memory(device)[
+                0
+            ]
+            for device in self._devices()
+            if self.lib.ggml_backend_dev_type(device) != _CPU
+        }
+
+    def read_seconds(self, n_bytes: int, n_threads: int, gpu: bool) -> float:
+        """Seconds that a product of an F32 matrix of n_bytes and a vector takes: its threads have
+        to read every byte once, and do little else. The median of five, after one to warm up."""
+        lib, n_in = self.lib, 4096
+        n_out = max(1, min(n_bytes, _READ_CAP) // (4 * n_in))
+        devices = {
+            lib.ggml_backend_dev_type(device): device for device in reversed(self._devices())
+        }
+        device = devices.get(_GPU if gpu else _CPU, devices[_CPU])
+        graph_bytes = 4 << 20
+        backend = lib.ggml_backend_dev_init(device, None)
+        ctx = lib.ggml_init(_InitParams(graph_bytes, None, True))
+        buffer = None
+        try:
+            set_threads = lib.ggml_backend_reg_get_proc_address(
+                lib.ggml_backend_dev_backend_reg(device), b"ggml_backend_set_n_threads"
+            )
+            if set_threads:
+                ctypes.CFUNCTYPE(None, c_void_p, c_int)(set_threads)(backend, n_threads)
+            matrix = lib.ggml_new_tensor_2d(ctx, 0, n_in, n_out)
+            vector = lib.ggml_new_tensor_2d(ctx, 0, n_in, 1)
+            product = lib.ggml_mul_mat(ctx, matrix, vector)
+            graph = lib.ggml_new_graph(ctx)
+            lib.ggml_build_forward_expand(graph, product)
+            buffer = lib.ggml_backend_alloc_ctx_tensors(ctx, backend)
+            if not buffer:
+                raise RazorError(f"there is no memory to read {n_bytes:,} bytes; leave out depths")
+            lib.ggml_backend_buffer_clear(buffer, 0)
+            seconds = []
+            for _ in range(6):
+                start = time.perf_counter()
+                if lib.ggml_backend_graph_compute(backend, graph):
+                    raise RazorError("the backend could not read its own memory")
+                seconds.append(time.perf_counter() - start)
+        finally:
+            if buffer:
+                lib.ggml_backend_buffer_free(buffer)
+            lib.ggml_free(ctx)
+            lib.ggml_backend_free(backend)
+        return statistics.median(seconds[1:]) * n_bytes / (n_out * n_in * 4)
+
+
+def _peak_rss() -> int | None:
+    """Linux tells, and lets the peak start anew; elsewhere it would hold what filling took."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _reset_peak_rss() -> bool:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+# -- random caches
+
+_STATE_HEAD = struct.Struct("<Ii")  # llama_context: magic, sequence
+_RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fingerprint of the plan
+
+
+def local_rows(plan: Plan, n_tokens: int) -> int:
+    """Rows of a local head's store that n_tokens occupy."""
+    ring = n_tokens - plan.sink_tokens
+    extra = 4 if plan.compensation else 0
+    used = n_tokens if ring <= 0 else plan.sink_tokens + extra + ring
+    return min(used, plan.cells)
+
+
+def kept_bytes(plan: Plan, n_tokens: int) -> int:
+    """Bytes of K and V that n_tokens occupy: what a decoded token's attention has to read."""
+    from .plan import row_size
+
+    row = row_size(plan.type_k, plan.shape.head_dim_k) + row_size(
+        plan.type_v, plan.shape.head_dim_v
+    )
+    if not plan.active:
+        return sum(layer.n_head_kv for layer in plan.layers) * n_tokens * row
+    local = local_rows(plan, n_tokens)
+    return sum(layer.n_retrieval * n_tokens + layer.n_local * local for layer in plan.layers) * row
+
+
+def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
+    """A saved sequence of n_tokens with random rows, as llama_state_seq_set_data takes it.
+
+    plan: one with flash attention. saved: a state that a context of the plan saved, its head is
+    taken over. The layout is that of state_write() of llama_kv_cache and llama_kv_cache_razor.
+    """
+    import numpy as np
+
+    from .plan import KV_TYPES, row_size
+
+    rng = np.random.default_rng(n_tokens)
+
+    def rows(kv_type: str, n_elements: int, n: int) -> bytes:
+        """n rows; one random row repeated, with small finite values whatever the type."""
+        if kv_type in ("f32", "f16"):
+            values = rng.standard_normal(n_elements) / 8
+            row = values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
+        elif kv_type == "bf16":
+            bits = (rng.standard_normal(n_elements) / 8).astype(np.float32).view(np.uint32)
+            row = (bits >> 16).astype(np.uint16).tobytes()
+        else:
+            info = KV_TYPES[kv_type]
+            blocks = rng.integers(0, 256, (n_elements // info.block, info.block_bytes), np.uint8)
+            scale = np.float16(2.0**-9).tobytes()
+            blocks[:, :2] = np.frombuffer(scale, np.uint8)
+            if kv_type in ("q4_1", "q5_1"):  # scale and minimum
+                blocks[:, 2:4] = np.frombuffer(scale, np.uint8)
+            row = blocks.tobytes()
+        return row * n
+
+    shape, out = plan.shape, bytearray(saved[: _STATE_HEAD.size])
+    dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
+    if plan.active:
+        start = (n_tokens - 1) // plan.block * plan.block
+        frontier = max(plan.sink_tokens, start - plan.window)
+        out += saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size]
+        out += struct.pack("<IIIqI", n_tokens, n_tokens, frontier, -1, 0)
+    full = [layer.n_retrieval if plan.active else layer.n_head_kv for layer in plan.layers]
+    full = [n for n in full if n > 0]
+    out += struct.pack("<II", 1, n_tokens)  # streams, cells
+    cells = np.zeros((n_tokens, 3), np.int32)  # position, number of sequences, sequence 0
+    cells[:, 0] = np.arange(n_tokens)
+    cells[:, 1] = 1
+    out += cells.tobytes()
+    out += struct.pack("<II", 0, len(full))  # V is not transposed, layers
+    for kv_type, head_dim in dims:
+        for n_heads in full:
+            out += struct.pack(
+                "<iQ", KV_TYPES[kv_type].ggml_id, n_heads * row_size(kv_type, head_dim)
+            )
+            out += rows(kv_type, n_heads * head_dim, n_tokens)
+    if plan.active:
+        used = local_rows(plan, n_tokens)
+        for layer in plan.layers:
+            if layer.n_local == 0:
+                continue
+            for kv_type, head_dim in dims:
+                out += rows(kv_type, layer.n_local * head_dim, used)
+            for _, head_dim in dims if plan.compensation else ():
+                out += rows("f32", layer.n_local * head_dim, 2)
+    return out
+
+
+def _serve(setup: ModelSetup, commands: IO[str], answers: IO[str]) -> None:
+    def answer(**what: Any) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    try:
+        session = Session(setup)
+        answer(ok=None)
+        for line in commands:
+            answer(ok=session.answer(*json.loads(line)))
+    except (RazorError, OSError) as error:
+        answer(error=str(error))
+    except MemoryError:
+        answer(error="there is not enough memory to fill the cache; leave out depths or types")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
+    _out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # nothing a library prints may get between the answers
+    _serve(ModelSetup(**json.loads(sys.argv[1])), sys.stdin, _out)

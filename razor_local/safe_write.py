@@ -1,0 +1,56 @@
+"""New files that appear under their name only when they are complete and on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import RazorError
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str], n_bytes: int = 0) -> Iterator[BinaryIO]:
+    """A binary file to write; it becomes path, replacing what was there, when the block ends well.
+
+    n_bytes: how many are going to be written, as far as known. When the block raises, nothing is
+    left. Raises RazorError where path cannot be written to or the disk is too small, OSError.
+    """
+    path = Path(path)
+    check_new_file(path)
+    folder = path.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise RazorError(
+            f"{folder} has {free / 2**20:,.0f} MiB free, {path.name} needs"
+            f" {n_bytes / 2**20:,.0f} MiB; free some space"
+        )
+    fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=folder)
+    try:
+        with open(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(name)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # a full disk does not say which
+        raise
+
+
+def check_new_file(path: str | os.PathLike[str]) -> None:
+    """Raises RazorError where no file of that name can be made; for before a long computation."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise RazorError(f"the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise RazorError(f"{path} is a folder, expected the name of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise RazorError(f"the folder {path.parent} cannot be written to; choose another")
