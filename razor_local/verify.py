@@ -108,13 +108,14 @@ class Divergence:
 class Verification:
     """The result of verify().
 
-    n_tokens: of the text; n_rows: queries checked in each layer; n_folded: tokens in the
-    compensation token at the end. misplaced: a sentence for each layer that keeps the whole context
-    for other KV heads than the profile says.
+    buffers: where the cache lies, for example CUDA0. n_tokens: of the text; n_rows: queries checked
+    in each layer; n_folded: tokens in the compensation token at the end. misplaced: a sentence for
+    each layer that keeps the whole context for other KV heads than the profile says.
     """
 
     model: str
     plan: Plan
+    buffers: tuple[str, ...]
     n_tokens: int
     n_rows: int
     n_folded: int
@@ -152,6 +153,7 @@ class Verification:
             "model": self.model,
             "passed": self.passed,
             "verdict": self.verdict,
+            "buffers": list(self.buffers),
             "n_tokens": self.n_tokens,
             "n_rows": self.n_rows,
             "n_folded": self.n_folded,
@@ -255,6 +257,7 @@ def verify(
                 f" {'a full cache' if active[1] else 'razor'} was asked for; unset"
                 f" {native.DISABLE_ENV}, or reinstall razor-local"
             )
+        buffers = {buffer.name.decode() for buffer in lib.buffers(sides[0][0])}
         kl = _run(C, lib, model, sides, tokens, positions, n_batch, plan.block, control, report)
 
         misplaced = sides[0][1].misplaced(profile)
@@ -271,6 +274,7 @@ def verify(
     return Verification(
         model=str(model_path),
         plan=plan,
+        buffers=tuple(sorted(buffers)),
         n_tokens=len(tokens),
         n_rows=len(positions),
         n_folded=int(last[0]) - plan.sink_tokens,

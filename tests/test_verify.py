@@ -51,6 +51,7 @@ def test_the_embedded_model_passes(type_k: str, type_v: str, flash_attn: bool) -
         (0, "local", 4), (1, "retrieval", 3), (1, "local", 1), (2, "local", 4), (3, "local", 4),
     ]  # fmt: skip
     assert (result.n_tokens, result.n_rows, result.n_folded) == (450, 450, 448 - 256 - 4)
+    assert result.buffers == ("CPU",)
     # in step with the full cache, whose kernels are the same
     for group in result.groups:
         assert 0 < group.errors.worst_rms <= 1.5 * group.full.worst_rms

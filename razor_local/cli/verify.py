@@ -183,7 +183,8 @@ def _print(result: Verification) -> None:
     click.echo(
         f"\n{result.n_tokens:,} tokens, {result.n_folded:,} of them folded at the end (sinks"
         f" {plan.sink_tokens}, window {plan.window:,}, blocks of {plan.block}), flash attention"
-        f" {'on' if plan.flash_attn else 'off'}; {result.n_rows:,} rows compared in each layer"
+        f" {'on' if plan.flash_attn else 'off'}, cache on {', '.join(result.buffers)};"
+        f" {result.n_rows:,} rows compared in each layer"
     )
     click.echo(
         f"KL divergence from the full cache: mean {kl.mean:.2e}, last eighth {kl.end:.2e}, largest"
