@@ -4,9 +4,20 @@ set(razor_tree ${CMAKE_BINARY_DIR}/llama.cpp) # a fixed place: another path woul
 
 # unpack and patch
 
+option(RAZOR_TESTS "targets of llama.cpp's own tests, built when named (tests/upstream_tests.py)" OFF)
+
 set(razor_parts CMakeLists.txt LICENSE cmake ggml include src vendor)
+set(razor_common OFF)
 if (RAZOR_TOOLS)
-    list(APPEND razor_parts common scripts/ui-assets.cmake tools)
+    set(razor_common ON)
+    list(APPEND razor_parts scripts/ui-assets.cmake tools)
+endif()
+if (RAZOR_TESTS)
+    set(razor_common ON)
+    list(APPEND razor_parts tests)
+endif()
+if (razor_common)
+    list(APPEND razor_parts common)
 endif()
 
 set(razor_patches "")
@@ -44,13 +55,13 @@ set(GGML_METAL               ${RAZOR_METAL}  CACHE BOOL "" FORCE)
 set(GGML_METAL_EMBED_LIBRARY ${RAZOR_METAL}  CACHE BOOL "" FORCE)
 set(GGML_VULKAN              ${RAZOR_VULKAN} CACHE BOOL "" FORCE)
 set(GGML_BACKEND_DL          OFF CACHE BOOL "" FORCE) # its loader also looks in the current folder
-set(LLAMA_BUILD_COMMON       ${RAZOR_TOOLS}  CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_COMMON       ${razor_common} CACHE BOOL "" FORCE)
 set(LLAMA_BUILD_TOOLS        ${RAZOR_TOOLS}  CACHE BOOL "" FORCE)
 set(LLAMA_BUILD_SERVER       ${RAZOR_TOOLS}  CACHE BOOL "" FORCE)
 set(LLAMA_TOOLS_INSTALL      ON  CACHE BOOL "" FORCE)
 set(LLAMA_BUILD_APP          OFF CACHE BOOL "" FORCE) # sdist lacks a header of it
 set(LLAMA_BUILD_EXAMPLES     OFF CACHE BOOL "" FORCE)
-set(LLAMA_BUILD_TESTS        OFF CACHE BOOL "" FORCE)
+set(LLAMA_BUILD_TESTS        ${RAZOR_TESTS}  CACHE BOOL "" FORCE)
 set(LLAMA_OPENSSL            OFF CACHE BOOL "" FORCE) # no downloads by the tools
 set(LLAMA_USE_PREBUILT_UI    OFF CACHE BOOL "" FORCE) # nor during the build
 
