@@ -175,6 +175,7 @@ def fake_tree(folder: Path, name: str, line: str) -> Tree:
 )
 def test_exit_code_of_the_script(tmp_path, monkeypatch, line, exit_code, says) -> None:
     trees = {"stock": "", "patched": line}
+    monkeypatch.setattr(upstream_tests, "PATIENCE", 0.1)
     monkeypatch.setattr(
         upstream_tests, "build_tree", lambda name, *_: fake_tree(tmp_path, name, trees[name])
     )
@@ -199,8 +200,17 @@ def test_time_limit(tmp_path: Path) -> None:
     assert result.exit_code is None and f"with {tmp_path}" in result.output
 
 
+def test_lost_lines_are_waited_for(tmp_path: Path) -> None:
+    """The script prints its text when it runs for the third time."""
+    count = tmp_path / "count"
+    tree = fake_tree(tmp_path, "stock", f"echo x >> {count}; tail -n +3 {count}")
+    test = UpstreamTest("test-thread-safety", "", says="x\n")
+    assert run_test(test, tree, {}).output.endswith("x\n")
+    assert count.read_text() == "x\n" * 3
+
+
 def test_refusal_must_be_the_right_one() -> None:
-    refused = RazorTest(UpstreamTest("t", ""), False, "several sequences")
+    refused = RazorTest(UpstreamTest("t", "", says="several sequences"), False, "refused")
     assert judge(refused, Result(1, {}, "refused: several sequences")) == []
     assert judge(refused, Result(0, {}, "several sequences")) == [
         "exit 0, expected a refusal",
