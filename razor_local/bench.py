@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench_machine import EnergyMeter, describe_code, describe_machine, free_memory
-from .bench_worker import Context, ModelSetup, Side, Worker, kept_bytes
+from .bench_worker import READ_CAP, Context, ModelSetup, Side, Worker, kept_bytes
 from .errors import RazorError
 from .gguf_header import read_header
 from .gguf_split import read_parts
@@ -385,8 +385,10 @@ def _check_memory(
     plans = [side.plan(shape, profile) for side in batch.sides]
     deepest = max(step.depth for step in batch.steps)
     states = [kept_bytes(plan, plan.n_ctx if plan.active else deepest) for plan in plans]
-    # a bytearray that grows takes an eighth more; buffers of the graph are a guess
-    needed = model_bytes + sum(p.kv_bytes for p in plans) + max(states) * 9 // 8 + (512 << 20)
+    # beside the contexts, one at a time: a state, a bytearray that grew in steps of an eighth, or
+    # what is read to time reading; buffers of the graph are a guess
+    beside = max(max(states) * 9 // 8, min(READ_CAP, max(states) + model_bytes))
+    needed = model_bytes + sum(plan.kv_bytes for plan in plans) + beside + (512 << 20)
     if needed > free:
         raise RazorError(
             f"{plans[0].type_k}/{plans[0].type_v} against full caches of {plans[0].n_ctx:,} tokens"

@@ -374,7 +374,7 @@ class _InitParams(ctypes.Structure):
 
 _DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
 _CPU, _GPU = 0, 1
-_READ_CAP = 1 << 30  # bytes that read_seconds() really reads; more take in proportion
+READ_CAP = 1 << 30  # bytes that read_seconds() really reads; more take in proportion
 
 
 class _Ggml:
@@ -451,7 +451,7 @@ class _Ggml:
         """Seconds that a product of an F32 matrix of n_bytes and a vector takes: its threads have
         to read every byte once, and do little else. The median of five, after one to warm up."""
         lib, n_in = self.lib, 4096
-        n_out = max(1, min(n_bytes, _READ_CAP) // (4 * n_in))
+        n_out = max(1, min(n_bytes, READ_CAP) // (4 * n_in))
         devices = {
             lib.ggml_backend_dev_type(device): device for device in reversed(self._devices())
         }

@@ -12,16 +12,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from stock import stock_lib_dir
 from tiny_models import TinySpec, razor_kv
 
 from razor_local import bench as bench_module
 from razor_local.bench import Journal, Settings, make_batches, run_bench, weights_bytes
-from razor_local.bench_machine import EnergyMeter, describe_machine, free_memory
+from razor_local.bench_machine import (
+    EnergyMeter,
+    describe_code,
+    describe_machine,
+    free_memory,
+)
 from razor_local.bench_worker import ModelSetup
 from razor_local.cli import main
 from razor_local.errors import RazorError
@@ -37,6 +45,14 @@ QUICK = ["-r", "3", "--seconds", "0.05", "-t", "2"]
 
 def run(*args: str):
     return CliRunner().invoke(main, ["bench", *map(str, args)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _commit() -> Iterator[None]:
+    """Someone may commit while the tests run, and a journal of another commit is refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_module, "describe_code", lambda: {"version": "1", "commit": "abc"})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +195,18 @@ def test_interrupted_run_keeps_its_journal_and_leaves_no_process(tiny, tmp_path)
     assert kinds == ["head", "memory", "memory"]
 
 
+def test_full_caches_of_another_build(tiny) -> None:
+    args = [tiny(SPEC, KV), "-d", "300", "-c", "1024", "--types", "q8_0", *QUICK]
+    done = run(*args, "--stock-lib", stock_lib_dir(), "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    (row,) = report["rows"]
+    assert row["full_ms"] > 0 and row["full_f16_ms"] > 0
+    assert row["razor_kv_bytes"] > 0 and row["full_kv_bytes"] is None  # a stock build tells nothing
+    assert report["head"]["setup"]["full_cache"] == "another build"
+    assert run(*args, "--stock-lib", stock_lib_dir()).exit_code == 0
+
+
 # -- the plan of a run
 
 
@@ -266,6 +294,17 @@ def test_too_little_memory_is_told_before_anything_is_loaded(tiny, monkeypatch, 
 
 
 # -- the machine
+
+
+def test_code_is_told_from_changed_code() -> None:
+    code = describe_code()
+    root = Path(bench_module.__file__).parents[1]
+    if not (root / ".git").exists():
+        assert code["commit"] is None
+        return
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert head.stdout.startswith(code["commit"].removesuffix("-dirty")[:12])
 
 
 def test_machine_is_described() -> None:

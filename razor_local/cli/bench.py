@@ -178,12 +178,12 @@ def bench(
     else:
         run = load_report(report) if report is not None else _measure(model, options)
         text = format_report(run, kind)
-        for path in plots:
-            plot_report(run, path)
     if output is None:
         click.echo(text, nl=False)
     else:
         save_text(text, output)
+    for path in plots:
+        plot_report(run, path)
 
 
 def _kind_of(output: Path | None) -> str:
