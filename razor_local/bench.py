@@ -461,13 +461,12 @@ class _Measure:
         with self._open([side]) as (context,):
             self.show(f"memory ({side.name})")
             context.fill(step.depth)
-            told = context.worker.ask("memory", True)["reset"]
+            told = context.worker.ask("peak_rss", True) is not None
             context.run(2 if step.depth + 2 <= side.n_ctx else 1)
-            taken = context.worker.ask("memory")
             return {
                 "kv_bytes": context.kv_bytes(),
-                "peak_rss": taken["peak_rss"] if told else None,
-                "device": taken["device"],
+                "peak_rss": context.worker.ask("peak_rss") if told else None,
+                "device": context.device_bytes(),
             }
 
     def decode(self, contexts: list[Context], depth: int) -> dict[str, Any]:

@@ -196,6 +196,12 @@ class Context:
         """Bytes in the backends' KV buffers; None: a build that does not report them."""
         return self.worker.ask("kv_bytes", self.key)
 
+    def device_bytes(self) -> int | None:
+        """Bytes of the model's and the context's buffers on devices that are no CPU, None without
+        any. Of a build that does not report them: what is missing since before the model was
+        loaded, other contexts included."""
+        return self.worker.ask("device_bytes", self.key)
+
     def close(self) -> None:
         self.worker.ask("close", self.key)
 
@@ -241,7 +247,7 @@ class Session:
 
     def answer(self, command: str, *args: Any) -> Any:
         """The answer to one command of Worker or Context."""
-        if command in ("describe", "open", "memory", "read_seconds"):
+        if command in ("describe", "open", "peak_rss", "read_seconds"):
             return getattr(self, command)(*args)
         key, *rest = args
         if command == "close":
@@ -259,14 +265,11 @@ class Session:
         self._contexts[self._n_opened] = SessionContext(self, Side(**side))
         return self._n_opened
 
-    def memory(self, reset: bool = False) -> dict[str, Any]:
-        """peak_rss: bytes since the last reset, None where the system does not tell; device: bytes
-        taken on all devices that are no CPU since before the model was loaded, None without one."""
-        if reset:
-            return {"reset": _reset_peak_rss()}
-        now = self.ggml.free_memory()
-        taken = [before - now[name] for name, before in self.free_before.items()]
-        return {"peak_rss": _peak_rss(), "device": sum(taken) if taken else None}
+    def peak_rss(self, reset: bool = False) -> int | None:
+        """Bytes since the last reset; None where the system does not tell, or cannot reset."""
+        if reset and not _reset_peak_rss():
+            return None
+        return _peak_rss()
 
     def read_seconds(self, n_bytes: int) -> float:
         return self.ggml.read_seconds(n_bytes, self.setup.n_threads, self.setup.n_gpu_layers != 0)
@@ -364,6 +367,16 @@ class SessionContext:
 
     def kv_bytes(self) -> int | None:
         return None if self.native is None else int(self.native.stats(self.ctx).kv_bytes)
+
+    def device_bytes(self) -> int | None:
+        before = self.session.free_before
+        if not before:
+            return None
+        if self.native is None:
+            now = self.session.ggml.free_memory()
+            return sum(n - now[name] for name, n in before.items())
+        buffers = [m for m in self.native.memory(self.ctx) if not m.is_host]
+        return sum(m.weights + m.cache + m.compute for m in buffers)
 
 
 class _InitParams(ctypes.Structure):

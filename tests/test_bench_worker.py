@@ -126,13 +126,14 @@ def test_a_worker_that_is_killed_is_told_from_one_that_answers(tiny) -> None:
 def test_memory_of_a_worker_grows_with_its_contexts(tiny) -> None:
     worker = Worker(ModelSetup(str(tiny(SPEC, KV))))
     try:
-        if not worker.ask("memory", True)["reset"]:
+        before = worker.ask("peak_rss", True)
+        if before is None:
             pytest.skip("this system does not let the peak start anew")
-        before = worker.ask("memory")["peak_rss"]
         full = worker.open(Side("full", False, "f32", "f32", 65536))
-        taken = worker.ask("memory")["peak_rss"] - before
+        taken = worker.ask("peak_rss") - before
         assert full.kv_bytes() == 192 << 20
         assert (192 << 20) * 0.9 < taken < (192 << 20) * 1.6
-        assert worker.ask("memory")["device"] is None
+        # the model is on the CPU, whatever else there is
+        assert (full.device_bytes() or 0) < full.kv_bytes()
     finally:
         worker.close()
