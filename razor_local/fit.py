@@ -232,9 +232,15 @@ class DryModel:
         """
         options = options or ContextOptions()
         n_max = self.padded(min(n_max or self.n_ctx_train or MAX_N_CTX, MAX_N_CTX))
-        n = largest_fitting(
-            lambda n: self.need(n, options).room(limits), n_max, self._needs.get(options, ())
-        )
+        self.need(N_CTX_PAD, options)  # what is refused here is refused at any size
+
+        def room(n: int) -> float:
+            try:
+                return self.need(n, options).room(limits)
+            except UnsupportedError:  # more than a device takes in one piece
+                return -math.inf
+
+        n = largest_fitting(room, n_max, self._needs[options])
         return self.need(n, options) if n else None
 
     def padded(self, n_ctx: int) -> int:
@@ -328,11 +334,14 @@ def make_candidates(
     profile: Profile | None,
     types: Iterable[tuple[str, str]],
     base: ContextOptions | None = None,
+    n_ctx: int = N_CTX_PAD,
 ) -> list[Candidate]:
     """Plans of a model side by side: a full cache and razor, each with every pair of K and V types.
 
-    profile: what razor is planned with; None leaves razor out. base: all other options.
+    profile: what razor is planned with; None leaves razor out. base: all other options. n_ctx: the
+    context that has to be possible. Raises UnsupportedError for an n_ctx out of range.
     """
+    n_ctx = model.padded(n_ctx)
     found = []
     for cache, planned in (("full", None), ("razor", profile)):
         for type_k, type_v in types if cache == "full" or profile else ():
@@ -341,7 +350,7 @@ def make_candidates(
             )
             refused = None
             try:
-                model.need(N_CTX_PAD, options)
+                model.need(n_ctx, options)
             except (UnsupportedError, ProfileError) as error:
                 refused = str(error)
             found.append(Candidate(cache, options, refused))
@@ -363,7 +372,7 @@ def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[in
         return rooms[unit]
 
     top = n_max // N_CTX_PAD
-    for n in tried:
+    for n in tuple(tried):
         if n <= n_max:
             at(n // N_CTX_PAD)
     low = max((unit for unit, left in rooms.items() if left >= 0), default=0)
@@ -383,7 +392,8 @@ def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[in
         # bytes are nearly linear in n: a straight line between the two ends, and a bisection now
         # and then for where they are not
         steps += 1
-        part = 0.5 if steps % 4 == 0 else at(low) / (at(low) - at(high))
+        linear = steps % 4 and at(high) > -math.inf
+        part = at(low) / (at(low) - at(high)) if linear else 0.5
         unit = min(max(low + int((high - low) * part), low + 1), high - 1)
         if at(unit) >= 0:
             low = unit

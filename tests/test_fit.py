@@ -133,7 +133,7 @@ def test_caches_that_no_plan_describes(arch, tmp_path):
         if dry.shape is not None:
             with pytest.raises(UnsupportedError, match="not supported, switch razor off"):
                 dry.need(512, ContextOptions(paper_profile(dry.shape)))
-    llama = Llama(path, n_ctx=512, razor=False, **EVERYWHERE)
+    llama = Llama(path, n_ctx=512, razor=False, use_mmap=False, **EVERYWHERE)
     weights, kv_bytes, compute = allocated(llama)
     llama.close()
     assert kv_bytes == need.kv
@@ -152,6 +152,26 @@ def test_layers_on_the_gpu_do_nothing_without_one(files):
             needs.append(dry.need(2048))
     assert needs[0] == needs[1] == needs[2]
     assert [place.name for place in needs[0].places] == [RAM]
+
+
+def test_layers_on_a_device_and_in_ram(files):
+    """Each memory by itself, for every number of layers on the device."""
+    for n in range(SPECS["llama"].n_layer + 2):
+        with DryModel(files["llama"], n_gpu_layers=n) as dry:
+            if not dry.devices():
+                pytest.skip("this build has no device")
+            profile = profile_of(dry)
+            need = dry.need(2048, ContextOptions(profile, "q8_0", "q8_0"))
+            # a tensor that is too large for the device is refused before it ends the process
+            assert dry.largest({}, n_max=1 << 20).n_ctx <= 1 << 20
+        options = {"type_k": "q8_0", "type_v": "q8_0"} | EVERYWHERE | {"n_gpu_layers": n}
+        llama = Llama(files["llama"], razor=profile, n_ctx=2048, **options)
+        places = fit._places(native.load().memory(llama.ctx))
+        llama.close()
+        assert [place.name for place in places] == [place.name for place in need.places]
+        for found, told in zip(places, need.places, strict=True):
+            assert found.kv == told.kv
+            assert found.total == pytest.approx(told.total, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +209,9 @@ def headers_of_8b(tmp_path_factory) -> Path:
     writer.close()
     with open(path, "r+b") as file:
         file.truncate(-(-path.stat().st_size // 32) * 32 + total)
+    with DryModel(path) as dry:
+        if dry.devices():
+            pytest.skip("what is told of this model is of a build without a device")
     return path
 
 
@@ -278,14 +301,18 @@ def test_the_largest_context_fits_and_the_next_does_not(model, memory, more, pla
     kv_type = kv_type if flash_attn else "f16"
     profile = PROFILE_CACHE.setdefault(model, profile_of(model)) if cache == "razor" else None
     options = ContextOptions(profile, kv_type, kv_type, flash_attn)
-    n_max = 1 << 18
-    found = model.largest({RAM: memory}, options, n_max)
-    larger = model.largest({RAM: memory + more}, options, n_max)
+    n_max, places = 1 << 18, (RAM, *model.devices())
+    found = model.largest(dict.fromkeys(places, memory), options, n_max)
+    larger = model.largest(dict.fromkeys(places, memory + more), options, n_max)
+
+    def fullest(n_ctx: int) -> int:
+        return max(place.total for place in model.need(n_ctx, options).places)
+
     if found is None:
-        assert model.need(256, options).total > memory
+        assert fullest(256) > memory
         return
-    assert found.n_ctx % 256 == 0 and found.total <= memory and found.room({RAM: memory}) >= 0
-    assert found.n_ctx == n_max or model.need(found.n_ctx + 256, options).total > memory
+    assert found.n_ctx % 256 == 0 and fullest(found.n_ctx) <= memory
+    assert found.n_ctx == n_max or fullest(found.n_ctx + 256) > memory
     assert larger.n_ctx >= found.n_ctx and larger.kv >= found.kv
 
 
@@ -390,10 +417,15 @@ def table(stdout: str) -> dict[str, list[str]]:
     return {line[0]: [cell.strip() for cell in line[1:] if cell.strip()] for line in lines}
 
 
-def test_cards_side_by_side(headers_of_8b):
+@pytest.fixture(scope="module")
+def cards_of_8b(headers_of_8b) -> dict[str, list[str]]:
     code, stdout, stderr = run(headers_of_8b, "--beyond")
     assert (code, stderr) == (0, "")
-    rows, cards = table(stdout), (8, 12, 16, 24, 32, 48)
+    return table(stdout)
+
+
+def test_cards_side_by_side(headers_of_8b, cards_of_8b):
+    rows, cards = cards_of_8b, (8, 12, 16, 24, 32, 48)
     assert rows["memory"] == [f"{cache} {t}" for cache, t in PLANS]
     shown = [[int(n.replace(",", "")) for n in rows[f"{n} GiB"]] for n in cards]
     with DryModel(headers_of_8b) as dry:
@@ -407,15 +439,11 @@ def test_cards_side_by_side(headers_of_8b):
     assert len(rows["this machine"]) == 6
 
 
-def test_the_table_of_the_readme(headers_of_8b):
-    with DryModel(headers_of_8b) as dry:
-        if dry.devices():
-            pytest.skip("the table is of a build without a device")
-    rows = table(run(headers_of_8b, "--beyond")[1])
+def test_the_table_of_the_readme(cards_of_8b):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for memory in ("8 GiB", "12 GiB", "16 GiB", "24 GiB"):
         (line,) = re.findall(rf"^\| {memory} \| (.*) \|$", readme, re.M)
-        for told, found in zip(line.split(" | "), rows[memory], strict=True):
+        for told, found in zip(line.split(" | "), cards_of_8b[memory], strict=True):
             numbers = [int(n.replace(",", "")) for n in (told, found)]
             assert numbers[0] == pytest.approx(numbers[1], rel=0.01), (memory, told, found)
 
@@ -426,7 +454,9 @@ def test_cards_end_at_the_trained_length(files):
     assert "8,192 tokens is as long as trained; --beyond looks further" in stdout
 
 
-def test_a_context_a_memory_and_both(files):
+def test_a_context_a_memory_and_both(model, files):
+    if model.devices():
+        pytest.skip("this build has a device")
     code, stdout, _ = run(files["llama"], "-c", 8000, "--ram", "30M", "--json")
     report = json.loads(stdout)
     assert code == 0 and report["memories"] == [{"name": "given", "limits": {RAM: 30 << 20}}]
@@ -499,7 +529,7 @@ def test_bad_input_is_one_sentence(files, tmp_path):
         ([no_model], 1, "tok.gguf cannot be planned"),
         ([half], 1, "half.gguf"),
         ([files["split"].with_name("split-00002-of-00005.gguf")], 1, "split"),
-        ([files["llama"], "--ram", "1M"], 1, "not even a context of 256 tokens fits: it takes"),
+        ([files["llama"], "--ram", "100K"], 1, "not even a context of 256 tokens fits: it takes"),
         ([files["llama"], "--ram", "much"], 2, "'much' is not a size, expected one like 3G"),
         ([files["llama"], "--vram", "-1G"], 2, "'-1G' is not a size"),
         ([files["llama"], "-c", "5 or 6"], 2, "is not a context size, expected a number or auto"),

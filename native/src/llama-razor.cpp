@@ -403,9 +403,71 @@ static uint64_t razor_plan_bytes(
     return res;
 }
 
-llama_memory_i * llama_razor_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
-    llama_razor_error_set("");
+// the scheduler ends the process when it meets a tensor that is too large for the device whose memory it lies in
+static void razor_check_tensor(ggml_backend_dev_t dev, ggml_type type, uint64_t n_embd, uint64_t n_rows) {
+    if (!dev || n_embd == 0 || n_rows == 0) {
+        return;
+    }
 
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead(),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr ctx(ggml_init(params));
+    ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), type, n_embd, n_rows);
+
+    if (!ggml_backend_dev_supports_op(dev, t)) {
+        razor_refuse(format("one layer of the KV cache would have a tensor of %.1f MiB, which %s cannot hold in one piece; use a smaller context or KV type",
+                    ggml_nbytes(t)/1024.0/1024.0, ggml_backend_dev_name(dev)));
+    }
+}
+
+// plan: nullptr for upstream's own cache
+static void razor_check_tensors(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const llama_razor_plan * plan) {
+    const auto & hparams = model.hparams;
+
+    // caches of another layout are left to upstream
+    if (!cparams.offload_kqv || llm_arch_is_recurrent(model.arch) || hparams.swa_type != LLAMA_SWA_TYPE_NONE ||
+            hparams.indexer_head_size > 0 || model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        return;
+    }
+
+    const uint64_t n_stream = cparams.kv_unified ? 1 : cparams.n_seq_max;
+
+    auto n_heads = [&](uint32_t il) -> uint64_t { return plan ? plan->retrieval[il].size() : hparams.n_head_kv(il); };
+
+    uint64_t n_widest = 0;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        n_widest = std::max(n_widest, n_heads(il));
+    }
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
+            continue;
+        }
+
+        const uint64_t d_k = hparams.n_embd_head_k(il);
+        const uint64_t d_v = hparams.is_mla() ? 0 : hparams.n_embd_head_v(il);
+
+        ggml_backend_dev_t dev = model.dev_layer(il);
+
+        const uint64_t n_full = n_heads(il);
+        const uint64_t n_v    = cparams.flash_attn || n_full == 0 ? n_full : n_widest;
+
+        razor_check_tensor(dev, params.type_k, n_full*d_k, n_stream*cparams.n_ctx_seq);
+        razor_check_tensor(dev, params.type_v, n_v*d_v,    n_stream*cparams.n_ctx_seq);
+
+        if (plan) {
+            razor_check_tensor(dev, params.type_k, plan->local[il].size()*d_k, n_stream*plan->cells);
+            razor_check_tensor(dev, params.type_v, plan->local[il].size()*d_v, n_stream*plan->cells);
+        }
+    }
+}
+
+// the plan of a context that is created now, nullptr: upstream's own cache
+static std::unique_ptr<llama_razor_plan> razor_choose_plan(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     if (razor_is_disabled()) {
         return nullptr;
     }
@@ -452,7 +514,17 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
         return nullptr;
     }
 
-    return new llama_kv_cache_razor(model, cparams, std::move(plan), params.type_k, params.type_v);
+    return std::make_unique<llama_razor_plan>(std::move(plan));
+}
+
+llama_memory_i * llama_razor_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    llama_razor_error_set("");
+
+    const auto plan = razor_choose_plan(model, params, cparams);
+
+    razor_check_tensors(model, params, cparams, plan.get());
+
+    return plan ? new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v) : nullptr;
 }
 
 bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0) {

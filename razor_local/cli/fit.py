@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import RazorError
+from ..errors import RazorError, UnsupportedError
 from ..plan import KV_TYPES, N_CTX_PAD
 from .params import ContextSize, Size
 
@@ -111,7 +112,8 @@ def fit(model: Path, **given: Any) -> None:
             n_batch=given["batch_size"],
             n_ubatch=given["ubatch_size"],
         )
-        candidates = make_candidates(dry, profile, _types(given), base)
+        smallest = N_CTX_PAD if n_ctx is None else n_ctx
+        candidates = make_candidates(dry, profile, _types(given), base, smallest)
         runs = [c for c in candidates if c.refused is None]
         if source == "paper" and not any(c.cache == "razor" for c in runs):
             profile = source = None
@@ -303,8 +305,8 @@ def _print_needs(report: dict[str, Any]) -> None:
     """One memory or one context: a line per plan."""
     plans = [plan for plan in report["plans"] if not plan["refused"]]
     places = ["RAM", *(device["name"] for device in report["devices"])]
-    columns = ["context", "weights MiB", "KV MiB", "compute MiB", "together MiB"]
-    columns += [f"{name} MiB" for name in places] if len(places) > 1 else []
+    columns = ["context", "weights", "KV", "compute", "together"]
+    columns += places if len(places) > 1 else []
     fits = bool(report["memories"])
     table = _table("plan", *columns, *(["fits"] if fits else []))
     for plan in plans:
@@ -317,6 +319,7 @@ def _print_needs(report: dict[str, Any]) -> None:
         sizes += [totals.get(name, 0) for name in places] if len(places) > 1 else []
         answer = ["yes" if need["fits"] else "no"] if fits else []
         table.add_row(plan["name"], f"{need['n_ctx']:,}", *map(_mib, sizes), *answer)
+    _console().print("tokens and MiB:\n")
     _console().print(table)
     for plan in plans:
         need = plan["needs"][0]
@@ -339,7 +342,7 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     return table
 
 
@@ -360,13 +363,20 @@ def _plot(dry: DryModel, runs: list[Candidate], path: Path, beyond: bool) -> Non
 
     figure = make_figure(path, (8, 5), "look at the numbers with --json")
     top = dry.n_ctx_train or 131072
-    top = dry.padded(min(8 * top, MAX_N_CTX) if beyond else top)
+    top = dry.padded(min(8 * top if beyond else top, MAX_N_CTX))
     sizes = sorted({dry.padded(max(round(top * i / 16), 1)) for i in range(17)})
     axes = figure.add_subplot()
+
+    def total(n: int, c: Candidate) -> float:
+        try:
+            return dry.need(n, c.options).total / 2**30
+        except UnsupportedError:  # more than a device takes in one piece
+            return math.nan
+
     highest = 0.0
     for c in runs:
-        totals = [dry.need(n, c.options).total / 2**30 for n in sizes]
-        highest = max(highest, *totals)
+        totals = [total(n, c) for n in sizes]
+        highest = max([highest, *(t for t in totals if t > highest)])
         style = "--" if c.cache == "full" else "-"
         color = f"C{[x.options.type_k for x in runs].index(c.options.type_k)}"
         axes.plot(sizes, totals, style, color=color, label=c.name)
