@@ -64,7 +64,7 @@ class Settings:
     depths: tuple[int, ...] = (0, 8192, 32768)
     types: tuple[tuple[str, str], ...] = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
     n_ctx: int = 0
-    max_pairs: int = 40
+    max_pairs: int = 100
     seconds: float = 15.0
     real_prefill: int | None = None
     fit: bool = True

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from razor_local import safe_write, shapes
+from razor_local import Llama, safe_write, shapes
 from razor_local.errors import RazorError, UnsupportedError
 from razor_local.gguf_header import read_header
-from razor_local.profile import read_model_shape, read_profile
+from razor_local.profile import Profile, read_model_shape, read_profile
 from razor_local.shapes import SHAPES, Shape, cached_shape_model, is_random, write_shape_model
 
 SMALL = Shape("qwen3", 2, 64, 4, 2, 32, 96, 200, 4096, 1e6, qk_norm=True)
@@ -68,6 +68,23 @@ def test_seed_and_share_choose_the_heads(tmp_path) -> None:
     other, other_heads = make(seed=1)
     assert other != first and other_heads != heads
     assert sum(make(retrieval=0.0)[1]) == 0 and sum(make(retrieval=1.0)[1]) == 32
+
+
+def test_profile_of_ones_own(tmp_path) -> None:
+    profile = Profile((np.array([1, 0]), np.array([0, 0])), window_min=256, window_divisor=0)
+    found = read_profile(write_shape_model(tmp_path / "m.gguf", SMALL, profile=profile))
+    assert found.flat().tolist() == [1, 0, 0, 0]
+    assert (found.window_min, found.window_divisor) == (256, 0)
+
+
+def test_file_can_be_run(tmp_path) -> None:
+    path = write_shape_model(tmp_path / "m.gguf", SMALL, retrieval=0.5)
+    llama = Llama(path, n_ctx=512, window=64, razor=True, logits_all=False)
+    assert llama.plan.active
+    llama.eval([1, 2, 3])
+    logits = np.array(llama._ctx.get_logits()[: SMALL.n_vocab])
+    assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
+    llama.close()
 
 
 def test_cached_file_is_not_written_again(tmp_path, monkeypatch) -> None:

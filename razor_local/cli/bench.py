@@ -77,7 +77,7 @@ class _List(click.ParamType):
 @click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES), help="One type of K instead.")
 @click.option("-ctv", "--cache-type-v", type=click.Choice(TYPES), help="One type of V instead.")
 @click.option(
-    "-r", "--pairs", type=click.IntRange(min=1), default=40, show_default=True,
+    "-r", "--pairs", type=click.IntRange(min=1), default=100, show_default=True,
     help="Tokens to decode per side and depth, at most.",
 )  # fmt: skip
 @click.option(
