@@ -42,8 +42,8 @@ ROOM = 512  # tokens that a context is larger than its depth: a batch of prefill
 MIN_PAIRS, MIN_BATCHES, MAX_BATCHES = 5, 2, 5
 N_WARMUP = 3  # steps per side that do not count, unless they take seconds
 CHUNKS = (512, 256, 128, 64)  # tokens of a batch of prefill
-TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, in batches of 64 and more;
-SMALL_CHUNK = 4  # with all others a token costs the same in any batch, where attention dominates
+TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, in batches of 64 and more
+SMALL_CHUNKS = (16, 4)  # with the others a token's attention costs the same in any batch
 SHORT_PROMPT = 512  # tokens that are prefilled for real
 FIT_FROM = 4096  # tokens
 FIT_WINDOW = 2048  # at most: the window of the fit has to be full at FIT_FROM
@@ -545,14 +545,14 @@ class _Measure:
             context.rewind(depth)
             return context.append(n_tokens)
 
-        self.show(f"filling {depth:,} tokens")
-        for context in contexts:
-            context.fill(depth)
+        idle = sum(self._first_step(context, 0) for context in contexts)
+        took = sum(self._first_step(context, depth) for context in contexts)
         n_first = CHUNKS[-1]
         types = {self.batch.sides[0].type_k, self.batch.sides[0].type_v}
-        if len(types) > 1 or types.isdisjoint(TILED):
-            took = sum(context.step() for context in contexts)
-            n_first = CHUNKS[-1] if took * CHUNKS[-1] < budget else SMALL_CHUNK
+        tiled = len(types) == 1 and types <= set(TILED)
+        if not tiled and took > 3 * idle:  # attention is most of it
+            fits = (n for n in (n_first, *SMALL_CHUNKS) if took * n <= budget)
+            n_first = next(fits, SMALL_CHUNKS[-1])
         n_first = min(n_first, n_ctx - depth)
         first = self._in_turn(contexts, what, 1, lambda c: prefill(c, n_first))
         per_token = sum(ms[0] for ms in first.values()) / 1e3 / n_first
@@ -563,6 +563,11 @@ class _Measure:
         ms = self._rest(contexts, what, first if n_tokens == n_first else {}, per_token * n_tokens,
                         lambda c: prefill(c, n_tokens))  # fmt: skip
         return {"tokens": n_tokens, "ms": ms}
+
+    def _first_step(self, context: Context, depth: int) -> float:
+        self.show(f"filling {depth:,} tokens ({context.side.name})")
+        context.fill(depth)
+        return context.step()
 
     def _rest(
         self,

@@ -23,14 +23,22 @@ from stock import stock_lib_dir
 from tiny_models import TinySpec, razor_kv
 
 from razor_local import bench as bench_module
-from razor_local.bench import Journal, Settings, make_batches, run_bench, weights_bytes
+from razor_local.bench import (
+    Batch,
+    Journal,
+    Settings,
+    _Measure,
+    make_batches,
+    run_bench,
+    weights_bytes,
+)
 from razor_local.bench_machine import (
     EnergyMeter,
     describe_code,
     describe_machine,
     free_memory,
 )
-from razor_local.bench_worker import ModelSetup
+from razor_local.bench_worker import ModelSetup, Side
 from razor_local.cli import main
 from razor_local.errors import RazorError
 from razor_local.profile import ModelShape, Profile
@@ -205,6 +213,54 @@ def test_full_caches_of_another_build(tiny) -> None:
     assert row["razor_kv_bytes"] > 0 and row["full_kv_bytes"] is None  # a stock build tells nothing
     assert report["head"]["setup"]["full_cache"] == "another build"
     assert run(*args, "--stock-lib", stock_lib_dir()).exit_code == 0
+
+
+class _FakeContext:
+    """Takes 10 ms for the weights of a batch, and for each token 1 ms per 100 before it."""
+
+    def __init__(self, side: Side) -> None:
+        self.side, self.depth, self.batches = side, 0, []
+
+    def fill(self, depth: int) -> None:
+        self.depth = depth
+
+    rewind = fill
+
+    def step(self) -> float:
+        return 0.01 + self.depth / 1e5
+
+    def append(self, n_tokens: int) -> float:
+        self.batches.append((self.depth, n_tokens))
+        self.depth += n_tokens
+        return 0.01 + n_tokens * (self.depth - n_tokens / 2) / 1e5
+
+
+@pytest.mark.parametrize(
+    ("type_kv", "depth", "n_tokens", "rounds"),
+    [
+        ("f16", 0, 512, 5),
+        ("f16", 2000, 128, 2),
+        ("f16", 100_000, 64, 2),  # never fewer: only then attention is tiled
+        ("q8_0", 0, 512, 5),
+        ("q8_0", 5000, 64, 2),
+        ("q8_0", 40_000, 16, 2),
+        ("q8_0", 100_000, 4, 2),
+        ("q8_0", 130_900, 4, 2),
+    ],
+)
+def test_batches_of_prefill_get_smaller_where_they_are_slow(
+    type_kv, depth, n_tokens, rounds
+) -> None:
+    sides = [Side(name, name == "razor", type_kv, type_kv, 131_072) for name in ("razor", "full")]
+    contexts = [_FakeContext(side) for side in sides]
+    clock = SimpleNamespace(show=lambda what: None)
+    measure = _Measure(Batch(tuple(sides), ()), {}, 0, None, None, Settings(), None, clock)
+    found = measure.prefill(contexts, depth)
+    assert found["tokens"] == n_tokens
+    assert [len(ms) for ms in found["ms"].values()] == [rounds, rounds]
+    for context in contexts:
+        assert all(at == depth and at + n <= 131_072 for at, n in context.batches)
+        assert context.batches[-1] == (depth, n_tokens)
 
 
 # -- the plan of a run
