@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from razor_local.converters.write import write_sidecar
-from tiny_models import TinySpec, razor_kv
+from tiny_models import TinySpec, model_kv, razor_kv, write_gguf
 
 from razor_local import native, reference
 from razor_local import verify as module
 from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
 from razor_local.plan import KV_TYPES
-from razor_local.profile import Profile, read_profile
-from razor_local.shapes import write_shape_model
+from razor_local.profile import read_profile
 from razor_local.verify import Errors, compare_layer, kl_divergence, sample_positions, verify
 
 DEFAULT = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
@@ -396,10 +396,47 @@ def test_errors_in_callbacks_are_raised(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def model_1b(tmp_path_factory) -> Path:
-    mask = (np.random.default_rng(0).random((16, 8)) < 0.2).astype(np.uint8)
+    """Random weights in the shape of Llama 3.2 1B, in Q4_0, 20 % of the KV heads retrieval heads.
+
+    Every weight is random (those of models for timing repeat), with mean 0 and the usual variance,
+    so that attention means something in every layer.
+    """
+    spec = TinySpec(
+        "llama", 16, 32, 8, 64, 2048, 8192, 32000, 131072, tied=True, rope_base=500000.0
+    )
+    rng = np.random.default_rng(0)
+
+    def matrix(n_out: int, n_in: int, std: float) -> np.ndarray:
+        blocks = np.frombuffer(rng.bytes(n_out * n_in // 32 * 18), np.uint8).copy()
+        blocks = blocks.reshape(n_out, n_in // 32, 18)
+        # 4 bits are -8 to 7, with a mean of -1/2: scales of both signs take it out
+        scale = rng.choice([-1, 1], blocks.shape[:2]) * std / 4.6
+        blocks[:, :, :2] = scale.astype(np.float16)[:, :, None].view(np.uint8)
+        return blocks.reshape(n_out, -1)
+
+    def tensors():
+        d, ff, n_kv = spec.n_embd, spec.n_ff, spec.kv_heads[0] * spec.head_dim
+        q4_0 = GGMLQuantizationType.Q4_0
+        yield "token_embd.weight", matrix(spec.n_vocab, d, 0.1), q4_0  # less than the layers add
+        for il in range(spec.n_layer):
+            for name, n_out, n_in, gain in (
+                ("attn_q", d, d, 1.0),
+                ("attn_k", n_kv, d, 1.0),
+                ("attn_v", n_kv, d, 1.0),
+                ("attn_output", d, d, 2.0),
+                ("ffn_gate", ff, d, 1.0),
+                ("ffn_up", ff, d, 1.0),
+                ("ffn_down", d, ff, 1.0),
+            ):
+                yield f"blk.{il}.{name}.weight", matrix(n_out, n_in, gain / n_in**0.5), q4_0
+            for name in ("attn_norm", "ffn_norm"):
+                yield f"blk.{il}.{name}.weight", np.ones(d, np.float32), None
+        yield "output_norm.weight", np.full(d, 30 / d**0.5, np.float32), None
+
+    mask = (rng.random((16, 8)) < 0.2).astype(int).tolist()
+    profile = razor_kv(mask, window_min=256, window_divisor=0)
     path = tmp_path_factory.mktemp("1b") / "model.gguf"
-    profile = Profile(tuple(mask), window_min=256, window_divisor=0)
-    return write_shape_model(path, "llama-3.2-1b", profile=profile)
+    return write_gguf(path, "llama", model_kv(spec) | profile, tensors())
 
 
 @pytest.mark.slow
@@ -435,15 +472,16 @@ def test_broken_builds_fail(name: str, broken_tree, model_1b) -> None:
     lib = builds.build(tree)
     env = os.environ | {native.LIB_ENV: str(lib), "LLAMA_CPP_LIB_PATH": str(lib)}
     command = "from razor_local.cli import main; main(prog_name='razor-local')"
-    for model, options in ((DEFAULT, []), (model_1b, ["-c", "2048"])):
-        for kv_type in ("f16", "q8_0", "q4_0"):
-            done = subprocess.run(
-                [sys.executable, "-c", command, "verify", str(model), *options,
-                 "-ctk", kv_type, "-ctv", kv_type],
-                env=env, capture_output=True, text=True,
-            )  # fmt: skip
-            print(name, model.name, kv_type, done.stderr.strip())
-            assert done.returncode == 1, done.stdout
-            assert done.stderr.count("\n") == 1
-            expected = "keeps the whole context" if name == "head-flipped" else "local heads"
-            assert expected in done.stderr
+    runs = [(DEFAULT, kv_type, []) for kv_type in ("f16", "q8_0", "q4_0")]
+    runs.append((model_1b, "q4_0", ["-c", "2048", "-n", "400"]))  # the type with the widest bounds
+    for model, kv_type, options in runs:
+        done = subprocess.run(
+            [sys.executable, "-c", command, "verify", str(model), *options,
+             "-ctk", kv_type, "-ctv", kv_type],
+            env=env, capture_output=True, text=True,
+        )  # fmt: skip
+        print(name, model.name, kv_type, done.stderr.strip())
+        assert done.returncode == 1, done.stdout
+        assert done.stderr.count("\n") == 1
+        expected = "keeps the whole context" if name == "head-flipped" else "local heads"
+        assert expected in done.stderr
