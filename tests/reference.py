@@ -190,8 +190,8 @@ def _rope(spec: TinySpec, x: np.ndarray) -> np.ndarray:
     """Rotate pairs of x [n, heads, d]: neighbours (llama) or halves (qwen) by p * base^(-2i/d).
 
     The angles are llama.cpp's, which multiplies them up in F32: exact ones differ by up to 1e-4 at
-    position 500, more than the tolerance of the tests leaves room for. The power is taken in F64 and
-    rounded, as libm's powf is: numpy's own F32 power is an ulp off on CPUs with AVX-512.
+    position 500, more than the tolerance of the tests leaves room for. The power is taken in F64
+    and rounded, as libm's powf is: numpy's own F32 power is an ulp off on CPUs with AVX-512.
     """
     n, _, d = x.shape
     angle = np.empty((n, d // 2))
