@@ -14,6 +14,7 @@ import importlib
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,17 @@ from typing import Any
 import numpy as np
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
+
+
+def _gpu_layers() -> int:
+    text = os.environ.get("RAZOR_TEST_GPU_LAYERS", "") or "0"
+    if text != "all" and not text.isdecimal():
+        raise ValueError(f"RAZOR_TEST_GPU_LAYERS is {text!r}, expected a number of layers or 'all'")
+    return 9999 if text == "all" else int(text)
+
+
+# layers that go to a device with their KV cache (tests/other_backend.py); 0: all on the CPU
+GPU_LAYERS = _gpu_layers()
 
 
 class LoadError(Exception):
@@ -148,8 +160,13 @@ def bindings() -> ModuleType:
     return llama
 
 
+_graphs: list[str] = []  # what the library logged about the graphs of each context
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _log(level: int, text: bytes, data: Any) -> None:
+    if b" splits = " in text:
+        _graphs.append(text.decode())
     if os.environ.get("RAZOR_TEST_LOG"):
         sys.stderr.write(text.decode(errors="replace"))
 
@@ -217,10 +234,10 @@ def set_override(value: Override | None) -> None:
 class Model:
     """A loaded model. Raises LoadError where the library refuses the file."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, gpu_layers: int = GPU_LAYERS) -> None:
         llama = bindings()
         params = llama.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = gpu_layers
         if is_patched():
             set_override(None)  # resets last_error(), which a load that fails early does not
         self.ptr = llama.llama_model_load_from_file(str(path).encode(), params)
@@ -438,10 +455,11 @@ def logits(
     tokens: Sequence[int],
     razor: Override | None = None,
     splits: Sequence[int] | int | None = None,
+    gpu_layers: int = GPU_LAYERS,
     **params: Any,
 ) -> np.ndarray:
     """Logits f32 [n_tokens, n_vocab] of a fresh context fed with tokens."""
-    with Model(path) as model, Context(model, razor, **params) as ctx:
+    with Model(path, gpu_layers) as model, Context(model, razor, **params) as ctx:
         return ctx.decode(tokens, splits)
 
 
@@ -467,6 +485,14 @@ def continue_state(
         if not ctx.load(state, whole):
             raise LoadError(f"state refused: {last_error()}")
         return ctx.decode(tokens)
+
+
+def graph_splits(path: str | Path, razor: Override | None, gpu_layers: int, **params: Any) -> int:
+    """Parts into which the scheduler splits a prefill's graph: it changes devices between them."""
+    with Model(path, gpu_layers) as model, Context(model, razor, **params):
+        match = re.search(r" splits = (\d+)", _graphs[-1])
+        assert match
+        return int(match[1])
 
 
 def refusal(path: str, razor: Override | None = None, **params: Any) -> str | None:

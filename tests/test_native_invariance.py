@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import reference
 import runner
+from device import tolerance
 from tiny_models import TinySpec, razor_kv
 
-TOLERANCE = 1e-5  # F32 cache, absolute; logits have a standard deviation of about 3
+TOLERANCE = tolerance(1e-5)  # F32 cache, absolute; logits have a standard deviation of about 3
 
 SPECS = {
     "llama": TinySpec("llama", 3, 4, 2, 32, seed=1, sharpness=1.0),
@@ -87,7 +88,7 @@ def test_window_that_holds_everything_equals_stock(kv: str, flash_attn: bool, ti
     CPU's flash attention has another kernel for fewer."""
     type_v = kv if flash_attn or kv in ("f32", "f16") else "f16"
     params = {"n_ctx": 1024, "type_k": kv, "type_v": type_v, "flash_attn": flash_attn}
-    tolerance = 1e-5 if kv == "f32" and not flash_attn else 5e-3
+    atol = tolerance(1e-5 if kv == "f32" and not flash_attn else 5e-3, kv, type_v, flash_attn)
     for name, spec in SPECS.items():
         tokens = runner.random_tokens(256, spec.n_vocab, 7)
         want = stock(runner.logits, tiny(spec), tokens, **params)
@@ -100,7 +101,7 @@ def test_window_that_holds_everything_equals_stock(kv: str, flash_attn: bool, ti
                     assert ctx.stats().active == 1
                     got = ctx.decode(tokens)
                     assert ctx.seq().n_folded == 0
-            np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import reference
 import runner
+from device import examples, tolerance
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tiny_models import TinySpec
 
-TOLERANCE = 1e-5  # F32 cache, absolute
+TOLERANCE = tolerance(1e-5)  # F32 cache, absolute
 N_CTX = 1024
 SPEC = TinySpec("llama", 2, 4, 2, 32, seed=21, sharpness=1.0)
 MASK = ((0, 1), (0, 0))
@@ -201,7 +202,7 @@ def test_random_operations(name: str, model) -> None:
     run.settings = settings(
         derandomize=True,
         deadline=None,
-        max_examples=40,
+        max_examples=examples(40),
         stateful_step_count=40,
         suppress_health_check=list(HealthCheck),
     )
