@@ -38,7 +38,7 @@ TARGETS = ("cache", "metadata")
 COMMON = "-O1 -g1 -DNDEBUG -fno-omit-frame-pointer"
 FLAGS = {
     "asan": "-fsanitize=address,undefined -shared-libasan",
-    "tsan": "-fsanitize=thread -shared-libsan",
+    "tsan": "-fsanitize=thread",  # clang 14's shared runtime crashes at start
 }
 
 
@@ -60,7 +60,7 @@ def run_tests(pytest_args: list[str]) -> int:
     tests = sorted(str(path) for path in (ROOT / "tests").glob("test_native_*.py"))
     with tempfile.TemporaryDirectory() as logs:
         env = _environment(Path(logs) / "log") | {
-            "LD_PRELOAD": preload("asan"),
+            "LD_PRELOAD": preload(),
             "RAZOR_LOCAL_LIB": str(lib),
             "LLAMA_CPP_LIB_PATH": str(lib),
             "RAZOR_STOCK_LIB": str(stock.stock_lib_dir()),  # a build would inherit LD_PRELOAD
@@ -93,8 +93,10 @@ def run_threads(n: int) -> int:
 
 def _run_target(kind: str, target: str, args: tuple[str, ...]) -> int:
     program = build_target(kind, target)
-    env = {"RAZOR_FUZZ_MODELS": str(tiny_model_folder()), "LD_PRELOAD": preload(kind)}
-    return subprocess.run([program, *args], env=_environment() | env).returncode
+    env = _environment() | {"RAZOR_FUZZ_MODELS": str(tiny_model_folder())}
+    if kind == "asan":
+        env["LD_PRELOAD"] = preload()
+    return subprocess.run([program, *args], env=env).returncode
 
 
 # builds
@@ -129,12 +131,12 @@ def build_target(kind: str, target: str) -> Path:
     program = FOLDER / kind / f"fuzz-{target}"
     tree = FOLDER / kind / "llama.cpp"
     flags = COMMON.split() + FLAGS[kind].split()
-    flags += ["-fsanitize=fuzzer"] if kind == "asan" else ["-DRAZOR_FUZZ_THREADS"]
+    flags += ["-fsanitize=fuzzer"] if kind == "asan" else ["-DRAZOR_FUZZ_THREADS", "-pthread"]
     native_build.run([
         compiler.replace("clang", "clang++"), "-std=c++17", "-Wall", "-Wextra", *flags,
         f"-I{tree / 'include'}", f"-I{tree / 'ggml/include'}", f"-I{ROOT / 'native/src'}",
         FUZZ / f"{target}.cpp", "-o", program, f"-L{lib}", "-lllama", "-lggml", "-lggml-base",
-        f"-Wl,-rpath,{lib}", f"-Wl,-rpath,{runtime(compiler, kind).parent}",
+        f"-Wl,-rpath,{lib}",
     ])  # fmt: skip
     return program
 
@@ -167,16 +169,11 @@ def clang() -> str:
     return path
 
 
-def runtime(compiler: str, kind: str) -> Path:
-    """The shared runtime library of a sanitizer."""
-    machine = os.uname().machine
-    return _file(compiler, f"libclang_rt.{kind}-{machine}.so")
-
-
-def preload(kind: str) -> str:
-    """LD_PRELOAD: the runtime first, then what it intercepts exceptions in."""
+def preload() -> str:
+    """LD_PRELOAD: ASan's runtime first, then what it intercepts exceptions in."""
     compiler = clang()
-    return f"{runtime(compiler, kind)} {_file(compiler, 'libstdc++.so.6')}"
+    runtime = _file(compiler, f"libclang_rt.asan-{os.uname().machine}.so")
+    return f"{runtime} {_file(compiler, 'libstdc++.so.6')}"
 
 
 def _file(compiler: str, name: str) -> Path:

@@ -79,15 +79,15 @@ struct kv_kind {
     ggml_type          type_k;
     ggml_type          type_v;
     bool               flash_attn;
-    float              tolerance; // of logits (order of 3) that were computed in other batches: rounding alone
+    float              tolerance; // of logits (order of 3) computed in other batches: CPU flash attention adds up in F16 below 64 tokens
     std::atomic<float> seen;
 };
 
 static std::array<kv_kind, 7> kinds = {{
     { "f32",     GGML_TYPE_F32,  GGML_TYPE_F32,  false, 2e-4f, {0} },
-    { "f32 fa",  GGML_TYPE_F32,  GGML_TYPE_F32,  true,  5e-2f, {0} },
+    { "f32 fa",  GGML_TYPE_F32,  GGML_TYPE_F32,  true,  3e-1f, {0} },
     { "f16",     GGML_TYPE_F16,  GGML_TYPE_F16,  false, 5e-2f, {0} },
-    { "f16 fa",  GGML_TYPE_F16,  GGML_TYPE_F16,  true,  5e-2f, {0} },
+    { "f16 fa",  GGML_TYPE_F16,  GGML_TYPE_F16,  true,  3e-1f, {0} },
     { "bf16",    GGML_TYPE_BF16, GGML_TYPE_BF16, false, 5e-1f, {0} },
     { "q8_0 fa", GGML_TYPE_Q8_0, GGML_TYPE_Q8_0, true,  5e-1f, {0} },
     { "q4_0",    GGML_TYPE_Q4_0, GGML_TYPE_F16,  false, 5e-1f, {0} },
@@ -197,7 +197,7 @@ static plan_info random_plan(FuzzedDataProvider & fdp) {
     res.n_ctx          = fdp.PickValueInArray({ 512, 512, 768, 1024 });
     res.n_ubatch       = fdp.PickValueInArray({ 7, 16, 64, 128, 512 });
     res.sink_tokens    = fdp.ConsumeBool() ? fdp.ConsumeIntegralInRange<uint32_t>(0, 9) : fdp.ConsumeIntegralInRange<uint32_t>(0, 300);
-    res.compensation   = fdp.ConsumeIntegralInRange<int>(0, 3) > 0;
+    res.compensation   = fdp.ConsumeIntegralInRange<int>(0, 2) > 0;
     res.window_divisor = fdp.ConsumeIntegralInRange<uint32_t>(0, 30);
     res.window_min     = fdp.ConsumeIntegralInRange<uint32_t>(1, 200);
 
@@ -648,6 +648,12 @@ private:
         n_high = std::max<uint32_t>(n_high, tokens.size());
     }
 
+    // the next token is the first of a block, or almost
+    void to_edge() {
+        const uint32_t n = tokens.size() + number(0, 3);
+        decode(token_kind::right, plan.block() - n % plan.block(), 64);
+    }
+
     void abort_decode() {
         const auto more = draw(token_kind::right, number(1, 200));
         if (more.empty() || must_clear) {
@@ -655,7 +661,8 @@ private:
         }
         const uint32_t n_before = tokens.size();
 
-        ctx->n_nodes = number(0, 500);
+        // an ubatch has about a hundred nodes
+        ctx->n_nodes = number(0, fdp.ConsumeBool() ? 100 : 500);
         log_op("abort %zu after %d nodes", more.size(), (int) ctx->n_nodes);
         const int status = ctx->decode(more.data(), more.size(), n_before, nullptr);
         ctx->n_nodes = -1;
@@ -684,6 +691,7 @@ private:
             return;
         }
         log_op("refused; ");
+        EXPECT(!llama_memory_can_shift(ctx->mem), "positions cannot be shifted");
         EXPECT(ctx->decode(some.data(), 3, n + number(1, 500), nullptr) != 0, "a gap is accepted");
         EXPECT(n == 0 || ctx->decode(some.data(), 3, number(0, n - 1), nullptr) != 0, "a position is accepted twice");
         EXPECT(ctx->decode(some.data(), 3, n, nullptr, 1) != 0, "another sequence is accepted");
@@ -720,7 +728,7 @@ private:
     }
 
     void step() {
-        switch (number(0, 15)) {
+        switch (number(0, 17)) {
             case 0: case 1: case 2:
                 decode(token_kind::right, number(1, 130), fdp.PickValueInArray({ 1, 5, 64, 512 }));
                 break;
@@ -772,6 +780,9 @@ private:
                 }
                 break;
             case 12:
+                if (fdp.ConsumeBool()) {
+                    to_edge();
+                }
                 abort_decode();
                 break;
             case 13:
@@ -812,6 +823,16 @@ private:
                 break;
             case 15:
                 fresh();
+                break;
+            case 16: // as far back as it goes, and again after a few tokens
+                for (uint32_t n = number(1, 2); n > 0; --n) {
+                    remove(0, tokens.size() - ctx->seq().n_rollback, -1);
+                    decode(token_kind::right, number(0, 3), 512);
+                }
+                decode(token_kind::right, number(0, 100), 64);
+                break;
+            case 17:
+                to_edge();
                 break;
         }
     }
