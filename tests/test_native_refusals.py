@@ -107,6 +107,14 @@ def test_valid_metadata_is_accepted(tmp_path: Path, process) -> None:
     }
     path = make_model(tmp_path / "m.gguf", SPEC, razor_kv(MASK, window_min=16) | extra)
     assert process(runner.refusal, str(path)) is None
+    for key, ends in (
+        ("sink_tokens", (0, 4096)),
+        ("window_min", (1, 2**30)),
+        ("window_divisor", (0, 2**30)),
+    ):
+        for value in ends:
+            limits = make_model(tmp_path / "limits.gguf", SPEC, razor_kv(MASK, **{key: value}))
+            assert process(runner.refusal, str(limits)) is None, f"{key} {value}"
     with runner.Model(path) as model, runner.Context(model) as ctx:
         assert ctx.stats().active == 1
         assert runner.last_error() == ""
