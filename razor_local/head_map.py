@@ -109,7 +109,8 @@ def _overlap(here: np.ndarray, there: np.ndarray) -> Overlap:
 def read_other_heads(
     path: str | os.PathLike[str], shape: ModelShape, n_retrieval: int
 ) -> tuple[np.ndarray, ...]:
-    """Retrieval heads to compare with: of a model with a profile, a sidecar, or a head list.
+    """Retrieval heads to compare with: of a model with a profile, a sidecar, a head list, or a file
+    of scores that 'convert --save-scores' wrote.
 
     The file may be of another model of the same shape: another quantization or fine-tune. Of gates
     and scores the n_retrieval highest count. Raises ProfileError where the shapes differ or there
@@ -119,24 +120,34 @@ def read_other_heads(
     if path.is_dir():
         raise ProfileError(f"{path} is a folder, expected a profile, a sidecar or a head list")
     with open(path, "rb") as file:
-        is_gguf = file.read(len(MAGIC)) == MAGIC
-    if not is_gguf:
+        start = file.read(4096)
+    if not start.startswith(MAGIC):
         from .converters.heads import parse_heads, profile_from_heads
+        from .converters.scores import FORMAT, choose_heads, load_scores
 
-        total = sum(shape.n_head_kv)
-        share = None if parse_heads(path).kind == "heads" else n_retrieval / max(total, 1)
+        share = n_retrieval / max(sum(shape.n_head_kv), 1)
+        if start.startswith(b"PK") or f'"{FORMAT}"'.encode() in start:
+            scores = load_scores(path)
+            _check_heads(path, scores.n_head_kv, shape)
+            return choose_heads(scores, retrieval=share)
+        if parse_heads(path).kind == "heads":
+            share = None
         return profile_from_heads(path, shape, retrieval=share).retrieval
     header = read_header(path)
     other = shape_from_header(header)
-    if other.n_head_kv != shape.n_head_kv:
-        raise ProfileError(
-            f"{path} is of {describe_heads(other.n_head_kv)}, the model has"
-            f" {describe_heads(shape.n_head_kv)}; only heads of one shape can be compared"
-        )
+    _check_heads(path, other.n_head_kv, shape)
     profile = profile_from_header(header, other)
     if profile is None:
         raise ProfileError(f"{path} has no razor profile to compare with")
     return profile.retrieval
+
+
+def _check_heads(path: Path, n_head_kv: tuple[int, ...], shape: ModelShape) -> None:
+    if n_head_kv != shape.n_head_kv:
+        raise ProfileError(
+            f"{path} is of {describe_heads(n_head_kv)}, the model has"
+            f" {describe_heads(shape.n_head_kv)}; only heads of one shape can be compared"
+        )
 
 
 def comparison_lines(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]) -> Iterator[str]:

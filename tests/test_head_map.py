@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf_bytes import F32, I32, U32, kv, kv_array, razor_keys, small_model
+from razor_local.converters.scores import Scores, save_scores
 from razor_local.converters.write import write_copy, write_sidecar
 from tiny_models import TinySpec, make_model
 
 from razor_local.cli import main
-from razor_local.errors import UnsupportedError
+from razor_local.errors import ProfileError, UnsupportedError
 from razor_local.head_map import (
     ASCII_SHADES,
     compare_heads,
@@ -173,6 +174,20 @@ def test_comparison_as_json(folder):
 def test_what_can_be_compared_with(folder, name, expected):
     shape = read_model_shape(folder / "plain.gguf")
     assert [x.tolist() for x in read_other_heads(folder / name, shape, 3)] == expected
+
+
+@pytest.mark.parametrize("name", ["scores.json", "scores.npz"])
+def test_scores_can_be_compared_with(folder, tmp_path, name):
+    shape = read_model_shape(folder / "plain.gguf")
+    record = {"model_fingerprint": "0" * 64, "tokens": 2500}  # of another quantization
+    induction = np.array([0, 0, 0.9, 0, 0.5, 0, 0, 0, 0.4, 0, 0, 0], np.float32)
+    scores = Scores(np.zeros(12), induction, (4,) * 3, (2,) * 3, record)
+    path = save_scores(scores, tmp_path / name)
+    found = [x.tolist() for x in read_other_heads(path, shape, 3)]
+    assert found == [[0, 1], [1, 0], [1, 0]]
+    wide = Scores(np.zeros(4), np.zeros(4), (2,) * 2, (2,) * 2, record)
+    with pytest.raises(ProfileError, match="only heads of one shape"):
+        read_other_heads(save_scores(wide, tmp_path / name), shape, 3)
 
 
 def test_jaccard_against_sets():
