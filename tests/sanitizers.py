@@ -63,7 +63,7 @@ def run_tests(pytest_args: list[str]) -> int:
             "LD_PRELOAD": preload(),
             "RAZOR_LOCAL_LIB": str(lib),
             "LLAMA_CPP_LIB_PATH": str(lib),
-            "RAZOR_STOCK_LIB": str(stock.stock_lib_dir()),  # a build would inherit LD_PRELOAD
+            "RAZOR_STOCK_LIB": str(stock_with_our_ggml(lib)),
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run([*command, *(pytest_args or tests)], env=env, cwd=ROOT)
@@ -74,6 +74,15 @@ def run_tests(pytest_args: list[str]) -> int:
         print(text, file=sys.stderr)
     print(f"{len(errors)} sanitizer reports, {len(leaks)} leaks", file=sys.stderr)
     return 1 if done.returncode or errors or leaks else 0
+
+
+def stock_with_our_ggml(lib: Path) -> Path:
+    """A stock libllama on the kernels of `lib`: those of another compiler give other bits."""
+    folder = FOLDER / "stock"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(lib, folder)
+    shutil.copy(stock.stock_lib_dir() / "libllama.so", folder)
+    return folder
 
 
 def our_leaks(report: str) -> list[str]:
