@@ -10,14 +10,16 @@
 #include <stddef.h>
 #include <string.h>
 
-static const size_t RESOURCE_SIZE = 504; // malloc_usable_size() of a struct llvmpipe_resource
+// malloc_usable_size() of a struct llvmpipe_resource: malloc may give 16 bytes more than asked for
+static const size_t RESOURCE_SIZE = 504;
 
 void free(void * pointer) {
     static void (*next)(void *) = NULL;
     if (!next) {
         next = (void (*)(void *)) dlsym(RTLD_NEXT, "free");
     }
-    if (pointer && malloc_usable_size(pointer) == RESOURCE_SIZE) {
+    const size_t size = pointer ? malloc_usable_size(pointer) : 0;
+    if (size == RESOURCE_SIZE || size == RESOURCE_SIZE + 16) {
         Dl_info info;
         if (dladdr(__builtin_return_address(0), &info) && info.dli_fname && strstr(info.dli_fname, "libvulkan_lvp")) {
             return;
