@@ -47,7 +47,7 @@ def main(args: list[str]) -> int:
     if what == "asan":
         return run_tests(rest)
     if what == "tsan" and len(rest) < 2 and all(x.isdigit() for x in rest):
-        return run_threads(int(rest[0]) if rest else 200)
+        return run_threads(int(rest[0]) if rest else 30)
     if what == "fuzz" and rest and rest[0] in TARGETS:
         return run_fuzzer(*rest)
     print(__doc__, file=sys.stderr)
@@ -163,8 +163,10 @@ def tiny_model_folder() -> Path:
         # another number of KV heads in each layer, a layer without attention
         "deci": tiny_models.TinySpec("deci", 3, 4, (2, 0, 1), 32, **shape),
     }
-    for name, spec in specs.items():
-        tiny_models.make_model(folder / f"{name}.gguf", spec)
+    with tempfile.TemporaryDirectory(dir=folder) as temp:
+        for name, spec in specs.items():
+            written = tiny_models.make_model(Path(temp) / "model.gguf", spec)
+            written.replace(folder / f"{name}.gguf")  # another run may have the old one mapped
     return folder
 
 

@@ -850,7 +850,8 @@ private:
     }
 };
 
-static void run(const uint8_t * data, size_t size) {
+// false: such a plan would save nothing, and nothing was done
+static bool run(const uint8_t * data, size_t size) {
     trace.clear();
 
     FuzzedDataProvider fdp(data, size);
@@ -866,6 +867,8 @@ static void run(const uint8_t * data, size_t size) {
     machine(fdp, plan).run();
 
     log_op("\n");
+
+    return plan.active();
 }
 
 #ifdef RAZOR_FUZZ_THREADS
@@ -878,12 +881,12 @@ int main(int argc, char ** argv) {
     // the models are shared, each thread has its own contexts
     auto work = [n](uint32_t seed) {
         std::mt19937 rng(seed);
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n;) {
             std::vector<uint8_t> data(60 + rng() % 60);
             for (auto & x : data) {
                 x = rng();
             }
-            run(data.data(), data.size());
+            i += run(data.data(), data.size());
         }
     };
 
