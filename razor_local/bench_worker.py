@@ -582,8 +582,10 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
         frontier = max(plan.sink_tokens, start - plan.window)
         out += saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size]
         out += struct.pack("<IIIqI", n_tokens, n_tokens, frontier, -1, 0)
-    full = [layer.n_retrieval if plan.active else layer.n_head_kv for layer in plan.layers]
-    full = [n for n in full if n > 0]
+    if plan.active:  # each retrieval head is saved like a layer
+        full = [1] * sum(layer.n_retrieval for layer in plan.layers)
+    else:
+        full = [layer.n_head_kv for layer in plan.layers if layer.n_head_kv > 0]
     out += struct.pack("<II", 1, n_tokens)  # streams, cells
     cells = np.zeros((n_tokens, 3), np.int32)  # position, number of sequences, sequence 0
     cells[:, 0] = np.arange(n_tokens)

@@ -6,6 +6,7 @@
 #include "llama-memory.h"
 #include "llama-razor.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -59,6 +60,14 @@ struct llama_razor_plan {
         const uint32_t start = pos - pos % block;
 
         return start > window && start - window > sink_tokens ? start - window : sink_tokens;
+    }
+
+    // the first position after pos that has another frontier
+    uint32_t frontier_end(uint32_t pos) const {
+        const uint32_t end = pos - pos % block + block;
+
+        // nothing is folded in the blocks that start at or before sink_tokens + window
+        return std::max(end, (sink_tokens + window)/block*block + block);
     }
 
     // the first cell of a compensation token
