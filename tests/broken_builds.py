@@ -53,6 +53,8 @@ BREAKS = [
     Break("transposed-rows-of-other-heads", CACHE, "data_v[i_kv] = h;", "data_v[i_kv] = i_kv;", "test_f32_cache_equals_the_reference"),
     Break("heads-out-not-gathered", CACHE, "data_out[h*n_gqa + j]    = i_kv*n_gqa + j;", "data_out[h*n_gqa + j]    = h*n_gqa + j;", "test_f32_cache_equals_the_reference"),
     Break("ubatch-crosses-folds", CACHE, "std::min(n_ubatch, plan.frontier_end(pos) - pos)", "n_ubatch", "test_ubatch_size test_random_splits"),
+    Break("copies-before-the-store", CACHE, "    if (!ggml_is_contiguous(cur)) {", "    if (true) {", "test_nodes_added_per_layer test_layers_of_retrieval_heads_add_none"),
+    Break("copies-in-the-fold", CACHE, "cur = ggml_mul(ctx0, cur, fold_inv);", "cur = ggml_mul(ctx0, ggml_cont(ctx0, cur), fold_inv);", "test_nodes_of_a_fold"),
     # rollback, abort
     Break("rollback-without-unfold", CACHE, "        unfold(st, frontier);\n    }\n\n    return", "    }\n\n    return",
           "test_every_length_can_be_rolled_back test_rolled_back_tokens_leave_nothing test_random_operations"),

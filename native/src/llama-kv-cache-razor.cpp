@@ -463,7 +463,7 @@ llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ub
 
     st.n_high = std::max(st.n_high, n_end);
 
-    res.n_kv = std::min<uint32_t>(plan.cells, GGML_PAD(plan.n_used(n_end), 256));
+    res.n_kv = std::min<uint32_t>(plan.cells, GGML_PAD(plan.n_used(n_end, res.frontier), 256));
 
     last_step = res;
 
@@ -537,8 +537,8 @@ void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_i
         return;
     }
 
-    // rows beyond were never written
-    const uint32_t n_used = plan.n_used(st.n_high);
+    // rows beyond do not count
+    const uint32_t n_used = plan.n_used(st.n_high, st.frontier);
 
     for (const auto & layer : layers_razor) {
         for (auto * t : { layer.k, layer.v }) {
@@ -626,7 +626,7 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
             return;
         }
 
-        const uint32_t n_used = plan.n_used(st.n_high);
+        const uint32_t n_used = plan.n_used(st.n_high, st.frontier);
 
         for (const auto & layer : layers_razor) {
             for (auto * t : { layer.k, layer.v }) {

@@ -21,8 +21,8 @@ struct llama_razor_hparams {
     llama_hparams hparams_head;
 };
 
-// the cache of retrieval heads, which keep all n_ctx tokens, and of local heads, cells = [sinks | compensation | ring of
-// recent tokens]. The rows of a head lie one after the other: attention reads them in one stream, and the new rows of all
+// the cache of retrieval heads, which keep all n_ctx tokens, and of local heads, cells = [sinks | ring of recent tokens |
+// compensation]. The rows of a head lie one after the other: attention reads them in one stream, and the new rows of all
 // heads of a layer are stored at once
 //
 // the llama_kv_cache it derives from finds the cells of the retrieval heads, makes their mask and saves their state; its
