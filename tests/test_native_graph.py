@@ -10,8 +10,6 @@ import reference
 import runner
 from tiny_models import TinySpec
 
-from razor_local.probe import Tensor
-
 N_LAYER = 4
 NO_WORK = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
 KINDS = {

@@ -42,7 +42,8 @@ def layer_bytes(
     """K, V and accumulator bytes of a layer with r retrieval and l_heads local heads."""
     d = SPEC.head_dim
     rows = r * n_ctx + l_heads * cells
-    return rows * row_bytes(kv[0], d), rows * row_bytes(kv[1], d), 3 * l_heads * 2 * d * 4 if compensation else 0
+    sums = 3 * l_heads * 2 * d * 4 if compensation else 0
+    return rows * row_bytes(kv[0], d), rows * row_bytes(kv[1], d), sums
 
 
 def full_bytes(n_ctx: int, kv: tuple[str, str]) -> int:
