@@ -301,11 +301,11 @@ def run_bench(
         return journal.head, journal.records
     clock.show("loading the model")
     with ExitStack() as stack:
-        worker = Worker(setup)
+        worker = Worker(setup, beside_another=stock_lib is not None)
         stack.callback(worker.close)
         full_worker = worker
         if stock_lib is not None:
-            full_worker = Worker(replace(setup, lib=str(stock_lib)))
+            full_worker = Worker(replace(setup, lib=str(stock_lib)), beside_another=True)
             stack.callback(full_worker.close)
         if journal.head is None:
             journal.begin(head | {"library": worker.ask("describe")})

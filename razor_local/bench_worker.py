@@ -105,12 +105,15 @@ class Side:
 
 
 class Worker:
-    """A running worker process. Raises RazorError where it fails, in ask() or on creation."""
+    """A running worker process. Raises RazorError where it fails, in ask() or on creation.
 
-    def __init__(self, setup: ModelSetup) -> None:
+    beside_another: two of them take turns.
+    """
+
+    def __init__(self, setup: ModelSetup, beside_another: bool = False) -> None:
         env = dict(os.environ)
-        # a thread that waits for its turn must not spin on the core of the other side
-        env.setdefault("OMP_WAIT_POLICY", "passive")
+        if beside_another:  # its threads must not spin on the cores of the other's
+            env.setdefault("OMP_WAIT_POLICY", "passive")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "razor_local.bench_worker", json.dumps(asdict(setup))],
             stdin=subprocess.PIPE,
