@@ -1,0 +1,198 @@
+"""Questions about a text, and prompts of a given number of tokens made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..chat import Chat, Message, Sampling, chat_template
+from ..errors import RazorError
+from ..llama import Llama
+
+N_FIT = 6  # attempts to reach a length: the tokens of pieces do not quite add up
+TURN_SLACK = 8  # tokens: an answer in a conversation may take a few more than the model wrote
+
+
+@dataclass(frozen=True)
+class Question:
+    """answers: what has to be in the answer, see the scoring of the task."""
+
+    text: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text and the questions about it, asked one after the other in one conversation.
+
+    length: tokens of the context in which the prompts and all answers have room. depth: where the
+    fact that is asked for stands, in percent of the text, None for tasks without. text: may be
+    empty. max_tokens: of an answer. n_prompt: tokens of the first prompt.
+    """
+
+    task: str
+    length: int
+    depth: float | None
+    index: int
+    text: str
+    questions: tuple[Question, ...]
+    max_tokens: int
+    n_prompt: int
+
+    def key(self) -> dict[str, object]:
+        """By what the sample is told from all others of a run."""
+        return {
+            "task": self.task,
+            "length": self.length,
+            "depth": self.depth,
+            "index": self.index,
+        }
+
+
+class Prompts:
+    """A model's tokenizer and chat template, without its weights.
+
+    A model without a template is given plain text that ends in "Answer:".
+    """
+
+    def __init__(self, model: str | os.PathLike[str]) -> None:
+        self.model = Llama(model, vocab_only=True)
+        self.render = renderer(self.model)
+        self._count = lru_cache(1 << 16)(self._count_uncached)
+
+    def count(self, text: str) -> int:
+        """Tokens of a piece of text."""
+        return self._count(text)
+
+    def _count_uncached(self, text: str) -> int:
+        return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
+
+    def n_prompt(self, content: str) -> int:
+        """Tokens of the prompt whose only message is content."""
+        prompt = self.render([{"role": "user", "content": content}])
+        return len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
+
+    def n_turn(self, question: str) -> int:
+        """Tokens by which a conversation grows with another question, its answer left out."""
+        turns = [("user", "a"), ("assistant", "b"), ("user", question)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        prompt = self.render(messages)
+        n = len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
+        return n - self.n_prompt("a") + TURN_SLACK
+
+
+def renderer(model: Llama) -> Callable[[list[Message]], str]:
+    """chat.chat_template, or a plain one for models that have none."""
+    from llama_cpp import llama_cpp as C
+
+    if C.llama_model_chat_template(model.model, None) is not None:
+        return chat_template(model)
+    vocab = C.llama_model_get_vocab(model.model)
+    bos = ""
+    if C.llama_vocab_get_add_bos(vocab) and model.token_bos() >= 0:
+        bos = C.llama_vocab_get_text(vocab, model.token_bos()).decode("utf-8", "replace")
+
+    def render(messages: list[Message]) -> str:
+        parts = [
+            f"{m['content']}\nAnswer:" if m["role"] == "user" else f"{m['content']}\n\n"
+            for m in messages
+        ]
+        return bos + "".join(parts)
+
+    return render
+
+
+def message(text: str, question: str) -> str:
+    """The text comes first, so that several questions can follow without reading it again."""
+    return f"{text}\n\n{question}" if text else question
+
+
+def fit_text(
+    prompts: Prompts,
+    pieces: Callable[[], Iterator[str]],
+    facts: Sequence[tuple[float, str]],
+    question: str,
+    n_tokens: int,
+) -> tuple[str, int]:
+    """A text of pieces with the facts in it, and the tokens of its prompt: at most n_tokens, and as
+    many as whole pieces make.
+
+    pieces(): sentences with the white space behind them, the same at each call. facts: (depth,
+    sentence), depth from 0 to 1 by tokens of the text. Raises RazorError where the pieces end
+    before n_tokens are reached, or the facts alone are more.
+    """
+    facts = sorted(facts, key=lambda fact: fact[0])
+    bare = "".join(f"{fact} " for _, fact in facts)
+    empty = prompts.n_prompt(message(bare.strip(), question))
+    if empty > n_tokens:
+        raise RazorError(
+            f"the facts and the question alone take {empty:,} tokens, and {max(n_tokens, 0):,} are"
+            " left for them beside the answers; use larger lengths"
+        )
+    budget = n_tokens - empty
+    best: tuple[str, int] | None = None
+    attempt = 0
+    while best is None or attempt < N_FIT:
+        attempt += 1
+        chosen, counts, ended = [], [], True
+        total = 0
+        for piece in pieces():
+            n = prompts.count(piece)
+            if total + n > budget:
+                ended = False
+                break
+            chosen.append(piece)
+            counts.append(n)
+            total += n
+        if ended:
+            raise RazorError(
+                f"the texts end after {total:,} tokens, {n_tokens:,} are needed; name a folder with"
+                " more text, or smaller lengths"
+            )
+        text = _insert(chosen, counts, facts)
+        found = prompts.n_prompt(message(text, question))
+        if found <= n_tokens and (best is None or found > best[1]):
+            best = text, found
+        missing = n_tokens - found
+        if 0 <= missing <= max((*counts, 16)):
+            break
+        budget = max(budget + missing, 0) if attempt < N_FIT else budget // 2
+    return best
+
+
+def _insert(pieces: list[str], counts: list[int], facts: Sequence[tuple[float, str]]) -> str:
+    """Each fact before the piece whose beginning is nearest to its depth."""
+    total, done, parts, left = sum(counts), 0, [], list(facts)
+    for piece, n in zip(pieces, counts, strict=True):
+        while left and left[0][0] * total <= done + n / 2:
+            parts.append(f"{left.pop(0)[1]} ")
+        parts.append(piece)
+        done += n
+    parts += [f"{fact} " for _, fact in left]
+    return "".join(parts).strip()
+
+
+class Answerer:
+    """A context that answers the questions of samples, always the most likely token."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama = llama
+        self._render = renderer(llama)
+
+    def ask(self, sample: Sample, progress: Callable[[], object]) -> list[str]:
+        """The answers to the sample's questions. What the cache holds of its text is used again."""
+        chat = Chat(
+            self.llama,
+            self._render,
+            max_tokens=sample.max_tokens,
+            sampling=Sampling(temp=0, seed=0),
+        )
+        answers = []
+        for i, question in enumerate(sample.questions):
+            text = sample.text if i == 0 else ""
+            answers.append(
+                "".join(chat.say(message(text, question.text), lambda done, total: progress()))
+            )
+        return answers
