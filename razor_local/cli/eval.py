@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,6 +184,80 @@ def needle(model: Path | None, **options: Any) -> None:
         }
         report = run.ask("needle", samples, score, show, described | _describe_haystack(haystack))
     run.finish(report)
+
+
+PERPLEXITY_EPILOG = """
+\b
+Examples:
+  razor-local eval perplexity book.txt
+  razor-local eval perplexity book.txt model-razor.gguf -c 16k --windows 4 --plot positions.png
+  razor-local eval perplexity book.txt model-razor.gguf --budget 0.05,0.1,0.2 --plot-curve kl.png
+"""
+
+
+@eval.command(epilog=PERPLEXITY_EPILOG)
+@click.argument("text", type=PATH)
+@click.argument("model", type=PATH, required=False)
+@click.option(
+    "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
+    help="Tokens of a window of the text.  [default: as trained, at most 8k]",
+)  # fmt: skip
+@click.option(
+    "--stride", type=Tokens(), metavar="TOKENS",
+    help="Tokens from one window to the next; less than a window: its first tokens only give"
+    " context.  [default: a window]",
+)  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), metavar="N", help="At most so many windows.")
+@_options(_MODEL_OPTIONS)
+@click.option(
+    "--plot", type=PATH, metavar="PICTURE",
+    help="Draw the KL divergence by position (.png, .svg, .pdf).",
+)  # fmt: skip
+@_CURVE
+def perplexity(text: Path, model: Path | None, **options: Any) -> None:
+    """Perplexity of a TEXT file, and KL divergence from the full f16 cache by position."""
+    from ..evals.perplexity import (
+        PerplexityReport,
+        context_size,
+        format_report,
+        make_windows,
+        plot_curve,
+        plot_positions,
+        read_text,
+        run_perplexity,
+    )
+    from ..evals.run import describe_run, open_journal
+
+    run = _Run(model, options)
+    n_ctx = context_size(run.shape, options["ctx_size"])
+    stride = options["stride"] or n_ctx
+    content = read_text(run.setup, text)
+    windows = make_windows(len(content.tokens), n_ctx, stride, options["windows"])
+    head = describe_run(
+        "perplexity",
+        run.setup,
+        run.shape,
+        run.policies,
+        seed=options["seed"],
+        text=text.name,
+        text_sha256=hashlib.sha256(content.tokens.tobytes()).hexdigest()[:16],
+        n_tokens=len(content.tokens),
+        n_ctx=n_ctx,
+        stride=stride,
+        n_windows=len(windows),
+    )
+    journal = open_journal(options["resume"], head)
+    with run.progress() as show:
+        run_perplexity(
+            run.setup, run.shape, run.policies, content, windows, n_ctx, journal, head, show
+        )
+    assert journal.head is not None
+    report = PerplexityReport(journal.head, journal.records)
+    run.write(format_report(report, run.kind))
+    if options["plot"] is not None:
+        plot_positions(report, options["plot"])
+    if options["plot_curve"] is not None:
+        plot_curve(report, options["plot_curve"])
 
 
 class _Run:

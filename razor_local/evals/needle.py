@@ -30,10 +30,10 @@ MAX_TOKENS = 64  # of an answer
 NAMES = (
     "Marlow", "Ingrid", "Tobias", "Selma", "Anton", "Beatrix", "Cyril", "Dagmar", "Edgar",
     "Fenella", "Gideon", "Hedwig", "Ivo", "Jolanda", "Konrad", "Leona", "Magnus", "Nadia",
-    "Oswald", "Petra", "Quentin", "Rosalind", "Silvan", "Tamara", "Ulric", "Viola", "Wendell", "Xenia",
-    "Yvette", "Zoltan", "Agatha", "Bruno", "Camilla", "Dorian", "Estelle", "Felix", "Greta", "Hugo",
-    "Isolde", "Jasper", "Klara", "Lucian", "Mirabel", "Norbert", "Odette", "Pascal", "Rufus", "Sabina",
-    "Theodor", "Ursula", "Victor", "Wilma",
+    "Oswald", "Petra", "Quentin", "Rosalind", "Silvan", "Tamara", "Ulric", "Viola", "Wendell",
+    "Xenia", "Yvette", "Zoltan", "Agatha", "Bruno", "Camilla", "Dorian", "Estelle", "Felix",
+    "Greta", "Hugo", "Isolde", "Jasper", "Klara", "Lucian", "Mirabel", "Norbert", "Odette",
+    "Pascal", "Rufus", "Sabina", "Theodor", "Ursula", "Victor", "Wilma",
 )  # fmt: skip
 
 

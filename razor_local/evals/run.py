@@ -117,7 +117,7 @@ def run_questions(
         try:
             cache = {"kind": "cache", "policy": policy.name, "length": length}
             if not journal.has(cache):
-                journal.add(cache | describe_cache(answerer))
+                journal.add(cache | describe_cache(answerer.llama))
             for sample, cost in zip(some, _costs(some), strict=True):
                 tell = f"{what}: {sample.task}" + (
                     "" if sample.depth is None else f" at {sample.depth:g} %"
@@ -153,9 +153,9 @@ def open_llama(setup: ModelSetup, policy: Policy, n_ctx: int, **options: Any) ->
     )
 
 
-def describe_cache(answerer: Answerer) -> dict[str, Any]:
+def describe_cache(llama: Any) -> dict[str, Any]:
     """What the cache takes, counted by the native library."""
-    memory = answerer.llama.memory()
+    memory = llama.memory()
     return {
         "n_ctx": memory.n_ctx,
         "active": memory.active,
