@@ -186,6 +186,57 @@ def needle(model: Path | None, **options: Any) -> None:
     run.finish(report)
 
 
+RULER_EPILOG = """
+\b
+Examples:
+  razor-local eval ruler model-razor.gguf -c 4k,8k,16k --resume run.jsonl
+  razor-local eval ruler model-razor.gguf --tasks vt,cwe,fwe --samples 50 -o ruler.json
+  razor-local eval ruler model-razor.gguf --budget 0.05,0.1,0.2,0.3 --plot-curve curve.png
+"""
+
+
+@eval.command(epilog=RULER_EPILOG)
+@click.argument("model", type=PATH, required=False)
+@_LENGTHS
+@click.option(
+    "--tasks", type=ListOf(click.STRING, "task,..."), metavar="TASK,...",
+    help="niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe."
+    "  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1), default=10, show_default=True, metavar="N",
+    help="Texts per length and task.",
+)  # fmt: skip
+@_HAYSTACK
+@_PREDICT
+@_options(_MODEL_OPTIONS)
+@_HEAT
+@_CURVE
+def ruler(model: Path | None, **options: Any) -> None:
+    """The synthetic tasks of RULER: needles, variable tracking, common and frequent words."""
+    from ..evals.questions import Prompts
+    from ..evals.ruler import TASKS, RulerSettings, make_samples, score
+
+    run = _Run(model, options)
+    settings = RulerSettings(
+        lengths=run.lengths(),
+        tasks=tuple(dict.fromkeys(options["tasks"] or TASKS)),
+        samples=options["samples"],
+        max_tokens=options["predict"],
+        seed=options["seed"],
+    )
+    haystack = _haystack(options)
+    with run.progress() as show:
+        samples = make_samples(settings, haystack, Prompts(run.setup.model), _making(show))
+        described = {
+            "tasks": settings.tasks,
+            "samples": settings.samples,
+            "max_tokens": settings.max_tokens,
+        }
+        report = run.ask("ruler", samples, score, show, described | _describe_haystack(haystack))
+    run.finish(report)
+
+
 PERPLEXITY_EPILOG = """
 \b
 Examples:

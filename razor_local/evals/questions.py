@@ -124,7 +124,7 @@ def fit_text(
     before n_tokens are reached, or the facts alone are more.
     """
     facts = sorted(facts, key=lambda fact: fact[0])
-    bare = "".join(f"{fact} " for _, fact in facts)
+    bare = "".join(_spaced(fact) for _, fact in facts)
     empty = prompts.n_prompt(message(bare.strip(), question))
     if empty > n_tokens:
         raise RazorError(
@@ -158,7 +158,7 @@ def fit_text(
         missing = n_tokens - found
         if 0 <= missing <= max((*counts, 16)):
             break
-        budget = max(budget + missing, 0) if attempt < N_FIT else budget // 2
+        budget = max((total if missing < 0 else budget) + missing, 0)
     return best
 
 
@@ -167,11 +167,15 @@ def _insert(pieces: list[str], counts: list[int], facts: Sequence[tuple[float, s
     total, done, parts, left = sum(counts), 0, [], list(facts)
     for piece, n in zip(pieces, counts, strict=True):
         while left and left[0][0] * total <= done + n / 2:
-            parts.append(f"{left.pop(0)[1]} ")
+            parts.append(_spaced(left.pop(0)[1]))
         parts.append(piece)
         done += n
-    parts += [f"{fact} " for _, fact in left]
+    parts += [_spaced(fact) for _, fact in left]
     return "".join(parts).strip()
+
+
+def _spaced(fact: str) -> str:
+    return fact if fact.endswith("\n") else f"{fact} "
 
 
 class Answerer:
