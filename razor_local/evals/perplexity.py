@@ -90,13 +90,13 @@ class Text:
 
 def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
     """A UTF-8 text file as the model's tokens. Raises RazorError, OSError."""
-    from ..llama import Llama
+    from .questions import load_vocabulary
 
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RazorError(f"{path} is no text in UTF-8") from None
-    vocab = Llama(setup.model, vocab_only=True)
+    vocab = load_vocabulary(setup.model)
     plain, marked = (
         vocab.tokenize(text.encode(), add_bos=add_bos, special=False) for add_bos in (False, True)
     )

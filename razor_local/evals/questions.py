@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..chat import Chat, Message, Sampling, chat_template
-from ..errors import RazorError
+from ..errors import RazorError, UnsupportedError
 from ..llama import Llama
 
 N_FIT = 6  # attempts to reach a length: the tokens of pieces do not quite add up
@@ -58,7 +58,7 @@ class Prompts:
     """
 
     def __init__(self, model: str | os.PathLike[str]) -> None:
-        self.model = Llama(model, vocab_only=True)
+        self.model = load_vocabulary(model)
         self.render = renderer(self.model)
         self._count = lru_cache(1 << 16)(self._count_uncached)
 
@@ -81,6 +81,17 @@ class Prompts:
         prompt = self.render(messages)
         n = len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
         return n - self.n_prompt("a") + TURN_SLACK
+
+
+def load_vocabulary(model: str | os.PathLike[str]) -> Llama:
+    """The model without its weights. Raises UnsupportedError where it has no tokenizer."""
+    from llama_cpp import llama_cpp as C
+
+    llama = Llama(model, vocab_only=True)
+    vocab = C.llama_model_get_vocab(llama.model)
+    if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:
+        raise UnsupportedError(f"{model} has no tokenizer, so that it cannot read a text")
+    return llama
 
 
 def renderer(model: Llama) -> Callable[[list[Message]], str]:
