@@ -311,6 +311,76 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
         plot_curve(report, options["plot_curve"])
 
 
+LONGBENCH_EPILOG = """
+\b
+Examples:
+  razor-local eval longbench LongBench/data model-razor.gguf -c 32k --resume run.jsonl
+  razor-local eval longbench LongBench/data model-razor.gguf --datasets hotpotqa,qasper -c 8k \\
+      --cut-middle --samples 50
+"""
+
+
+@eval.command(epilog=LONGBENCH_EPILOG)
+@click.argument("folder", type=PATH, metavar="DIR")
+@click.argument("model", type=PATH, required=False)
+@click.option(
+    "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
+    help="Context of all questions.  [default: as trained, at most 32k]",
+)  # fmt: skip
+@click.option(
+    "--datasets", type=ListOf(click.STRING, "name,..."), metavar="NAME,...",
+    help="Data sets to run.  [default: all files in DIR that belong to LongBench]",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1), metavar="N",
+    help="At most so many questions of each data set, drawn at random.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--cut-middle", is_flag=True,
+    help="Cut texts that are too long in the middle, instead of leaving them out.",
+)  # fmt: skip
+@_options(_MODEL_OPTIONS)
+@_HEAT
+@_CURVE
+def longbench(folder: Path, model: Path | None, **options: Any) -> None:
+    """LongBench, from the .jsonl files in DIR, with its metrics.
+
+    Some metrics need libraries: pip install razor-local[eval].
+    """
+    from ..evals.longbench import LongBench
+    from ..evals.questions import Prompts
+    from ..plan import padded_n_ctx
+
+    run = _Run(model, options)
+    trained = min(run.shape.n_ctx_train or MAX_LENGTH, MAX_LENGTH)
+    n_ctx = padded_n_ctx(run.shape, options["ctx_size"] or trained)
+    with run.progress() as show:
+        bench = LongBench(
+            folder,
+            Prompts(run.setup.model),
+            n_ctx,
+            names=tuple(dict.fromkeys(options["datasets"])) if options["datasets"] else None,
+            n_samples=options["samples"],
+            cut=options["cut_middle"],
+            seed=options["seed"],
+            progress=_making(show),
+        )
+        notes = [f"{n} questions of {name} do not fit and are left out"
+                 for name, n in bench.left_out.items()]  # fmt: skip
+        notes += [f"{n} texts of {name} were cut in the middle" for name, n in bench.n_cut.items()]
+        for note in notes:
+            click.echo(f"Note: {note}", err=True)
+        described = {
+            "tasks": bench.names,
+            "samples": options["samples"],
+            "cut_middle": options["cut_middle"],
+            "files_sha256": bench.digest,
+            "notes": notes,
+        }
+        report = run.ask("longbench", bench.samples, bench.score, show, described)
+    run.finish(report)
+
+
 class _Run:
     """What all evals have in common. Options are checked before anything runs."""
 

@@ -29,7 +29,8 @@ class Sample:
 
     length: tokens of the context in which the prompts and all answers have room. depth: where the
     fact that is asked for stands, in percent of the text, None for tasks without. text: may be
-    empty. max_tokens: of an answer. n_prompt: tokens of the first prompt.
+    empty. max_tokens: of an answer. n_prompt: tokens of the first prompt. raw: text and question
+    are continued as they are, without a chat template.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Sample:
     questions: tuple[Question, ...]
     max_tokens: int
     n_prompt: int
+    raw: bool = False
 
     def key(self) -> dict[str, object]:
         """By what the sample is told from all others of a run."""
@@ -60,6 +62,7 @@ class Prompts:
     def __init__(self, model: str | os.PathLike[str]) -> None:
         self.model = load_vocabulary(model)
         self.render = renderer(self.model)
+        self._bos = bos_text(self.model)
         self._count = lru_cache(1 << 16)(self._count_uncached)
 
     def count(self, text: str) -> int:
@@ -73,6 +76,11 @@ class Prompts:
         """Tokens of the prompt whose only message is content."""
         prompt = self.render([{"role": "user", "content": content}])
         return len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
+
+    def n_raw(self, content: str) -> int:
+        """Tokens of content as it is, without a template."""
+        prompt = (self._bos + content).encode()
+        return len(self.model.tokenize(prompt, add_bos=False, special=True))
 
     def n_turn(self, question: str) -> int:
         """Tokens by which a conversation grows with another question, its answer left out."""
@@ -100,10 +108,7 @@ def renderer(model: Llama) -> Callable[[list[Message]], str]:
 
     if C.llama_model_chat_template(model.model, None) is not None:
         return chat_template(model)
-    vocab = C.llama_model_get_vocab(model.model)
-    bos = ""
-    if C.llama_vocab_get_add_bos(vocab) and model.token_bos() >= 0:
-        bos = C.llama_vocab_get_text(vocab, model.token_bos()).decode("utf-8", "replace")
+    bos = bos_text(model)
 
     def render(messages: list[Message]) -> str:
         parts = [
@@ -115,9 +120,19 @@ def renderer(model: Llama) -> Callable[[list[Message]], str]:
     return render
 
 
+def bos_text(model: Llama) -> str:
+    """The token that begins a text of this model, "" for models without."""
+    from llama_cpp import llama_cpp as C
+
+    vocab = C.llama_model_get_vocab(model.model)
+    if not C.llama_vocab_get_add_bos(vocab) or model.token_bos() < 0:
+        return ""
+    return C.llama_vocab_get_text(vocab, model.token_bos()).decode("utf-8", "replace")
+
+
 def message(text: str, question: str) -> str:
     """The text comes first, so that several questions can follow without reading it again."""
-    return f"{text}\n\n{question}" if text else question
+    return "\n\n".join(part for part in (text, question) if part)
 
 
 def fit_text(
@@ -195,12 +210,14 @@ class Answerer:
     def __init__(self, llama: Llama) -> None:
         self.llama = llama
         self._render = renderer(llama)
+        bos = bos_text(llama)
+        self._raw = lambda messages: bos + "".join(m["content"] for m in messages)
 
     def ask(self, sample: Sample, progress: Callable[[], object]) -> list[str]:
         """The answers to the sample's questions. What the cache holds of its text is used again."""
         chat = Chat(
             self.llama,
-            self._render,
+            self._raw if sample.raw else self._render,
             max_tokens=sample.max_tokens,
             sampling=Sampling(temp=0, seed=0),
         )
