@@ -192,7 +192,6 @@ def _read_window(
     sums = {side: {name: np.zeros(-(-n // BLOCK)) for name in names} for side in sides}
     for llama in sides.values():
         llama.reset()
-        llama._ctx.kv_cache_clear()
     for start in range(0, n, N_BATCH):
         batch = tokens[start : start + N_BATCH]
         positions = np.arange(start, start + len(batch)) + 1  # a row predicts the next token
@@ -201,28 +200,12 @@ def _read_window(
         full: np.ndarray | None = None
         for side, llama in sides.items():
             clock.show(f"{side}, {start:,} of {n:,} tokens")
-            ours = log_softmax(_logits(llama, batch, start, counted))
-            full = ours if full is None else full
-            if len(targets):
+            for logits in llama.eval_logits(batch.tolist(), counted):  # one batch, or no row of it
+                ours = log_softmax(logits)
+                full = ours if full is None else full
                 _compare(sums[side], full, ours, targets, positions[counted])
             clock.done(len(batch))
     return sums
-
-
-def _logits(llama: Any, batch: np.ndarray, start: int, counted: np.ndarray) -> np.ndarray:
-    """Evaluates a batch of at most N_BATCH tokens: f32 [counted rows, n_vocab]."""
-    from llama_cpp import llama_cpp as C
-
-    llama._batch.set_batch(batch=batch.tolist(), n_past=start, logits_all=True)
-    for i, wanted in enumerate(counted.tolist()):
-        llama._batch.batch.logits[i] = wanted
-    code = C.llama_decode(llama.ctx, llama._batch.batch)
-    if code != 0:
-        raise RazorError(f"evaluating {len(batch)} tokens after {start} failed ({code})")
-    n_rows = int(counted.sum())
-    if n_rows == 0:
-        return np.empty((0, llama.n_vocab()), np.float32)
-    return np.ctypeslib.as_array(C.llama_get_logits(llama.ctx), (n_rows, llama.n_vocab()))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -212,10 +212,15 @@ class Answerer:
         self._render = renderer(llama)
         bos = bos_text(llama)
         self._raw = lambda messages: bos + "".join(m["content"] for m in messages)
+        self._chat: Chat | None = None
+        self._stopped = False
 
     def ask(self, sample: Sample, progress: Callable[[], object]) -> list[str]:
-        """The answers to the sample's questions. What the cache holds of its text is used again."""
-        chat = Chat(
+        """The answers to the sample's questions. What the cache holds of its text is used again.
+
+        Raises KeyboardInterrupt where stop() was called, instead of unfinished answers.
+        """
+        chat = self._chat = Chat(
             self.llama,
             self._raw if sample.raw else self._render,
             max_tokens=sample.max_tokens,
@@ -224,7 +229,20 @@ class Answerer:
         answers = []
         for i, question in enumerate(sample.questions):
             text = sample.text if i == 0 else ""
-            answers.append(
-                "".join(chat.say(message(text, question.text), lambda done, total: progress()))
-            )
+            self.check()
+            pieces = chat.say(message(text, question.text), lambda done, total: progress())
+            answers.append("".join(pieces))
+        self.check()
         return answers
+
+    def stop(self) -> None:
+        """Ends what is being asked, from a signal handler: an exception there would be lost in the
+        callbacks of the computation."""
+        self._stopped = True
+        if self._chat is not None:
+            self._chat.stop()
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt where stop() was called."""
+        if self._stopped:
+            raise KeyboardInterrupt

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..journal import Journal
 from ..plan import N_CTX_PAD
 from ..profile import ModelShape
 from ..progress import Clock, Progress
+from ..terminal import on_interrupt
 from .policies import Policy
 from .questions import Answerer, Sample
 
@@ -118,22 +120,23 @@ def run_questions(
             cache = {"kind": "cache", "policy": policy.name, "length": length}
             if not journal.has(cache):
                 journal.add(cache | describe_cache(answerer.llama))
-            for sample, cost in zip(some, _costs(some), strict=True):
-                tell = f"{what}: {sample.task}" + (
-                    "" if sample.depth is None else f" at {sample.depth:g} %"
-                )
-                answers = answerer.ask(sample, lambda tell=tell: clock.show(tell))
-                journal.add(
-                    {"kind": "answer", "policy": policy.name}
-                    | sample.key()
-                    | {
-                        "n_prompt": sample.n_prompt,
-                        "expected": [list(question.answers) for question in sample.questions],
-                        "answers": answers,
-                        "score": score(sample, answers),
-                    }
-                )
-                clock.done(cost)
+            with on_interrupt(answerer.stop):
+                for sample, cost in zip(some, _costs(some), strict=True):
+                    depth = "" if sample.depth is None else f" at {sample.depth:g} %"
+                    tell = partial(clock.show, f"{what}: {sample.task}{depth}")
+                    answers = answerer.ask(sample, tell)
+                    journal.add(
+                        {"kind": "answer", "policy": policy.name}
+                        | sample.key()
+                        | {
+                            "n_prompt": sample.n_prompt,
+                            "expected": [list(question.answers) for question in sample.questions],
+                            "answers": answers,
+                            "score": score(sample, answers),
+                        }
+                    )
+                    clock.done(cost)
+            answerer.check()
         finally:
             answerer.llama.close()
 
