@@ -250,7 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # as the module of this name, so that the class is registered once
-    from razor_local.evals import lm_eval as module
-
-    module.main()
+    main()
