@@ -161,7 +161,7 @@ def _markdown(report: Report) -> Iterator[str]:
         " questions"
     )
     if report.missing:
-        yield f"- **unfinished: {report.missing:,} questions have no answer yet**"
+        yield f"- **unfinished: {report.missing:,} samples have no answer yet**"
     for line in settings.get("notes", ()):
         yield f"- {one_line(line)}"
     rows = report.rows
@@ -184,15 +184,19 @@ def _markdown(report: Report) -> Iterator[str]:
                 differences.append(
                     [policy] + ["" if r is None else _difference_text(r) for r in found]
                 )
-        counts = [
-            max(by_key[length, p, t]["n"] for p in policies if (length, p, t) in by_key)
-            for t in tasks
-            if any((length, p, t) in by_key for p in policies)
-        ]
-        titles = [f"{task}, n = {n}" for task, n in zip(tasks, counts, strict=False)]
+        counts: dict[str, int] = {}
+        for task in tasks:
+            found = [by_key[length, p, task]["n"] for p in policies if (length, p, task) in by_key]
+            counts[task] = max(found, default=0)
+        same = len({n for task, n in counts.items() if task != ALL}) == 1
+        titles = tasks if same else [f"{task}, n = {n}" for task, n in counts.items()]
         yield ""
         yield f"## {length:,} tokens"
         yield ""
+        if same:
+            each = "" if len(tasks) == 1 else f" each, {counts[ALL]:,} in all"
+            yield f"{counts[tasks[0]]:,} samples{each}"
+            yield ""
         yield from markdown_table(["policy", "KV bytes", "of full f16", *titles], lines)
         if differences:
             yield ""
