@@ -122,7 +122,8 @@ def test_ruler_counts_the_share_of_strings_in_the_answer() -> None:
 
 
 def test_policies_keep_what_their_names_say() -> None:
-    shape, policies = make_policies(SETUP)
+    setup = replace(SETUP, window_min=100, window_divisor=0, sink_tokens=3)
+    shape, policies = make_policies(setup)
     assert tuple(p.name for p in policies) == DEFAULT
     profile = read_profile(DEFAULT_MODEL)
     plans = {p.name: p.plan(shape, 2048) for p in policies}
@@ -133,10 +134,10 @@ def test_policies_keep_what_their_names_say() -> None:
         assert plan.active == (kind != "full")
         assert plan.kv_bytes < full or name == "full-f16"
         assert plan.compensation == (kind in ("razor", "local", "random-heads")), name
-        heads = {"local": 0, "streaming": 0}.get(kind, 16 if kind == "full" else 3)
-        assert plan.retrieval_kv_heads == heads, name
+        kept = plan.kv_heads if kind == "full" else int(profile.flat().sum())
+        assert plan.retrieval_kv_heads == {"local": 0, "streaming": 0}.get(kind, kept), name
         if plan.active:
-            assert (plan.window, plan.sink_tokens) == (256, 4)
+            assert (plan.window, plan.sink_tokens) == (100, 3)
     by_name = {p.name: p for p in policies}
     assert (by_name["razor-q8_0"].profile.flat() == profile.flat()).all()
     assert plans["random-heads-f16"].kv_bytes == plans["razor-f16"].kv_bytes
@@ -145,8 +146,9 @@ def test_policies_keep_what_their_names_say() -> None:
 
 @pytest.mark.parametrize("name", DEFAULT)
 def test_the_cache_takes_the_bytes_of_the_plan(name) -> None:
-    shape, (policy,) = make_policies(SETUP, [name])
-    llama = open_llama(SETUP, policy, 1024)
+    setup = replace(SETUP, window_min=100, window_divisor=0)
+    shape, (policy,) = make_policies(setup, [name])
+    llama = open_llama(setup, policy, 1024)
     try:
         memory = llama.memory()
         assert memory.kv_bytes == policy.plan(shape, 1024).kv_bytes
@@ -163,47 +165,52 @@ def test_random_heads_are_drawn_by_the_seed() -> None:
     }
     for first, fixed, quantized in draws.values():
         assert first == quantized and fixed == draws[5][0]
-        assert sum(first) == 3
+        assert sum(first) == read_profile(DEFAULT_MODEL).flat().sum()
     assert draws[0][0] != draws[6][0]
 
 
 def test_budgets_take_the_heads_with_the_best_scores(tmp_path) -> None:
-    model = _model_with_scores(tmp_path)
-    setup = ModelSetup(str(model))
-    shape, policies = make_policies(setup, ["full", "razor-q8_0"], [0.05, 0.1, 0.25, 1.0])
+    setup = ModelSetup(str(model_with_scores(tmp_path)))
+    shape, policies = make_policies(setup, ["full", "razor-q8_0"], [0.01, 0.1, 0.5, 1.0])
+    n = sum(shape.n_head_kv)
     assert [(p.name, p.budget) for p in policies] == [
-        ("full-f16", None), ("razor-q8_0", None), ("razor-q8_0@0.05", 0.05),
-        ("razor-q8_0@0.1", 0.1), ("razor-q8_0@0.25", 0.25), ("razor-q8_0@1", 1.0),
+        ("full-f16", None), ("razor-q8_0", None), ("razor-q8_0@0.01", 0.01),
+        ("razor-q8_0@0.1", 0.1), ("razor-q8_0@0.5", 0.5), ("razor-q8_0@1", 1.0),
     ]  # fmt: skip
     counts = [int(p.profile.flat().sum()) for p in policies[1:]]
-    assert counts == [3, 1, 2, 4, 16]  # rounded up
+    assert counts == [counts[0], *(math.ceil(n * share) for share in (0.01, 0.1, 0.5, 1.0))]
     assert policies[2].profile.flat()[5] == 1  # the highest score
     assert not policies[-1].plan(shape, 2048).active
-    # the same heads are not measured twice: 3 of 16 are the profile's own
-    assert len(make_policies(setup, ["razor@0.15", "razor@0.18"])[1]) == 1
+    # the same heads are not measured twice
+    shares = (0.1 / n, 0.9 / n)
+    assert len(make_policies(setup, [f"razor@{share:.6f}" for share in shares])[1]) == 1
 
 
-def _model_with_scores(folder):
+def model_with_scores(folder):
+    """A copy of the built-in model in whose profile KV head 5 has the highest score."""
     from razor_local.converters.write import write_copy
 
-    profile = read_profile(DEFAULT_MODEL)
-    scores = np.linspace(0.1, 0.4, 32, dtype=np.float32)
-    scores[10] = 0.9  # query head 10: KV head 5
+    profile, shape = read_profile(DEFAULT_MODEL), read_model_shape(DEFAULT_MODEL)
+    n = sum(shape.n_head)
+    scores = np.linspace(0.1, 0.4, n, dtype=np.float32)
+    scores[5 * n // sum(shape.n_head_kv)] = 0.9
     path = folder / "scored.gguf"
     write_copy(
         DEFAULT_MODEL,
         path,
-        replace(profile, induction_score=scores, echo_score=np.zeros(32, np.float32)),
+        replace(profile, induction_score=scores, echo_score=np.zeros(n, np.float32)),
     )
     return path
 
 
 def test_a_head_list_is_a_policy(tmp_path) -> None:
     heads = tmp_path / "a-b.tsv"
-    heads.write_text("1\t0\t0\t0\n" * 4)
+    shape = read_model_shape(DEFAULT_MODEL)
+    rows = [[1] + [0] * (n - 1) for n in shape.n_head_kv]
+    heads.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
     _, policies = make_policies(SETUP, [f"heads={heads}", f"heads={heads}-q4_0"])
     assert [p.kv_type for p in policies] == ["f16", "q4_0"]
-    assert policies[0].profile.flat().tolist() == [1, 0, 0, 0] * 4
+    assert [layer.tolist() for layer in policies[0].profile.retrieval] == rows
 
 
 @pytest.mark.parametrize(
@@ -273,4 +280,3 @@ def test_log_softmax_is_one() -> None:
     x = np.random.default_rng(0).normal(0, 300, (5, 40)).astype(np.float32)
     assert np.exp(log_softmax(x)).sum(axis=1) == pytest.approx(np.ones(5))
     assert math.isfinite(log_softmax(np.float32([[1e4, -1e4]])).min())
-    assert read_model_shape(DEFAULT_MODEL).n_layer == 4

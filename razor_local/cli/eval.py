@@ -158,7 +158,7 @@ Examples:
 @_HEAT
 @_CURVE
 def needle(model: Path | None, **options: Any) -> None:
-    """Facts hidden in texts: lengths x depths, policies side by side."""
+    """Facts hidden in texts, lengths x depths."""
     from ..evals.needle import MAX_TOKENS, NeedleSettings, make_samples, score
     from ..evals.questions import Prompts
 
@@ -213,7 +213,10 @@ Examples:
 @_HEAT
 @_CURVE
 def ruler(model: Path | None, **options: Any) -> None:
-    """The synthetic tasks of RULER: needles, variable tracking, common and frequent words."""
+    """The synthetic tasks of RULER.
+
+    Needles, variable tracking, common and frequent words, from generators of our own.
+    """
     from ..evals.questions import Prompts
     from ..evals.ruler import TASKS, RulerSettings, make_samples, score
 
@@ -266,7 +269,10 @@ Examples:
 )  # fmt: skip
 @_CURVE
 def perplexity(text: Path, model: Path | None, **options: Any) -> None:
-    """Perplexity of a TEXT file, and KL divergence from the full f16 cache by position."""
+    """Perplexity and KL divergence on a text.
+
+    TEXT is a file in UTF-8; the divergence is from the full f16 cache, by position in the context.
+    """
     from ..evals.perplexity import (
         PerplexityReport,
         context_size,
@@ -343,9 +349,9 @@ Examples:
 @_HEAT
 @_CURVE
 def longbench(folder: Path, model: Path | None, **options: Any) -> None:
-    """LongBench, from the .jsonl files in DIR, with its metrics.
+    """LongBench, from files that you have.
 
-    Some metrics need libraries: pip install razor-local[eval].
+    DIR holds its .jsonl files. Some metrics need libraries: pip install razor-local[eval].
     """
     from ..evals.longbench import LongBench
     from ..evals.questions import Prompts

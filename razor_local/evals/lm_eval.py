@@ -21,7 +21,7 @@ from ..cli.params import DEFAULT_MODEL
 from ..errors import UnsupportedError
 from .perplexity import log_softmax
 from .policies import make_policies
-from .questions import bos_text, renderer
+from .questions import bos_text, refuse_without_tokenizer, renderer
 from .run import open_llama
 
 try:
@@ -79,6 +79,7 @@ class RazorLM(TemplateLM):
         shape, (chosen,) = make_policies(setup, [policy], seed=seed)
         n_ctx = n_ctx or min(shape.n_ctx_train or 8192, 8192)
         self.llama = open_llama(setup, chosen, n_ctx)
+        refuse_without_tokenizer(self.llama)
         self.max_length = self.llama.n_ctx()
         self._name = f"{shape.name or shape.arch}-{shape.fingerprint[:16]}"
         self._render = renderer(self.llama)

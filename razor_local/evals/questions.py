@@ -93,13 +93,20 @@ class Prompts:
 
 def load_vocabulary(model: str | os.PathLike[str]) -> Llama:
     """The model without its weights. Raises UnsupportedError where it has no tokenizer."""
+    llama = Llama(model, vocab_only=True)
+    refuse_without_tokenizer(llama)
+    return llama
+
+
+def refuse_without_tokenizer(model: Llama) -> None:
+    """Tokenizing would end the process. Raises UnsupportedError."""
     from llama_cpp import llama_cpp as C
 
-    llama = Llama(model, vocab_only=True)
-    vocab = C.llama_model_get_vocab(llama.model)
+    vocab = C.llama_model_get_vocab(model.model)
     if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:
-        raise UnsupportedError(f"{model} has no tokenizer, so that it cannot read a text")
-    return llama
+        raise UnsupportedError(
+            f"{model.model_path} has no tokenizer, so that it cannot read a text"
+        )
 
 
 def renderer(model: Llama) -> Callable[[list[Message]], str]:
