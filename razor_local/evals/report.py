@@ -218,7 +218,7 @@ def _difference_text(row: dict[str, Any]) -> str:
     if row["difference"] is None:
         return ""
     low, high = 100 * row["difference_low"], 100 * row["difference_high"]
-    return f"{100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})".replace("-0.0", "+0.0")
 
 
 def share(value: float | None) -> str:
@@ -229,50 +229,50 @@ def share(value: float | None) -> str:
 
 
 def plot_heat(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Scores as colours: a row of panels per policy; a panel per task, depth over length, or where
-    tasks have no depth one panel, task over length.
+    """Scores as colours, over length: a row of panels per policy with a panel per task, in it the
+    depths; or where tasks have no depth a panel per policy, in it the tasks.
 
     Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
     """
     cells = report.cells
     lengths = sorted({c["length"] for c in cells})
     depths = sorted({c["depth"] for c in cells if c["depth"] is not None})
-    columns = report.tasks if depths else [None]
-    lines: Sequence[Any] = depths or report.tasks
     policies = [p for p in report.policies if any(c["policy"] == p for c in cells)]
+    found = {(c["policy"], c["task"], c["length"], c["depth"]): c["score"] for c in cells}
+    if depths:
+        names = [f"{depth:g} %" for depth in depths]
+        panels = [[[(p, task, depth) for depth in depths] for task in report.tasks]
+                  for p in policies]  # fmt: skip
+        titles, labels = report.tasks, policies
+    else:
+        names = report.tasks
+        panels = [[[(p, task, None) for task in report.tasks] for p in policies]]
+        titles, labels = policies, [""]
+    n_rows, n_columns = max(len(panels), 1), max(len(panels[0]) if panels else 0, 1)
     size = (
-        2.2 + len(columns) * (0.8 + 0.42 * len(lengths)),
-        1.0 + max(len(policies), 1) * (0.75 + 0.22 * len(lines)),
+        2.6 + n_columns * (0.8 + 0.42 * len(lengths)),
+        1.0 + n_rows * (0.75 + 0.22 * len(names)),
     )
     figure = make_figure(path, size, INSTEAD)
     figure.set_layout_engine("constrained")
-    axes = figure.subplots(max(len(policies), 1), len(columns), squeeze=False)
-    found = {(c["policy"], c["task"], c["length"], c["depth"]): c["score"] for c in cells}
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
     image = None
-    for i, policy in enumerate(policies):
-        for j, task in enumerate(columns):
-            grid = [
-                [
-                    found.get(
-                        (policy, task, length, line) if depths else (policy, line, length, None),
-                        np.nan,
-                    )
-                    for length in lengths
-                ]
-                for line in lines
-            ]
+    for i, row in enumerate(panels):
+        for j, lines in enumerate(row):
+            grid = np.array([
+                [found.get((policy, task, length, depth), np.nan) for length in lengths]
+                for policy, task, depth in lines
+            ])  # fmt: skip
             ax = axes[i][j]
             image = ax.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             ax.set_xticks(range(len(lengths)), map(short_tokens, lengths), fontsize=7)
-            names = [f"{line:g} %" for line in lines] if depths else lines
-            ax.set_yticks(range(len(lines)), names if j == 0 else [], fontsize=7)
-            for y, row in enumerate(grid):
-                for x, value in enumerate(row):
-                    if not np.isnan(value):
-                        ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
-            if i == 0 and task is not None:
-                ax.set_title(task, fontsize=9)
-        axes[i][0].set_ylabel(policy, fontsize=8)
+            ax.set_yticks(range(len(names)), names if j == 0 else [], fontsize=7)
+            for (y, x), value in np.ndenumerate(grid):
+                if not np.isnan(value):
+                    ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
+            if i == 0:
+                ax.set_title(titles[j], fontsize=8)
+        axes[i][0].set_ylabel(labels[i], fontsize=8)
     model = report.head["model"]
     figure.suptitle(
         f"{report.head['eval']}: {one_line(model['name'] or model['file'])}", fontsize=9
