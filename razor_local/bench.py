@@ -16,7 +16,6 @@ them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import statistics
 import time
@@ -31,9 +30,10 @@ from .bench_worker import READ_CAP, Context, ModelSetup, Side, Worker, kept_byte
 from .errors import RazorError
 from .gguf_header import read_header
 from .gguf_split import read_parts
+from .journal import Journal
 from .plan import MAX_N_CTX, N_CTX_PAD, Plan
 from .profile import ModelShape, Profile
-from .safe_write import check_new_file, new_file
+from .progress import Clock, Progress
 from .shapes import is_random
 
 VERSION = 1  # of the records
@@ -47,8 +47,6 @@ SMALL_CHUNKS = (16, 4)  # with the others a token's attention costs the same in 
 SHORT_PROMPT = 512  # tokens that are prefilled for real
 FIT_FROM = 4096  # tokens
 FIT_WINDOW = 2048  # at most: the window of the fit has to be full at FIT_FROM
-
-Progress = Callable[[str, float, "float | None"], None]  # what, part done, seconds left
 
 
 @dataclass(frozen=True)
@@ -215,64 +213,15 @@ def _round_up(n: int, multiple: int) -> int:
 # -- a run
 
 
-class Journal:
-    """Finished records of a run, in a file of JSON lines if path is not None.
+def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
+    """Raises RazorError for a file of another run, OSError."""
 
-    The first line is the head. A last line that was cut off, by a killed process, is forgotten.
-    head None: the run has not begun. Raises RazorError for a file of another run, OSError.
-    """
+    def identity(head: dict[str, Any]) -> dict[str, Any]:
+        names = ("version", "model", "setup", "settings", "code")
+        cpu = (head.get("machine") or {}).get("cpu")  # its load may differ
+        return {name: head.get(name) for name in names} | {"machine": cpu}
 
-    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
-        self.path = path
-        self.head: dict[str, Any] | None = None
-        self.records: list[dict[str, Any]] = []
-        if path is None:
-            return
-        check_new_file(path)
-        if path.exists():
-            self._take(path, head)
-
-    def _take(self, path: Path, head: dict[str, Any]) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-            lines = text[: text.rfind("\n") + 1].splitlines()
-            found, *records = map(json.loads, lines)
-            if found.pop("kind") != "head" or not all("kind" in record for record in records):
-                raise ValueError
-        except (ValueError, AttributeError, KeyError, TypeError):
-            raise RazorError(f"{path} is no journal of a benchmark; name a new file") from None
-        for name in ("version", "model", "setup", "settings", "code", "machine"):
-            here, there = head[name], found.get(name)
-            if name == "machine":  # its load may differ
-                here, there = here["cpu"], (there or {}).get("cpu")
-            if json.loads(json.dumps(here)) != there:
-                raise RazorError(
-                    f"{path} is of a run with another {name}; resume it with the same command, code"
-                    " and machine, or name a new file"
-                )
-        self.head, self.records = found, records
-        self._write(path, lines)
-
-    @staticmethod
-    def _write(path: Path, lines: list[str]) -> None:
-        with new_file(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
-
-    def begin(self, head: dict[str, Any]) -> None:
-        self.head = head
-        if self.path is not None:
-            self._write(self.path, [json.dumps({"kind": "head"} | head)])
-
-    def has(self, key: dict[str, Any]) -> bool:
-        return any(all(r.get(k) == v for k, v in key.items()) for r in self.records)
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+    return Journal(path, head, "a benchmark", identity)
 
 
 def run_bench(
@@ -294,9 +243,9 @@ def run_bench(
     head = _describe_run(setup, settings, stock_lib, shape, profile, meter)
     for batch in batches:
         _check_memory(setup, batch, shape, profile, head["model"]["file_bytes"])
-    journal = Journal(resume, head)
+    journal = open_journal(resume, head)
     left = [[s for s in batch.steps if not journal.has(batch.key(s))] for batch in batches]
-    clock = _Clock(progress, sum(step.cost for steps in left for step in steps))
+    clock = Clock(progress, sum(step.cost for steps in left for step in steps))
     if not any(left) and journal.head is not None:
         return journal.head, journal.records
     clock.show("loading the model")
@@ -397,23 +346,6 @@ def _check_memory(
         )
 
 
-class _Clock:
-    """Tells the progress, and the time left by what was done so far."""
-
-    def __init__(self, progress: Progress, total: float) -> None:
-        self._progress, self._total, self._done = progress, max(total, 1e-9), 0.0
-        self._started = time.monotonic()
-
-    def show(self, what: str) -> None:
-        part, left = self._done / self._total, None
-        if self._done:
-            left = (time.monotonic() - self._started) / part * (1 - part)
-        self._progress(what, part, left)
-
-    def done(self, cost: float) -> None:
-        self._done += cost
-
-
 # -- measurements
 
 
@@ -428,7 +360,7 @@ class _Measure:
     full_worker: Worker  # of the sides without razor
     settings: Settings
     meter: EnergyMeter
-    clock: _Clock
+    clock: Clock
 
     def records(self, steps: Sequence[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
         for step in steps:

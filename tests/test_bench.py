@@ -25,10 +25,10 @@ from tiny_models import TinySpec, razor_kv
 from razor_local import bench as bench_module
 from razor_local.bench import (
     Batch,
-    Journal,
     Settings,
     _Measure,
     make_batches,
+    open_journal,
     run_bench,
     weights_bytes,
 )
@@ -170,7 +170,7 @@ def test_other_files_are_no_journals(measured, tmp_path, text) -> None:
     path.write_bytes(text.encode("latin-1"))
     head = measured.report["head"]
     with pytest.raises(RazorError, match="is no journal of a benchmark|is of a run with another"):
-        Journal(path, head)
+        open_journal(path, head)
     assert path.read_bytes() == text.encode("latin-1")
 
 

@@ -10,13 +10,12 @@ import click
 
 from ..errors import ProfileError, RazorError
 from ..plan import KV_TYPES
-from .params import ContextSize
+from .params import DEFAULT_MODEL, ContextSize
 
 if TYPE_CHECKING:
     from ..chat import Chat
     from ..llama import Llama
 
-DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
 
 HELP = '''\
