@@ -43,6 +43,9 @@ MIN_PAIRS, MIN_BATCHES, MAX_BATCHES = 5, 2, 5
 N_WARMUP = 3  # steps per side that do not count, unless they take seconds
 CHUNKS = (512, 256, 128, 64)  # tokens of a batch of prefill
 TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, in batches of 64 and more
+TILED_CHUNK = (
+    256  # at least: in smaller ones tiles are cut, more of them where there are two groups
+)
 SMALL_CHUNKS = (16, 4)  # with the others a token's attention costs the same in any batch
 SHORT_PROMPT = 512  # tokens that are prefilled for real
 FIT_FROM = 4096  # tokens
@@ -479,9 +482,9 @@ class _Measure:
 
         idle = sum(self._first_step(context, 0) for context in contexts)
         took = sum(self._first_step(context, depth) for context in contexts)
-        n_first = CHUNKS[-1]
         types = {self.batch.sides[0].type_k, self.batch.sides[0].type_v}
         tiled = len(types) == 1 and types <= set(TILED)
+        n_first = TILED_CHUNK if tiled else CHUNKS[-1]
         if not tiled and took > 3 * idle:  # attention is most of it
             fits = (n for n in (n_first, *SMALL_CHUNKS) if took * n <= budget)
             n_first = next(fits, SMALL_CHUNKS[-1])
@@ -489,7 +492,11 @@ class _Measure:
         first = self._in_turn(contexts, what, 1, lambda c: prefill(c, n_first))
         per_token = sum(ms[0] for ms in first.values()) / 1e3 / n_first
         n_tokens = next(
-            (n for n in CHUNKS if depth + n <= n_ctx and per_token * n * MIN_BATCHES <= budget),
+            (
+                n
+                for n in CHUNKS
+                if n >= n_first and depth + n <= n_ctx and per_token * n * MIN_BATCHES <= budget
+            ),
             n_first,
         )
         ms = self._rest(contexts, what, first if n_tokens == n_first else {}, per_token * n_tokens,

@@ -275,8 +275,8 @@ def _data(n_out: int, n_in: int, quant: str, rng: np.random.Generator) -> Iterat
         rows = rng.integers(0, 256, (N_ROWS, n_in // block, block_bytes), np.uint8)
         # activations stay of order 1: a uniform q4_0 has a deviation of 4.6 scales, q8_0 of 74
         scale = (0.22 if quant == "q4_0" else 0.0135) / n_in**0.5
-        # of both signs: the values of a block have a mean (q4_0's -0.5 scales), and one that all
-        # weights share makes logits so far apart that softmax gives denormal numbers, which are slow
+        # of both signs: the values of a block have a mean (q4_0's -0.5 scales), and if all weights
+        # share it logits are so far apart that softmax gives denormal numbers, which are slow
         scales = rng.choice((-scale, scale), rows.shape[:2]).astype("<f2")
         rows[:, :, :2] = scales[:, :, None].view(np.uint8)
     chunk = rows.tobytes()

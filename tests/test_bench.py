@@ -239,8 +239,8 @@ class _FakeContext:
     ("type_kv", "depth", "n_tokens", "rounds"),
     [
         ("f16", 0, 512, 5),
-        ("f16", 2000, 128, 2),
-        ("f16", 100_000, 64, 2),  # never fewer: only then attention is tiled
+        ("f16", 2000, 256, 2),
+        ("f16", 100_000, 256, 2),  # never fewer: tiles are cut in smaller ones
         ("q8_0", 0, 512, 5),
         ("q8_0", 5000, 64, 2),
         ("q8_0", 40_000, 16, 2),
