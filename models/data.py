@@ -71,7 +71,7 @@ def load_books(folder: Path) -> list[Book]:
 
 
 def make_book(name: str, text: str) -> Book:
-    ends = [m.end() for m in re.finditer(r"(?<=[a-z]{2})[.!?][\"')]*(?=\s)", text)]
+    ends = [m.end() for m in re.finditer(r"(?<=[a-z]{2})[.!?][\"')]*(?=\s|$)", text)]
     return Book(name, text, np.array(ends, np.int64))
 
 
@@ -322,6 +322,8 @@ class Rows:
             return [(cut(book, n_chars + 50, rng)[0], BOOK), (SPECIALS[0], BOOK)]
         if draw < self.mix.repeats + self.mix.books + self.mix.stories:
             return story_chat(book, n_chars - 30, rng)
+        if rng.random() < 0.25:  # several conversations in one row
+            n_tokens = int(rng.uniform(min(128, n_tokens), n_tokens))
         # as many facts as the row has room for, up to 16; a question takes about 45 tokens
         most = min(16, max(1, n_tokens // 80))
         n_facts = int(rng.integers(1, most + 1))
