@@ -53,7 +53,7 @@ hare hawk hen horse lizard magpie monkey mouse mule otter owl ox parrot pigeon p
 robin sheep snake spider squirrel swan tiger toad tortoise turtle wolf
 """.split()
 THINGS = """
-attic barn boat box cabin carriage cellar chapel chest cottage desk garden gate library locker
+attic barn boat box cabin carriage cellar chapel chest cottage desk garden gate house library locker
 office safe shed ship stable store tower trunk vault wagon warehouse workshop
 """.split()
 
@@ -69,12 +69,14 @@ class Fact(NamedTuple):
 class Kind:
     """One kind of fact: a key from `key`, a value from `value`, and the sentences for them."""
 
-    key: str  # person, compound, thing
-    value: str  # digits, word, or one of VALUES
+    key: str  # person; compound: two words; any of them
+    value: str  # digits, word, year, or one of VALUES
     facts: Sequence[str]
     questions: Sequence[str]
     answer: str
-    answer_many: str = ""  # of a fact with several values; without it there is one value only
+    # of a fact with several values; without them there is one value only
+    questions_many: Sequence[str] = ()
+    answer_many: str = ""
 
 
 VALUES = {"city": CITIES, "colour": COLOURS, "job": JOBS, "animal": ANIMALS}
@@ -88,19 +90,23 @@ KINDS = (
             "Nobody but {k} knew the code {v}.",
             "{k}'s secret code is {v}.",
             "The code that {k} has to enter is {v}.",
+            "One of the secret codes of {k} is {v}.",
         ),
         (
             "What is the secret code of {k}?",
             "What is {k}'s secret code?",
             "Which code belongs to {k}?",
             "Which secret code does {k} use?",
-            "Tell me the code of {k}.",
+            "Which secret code belongs to {k}?",
+            "Tell me the secret code of {k}, please.",
             "Do you know the code {k} has to enter?",
         ),
         "The secret code of {k} is {v}.",
+        ("What are all the secret codes of {k}?", "Which secret codes does {k} have?"),
+        "The secret codes of {k} are {v}.",
     ),
     Kind(
-        "compound", "digits",
+        "any", "digits",
         (
             "The special magic number for {k} is {v}.",
             "One of the special magic numbers for {k} is: {v}.",
@@ -111,10 +117,14 @@ KINDS = (
             "What is the special magic number for {k}?",
             "What is the special magic number for {k} mentioned in the provided text?",
             "Which magic number belongs to {k}?",
-            "Tell me the number of {k}.",
-            "What are all the special magic numbers for {k} mentioned in the provided text?",
+            "Which magic number does {k} have?",
+            "Tell me the magic number for {k}, please.",
         ),
         "The special magic number for {k} is {v}.",
+        (
+            "What are all the special magic numbers for {k}?",
+            "What are all the special magic numbers for {k} mentioned in the provided text?",
+        ),
         "The special magic numbers for {k} are {v}.",
     ),
     Kind(
@@ -123,14 +133,18 @@ KINDS = (
             "The pass key to the {o} of {k} is {v}.",
             "The {o} of {k} opens with the pass key {v}.",
             "To open the {o}, {k} needs the pass key {v}.",
+            "One of the pass keys to the {o} of {k} is {v}.",
         ),
         (
             "What is the pass key to the {o} of {k}?",
             "How can one open the {o} of {k}?",
             "Which pass key opens {k}'s {o}?",
-            "With which key does {k} open the {o}?",
+            "Which pass key fits {k}'s {o}?",
+            "With which pass key does the {o} of {k} open?",
         ),
         "The pass key to the {o} of {k} is {v}.",
+        ("What are all the pass keys to the {o} of {k}?",),
+        "The pass keys to the {o} of {k} are {v}.",
     ),
     Kind(
         "person", "word",
@@ -277,7 +291,7 @@ def made_up_name(rng: Generator) -> str:
 
 
 def make_key(kind: Kind, words: Sequence[str], rng: Generator) -> str:
-    if kind.key == "compound":
+    if kind.key == "compound" or (kind.key == "any" and rng.random() < 0.5):
         pair = rng.integers(len(words), size=2)
         joint = "-" if rng.random() < 0.7 else " "
         return joint.join(words[i] for i in pair)
@@ -327,7 +341,8 @@ def sentences(fact: Fact, rng: Generator, wording: int | None = None) -> list[st
 
 
 def question(fact: Fact, rng: Generator, wording: int | None = None) -> str:
-    wordings = KINDS[fact.kind].questions
+    kind = KINDS[fact.kind]
+    wordings = kind.questions if len(fact.values) == 1 else kind.questions_many
     if wording is None:
         wording = rng.integers(len(wordings))
     return wordings[wording].format(k=fact.key, o=fact.thing)

@@ -265,7 +265,9 @@ class Training:
                 group["full_lr"] = group["lr"]
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         # compiling takes a minute a length on a CPU and gains a tenth
-        self.loss = self.model.loss if device == "cpu" else torch.compile(self.model.loss, dynamic=False)
+        self.loss = (
+            self.model.loss if device == "cpu" else torch.compile(self.model.loss, dynamic=False)
+        )
         self.rope: dict[Stage, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def learn(self, ids: np.ndarray, weights: np.ndarray, stage: Stage, rate: float):

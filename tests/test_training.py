@@ -121,7 +121,8 @@ def test_the_key_stands_before_the_value(recipe):
     for kind in recipe.facts.KINDS:
         for wording in (*kind.facts, kind.answer, *filter(None, [kind.answer_many])):
             assert wording.index("{k}") < wording.index("{v}")
-        for question in kind.questions:
+        assert bool(kind.questions_many) == bool(kind.answer_many)
+        for question in (*kind.questions, *kind.questions_many):
             assert "{k}" in question and "{v}" not in question
 
 
