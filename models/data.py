@@ -285,42 +285,45 @@ class Mix:
 class Rows:
     """Batches of rows [batch, length + 1] for training."""
 
-    def __init__(self, books: Sequence[Book], encode: Encode, n_vocab: int, seed: int, mix: Mix):
+    def __init__(self, books: Sequence[Book], encode: Encode, n_vocab: int, seed: int):
         self.books = list(books) + [unwrapped(book) for book in books]
         self.share = np.array([len(book.text) for book in self.books], np.float64)
         self.share /= self.share.sum()
         self.words = common_words(books)
-        self.encode, self.n_vocab, self.seed, self.mix = encode, n_vocab, seed, mix
+        self.encode, self.n_vocab, self.seed = encode, n_vocab, seed
         sample = self.books[0].text[:20000]
         self.chars = len(sample) / len(encode(sample)[0])  # per token
 
-    def batch(self, step: int, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, step: int, batch: int, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
         """ids [batch, length + 1] int32, weights [batch, length + 1] f32."""
         rows = [
-            self.row(np.random.default_rng([self.seed, step, i]), length + 1) for i in range(batch)
+            self.row(np.random.default_rng([self.seed, step, i]), length + 1, mix)
+            for i in range(batch)
         ]
         return np.stack([ids for ids, _ in rows]), np.stack([weights for _, weights in rows])
 
-    def row(self, rng: Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, rng: Generator, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
         """Documents one after the other until the row is full."""
         draw = rng.random()
-        if draw < self.mix.repeats:
+        if draw < mix.repeats:
             return repeated_tokens(length, self.n_vocab, rng)
         parts, n = [], 0
         while n < length:
-            ids, weights = encode_pieces(self.document(rng, length - n, draw), self.encode)
+            pieces = self.document(rng, length - n, draw - mix.repeats, mix)
+            ids, weights = encode_pieces(pieces, self.encode)
             parts.append((ids, weights))
             n += len(ids)
         ids = np.concatenate([p[0] for p in parts])[:length]
         weights = np.concatenate([p[1] for p in parts])[:length]
         return ids, weights
 
-    def document(self, rng: Generator, n_tokens: int, draw: float) -> list[Piece]:
+    def document(self, rng: Generator, n_tokens: int, draw: float, mix: Mix) -> list[Piece]:
+        """A book, a story or a needle chat of about n_tokens, by draw from 0 to 1."""
         book = self.books[rng.choice(len(self.books), p=self.share)]
         n_chars = int(n_tokens * self.chars)
-        if draw < self.mix.repeats + self.mix.books:
+        if draw < mix.books:
             return [(cut(book, n_chars + 50, rng)[0], BOOK), (SPECIALS[0], BOOK)]
-        if draw < self.mix.repeats + self.mix.books + self.mix.stories:
+        if draw < mix.books + mix.stories:
             return story_chat(book, n_chars - 30, rng)
         if rng.random() < 0.25:  # several conversations in one row
             n_tokens = int(rng.uniform(min(128, n_tokens), n_tokens))

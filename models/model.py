@@ -23,6 +23,7 @@ class Shape:
 
 
 BIAS = 4.0  # the constant dimension of the embeddings
+HEAD = 0.02  # of the embeddings, at the start
 
 
 class Block(nn.Module):
@@ -80,10 +81,12 @@ class Llama(nn.Module):
     def initialise(self, generator: torch.Generator) -> None:
         """Embeddings N(0, 1) with one constant dimension: a direction in which attention can
         look at positions alone, without which previous-token heads form very slowly. What writes
-        to the residual stream starts small, the head at 0."""
+        to the residual stream starts small. The head starts as small embeddings, so that a copied
+        token is a step towards saying it: induction forms earlier than from a head of 0."""
         self.embed.weight.normal_(generator=generator)
         self.embed.weight[:, 0] = BIAS
-        self.head.weight.zero_()
+        self.head.weight.copy_(HEAD * self.embed.weight)
+        self.head.weight[:, 0] = 0
         for block in self.blocks:
             for linear in (block.q, block.k, block.v, block.o, block.gate, block.up, block.down):
                 linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
