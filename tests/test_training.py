@@ -242,6 +242,33 @@ def test_llama_cpp_tokenizes_as_the_training_did(recipe, tokenizer, rows, tmp_pa
         assert tokens == encode(text)[0]
 
 
+def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("tokenizers")
+    train, model = importlib.import_module("train"), importlib.import_module("model")
+    shape = model.Shape(1024, n_layer=1, n_embd=32, n_head=2, n_head_kv=1, head_dim=32, n_ff=32)
+    stages = (
+        train.Stage(32, 2, 3 * 64, 1e4, train.REPETITIONS),
+        train.Stage(64, 1, 3 * 64, 1e4),
+    )
+    preset = train.Preset(shape, stages, warm_up=1)
+
+    def silent(text: str) -> None:
+        pass
+
+    whole = train.train(texts, tmp_path / "whole", preset, log=silent)
+    assert (whole.step, whole.tokens) == (6, 6 * 64)
+    for step in range(1, 7):  # one step each
+        part = train.train(texts, tmp_path / "parts", preset, leave_after=0, log=silent)
+        assert part.step == step
+    saved = [train.load(tmp_path / name / "model")["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert not list((tmp_path / "parts").glob("*.new"))
+
+    timed = train.train(texts, tmp_path / "timed", preset, minutes=0.02, workers=1, log=silent)
+    assert timed.seconds >= 1.2 and (tmp_path / "timed" / "model").is_dir()
+
+
 @pytest.mark.slow
 def test_a_short_training_finds_a_needle_and_runs_in_llama_cpp(recipe, texts, tmp_path):
     """cpu-short reaches its figure; llama.cpp computes what PyTorch does, and answers."""
