@@ -36,7 +36,8 @@ for _name in LOOPS:
 
 @pytest.fixture(scope="module")
 def both() -> tuple[Llama, Llama]:
-    return tuple(cls(DEFAULT_MODEL, n_ctx=2048, n_batch=256) for cls in (Llama, Stock))
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    return tuple(cls(DEFAULT_MODEL, n_ctx=2048, n_batch=256, **threads) for cls in (Llama, Stock))
 
 
 def answer(llama: Llama, *args, stream=False, **kwargs):
@@ -100,9 +101,10 @@ def test_same_seed_same_answer(both, prompt, sampling, stops) -> None:
         assert answer(ours, prompt, **sampling) == answer(theirs, prompt, **sampling)
     streamed, expected = (answer(m, prompt, stream=True, **sampling) for m in both)
     assert streamed[1:] == expected[1:] and streamed[0][-1] == expected[0][-1]
-    if text_of(streamed[0]) == text_of(expected[0]):
-        assert streamed == expected
-    else:  # at 20 degrees: bytes of characters that never end
+    if text_of(streamed[0]) == text_of(expected[0]):  # (bytes that are no text: other "" chunks)
+        said = [[c for (c,) in chunks if c["text"]] for chunks in (streamed[0], expected[0])]
+        assert said[0] == said[1]
+    else:  # random tokens: characters that never end
         assert not text.isascii()
 
 
@@ -265,29 +267,29 @@ def test_nothing_to_go_on_from(both) -> None:
 def test_what_a_token_takes_does_not_grow(both, monkeypatch) -> None:
     """No copies of the prompt or of the answer, as llama_cpp makes."""
     monkeypatch.setattr(llama_cpp.llama_cpp, "llama_vocab_is_eog", lambda vocab, token: False)
-    tokens = both[0].tokenize(text_with(FACT, 800).encode(), add_bos=False)[:1000]
+    tokens = both[0].tokenize(text_with(FACT, 600).encode(), add_bos=False)[:800]
 
     def taken(llama: Llama) -> list[int]:
-        """Bytes that each of the first 400 tokens takes, at most, beside what is kept of it."""
+        """Bytes that each of the first 300 tokens takes, at most, beside what is kept of it."""
         found = []
-        tracemalloc.start()
         run = llama.create_completion(
-            tokens, max_tokens=500, temperature=0, stream=True, stop=["\x00no"]
+            tokens, max_tokens=400, temperature=0, stream=True, stop=["\x00no"]
         )
-        for _, _ in zip(run, range(400), strict=False):
-            found.append(tracemalloc.get_traced_memory()[1] - before if found else 0)
-            tracemalloc.reset_peak()
+        tracemalloc.start()
+        for _ in range(300):
             before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            next(run)
+            found.append(tracemalloc.get_traced_memory()[1] - before)
         tracemalloc.stop()
         return found
 
     ours, theirs = map(taken, both)
-    assert len(ours) == len(theirs) == 400
     copy = 8 * len(tokens)
-    assert np.median(theirs[350:]) > copy, "a copy would be noticed"
-    assert np.median(theirs[350:]) - np.median(theirs[20:70]) > 2000
+    assert np.median(theirs[250:]) > copy, "a copy would be noticed"
+    assert np.median(theirs[250:]) - np.median(theirs[20:70]) >= 8 * 150
     assert np.median(ours) < copy / 2
-    assert abs(np.median(ours[350:]) - np.median(ours[20:70])) < 500
+    assert abs(np.median(ours[250:]) - np.median(ours[20:70])) < 500
 
 
 # -- with tokens that are made up

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..plan import KV_TYPES
+
 if TYPE_CHECKING:
     from ..bench import Settings
     from ..bench_report import Report
     from ..bench_worker import ModelSetup
 
 PATH = click.Path(path_type=Path)
-TYPES = "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0".split()  # plan.KV_TYPES, which imports numpy
+KV_TYPE = click.Choice(list(KV_TYPES))
 MAX_DEPTH = 2**31 - 1024
 
 EPILOG = """
@@ -71,11 +73,11 @@ class _List(click.ParamType):
     help="One context for all depths.  [default: as large as each depth needs, at least 8.5k]",
 )  # fmt: skip
 @click.option(
-    "--types", type=_List(click.Choice(TYPES), "type,..."),
+    "--types", type=_List(KV_TYPE, "type,..."),
     help="KV types, K and V alike.  [default: f16,q8_0,q4_0]",
 )  # fmt: skip
-@click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES), help="One type of K instead.")
-@click.option("-ctv", "--cache-type-v", type=click.Choice(TYPES), help="One type of V instead.")
+@click.option("-ctk", "--cache-type-k", type=KV_TYPE, help="One type of K instead.")
+@click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="One type of V instead.")
 @click.option(
     "-r", "--pairs", type=click.IntRange(min=1), default=100, show_default=True,
     help="Tokens to decode per side and depth, at most.",

@@ -36,7 +36,7 @@ This is the small built-in model. It only answers questions about facts in a tex
 a text with "The secret code of Marlow is 48213." somewhere in it, then ask
 "What is the secret code of Marlow?". Start with 'razor-local chat MODEL.gguf' for a real model."""
 
-_KV_TYPE = click.Choice(list(KV_TYPES))
+KV_TYPE = click.Choice(list(KV_TYPES))
 
 
 @click.command(
@@ -63,8 +63,8 @@ _KV_TYPE = click.Choice(list(KV_TYPES))
     "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
     help="Prompt tokens per computation.",
 )  # fmt: skip
-@click.option("-ctk", "--cache-type-k", type=_KV_TYPE, default="f16", show_default=True)
-@click.option("-ctv", "--cache-type-v", type=_KV_TYPE, default="f16", show_default=True)
+@click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
+@click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
 @click.option(
     "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
 )
