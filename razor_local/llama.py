@@ -248,20 +248,29 @@ class Llama(llama_cpp.Llama):
         again from the start. Raises ContextFullError with nothing changed, and RazorError if the
         computation fails; n_tokens then says what the cache still holds.
         """
-        tokens = list(tokens)
-        if self.n_tokens + len(tokens) > self._n_ctx:
-            raise ContextFullError(
-                f"{self.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
-                f" {self._n_ctx}; use a larger n_ctx or a shorter text"
-            )
-        # asked first: taking nothing back looks at all cells of a cache of llama.cpp's own
-        if self._n_cached() != self.n_tokens and not self._ctx.kv_cache_seq_rm(
-            -1, self.n_tokens, -1
-        ):
-            tokens = self._input_ids.tolist() + tokens
-            self._clear_cache()
+        tokens = self._after_cached(tokens)
         for i in range(0, len(tokens), self.n_batch):
             self._eval_batch(tokens[i : i + self.n_batch])
+
+    def eval_logits(
+        self, tokens: Sequence[int], wanted: Sequence[bool] | None = None
+    ) -> Iterator[np.ndarray]:
+        """The same, batch by batch, with the logits behind each token: f32 [n, n_vocab].
+
+        What is yielded is the library's own memory, which the next batch overwrites. wanted: for
+        each token, whether its logits are; None: all. Raises as eval().
+        """
+        tokens = list(tokens)
+        rows = [True] * len(tokens) if wanted is None else list(map(bool, wanted))
+        again = self._after_cached(tokens)
+        rows = [False] * (len(again) - len(tokens)) + rows
+        for i in range(0, len(again), self.n_batch):
+            some = rows[i : i + self.n_batch]
+            self._eval_batch(again[i : i + self.n_batch], some)
+            n = sum(some)
+            if n:
+                flat = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+                yield flat.reshape(n, self._n_vocab)
 
     def prefill(
         self,
@@ -512,17 +521,34 @@ class Llama(llama_cpp.Llama):
                 return buffer.raw[:n]
             size = -n
 
-    def _eval_batch(self, batch: list[int]) -> None:
+    def _after_cached(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens to evaluate where the cache ends now, so that they follow n_tokens."""
+        tokens = list(tokens)
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextFullError(
+                f"{self.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
+                f" {self._n_ctx}; use a larger n_ctx or a shorter text"
+            )
+        # asked first: taking nothing back looks at all cells of a cache of llama.cpp's own
+        if self._n_cached() != self.n_tokens and not self._ctx.kv_cache_seq_rm(
+            -1, self.n_tokens, -1
+        ):
+            tokens = self._input_ids.tolist() + tokens
+            self._clear_cache()
+        return tokens
+
+    def _eval_batch(self, batch: list[int], wanted: list[bool] | None = None) -> None:
+        """wanted: the tokens whose logits are computed, None: the last, or all with logits_all."""
         n_past, n = self.n_tokens, len(batch)
         native.clear_errors()
-        if n == 1:
+        if n == 1 and wanted is None:
             ids, native_batch = self._one
             ids[0] = batch[0]
         else:
             ids = (C.llama_token * n)(*batch)  # the native batch only points to them
             native_batch = C.llama_batch_get_one(ids, n)
-            if self._logits_all:
-                native_batch.logits = (ctypes.c_int8 * n)(*[1] * n)
+            if wanted is not None or self._logits_all:
+                native_batch.logits = (ctypes.c_int8 * n)(*(wanted or [True] * n))
         code = C.llama_decode(self._ctx.ctx, native_batch)
         if code != 0:
             reason = self._reason()
@@ -535,11 +561,11 @@ class Llama(llama_cpp.Llama):
                 raise ContextFullError(f"there is no room for {what}; use a larger n_ctx")
             raise RazorError(f"evaluating {what} failed: {reason or f'llama_decode {code}'}")
         self.input_ids[n_past : n_past + n] = batch
-        if self._logits_all:
+        if self._logits_all and wanted is None:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
             self.scores[n_past : n_past + n, :].reshape(-1)[:] = logits
         self.n_tokens += n
-        self._requires_eval = False
+        self._requires_eval = wanted is not None and not wanted[-1]
 
     def _after_failed_decode(self, batch: list[int], n_past: int) -> None:
         """Sets n_tokens to what the cache holds: part of the batch may have been evaluated."""

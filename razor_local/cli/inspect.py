@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..plan import KV_TYPES
+from .params import KV_TYPE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..profile import ModelShape, Profile
 
 PATH = click.Path(path_type=Path)
-KV_TYPE = click.Choice(list(KV_TYPES))
 COMPARED = ("f16", "q8_0", "q4_0")
 
 EPILOG = """

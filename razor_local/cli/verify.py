@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..plan import KV_TYPES
+from .params import KV_TYPE
 
 if TYPE_CHECKING:
     from ..terminal import ProgressBar
     from ..verify import Verification
 
 PATH = click.Path(path_type=Path)
-KV_TYPE = click.Choice(list(KV_TYPES))
 
 EPILOG = """
 \b
