@@ -43,6 +43,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """
     picture = io.BytesIO()  # what draws into a file hides why it cannot be written
     figure.savefig(picture, format=Path(path).suffix[1:].lower())
-    with new_file(path, picture.tell()) as file:
+    with new_file(path) as file:
         file.write(picture.getbuffer())
     return Path(path)
