@@ -37,7 +37,6 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
 _NO_SLOT = 1  # llama_decode: no room for the batch
-_SHORT = 16  # tokens that are cheaper to put together than to remember
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,6 @@ class Llama(llama_cpp.Llama):
         ids = (C.llama_token * 1)()
         self._one = ids, C.llama_batch_get_one(ids, 1)  # a batch of one token, and that token
         self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
-        self._detokenized: tuple[list[int], bytes] = ([], b"")  # tokens, and their pieces joined
         self._progress_error: BaseException | None = None
         model_path = os.fspath(model_path)
         type_k, type_v = _type_name(type_k), _type_name(type_v)
@@ -336,27 +334,6 @@ class Llama(llama_cpp.Llama):
             piece = self._pieces[token] = self._read_piece(token)
         return piece
 
-    def detokenize(
-        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
-    ) -> bytes:
-        """As the base class, with pieces of any length.
-
-        Streaming asks for the whole answer after every token: what the last call had already is
-        not put together again.
-        """
-        if special or type(self.tokenizer_) is not LlamaTokenizer:
-            return super().detokenize(tokens, prev_tokens, special)
-        tokens = tokens if isinstance(tokens, list) else list(tokens)
-        known, text = self._detokenized
-        n = len(known)
-        if not known or tokens[:n] != known:
-            n, text = 0, b""
-        text += b"".join(map(self.piece, tokens[n:]))
-        if len(tokens) > _SHORT:
-            self._detokenized = list(tokens), text  # replaced as one, for other threads
-        # SentencePiece puts a space before the first word
-        return text[1:] if text[:1] == b" " and tokens[0] == self.token_bos() else text
-
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
         return C.llama_vocab_is_eog(self._model.vocab, token)
@@ -441,27 +418,25 @@ class Llama(llama_cpp.Llama):
                 self.eval([token, *(more or ())])
 
     def _create_completion(self, **request: Any) -> Iterator[dict[str, Any]]:
-        """What create_completion() returns, and all that builds on it.
+        """The chunks of an answer, or the whole: what create_completion() and the like are made of.
 
-        The base class looks through the whole answer, and copies the prompt, for every token. So
-        text is streamed from here, except for what is rarely asked for.
+        The base class puts the whole answer together again, and copies the prompt, for every token.
+        It is left what is rare.
         """
         if (
-            not request["stream"]
-            or not request["prompt"]
+            not request["prompt"]
             or request["logprobs"] is not None
-            or request["stopping_criteria"] is not None
             or self.cache is not None
             or type(self.tokenizer_) is not LlamaTokenizer
         ):
             yield from super()._create_completion(**request)
             return
-        prompt, sampling = self._read_request(request)
+        prompt, options = self._read_request(request)
         n_max = self._n_ctx - len(prompt)
         if request["max_tokens"] is not None and request["max_tokens"] > 0:
             n_max = min(n_max, request["max_tokens"])
         stops = [request["stop"]] if isinstance(request["stop"], str) else request["stop"]
-        text = TextStream([s.encode() for s in stops] if isinstance(stops, list) else [])
+        stops = [stop.encode() for stop in stops] if isinstance(stops, list) else []
         head = {
             "id": f"cmpl-{uuid.uuid4()}",
             "object": "text_completion",
@@ -469,30 +444,48 @@ class Llama(llama_cpp.Llama):
             "model": self.model_path if request["model"] is None else request["model"],
         }
 
-        def chunk(part: str, finish_reason: str | None = None) -> dict[str, Any]:
+        def response(part: str, finish_reason: str | None = None) -> dict[str, Any]:
             choice = {"text": part, "index": 0, "logprobs": None, "finish_reason": finish_reason}
             return {**head, "choices": [choice]}
 
-        n_tokens, finish_reason = 0, "length"
-        for token in self.generate(prompt, **sampling):
+        stream, text, answer = request["stream"], TextStream(stops), bytearray()
+        n_tokens, finish_reason, end = 0, "length", None
+        for token in self.generate(prompt, **options):
             if self.is_end(token):
                 finish_reason = "stop"
                 break
+            piece = self.piece(token)
             n_tokens += 1
-            if not text.add(self.piece(token)):
+            answer += piece
+            if not text.add(piece):
                 continue
             if text.stopped():
                 finish_reason = "stop"
+                end = next(answer.index(stop) for stop in stops if stop in answer)
                 break
             for part in text.ready():
-                yield chunk(part)
+                if stream:
+                    yield response(part)
             if n_tokens >= n_max:
                 break
-        for part in text.rest():
-            yield chunk(part)
+        criteria = request["stopping_criteria"]
+        if criteria is not None and criteria(self._input_ids, self._scores[-1, :]):
+            finish_reason, end = "stop", None
         if self.verbose:
             self._ctx.print_timings()
-        yield chunk("", finish_reason)
+        if stream:
+            for part in text.rest():
+                yield response(part)
+            yield response("", finish_reason)
+            return
+        whole = answer[:end].decode("utf-8", "ignore")
+        usage = {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": n_tokens,
+            "total_tokens": len(prompt) + n_tokens,
+        }
+        echo = request["prompt"] if request["echo"] else ""
+        yield {**response(echo + whole, finish_reason), "usage": usage}
 
     def _read_request(self, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
         """Checks a request as the base class does: what it calls generate() with.
