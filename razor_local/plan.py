@@ -7,10 +7,12 @@ the formulas stand; Plan.kv_bytes is what the backends allocate, to the byte.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedError
-from .profile import ModelShape, Profile
+
+if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
+    from .profile import ModelShape, Profile
 
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -546,12 +544,3 @@ def test_a_plan_that_the_library_does_not_follow_is_noticed(monkeypatch):
     monkeypatch.setattr(native, "make_params", lambda profile: make_params(None))  # razor off
     with pytest.raises(LibraryError, match="the plan says"):
         Llama(DEFAULT_MODEL, n_ctx=2048)
-
-
-def test_plans_and_profiles_need_no_native_library():
-    code = (
-        "import sys, razor_local as r; r.read_model_shape(sys.argv[1]); r.make_plan; r.RazorError;"
-        "bad = {'llama_cpp', 'numba', 'rich', 'prompt_toolkit'} & set(sys.modules); assert not bad,"
-        " bad"
-    )
-    subprocess.run([sys.executable, "-c", code, str(DEFAULT_MODEL)], check=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import ListOf, Tokens
+from .params import KV_TYPE, ListOf, Tokens
 
 if TYPE_CHECKING:
     from ..bench import Settings
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..bench_worker import ModelSetup
 
 PATH = click.Path(path_type=Path)
-TYPES = "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0".split()  # plan.KV_TYPES, which imports numpy
 
 EPILOG = """
 \b
@@ -40,11 +39,11 @@ Examples:
     help="One context for all depths.  [default: as large as each depth needs, at least 8.5k]",
 )  # fmt: skip
 @click.option(
-    "--types", type=ListOf(click.Choice(TYPES), "type,..."),
+    "--types", type=ListOf(KV_TYPE, "type,..."),
     help="KV types, K and V alike.  [default: f16,q8_0,q4_0]",
 )  # fmt: skip
-@click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES), help="One type of K instead.")
-@click.option("-ctv", "--cache-type-v", type=click.Choice(TYPES), help="One type of V instead.")
+@click.option("-ctk", "--cache-type-k", type=KV_TYPE, help="One type of K instead.")
+@click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="One type of V instead.")
 @click.option(
     "-r", "--pairs", type=click.IntRange(min=1), default=100, show_default=True,
     help="Tokens to decode per side and depth, at most.",

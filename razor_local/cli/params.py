@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
+from ..plan import KV_TYPES
+
 DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"  # built in
 MAX_TOKENS = 2**31 - 1024
+KV_TYPE = click.Choice(list(KV_TYPES))
 
 
 class Size(click.ParamType):
