@@ -24,7 +24,7 @@ from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify import kl_divergence
 
-NEEDLE = ["needle", "-c", "1k", "--depths", "20,60", "--kinds", "single", "--samples", "2", "-t", 2]
+NEEDLE = ["needle", "-c", "1k", "--depths", "20,60", "--kinds", "single", "--samples", "2", "-t", 1]
 WINDOW = ["--window-min", "128", "--window-divisor", "0"]  # the facts are all behind it
 
 
@@ -167,7 +167,7 @@ def test_a_full_cache_is_not_called_razor() -> None:
 
 def test_several_questions_follow_each_other_in_one_conversation() -> None:
     found = report("needle", "-c", "1k", "--depths", 50, "--kinds", "questions,values", "--samples",
-                   1, "--policies", "full", "-t", 2, "-n", 40)  # fmt: skip
+                   1, "--policies", "full", "-t", 1, "-n", 40)  # fmt: skip
     questions, values = (
         next(a for a in found["answers"] if a["task"] == task) for task in ("questions", "values")
     )
@@ -189,7 +189,7 @@ def test_haystack_of_a_folder(tmp_path) -> None:
 
 def test_ruler_runs_and_scores_each_task(tmp_path) -> None:
     found = report("ruler", "-c", "1k", "--tasks", "niah_multikey_1,vt,fwe", "--samples", 1,
-                   "--policies", "full,streaming", "-t", 2, "-n", 40, "--plot",
+                   "--policies", "full,streaming", "-t", 1, "-n", 40, "--plot",
                    tmp_path / "r.png")  # fmt: skip
     rows = [(r["task"], r["policy"]) for r in found["rows"]]
     assert rows == [
@@ -238,12 +238,12 @@ def book(tmp_path_factory):
 
 
 def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
-    args = ["perplexity", book, "-c", 512, "--windows", 1, "-t", 2, "--sinks", 2,
+    args = ["perplexity", book, "-c", 512, "--windows", 1, "-t", 1, "--sinks", 2,
             "--window-min", 64, "--window-divisor", 0]  # fmt: skip
     found = report(*args, "--policies", "full,razor,streaming,full-q4_0")
     rows = {row["policy"]: row for row in found["rows"]}
     setup = ModelSetup(
-        str(DEFAULT_MODEL), sink_tokens=2, window_min=64, window_divisor=0, n_threads=2
+        str(DEFAULT_MODEL), sink_tokens=2, window_min=64, window_divisor=0, n_threads=1
     )
     tokens = read_text(setup, book).window(run_window(book))
     logits = {}

@@ -20,7 +20,7 @@ from razor_local.errors import UnsupportedError
 from razor_local.evals.lm_eval import RazorLM
 
 TEXT = text_with(FACT)
-OPTIONS = dict(n_ctx=2048, n_threads=2, window_min=128, window_divisor=0)
+OPTIONS = dict(n_ctx=2048, n_threads=1, window_min=128, window_divisor=0)
 TASKS = {
     "code_choice": """
 task: code_choice
@@ -150,7 +150,7 @@ def test_a_task_of_the_harness_tells_razor_from_streaming(tasks, razor) -> None:
 
 
 def test_the_command_line_of_the_harness_knows_the_model(tasks) -> None:
-    args = "policy=razor-q8_0,n_ctx=2048,n_threads=2,window_min=128,window_divisor=0"
+    args = "policy=razor-q8_0,n_ctx=2048,n_threads=1,window_min=128,window_divisor=0"
     done = subprocess.run(
         [sys.executable, "-m", "razor_local.evals.lm_eval", "--model", "razor", "--model_args",
          args, "--tasks", "code_answer", "--include_path", str(tasks), "--apply_chat_template"],

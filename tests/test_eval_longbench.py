@@ -164,7 +164,7 @@ def test_a_run_from_the_command_line(tmp_path) -> None:
     write(data, "hotpotqa", {"input": "What is the secret code of Marlow?"},
           {"context": CODES * 20, "input": "What is the secret code of Marlow?"})  # fmt: skip
     write(data, "lcc", {"context": "x = 1\nx = 1\n", "answers": ["x = 1"]})
-    done = run(data, "-c", "1k", "--policies", "full,streaming", "-t", 2, "--window-min", 64,
+    done = run(data, "-c", "1k", "--policies", "full,streaming", "-t", 1, "--window-min", 64,
                "--window-divisor", 0, "--json", "--plot", tmp_path / "p.png")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "Note: 1 questions of hotpotqa do not fit and are left out" in done.stderr
