@@ -230,12 +230,12 @@ def test_least_that_is_saved(tiny) -> None:
     profile = Profile((np.array([1, 0], np.uint8), np.array([1, 1], np.uint8)))
     for flash_attn in (False, True):
         with runner.Model(path) as model:
-            with runner.Context(model, override, n_ctx=1280, flash_attn=flash_attn) as ctx:
+            with runner.Context(model, override, n_ctx=1024, flash_attn=flash_attn) as ctx:
                 stats = ctx.stats()
         plan = make_plan(
             read_model_shape(path),
             profile,
-            1280,
+            1024,
             "f32",
             "f32",
             flash_attn,
