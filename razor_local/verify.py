@@ -586,7 +586,7 @@ class _Capture:
             self._parameters(tensor)
         elif name.startswith("kq_tanh-"):
             self._refuse("soft-capped attention logits")
-        elif op not in ("GET_ROWS", "FLASH_ATTN_EXT") and tensor.type == F32:
+        elif op not in ("GET_ROWS", "FLASH_ATTN_EXT", "REPEAT") and tensor.type == F32:
             d, n, _, rest = tensor.ne
             seen = op in _SAME_DATA and tensor.src[0] in self.copies
             return (d, n) in self.sizes and rest == 1 and not seen
@@ -635,7 +635,9 @@ class _Capture:
         """Whether for the whole context -> the heads of a token's rows in the order of the cache,
         by the rows of the cache they are written to."""
         rows = read(self.lib, tensor.src[1]).reshape(-1)[:n_heads]
-        first_local = self.plan.layers[self.il].n_retrieval * self.plan.n_ctx
+        cells, n_ctx = self.plan.cells, self.plan.n_ctx
+        n_rows = Tensor.from_address(tensor.view_src).ne[1]  # n_ctx or cells of each head
+        first_local = (n_rows - n_heads * cells) // (n_ctx - cells) * n_ctx
         order = np.argsort(rows)
         return {
             True: order[rows[order] < first_local],

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from razor_local.cli import chat, doctor, main
-from razor_local.native import load
+from razor_local.native import API_VERSION, load
 
 
 def run(*args: str):
@@ -28,7 +28,7 @@ def test_all_is_well():
     report = json.loads(result.stdout)
     native = report["native"]
     assert native["library"] == str(load().path) and native["llama_cpp_python"] == "0.3.36"
-    assert native["api_version"] == 1 and len(native["sdist_sha256"]) == 64
+    assert native["api_version"] == API_VERSION and len(native["sdist_sha256"]) == 64
     assert (
         "CPU" in native["backends"]
         and "SSE3" in native["cpu_features"]

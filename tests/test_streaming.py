@@ -89,6 +89,8 @@ SAMPLING = st.fixed_dictionaries(
 @given(prompt=st.sampled_from(PROMPTS), sampling=SAMPLING, stops=st.data())
 def test_same_seed_same_answer(both, prompt, sampling, stops) -> None:
     ours, theirs = both
+    for llama in both:  # what is cached decides how a prompt is cut into batches, and so rounding
+        llama.reset()
     expected = answer(theirs, prompt, **sampling)
     assert answer(ours, prompt, **sampling) == expected
     text = expected[0]["text"]
