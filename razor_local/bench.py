@@ -16,7 +16,6 @@ them.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import statistics
 import time
@@ -31,9 +30,10 @@ from .bench_worker import READ_CAP, Context, ModelSetup, Side, Worker, kept_byte
 from .errors import RazorError
 from .gguf_header import read_header
 from .gguf_split import read_parts
+from .journal import Journal
 from .plan import MAX_N_CTX, N_CTX_PAD, Plan
 from .profile import ModelShape, Profile
-from .safe_write import check_new_file, new_file
+from .progress import Clock, Progress
 from .shapes import is_random
 
 VERSION = 1  # of the records
@@ -43,12 +43,13 @@ MIN_PAIRS, MIN_BATCHES, MAX_BATCHES = 5, 2, 5
 N_WARMUP = 3  # steps per side that do not count, unless they take seconds
 CHUNKS = (512, 256, 128, 64)  # tokens of a batch of prefill
 TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, in batches of 64 and more
+TILED_CHUNK = (
+    256  # at least: in smaller ones tiles are cut, more of them where there are two groups
+)
 SMALL_CHUNKS = (16, 4)  # with the others a token's attention costs the same in any batch
 SHORT_PROMPT = 512  # tokens that are prefilled for real
 FIT_FROM = 4096  # tokens
 FIT_WINDOW = 2048  # at most: the window of the fit has to be full at FIT_FROM
-
-Progress = Callable[[str, float, "float | None"], None]  # what, part done, seconds left
 
 
 @dataclass(frozen=True)
@@ -215,64 +216,15 @@ def _round_up(n: int, multiple: int) -> int:
 # -- a run
 
 
-class Journal:
-    """Finished records of a run, in a file of JSON lines if path is not None.
+def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
+    """Raises RazorError for a file of another run, OSError."""
 
-    The first line is the head. A last line that was cut off, by a killed process, is forgotten.
-    head None: the run has not begun. Raises RazorError for a file of another run, OSError.
-    """
+    def identity(head: dict[str, Any]) -> dict[str, Any]:
+        names = ("version", "model", "setup", "settings", "code")
+        cpu = (head.get("machine") or {}).get("cpu")  # its load may differ
+        return {name: head.get(name) for name in names} | {"machine": cpu}
 
-    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
-        self.path = path
-        self.head: dict[str, Any] | None = None
-        self.records: list[dict[str, Any]] = []
-        if path is None:
-            return
-        check_new_file(path)
-        if path.exists():
-            self._take(path, head)
-
-    def _take(self, path: Path, head: dict[str, Any]) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-            lines = text[: text.rfind("\n") + 1].splitlines()
-            found, *records = map(json.loads, lines)
-            if found.pop("kind") != "head" or not all("kind" in record for record in records):
-                raise ValueError
-        except (ValueError, AttributeError, KeyError, TypeError):
-            raise RazorError(f"{path} is no journal of a benchmark; name a new file") from None
-        for name in ("version", "model", "setup", "settings", "code", "machine"):
-            here, there = head[name], found.get(name)
-            if name == "machine":  # its load may differ
-                here, there = here["cpu"], (there or {}).get("cpu")
-            if json.loads(json.dumps(here)) != there:
-                raise RazorError(
-                    f"{path} is of a run with another {name}; resume it with the same command, code"
-                    " and machine, or name a new file"
-                )
-        self.head, self.records = found, records
-        self._write(path, lines)
-
-    @staticmethod
-    def _write(path: Path, lines: list[str]) -> None:
-        with new_file(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
-
-    def begin(self, head: dict[str, Any]) -> None:
-        self.head = head
-        if self.path is not None:
-            self._write(self.path, [json.dumps({"kind": "head"} | head)])
-
-    def has(self, key: dict[str, Any]) -> bool:
-        return any(all(r.get(k) == v for k, v in key.items()) for r in self.records)
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+    return Journal(path, head, "a benchmark", identity)
 
 
 def run_bench(
@@ -294,18 +246,18 @@ def run_bench(
     head = _describe_run(setup, settings, stock_lib, shape, profile, meter)
     for batch in batches:
         _check_memory(setup, batch, shape, profile, head["model"]["file_bytes"])
-    journal = Journal(resume, head)
+    journal = open_journal(resume, head)
     left = [[s for s in batch.steps if not journal.has(batch.key(s))] for batch in batches]
-    clock = _Clock(progress, sum(step.cost for steps in left for step in steps))
+    clock = Clock(progress, sum(step.cost for steps in left for step in steps))
     if not any(left) and journal.head is not None:
         return journal.head, journal.records
     clock.show("loading the model")
     with ExitStack() as stack:
-        worker = Worker(setup)
+        worker = Worker(setup, beside_another=stock_lib is not None)
         stack.callback(worker.close)
         full_worker = worker
         if stock_lib is not None:
-            full_worker = Worker(replace(setup, lib=str(stock_lib)))
+            full_worker = Worker(replace(setup, lib=str(stock_lib)), beside_another=True)
             stack.callback(full_worker.close)
         if journal.head is None:
             journal.begin(head | {"library": worker.ask("describe")})
@@ -397,23 +349,6 @@ def _check_memory(
         )
 
 
-class _Clock:
-    """Tells the progress, and the time left by what was done so far."""
-
-    def __init__(self, progress: Progress, total: float) -> None:
-        self._progress, self._total, self._done = progress, max(total, 1e-9), 0.0
-        self._started = time.monotonic()
-
-    def show(self, what: str) -> None:
-        part, left = self._done / self._total, None
-        if self._done:
-            left = (time.monotonic() - self._started) / part * (1 - part)
-        self._progress(what, part, left)
-
-    def done(self, cost: float) -> None:
-        self._done += cost
-
-
 # -- measurements
 
 
@@ -428,7 +363,7 @@ class _Measure:
     full_worker: Worker  # of the sides without razor
     settings: Settings
     meter: EnergyMeter
-    clock: _Clock
+    clock: Clock
 
     def records(self, steps: Sequence[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
         for step in steps:
@@ -547,9 +482,9 @@ class _Measure:
 
         idle = sum(self._first_step(context, 0) for context in contexts)
         took = sum(self._first_step(context, depth) for context in contexts)
-        n_first = CHUNKS[-1]
         types = {self.batch.sides[0].type_k, self.batch.sides[0].type_v}
         tiled = len(types) == 1 and types <= set(TILED)
+        n_first = TILED_CHUNK if tiled else CHUNKS[-1]
         if not tiled and took > 3 * idle:  # attention is most of it
             fits = (n for n in (n_first, *SMALL_CHUNKS) if took * n <= budget)
             n_first = next(fits, SMALL_CHUNKS[-1])
@@ -557,7 +492,11 @@ class _Measure:
         first = self._in_turn(contexts, what, 1, lambda c: prefill(c, n_first))
         per_token = sum(ms[0] for ms in first.values()) / 1e3 / n_first
         n_tokens = next(
-            (n for n in CHUNKS if depth + n <= n_ctx and per_token * n * MIN_BATCHES <= budget),
+            (
+                n
+                for n in CHUNKS
+                if n >= n_first and depth + n <= n_ctx and per_token * n * MIN_BATCHES <= budget
+            ),
             n_first,
         )
         ms = self._rest(contexts, what, first if n_tokens == n_first else {}, per_token * n_tokens,

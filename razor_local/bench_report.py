@@ -343,13 +343,13 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 def _markdown(report: Report) -> Iterable[str]:
     head, model, machine = report.head, report.head["model"], report.head["machine"]
-    yield f"# razor-local bench: {_one_line(model['name'] or model['file'])}"
+    yield f"# razor-local bench: {one_line(model['name'] or model['file'])}"
     yield ""
     yield from (f"- {line}" for line in describe_lines(report))
     yield ""
     yield "## Decoding"
     yield ""
-    yield from _table(
+    yield from markdown_table(
         ["KV type", "tokens in cache", "context", "razor tok/s", "full tok/s", "faster by",
          "full f16 tok/s", "faster by", "razor ms", "razor time / reading its bytes", "full"],
         [
@@ -365,7 +365,7 @@ def _markdown(report: Report) -> Iterable[str]:
     yield ""
     yield "## Prefill"
     yield ""
-    yield from _table(
+    yield from markdown_table(
         ["KV type", "prompt", "batch of", "at", "razor tok/s", "full tok/s", "faster by",
          "first token after: razor", "full", "faster by", ""],
         [
@@ -387,7 +387,7 @@ def _markdown(report: Report) -> Iterable[str]:
         yield ""
         yield "## Steps across folds"
         yield ""
-        yield from _table(
+        yield from markdown_table(
             ["KV type", "context", "decodes in a row", "folds", "median ms", "longest ms",
              "longest / median", "longest at a fold / median"],
             [
@@ -410,7 +410,7 @@ def _markdown(report: Report) -> Iterable[str]:
             f" {fit['retrieval_share']:.3f} of the KV heads are retrieval heads."
         )
         yield ""
-        yield from _table(
+        yield from markdown_table(
             ["", "ms at 0", "µs per token in the cache", "largest error of the line",
              *(f"ms at {depth:,}" for depth in fit["depths"])],
             [
@@ -425,7 +425,7 @@ def _markdown(report: Report) -> Iterable[str]:
         yield ""
         yield "## Check against a real prefill"
         yield ""
-        yield from _table(
+        yield from markdown_table(
             ["KV type", "cache", "tokens", "real prefill", "integrated", "/ real",
              "decode ms on the real cache", "on a random one", "/ real"],
             [
@@ -442,7 +442,7 @@ def _markdown(report: Report) -> Iterable[str]:
         yield ""
         yield f"## Energy ({', '.join(machine['energy_meters'])}; idle power included)"
         yield ""
-        yield from _table(
+        yield from markdown_table(
             ["KV type", "tokens in cache", "cache", "J per token", "W"],
             [
                 [
@@ -522,7 +522,7 @@ def _memory_table(report: Report) -> Iterable[str]:
     titles = ["KV type", "context", "razor KV MiB", "full KV MiB", "full f16 KV MiB", "share"]
     titles += ["peak RSS MiB decoding: razor", "full"]
     titles += ["device MiB: razor", "full"] if with_device else []
-    return _table(titles, rows)
+    return markdown_table(titles, rows)
 
 
 def readme_block(report: Report) -> str:
@@ -532,12 +532,12 @@ def readme_block(report: Report) -> str:
     if model["window_divisor"]:
         window += f" or 1/{model['window_divisor']} of the context, whichever is more"
     text = (
-        f"{_one_line(model['name'] or model['file'])};"
+        f"{one_line(model['name'] or model['file'])};"
         f" {model['retrieval_kv_heads']} of {model['kv_heads']} KV heads are retrieval heads,"
-        f" {window}; {_one_line(machine['cpu'])}, {report.head['setup']['n_threads']} threads;"
+        f" {window}; {one_line(machine['cpu'])}, {report.head['setup']['n_threads']} threads;"
         ' caches filled with random rows. "Faster by": the median of paired decodes.'
     )
-    table = _table(
+    table = markdown_table(
         ["KV type", "tokens in the cache", "KV MiB: razor", "full", "decode tok/s: razor", "full",
          "faster by", "than full f16", "first token after: razor", "full"],
         [
@@ -587,7 +587,7 @@ def differences(here: Report, there: Report) -> list[str]:
         part, name = path.split(".")
         a, b = here.head[part].get(name), there.head[part].get(name)
         if a != b:
-            found.append(f"{path}: {_one_line(str(a))} in A, {_one_line(str(b))} in B")
+            found.append(f"{path}: {one_line(str(a))} in A, {one_line(str(b))} in B")
     return found
 
 
@@ -613,7 +613,7 @@ def format_comparison(here: Report, there: Report, kind: str) -> str:
     titles = ["KV type", "tokens in cache"]
     for title in columns:
         titles += [f"{title}: A", "B", "B / A"]
-    lines = _table(
+    lines = markdown_table(
         [*titles, "razor KV MiB: A", "B"],
         [
             [
@@ -638,7 +638,7 @@ def format_comparison(here: Report, there: Report, kind: str) -> str:
 # -- cells
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [
         f"| {' | '.join(titles)} |",
         f"|{'|'.join(['---'] + ['---:'] * (len(titles) - 1))}|",
@@ -650,7 +650,7 @@ def _kv(row: dict[str, Any]) -> str:
     return row["type_k"] if row["type_k"] == row["type_v"] else f"{row['type_k']}/{row['type_v']}"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return "".join(c if c.isprintable() and c not in "|`<>" else "?" for c in text[:200])
 
 
@@ -662,7 +662,7 @@ def _number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _short(n_tokens: int) -> str:
+def short_tokens(n_tokens: int) -> str:
     return f"{n_tokens / 1024:.3g}k" if n_tokens >= 1024 else str(n_tokens)
 
 
@@ -706,7 +706,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
 
     axes = figure.subplots(1, 4 if fits else 3)
     name = report.head["model"]["name"] or report.head["model"]["file"]
-    figure.suptitle(f"{_one_line(name)}, {_one_line(report.head['machine']['cpu'])}")
+    figure.suptitle(f"{one_line(name)}, {one_line(report.head['machine']['cpu'])}")
     rows = report.rows
     kinds = list(dict.fromkeys(map(_types, rows)))
     for i, types in enumerate(kinds):
@@ -733,7 +733,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
         ax.set(title=title, xlabel="context" if x == "n_ctx" else "tokens", ylabel=label)
         ax.set(yscale="log")
         ax.set_xscale("symlog", linthresh=512, base=2)  # linear from 0 to 512
-        ax.set_xticks(ticks, [_short(tick) for tick in ticks], rotation=45)
+        ax.set_xticks(ticks, [short_tokens(tick) for tick in ticks], rotation=45)
         ax.xaxis.set_minor_locator(NullLocator())
     for fit in fits:
         for side, style in (("razor", "o"), ("full", "x")):

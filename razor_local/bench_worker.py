@@ -105,12 +105,15 @@ class Side:
 
 
 class Worker:
-    """A running worker process. Raises RazorError where it fails, in ask() or on creation."""
+    """A running worker process. Raises RazorError where it fails, in ask() or on creation.
 
-    def __init__(self, setup: ModelSetup) -> None:
+    beside_another: two of them take turns.
+    """
+
+    def __init__(self, setup: ModelSetup, beside_another: bool = False) -> None:
         env = dict(os.environ)
-        # a thread that waits for its turn must not spin on the core of the other side
-        env.setdefault("OMP_WAIT_POLICY", "passive")
+        if beside_another:  # its threads must not spin on the cores of the other's
+            env.setdefault("OMP_WAIT_POLICY", "passive")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "razor_local.bench_worker", json.dumps(asdict(setup))],
             stdin=subprocess.PIPE,
@@ -526,10 +529,17 @@ _RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fin
 
 def local_rows(plan: Plan, n_tokens: int) -> int:
     """Rows of a local head's store that n_tokens occupy."""
-    ring = n_tokens - plan.sink_tokens
-    extra = 4 if plan.compensation else 0
-    used = n_tokens if ring <= 0 else plan.sink_tokens + extra + ring
-    return min(used, plan.cells)
+    from .plan import COMPENSATION_CELLS
+
+    if _frontier(plan, n_tokens) > plan.sink_tokens:
+        return plan.cells
+    return min(n_tokens, plan.cells - (COMPENSATION_CELLS if plan.compensation else 0))
+
+
+def _frontier(plan: Plan, n_tokens: int) -> int:
+    """The fold frontier once n_tokens are in the cache."""
+    start = (n_tokens - 1) // plan.block * plan.block
+    return max(plan.sink_tokens, start - plan.window)
 
 
 def kept_bytes(plan: Plan, n_tokens: int) -> int:
@@ -578,12 +588,12 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
     shape, out = plan.shape, bytearray(saved[: _STATE_HEAD.size])
     dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
     if plan.active:
-        start = (n_tokens - 1) // plan.block * plan.block
-        frontier = max(plan.sink_tokens, start - plan.window)
         out += saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size]
-        out += struct.pack("<IIIqI", n_tokens, n_tokens, frontier, -1, 0)
-    full = [layer.n_retrieval if plan.active else layer.n_head_kv for layer in plan.layers]
-    full = [n for n in full if n > 0]
+        out += struct.pack("<IIIqI", n_tokens, n_tokens, _frontier(plan, n_tokens), -1, 0)
+    if plan.active:  # each retrieval head is saved like a layer
+        full = [1] * sum(layer.n_retrieval for layer in plan.layers)
+    else:
+        full = [layer.n_head_kv for layer in plan.layers if layer.n_head_kv > 0]
     out += struct.pack("<II", 1, n_tokens)  # streams, cells
     cells = np.zeros((n_tokens, 3), np.int32)  # position, number of sequences, sequence 0
     cells[:, 0] = np.arange(n_tokens)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator, Sequence
 from ctypes import c_uint8
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import native
+from .completion import TextStream
 from .errors import (
     ContextFullError,
     GGUFError,
@@ -29,6 +32,7 @@ _native = native.load()  # before llama_cpp, which would load a library of its o
 
 import llama_cpp  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402
+from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
@@ -138,6 +142,9 @@ class Llama(llama_cpp.Llama):
             "compensation": compensation,
         }
         self._progress = progress
+        ids = (C.llama_token * 1)()
+        self._one = ids, C.llama_batch_get_one(ids, 1)  # a batch of one token, and that token
+        self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
         self._progress_error: BaseException | None = None
         model_path = os.fspath(model_path)
         type_k, type_v = _type_name(type_k), _type_name(type_v)
@@ -239,17 +246,29 @@ class Llama(llama_cpp.Llama):
         again from the start. Raises ContextFullError with nothing changed, and RazorError if the
         computation fails; n_tokens then says what the cache still holds.
         """
-        tokens = list(tokens)
-        if self.n_tokens + len(tokens) > self._n_ctx:
-            raise ContextFullError(
-                f"{self.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
-                f" {self._n_ctx}; use a larger n_ctx or a shorter text"
-            )
-        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
-            tokens = self._input_ids.tolist() + tokens
-            self._clear_cache()
+        tokens = self._after_cached(tokens)
         for i in range(0, len(tokens), self.n_batch):
             self._eval_batch(tokens[i : i + self.n_batch])
+
+    def eval_logits(
+        self, tokens: Sequence[int], wanted: Sequence[bool] | None = None
+    ) -> Iterator[np.ndarray]:
+        """The same, batch by batch, with the logits behind each token: f32 [n, n_vocab].
+
+        What is yielded is the library's own memory, which the next batch overwrites. wanted: for
+        each token, whether its logits are; None: all. Raises as eval().
+        """
+        tokens = list(tokens)
+        rows = [True] * len(tokens) if wanted is None else list(map(bool, wanted))
+        again = self._after_cached(tokens)
+        rows = [False] * (len(again) - len(tokens)) + rows
+        for i in range(0, len(again), self.n_batch):
+            some = rows[i : i + self.n_batch]
+            self._eval_batch(again[i : i + self.n_batch], some)
+            n = sum(some)
+            if n:
+                flat = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+                yield flat.reshape(n, self._n_vocab)
 
     def prefill(
         self,
@@ -272,16 +291,7 @@ class Llama(llama_cpp.Llama):
                 f"the prompt has {len(tokens)} tokens, the context {self._n_ctx}; use a larger"
                 " n_ctx or a shorter text"
             )
-        same = self._common_prefix(tokens)
-        if same == len(tokens) == self.n_tokens and not self._requires_eval:
-            return Prefill(same, 0, True)
-        keep = min(same, len(tokens) - 1)  # the last token again, for its logits
-        if keep and self._ctx.kv_cache_seq_rm(-1, keep, -1):
-            self.n_tokens = keep
-            self._requires_eval = True
-        else:
-            keep = 0
-            self.reset()
+        keep = self._rewind(tokens)
 
         @C.ggml_abort_callback
         def abort(_data: Any) -> bool:
@@ -304,15 +314,25 @@ class Llama(llama_cpp.Llama):
                 C.llama_set_abort_callback(self.ctx, C.ggml_abort_callback(), None)
         return Prefill(keep, len(tokens) - keep, True)
 
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As the base class: yields the tokens that follow, without end.
+
+        What the cache holds of tokens already is not evaluated again (reset=False: continues from
+        what is in the cache). Raises as eval().
+        """
+        criteria = kwargs.pop("stopping_criteria", None)
+        if args or self._logits_all or criteria is not None:
+            return super().generate(tokens, *args, stopping_criteria=criteria, **kwargs)
+        return self._generate(list(tokens), **kwargs)
+
     def piece(self, token: int) -> bytes:
         """The bytes of a token, of any length; b"" for special tokens."""
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = C.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, False)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token)
+        return piece
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
@@ -380,11 +400,149 @@ class Llama(llama_cpp.Llama):
             self._progress_error = error
             return False
 
-    def _eval_batch(self, batch: list[int]) -> None:
+    def _generate(
+        self, tokens: list[int], reset: bool = True, **sampling: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        self._sampler = sampler = self._init_sampler(**sampling)
+        if reset:
+            tokens = tokens[self._rewind(tokens) :]
+        self.eval(tokens)
+        if self._requires_eval:
+            raise RazorError("there is nothing to go on from: the prompt has no tokens")
+        while True:
+            token = sampler.sample(self._ctx)
+            more = yield token
+            if more is None and self._n_cached() == self.n_tokens < self._n_ctx:
+                self._eval_batch([token])  # all that eval() would do
+            else:
+                self.eval([token, *(more or ())])
+
+    def _create_completion(self, **request: Any) -> Iterator[dict[str, Any]]:
+        """The chunks of an answer, or the whole: what create_completion() and the like are made of.
+
+        The base class puts the whole answer together again, and copies the prompt, for every token.
+        It is left what is rare.
+        """
+        if (
+            not request["prompt"]
+            or request["logprobs"] is not None
+            or self.cache is not None
+            or type(self.tokenizer_) is not LlamaTokenizer
+        ):
+            yield from super()._create_completion(**request)
+            return
+        prompt, options = self._read_request(request)
+        n_max = self._n_ctx - len(prompt)
+        if request["max_tokens"] is not None and request["max_tokens"] > 0:
+            n_max = min(n_max, request["max_tokens"])
+        stops = [request["stop"]] if isinstance(request["stop"], str) else request["stop"]
+        stops = [stop.encode() for stop in stops] if isinstance(stops, list) else []
+        head = {
+            "id": f"cmpl-{uuid.uuid4()}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.model_path if request["model"] is None else request["model"],
+        }
+
+        def response(part: str, finish_reason: str | None = None) -> dict[str, Any]:
+            choice = {"text": part, "index": 0, "logprobs": None, "finish_reason": finish_reason}
+            return {**head, "choices": [choice]}
+
+        stream, text, answer = request["stream"], TextStream(stops), bytearray()
+        n_tokens, finish_reason, end = 0, "length", None
+        for token in self.generate(prompt, **options):
+            if self.is_end(token):
+                finish_reason = "stop"
+                break
+            piece = self.piece(token)
+            n_tokens += 1
+            answer += piece
+            if not text.add(piece):
+                continue
+            if text.stopped():
+                finish_reason = "stop"
+                end = next(answer.index(stop) for stop in stops if stop in answer)
+                break
+            for part in text.ready():
+                if stream:
+                    yield response(part)
+            if n_tokens >= n_max:
+                break
+        criteria = request["stopping_criteria"]
+        if criteria is not None and criteria(self._input_ids, self._scores[-1, :]):
+            finish_reason, end = "stop", None
+        if self.verbose:
+            self._ctx.print_timings()
+        if stream:
+            for part in text.rest():
+                yield response(part)
+            yield response("", finish_reason)
+            return
+        whole = answer[:end].decode("utf-8", "ignore")
+        usage = {
+            "prompt_tokens": len(prompt),
+            "completion_tokens": n_tokens,
+            "total_tokens": len(prompt) + n_tokens,
+        }
+        echo = request["prompt"] if request["echo"] else ""
+        yield {**response(echo + whole, finish_reason), "usage": usage}
+
+    def _read_request(self, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+        """Checks a request as the base class does: what it calls generate() with.
+
+        That is the prompt's tokens and the arguments of the sampler; the seed is set.
+        """
+
+        def generate(tokens: list[int], **sampling: Any) -> None:
+            raise _ReadRequest(tokens, sampling)
+
+        self.generate = generate
+        try:
+            next(super()._create_completion(**request))
+        except _ReadRequest as read:
+            return read.args
+        finally:
+            del self.generate
+        raise AssertionError("llama_cpp answers without generating")
+
+    def _read_piece(self, token: int) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = C.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def _after_cached(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens to evaluate where the cache ends now, so that they follow n_tokens."""
+        tokens = list(tokens)
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextFullError(
+                f"{self.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
+                f" {self._n_ctx}; use a larger n_ctx or a shorter text"
+            )
+        # asked first: taking nothing back looks at all cells of a cache of llama.cpp's own
+        if self._n_cached() != self.n_tokens and not self._ctx.kv_cache_seq_rm(
+            -1, self.n_tokens, -1
+        ):
+            tokens = self._input_ids.tolist() + tokens
+            self._clear_cache()
+        return tokens
+
+    def _eval_batch(self, batch: list[int], wanted: list[bool] | None = None) -> None:
+        """wanted: the tokens whose logits are computed, None: the last, or all with logits_all."""
         n_past, n = self.n_tokens, len(batch)
         native.clear_errors()
-        self._batch.set_batch(batch=batch, n_past=n_past, logits_all=self._logits_all)
-        code = C.llama_decode(self.ctx, self._batch.batch)
+        if n == 1 and wanted is None:
+            ids, native_batch = self._one
+            ids[0] = batch[0]
+        else:
+            ids = (C.llama_token * n)(*batch)  # the native batch only points to them
+            native_batch = C.llama_batch_get_one(ids, n)
+            if wanted is not None or self._logits_all:
+                native_batch.logits = (ctypes.c_int8 * n)(*(wanted or [True] * n))
+        code = C.llama_decode(self._ctx.ctx, native_batch)
         if code != 0:
             reason = self._reason()
             self._after_failed_decode(batch, n_past)
@@ -396,11 +554,11 @@ class Llama(llama_cpp.Llama):
                 raise ContextFullError(f"there is no room for {what}; use a larger n_ctx")
             raise RazorError(f"evaluating {what} failed: {reason or f'llama_decode {code}'}")
         self.input_ids[n_past : n_past + n] = batch
-        if self._logits_all:
+        if self._logits_all and wanted is None:
             logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
             self.scores[n_past : n_past + n, :].reshape(-1)[:] = logits
         self.n_tokens += n
-        self._requires_eval = False
+        self._requires_eval = wanted is not None and not wanted[-1]
 
     def _after_failed_decode(self, batch: list[int], n_past: int) -> None:
         """Sets n_tokens to what the cache holds: part of the batch may have been evaluated."""
@@ -416,12 +574,28 @@ class Llama(llama_cpp.Llama):
 
     def _n_cached(self) -> int:
         """Tokens in the cache itself."""
-        return C.llama_memory_seq_pos_max(C.llama_get_memory(self.ctx), 0) + 1
+        return C.llama_memory_seq_pos_max(self._ctx.memory, 0) + 1
 
     def _clear_cache(self) -> None:
         self.n_tokens = 0
         self._requires_eval = True
         self._ctx.kv_cache_clear()
+
+    def _rewind(self, tokens: list[int]) -> int:
+        """Takes the cache back to what it has of tokens; how many these are.
+
+        One at least is left to evaluate, for its logits, unless they are those of the last token.
+        """
+        same = self._common_prefix(tokens)
+        if same == len(tokens) == self.n_tokens and not self._requires_eval:
+            return same
+        keep = min(same, len(tokens) - 1)
+        if keep > 0 and self._ctx.kv_cache_seq_rm(-1, keep, -1):
+            self.n_tokens = keep
+            self._requires_eval = True
+            return keep
+        self.reset()
+        return 0
 
     def _common_prefix(self, tokens: list[int]) -> int:
         n = min(self.n_tokens, len(tokens))
@@ -460,6 +634,10 @@ class Llama(llama_cpp.Llama):
 
 class _AbortedError(RazorError):
     pass
+
+
+class _ReadRequest(Exception):
+    """Leaves the base class where it would begin to generate."""
 
 
 def _resolve(

@@ -25,7 +25,7 @@ from .errors import LibraryError
 if TYPE_CHECKING:
     from .profile import Profile
 
-API_VERSION = 1  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 2  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local ('razor-local doctor' tells more)"
@@ -103,7 +103,7 @@ class BufferStats(ctypes.Structure):
 
     _fields_ = [
         ("size", c_uint32),
-        ("is_local", c_uint32),
+        ("reserved", c_uint32),
         ("bytes", c_uint64),
         ("name", c_char * 64),
     ]

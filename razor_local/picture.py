@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UnsupportedError
+from .safe_write import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,22 +37,12 @@ def make_figure(path: str | os.PathLike[str], size: tuple[float, float], instead
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes the picture; a file of that name is replaced when it is complete. Raises OSError."""
-    path = Path(path)
-    try:
-        fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    try:
-        with open(fd, "wb") as file:
-            figure.savefig(file, format=path.suffix[1:].lower())
-            file.flush()
-            os.fsync(fd)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-    return path
+    """Writes the picture; a file of that name is replaced when it is complete.
+
+    Raises RazorError where path cannot be written to, OSError.
+    """
+    picture = io.BytesIO()  # what draws into a file hides why it cannot be written
+    figure.savefig(picture, format=Path(path).suffix[1:].lower())
+    with new_file(path) as file:
+        file.write(picture.getbuffer())
+    return Path(path)

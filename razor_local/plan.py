@@ -7,10 +7,12 @@ the formulas stand; Plan.kv_bytes is what the backends allocate, to the byte.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedError
-from .profile import ModelShape, Profile
+
+if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
+    from .profile import ModelShape, Profile
 
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values
@@ -221,7 +223,7 @@ def make_plan(
             full,
             why_inactive=f"a local head would take {cells} cells, the context has {n_ctx}",
         )
-    plan = replace(
+    return replace(
         full,
         active=True,
         sink_tokens=profile.sink_tokens,
@@ -233,10 +235,6 @@ def make_plan(
             shape, retrieval, n_ctx, cells, profile.compensation, type_k, type_v, flash_attn
         ),
     )
-    if plan.kv_bytes >= full.kv_bytes:  # V padded to the widest layer, without flash attention
-        why = f"it would take {plan.kv_bytes:,} bytes, a full cache {full.kv_bytes:,}"
-        return replace(full, why_inactive=why)
-    return plan
 
 
 def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:
@@ -267,12 +265,10 @@ def _layers(
     d_k, d_v = shape.head_dim_k, shape.head_dim_v
     row_k, row_v = row_size(type_k, d_k), row_size(type_v, d_v)
     widest = max(retrieval, default=0)
+    padded = cells == 0 and not flash_attn  # a full cache pads V of every layer to the widest
     layers = []
     for il, (n_head_kv, r) in enumerate(zip(shape.n_head_kv, retrieval, strict=True)):
         local = n_head_kv - r
-        # without flash attention upstream pads V of every layer it stores to the widest layer;
-        # a full cache (cells == 0) stores every layer, ours only those with retrieval heads
-        r_v = r if flash_attn or (r == 0 and cells) else widest
         layers.append(
             LayerPlan(
                 il=il,
@@ -280,7 +276,7 @@ def _layers(
                 n_retrieval=r,
                 n_local=local,
                 bytes_k=(r * n_ctx + local * cells) * row_k,
-                bytes_v=(r_v * n_ctx + local * cells) * row_v,
+                bytes_v=((widest if padded else r) * n_ctx + local * cells) * row_v,
                 bytes_sums=3 * local * (d_k + d_v) * 4 if compensation else 0,
             )
         )

@@ -22,7 +22,7 @@ from .gguf_header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
 from .profile import Profile, split_heads
 from .safe_write import new_file
 
-VERSION = 1  # of the files in the cache: those of others are not used
+VERSION = 2  # of the files in the cache: those of others are not used
 KEY_RANDOM = "razor_local.random_weights"
 N_ROWS = 64  # random rows of each matrix, repeated
 QUANTS = {"q4_0": (2, 32, 18), "q8_0": (8, 32, 34), "f16": (1, 1, 2)}  # ggml type, block, bytes
@@ -274,8 +274,11 @@ def _data(n_out: int, n_in: int, quant: str, rng: np.random.Generator) -> Iterat
     else:
         rows = rng.integers(0, 256, (N_ROWS, n_in // block, block_bytes), np.uint8)
         # activations stay of order 1: a uniform q4_0 has a deviation of 4.6 scales, q8_0 of 74
-        scale = np.array((0.22 if quant == "q4_0" else 0.0135) / n_in**0.5, "<f2")
-        rows[:, :, :2] = np.frombuffer(scale.tobytes(), np.uint8)
+        scale = (0.22 if quant == "q4_0" else 0.0135) / n_in**0.5
+        # of both signs: the values of a block have a mean (q4_0's -0.5 scales), and if all weights
+        # share it logits are so far apart that softmax gives denormal numbers, which are slow
+        scales = rng.choice((-scale, scale), rows.shape[:2]).astype("<f2")
+        rows[:, :, :2] = scales[:, :, None].view(np.uint8)
     chunk = rows.tobytes()
     whole, rest = divmod(n_out, N_ROWS)
     for _ in range(whole):

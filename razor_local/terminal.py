@@ -1,4 +1,4 @@
-"""The terminal side of the chat command: reading messages, pasted texts too, and progress bars.
+"""The terminal side of the commands: reading messages, pasted texts too, and progress bars.
 
 Everything is written to stderr; stdout is for answers.
 """
@@ -122,14 +122,19 @@ class ProgressBar:
     @staticmethod
     def _start() -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-        from rich.progress import TimeRemainingColumn as TimeLeft
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
-            TimeLeft(),
+            TimeRemainingColumn(),
             # a copy of stderr: the bindings point file descriptor 2 elsewhere while loading
             console=Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True),
             transient=True,
@@ -139,6 +144,57 @@ class ProgressBar:
         )
         bar.start()
         return bar
+
+
+class TimeLeft:
+    """Part done, time left and what is going on: a bar on a terminal, elsewhere a line a minute."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> TimeLeft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __call__(self, what: str, part: float, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
+        if not sys.stderr.isatty():
+            if time.monotonic() - self._said >= 60:
+                self._said = time.monotonic()
+                print(
+                    f"{part:.0%}{', ' if left else ''}{left}: {what}", file=sys.stderr, flush=True
+                )
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            self._bar = Progress(
+                BarColumn(20),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.description}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+                auto_refresh=False,  # no thread beside the computation
+            )
+            self._task = self._bar.add_task(what, total=1.0, left="")
+            self._bar.start()
+        self._bar.update(self._task, description=what, completed=part, left=left, refresh=True)
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 @contextlib.contextmanager

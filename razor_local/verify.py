@@ -463,7 +463,7 @@ class _Control:
             raise self.error
 
 
-_CACHE = re.compile(r"cache_(?:razor_)?([kv])_l(\d+)\b")  # tensors of llama_kv_cache and of ours
+_CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # tensors of llama_kv_cache and of ours
 _OUTPUT = re.compile(r"kqv_out-(\d+)$")
 _SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
 
@@ -572,10 +572,11 @@ class _Capture:
         if op == "SET_ROWS":
             cache = _CACHE.match(self._name(tensor.view_src))
             if cache:
-                self.il = int(cache[2])
-                d = self.shape.head_dim_k if cache[1] == "k" else self.shape.head_dim_v
-                self._find(cache[1], tensor.src[0], d, self.shape.n_head_kv[self.il])
-                return cache[1] == "k"
+                ours, what, il = cache.groups()
+                self.il = int(il)
+                d = self.shape.head_dim_k if what == "k" else self.shape.head_dim_v
+                self._find(what, tensor.src[0], d, self.shape.n_head_kv[self.il])
+                return bool(ours) and what == "k"
         elif op == "FLASH_ATTN_EXT":
             self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
             self._parameters(tensor, softcap=2)
@@ -614,21 +615,32 @@ class _Capture:
     def _note_stored(self, tensor: Tensor) -> None:
         """Which KV heads' keys were just written into a cache tensor."""
         k = self.copies.get(self.found.get("k", 0))
-        rows = read(self.lib, tensor.src[0]).reshape(-1, tensor.ne[0])
-        if k is None or len(rows) != len(k):
+        if k is None:
             return  # the mean of a fold
+        n_tokens, n_heads, d = k.shape
+        rows = read(self.lib, tensor.src[0]).reshape(n_tokens, n_heads, d)[:KEYS_COMPARED]
         k = k[:KEYS_COMPARED]
         size_k, _ = _rotations(self.plan)
         if size_k is not None:
             k = reference.rotate(k, size_k)
-        rows = rows[:KEYS_COMPARED].reshape(len(k), -1, k.shape[2])
         off = np.abs(rows[:, :, None] - k[:, None]).max(axis=(0, 3))
-        same = off <= 1e-3 * np.abs(k).max()
-        cells = Tensor.from_address(tensor.view_src).ne[1]
-        place = (self.il, cells >= self.plan.n_ctx)
-        before = self.stored.get(place)
-        fits = before is not None and before.shape == same.shape
-        self.stored[place] = same & before if fits else same
+        same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
+        for whole, order in self._places(tensor, n_heads).items():
+            place = (self.il, whole)
+            before = self.stored.get(place)
+            fits = before is not None and before.shape == same[order].shape
+            self.stored[place] = same[order] & before if fits else same[order]
+
+    def _places(self, tensor: Tensor, n_heads: int) -> dict[bool, np.ndarray]:
+        """Whether for the whole context -> the heads of a token's rows in the order of the cache,
+        by the rows of the cache they are written to."""
+        rows = read(self.lib, tensor.src[1]).reshape(-1)[:n_heads]
+        first_local = self.plan.layers[self.il].n_retrieval * self.plan.n_ctx
+        order = np.argsort(rows)
+        return {
+            True: order[rows[order] < first_local],
+            False: order[rows[order] >= first_local],
+        }
 
     def _parameters(self, tensor: Tensor, softcap: int | None = None) -> None:
         values = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))

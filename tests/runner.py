@@ -108,7 +108,7 @@ class SeqStats(ctypes.Structure):
 class BufferStats(ctypes.Structure):
     _fields_ = [
         ("size", ctypes.c_uint32),
-        ("is_local", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
         ("bytes", ctypes.c_uint64),
         ("name", ctypes.c_char * 64),
     ]

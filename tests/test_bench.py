@@ -25,10 +25,10 @@ from tiny_models import TinySpec, razor_kv
 from razor_local import bench as bench_module
 from razor_local.bench import (
     Batch,
-    Journal,
     Settings,
     _Measure,
     make_batches,
+    open_journal,
     run_bench,
     weights_bytes,
 )
@@ -170,7 +170,7 @@ def test_other_files_are_no_journals(measured, tmp_path, text) -> None:
     path.write_bytes(text.encode("latin-1"))
     head = measured.report["head"]
     with pytest.raises(RazorError, match="is no journal of a benchmark|is of a run with another"):
-        Journal(path, head)
+        open_journal(path, head)
     assert path.read_bytes() == text.encode("latin-1")
 
 
@@ -239,8 +239,8 @@ class _FakeContext:
     ("type_kv", "depth", "n_tokens", "rounds"),
     [
         ("f16", 0, 512, 5),
-        ("f16", 2000, 128, 2),
-        ("f16", 100_000, 64, 2),  # never fewer: only then attention is tiled
+        ("f16", 2000, 256, 2),
+        ("f16", 100_000, 256, 2),  # never fewer: tiles are cut in smaller ones
         ("q8_0", 0, 512, 5),
         ("q8_0", 5000, 64, 2),
         ("q8_0", 40_000, 16, 2),

@@ -223,7 +223,7 @@ def test_refusals(folder, tmp_path):
         ([folder / "razor.gguf", "--compare", tmp_path], "is a folder, expected a profile, a side"),
         ([folder / "razor.gguf", "--compare", tmp_path / "no"], "No such file or directory"),
         ([folder / "razor.gguf", "--plot", tmp_path / "x.gguf"], "is not the name of a picture"),
-        ([folder / "razor.gguf", "--plot", tmp_path / "no" / "x.png"], "No such file or directory"),
+        ([folder / "razor.gguf", "--plot", tmp_path / "no" / "x.png"], "no does not exist"),
     ):
         code, stdout, stderr = run("inspect", *args)
         assert (code, stdout) == (1, "") and text in stderr and stderr.count("\n") == 1, stderr

@@ -12,12 +12,11 @@
 #include <stdexcept>
 
 static constexpr uint32_t RAZOR_STATE_MAGIC   = 0x315a5252; // "RRZ1"
-static constexpr uint32_t RAZOR_STATE_VERSION = 1;
+static constexpr uint32_t RAZOR_STATE_VERSION = 2;
 
-llama_razor_hparams::llama_razor_hparams(const llama_hparams & hparams, const llama_razor_plan & plan) : hparams_retrieval(hparams) {
-    // layers beyond the plan (nextn) have no cache, their head counts would only widen the transposed V cache
+llama_razor_hparams::llama_razor_hparams(const llama_hparams & hparams) : hparams_head(hparams) {
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        hparams_retrieval.n_head_kv_arr[il] = il < plan.retrieval.size() ? plan.retrieval[il].size() : 0;
+        hparams_head.n_head_kv_arr[il] = 1;
     }
 }
 
@@ -31,10 +30,10 @@ llama_kv_cache_razor::llama_kv_cache_razor(
          llama_razor_plan   plan_in,
                 ggml_type   type_k,
                 ggml_type   type_v) :
-    llama_razor_hparams(model.hparams, plan_in),
+    llama_razor_hparams(model.hparams),
     llama_kv_cache(
             model,
-            hparams_retrieval,
+            hparams_head,
             type_k,
             type_v,
             !cparams.flash_attn,
@@ -46,7 +45,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             model.hparams.n_swa,
             model.hparams.swa_type,
             nullptr,
-            [&plan_in](int32_t il) { return (size_t) il < plan_in.retrieval.size() && !plan_in.retrieval[il].empty(); },
+            [](int32_t) { return false; },
             nullptr,
             nullptr),
     cparams(cparams), plan(std::move(plan_in)), tk(type_k), tv(type_v) {
@@ -60,38 +59,18 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         st.frontier = plan.sink_tokens;
     }
 
-    // upstream decides from its own layers whether quantized rows are rotated, and here it may have none
-    if (n_embd_head_k_all == 0) {
-        const char * LLAMA_ATTN_ROT_DISABLE = getenv("LLAMA_ATTN_ROT_DISABLE");
-        const bool rot = !(LLAMA_ATTN_ROT_DISABLE && atoi(LLAMA_ATTN_ROT_DISABLE));
-
-        n_embd_head_k_all = hparams_model.n_embd_head_k();
-        n_embd_head_v_all = hparams_model.n_embd_head_v();
-
-        attn_rot_k = rot && ggml_is_quantized(type_k) && n_embd_head_k_all % 64 == 0;
-        attn_rot_v = rot && ggml_is_quantized(type_v) && n_embd_head_v_all % 64 == 0;
-
-        for (int64_t n = 64; (attn_rot_k || attn_rot_v) && n <= std::max(n_embd_head_k_all, n_embd_head_v_all); n *= 2) {
-            // orthonormal Walsh-Hadamard matrix: the sign is the parity of the common bits of row and column
-            auto & mat = attn_rot_hadamard[n];
-            mat.resize(n*n);
-            for (int64_t i = 0; i < n*n; ++i) {
-                int parity = 0;
-                for (int64_t bits = (i/n) & (i%n); bits != 0; bits &= bits - 1) {
-                    parity ^= 1;
-                }
-                mat[i] = (parity ? -1.0f : 1.0f)/sqrtf(n);
-            }
-        }
-    }
-
-    map_local.resize(plan.local.size(), -1);
+    init_rotation();
 
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
     for (uint32_t il = 0; il < plan.local.size(); ++il) {
-        const int64_t n_local = plan.local[il].size();
-        if (n_local == 0) {
+        const int64_t n_retrieval = plan.retrieval[il].size();
+        const int64_t n_local     = plan.local[il].size();
+
+        razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, nullptr, nullptr };
+
+        if (n_retrieval + n_local == 0) {
+            layers_razor.push_back(layer);
             continue;
         }
 
@@ -100,40 +79,61 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         auto & ctx_ptr = ctx_map[buft];
         if (!ctx_ptr) {
+            // per layer 4 tensors, per retrieval head 2 and their streams
+            size_t n_tensors = 0;
+            for (const auto & heads : plan.retrieval) {
+                n_tensors += 4 + 2*(1 + n_strm)*heads.size();
+            }
+
             ggml_init_params params = {
-                /*.mem_size   =*/ size_t(4u*plan.local.size()*ggml_tensor_overhead()),
+                /*.mem_size   =*/ n_tensors*ggml_tensor_overhead(),
                 /*.mem_buffer =*/ NULL,
                 /*.no_alloc   =*/ true,
             };
 
             ctx_ptr.reset(ggml_init(params));
             if (!ctx_ptr) {
-                throw std::runtime_error("failed to create ggml context for the local KV heads");
+                throw std::runtime_error("failed to create ggml context for the KV cache");
             }
         }
 
         ggml_context * ctx = ctx_ptr.get();
 
-        const int64_t n_embd_k = n_local*hparams_model.n_embd_head_k(il);
-        const int64_t n_embd_v = n_local*hparams_model.n_embd_head_v(il);
+        const int64_t n_embd_k = hparams_model.n_embd_head_k(il);
+        const int64_t n_embd_v = hparams_model.n_embd_head_v(il);
+        const int64_t n_rows   = n_retrieval*plan.n_ctx + n_local*plan.cells;
 
-        local_layer layer = {
-            /*.il    =*/ il,
-            /*.k     =*/ ggml_new_tensor_3d(ctx, type_k, n_embd_k, plan.cells, n_strm),
-            /*.v     =*/ ggml_new_tensor_3d(ctx, type_v, n_embd_v, plan.cells, n_strm),
-            /*.k_sum =*/ plan.n_comp > 0 ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_k, N_SLOTS, n_strm) : nullptr,
-            /*.v_sum =*/ plan.n_comp > 0 ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_v, N_SLOTS, n_strm) : nullptr,
-        };
+        layer.k = ggml_new_tensor_3d(ctx, type_k, n_embd_k, n_rows, n_strm);
+        layer.v = ggml_new_tensor_3d(ctx, type_v, n_embd_v, n_rows, n_strm);
 
         ggml_format_name(layer.k, "cache_razor_k_l%d", il);
         ggml_format_name(layer.v, "cache_razor_v_l%d", il);
-        if (plan.n_comp > 0) {
+
+        if (plan.n_comp > 0 && n_local > 0) {
+            layer.k_sum = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_k*n_local, N_SLOTS, n_strm);
+            layer.v_sum = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_v*n_local, N_SLOTS, n_strm);
+
             ggml_format_name(layer.k_sum, "cache_razor_k_sum_l%d", il);
             ggml_format_name(layer.v_sum, "cache_razor_v_sum_l%d", il);
         }
 
-        map_local[il] = layers_local.size();
-        layers_local.push_back(layer);
+        // what llama_kv_cache takes for its layers
+        for (int64_t i = 0; i < n_retrieval; ++i) {
+            auto view = [&](ggml_tensor * t) {
+                return ggml_view_3d(ctx, t, t->ne[0], plan.n_ctx, n_strm, t->nb[1], t->nb[2], i*plan.n_ctx*t->nb[1]);
+            };
+
+            kv_layer head = { il, view(layer.k), view(layer.v), {}, {} };
+
+            for (uint32_t s = 0; s < n_strm; ++s) {
+                head.k_stream.push_back(ggml_view_2d(ctx, head.k, n_embd_k, plan.n_ctx, head.k->nb[1], s*head.k->nb[2]));
+                head.v_stream.push_back(ggml_view_2d(ctx, head.v, n_embd_v, plan.n_ctx, head.v->nb[1], s*head.v->nb[2]));
+            }
+
+            layers.push_back(std::move(head));
+        }
+
+        layers_razor.push_back(layer);
     }
 
     for (auto & [buft, ctx] : ctx_map) {
@@ -148,16 +148,16 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
         }
         if (!buf) {
-            throw std::runtime_error("failed to allocate buffer for the local KV heads");
+            throw std::runtime_error("failed to allocate buffer for the KV cache");
         }
 
         // the padding must hold no NaN, and SLOT_ZERO stays as it is now
         ggml_backend_buffer_clear(buf, 0);
 
-        LLAMA_LOG_INFO("%s: %10s local KV buffer size = %8.2f MiB\n", __func__,
+        LLAMA_LOG_INFO("%s: %10s KV buffer size = %8.2f MiB\n", __func__,
                 ggml_backend_buffer_name(buf), ggml_backend_buffer_get_size(buf)/1024.0/1024.0);
 
-        ctxs_bufs_local.emplace_back(std::move(ctx), buf);
+        ctxs_bufs.emplace_back(std::move(ctx), buf);
     }
 
     size_t n_retrieval = 0;
@@ -170,6 +170,37 @@ llama_kv_cache_razor::llama_kv_cache_razor(
     LLAMA_LOG_INFO("%s: %zu of %zu KV heads keep all %u tokens, %zu keep %u sinks, a window of %u and %s (%u cells, blocks of %u)\n", __func__,
             n_retrieval, n_retrieval + n_local, plan.n_ctx, n_local, plan.sink_tokens, plan.window,
             plan.n_comp > 0 ? "a compensation token" : "no compensation token", plan.cells, plan.block);
+}
+
+// what llama_kv_cache does for layers of its own
+void llama_kv_cache_razor::init_rotation() {
+    const char * LLAMA_ATTN_ROT_DISABLE = getenv("LLAMA_ATTN_ROT_DISABLE");
+    const bool rot = !(LLAMA_ATTN_ROT_DISABLE && atoi(LLAMA_ATTN_ROT_DISABLE));
+
+    auto common = [](int32_t all, uint32_t n) { return all == 0 || all == (int32_t) n ? (int32_t) n : -1; };
+
+    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+        if (!plan.local[il].empty() || !plan.retrieval[il].empty()) {
+            n_embd_head_k_all = common(n_embd_head_k_all, hparams.n_embd_head_k(il));
+            n_embd_head_v_all = common(n_embd_head_v_all, hparams.n_embd_head_v(il));
+        }
+    }
+
+    attn_rot_k = rot && ggml_is_quantized(tk) && n_embd_head_k_all > 0 && hparams.n_embd_head_k() % 64 == 0;
+    attn_rot_v = rot && ggml_is_quantized(tv) && n_embd_head_v_all > 0 && hparams.n_embd_head_v() % 64 == 0;
+
+    for (int64_t n = 64; (attn_rot_k || attn_rot_v) && n <= std::max(n_embd_head_k_all, n_embd_head_v_all); n *= 2) {
+        // orthonormal Walsh-Hadamard matrix: the sign is the parity of the common bits of row and column
+        auto & mat = attn_rot_hadamard[n];
+        mat.resize(n*n);
+        for (int64_t i = 0; i < n*n; ++i) {
+            int parity = 0;
+            for (int64_t bits = (i/n) & (i%n); bits != 0; bits &= bits - 1) {
+                parity ^= 1;
+            }
+            mat[i] = (parity ? -1.0f : 1.0f)/sqrtf(n);
+        }
+    }
 }
 
 llama_memory_context_ptr llama_kv_cache_razor::init_batch(
@@ -204,8 +235,8 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
     uint32_t pos = n_tokens(0);
 
     while (true) {
-        // no ubatch crosses a block, so that what the cache holds does not depend on the split
-        auto ubatch = balloc.split_simple(std::min(n_ubatch, plan.block - pos % plan.block));
+        // all positions of an ubatch have the same frontier, so that what the cache holds does not depend on the split
+        auto ubatch = balloc.split_simple(std::min(n_ubatch, plan.frontier_end(pos) - pos));
 
         if (ubatch.n_tokens == 0) {
             break;
@@ -261,12 +292,6 @@ void llama_kv_cache_razor::clear(bool data) {
     last_step = step_info();
 
     broken = false;
-
-    if (data) {
-        for (auto & [_, buf] : ctxs_bufs_local) {
-            ggml_backend_buffer_clear(buf.get(), 0);
-        }
-    }
 }
 
 bool llama_kv_cache_razor::can_unfold(const stream_state & st, uint32_t to) const {
@@ -385,23 +410,6 @@ void llama_kv_cache_razor::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
 }
 
-std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_razor::memory_breakdown() const {
-    auto ret = llama_kv_cache::memory_breakdown();
-
-    for (const auto & [ctx, buf] : ctxs_bufs_local) {
-        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
-
-        ret[buft] += model.hparams.no_alloc ?
-            ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
-    }
-
-    return ret;
-}
-
-const llama_kv_cache_razor::local_layer * llama_kv_cache_razor::get_local(int32_t il) const {
-    return (size_t) il < map_local.size() && map_local[il] >= 0 ? &layers_local[map_local[il]] : nullptr;
-}
-
 uint32_t llama_kv_cache_razor::n_tokens(uint32_t strm) const {
     return seq_pos_max(strm) + 1;
 }
@@ -423,18 +431,6 @@ uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     }
 
     return n_tokens(strm) - n_left;
-}
-
-size_t llama_kv_cache_razor::bytes_retrieval_k(int32_t il) const {
-    const auto it = map_layer_ids.find(il);
-
-    return it != map_layer_ids.end() ? ggml_nbytes(layers[it->second].k) : 0;
-}
-
-size_t llama_kv_cache_razor::bytes_retrieval_v(int32_t il) const {
-    const auto it = map_layer_ids.find(il);
-
-    return it != map_layer_ids.end() ? ggml_nbytes(layers[it->second].v) : 0;
 }
 
 llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ubatch & ubatch) {
@@ -467,7 +463,7 @@ llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ub
 
     st.n_high = std::max(st.n_high, n_end);
 
-    res.n_kv = std::min<uint32_t>(plan.cells, GGML_PAD(plan.n_used(n_end), 256));
+    res.n_kv = std::min<uint32_t>(plan.cells, GGML_PAD(plan.n_used(n_end, res.frontier), 256));
 
     last_step = res;
 
@@ -541,14 +537,17 @@ void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_i
         return;
     }
 
-    // rows beyond were never written
-    const uint32_t n_used = plan.n_used(st.n_high);
+    // rows beyond do not count
+    const uint32_t n_used = plan.n_used(st.n_high, st.frontier);
 
-    for (const auto & layer : layers_local) {
-        io.write_tensor(layer.k, 0, n_used*layer.k->nb[1]);
-        io.write_tensor(layer.v, 0, n_used*layer.v->nb[1]);
+    for (const auto & layer : layers_razor) {
+        for (auto * t : { layer.k, layer.v }) {
+            for (uint32_t i = 0; i < layer.n_local; ++i) {
+                io.write_tensor(t, local_row(layer, i)*t->nb[1], n_used*t->nb[1]);
+            }
+        }
 
-        if (plan.n_comp > 0) {
+        if (layer.k_sum) {
             io.write_tensor(layer.k_sum, 0, SLOT_ZERO*layer.k_sum->nb[1]);
             io.write_tensor(layer.v_sum, 0, SLOT_ZERO*layer.v_sum->nb[1]);
         }
@@ -627,13 +626,16 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
             return;
         }
 
-        const uint32_t n_used = plan.n_used(st.n_high);
+        const uint32_t n_used = plan.n_used(st.n_high, st.frontier);
 
-        for (const auto & layer : layers_local) {
-            io.read_tensor(layer.k, 0, n_used*layer.k->nb[1]);
-            io.read_tensor(layer.v, 0, n_used*layer.v->nb[1]);
+        for (const auto & layer : layers_razor) {
+            for (auto * t : { layer.k, layer.v }) {
+                for (uint32_t i = 0; i < layer.n_local; ++i) {
+                    io.read_tensor(t, local_row(layer, i)*t->nb[1], n_used*t->nb[1]);
+                }
+            }
 
-            if (plan.n_comp > 0) {
+            if (layer.k_sum) {
                 io.read_tensor(layer.k_sum, 0, SLOT_ZERO*layer.k_sum->nb[1]);
                 io.read_tensor(layer.v_sum, 0, SLOT_ZERO*layer.v_sum->nb[1]);
             }
@@ -660,7 +662,17 @@ llama_kv_cache_razor_context::llama_kv_cache_razor_context(
         llama_kv_cache_razor * kv,
         slot_info_vec_t sinfos,
         std::vector<llama_ubatch> ubatches) :
-    llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kv_razor(kv) {
+    llama_kv_cache_context(kv, sinfos, std::move(ubatches)), kv_razor(kv) {
+
+    for (auto & sinfo : sinfos) {
+        cells.push_back(std::move(sinfo.idxs[0]));
+    }
+}
+
+bool llama_kv_cache_razor_context::next() {
+    ++i_cur;
+
+    return llama_kv_cache_context::next();
 }
 
 bool llama_kv_cache_razor_context::apply() {
@@ -681,7 +693,8 @@ llm_graph_input_razor::llm_graph_input_razor(
         const llama_kv_cache_razor_context * mctx) :
     hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv(mctx->get_step().n_kv), n_fold(mctx->get_step().n_fold) {
 
-    const auto & plan = mctx->get_kv().get_plan();
+    const auto & kv   = mctx->get_kv();
+    const auto & plan = kv.get_plan();
 
     auto input = [&](ggml_type type, int64_t ne0, int64_t ne1, const char * name) {
         ggml_tensor * res = ggml_new_tensor_2d(ctx, type, ne0, ne1);
@@ -691,32 +704,52 @@ llm_graph_input_razor::llm_graph_input_razor(
         return res;
     };
 
-    cell_idxs = input(GGML_TYPE_I64, n_tokens, 1, "razor_inp_cell_idxs");
+    make_orders();
 
-    // flash attention requires an f16 mask
-    mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_kv, n_tokens, "razor_inp_mask");
-
+    size_t n_rows  = 0;
     size_t n_heads = 0;
 
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
-        head_order order = make_order(il);
+    for (auto & order : orders) {
+        order.offs_rows = n_rows;
+        n_rows += order.n_head_kv;
 
         if (!order.identity) {
             order.offs_q   = n_heads;
-            order.offs_kv  = order.offs_q   + hparams.n_head(il);
-            order.offs_out = order.offs_kv  + hparams.n_head_kv(il);
-            n_heads        = order.offs_out + hparams.n_head(il);
+            order.offs_out = n_heads + order.n_head;
+            order.offs_v   = n_heads + order.n_head*2;
+            n_heads += order.n_head*2 + (kv.get_v_trans() ? order.n_head_kv : 0);
         }
-
-        orders.push_back(order);
     }
+
+    rows = input(GGML_TYPE_I64, n_rows*n_tokens, 1, "razor_inp_rows");
 
     if (n_heads > 0) {
         heads = input(GGML_TYPE_I32, n_heads*n_tokens, 1, "razor_inp_heads");
     }
 
+    // flash attention requires an f16 mask
+    mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_kv, n_tokens, "razor_inp_mask");
+
+    uint32_t n_local_max = 0;
+
+    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+        const auto & layer = kv.get_layer(il);
+
+        n_local_max = std::max(n_local_max, layer.n_local);
+
+        if (kv.get_v_trans()) {
+            const uint32_t n_elems = layer.n_retrieval*hparams.n_embd_head_v(il);
+            if (n_elems > 0 && !v_elems[n_elems]) {
+                v_elems[n_elems] = input(GGML_TYPE_I64, n_elems*n_tokens, 1, "razor_inp_v_elems");
+            }
+            if (layer.n_local > 0 && !v_rows[layer.n_local]) {
+                v_rows[layer.n_local] = input(GGML_TYPE_I64, layer.n_local*n_tokens, 1, "razor_inp_v_rows");
+            }
+        }
+    }
+
     if (n_fold > 0 && plan.n_comp > 0) {
-        fold_rows = input(GGML_TYPE_I32, n_fold, 1, "razor_inp_fold_rows");
+        fold_rows = input(GGML_TYPE_I32, n_fold, n_local_max, "razor_inp_fold_rows");
         fold_src  = input(GGML_TYPE_I32, 1,      1, "razor_inp_fold_src");
         fold_dst  = input(GGML_TYPE_I64, 1,      1, "razor_inp_fold_dst");
         fold_cell = input(GGML_TYPE_I64, plan.N_COMP_CELLS, 1, "razor_inp_fold_cell");
@@ -740,22 +773,34 @@ llm_graph_input_razor * llm_graph_input_razor::create(
             res->add_input(std::make_unique<llm_graph_input_razor>(ctx, ubatch, hparams, cparams, mctx_razor)));
 }
 
-llm_graph_input_razor::head_order llm_graph_input_razor::make_order(int32_t il) const {
+void llm_graph_input_razor::make_orders() {
     const auto & plan = mctx->get_kv().get_plan();
 
-    const auto & retrieval = plan.retrieval[il];
-    const auto & local     = plan.local[il];
+    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+        head_order order;
 
-    head_order res;
+        order.n_head    = hparams.n_head(il);
+        order.n_head_kv = hparams.n_head_kv(il);
+        order.retrieval = plan.retrieval[il];
+        order.local     = plan.local[il];
 
-    if (!retrieval.empty() && !local.empty()) {
-        const bool retrieval_first = retrieval.back() < local.front();
+        if (!order.retrieval.empty() && !order.local.empty()) {
+            const bool retrieval_first = order.retrieval.back() < order.local.front();
 
-        res.local_first = local.back() < retrieval.front();
-        res.identity    = retrieval_first || res.local_first;
+            order.local_first = order.local.back() < order.retrieval.front();
+            order.identity    = retrieval_first || order.local_first;
+        }
+
+        const auto it = std::find_if(orders.begin(), orders.end(), [&](const head_order & other) {
+            return other.n_head == order.n_head && other.retrieval == order.retrieval && other.local == order.local;
+        });
+
+        map_order.push_back(it - orders.begin());
+
+        if (it == orders.end()) {
+            orders.push_back(std::move(order));
+        }
     }
-
-    return res;
 }
 
 template<typename T>
@@ -814,16 +859,6 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
 
     GGML_ASSERT(ubatch->n_tokens == n_tokens && step.n_kv == n_kv && step.n_fold == n_fold);
 
-    if (cell_idxs->buffer) {
-        GGML_ASSERT(ggml_backend_buffer_is_host(cell_idxs->buffer));
-
-        int64_t * data = (int64_t *) cell_idxs->data;
-
-        for (uint32_t i = 0; i < n_tokens; ++i) {
-            data[i] = plan.cell(step.pos0 + i);
-        }
-    }
-
     if (mask->buffer) {
         GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
 
@@ -834,62 +869,137 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
         }
     }
 
+    set_rows_input();
+
     if (heads && heads->buffer) {
-        GGML_ASSERT(ggml_backend_buffer_is_host(heads->buffer));
+        set_heads_input();
+    }
 
-        int32_t * data = (int32_t *) heads->data;
+    if (fold_rows && fold_rows->buffer) {
+        set_fold_input();
+    }
+}
 
-        for (uint32_t il = 0; il < orders.size(); ++il) {
-            const auto & order = orders[il];
+void llm_graph_input_razor::set_rows_input() const {
+    const auto & plan  = mctx->get_kv().get_plan();
+    const auto & step  = mctx->get_step();
+    const auto & cells = mctx->get_cells();
 
-            if (order.identity) {
-                continue;
-            }
+    if (rows->buffer) {
+        GGML_ASSERT(ggml_backend_buffer_is_host(rows->buffer));
 
-            const int32_t n_head    = hparams.n_head(il);
-            const int32_t n_head_kv = hparams.n_head_kv(il);
-            const int32_t n_gqa     = n_head/n_head_kv;
+        for (const auto & order : orders) {
+            int64_t * data = (int64_t *) rows->data + order.offs_rows*n_tokens;
 
-            int32_t * data_q   = data + order.offs_q  *n_tokens;
-            int32_t * data_kv  = data + order.offs_kv *n_tokens;
-            int32_t * data_out = data + order.offs_out*n_tokens;
+            // the rows of a stream, and of the layer's local heads in it
+            const int64_t first_local = (int64_t) order.retrieval.size()*plan.n_ctx;
+            const int64_t first       = step.strm*(first_local + (int64_t) order.local.size()*plan.cells);
 
-            int32_t i_kv = 0;
+            for (uint32_t i = 0; i < n_tokens; ++i, data += order.n_head_kv) {
+                const uint32_t cell = plan.cell(step.pos0 + i);
 
-            for (const auto * group : { &plan.retrieval[il], &plan.local[il] }) {
-                for (const uint32_t h : *group) {
-                    for (int32_t j = 0; j < n_gqa; ++j) {
-                        data_q  [i_kv*n_gqa + j] = h*n_gqa + j;
-                        data_out[h*n_gqa + j]    = i_kv*n_gqa + j;
-                    }
-                    data_kv[i_kv++] = h;
+                for (size_t j = 0; j < order.retrieval.size(); ++j) {
+                    data[order.retrieval[j]] = first + j*plan.n_ctx + cells[i];
                 }
-            }
-
-            for (uint32_t i = 1; i < n_tokens; ++i) {
-                std::copy(data_q,   data_q   + n_head,    data_q   + i*n_head);
-                std::copy(data_kv,  data_kv  + n_head_kv, data_kv  + i*n_head_kv);
-                std::copy(data_out, data_out + n_head,    data_out + i*n_head);
+                for (size_t j = 0; j < order.local.size(); ++j) {
+                    data[order.local[j]] = first + first_local + j*plan.cells + cell;
+                }
             }
         }
     }
 
-    if (fold_rows && fold_rows->buffer) {
-        int32_t * rows = (int32_t *) fold_rows->data;
-        for (uint32_t i = 0; i < n_fold; ++i) {
-            rows[i] = plan.cell(step.fold_from + i);
+    for (const auto & [n_elems, idxs] : v_elems) {
+        if (idxs->buffer) {
+            int64_t * data = (int64_t *) idxs->data;
+
+            for (uint32_t i = 0; i < n_tokens; ++i) {
+                for (uint32_t j = 0; j < n_elems; ++j) {
+                    *data++ = (int64_t) j*plan.n_ctx + cells[i];
+                }
+            }
+        }
+    }
+
+    for (const auto & [n_local, idxs] : v_rows) {
+        if (idxs->buffer) {
+            int64_t * data = (int64_t *) idxs->data;
+
+            for (uint32_t i = 0; i < n_tokens; ++i) {
+                for (uint32_t j = 0; j < n_local; ++j) {
+                    *data++ = (int64_t) j*plan.cells + plan.cell(step.pos0 + i);
+                }
+            }
+        }
+    }
+}
+
+void llm_graph_input_razor::set_heads_input() const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(heads->buffer));
+
+    int32_t * data = (int32_t *) heads->data;
+
+    for (const auto & order : orders) {
+        if (order.identity) {
+            continue;
         }
 
-        using kv = llama_kv_cache_razor;
+        const int32_t n_head    = order.n_head;
+        const int32_t n_head_kv = order.n_head_kv;
+        const int32_t n_gqa     = n_head/n_head_kv;
 
-        // the first fold starts from zero
-        *(int32_t *) fold_src ->data = step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot;
-        *(int64_t *) fold_dst ->data = step.slot;
-        *(float   *) fold_inv ->data = 1.0f/(step.frontier - plan.sink_tokens);
+        int32_t * data_q   = data + order.offs_q  *n_tokens;
+        int32_t * data_out = data + order.offs_out*n_tokens;
+        int32_t * data_v   = mctx->get_kv().get_v_trans() ? data + order.offs_v*n_tokens : nullptr;
 
-        for (uint32_t i = 0; i < plan.N_COMP_CELLS; ++i) {
-            ((int64_t *) fold_cell->data)[i] = plan.comp_cell(step.slot) + i;
+        int32_t i_kv = 0;
+
+        for (const auto * group : { &order.retrieval, &order.local }) {
+            for (const uint32_t h : *group) {
+                for (int32_t j = 0; j < n_gqa; ++j) {
+                    data_q  [i_kv*n_gqa + j] = h*n_gqa + j;
+                    data_out[h*n_gqa + j]    = i_kv*n_gqa + j;
+                }
+                if (data_v) {
+                    data_v[i_kv] = h;
+                }
+                ++i_kv;
+            }
         }
+
+        for (uint32_t i = 1; i < n_tokens; ++i) {
+            std::copy(data_q,   data_q   + n_head, data_q   + i*n_head);
+            std::copy(data_out, data_out + n_head, data_out + i*n_head);
+            if (data_v) {
+                std::copy(data_v, data_v + n_head_kv, data_v + i*n_head_kv);
+            }
+        }
+    }
+}
+
+void llm_graph_input_razor::set_fold_input() const {
+    const auto & plan = mctx->get_kv().get_plan();
+    const auto & step = mctx->get_step();
+
+    int32_t * data = (int32_t *) fold_rows->data;
+
+    for (uint32_t i = 0; i < n_fold; ++i) {
+        data[i] = plan.cell(step.fold_from + i);
+    }
+    for (int64_t j = 1; j < fold_rows->ne[1]; ++j) {
+        std::copy(data, data + n_fold, data + j*n_fold);
+    }
+
+    using kv = llama_kv_cache_razor;
+
+    // the first fold starts from zero
+    const uint32_t slot_src = step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot;
+
+    *(int32_t *) fold_src->data = step.strm*kv::N_SLOTS + slot_src;
+    *(int64_t *) fold_dst->data = step.strm*kv::N_SLOTS + step.slot;
+    *(float   *) fold_inv->data = 1.0f/(step.frontier - plan.sink_tokens);
+
+    for (uint32_t i = 0; i < plan.N_COMP_CELLS; ++i) {
+        ((int64_t *) fold_cell->data)[i] = plan.comp_cell(step.slot) + i;
     }
 }
 
@@ -906,26 +1016,94 @@ bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
     return params.ubatch.n_tokens == n_tokens && step.n_kv == n_kv && step.n_fold == n_fold;
 }
 
+ggml_tensor * llm_graph_input_razor::view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const {
+    const auto & kv = mctx->get_kv();
+
+    const size_t offs = mctx->get_step().strm*src->nb[2] + kv.local_row(layer, 0)*src->nb[1];
+
+    return ggml_view_3d(ctx0, src, src->ne[0], kv.get_plan().cells, layer.n_local, src->nb[1], kv.get_plan().cells*src->nb[1], offs);
+}
+
 void llm_graph_input_razor::build_fold(const llm_graph_context & g, ggml_tensor * store, ggml_tensor * sums) const {
     ggml_context * ctx0 = g.ctx0;
 
-    const int64_t n_embd = store->ne[0];
+    const int64_t n_embd  = store->ne[0];
+    const int64_t n_local = store->ne[2];
 
-    store = ggml_reshape_2d(ctx0, store, n_embd, store->ne[1]*store->ne[2]);
-    sums  = ggml_reshape_2d(ctx0, sums,  n_embd, sums ->ne[1]*sums ->ne[2]);
+    sums = ggml_reshape_2d(ctx0, sums, n_embd*n_local, sums->ne[1]*sums->ne[2]);
 
-    ggml_tensor * cur = ggml_get_rows(ctx0, store, fold_rows); // [n_embd, n_fold]
+    ggml_tensor * cur = ggml_get_rows(ctx0, store, ggml_view_2d(ctx0, fold_rows, n_fold, n_local, fold_rows->nb[1], 0)); // [n_embd, n_fold, n_local]
 
-    cur = ggml_sum_rows(ctx0, ggml_cont(ctx0, ggml_transpose(ctx0, cur)));
-    cur = ggml_reshape_2d(ctx0, cur, n_embd, 1);
+    cur = ggml_sum_rows(ctx0, ggml_cont(ctx0, ggml_permute(ctx0, cur, 1, 0, 2, 3)));
+    cur = ggml_reshape_2d(ctx0, cur, n_embd*n_local, 1);
     cur = ggml_add(ctx0, cur, ggml_get_rows(ctx0, sums, fold_src));
 
     ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, sums, cur, fold_dst));
 
     cur = ggml_mul(ctx0, cur, fold_inv);
-    cur = ggml_repeat_4d(ctx0, cur, n_embd, fold_cell->ne[0], 1, 1);
+    cur = ggml_reshape_3d(ctx0, cur, n_embd, 1, n_local);
+    cur = ggml_repeat_4d(ctx0, cur, n_embd, fold_cell->ne[0], n_local, 1);
 
     ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, store, cur, fold_cell));
+}
+
+void llm_graph_input_razor::build_store(const llm_graph_context & g, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const {
+    ggml_context * ctx0 = g.ctx0;
+
+    if (!ggml_is_contiguous(cur)) {
+        cur = ggml_cont(ctx0, cur);
+    }
+
+    // a row per head and token
+    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[1]*cur->ne[2]);
+    dst = ggml_reshape_2d(ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
+
+    ggml_tensor * idxs = ggml_view_1d(ctx0, rows, order.n_head_kv*n_tokens, order.offs_rows*n_tokens*sizeof(int64_t));
+
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, cur, idxs));
+}
+
+void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const {
+    ggml_context * ctx0 = g.ctx0;
+
+    const int64_t n_embd = v_cur->ne[0];
+
+    if (!order.identity) {
+        v_cur = build_gather(g, v_cur, order.offs_v);
+    }
+
+    auto part = [&](int64_t first, int64_t n) {
+        return ggml_cont(ctx0, ggml_view_3d(ctx0, v_cur, n_embd, n, n_tokens, v_cur->nb[1], v_cur->nb[2], first*v_cur->nb[1]));
+    };
+
+    const size_t offs = mctx->get_step().strm*layer.v->nb[2];
+
+    if (layer.n_retrieval > 0) {
+        const int64_t n_elems = n_embd*layer.n_retrieval;
+        const int64_t n_ctx   = mctx->get_kv().get_plan().n_ctx;
+
+        // as upstream, element by element
+        ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.local_first ? layer.n_local : 0, layer.n_retrieval), 1, n_elems*n_tokens);
+        ggml_tensor * dst = ggml_view_2d(ctx0, layer.v, 1, n_elems*n_ctx, ggml_element_size(layer.v), offs);
+
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, cur, v_elems.at(n_elems)));
+    }
+
+    if (layer.n_local > 0) {
+        ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.local_first ? 0 : layer.n_retrieval, layer.n_local), n_embd, layer.n_local*n_tokens);
+        ggml_tensor * dst = view_local(ctx0, layer, layer.v);
+
+        dst = ggml_reshape_2d(ctx0, dst, n_embd, dst->ne[1]*dst->ne[2]);
+
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, cur, v_rows.at(layer.n_local)));
+    }
+}
+
+ggml_tensor * llm_graph_input_razor::build_gather(const llm_graph_context & g, ggml_tensor * cur, size_t offs) const {
+    ggml_tensor * idxs = ggml_view_2d(g.ctx0, heads, cur->ne[1], n_tokens,
+            cur->ne[1]*sizeof(int32_t), offs*n_tokens*sizeof(int32_t));
+
+    return ggml_get_rows(g.ctx0, cur, idxs);
 }
 
 ggml_tensor * llm_graph_input_razor::build_attn(
@@ -938,97 +1116,89 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         ggml_tensor * sinks,
               float   kq_scale,
                 int   il) const {
-    const auto * layer = mctx->get_kv().get_local(il);
-    if (!layer) {
-        return nullptr;
-    }
-
     GGML_ASSERT(!kq_b && !sinks && "refused when the context is created");
 
     ggml_context * ctx0 = g.ctx0;
-    ggml_cgraph  * gf   = g.gf;
 
-    const auto & plan  = mctx->get_kv().get_plan();
-    const auto & order = orders[il];
+    const auto & kv    = mctx->get_kv();
+    const auto & plan  = kv.get_plan();
+    const auto & layer = kv.get_layer(il);
+    const auto & order = orders[map_order[il]];
 
-    const int64_t n_retrieval = plan.retrieval[il].size();
-    const int64_t n_local     = plan.local[il].size();
-    const int64_t n_head      = q_cur->ne[1];
-    const int64_t n_head_kv   = k_cur->ne[1];
-    const int64_t n_gqa       = n_head/n_head_kv;
+    const int64_t n_head    = q_cur->ne[1];
+    const int64_t n_head_kv = k_cur->ne[1];
+    const int64_t n_gqa     = n_head/n_head_kv;
 
-    GGML_ASSERT(n_retrieval + n_local == n_head_kv && (uint32_t) q_cur->ne[2] == n_tokens);
-
-    // the rows of a token one after the other, retrieval heads first
-    auto gather = [&](ggml_tensor * cur, size_t offs) {
-        ggml_tensor * idxs = ggml_view_2d(ctx0, heads, cur->ne[1], n_tokens,
-                cur->ne[1]*sizeof(int32_t), offs*n_tokens*sizeof(int32_t));
-
-        return ggml_get_rows(ctx0, cur, idxs);
-    };
-
-    if (!order.identity) {
-        q_cur = gather(q_cur, order.offs_q);
-        k_cur = gather(k_cur, order.offs_kv);
-        v_cur = gather(v_cur, order.offs_kv);
-    }
-
-    auto slice = [&](ggml_tensor * cur, int64_t first, int64_t n) {
-        return ggml_view_3d(ctx0, cur, cur->ne[0], n, cur->ne[2], cur->nb[1], cur->nb[2], first*cur->nb[1]);
-    };
-
-    const int64_t first_retrieval = order.local_first ? n_local     : 0;
-    const int64_t first_local     = order.local_first ? 0           : n_retrieval;
+    GGML_ASSERT(layer.n_retrieval + layer.n_local == n_head_kv && (uint32_t) q_cur->ne[2] == n_tokens);
 
     // the fold reads rows that the new tokens overwrite, and writes the compensation token that they look at
-    if (n_fold > 0 && plan.n_comp > 0) {
-        build_fold(g, layer->k, layer->k_sum);
-        build_fold(g, layer->v, layer->v_sum);
+    if (n_fold > 0 && layer.k_sum) {
+        build_fold(g, view_local(ctx0, layer, layer.k), layer.k_sum);
+        build_fold(g, view_local(ctx0, layer, layer.v), layer.v_sum);
     }
 
-    auto store = [&](ggml_tensor * dst, ggml_tensor * cur) {
-        cur = slice(cur, first_local, n_local);
+    build_store(g, layer.k, k_cur, order);
 
-        // merge the heads of a token
-        GGML_ASSERT(ggml_row_size(cur->type, cur->ne[0]) == cur->nb[1]);
-        cur = ggml_view_2d(ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2], cur->nb[2], 0);
+    if (kv.get_v_trans()) {
+        build_store_v_trans(g, layer, v_cur, order);
+    } else {
+        build_store(g, layer.v, v_cur, order);
+    }
 
-        dst = ggml_reshape_2d(ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
+    if (!order.identity) {
+        q_cur = build_gather(g, q_cur, order.offs_q);
+    }
 
-        ggml_build_forward_expand(gf, ggml_set_rows(ctx0, dst, cur, cell_idxs));
+    // k, v: [n_embd_head, n_kv, n] with the rows of a head one after the other; v_trans: v [n_kv, n_embd_head, n]
+    auto attend = [&](ggml_tensor * k, ggml_tensor * v, bool v_trans, int64_t first, ggml_tensor * kq_mask) {
+        const int64_t n = k->ne[2];
+
+        ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n*n_gqa, n_tokens, q_cur->nb[1], q_cur->nb[2], first*n_gqa*q_cur->nb[1]);
+
+        // build_attn_mha() takes values whose heads are further apart than their rows for transposed ones
+        if (!v_trans) {
+            v = ggml_transpose(ctx0, v);
+            if (!g.cparams.flash_attn) {
+                v = ggml_cont(ctx0, v);
+            }
+        }
+
+        return g.build_attn_mha(q, ggml_permute(ctx0, k, 0, 2, 1, 3), ggml_permute(ctx0, v, 0, 2, 1, 3),
+                nullptr, kq_mask, nullptr, nullptr, 0, kq_scale, il);
     };
-
-    auto load = [&](ggml_tensor * src) {
-        const int64_t n_embd_head = src->ne[0]/n_local;
-
-        return ggml_view_4d(ctx0, src, n_embd_head, n_local, n_kv, src->ne[2],
-                ggml_row_size(src->type, n_embd_head), src->nb[1], src->nb[2], 0);
-    };
-
-    store(layer->k, k_cur);
-    store(layer->v, v_cur);
 
     ggml_tensor * out_retrieval = nullptr;
+    ggml_tensor * out_local     = nullptr;
 
-    if (n_retrieval > 0) {
-        const auto * mctx_kv = inp.mctx;
+    if (layer.n_retrieval > 0) {
+        const int64_t n_kv_full = inp.mctx->get_n_kv();
 
-        ggml_build_forward_expand(gf, mctx_kv->cpy_k(ctx0, slice(k_cur, first_retrieval, n_retrieval), inp.get_k_idxs(), il));
-        ggml_build_forward_expand(gf, mctx_kv->cpy_v(ctx0, slice(v_cur, first_retrieval, n_retrieval), inp.get_v_idxs(), il));
+        auto view = [&](ggml_tensor * src) {
+            return ggml_view_3d(ctx0, src, src->ne[0], n_kv_full, layer.n_retrieval,
+                    src->nb[1], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
+        };
 
-        out_retrieval = g.build_attn_mha(
-                slice(q_cur, first_retrieval*n_gqa, n_retrieval*n_gqa),
-                mctx_kv->get_k(ctx0, il), mctx_kv->get_v(ctx0, il),
-                nullptr, inp.get_kq_mask(), nullptr, nullptr, 0, kq_scale, il);
+        auto view_trans = [&](ggml_tensor * src) {
+            return ggml_view_3d(ctx0, src, n_kv_full, src->ne[0], layer.n_retrieval,
+                    plan.n_ctx*src->nb[0], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
+        };
+
+        out_retrieval = attend(view(layer.k), kv.get_v_trans() ? view_trans(layer.v) : view(layer.v), kv.get_v_trans(),
+                order.local_first ? layer.n_local : 0, inp.get_kq_mask());
     }
 
-    ggml_tensor * out_local = g.build_attn_mha(
-            slice(q_cur, first_local*n_gqa, n_local*n_gqa),
-            load(layer->k), load(layer->v),
-            nullptr, mask, nullptr, nullptr, 0, kq_scale, il);
+    if (layer.n_local > 0) {
+        auto view = [&](ggml_tensor * src) {
+            src = view_local(ctx0, layer, src);
 
-    if (!out_retrieval) {
-        return out_local;
+            return ggml_view_3d(ctx0, src, src->ne[0], n_kv, src->ne[2], src->nb[1], src->nb[2], 0);
+        };
+
+        out_local = attend(view(layer.k), view(layer.v), false, order.local_first ? 0 : layer.n_retrieval, mask);
+    }
+
+    if (!out_retrieval || !out_local) {
+        return out_retrieval ? out_retrieval : out_local;
     }
 
     ggml_tensor * cur = order.local_first ?
@@ -1037,11 +1207,11 @@ ggml_tensor * llm_graph_input_razor::build_attn(
 
     if (!order.identity) {
         cur = ggml_reshape_3d(ctx0, cur, cur->ne[0]/n_head, n_head, n_tokens);
-        cur = gather(cur, order.offs_out);
+        cur = build_gather(g, cur, order.offs_out);
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*n_head, n_tokens);
     }
 
-    ggml_build_forward_expand(gf, cur);
+    ggml_build_forward_expand(g.gf, cur);
 
     return cur;
 }

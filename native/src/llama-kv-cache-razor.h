@@ -13,22 +13,26 @@ struct llm_graph_context;
 // llama_kv_cache_razor
 //
 
-// a copy of the model's hparams in which layer il has as many KV heads as it has retrieval heads
+// a copy of the model's hparams in which each layer has one KV head, since llama_kv_cache sees each retrieval head as a layer
 // a base class, so that it exists before llama_kv_cache keeps a reference to it
 struct llama_razor_hparams {
-    llama_razor_hparams(const llama_hparams & hparams, const llama_razor_plan & plan);
+    llama_razor_hparams(const llama_hparams & hparams);
 
-    llama_hparams hparams_retrieval;
+    llama_hparams hparams_head;
 };
 
-// two caches in one: the llama_kv_cache it derives from holds the retrieval heads and is upstream's full cache,
-// and each layer with local heads has a store of its own, cells = [sinks | compensation | ring of recent tokens]
+// the cache of retrieval heads, which keep all n_ctx tokens, and of local heads, cells = [sinks | ring of recent tokens |
+// compensation]. The rows of a head lie one after the other: attention reads them in one stream, and the new rows of all
+// heads of a layer are stored at once
+//
+// the llama_kv_cache it derives from finds the cells of the retrieval heads, makes their mask and saves their state; its
+// "layers" are views of single heads
 //
 // when the positions reach a new block, the part of the ring that leaves the window is folded into the compensation
 // token. The fold is part of the graph of the block's first ubatch: rows of the ring -> sum -> accumulator -> mean
 //
-// what the store holds after n tokens depends on the tokens alone: the fold frontier is a function of the position,
-// and no ubatch crosses a block
+// what the local heads hold after n tokens depends on the tokens alone: the fold frontier is a function of the position,
+// and no ubatch has positions of two frontiers
 class llama_kv_cache_razor : private llama_razor_hparams, public llama_kv_cache {
 public:
     // the fold state of a stream, written by apply_local() alone
@@ -39,7 +43,7 @@ public:
         uint32_t slot          = 0;  // compensation token and accumulator row in use
     };
 
-    // what the graph of one ubatch does with the local stores
+    // what the graph of one ubatch does with the local heads
     struct step_info {
         uint32_t strm      = 0;
         uint32_t pos0      = 0;  // first position of the ubatch
@@ -54,13 +58,18 @@ public:
     static constexpr uint32_t SLOT_ZERO = 2;
     static constexpr uint32_t N_SLOTS   = 3;
 
-    struct local_layer {
+    struct razor_layer {
         uint32_t il;
 
-        ggml_tensor * k; // type_k [n_embd_head_k*n_local, cells, n_stream]
-        ggml_tensor * v; // type_v [n_embd_head_v*n_local, cells, n_stream]
+        uint32_t n_retrieval; // KV heads
+        uint32_t n_local;
 
-        // sums of the folded rows, nullptr without compensation
+        // rows: n_ctx of each retrieval head, then cells of each local head
+        // without flash attention the values of a retrieval head are transposed: [n_ctx, n_embd_head_v]
+        ggml_tensor * k; // type_k [n_embd_head_k, rows, n_stream]
+        ggml_tensor * v; // type_v [n_embd_head_v, rows, n_stream]
+
+        // sums of the folded rows, nullptr without compensation or local heads
         ggml_tensor * k_sum; // F32 [n_embd_head_k*n_local, N_SLOTS, n_stream]
         ggml_tensor * v_sum; // F32 [n_embd_head_v*n_local, N_SLOTS, n_stream]
     };
@@ -96,8 +105,6 @@ public:
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
 
-    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
-
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
@@ -116,7 +123,7 @@ public:
 
     const llama_razor_plan & get_plan() const { return plan; }
 
-    const local_layer * get_local(int32_t il) const; // nullptr: all heads of the layer are retrieval heads
+    const razor_layer & get_layer(int32_t il) const { return layers_razor[il]; }
 
     uint32_t n_tokens(uint32_t strm) const;
 
@@ -128,11 +135,14 @@ public:
     ggml_type get_type_k() const { return tk; }
     ggml_type get_type_v() const { return tv; }
 
-    size_t bytes_retrieval_k(int32_t il) const;
-    size_t bytes_retrieval_v(int32_t il) const;
+    bool get_v_trans() const { return v_trans; }
 
-    const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs_retrieval() const { return ctxs_bufs; }
-    const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs_local()     const { return ctxs_bufs_local; }
+    // first row of the i-th local head
+    uint64_t local_row(const razor_layer & layer, uint32_t i) const {
+        return (uint64_t) layer.n_retrieval*plan.n_ctx + (uint64_t) i*plan.cells;
+    }
+
+    const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs() const { return ctxs_bufs; }
 
 private:
     const llama_cparams & cparams;
@@ -147,14 +157,12 @@ private:
 
     std::vector<stream_state> streams;
 
-    std::vector<local_layer> layers_local;
-
-    std::vector<int32_t> map_local; // model layer -> index in layers_local, -1: none
-
-    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs_local;
+    std::vector<razor_layer> layers_razor; // of all layers of the plan
 
     // the step of the last apply_local()
     step_info last_step;
+
+    void init_rotation();
 
     uint64_t fingerprint() const;
 
@@ -175,22 +183,30 @@ public:
             slot_info_vec_t sinfos,
             std::vector<llama_ubatch> ubatches);
 
+    bool next()  override;
     bool apply() override;
 
     const llama_kv_cache_razor            & get_kv()   const { return *kv_razor; }
     const llama_kv_cache_razor::step_info & get_step() const { return step; }
 
+    // the cells of the ubatch's tokens in the retrieval heads
+    const std::vector<uint32_t> & get_cells() const { return cells[i_cur]; }
+
 private:
     llama_kv_cache_razor * kv_razor;
 
     llama_kv_cache_razor::step_info step;
+
+    std::vector<std::vector<uint32_t>> cells; // per ubatch
+
+    size_t i_cur = 0;
 };
 
 //
 // llm_graph_input_razor
 //
 
-// the inputs of the local heads of all layers
+// the inputs of the heads of all layers
 class llm_graph_input_razor : public llm_graph_input_i {
 public:
     llm_graph_input_razor(
@@ -213,7 +229,6 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override;
 
-    // the attention of a layer with local heads; nullptr: the layer has none and upstream's way is right
     //   q_cur [n_embd_head_k, n_head,    n_tokens]
     //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
     //   v_cur [n_embd_head_v, n_head_kv, n_tokens]
@@ -230,35 +245,65 @@ public:
                     int   il) const;
 
 private:
-    // the order of the heads of a layer in the graph
+    using razor_layer = llama_kv_cache_razor::razor_layer;
+
+    // where the heads of a layer are, the same for all layers with these retrieval heads
     struct head_order {
-        bool identity    = true;  // one group after the other already
+        uint32_t n_head;
+        uint32_t n_head_kv;
+
+        std::vector<uint32_t> retrieval; // KV heads
+        std::vector<uint32_t> local;
+
+        bool identity    = true;  // one group of heads after the other already
         bool local_first = false;
 
-        // when not identity: offsets in heads
-        size_t offs_q   = 0;
-        size_t offs_kv  = 0;
-        size_t offs_out = 0;
+        // offsets in heads
+        size_t offs_rows = 0;
+        size_t offs_q    = 0; // the following when not identity
+        size_t offs_out  = 0;
+        size_t offs_v    = 0; // of a transposed V cache
     };
 
-    head_order make_order(int32_t il) const;
+    void make_orders();
+
+    void set_rows_input() const;
+    void set_heads_input() const;
+    void set_fold_input() const;
+
+    // rows of the local heads -> [n_embd_head, cells, n_local]
+    ggml_tensor * view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const;
 
     void build_fold(const llm_graph_context & g, ggml_tensor * store, ggml_tensor * sums) const;
 
-    ggml_tensor * cell_idxs = nullptr; // I64 [n_tokens]
+    void build_store(const llm_graph_context & g, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const;
+
+    void build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const;
+
+    // the rows of a token one after the other, in the order of the graph
+    ggml_tensor * build_gather(const llm_graph_context & g, ggml_tensor * cur, size_t offs) const;
+
     ggml_tensor * mask      = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
 
-    // per layer and token, the heads in the order of the graph (see head_order)
+    // per order and token, the KV heads in the order of the model
+    ggml_tensor * rows      = nullptr; // I64 [n] rows of razor_layer::k and ::v
+
+    // per order and token, the heads in the order of the graph
     ggml_tensor * heads     = nullptr; // I32 [n]
 
+    // of a transposed V cache, by the number of heads
+    std::map<uint32_t, ggml_tensor *> v_elems; // I64 [n_retrieval*n_embd_head_v*n_tokens] elements of the retrieval heads
+    std::map<uint32_t, ggml_tensor *> v_rows;  // I64 [n_local*n_tokens] rows of the local heads
+
     // of the fold, unused when n_fold == 0
-    ggml_tensor * fold_rows = nullptr; // I32 [n_fold]
+    ggml_tensor * fold_rows = nullptr; // I32 [n_fold, max n_local]
     ggml_tensor * fold_src  = nullptr; // I32 [1] row of the accumulators
     ggml_tensor * fold_dst  = nullptr; // I64 [1]
     ggml_tensor * fold_cell = nullptr; // I64 [N_COMP_CELLS]
     ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
 
-    std::vector<head_order> orders; // per layer
+    std::vector<head_order> orders;
+    std::vector<uint32_t>   map_order; // layer -> order
 
     // copies, because a reused graph outlives the parameters it was built with
     const llama_hparams hparams;

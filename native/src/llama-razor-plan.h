@@ -6,6 +6,7 @@
 #include "llama-memory.h"
 #include "llama-razor.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -44,7 +45,7 @@ struct llama_razor_plan {
     uint32_t window      = 0; // L
     uint32_t block       = 0; // B
     uint32_t n_comp      = 0; // compensation cells, N_COMP or 0
-    uint32_t cells       = 0; // of a local head: [sinks | compensation | ring]
+    uint32_t cells       = 0; // of a local head: [sinks | ring | compensation]
 
     // KV heads of each layer: the retrieval heads in order, the local heads in order
     std::vector<std::vector<uint32_t>> retrieval;
@@ -61,20 +62,26 @@ struct llama_razor_plan {
         return start > window && start - window > sink_tokens ? start - window : sink_tokens;
     }
 
+    // the first position after pos that has another frontier
+    uint32_t frontier_end(uint32_t pos) const {
+        const uint32_t end = pos - pos % block + block;
+
+        // nothing is folded in the blocks that start at or before sink_tokens + window
+        return std::max(end, (sink_tokens + window)/block*block + block);
+    }
+
     // the first cell of a compensation token
-    uint32_t comp_cell(uint32_t slot) const { return sink_tokens + slot*N_COMP_CELLS; }
+    uint32_t comp_cell(uint32_t slot) const { return cells - n_comp + slot*N_COMP_CELLS; }
 
     // the cell of position p, of the sinks or of the ring
     uint32_t cell(uint32_t pos) const {
-        return pos < sink_tokens ? pos : sink_tokens + n_comp + (pos - sink_tokens) % ring();
+        return pos < sink_tokens ? pos : sink_tokens + (pos - sink_tokens) % ring();
     }
 
-    // cells [0, n_used) can hold something once n_tokens positions were written
-    uint32_t n_used(uint32_t n_tokens) const {
-        if (n_tokens <= sink_tokens) {
-            return n_tokens;
-        }
-        return sink_tokens + n_comp + (n_tokens - sink_tokens < ring() ? n_tokens - sink_tokens : ring());
+    // the cells that count are in [0, n_used) once n_tokens positions were written: until something is folded as many as
+    // in a full cache
+    uint32_t n_used(uint32_t n_tokens, uint32_t frontier) const {
+        return frontier > sink_tokens ? cells : std::min(n_tokens, cells - n_comp);
     }
 };
 

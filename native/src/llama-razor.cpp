@@ -368,41 +368,6 @@ static llama_razor_plan razor_make_plan(const llama_razor_profile & profile, con
     return res;
 }
 
-// bytes of the cache, see llama-razor.h; full: of upstream's cache of all heads
-static uint64_t razor_plan_bytes(
-        const llama_razor_plan & plan,
-        const llama_hparams & hparams,
-        const llama_memory_params & params,
-        bool flash_attn,
-        bool full) {
-    auto n_full = [&](uint32_t il) -> uint64_t { return full ? hparams.n_head_kv(il) : plan.retrieval[il].size(); };
-
-    uint64_t n_widest = 0;
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
-        n_widest = std::max(n_widest, n_full(il));
-    }
-
-    uint64_t res = 0;
-
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
-        const uint64_t d_k = hparams.n_embd_head_k(il);
-        const uint64_t d_v = hparams.n_embd_head_v(il);
-
-        const uint64_t n_k     = n_full(il);
-        const uint64_t n_v     = flash_attn || (n_k == 0 && !full) ? n_k : n_widest;
-        const uint64_t n_local = full ? 0 : plan.local[il].size();
-
-        res += (n_k*plan.n_ctx + n_local*plan.cells)*ggml_row_size(params.type_k, d_k);
-        res += (n_v*plan.n_ctx + n_local*plan.cells)*ggml_row_size(params.type_v, d_v);
-
-        if (plan.n_comp > 0) {
-            res += n_local*llama_kv_cache_razor::N_SLOTS*(d_k + d_v)*sizeof(float);
-        }
-    }
-
-    return res;
-}
-
 // the scheduler ends the process when it meets a tensor that is too large for the device whose memory it lies in
 static void razor_check_tensor(ggml_backend_dev_t dev, ggml_type type, uint64_t n_embd, uint64_t n_rows) {
     if (!dev || n_embd == 0 || n_rows == 0) {
@@ -436,11 +401,9 @@ static void razor_check_tensors(const llama_model & model, const llama_memory_pa
 
     const uint64_t n_stream = cparams.kv_unified ? 1 : cparams.n_seq_max;
 
-    auto n_heads = [&](uint32_t il) -> uint64_t { return plan ? plan->retrieval[il].size() : hparams.n_head_kv(il); };
-
     uint64_t n_widest = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        n_widest = std::max(n_widest, n_heads(il));
+        n_widest = std::max<uint64_t>(n_widest, hparams.n_head_kv(il));
     }
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
@@ -453,15 +416,14 @@ static void razor_check_tensors(const llama_model & model, const llama_memory_pa
 
         ggml_backend_dev_t dev = model.dev_layer(il);
 
-        const uint64_t n_full = n_heads(il);
-        const uint64_t n_v    = cparams.flash_attn || n_full == 0 ? n_full : n_widest;
-
-        razor_check_tensor(dev, params.type_k, n_full*d_k, n_stream*cparams.n_ctx_seq);
-        razor_check_tensor(dev, params.type_v, n_v*d_v,    n_stream*cparams.n_ctx_seq);
-
         if (plan) {
-            razor_check_tensor(dev, params.type_k, plan->local[il].size()*d_k, n_stream*plan->cells);
-            razor_check_tensor(dev, params.type_v, plan->local[il].size()*d_v, n_stream*plan->cells);
+            const uint64_t n_rows = plan->retrieval[il].size()*plan->n_ctx + plan->local[il].size()*plan->cells;
+
+            razor_check_tensor(dev, params.type_k, d_k, n_stream*n_rows);
+            razor_check_tensor(dev, params.type_v, d_v, n_stream*n_rows);
+        } else {
+            razor_check_tensor(dev, params.type_k, hparams.n_head_kv(il)*d_k,                           n_stream*cparams.n_ctx_seq);
+            razor_check_tensor(dev, params.type_v, (cparams.flash_attn ? hparams.n_head_kv(il) : n_widest)*d_v, n_stream*cparams.n_ctx_seq);
         }
     }
 }
@@ -506,9 +468,7 @@ static std::unique_ptr<llama_razor_plan> razor_choose_plan(const llama_model & m
 
     const bool any_local = std::any_of(plan.local.begin(), plan.local.end(), [](const auto & l) { return !l.empty(); });
 
-    if (!any_local || plan.cells >= plan.n_ctx ||
-            razor_plan_bytes(plan, hparams, params, cparams.flash_attn, false) >=
-            razor_plan_bytes(plan, hparams, params, cparams.flash_attn, true)) {
+    if (!any_local || plan.cells >= plan.n_ctx) {
         LLAMA_LOG_INFO("razor: nothing would be saved at a context of %u tokens, using the full cache\n", plan.n_ctx);
 
         return nullptr;
@@ -541,8 +501,8 @@ bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     const auto * kv = dynamic_cast<const llama_kv_cache_razor *>(memory);
 
-    // per layer: 4 gathers, 2 stores, an attention without flash attention (about 12 nodes), 2 folds of 13, and views
-    return kv ? 64*kv->get_plan().local.size() : 0;
+    // per layer: 3 gathers, 3 stores of up to 6 nodes, an attention without flash attention (about 16), 2 folds of 15
+    return kv ? 80*kv->get_plan().local.size() : 0;
 }
 
 //
@@ -588,15 +548,6 @@ static bool razor_check_size(const T * stats, const char * name) {
     return true;
 }
 
-static uint64_t razor_bytes(const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs) {
-    uint64_t res = 0;
-    for (const auto & [_, buf] : bufs) {
-        res += ggml_backend_buffer_get_size(buf.get());
-    }
-
-    return res;
-}
-
 bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats) {
     if (!razor_check_size(stats, "llama_razor_stats")) {
         return false;
@@ -630,9 +581,19 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
         res.compensation       = plan.n_comp > 0;
         res.type_k             = kv->get_type_k();
         res.type_v             = kv->get_type_v();
-        res.kv_bytes_retrieval = razor_bytes(kv->bufs_retrieval());
-        res.kv_bytes_local     = razor_bytes(kv->bufs_local());
-        res.n_buffers          = kv->bufs_retrieval().size() + kv->bufs_local().size();
+        res.n_buffers          = kv->bufs().size();
+
+        for (uint32_t il = 0; il < plan.local.size(); ++il) {
+            const auto & layer = kv->get_layer(il);
+            for (const auto * t : { layer.k, layer.v, layer.k_sum, layer.v_sum }) {
+                res.kv_bytes_local += t ? ggml_nbytes(t) : 0;
+            }
+            for (const auto * t : { layer.k, layer.v }) {
+                const uint64_t bytes = t ? kv->local_row(layer, 0)*t->nb[1]*t->ne[2] : 0;
+                res.kv_bytes_local     -= bytes;
+                res.kv_bytes_retrieval += bytes;
+            }
+        }
     }
 
     *stats = res;
@@ -658,14 +619,12 @@ bool llama_razor_get_layer(const llama_context * ctx, uint32_t il, llama_razor_l
     res.n_retrieval = kv->get_plan().retrieval[il].size();
     res.n_local     = kv->get_plan().local[il].size();
     res.n_head_kv   = res.n_retrieval + res.n_local;
-    res.bytes_k     = kv->bytes_retrieval_k(il);
-    res.bytes_v     = kv->bytes_retrieval_v(il);
 
-    if (const auto * layer = kv->get_local(il)) {
-        res.bytes_k    += ggml_nbytes(layer->k);
-        res.bytes_v    += ggml_nbytes(layer->v);
-        res.bytes_sums  = layer->k_sum ? ggml_nbytes(layer->k_sum) + ggml_nbytes(layer->v_sum) : 0;
-    }
+    const auto & layer = kv->get_layer(il);
+
+    res.bytes_k    = layer.k     ? ggml_nbytes(layer.k) : 0;
+    res.bytes_v    = layer.v     ? ggml_nbytes(layer.v) : 0;
+    res.bytes_sums = layer.k_sum ? ggml_nbytes(layer.k_sum) + ggml_nbytes(layer.v_sum) : 0;
 
     *stats = res;
 
@@ -706,8 +665,7 @@ bool llama_razor_get_buffer(const llama_context * ctx, uint32_t i, llama_razor_b
 
     const auto * kv = razor_get(ctx);
 
-    const uint32_t n_retrieval = kv ? kv->bufs_retrieval().size() : 0;
-    const uint32_t n_buffers   = kv ? n_retrieval + kv->bufs_local().size() : 0;
+    const uint32_t n_buffers = kv ? kv->bufs().size() : 0;
 
     if (i >= n_buffers) {
         llama_razor_error_set(kv ? format("buffer %u of %u", i, n_buffers) : "razor is not active in this context");
@@ -715,15 +673,12 @@ bool llama_razor_get_buffer(const llama_context * ctx, uint32_t i, llama_razor_b
         return false;
     }
 
-    const bool is_local = i >= n_retrieval;
-
-    ggml_backend_buffer_t buf = (is_local ? kv->bufs_local()[i - n_retrieval] : kv->bufs_retrieval()[i]).second.get();
+    ggml_backend_buffer_t buf = kv->bufs()[i].second.get();
 
     llama_razor_buffer_stats res = {};
 
-    res.size     = sizeof(res);
-    res.is_local = is_local;
-    res.bytes    = ggml_backend_buffer_get_size(buf);
+    res.size  = sizeof(res);
+    res.bytes = ggml_backend_buffer_get_size(buf);
     snprintf(res.name, sizeof(res.name), "%s", ggml_backend_buffer_name(buf));
 
     *stats = res;

@@ -15,15 +15,13 @@
 //   B     = the largest power of two <= max(L/4, 1), clamped to [64, 256]                 (fold block)
 //   C     = compensation ? 4 : 0                                                            (compensation cells)
 //   cells = (sink_tokens + C + L + B + LLAMA_RAZOR_SLACK) rounded up to a multiple of 256   (cells of a local head)
-//   no local head at all, cells >= n_ctx, or as many bytes as a full cache of the same types (possible without flash
-//   attention, see below): nothing would be saved, the context runs upstream's own full cache
+//   no local head at all, or cells >= n_ctx: nothing would be saved, the context runs upstream's own full cache
 //   A token at position p attends, in a local head, to the sinks, to the compensation token and to the
 //   positions [F(p), p] where F(p) = max(sink_tokens, B*floor(p/B) - L) is the fold frontier.
 //
 // Bytes of the cache of layer il, with r retrieval and l local KV heads of size d_k (K) and d_v (V):
 //   K     (r*n_ctx + l*cells) * row_size(type_k, d_k)
-//   V     (r'*n_ctx + l*cells) * row_size(type_v, d_v),  r' = r with flash attention; without it upstream pads the
-//         V cache of every layer that has a retrieval head to the widest layer: r' = (r > 0 ? max over layers of r : 0)
+//   V     (r*n_ctx + l*cells) * row_size(type_v, d_v)
 //   sums  l > 0 && compensation ? 3*l*(d_k + d_v)*4 : 0                                     (F32 accumulators)
 
 #include "llama.h"
@@ -35,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 1
+#define LLAMA_RAZOR_API_VERSION 2
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, over a fold too (at most one block)
 
 // set to a value other than "" and "0": razor metadata and overrides are ignored, upstream's own cache runs
@@ -68,8 +66,8 @@ struct llama_razor_stats {
     int32_t  type_k;          // enum ggml_type
     int32_t  type_v;
     uint64_t kv_bytes;        // all KV buffers together, as allocated by the backends
-    uint64_t kv_bytes_retrieval;
-    uint64_t kv_bytes_local;  // accumulators included
+    uint64_t kv_bytes_retrieval; // of their tensors
+    uint64_t kv_bytes_local;  // likewise, accumulators included
     uint32_t n_buffers;       // see llama_razor_get_buffer
     uint32_t reserved;
 };
@@ -95,7 +93,7 @@ struct llama_razor_seq_stats {
 
 struct llama_razor_buffer_stats {
     uint32_t size;
-    uint32_t is_local;        // 1: buffer of the local heads, 0: of the retrieval heads
+    uint32_t reserved;
     uint64_t bytes;
     char     name[64];        // buffer type, for example "CPU" or "CUDA0"
 };

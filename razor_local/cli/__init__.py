@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": "Chat with a model.",
     "convert": "Add a razor profile to a copy of a GGUF model, or write it as a sidecar.",
     "doctor": "Show which library is loaded, its backends and devices, and what is wrong.",
+    "eval": "Measure what compression costs in quality, policies side by side.",
     "fit": "Show which context fits which memory, before loading a model.",
     "inspect": "Show the plan and the KV cache bytes of a GGUF model.",
     "verify": "Check that what runs here is RazorAttention, and right.",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from .params import KV_TYPE, ListOf, Tokens
 
 if TYPE_CHECKING:
     from ..bench import Settings
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from ..bench_worker import ModelSetup
 
 PATH = click.Path(path_type=Path)
-TYPES = "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0".split()  # plan.KV_TYPES, which imports numpy
-MAX_DEPTH = 2**31 - 1024
 
 EPILOG = """
 \b
@@ -31,51 +28,22 @@ Examples:
 """
 
 
-class _Tokens(click.ParamType):
-    """A number of tokens such as 512, 32k or 1M (k = 1024)."""
-
-    name = "tokens"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d{1,10})([kKmM]?)", value.strip())
-        n = -1 if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
-        if not 0 <= n <= MAX_DEPTH:
-            self.fail(
-                f"{value!r} is not a number of tokens, expected one like 512 or 32k", param, ctx
-            )
-        return n
-
-
-class _List(click.ParamType):
-    """Values of another type, separated by commas."""
-
-    def __init__(self, item: click.ParamType, name: str) -> None:
-        self.item, self.name = item, name
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
-
-
 @click.command(epilog=EPILOG)
 @click.argument("model", type=PATH, required=False)
 @click.option(
-    "-d", "--depth", "depths", type=_List(_Tokens(), "tokens,..."), multiple=True,
+    "-d", "--depth", "depths", type=ListOf(Tokens(), "tokens,..."), multiple=True,
     help="Tokens in the cache, for example 0,8k,32k; can be repeated.  [default: 0,8k,32k]",
 )  # fmt: skip
 @click.option(
-    "-c", "--ctx-size", type=_Tokens(), default=0,
+    "-c", "--ctx-size", type=Tokens(), default=0,
     help="One context for all depths.  [default: as large as each depth needs, at least 8.5k]",
 )  # fmt: skip
 @click.option(
-    "--types", type=_List(click.Choice(TYPES), "type,..."),
+    "--types", type=ListOf(KV_TYPE, "type,..."),
     help="KV types, K and V alike.  [default: f16,q8_0,q4_0]",
 )  # fmt: skip
-@click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES), help="One type of K instead.")
-@click.option("-ctv", "--cache-type-v", type=click.Choice(TYPES), help="One type of V instead.")
+@click.option("-ctk", "--cache-type-k", type=KV_TYPE, help="One type of K instead.")
+@click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="One type of V instead.")
 @click.option(
     "-r", "--pairs", type=click.IntRange(min=1), default=100, show_default=True,
     help="Tokens to decode per side and depth, at most.",
@@ -107,7 +75,7 @@ class _List(click.ParamType):
     "--seed", type=click.IntRange(min=0), help="Of the weights and heads of --shape.  [default: 0]"
 )
 @click.option(
-    "--real-prefill", type=_Tokens(), is_flag=False, flag_value="0", metavar="[TOKENS]",
+    "--real-prefill", type=Tokens(), is_flag=False, flag_value="0", metavar="[TOKENS]",
     help="Check the random caches: prefill so many tokens for real.  [default: as many as fold]",
 )  # fmt: skip
 @click.option("--no-fit", is_flag=True, help="Leave out the line of decode time over context.")
@@ -202,10 +170,11 @@ def _check_pictures(paths: tuple[Path, ...]) -> None:
 def _measure(model: Path | None, options: dict[str, Any]) -> Report:
     from ..bench import run_bench
     from ..bench_report import Report
+    from ..terminal import TimeLeft
 
     settings = _settings(options)
     setup = _setup(model, options)
-    with _TimeLeft() as show:
+    with TimeLeft() as show:
         try:
             head, records = run_bench(
                 setup,
@@ -289,52 +258,3 @@ def _make_shape(options: dict[str, Any]) -> Path:
         )
     click.echo(f"{path}: its weights are random, only its speed means anything", err=True)
     return path
-
-
-class _TimeLeft:
-    """Part done, time left and what is going on: a bar on a terminal, elsewhere a line a minute."""
-
-    def __init__(self) -> None:
-        self._said = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> _TimeLeft:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def __call__(self, what: str, part: float, seconds_left: float | None) -> None:
-        left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
-        if not sys.stderr.isatty():
-            if time.monotonic() - self._said >= 60:
-                self._said = time.monotonic()
-                click.echo(f"{part:.0%}{', ' if left else ''}{left}: {what}", err=True)
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-            self._bar = Progress(
-                BarColumn(20),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[left]}"),
-                TextColumn("{task.description}", markup=False),
-                console=Console(stderr=True),
-                transient=True,
-                auto_refresh=False,  # no thread beside the computation
-            )
-            self._task = self._bar.add_task(what, total=1.0, left="")
-            self._bar.start()
-        self._bar.update(self._task, description=what, completed=part, left=left, refresh=True)
-
-
-def _minutes(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

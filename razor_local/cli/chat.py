@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
-from ..plan import KV_TYPES
-from .params import ContextSize
+from .params import DEFAULT_MODEL, KV_TYPE, ContextSize
 
 if TYPE_CHECKING:
     from ..chat import Chat
     from ..llama import Llama
 
-DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
 
 HELP = '''\
@@ -35,8 +33,6 @@ DEFAULT_MODEL_HINT = """\
 This is the small built-in model. It only answers questions about facts in a text, such as: paste
 a text with "The secret code of Marlow is 48213." somewhere in it, then ask
 "What is the secret code of Marlow?". Start with 'razor-local chat MODEL.gguf' for a real model."""
-
-_KV_TYPE = click.Choice(list(KV_TYPES))
 
 
 @click.command(
@@ -63,8 +59,8 @@ _KV_TYPE = click.Choice(list(KV_TYPES))
     "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
     help="Prompt tokens per computation.",
 )  # fmt: skip
-@click.option("-ctk", "--cache-type-k", type=_KV_TYPE, default="f16", show_default=True)
-@click.option("-ctv", "--cache-type-v", type=_KV_TYPE, default="f16", show_default=True)
+@click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
+@click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
 @click.option(
     "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,10 +227,13 @@ def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None
 
 def _profile_from_weights(model: Path, epsilon: float | None) -> Profile:
     from ..converters.alibi import DEFAULT_EPSILON, profile_from_weights
+    from ..terminal import TimeLeft
 
-    with _TimeLeft("Computing the scopes") as show:
+    with TimeLeft() as show:
         return profile_from_weights(
-            model, epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, progress=show
+            model,
+            epsilon=DEFAULT_EPSILON if epsilon is None else epsilon,
+            progress=partial(show, "computing the scopes"),
         )
 
 
@@ -253,59 +256,14 @@ def _profile_from_scores(
 
 def _measure(model: Path, given: dict[str, Any]) -> Scores:
     from ..converters.calibrate import calibrate
+    from ..terminal import TimeLeft
 
     names = {"threads": "n_threads"} | {
         name: name for name in ("tokens", "repeats", "seed", "max_memory", "n_gpu_layers")
     }
     options = {to: given[name] for name, to in names.items() if given[name] is not None}
-    with _TimeLeft("Measuring the heads") as show:
-        return calibrate(model, progress=show, **options)
-
-
-class _TimeLeft:
-    """Part done and time left: a bar on a terminal, elsewhere a line of stderr every minute."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.said = time.monotonic()
-        self.bar = None
-
-    def __enter__(self) -> _TimeLeft:
-        return self
-
-    def __call__(self, part: float, seconds_left: float | None) -> None:
-        left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
-        if not sys.stderr.isatty():
-            if time.monotonic() - self.said >= 60:
-                self.said = time.monotonic()
-                click.echo(f"{self.text}: {part:.0%}, {left}", err=True)
-            return
-        if self.bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[left]}"),
-                console=Console(stderr=True),
-                transient=True,
-                auto_refresh=False,  # no thread beside the computation
-            )
-            self.task = self.bar.add_task(self.text, total=1.0, left="")
-            self.bar.start()
-        self.bar.update(self.task, completed=part, left=left, refresh=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-
-def _minutes(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    with TimeLeft() as show:
+        return calibrate(model, progress=partial(show, "measuring the heads"), **options)
 
 
 class _Bar:

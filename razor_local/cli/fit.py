@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError, UnsupportedError
-from ..plan import KV_TYPES, N_CTX_PAD
-from .params import ContextSize, Size
+from ..plan import N_CTX_PAD
+from .params import KV_TYPE, ContextSize, Size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..profile import Profile
 
 PATH = click.Path(path_type=Path)
-_KV_TYPE = click.Choice(list(KV_TYPES))
 TYPES = ("f16", "q8_0", "q4_0")  # side by side
 
 EPILOG = """
@@ -71,9 +70,9 @@ class Memory:
     help="Prompt tokens per computation.",
 )  # fmt: skip
 @click.option(
-    "-ctk", "--cache-type-k", type=_KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
+    "-ctk", "--cache-type-k", type=KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
 )
-@click.option("-ctv", "--cache-type-v", type=_KV_TYPE, help="[default: as -ctk]")
+@click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="[default: as -ctk]")
 @click.option(
     "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
 )

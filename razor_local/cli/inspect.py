@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .params import KV_TYPE
+
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from ..profile import ModelShape, Profile
 
 PATH = click.Path(path_type=Path)
-TYPES = "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0".split()  # plan.KV_TYPES, which imports numpy
 COMPARED = ("f16", "q8_0", "q4_0")
 
 EPILOG = """
@@ -36,11 +37,11 @@ Examples:
     "-c", "--ctx-size", type=int, default=0, help="Context in tokens. [default: the model's own]"
 )
 @click.option(
-    "-ctk", "--cache-type-k", type=click.Choice(TYPES), default="f16", show_default=True,
+    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True,
     help="Type of the K cache.",
 )  # fmt: skip
 @click.option(
-    "-ctv", "--cache-type-v", type=click.Choice(TYPES), default="f16", show_default=True,
+    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True,
     help="Type of the V cache.",
 )  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import click
+
+from ..plan import KV_TYPES
+
+DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"  # built in
+MAX_TOKENS = 2**31 - 1024
+KV_TYPE = click.Choice(list(KV_TYPES))
 
 
 class Size(click.ParamType):
@@ -35,3 +42,32 @@ class ContextSize(click.ParamType):
         if not re.fullmatch(r"\d{1,10}", value):
             self.fail(f"{value!r} is not a context size, expected a number or auto", param, ctx)
         return int(value)
+
+
+class Tokens(click.ParamType):
+    """A number of tokens such as 512, 32k or 1M (k = 1024)."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,10})([kKmM]?)", value.strip())
+        n = -1 if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
+        if not 0 <= n <= MAX_TOKENS:
+            self.fail(
+                f"{value!r} is not a number of tokens, expected one like 512 or 32k", param, ctx
+            )
+        return n
+
+
+class ListOf(click.ParamType):
+    """Values of another type, separated by commas."""
+
+    def __init__(self, item: click.ParamType, name: str) -> None:
+        self.item, self.name = item, name
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .params import KV_TYPE
+
 if TYPE_CHECKING:
     from ..terminal import ProgressBar
     from ..verify import Verification
 
 PATH = click.Path(path_type=Path)
-TYPES = "f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0".split()  # plan.KV_TYPES, which imports numpy
 
 EPILOG = """
 \b
@@ -58,8 +59,8 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 @click.option(
     "-ub", "--ubatch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"
 )
-@click.option("-ctk", "--cache-type-k", type=click.Choice(TYPES), default="f16", show_default=True)
-@click.option("-ctv", "--cache-type-v", type=click.Choice(TYPES), default="f16", show_default=True)
+@click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
+@click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
 @click.option(
     "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
 )

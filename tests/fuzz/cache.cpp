@@ -169,7 +169,8 @@ struct plan_info {
 
         uint64_t res = 0;
         for (size_t il = 0; il < r.size(); ++il) {
-            const uint64_t r_v = kind->flash_attn || (r[il] == 0 && !full) ? r[il] : *std::max_element(r.begin(), r.end());
+            // without flash attention upstream pads V of its full cache
+            const uint64_t r_v = kind->flash_attn || !full ? r[il] : *std::max_element(r.begin(), r.end());
             res += (r[il]*n_ctx + l[il]*cells())*row_k + (r_v*n_ctx + l[il]*cells())*row_v;
             res += compensation ? 3*l[il]*2*model->head_dim*sizeof(float) : 0;
         }
@@ -177,7 +178,7 @@ struct plan_info {
     }
 
     bool active() const {
-        return std::count(mask.begin(), mask.end(), 0) > 0 && cells() < n_ctx && bytes(false) < bytes(true);
+        return std::count(mask.begin(), mask.end(), 0) > 0 && cells() < n_ctx;
     }
 };
 

@@ -1,0 +1,49 @@
+"""Muon: momentum whose update is made orthogonal (https://kellerjordan.github.io/posts/muon)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
+    """About U V' of the singular value decomposition of each matrix of g [n, rows, columns], by
+    Newton-Schulz steps with the coefficients of the post above."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g.float()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        m = x @ x.mT
+        x = a * x + (b * m + c * m @ m) @ x
+    return (x.mT if tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices; those of one shape are made orthogonal together."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                shapes[p.shape].append(p)
+            for (rows, columns), params in shapes.items():
+                ahead = [  # Nesterov
+                    p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params
+                ]
+                update = orthogonal(torch.stack(ahead))
+                scale = -group["lr"] * max(1.0, rows / columns) ** 0.5
+                for p, u in zip(params, update, strict=True):
+                    p.add_(u, alpha=scale)

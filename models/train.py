@@ -1,0 +1,484 @@
+"""Trains the model.
+
+    python models/train.py TEXTS RUN --preset cpu
+
+TEXTS is a folder of public-domain .txt files, RUN a folder for tokenizer.json, train.log,
+checkpoint/ (the same command goes on from there) and at the end model/, which export.py reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import VALUE, Mix, Rows, encoder, load_books, split_books, test_document, train_tokenizer
+from model import Llama, Shape
+from muon import Muon
+
+
+@dataclass(frozen=True)
+class Stage:
+    length: int
+    batch: int
+    tokens: float  # of the whole stage
+    rope_base: float
+    mix: Mix = Mix()
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A training, all of it but the texts.
+
+    previous: query heads of layer 0 seeded to look 1, 2, ... tokens back; all other heads are
+    found by training. muon: learning rate of matrices; adam: of all else, 5 times that for the
+    embeddings. warm_up: steps. decay: the share of the tokens at the end over which the rates
+    fall to 0.
+    """
+
+    shape: Shape
+    stages: tuple[Stage, ...]
+    previous: int = 2
+    muon: float = 0.01
+    adam: float = 0.004
+    warm_up: int = 30
+    decay: float = 0.4
+    seed: int = 1
+
+
+M = 1e6
+# Heads that look for repetitions form on repetitions within 300,000 tokens; in the mix they had not
+# after a million. All else is learned on top of them.
+REPETITIONS = Mix(repeats=0.85, books=0.05, stories=0.0)
+PRESETS = {
+    "cpu-short": Preset(
+        shape=Shape(1024, n_layer=4, head_dim=32, n_ff=384),
+        stages=(
+            Stage(64, 16, 0.35 * M, 1e6, REPETITIONS),
+            Stage(128, 16, 0.6 * M, 1e6),
+            Stage(256, 8, 0.6 * M, 1e6),
+        ),
+    ),
+    "cpu": Preset(
+        shape=Shape(1024, n_layer=6, head_dim=32, n_ff=384),
+        stages=(
+            Stage(64, 16, 1 * M, 1e6, REPETITIONS),
+            Stage(128, 16, 3 * M, 1e6),
+            Stage(256, 8, 5 * M, 1e6),
+            Stage(512, 8, 5 * M, 1e6),
+            Stage(1024, 4, 5 * M, 1e6),
+            Stage(2048, 2, 3 * M, 1e6),
+            Stage(4096, 1, 2 * M, 2e6),
+            Stage(8192, 1, 1 * M, 4e6),
+        ),
+    ),
+    "gpu": Preset(
+        shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, head_dim=64, n_ff=768),
+        stages=(
+            Stage(128, 256, 10 * M, 1e6, REPETITIONS),
+            Stage(256, 256, 40 * M, 1e6),
+            Stage(512, 128, 60 * M, 1e6),
+            Stage(1024, 64, 80 * M, 1e6),
+            Stage(2048, 32, 80 * M, 1e6),
+            Stage(4096, 16, 80 * M, 2e6),
+            Stage(8192, 8, 80 * M, 4e6),
+            Stage(16384, 4, 60 * M, 8e6),
+            Stage(32768, 2, 20 * M, 16e6),
+        ),
+    ),
+}
+
+
+class Schedule:
+    """Where a training stands: the part done decides the stage and the learning rates.
+
+    The part is that of the preset's tokens or, with `minutes`, that of the time, so that a
+    training ends when it must on a machine of unknown speed.
+    """
+
+    def __init__(self, preset: Preset, minutes: float | None):
+        self.preset, self.minutes = preset, minutes
+        self.ends = np.cumsum([stage.tokens for stage in preset.stages])
+        self.total = float(self.ends[-1])
+
+    def part(self, tokens: float, seconds: float) -> float:
+        return tokens / self.total if self.minutes is None else seconds / 60 / self.minutes
+
+    def stage(self, part: float) -> Stage:
+        i = int(np.searchsorted(self.ends, part * self.total, side="right"))
+        return self.preset.stages[min(i, len(self.ends) - 1)]
+
+    def rate(self, part: float, step: int) -> float:
+        """Factor of all learning rates: up, constant, and down to 0."""
+        up = min(1.0, (step + 1) / self.preset.warm_up)
+        return up * min(1.0, max(0.0, 1 - part) / self.preset.decay)
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def needle(
+    model: Llama,
+    rows: Rows,
+    length: int,
+    base: float,
+    n_facts: int = 1,
+    reworded: bool = False,
+    n: int = 20,
+    seed: int = 99,
+) -> tuple[float, float]:
+    """Of n texts of `length` tokens with n_facts facts and one question: (answers right in every
+    token, values right), as greedy decoding would say them: all tokens of a right answer are the
+    likeliest after those before."""
+    device = model.embed.weight.device
+    cos, sin = model.rope(length, base, device)
+    whole = values = 0
+    for i in range(n):
+        rng = np.random.default_rng([seed, length, n_facts, reworded, i])
+        ids, weights = test_document(rows, rng, length, n_facts, reworded)
+        asked = np.flatnonzero(weights[1:] > 0)
+        tokens = torch.from_numpy(ids[:-1].astype(np.int64))[None].to(device)
+        states = model(tokens, cos[: len(ids) - 1], sin[: len(ids) - 1])[0, asked]
+        right = model.head(states).argmax(-1).cpu().numpy() == ids[1:][asked]
+        whole += right.all()
+        values += right[weights[1:][asked] == VALUE].all()
+    return float(whole / n), float(values / n)
+
+
+@torch.no_grad()
+def induction(model: Llama, base: float, period: int = 64, repeats: int = 4) -> np.ndarray:
+    """[layer, query head]: attention paid to the tokens behind earlier copies, on random tokens
+    that repeat; the mean over queries, between 0 and 1."""
+    block = np.random.default_rng(5).integers(3, model.shape.n_vocab, (2, period))
+    ids = torch.from_numpy(np.tile(block, (1, repeats))).to(model.embed.weight.device)
+    n = period * repeats
+    query, key = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    hits = ((query - key) % period == period - 1) & (query > key) & (query >= period)
+    scores = np.zeros((model.shape.n_layer, model.shape.n_head))
+
+    def see(layer: int, attention: torch.Tensor) -> None:
+        hit = (attention.float().cpu() * hits).sum(-1)
+        scores[layer] = hit[..., period:].mean((0, 2)).numpy()
+
+    model.attention(ids, base, see)
+    return scores
+
+
+def measure(model: Llama, rows: Rows, stage: Stage, n: int) -> str:
+    """A line for the log: whole answer / value right by number of facts, r: reworded."""
+    parts = [f"needle at {stage.length}:"]
+    for n_facts in (1, 8):
+        if stage.length >= 100 * n_facts:
+            for reworded in (False, True):
+                right = needle(model, rows, stage.length, stage.rope_base, n_facts, reworded, n)
+                parts.append("{}{} {:.2f}/{:.2f} ".format(n_facts, "r" * reworded, *right))
+    scores = induction(model, stage.rope_base)
+    best = sorted(np.ndenumerate(scores), key=lambda item: -item[1])[:6]
+    parts.append("induction " + " ".join(f"{layer}.{head} {s:.2f}" for (layer, head), s in best))
+    return " ".join(parts)
+
+
+# ---- files -----------------------------------------------------------------------------------
+
+PART = 15 << 20  # bytes: files that any mail, repository or device machine takes
+
+
+def save(folder: Path, value: object) -> None:
+    """A torch file in parts; complete or not there at all."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    data = buffer.getbuffer()
+    new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    for i in range(0, len(data), PART):
+        (new / f"part-{i // PART:02d}").write_bytes(data[i : i + PART])
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path, device: str = "cpu") -> dict:
+    """What save() saved."""
+    data = b"".join(part.read_bytes() for part in sorted(folder.glob("part-*")))
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+
+
+# ---- training --------------------------------------------------------------------------------
+
+_rows: Rows  # of a worker process
+
+
+def _start_worker(texts: Path, tokenizer: Path, preset: Preset) -> None:
+    global _rows
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    _rows = training_rows(texts, tokenizer, preset)[0]
+
+
+def _work(step: int, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+    return _rows.batch(step, stage.batch, stage.length, stage.mix)
+
+
+def training_rows(texts: Path, tokenizer: Path, preset: Preset) -> tuple[Rows, Rows]:
+    """Rows of the books to train on, and of the book held out."""
+    from tokenizers import Tokenizer
+
+    train, held_out = split_books(load_books(texts))
+    n_vocab = preset.shape.n_vocab
+    if not tokenizer.exists():
+        train_tokenizer(train, n_vocab).save(str(tokenizer))
+    encode = encoder(Tokenizer.from_file(str(tokenizer)))
+    rows = Rows(train, encode, n_vocab, preset.seed)
+    unseen = Rows(held_out, encode, n_vocab, preset.seed)
+    unseen.words = rows.words
+    return rows, unseen
+
+
+class Training:
+    """Model, optimizers and where they stand."""
+
+    def __init__(self, preset: Preset, device: str):
+        self.preset, self.device = preset, device
+        self.model = Llama(preset.shape, preset.seed)
+        offsets = tuple(range(1, preset.previous + 1))
+        self.model.seed_previous(preset.stages[0].rope_base, offsets)
+        self.model.to(device)
+        matrices, embeddings, others = self.model.parts()
+        adam = [
+            {"params": embeddings, "lr": 5 * preset.adam},
+            {"params": others, "lr": preset.adam},
+        ]
+        self.optimizers = (
+            Muon(matrices, preset.muon),
+            torch.optim.Adam(adam, betas=(0.9, 0.95), fused=True),
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["full_lr"] = group["lr"]
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        # compiling takes a minute a length on a CPU and gains a tenth
+        self.loss = (
+            self.model.loss if device == "cpu" else torch.compile(self.model.loss, dynamic=False)
+        )
+        self.rope: dict[Stage, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def learn(self, ids: np.ndarray, weights: np.ndarray, stage: Stage, rate: float):
+        """One step; returns the loss before it."""
+        if stage not in self.rope:
+            self.rope = {stage: self.model.rope(stage.length, stage.rope_base, self.device)}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * rate
+        fast = self.device == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if fast else nullcontext():
+            loss = self.loss(
+                torch.from_numpy(ids.astype(np.int64)).to(self.device, non_blocking=True),
+                torch.from_numpy(weights).to(self.device, non_blocking=True),
+                *self.rope[stage],
+            )
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += weights[:, 1:].size
+        return loss.detach()
+
+    def state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+
+    def resume(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+
+
+def batches(
+    training: Training, schedule: Schedule, make: Callable[[int, Stage], Future], ahead: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Stage]]:
+    """Batches of the stage the training is in, made some steps ahead by workers; ends with it."""
+    waiting: deque[tuple[Future, Stage]] = deque()
+    step, tokens = training.step, training.tokens
+    while True:
+        while len(waiting) <= ahead:
+            part = schedule.part(tokens, training.seconds)
+            if part >= 1:
+                break
+            stage = schedule.stage(part)
+            waiting.append((make(step, stage), stage))
+            step, tokens = step + 1, tokens + stage.batch * stage.length
+        if not waiting:
+            return
+        future, stage = waiting.popleft()
+        yield *future.result(), stage
+
+
+def in_this_process(rows: Rows) -> Callable[[int, Stage], Future]:
+    def make(step: int, stage: Stage) -> Future:
+        future: Future = Future()
+        future.set_result(rows.batch(step, stage.batch, stage.length, stage.mix))
+        return future
+
+    return make
+
+
+def train(
+    texts: Path,
+    run: Path,
+    preset: Preset,
+    *,
+    minutes: float | None = None,
+    leave_after: float | None = None,
+    workers: int = 0,
+    log: Callable[[str], None] = print,
+) -> Training:
+    """Trains, or goes on; returns when done or, with a checkpoint, after leave_after minutes."""
+    run.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(preset.seed)
+    tokenizer = run / "tokenizer.json"
+    rows, unseen = training_rows(texts, tokenizer, preset)
+    training, schedule = Training(preset, device), Schedule(preset, minutes)
+    if (run / "checkpoint").exists():
+        training.resume(load(run / "checkpoint", device))
+    n_parameters = sum(p.numel() for p in training.model.parameters())
+    log(f"{n_parameters / M:.2f}M parameters, {device}, {torch.get_num_threads()} threads")
+    log(json.dumps(asdict(preset)))
+    log(f"from step {training.step}, {training.tokens / M:.2f}M tokens")
+
+    pool = None
+    make = in_this_process(rows)
+    if workers:
+        start = (texts, tokenizer, preset)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start)
+        make = lambda step, stage: pool.submit(_work, step, stage)  # noqa: E731
+
+    began, before = time.monotonic(), training.seconds
+    marks = dict.fromkeys(("line", "measured", "saved"), began)
+    losses: list[torch.Tensor] = []
+    tokens = 0
+    stage = schedule.stage(0)
+    for ids, weights, stage in batches(training, schedule, make, 2 * workers):
+        part = schedule.part(training.tokens, training.seconds)
+        rate = schedule.rate(part, training.step)
+        losses.append(training.learn(ids, weights, stage, rate))
+        tokens += weights[:, 1:].size
+        now = time.monotonic()
+        training.seconds = before + now - began
+        if now - marks["line"] > 20:
+            speed = tokens / (now - marks["line"])
+            loss = torch.stack(losses).mean()
+            log(
+                f"step {training.step}  {training.tokens / M:.2f}M tokens  {part:.0%}"
+                f"  length {stage.length}  loss {loss:.3f}  {speed:.0f} tokens/s  rate {rate:.2f}"
+            )
+            marks["line"], losses, tokens = now, [], 0
+        if now - marks["measured"] > 180:
+            log(measure(training.model, unseen, stage, 10))
+            marks["measured"] = marks["line"] = time.monotonic()
+        if now - marks["saved"] > 180:
+            save(run / "checkpoint", training.state())
+            marks["saved"] = time.monotonic()
+        if leave_after is not None and now - began > 60 * leave_after:
+            break
+    if pool:
+        pool.shutdown(cancel_futures=True)
+    training.seconds = before + time.monotonic() - began
+    save(run / "checkpoint", training.state())
+    if schedule.part(training.tokens, training.seconds) >= 1:
+        log(measure(training.model, unseen, stage, 50))
+        log(f"done: {training.tokens / M:.2f}M tokens in {training.seconds / 60:.1f} minutes")
+        result = {
+            "model": training.model.state_dict(),
+            "shape": asdict(preset.shape),
+            "rope_base": stage.rope_base,
+            "length": stage.length,
+        }
+        save(run / "model", result)
+    else:
+        log(f"left at step {training.step}: the same command goes on")
+    return training
+
+
+def changed(preset: Preset, settings: list[str]) -> Preset:
+    """The preset with NAME=VALUE of its own fields or those of its shape."""
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        for field, owner in (("shape", preset.shape), ("", preset)):
+            if name in ("shape", "stages") or not hasattr(owner, name):
+                continue
+            new = replace(owner, **{name: type(getattr(owner, name))(value)})
+            preset = replace(preset, **{field: new}) if field else new
+            break
+        else:
+            raise SystemExit(f"--set {setting}: no such setting")
+    return preset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("texts", type=Path, help="folder of public-domain .txt files")
+    parser.add_argument("run", type=Path, help="folder for the results")
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="for the whole training, instead of the preset's tokens"
+    )
+    parser.add_argument(
+        "--leave-after", type=float, metavar="MINUTES", help="stop, the same command goes on"
+    )
+    parser.add_argument("--threads", type=int, help="of a CPU training")
+    parser.add_argument("--workers", type=int, help="processes that make documents")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.workers is None:
+        args.workers = max(1, (os.cpu_count() or 2) - 2) if torch.cuda.is_available() else 0
+    args.run.mkdir(parents=True, exist_ok=True)
+    with open(args.run / "train.log", "a", encoding="utf-8") as file:
+        began = time.monotonic()
+
+        def log(text: str) -> None:
+            line = f"{time.monotonic() - began:7.1f}s  {text}"
+            for out in (file, sys.stderr):
+                print(line, file=out, flush=True)
+
+        train(
+            args.texts,
+            args.run,
+            changed(PRESETS[args.preset], args.set),
+            minutes=args.minutes,
+            leave_after=args.leave_after,
+            workers=args.workers,
+            log=log,
+        )
+
+
+if __name__ == "__main__":
+    main()

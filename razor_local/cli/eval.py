@@ -1,0 +1,517 @@
+"""razor-local eval: what compression costs in quality, policies side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .params import DEFAULT_MODEL, ListOf, Tokens
+
+if TYPE_CHECKING:
+    from ..bench_worker import ModelSetup
+    from ..evals.policies import Policy
+    from ..evals.questions import Sample
+    from ..evals.report import Report
+    from ..journal import Journal
+    from ..profile import ModelShape
+    from ..terminal import TimeLeft
+
+PATH = click.Path(path_type=Path)
+MAX_LENGTH = 32768  # of the default lengths
+
+POLICIES_HELP = """
+\b
+Policies (--policies), each with or without a KV type as in razor-q8_0:
+  full           llama.cpp's own cache
+  razor          the profile; razor@0.1: another share of retrieval heads
+  razor-no-comp  the same without compensation tokens
+  local          every KV head local, with compensation
+  streaming      every KV head local, without compensation
+  random-heads   as many random retrieval heads; random-heads=3: by another seed
+  heads=FILE     the heads of another profile, sidecar, head list or file of scores
+"""
+
+
+@click.group("eval", epilog=POLICIES_HELP)
+def eval() -> None:
+    """Measure what compression costs in quality.
+
+    Several policies of keeping the KV cache answer the same questions on the same weights; every
+    score stands beside the bytes of its cache, with a 95 % confidence interval. Without MODEL the
+    small built-in model is measured.
+    """
+
+
+def _options(what: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    def add(command: Any) -> Any:
+        for option in reversed(what):
+            command = option(command)
+        return command
+
+    return add
+
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--policies", type=ListOf(click.STRING, "name,..."), multiple=True,
+        help="What is compared; differences are from the first.  [default: all kinds, see"
+        " 'razor-local eval --help']",
+    ),
+    click.option(
+        "--budget", "budgets", type=ListOf(click.FloatRange(0, 1), "share,..."), multiple=True,
+        help="Also these shares of retrieval heads for each razor policy, such as"
+        " 0.05,0.1,0.15,0.2,0.3: quality over bytes.",
+    ),
+    click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own."),
+    click.option(
+        "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+        help="Share of retrieval heads instead of the profile's.",
+    ),
+    click.option(
+        "--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens."
+    ),
+    click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's."),
+    click.option("--sinks", type=int, metavar="N", help="Instead of the profile's."),
+    click.option(
+        "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, show_default=True,
+        metavar="N", help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+    ),
+    click.option(
+        "-t", "--threads", type=click.IntRange(min=1), metavar="N",
+        help="CPU threads.  [default: all cores]",
+    ),
+    click.option("-s", "--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                 help="Of texts, questions and random heads."),
+    click.option(
+        "--resume", type=PATH, metavar="JOURNAL",
+        help="Keep finished answers in this file, and leave out what is in it.",
+    ),
+    click.option(
+        "--format", "kind", type=click.Choice(["md", "json"]),
+        help="Of the report.  [default: by the name of --output, or md]",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
+    click.option("-o", "--output", type=PATH, help="Write the report to this file, not to stdout."),
+)  # fmt: skip
+_HEAT = click.option(
+    "--plot", type=PATH, metavar="PICTURE", help="Draw scores as a heat map (.png, .svg, .pdf)."
+)
+_CURVE = click.option(
+    "--plot-curve", type=PATH, metavar="PICTURE",
+    help="Draw quality over bytes of the cache (.png, .svg, .pdf).",
+)  # fmt: skip
+_LENGTHS = click.option(
+    "-c", "--ctx-size", "--lengths", "lengths", type=ListOf(Tokens(), "tokens,..."), multiple=True,
+    help="Contexts, filled with text up to the room for the answers; for example 1k,2k,4k."
+    "  [default: 1k, 2k, 4k and so on up to the trained length, at most 32k]",
+)  # fmt: skip
+_HAYSTACK = click.option(
+    "--haystack", type=PATH, metavar="DIR",
+    help="Folder of .txt files to hide the facts in.  [default: sentences made by razor-local]",
+)  # fmt: skip
+_PREDICT = click.option(
+    "-n", "--predict", type=click.IntRange(1), metavar="N",
+    help="Tokens of an answer at most; more for models that think first.",
+)  # fmt: skip
+
+
+NEEDLE_EPILOG = """
+\b
+Examples:
+  razor-local eval needle
+  razor-local eval needle model-razor.gguf -c 4k,8k,16k --haystack books --plot heat.png
+  razor-local eval needle model-razor.gguf --kinds single --samples 20 --resume run.jsonl
+  razor-local eval needle model-razor.gguf --budget 0.05,0.1,0.15,0.2,0.3 --plot-curve curve.png
+  razor-local eval needle model-razor.gguf --policies full,razor-q8_0,heads=other.tsv --json
+"""
+
+
+@eval.command(epilog=NEEDLE_EPILOG)
+@click.argument("model", type=PATH, required=False)
+@_LENGTHS
+@click.option(
+    "--depths", type=ListOf(click.FloatRange(0, 100), "percent,..."), default="0,25,50,75,100",
+    show_default=True, help="Where the fact stands that is asked for, in percent of the text.",
+)  # fmt: skip
+@click.option(
+    "--kinds", type=ListOf(click.STRING, "kind,..."),
+    default="single,reworded,keys,values,questions", show_default=True,
+    help="single: one fact; reworded: asked for in other words; keys: one of several facts; values:"
+    " all of several numbers; questions: several, one after the other.",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1), default=5, show_default=True, metavar="N",
+    help="Texts per length, depth and kind.",
+)  # fmt: skip
+@click.option(
+    "--facts", type=click.IntRange(1), default=8, show_default=True, metavar="N",
+    help="Facts in a text of keys and questions.",
+)  # fmt: skip
+@_HAYSTACK
+@_PREDICT
+@_options(_MODEL_OPTIONS)
+@_HEAT
+@_CURVE
+def needle(model: Path | None, **options: Any) -> None:
+    """Facts hidden in texts, lengths x depths."""
+    from ..evals.needle import MAX_TOKENS, NeedleSettings, make_samples, score
+    from ..evals.questions import Prompts
+
+    run = _Run(model, options)
+    settings = NeedleSettings(
+        lengths=run.lengths(),
+        depths=tuple(dict.fromkeys(options["depths"])),
+        kinds=tuple(dict.fromkeys(options["kinds"])),
+        samples=options["samples"],
+        facts=options["facts"],
+        max_tokens=options["predict"] or MAX_TOKENS,
+        seed=options["seed"],
+    )
+    haystack = _haystack(options)
+    with run.progress() as show:
+        samples = make_samples(settings, haystack, Prompts(run.setup.model), _making(show))
+        described = {
+            "tasks": settings.kinds,
+            "depths": settings.depths,
+            "samples": settings.samples,
+            "facts": settings.facts,
+            "max_tokens": settings.max_tokens,
+        }
+        report = run.ask("needle", samples, score, show, described | _describe_haystack(haystack))
+    run.finish(report)
+
+
+RULER_EPILOG = """
+\b
+Examples:
+  razor-local eval ruler model-razor.gguf -c 4k,8k,16k --resume run.jsonl
+  razor-local eval ruler model-razor.gguf --tasks vt,cwe,fwe --samples 50 -o ruler.json
+  razor-local eval ruler model-razor.gguf --budget 0.05,0.1,0.2,0.3 --plot-curve curve.png
+"""
+
+
+@eval.command(epilog=RULER_EPILOG)
+@click.argument("model", type=PATH, required=False)
+@_LENGTHS
+@click.option(
+    "--tasks", type=ListOf(click.STRING, "task,..."), metavar="TASK,...",
+    help="niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe."
+    "  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1), default=10, show_default=True, metavar="N",
+    help="Texts per length and task.",
+)  # fmt: skip
+@_HAYSTACK
+@_PREDICT
+@_options(_MODEL_OPTIONS)
+@_HEAT
+@_CURVE
+def ruler(model: Path | None, **options: Any) -> None:
+    """The synthetic tasks of RULER.
+
+    Needles, variable tracking, common and frequent words, from generators of our own.
+    """
+    from ..evals.questions import Prompts
+    from ..evals.ruler import TASKS, RulerSettings, make_samples, score
+
+    run = _Run(model, options)
+    settings = RulerSettings(
+        lengths=run.lengths(),
+        tasks=tuple(dict.fromkeys(options["tasks"] or TASKS)),
+        samples=options["samples"],
+        max_tokens=options["predict"],
+        seed=options["seed"],
+    )
+    haystack = _haystack(options)
+    with run.progress() as show:
+        samples = make_samples(settings, haystack, Prompts(run.setup.model), _making(show))
+        described = {
+            "tasks": settings.tasks,
+            "samples": settings.samples,
+            "max_tokens": settings.max_tokens,
+        }
+        report = run.ask("ruler", samples, score, show, described | _describe_haystack(haystack))
+    run.finish(report)
+
+
+PERPLEXITY_EPILOG = """
+\b
+Examples:
+  razor-local eval perplexity book.txt
+  razor-local eval perplexity book.txt model-razor.gguf -c 16k --windows 4 --plot positions.png
+  razor-local eval perplexity book.txt model-razor.gguf --budget 0.05,0.1,0.2 --plot-curve kl.png
+"""
+
+
+@eval.command(epilog=PERPLEXITY_EPILOG)
+@click.argument("text", type=PATH)
+@click.argument("model", type=PATH, required=False)
+@click.option(
+    "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
+    help="Tokens of a window of the text.  [default: as trained, at most 8k]",
+)  # fmt: skip
+@click.option(
+    "--stride", type=Tokens(), metavar="TOKENS",
+    help="Tokens from one window to the next; less than a window: its first tokens only give"
+    " context.  [default: a window]",
+)  # fmt: skip
+@click.option("--windows", type=click.IntRange(1), metavar="N", help="At most so many windows.")
+@_options(_MODEL_OPTIONS)
+@click.option(
+    "--plot", type=PATH, metavar="PICTURE",
+    help="Draw the KL divergence by position (.png, .svg, .pdf).",
+)  # fmt: skip
+@_CURVE
+def perplexity(text: Path, model: Path | None, **options: Any) -> None:
+    """Perplexity and KL divergence on a text.
+
+    TEXT is a file in UTF-8; the divergence is from the full f16 cache, by position in the context.
+    """
+    from ..evals.perplexity import (
+        PerplexityReport,
+        context_size,
+        format_report,
+        make_windows,
+        plot_curve,
+        plot_positions,
+        read_text,
+        run_perplexity,
+    )
+    from ..evals.run import describe_run, open_journal
+
+    run = _Run(model, options)
+    n_ctx = context_size(run.shape, options["ctx_size"])
+    stride = options["stride"] or n_ctx
+    content = read_text(run.setup, text)
+    windows = make_windows(len(content.tokens), n_ctx, stride, options["windows"])
+    head = describe_run(
+        "perplexity",
+        run.setup,
+        run.shape,
+        run.policies,
+        seed=options["seed"],
+        text=text.name,
+        text_sha256=hashlib.sha256(content.tokens.tobytes()).hexdigest()[:16],
+        n_tokens=len(content.tokens),
+        n_ctx=n_ctx,
+        stride=stride,
+        n_windows=len(windows),
+    )
+    journal = open_journal(options["resume"], head)
+    with run.progress() as show:
+        run_perplexity(
+            run.setup, run.shape, run.policies, content, windows, n_ctx, journal, head, show
+        )
+    assert journal.head is not None
+    report = PerplexityReport(journal.head, journal.records)
+    run.write(format_report(report, run.kind))
+    if options["plot"] is not None:
+        plot_positions(report, options["plot"])
+    if options["plot_curve"] is not None:
+        plot_curve(report, options["plot_curve"])
+
+
+LONGBENCH_EPILOG = """
+\b
+Examples:
+  razor-local eval longbench LongBench/data model-razor.gguf -c 32k --resume run.jsonl
+  razor-local eval longbench LongBench/data model-razor.gguf --datasets hotpotqa,qasper -c 8k \\
+      --cut-middle --samples 50
+"""
+
+
+@eval.command(epilog=LONGBENCH_EPILOG)
+@click.argument("folder", type=PATH, metavar="DIR")
+@click.argument("model", type=PATH, required=False)
+@click.option(
+    "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
+    help="Context of all questions.  [default: as trained, at most 32k]",
+)  # fmt: skip
+@click.option(
+    "--datasets", type=ListOf(click.STRING, "name,..."), metavar="NAME,...",
+    help="Data sets to run.  [default: all files in DIR that belong to LongBench]",
+)  # fmt: skip
+@click.option(
+    "--samples", type=click.IntRange(1), metavar="N",
+    help="At most so many questions of each data set, drawn at random.  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--cut-middle", is_flag=True,
+    help="Cut texts that are too long in the middle, instead of leaving them out.",
+)  # fmt: skip
+@_options(_MODEL_OPTIONS)
+@_HEAT
+@_CURVE
+def longbench(folder: Path, model: Path | None, **options: Any) -> None:
+    """LongBench, from files that you have.
+
+    DIR holds its .jsonl files. Some metrics need libraries: pip install razor-local[eval].
+    """
+    from ..evals.longbench import LongBench
+    from ..evals.questions import Prompts
+    from ..plan import padded_n_ctx
+
+    run = _Run(model, options)
+    trained = min(run.shape.n_ctx_train or MAX_LENGTH, MAX_LENGTH)
+    n_ctx = padded_n_ctx(run.shape, options["ctx_size"] or trained)
+    with run.progress() as show:
+        bench = LongBench(
+            folder,
+            Prompts(run.setup.model),
+            n_ctx,
+            names=tuple(dict.fromkeys(options["datasets"])) if options["datasets"] else None,
+            n_samples=options["samples"],
+            cut=options["cut_middle"],
+            seed=options["seed"],
+            progress=_making(show),
+        )
+        notes = [f"{n} questions of {name} do not fit and are left out"
+                 for name, n in bench.left_out.items()]  # fmt: skip
+        notes += [f"{n} texts of {name} were cut in the middle" for name, n in bench.n_cut.items()]
+        for note in notes:
+            click.echo(f"Note: {note}", err=True)
+        described = {
+            "tasks": bench.names,
+            "samples": options["samples"],
+            "cut_middle": options["cut_middle"],
+            "files_sha256": bench.digest,
+            "notes": notes,
+        }
+        report = run.ask("longbench", bench.samples, bench.score, show, described)
+    run.finish(report)
+
+
+class _Run:
+    """What all evals have in common. Options are checked before anything runs."""
+
+    def __init__(self, model: Path | None, options: dict[str, Any]) -> None:
+        from ..evals.policies import make_policies
+        from ..safe_write import check_new_file
+
+        self.options = options
+        output = options["output"]
+        self.kind = "json" if options["as_json"] else options["kind"] or _kind_of(output)
+        self.plots = [p for p in (options.get("plot"), options.get("plot_curve")) if p]
+        for path in (*self.plots, *([output] if output else [])):
+            check_new_file(path)
+        self._check_pictures()
+        self.setup = _setup(model, options)
+        names = [name for some in options["policies"] for name in some] or None
+        budgets = sorted({share for some in options["budgets"] for share in some})
+        self.shape: ModelShape
+        self.policies: tuple[Policy, ...]
+        self.shape, self.policies = make_policies(self.setup, names, budgets, options["seed"])
+
+    def _check_pictures(self) -> None:
+        """Refuses before the run what could not be drawn after it."""
+        from ..picture import make_figure
+
+        for path in self.plots:
+            make_figure(path, (1, 1), "leave out the plot")
+
+    def lengths(self) -> tuple[int, ...]:
+        chosen = sorted({n for some in self.options["lengths"] for n in some})
+        if not chosen:
+            longest = min(self.shape.n_ctx_train or 4096, MAX_LENGTH)
+            chosen = [n for i in range(6) if (n := 1024 << i) <= longest] or [longest]
+        trained = self.shape.n_ctx_train
+        if trained and chosen[-1] > trained:
+            click.echo(
+                f"Note: the model was trained for {trained:,} tokens, {chosen[-1]:,} goes beyond",
+                err=True,
+            )
+        return tuple(chosen)
+
+    @contextmanager
+    def progress(self) -> Iterator[TimeLeft]:
+        from ..terminal import TimeLeft
+
+        with TimeLeft() as show:
+            try:
+                yield show
+            except KeyboardInterrupt:
+                show.close()
+                journal = self.options["resume"]
+                click.echo(
+                    "Interrupted; nothing was kept, next time use --resume FILE."
+                    if journal is None
+                    else f"Interrupted; the same command goes on with what is in {journal}.",
+                    err=True,
+                )
+                raise
+
+    def ask(
+        self,
+        what: str,
+        samples: Sequence[Sample],
+        score: Callable[[Sample, list[str]], float],
+        show: TimeLeft,
+        settings: dict[str, Any],
+    ) -> Report:
+        from ..evals.report import Report
+        from ..evals.run import describe_run, open_journal, run_questions
+
+        settings = {"seed": self.options["seed"], "n_samples": len(samples)} | settings
+        settings["lengths"] = sorted({sample.length for sample in samples})
+        head = describe_run(what, self.setup, self.shape, self.policies, **settings)
+        journal: Journal = open_journal(self.options["resume"], head)
+        run_questions(self.setup, self.policies, samples, score, journal, head, show)
+        assert journal.head is not None
+        return Report(journal.head, journal.records)
+
+    def finish(self, report: Report) -> None:
+        from ..evals.report import format_report, plot_curve, plot_heat
+
+        self.write(format_report(report, self.kind))
+        if self.options["plot"] is not None:
+            plot_heat(report, self.options["plot"])
+        if self.options["plot_curve"] is not None:
+            plot_curve(report, self.options["plot_curve"])
+
+    def write(self, text: str) -> None:
+        from ..bench_report import save_text
+
+        if self.options["output"] is None:
+            click.echo(text, nl=False)
+        else:
+            save_text(text, self.options["output"])
+
+
+def _kind_of(output: Path | None) -> str:
+    return "json" if output is not None and output.suffix.lower() == ".json" else "md"
+
+
+def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
+    from ..bench_machine import n_cores
+    from ..bench_worker import ModelSetup
+
+    return ModelSetup(
+        model=str(model or DEFAULT_MODEL),
+        sidecar=str(options["sidecar"]) if options["sidecar"] else None,
+        retrieval=options["retrieval"],
+        window_min=options["window_min"],
+        window_divisor=options["window_divisor"],
+        sink_tokens=options["sinks"],
+        n_threads=options["threads"] or n_cores(),
+        n_gpu_layers=options["n_gpu_layers"],
+    )
+
+
+def _haystack(options: dict[str, Any]) -> Any:
+    from ..evals.haystack import FolderText, MadeText
+
+    return MadeText() if options["haystack"] is None else FolderText(options["haystack"])
+
+
+def _describe_haystack(haystack: Any) -> dict[str, str]:
+    return {"haystack": haystack.name, "haystack_sha256": haystack.digest}
+
+
+def _making(show: TimeLeft) -> Callable[[int, int], None]:
+    return lambda done, total: show(f"writing the texts, {done:,} of {total:,}", 0.0, None)

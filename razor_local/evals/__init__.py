@@ -1,0 +1,1 @@
+"""What compression costs in quality: the tasks of `razor-local eval`, policies side by side."""

@@ -1,0 +1,412 @@
+"""LongBench (Bai et al., 2023, arXiv 2308.14508) on files that the user has.
+
+A data set is a file NAME.jsonl, or NAME_e.jsonl of LongBench-E; each line is an object with
+context, input, answers and, for classification, all_classes. Metrics are LongBench's, from
+libraries where there are (rouge-score, rapidfuzz, jieba for Chinese); the prompts are our own, one
+for each kind of task, so that scores are to be compared with each other and not with published
+ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from ..errors import RazorError, UnsupportedError
+from .questions import Prompts, Question, Sample, message
+
+MAX_LINE = 64 << 20  # bytes; the longest of LongBench has about 2 MB
+N_CUT = 20  # attempts to cut a context to a length
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """text, question: the prompt, with {context} and {input}. metric: see METRICS. raw: the prompt
+    is continued, not put as a message of a chat, as LongBench does where it gives examples or code.
+    first_line: the rest of the answer does not count."""
+
+    text: str
+    question: str
+    metric: str
+    max_tokens: int
+    raw: bool = False
+    first_line: bool = False
+
+
+CONTEXT = "{context}"
+QA = (
+    "Answer the question from the text above with as few words as possible, without an explanation."
+    "\n\nQuestion: {input}\nAnswer:"
+)
+QA_OPEN = (
+    "Answer the question from the article above with a few words or one sentence. Write"
+    ' "unanswerable" if the article does not answer it, and "yes" or "no" if that is the answer.'
+    "\n\nQuestion: {input}\nAnswer:"
+)
+QA_ZH = "请根据以上文字简短地回答问题，不要解释。\n\n问题：{input}\n回答："
+SUMMARY = "Write a summary of the text above, at most a page long.\n\nSummary:"
+ABSTRACT = (
+    "This is a summary of one of the paragraphs above:\n\n{input}\n\nWhich paragraph is it? Answer"
+    ' with its name alone, such as "Paragraph 1".\n\nAnswer:'
+)
+
+DATA_SETS = {
+    "narrativeqa": DataSet(CONTEXT, QA, "f1", 128),
+    "qasper": DataSet(CONTEXT, QA_OPEN, "f1", 128),
+    "multifieldqa_en": DataSet(CONTEXT, QA, "f1", 64),
+    "multifieldqa_zh": DataSet(CONTEXT, QA_ZH, "f1_zh", 64),
+    "hotpotqa": DataSet(CONTEXT, QA, "f1", 32),
+    "2wikimqa": DataSet(CONTEXT, QA, "f1", 32),
+    "musique": DataSet(CONTEXT, QA, "f1", 32),
+    "dureader": DataSet(CONTEXT, QA_ZH, "rouge_zh", 128),
+    "gov_report": DataSet(CONTEXT, SUMMARY, "rouge", 512),
+    "qmsum": DataSet(
+        CONTEXT,
+        "Answer the query about the meeting above in one or a few sentences.\n\nQuery: {input}"
+        "\nAnswer:",
+        "rouge",
+        512,
+    ),
+    "multi_news": DataSet(CONTEXT, SUMMARY, "rouge", 512),
+    "vcsum": DataSet(CONTEXT, "请总结以上会议记录的内容。\n\n总结：", "rouge_zh", 512),
+    "trec": DataSet(
+        "Say of which type the last question is. Examples:\n\n{context}",
+        "{input}", "classes", 64, raw=True, first_line=True,
+    ),  # fmt: skip
+    "triviaqa": DataSet(
+        "Answer the last question from its passage, with the answer alone. Examples:\n\n{context}",
+        "{input}", "f1", 32, raw=True, first_line=True,
+    ),  # fmt: skip
+    "samsum": DataSet(
+        "Summarize the last dialogue in a few short sentences. Examples:\n\n{context}",
+        "{input}", "rouge", 128, raw=True, first_line=True,
+    ),  # fmt: skip
+    "lsht": DataSet(
+        "请判断最后一则新闻的类别。例子：\n\n{context}", "{input}", "classes", 64,
+        raw=True, first_line=True,
+    ),  # fmt: skip
+    "passage_count": DataSet(
+        CONTEXT,
+        "Some of the paragraphs above are the same. How many different paragraphs are there? Answer"
+        " with the number alone.\n\nAnswer:",
+        "count",
+        32,
+    ),
+    "passage_retrieval_en": DataSet(CONTEXT, ABSTRACT, "retrieval", 32),
+    "passage_retrieval_zh": DataSet(
+        CONTEXT,
+        "以下是其中一段的摘要：\n\n{input}\n\n这是哪一段的摘要？请只回答段落名，例如“段落1”。\n\n回答：",
+        "retrieval",
+        32,
+    ),
+    "lcc": DataSet("Write the next line of this code.\n{context}", "", "code", 64, raw=True),
+    "repobench-p": DataSet(
+        "Write the next line of this code.\n{context}", "{input}", "code", 64, raw=True
+    ),
+}  # fmt: skip
+
+
+class LongBench:
+    """The samples of a folder of files. left_out: by data set, samples that do not fit n_ctx.
+
+    names: data sets to read; None: all files that are known. n_samples: at most, drawn at random by
+    seed. cut: instead of leaving a sample out its context is cut in the middle, as LongBench does.
+    Raises RazorError (a damaged file, no file, a library that is missing), OSError.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        prompts: Prompts,
+        n_ctx: int,
+        *,
+        names: Sequence[str] | None = None,
+        n_samples: int | None = None,
+        cut: bool = False,
+        seed: int = 0,
+        progress: Callable[[int, int], object] = lambda done, total: None,
+    ) -> None:
+        files = _find_files(Path(folder), names)
+        for name in files:
+            check_libraries(name)
+        self.samples: list[Sample] = []
+        self.left_out: dict[str, int] = {}
+        self.n_cut: dict[str, int] = {}
+        self._classes: dict[tuple[str, int], list[str]] = {}
+        digest = hashlib.sha256()
+        items = [
+            (name, index, item)
+            for name, file in files.items()
+            for index, item in _chosen(_read(file, digest), n_samples, f"{seed}/{name}")
+        ]
+        for done, (name, index, item) in enumerate(items):
+            progress(done, len(items))
+            self._add(prompts, n_ctx, cut, name, index, item)
+        self.names = list(files)
+        self.digest = digest.hexdigest()[:16]
+        if not self.samples:
+            raise RazorError(
+                f"no sample in {folder} fits a context of {n_ctx:,} tokens; use a larger -c, or"
+                " --cut-middle"
+            )
+
+    def score(self, sample: Sample, answers: Sequence[str]) -> float:
+        """The best score of the answer over all right ones, from 0 to 1."""
+        data_set = DATA_SETS[_base(sample.task)]
+        answer = answers[0]
+        if data_set.first_line:
+            answer = answer.lstrip("\n").split("\n")[0]
+        metric = METRICS[data_set.metric]
+        classes = self._classes[sample.task, sample.index]
+        return max(metric(answer, right, classes) for right in sample.questions[0].answers)
+
+    def _add(
+        self, prompts: Prompts, n_ctx: int, cut: bool, name: str, index: int, item: dict[str, Any]
+    ) -> None:
+        data_set = DATA_SETS[_base(name)]
+        n_tokens = n_ctx - data_set.max_tokens
+        question = data_set.question.replace("{input}", item["input"])
+
+        def text(context: str) -> str:
+            return data_set.text.replace(CONTEXT, context)
+
+        def size(context: str) -> int:
+            content = message(text(context), question)
+            return prompts.n_raw(content) if data_set.raw else prompts.n_prompt(content)
+
+        context, n_prompt = item["context"], size(item["context"])
+        if n_prompt > n_tokens and cut:
+            context, n_prompt = _cut_middle(prompts, context, size, n_tokens)
+            self.n_cut[name] = self.n_cut.get(name, 0) + 1
+        if n_prompt > n_tokens:
+            self.left_out[name] = self.left_out.get(name, 0) + 1
+            return
+        self._classes[name, index] = item.get("all_classes") or []
+        self.samples.append(
+            Sample(
+                task=name,
+                length=n_ctx,
+                depth=None,
+                index=index,
+                text=text(context),
+                questions=(Question(question, tuple(item["answers"])),),
+                max_tokens=data_set.max_tokens,
+                n_prompt=n_prompt,
+                raw=data_set.raw,
+            )
+        )
+
+
+def _base(name: str) -> str:
+    return name.removesuffix("_e") if name not in DATA_SETS else name
+
+
+def _find_files(folder: Path, names: Sequence[str] | None) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise RazorError(f"{folder} is no folder, expected one with LongBench's .jsonl files")
+    found = {
+        file.stem: file for file in sorted(folder.glob("*.jsonl")) if _base(file.stem) in DATA_SETS
+    }
+    for name in names or ():
+        if _base(name) not in DATA_SETS:
+            raise RazorError(f"{name!r} is no data set of LongBench: {', '.join(DATA_SETS)}")
+        if name not in found:
+            raise RazorError(f"{folder} has no {name}.jsonl")
+    if not found:
+        raise RazorError(f"{folder} has no file of LongBench, such as hotpotqa.jsonl")
+    return {name: found[name] for name in names or found}
+
+
+def _read(file: Path, digest: Any) -> list[dict[str, Any]]:
+    items = []
+    with open(file, "rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
+            digest.update(line)
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+                good = (
+                    isinstance(item["context"], str)
+                    and isinstance(item["input"], str)
+                    and isinstance(item["answers"], list)
+                    and len(item["answers"]) > 0
+                    and all(isinstance(text, str) for text in item["answers"])
+                    and isinstance(item.get("all_classes") or [], list)
+                )
+            except (ValueError, LookupError, TypeError, RecursionError):
+                good = False
+            if not good:
+                raise RazorError(
+                    f"{file}, line {number}: expected an object with the texts context and input"
+                    " and a list of answers"
+                )
+            items.append(item)
+    return items
+
+
+def _chosen(
+    items: list[dict[str, Any]], n_samples: int | None, seed: str
+) -> list[tuple[int, dict[str, Any]]]:
+    """At most n_samples with their places in the file, in its order."""
+    indices = range(len(items))
+    if n_samples is not None and n_samples < len(items):
+        indices = sorted(Random(seed).sample(indices, n_samples))
+    return [(i, items[i]) for i in indices]
+
+
+def _cut_middle(
+    prompts: Prompts, context: str, size: Callable[[str], int], n_tokens: int
+) -> tuple[str, int]:
+    """The longest beginning and end of the same number of tokens that fit."""
+    tokens = prompts.model.tokenize(context.encode(), add_bos=False, special=False)
+    keep = len(tokens)
+    for _ in range(N_CUT):
+        text = context if keep >= len(tokens) else "".join(
+            prompts.model.detokenize(part).decode("utf-8", "ignore")
+            for part in (tokens[: keep // 2], tokens[len(tokens) - keep // 2 :])
+        )  # fmt: skip
+        found = size(text)
+        if found <= n_tokens or keep == 0:
+            return text, found
+        keep = max(keep - (found - n_tokens), 0)
+    return text, found
+
+
+# -- metrics: (answer, right answer, classes) -> 0 to 1
+
+
+def check_libraries(name: str) -> None:
+    """Raises UnsupportedError where a library that the data set's metric needs is missing."""
+    metric = DATA_SETS[_base(name)].metric
+    for module, package in LIBRARIES.get(metric, ()):
+        if find_spec(module) is None:
+            raise UnsupportedError(
+                f"the metric of {name} needs {package}, which is not installed; install it with"
+                " 'pip install razor-local[eval]', or name other data sets with --datasets"
+            )
+
+
+def _normalized(text: str) -> str:
+    """As SQuAD compares answers: no case, punctuation, articles or double spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _f1_of(found: list[str], expected: list[str]) -> float:
+    same = sum((Counter(found) & Counter(expected)).values())
+    if same == 0:
+        return 0.0
+    precision, recall = same / len(found), same / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def f1(answer: str, right: str, classes: Sequence[str]) -> float:
+    """F1 of the words of both."""
+    return _f1_of(_normalized(answer).split(), _normalized(right).split())
+
+
+def _cut_words(text: str) -> list[str]:
+    import jieba
+
+    jieba.setLogLevel("WARNING")  # it tells on stderr that it loads its dictionary
+    return [word for word in jieba.cut(text, cut_all=False) if word.strip()]
+
+
+def f1_zh(answer: str, right: str, classes: Sequence[str]) -> float:
+    """F1 of the Chinese words of both, without punctuation."""
+
+    def words(text: str) -> list[str]:
+        found = (re.sub(r"[\W_]+", "", word.lower()) for word in _cut_words(text))
+        return [word for word in found if word]
+
+    return _f1_of(words(answer), words(right))
+
+
+@cache
+def _rouge_scorer(tokenizer: Any = None) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=tokenizer)
+
+
+class _Words:
+    """A tokenizer of rouge-score that splits at spaces."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+
+_SPACES = _Words()
+
+
+def rouge(answer: str, right: str, classes: Sequence[str]) -> float:
+    """F of ROUGE-L."""
+    return float(_rouge_scorer().score(right, answer)["rougeL"].fmeasure)
+
+
+def rouge_zh(answer: str, right: str, classes: Sequence[str]) -> float:
+    """F of ROUGE-L over Chinese words."""
+    texts = (" ".join(_cut_words(text)) for text in (right, answer))
+    return float(_rouge_scorer(_SPACES).score(*texts)["rougeL"].fmeasure)
+
+
+def classes_named(answer: str, right: str, classes: Sequence[str]) -> float:
+    """1 / number of classes that the answer names, if the right one is among them. A class whose
+    name is a part of the right one's does not count."""
+    named = [name for name in classes if name in answer]
+    named = [name for name in named if name == right or name not in right]
+    return 1 / len(named) if right in named else 0.0
+
+
+def _share_of_numbers(answer: str, right: str) -> float:
+    numbers = re.findall(r"\d+", answer)
+    return numbers.count(right) / len(numbers) if numbers else 0.0
+
+
+def count_named(answer: str, right: str, classes: Sequence[str]) -> float:
+    """The share of the numbers in the answer that are the right one."""
+    return _share_of_numbers(answer, right)
+
+
+def paragraph_named(answer: str, right: str, classes: Sequence[str]) -> float:
+    """The same for the number of a paragraph; right is such as "Paragraph 3"."""
+    return _share_of_numbers(answer, "".join(re.findall(r"\d+", right)[:1]))
+
+
+def code(answer: str, right: str, classes: Sequence[str]) -> float:
+    """Edit similarity of the first line that is neither a comment nor the fence of a code block."""
+    from rapidfuzz.fuzz import ratio
+
+    lines = answer.lstrip("\n").split("\n")
+    line = next((x for x in lines if not any(mark in x for mark in ("`", "#", "//"))), "")
+    return ratio(line, right) / 100
+
+
+METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
+    "f1": f1,
+    "f1_zh": f1_zh,
+    "rouge": rouge,
+    "rouge_zh": rouge_zh,
+    "classes": classes_named,
+    "count": count_named,
+    "retrieval": paragraph_named,
+    "code": code,
+}
+LIBRARIES = {
+    "f1_zh": [("jieba", "jieba")],
+    "rouge": [("rouge_score", "rouge-score")],
+    "rouge_zh": [("jieba", "jieba"), ("rouge_score", "rouge-score")],
+    "code": [("rapidfuzz", "rapidfuzz")],
+}

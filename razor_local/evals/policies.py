@@ -1,0 +1,170 @@
+"""Ways to keep a KV cache, by name, that are compared on the same weights and questions.
+
+    full            llama.cpp's own cache
+    razor           the profile of the model
+    razor-no-comp   the same heads without compensation tokens
+    local           every KV head local, with compensation
+    streaming       every KV head local, without compensation: attention sinks and a window
+    random-heads    as many retrieval heads as the profile has, drawn at random
+    heads=FILE      the retrieval heads of another profile, sidecar, head list or file of scores
+
+Each can be followed by a KV type (razor-q8_0; f16 without), razor and razor-no-comp by a budget
+(razor-q8_0@0.1): the share of retrieval heads, chosen again by the scores in the profile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..bench_worker import ModelSetup
+from ..errors import RazorError, UnsupportedError
+from ..plan import KV_TYPES, Plan, make_plan, row_size
+from ..profile import ModelShape, Profile, read_model_shape, split_heads
+
+KINDS = ("full", "razor", "razor-no-comp", "local", "streaming", "random-heads", "heads=FILE")
+DEFAULT = (
+    "full-f16", "full-q8_0", "full-q4_0", "razor-f16", "razor-q8_0", "razor-q4_0", "local-f16",
+    "streaming-f16", "razor-no-comp-f16", "random-heads-f16",
+)  # fmt: skip
+DEFAULT_FOR_BUDGETS = (
+    "full-f16", "full-q8_0", "full-q4_0", "razor-f16", "razor-q8_0", "local-f16",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Policy:
+    """profile None: a full cache. series: the name without a budget; budget: a share or None."""
+
+    name: str
+    series: str
+    profile: Profile | None
+    kv_type: str
+    budget: float | None = None
+
+    def plan(self, shape: ModelShape, n_ctx: int) -> Plan:
+        return make_plan(shape, self.profile, n_ctx, self.kv_type, self.kv_type)
+
+    def llama_args(self) -> dict[str, Any]:
+        """Arguments of razor_local.Llama."""
+        return {
+            "razor": self.profile if self.profile is not None else False,
+            "type_k": self.kv_type,
+            "type_v": self.kv_type,
+        }
+
+
+def make_policies(
+    setup: ModelSetup,
+    names: Sequence[str] | None = None,
+    budgets: Sequence[float] = (),
+    seed: int = 0,
+) -> tuple[ModelShape, tuple[Policy, ...]]:
+    """The shape of the model, and the policies of these names for it.
+
+    names None: DEFAULT, without the KV types that the head size does not allow. budgets: of each
+    razor policy, beside the profile's own; those that choose the same heads as another are left
+    out. seed: of the random heads. Raises RazorError for unknown names, ProfileError where a policy
+    needs a profile or scores that the model does not have, UnsupportedError, OSError.
+    """
+    shape = read_model_shape(setup.model)
+    if names is None:
+        chosen = DEFAULT_FOR_BUDGETS if budgets else DEFAULT
+        names = [name for name in chosen if _fits(shape, _split(name)[1])]
+    wanted = [_split(name) for name in names]
+    if budgets:
+        if not any(kind.startswith("razor") for kind, _, _ in wanted):
+            raise RazorError(
+                "there is no policy to give budgets to; add razor-f16 or razor-q8_0 to the policies"
+            )
+        wanted = [
+            (kind, kv_type, share)
+            for kind, kv_type, own in wanted
+            for share in ((own, *budgets) if kind.startswith("razor") and own is None else (own,))
+        ]
+    base = None
+    if any(kind != "full" for kind, _, _ in wanted):
+        shape, base = setup.read()
+    policies: dict[tuple[Any, ...], Policy] = {}
+    for kind, kv_type, budget in wanted:
+        series = f"{kind}-{kv_type}"
+        name = series if budget is None else f"{series}@{budget:g}"
+        profile = _profile(kind, budget, base, shape, setup, seed)
+        policy = Policy(name, series, profile, kv_type, budget)
+        policy.plan(shape, shape.n_ctx_train or 4096)  # the type may not fit the head size
+        heads = b"" if profile is None else profile.flat().tobytes()
+        policies.setdefault((series, heads), policy)
+    return shape, tuple(policies.values())
+
+
+def _split(name: str) -> tuple[str, str, float | None]:
+    """Kind, KV type and budget of a policy's name."""
+    rest, budget = name, None
+    match = re.fullmatch(r"(razor.*)@([0-9.]+)", name)
+    if match:
+        rest, budget = match[1], _share(match[2], name)
+    kind, _, kv_type = rest.rpartition("-")
+    if kv_type not in KV_TYPES:
+        kind, kv_type = rest, "f16"
+    file = kind.startswith("heads=") and len(kind) > len("heads=")
+    seeded = re.fullmatch(r"random-heads=\d{1,9}", kind)
+    if not (kind in KINDS[:-1] or file or seeded):
+        raise RazorError(
+            f"{name!r} is not a policy, expected one of {', '.join(KINDS)}, each with or without a"
+            " KV type as in razor-q8_0"
+        )
+    return kind, kv_type, budget
+
+
+def _share(text: str, name: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise RazorError(f"the budget of {name!r} is no share from 0 to 1")
+    return share
+
+
+def _profile(
+    kind: str,
+    budget: float | None,
+    base: Profile | None,
+    shape: ModelShape,
+    setup: ModelSetup,
+    seed: int,
+) -> Profile | None:
+    if kind == "full":
+        return None
+    assert base is not None
+    if budget is not None:
+        from ..converters.scores import with_retrieval
+
+        base = with_retrieval(base, shape, budget)
+    if kind == "razor":
+        return base
+    if kind == "razor-no-comp":
+        return replace(base, compensation=False)
+    flat = base.flat()
+    if kind.startswith("heads="):
+        from ..head_map import read_other_heads
+
+        file = kind.removeprefix("heads=")
+        return replace(base, retrieval=read_other_heads(file, shape, int(flat.sum())))
+    chosen, compensation = np.zeros_like(flat), kind == "local"
+    if kind.startswith("random-heads"):
+        compensation = base.compensation
+        rng = np.random.default_rng(int(kind.partition("=")[2] or seed))
+        chosen[rng.choice(len(flat), int(flat.sum()), replace=False)] = 1
+    return replace(base, retrieval=split_heads(chosen, shape.n_head_kv), compensation=compensation)
+
+
+def _fits(shape: ModelShape, kv_type: str) -> bool:
+    try:
+        return bool(row_size(kv_type, shape.head_dim_k) and row_size(kv_type, shape.head_dim_v))
+    except UnsupportedError:
+        return False

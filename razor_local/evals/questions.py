@@ -1,0 +1,255 @@
+"""Questions about a text, and prompts of a given number of tokens made of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..chat import Chat, Message, Sampling, chat_template
+from ..errors import RazorError, UnsupportedError
+from ..llama import Llama
+
+N_FIT = 6  # attempts to reach a length: the tokens of pieces do not quite add up
+TURN_SLACK = 8  # tokens: an answer in a conversation may take a few more than the model wrote
+
+
+@dataclass(frozen=True)
+class Question:
+    """answers: what has to be in the answer, see the scoring of the task."""
+
+    text: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text and the questions about it, asked one after the other in one conversation.
+
+    length: tokens of the context in which the prompts and all answers have room. depth: where the
+    fact that is asked for stands, in percent of the text, None for tasks without. text: may be
+    empty. max_tokens: of an answer. n_prompt: tokens of the first prompt. raw: text and question
+    are continued as they are, without a chat template.
+    """
+
+    task: str
+    length: int
+    depth: float | None
+    index: int
+    text: str
+    questions: tuple[Question, ...]
+    max_tokens: int
+    n_prompt: int
+    raw: bool = False
+
+    def key(self) -> dict[str, object]:
+        """By what the sample is told from all others of a run."""
+        return {
+            "task": self.task,
+            "length": self.length,
+            "depth": self.depth,
+            "index": self.index,
+        }
+
+
+class Prompts:
+    """A model's tokenizer and chat template, without its weights.
+
+    A model without a template is given plain text that ends in "Answer:".
+    """
+
+    def __init__(self, model: str | os.PathLike[str]) -> None:
+        self.model = load_vocabulary(model)
+        self.render = renderer(self.model)
+        self._bos = bos_text(self.model)
+        self._count = lru_cache(1 << 16)(self._count_uncached)
+
+    def count(self, text: str) -> int:
+        """Tokens of a piece of text."""
+        return self._count(text)
+
+    def _count_uncached(self, text: str) -> int:
+        return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
+
+    def n_prompt(self, content: str) -> int:
+        """Tokens of the prompt whose only message is content."""
+        prompt = self.render([{"role": "user", "content": content}])
+        return len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
+
+    def n_raw(self, content: str) -> int:
+        """Tokens of content as it is, without a template."""
+        prompt = (self._bos + content).encode()
+        return len(self.model.tokenize(prompt, add_bos=False, special=True))
+
+    def n_turn(self, question: str) -> int:
+        """Tokens by which a conversation grows with another question, its answer left out."""
+        turns = [("user", "a"), ("assistant", "b"), ("user", question)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        prompt = self.render(messages)
+        n = len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
+        return n - self.n_prompt("a") + TURN_SLACK
+
+
+def load_vocabulary(model: str | os.PathLike[str]) -> Llama:
+    """The model without its weights. Raises UnsupportedError where it has no tokenizer."""
+    llama = Llama(model, vocab_only=True)
+    refuse_without_tokenizer(llama)
+    return llama
+
+
+def refuse_without_tokenizer(model: Llama) -> None:
+    """Tokenizing would end the process. Raises UnsupportedError."""
+    from llama_cpp import llama_cpp as C
+
+    vocab = C.llama_model_get_vocab(model.model)
+    if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:
+        raise UnsupportedError(
+            f"{model.model_path} has no tokenizer, so that it cannot read a text"
+        )
+
+
+def renderer(model: Llama) -> Callable[[list[Message]], str]:
+    """chat.chat_template, or a plain one for models that have none."""
+    from llama_cpp import llama_cpp as C
+
+    if C.llama_model_chat_template(model.model, None) is not None:
+        return chat_template(model)
+    bos = bos_text(model)
+
+    def render(messages: list[Message]) -> str:
+        parts = [
+            f"{m['content']}\nAnswer:" if m["role"] == "user" else f"{m['content']}\n\n"
+            for m in messages
+        ]
+        return bos + "".join(parts)
+
+    return render
+
+
+def bos_text(model: Llama) -> str:
+    """The token that begins a text of this model, "" for models without."""
+    from llama_cpp import llama_cpp as C
+
+    vocab = C.llama_model_get_vocab(model.model)
+    if not C.llama_vocab_get_add_bos(vocab) or model.token_bos() < 0:
+        return ""
+    return C.llama_vocab_get_text(vocab, model.token_bos()).decode("utf-8", "replace")
+
+
+def message(text: str, question: str) -> str:
+    """The text comes first, so that several questions can follow without reading it again."""
+    return "\n\n".join(part for part in (text, question) if part)
+
+
+def fit_text(
+    prompts: Prompts,
+    pieces: Callable[[], Iterator[str]],
+    facts: Sequence[tuple[float, str]],
+    question: str,
+    n_tokens: int,
+) -> tuple[str, int]:
+    """A text of pieces with the facts in it, and the tokens of its prompt: at most n_tokens, and as
+    many as whole pieces make.
+
+    pieces(): sentences with the white space behind them, the same at each call. facts: (depth,
+    sentence), depth from 0 to 1 by tokens of the text. Raises RazorError where the pieces end
+    before n_tokens are reached, or the facts alone are more.
+    """
+    facts = sorted(facts, key=lambda fact: fact[0])
+    bare = "".join(_spaced(fact) for _, fact in facts)
+    empty = prompts.n_prompt(message(bare.strip(), question))
+    if empty > n_tokens:
+        raise RazorError(
+            f"the facts and the question alone take {empty:,} tokens, and {max(n_tokens, 0):,} are"
+            " left for them beside the answers; use larger lengths"
+        )
+    budget = n_tokens - empty
+    best: tuple[str, int] | None = None
+    attempt = 0
+    while best is None or attempt < N_FIT:
+        attempt += 1
+        chosen, counts, ended = [], [], True
+        total = 0
+        for piece in pieces():
+            n = prompts.count(piece)
+            if total + n > budget:
+                ended = False
+                break
+            chosen.append(piece)
+            counts.append(n)
+            total += n
+        if ended:
+            raise RazorError(
+                f"the texts end after {total:,} tokens, {n_tokens:,} are needed; name a folder with"
+                " more text, or smaller lengths"
+            )
+        text = _insert(chosen, counts, facts)
+        found = prompts.n_prompt(message(text, question))
+        if found <= n_tokens and (best is None or found > best[1]):
+            best = text, found
+        missing = n_tokens - found
+        if 0 <= missing <= max((*counts, 16)):
+            break
+        budget = max((total if missing < 0 else budget) + missing, 0)
+    return best
+
+
+def _insert(pieces: list[str], counts: list[int], facts: Sequence[tuple[float, str]]) -> str:
+    """Each fact before the piece whose beginning is nearest to its depth."""
+    total, done, parts, left = sum(counts), 0, [], list(facts)
+    for piece, n in zip(pieces, counts, strict=True):
+        while left and left[0][0] * total <= done + n / 2:
+            parts.append(_spaced(left.pop(0)[1]))
+        parts.append(piece)
+        done += n
+    parts += [_spaced(fact) for _, fact in left]
+    return "".join(parts).strip()
+
+
+def _spaced(fact: str) -> str:
+    return fact if fact.endswith("\n") else f"{fact} "
+
+
+class Answerer:
+    """A context that answers the questions of samples, always the most likely token."""
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama = llama
+        self._render = renderer(llama)
+        bos = bos_text(llama)
+        self._raw = lambda messages: bos + "".join(m["content"] for m in messages)
+        self._chat: Chat | None = None
+        self._stopped = False
+
+    def ask(self, sample: Sample, progress: Callable[[], object]) -> list[str]:
+        """The answers to the sample's questions. What the cache holds of its text is used again.
+
+        Raises KeyboardInterrupt where stop() was called, instead of unfinished answers.
+        """
+        chat = self._chat = Chat(
+            self.llama,
+            self._raw if sample.raw else self._render,
+            max_tokens=sample.max_tokens,
+            sampling=Sampling(temp=0, seed=0),
+        )
+        answers = []
+        for i, question in enumerate(sample.questions):
+            text = sample.text if i == 0 else ""
+            self.check()
+            pieces = chat.say(message(text, question.text), lambda done, total: progress())
+            answers.append("".join(pieces))
+        self.check()
+        return answers
+
+    def stop(self) -> None:
+        """Ends what is being asked, from a signal handler: an exception there would be lost in the
+        callbacks of the computation."""
+        self._stopped = True
+        if self._chat is not None:
+            self._chat.stop()
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt where stop() was called."""
+        if self._stopped:
+            raise KeyboardInterrupt

@@ -1,0 +1,178 @@
+"""Runs the same questions with each policy, and keeps the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..bench_machine import describe_code, describe_machine
+from ..bench_worker import ModelSetup
+from ..journal import Journal
+from ..plan import N_CTX_PAD
+from ..profile import ModelShape
+from ..progress import Clock, Progress
+from ..terminal import on_interrupt
+from .policies import Policy
+from .questions import Answerer, Sample
+
+VERSION = 1  # of the records
+
+
+def describe_run(
+    what: str, setup: ModelSetup, shape: ModelShape, policies: Sequence[Policy], **settings: Any
+) -> dict[str, Any]:
+    """The head of a run. what: needle, ruler, perplexity or longbench."""
+    return {
+        "version": VERSION,
+        "eval": what,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "code": describe_code(),
+        "machine": describe_machine(),
+        "model": {
+            "file": Path(setup.model).name,
+            "name": shape.name,
+            "fingerprint": shape.fingerprint,
+            "kv_heads": sum(shape.n_head_kv),
+            "n_ctx_train": shape.n_ctx_train,
+        },
+        "setup": {k: v for k, v in asdict(setup).items() if k not in ("model", "sidecar", "lib")},
+        "policies": [_describe_policy(policy) for policy in policies],
+        "settings": settings,
+    }
+
+
+def _describe_policy(policy: Policy) -> dict[str, Any]:
+    profile = policy.profile
+    described = {
+        "name": policy.name,
+        "series": policy.series,
+        "budget": policy.budget,
+        "kv_type": policy.kv_type,
+    }
+    if profile is None:
+        return described | {"retrieval_kv_heads": None}
+    heads = profile.flat()
+    return described | {
+        "retrieval_kv_heads": int(heads.sum()),
+        "retrieval_sha256": hashlib.sha256(heads.tobytes()).hexdigest()[:16],
+        "window_min": profile.window_min,
+        "window_divisor": profile.window_divisor,
+        "sink_tokens": profile.sink_tokens,
+        "compensation": profile.compensation,
+    }
+
+
+def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
+    """Raises RazorError for a file of another run, OSError."""
+
+    def identity(head: dict[str, Any]) -> dict[str, Any]:
+        names = ("version", "eval", "model", "setup", "policies", "settings", "code")
+        cpu = (head.get("machine") or {}).get("cpu")  # its load may differ
+        return {name: head.get(name) for name in names} | {"machine": cpu}
+
+    return Journal(path, head, "an evaluation", identity)
+
+
+def run_questions(
+    setup: ModelSetup,
+    policies: Sequence[Policy],
+    samples: Sequence[Sample],
+    score: Callable[[Sample, list[str]], float],
+    journal: Journal,
+    head: dict[str, Any],
+    progress: Progress = lambda what, part, left: None,
+) -> None:
+    """Answers what the journal does not hold yet, length by length and policy by policy.
+
+    A context is as large as its length, so that the window follows it. For each policy and length a
+    record says what its cache takes, and for each sample one the answers and their score. Raises
+    RazorError where a context cannot be created.
+    """
+    done = {
+        (r["policy"], r["task"], r["length"], r["depth"], r["index"])
+        for r in journal.records
+        if r["kind"] == "answer"
+    }
+
+    def is_done(policy: Policy, sample: Sample) -> bool:
+        return (policy.name, *sample.key().values()) in done
+
+    rows = [
+        (length, policy, [s for s in samples if s.length == length and not is_done(policy, s)])
+        for length in dict.fromkeys(s.length for s in samples)
+        for policy in policies
+    ]
+    clock = Clock(progress, sum(sum(_costs(some)) for _, _, some in rows))
+    if journal.head is None:
+        journal.begin(head)
+    for length, policy, some in rows:
+        if not some:
+            continue
+        what = f"{policy.name}, {length:,} tokens"
+        clock.show(f"{what}: loading")
+        answerer = Answerer(open_llama(setup, policy, length))
+        try:
+            cache = {"kind": "cache", "policy": policy.name, "length": length}
+            if not journal.has(cache):
+                journal.add(cache | describe_cache(answerer.llama))
+            with on_interrupt(answerer.stop):
+                for sample, cost in zip(some, _costs(some), strict=True):
+                    depth = "" if sample.depth is None else f" at {sample.depth:g} %"
+                    tell = partial(clock.show, f"{what}: {sample.task}{depth}")
+                    answers = answerer.ask(sample, tell)
+                    journal.add(
+                        {"kind": "answer", "policy": policy.name}
+                        | sample.key()
+                        | {
+                            "n_prompt": sample.n_prompt,
+                            "expected": [list(question.answers) for question in sample.questions],
+                            "answers": answers,
+                            "score": score(sample, answers),
+                        }
+                    )
+                    clock.done(cost)
+            answerer.check()
+        finally:
+            answerer.llama.close()
+
+
+def open_llama(setup: ModelSetup, policy: Policy, n_ctx: int, **options: Any) -> Any:
+    """A razor_local.Llama with the policy's cache."""
+    from ..llama import Llama
+
+    return Llama(
+        setup.model,
+        n_ctx=-(-n_ctx // N_CTX_PAD) * N_CTX_PAD,
+        n_threads=setup.n_threads,
+        n_threads_batch=setup.n_threads,
+        n_gpu_layers=setup.n_gpu_layers,
+        **policy.llama_args(),
+        **options,
+    )
+
+
+def describe_cache(llama: Any) -> dict[str, Any]:
+    """What the cache takes, counted by the native library."""
+    memory = llama.memory()
+    return {
+        "n_ctx": memory.n_ctx,
+        "active": memory.active,
+        "why": memory.why,
+        "kv_bytes": memory.kv_bytes,
+        "kv_bytes_full_f16": memory.kv_bytes_full_f16,
+    }
+
+
+def _costs(samples: Sequence[Sample]) -> list[int]:
+    """About the tokens that each sample takes: a text that was just read is not read again."""
+    costs, before = [], None
+    for sample in samples:
+        read = 0 if sample.text == before else sample.n_prompt
+        costs.append(read + 4 * sample.max_tokens * len(sample.questions))
+        before = sample.text
+    return costs

@@ -1,0 +1,75 @@
+"""How many nodes the attention of a layer adds to the graph: each is a kernel launch on a GPU and a
+barrier on a CPU. docs/architecture.md has the table."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import reference
+import runner
+from tiny_models import TinySpec
+
+N_LAYER = 4
+NO_WORK = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
+KINDS = {
+    "retrieval-first": ((1, 0, 0, 0), 2),
+    "local-first": ((0, 0, 1, 1), 2),
+    "mixed": ((0, 1, 0, 0), 4),
+    "mixed-groups": ((1, 0, 0, 1), 4),
+    "local": ((0, 0, 0, 0), 0),
+}
+
+
+def count_nodes(path: str, razor: runner.Override, n_past: int, **params: object) -> int:
+    """Nodes that compute something while one token is decoded after n_past others."""
+    llama = runner.bindings()
+    lib = llama._lib
+    lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
+    n_nodes = 0
+
+    @llama.ggml_backend_sched_eval_callback
+    def count(pointer: int, ask: bool, data: object) -> bool:
+        nonlocal n_nodes
+        n_nodes += ask and lib.ggml_op_desc(pointer) not in NO_WORK
+        return False
+
+    tokens = runner.random_tokens(n_past + 1, 64, 3)
+    with runner.Model(path) as model:
+        with runner.Context(model, razor, cb_eval=count, **params) as ctx:
+            ctx.decode(tokens[:-1])
+            assert bool(ctx.stats().active) == razor.enabled
+            n_nodes = 0
+            ctx.decode(tokens[-1:])
+    return n_nodes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_nodes_added_per_layer(kv: str, kind: str, tiny) -> None:
+    row, more = KINDS[kind]
+    path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
+    plan = reference.make_razor((row,) * N_LAYER, 64)
+    params = {"type_k": kv, "type_v": kv, "flash_attn": True}
+    full = count_nodes(path, runner.OFF, 300, **params)
+    razor = count_nodes(path, runner.override(plan), 300, **params)
+    assert (razor - full) / N_LAYER == more
+
+
+def test_layers_of_retrieval_heads_add_none(tiny) -> None:
+    path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
+    plan = reference.make_razor(((1,) * 4,) * (N_LAYER - 1) + ((0,) * 4,), 64)
+    params = {"type_k": "f16", "type_v": "f16", "flash_attn": True}
+    full = count_nodes(path, runner.OFF, 300, **params)
+    assert count_nodes(path, runner.override(plan), 300, **params) == full
+
+
+def test_nodes_of_a_fold(tiny) -> None:
+    """The step that folds: per tensor of a layer, rows read, transposed, summed, added to the sums
+    and stored, their mean made, spread and stored: nine nodes."""
+    path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
+    plan = reference.make_razor(((0, 1, 0, 0),) * N_LAYER, 64)
+    params = {"type_k": "f16", "type_v": "f16", "flash_attn": True}
+    override = runner.override(plan)
+    step, fold = (count_nodes(path, override, n, **params) for n in (300, 320))
+    assert (fold - step) / (2 * N_LAYER) == 9
