@@ -60,13 +60,15 @@ def environment(name: str) -> dict[str, str]:
         env["GGML_VK_VISIBLE_DEVICES"] = "0"  # else ggml passes over devices that are CPUs
         # F32 shaders: slow ones in F16 would only widen what stock is off, and with it the bounds
         env.setdefault("GGML_VK_DISABLE_F16", "1")
+        # compiling shaders is most of a first run: what is compiled stays
+        env["MESA_SHADER_CACHE_DIR"] = str(cache_dir() / "backend-lavapipe")
     return env
 
 
 def preload(env: dict[str, str]) -> None:
-    """tests/lavapipe/keep_resources.c for the tests (not for the build's compilers)."""
-    library = cache_dir() / "backend-lavapipe" / "keep_resources.so"
-    source = ROOT / "tests/lavapipe/keep_resources.c"
+    """tests/lavapipe/preload.c for the tests (not for the build's compilers)."""
+    library = cache_dir() / "backend-lavapipe" / "preload.so"
+    source = ROOT / "tests/lavapipe/preload.c"
     native_build.run([env.get("CC", "cc"), "-O2", "-shared", "-fPIC", source, "-o", library])
     env["LD_PRELOAD"] = f"{library} {env.get('LD_PRELOAD', '')}".strip()
 

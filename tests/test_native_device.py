@@ -57,18 +57,17 @@ def test_where_the_caches_lie(layers: str, offload_kqv: bool, tiny) -> None:
 def test_graph_splits(
     kv: str, flash_attn: bool, offload_kqv: bool, layers: str, tiny, stock
 ) -> None:
-    """The scheduler splits the graph of local heads where it splits stock's: all their operations
-    run where their cache is. Without flash attention some devices leave products with the cache to
-    the CPU: then a layer with two attentions is split more often than stock's with one."""
+    """The scheduler splits the graph of local heads no more often than stock's: all their operations
+    run where their cache is. Without flash attention and with the cache on the host, a layer with
+    two attentions may be split once more. With quantized keys and no flash attention some devices
+    leave stock's products to the CPU, and take ours, whose heads' rows lie together."""
     params = {"type_k": kv, "type_v": kv if flash_attn else "f16", "flash_attn": flash_attn}
     params |= {"offload_kqv": offload_kqv, "n_ubatch": 128}
     want = stock(runner.graph_splits, tiny(SPEC), None, LAYERS[layers], **params)
     got = runner.graph_splits(tiny(SPEC), runner.override(PLAN), LAYERS[layers], **params)
     print(f"splits: razor {got}, stock {want}")
     two_attentions = sum(0 < sum(row) < len(row) for row in MASK)
-    assert want <= got <= want + (0 if flash_attn else 4 * two_attentions)
-    if LAYERS[layers] > SPEC.n_layer and offload_kqv and (flash_attn or kv == "f16"):
-        assert got == want
+    assert 1 <= got <= want + (0 if flash_attn or offload_kqv else two_attentions)
 
 
 @pytest.mark.parametrize(
