@@ -57,7 +57,7 @@ def test_where_the_caches_lie(layers: str, offload_kqv: bool, tiny) -> None:
 def test_graph_splits(
     kv: str, flash_attn: bool, offload_kqv: bool, layers: str, tiny, stock
 ) -> None:
-    """The scheduler splits the graph of local heads no more often than stock's: all their operations
+    """The scheduler splits the graph of local heads no more often than stock's: all operations
     run where their cache is. Without flash attention and with the cache on the host, a layer with
     two attentions may be split once more. With quantized keys and no flash attention some devices
     leave stock's products to the CPU, and take ours, whose heads' rows lie together."""
