@@ -50,34 +50,37 @@ class TextStream:
         held = b"".join(self._held)
         return any(stop in held for stop in self._stops)
 
-    def ready(self) -> Iterator[str]:
+    def ready(self) -> list[str]:
         """The chunks that cannot be a part of a stop string any more."""
         held = self._held
         if not self._stops and len(held) == 1 and held[0].isascii():
             self._held = []
-            yield held[0].decode()
-            return
+            return [held[0].decode()]
+        chunks: list[str] = []
         limit = sum(map(len, held)) - self._overlap()
         end = 0
         for pieces, text, whole in _characters(held):
             end += sum(map(len, pieces))
             if end > limit or not whole:
-                return
+                break
             self._held = self._held[len(pieces) :]
-            yield text
+            chunks.append(text)
+        return chunks
 
-    def rest(self) -> Iterator[str]:
+    def rest(self) -> list[str]:
         """The chunks that are left when the answer has ended, up to the first stop string."""
         held, self._held = self._held, []
         joined = b"".join(held)
         end = min((joined.index(s) for s in self._stops if s in joined), default=len(joined))
+        chunks: list[str] = []
         for pieces, text, _ in _characters(held):
             size = sum(map(len, pieces))
             if size >= end:
-                yield b"".join(pieces)[:end].decode("utf-8", "ignore")
-                return
+                chunks.append(b"".join(pieces)[:end].decode("utf-8", "ignore"))
+                break
             end -= size
-            yield text
+            chunks.append(text)
+        return chunks
 
     def _overlap(self) -> int:
         """Bytes at the end that may begin a stop string."""

@@ -29,7 +29,11 @@ def new_file(path: str | os.PathLike[str], n_bytes: int = 0) -> Iterator[BinaryI
             f"{folder} has {free / 2**20:,.0f} MiB free, {path.name} needs"
             f" {n_bytes / 2**20:,.0f} MiB; free some space"
         )
-    fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=folder)
+    try:
+        fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=folder)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with open(fd, "wb") as file:
             yield file
@@ -52,5 +56,7 @@ def check_new_file(path: str | os.PathLike[str]) -> None:
         raise RazorError(f"the folder {path.parent} does not exist; make it first")
     if path.is_dir():
         raise RazorError(f"{path} is a folder, expected the name of a file")
+    if path.exists() and not path.is_file():  # a device or a pipe: it would be replaced by the file
+        raise RazorError(f"{path} is no ordinary file; choose another name")
     if not os.access(path.parent, os.W_OK):
         raise RazorError(f"the folder {path.parent} cannot be written to; choose another")

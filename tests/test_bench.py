@@ -340,6 +340,37 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+@pytest.mark.parametrize("option", ["-o", "--resume", "--plot"])
+def test_pipes_and_devices_are_neither_read_nor_replaced(tiny, tmp_path, option) -> None:
+    path = tmp_path / "pipe.png"
+    os.mkfifo(path)
+    done = run(tiny(SPEC, KV), "-d", "0", "-c", "2048", option, path)
+    assert done.exit_code == 1 and done.stdout == ""
+    assert done.stderr == f"Error: {path} is no ordinary file; choose another name\n"
+    assert path.is_fifo() and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process")
+@pytest.mark.parametrize("gibibytes", [1, 1.5])
+def test_memory_that_is_not_to_be_had_is_one_sentence(tiny, tmp_path, gibibytes) -> None:
+    """Where the system lets less be taken than it has: a context or a cache cannot be made."""
+    n = int(gibibytes * 2**30)
+    code = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({n}, {n}));"
+        "from razor_local.cli import main; main()"
+    )
+    args = ["-d", "500k", "-c", "512k", "--types", "f32", "--no-fit", "-t", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "bench", tiny(SPEC, KV), *args],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "memory" in done.stderr and done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_too_little_memory_is_told_before_anything_is_loaded(tiny, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(bench_module, "free_memory", lambda: 500 << 20)
     monkeypatch.setattr(bench_module, "Worker", None)

@@ -18,7 +18,6 @@ from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.shapes import VERSION
 
-ROOM = 8192  # two pages of a tmpfs
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 
 
@@ -36,12 +35,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.fixture
-def full_disk(disk: Path) -> Path:
-    """The same, with ROOM bytes left."""
+def fill(disk: Path, room: int = 0) -> None:
+    """Leaves room bytes."""
     (disk / "ballast").write_bytes(bytes(1 << 20))
-    os.truncate(disk / "ballast", (1 << 20) - ROOM)
-    return disk
+    os.truncate(disk / "ballast", (1 << 20) - room)
 
 
 def run(*args: object) -> tuple[int, str, str]:
@@ -57,7 +54,8 @@ def files(folder: Path) -> list[str]:
 def test_shape_model(disk, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
     code, stdout, stderr = run("bench", "--shape", "30m", "-d", "0")
-    assert (code, stdout) == (1, "") and stderr.splitlines()[-1] == (
+    assert (code, stdout) == (1, "")
+    assert stderr.splitlines()[-1] == (
         f"Error: {disk}/razor_local/shapes-{VERSION} has 1 MiB free, 30m-q4_0-5heads-seed0.gguf"
         " needs 17 MiB; free some space"
     )
@@ -68,44 +66,45 @@ def test_shape_model(disk, monkeypatch) -> None:
     ("option", "name"),
     [("-o", "run.json"), ("-o", "run.md"), ("--plot", "run.png"), ("--plot", "run.svg")],
 )
-def test_report_and_picture(full_disk, tmp_path, option, name) -> None:
-    report = make_report()
-    report.head["note"] = "-" * ROOM  # more than there is room for
-    path = saved(report, tmp_path / "saved.json")
+def test_report_and_picture(disk, tmp_path, option, name) -> None:
+    fill(disk)
+    path = saved(make_report(), tmp_path / "saved.json")
     out = ["-o", tmp_path / "out"] if option == "--plot" else []
     kind = ["--format", "json"] if option == "-o" else []
-    code, stdout, stderr = run("bench", "--report", path, option, full_disk / name, *out, *kind)
+    code, stdout, stderr = run("bench", "--report", path, option, disk / name, *out, *kind)
     assert (code, stdout) == (1, "")
-    assert stderr == f"Error: {full_disk / name}: No space left on device\n"
-    assert files(full_disk) == []
+    assert stderr == f"Error: {disk / name}: No space left on device\n"
+    assert files(disk) == []
 
 
 @pytest.mark.parametrize("name", ["fit.png", "fit.svg", "fit.pdf"])
-def test_picture_of_fit(full_disk, name) -> None:
-    code, _, stderr = run("fit", DEFAULT_MODEL, "--plot", full_disk / name)
-    assert (code, stderr) == (1, f"Error: {full_disk / name}: No space left on device\n")
-    assert files(full_disk) == []
+def test_picture_of_fit(disk, name) -> None:
+    fill(disk)
+    code, _, stderr = run("fit", DEFAULT_MODEL, "--plot", disk / name)
+    assert (code, stderr) == (1, f"Error: {disk / name}: No space left on device\n")
+    assert files(disk) == []
 
 
-def test_journal(full_disk, tiny) -> None:
+def test_journal(disk, tiny) -> None:
     """What was measured before is kept, and the run goes on from it."""
-    journal = full_disk / "run.jsonl"
-    args = ["bench", tiny(SPEC, KV), "-d", "0,200,400,600,800,1000", "-c", "2048"]
-    args += ["--types", "f16,q8_0,q4_0", *QUICK, "-r", "40", "--resume", journal]
+    fill(disk, room=8192)  # two pages
+    journal = disk / "run.jsonl"
+    args = ["bench", tiny(SPEC, KV), "-d", "0,400,800", "-c", "1024"]
+    args += ["--types", "f16,q8_0", *QUICK, "-r", "90", "--resume", journal]
     code, stdout, stderr = run(*args)
     assert (code, stdout) == (1, "")
     assert stderr == f"Error: {journal}: No space left on device\n"
-    assert files(full_disk) == ["run.jsonl"]
+    assert files(disk) == ["run.jsonl"]
     kept = [line for line in journal.read_text().splitlines(keepends=True) if line[-1] == "\n"]
     assert [json.loads(line)["kind"] for line in kept][:2] == ["head", "memory"]
-    (full_disk / "ballast").unlink()
+    (disk / "ballast").unlink()
     code, stdout, stderr = run(*args)
     assert code == 0 and "| " in stdout, stderr
     assert journal.read_text().startswith("".join(kept))
 
 
 def test_journal_without_room_for_its_head(disk, tiny) -> None:
-    (disk / "ballast").write_bytes(bytes(1 << 20))
+    fill(disk)
     journal = disk / "run.jsonl"
     code, stdout, stderr = run(
         "bench", tiny(SPEC, KV), "-d", "0", "-c", "2048", *QUICK, "--resume", journal
