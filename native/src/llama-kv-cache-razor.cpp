@@ -1155,6 +1155,11 @@ ggml_tensor * llm_graph_input_razor::build_attn(
 
         ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n*n_gqa, n_tokens, q_cur->nb[1], q_cur->nb[2], first*n_gqa*q_cur->nb[1]);
 
+        // beside a q that is not contiguous ggml-vulkan takes a quantized k for one piece, and its heads lie apart
+        if (!g.cparams.flash_attn && ggml_is_quantized(k->type)) {
+            q = ggml_permute(ctx0, ggml_cont(ctx0, ggml_permute(ctx0, q, 0, 2, 1, 3)), 0, 2, 1, 3);
+        }
+
         // build_attn_mha() takes values whose heads are further apart than their rows for transposed ones
         if (!v_trans) {
             v = ggml_transpose(ctx0, v);

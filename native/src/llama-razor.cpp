@@ -328,19 +328,6 @@ static std::string razor_unsupported(const llama_model & model, const llama_memo
     return "";
 }
 
-// ggml-vulkan reads a quantized K as one piece in products for several tokens, and the heads of ours lie apart. It also gets
-// such products of layers on the CPU (op_offload)
-static bool razor_any_vulkan() {
-    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_dev_get(i));
-        if (reg && strcmp(ggml_backend_reg_name(reg), "Vulkan") == 0) {
-            return true;
-        }
-    }
-
-    return false;
-}
-
 static llama_razor_plan razor_make_plan(const llama_razor_profile & profile, const std::vector<uint8_t> & mask, const llama_hparams & hparams, uint32_t n_ctx) {
     llama_razor_plan res;
 
@@ -485,10 +472,6 @@ static std::unique_ptr<llama_razor_plan> razor_choose_plan(const llama_model & m
         LLAMA_LOG_INFO("razor: nothing would be saved at a context of %u tokens, using the full cache\n", plan.n_ctx);
 
         return nullptr;
-    }
-
-    if (!cparams.flash_attn && ggml_is_quantized(params.type_k) && razor_any_vulkan()) {
-        razor_refuse("a quantized K cache without flash attention is not supported on Vulkan, switch flash attention on or use f16 for K");
     }
 
     return std::make_unique<llama_razor_plan>(std::move(plan));
