@@ -90,6 +90,24 @@ if (razor_sources)
     set_source_files_properties(${razor_sources} TARGET_DIRECTORY llama PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
     set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/native/src/llama-razor.cpp TARGET_DIRECTORY llama PROPERTIES
         COMPILE_DEFINITIONS "RAZOR_BUILD_INFO=\"${razor_version} ${razor_sha256} ${razor_options}\"")
+
+    # attention is compiled for several CPUs, and the one at hand told when it runs
+    if (CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT MSVC)
+        set(razor_x86 OFF)
+        if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")
+            set(razor_x86 ON)
+        endif()
+        foreach (isa avx512 avx2 neon)
+            set(razor_isa_options -ffp-contract=fast -Wno-psabi)
+            if (razor_x86 AND isa STREQUAL avx512)
+                list(APPEND razor_isa_options -mavx512f -mfma -mf16c)
+            elseif (razor_x86 AND isa STREQUAL avx2)
+                list(APPEND razor_isa_options -mavx2 -mfma -mf16c)
+            endif()
+            set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/native/src/llama-razor-attn-${isa}.cpp
+                TARGET_DIRECTORY llama PROPERTIES COMPILE_OPTIONS "${razor_isa_options}")
+        endforeach()
+    endif()
 endif()
 
 # what is built and installed

@@ -42,6 +42,12 @@ class Tensor(ctypes.Structure):
     ]
 
 
+class CustomParams(ctypes.Structure):
+    """struct ggml_custom_op_params, in op_params of an operation that ggml does not know."""
+
+    _fields_ = [("function", c_void_p), ("n_tasks", c_int32), ("data", c_void_p)]
+
+
 def bind(lib: ctypes.CDLL) -> None:
     """Declares the functions of ggml that read tensors."""
     for name, args, result in (

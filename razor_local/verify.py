@@ -34,7 +34,18 @@ from . import native, reference
 from .errors import ProfileError, RazorError, UnsupportedError
 from .gguf_header import read_header
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
-from .probe import F32, Tensor, bind, check_layout, load_model, n_cpus, read, reason, vocabulary
+from .probe import (
+    F32,
+    CustomParams,
+    Tensor,
+    bind,
+    check_layout,
+    load_model,
+    n_cpus,
+    read,
+    reason,
+    vocabulary,
+)
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
 from .terminal import on_interrupt
 
@@ -561,7 +572,7 @@ class _Capture:
                 else:
                     self.copies[pointer] = read(self.lib, pointer)[0]
                 return True
-            return bool(output) or self._wanted(pointer, tensor)
+            return self._wanted(pointer, tensor) or bool(output)
         except BaseException as error:
             self.control.error = error
             return False
@@ -580,13 +591,16 @@ class _Capture:
         elif op == "FLASH_ATTN_EXT":
             self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
             self._parameters(tensor, softcap=2)
+        elif op == "CUSTOM" and tensor.src[1]:  # razor_attn; one without k only adds up
+            self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
+            self.scale = c_float.from_address(CustomParams.from_buffer(tensor.op_params).data).value
         elif op == "MUL_MAT" and name.startswith("kq-"):
             self._find("q", tensor.src[1], self.shape.head_dim_k, self.shape.n_head[self.il])
         elif op == "SOFT_MAX" and name.startswith("kq_soft_max-"):
             self._parameters(tensor)
         elif name.startswith("kq_tanh-"):
             self._refuse("soft-capped attention logits")
-        elif op not in ("GET_ROWS", "FLASH_ATTN_EXT", "REPEAT") and tensor.type == F32:
+        elif op not in ("GET_ROWS", "FLASH_ATTN_EXT", "CUSTOM", "REPEAT") and tensor.type == F32:
             d, n, _, rest = tensor.ne
             seen = op in _SAME_DATA and tensor.src[0] in self.copies
             return (d, n) in self.sizes and rest == 1 and not seen

@@ -10,6 +10,7 @@ import reference
 import runner
 from tiny_models import TinySpec
 
+ENV = "RAZOR_LOCAL_CPU_ATTENTION"
 N_LAYER = 4
 NO_WORK = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
 KINDS = {
@@ -46,13 +47,31 @@ def count_nodes(path: str, razor: runner.Override, n_past: int, **params: object
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
-def test_nodes_added_per_layer(kv: str, kind: str, tiny) -> None:
+def test_nodes_added_per_layer(kv: str, kind: str, tiny, monkeypatch) -> None:
+    """By upstream's flash attention, which devices run."""
+    monkeypatch.setenv(ENV, "off")
     row, more = KINDS[kind]
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor((row,) * N_LAYER, 64)
     params = {"type_k": kv, "type_v": kv, "flash_attn": True}
     full = count_nodes(path, runner.OFF, 300, **params)
     razor = count_nodes(path, runner.override(plan), 300, **params)
+    assert (razor - full) / N_LAYER == more
+
+
+@pytest.mark.skipif(runner.GPU_LAYERS != 0, reason="on CPUs")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n_past", "more"), [(300, 0), (700, 1)])
+def test_nodes_added_per_layer_on_cpus(n_past: int, more: int, kind: str, tiny) -> None:
+    """One attention for both groups in the model's order; a second adds up the parts of threads
+    where more than 512 cells are in use."""
+    path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
+    plan = reference.make_razor((KINDS[kind][0],) * N_LAYER, 64)
+    params = {"type_k": "f16", "type_v": "f16", "flash_attn": True, "n_ctx": 1024}
+    full = count_nodes(path, runner.OFF, n_past, **params)
+    razor = count_nodes(path, runner.override(plan), n_past, **params)
+    if kind == "local":
+        more = 0  # a window of 64
     assert (razor - full) / N_LAYER == more
 
 

@@ -140,8 +140,13 @@ def test_matrix_covers_what_it_says() -> None:
     assert any(not any(row) for row in rows) and any(all(row) for row in rows)
 
 
+# upstream's flash attention takes F32 rows for F16 ones, ours on CPUs does not
+FLASH_F32 = [False, True] if runner.GPU_LAYERS == 0 else [False]
+
+
+@pytest.mark.parametrize("flash_attn", FLASH_F32, ids=["nofa", "fa"][: len(FLASH_F32)])
 @pytest.mark.parametrize("case", matrix(), ids=str)
-def test_f32_cache_equals_the_reference(case: Case, tiny) -> None:
+def test_f32_cache_equals_the_reference(case: Case, flash_attn: bool, tiny) -> None:
     want = expected(case.spec, case.n_tokens, case.razor)
     got = runner.logits(
         tiny(case.spec),
@@ -149,6 +154,7 @@ def test_f32_cache_equals_the_reference(case: Case, tiny) -> None:
         runner.override(case.razor),
         n_ctx=1024,
         n_ubatch=128,
+        flash_attn=flash_attn,
     )
     # the case can tell right from wrong: neither a full cache nor the other mode is near
     other = replace(case, compensation=not case.compensation)
@@ -162,12 +168,16 @@ def test_f32_cache_equals_the_reference(case: Case, tiny) -> None:
 
 
 @st.composite
-def random_cases(draw) -> tuple[Case, list[int], int]:
+def random_cases(draw) -> tuple[Case, list[int], dict[str, Any]]:
     """Any small plan: windows of one token, sinks beyond a block, any mask, any split."""
     n_kv = draw(st.sampled_from([1, 2, 3, 5]))
     n_layer = draw(st.integers(1, 3))
     arch = draw(st.sampled_from(["llama", "qwen2", "qwen3"]))
-    spec = TinySpec(arch, n_layer, n_kv * draw(st.sampled_from([1, 2])), n_kv, 32, seed=400)
+    n_head, head_dim = (
+        n_kv * draw(st.sampled_from([1, 2, 3, 4])),
+        draw(st.sampled_from([16, 32, 80])),
+    )
+    spec = TinySpec(arch, n_layer, n_head, n_kv, head_dim, seed=400)
     bits = draw(st.lists(st.integers(0, 1), min_size=n_kv * n_layer, max_size=n_kv * n_layer))
     mask = tuple(tuple(bits[i * n_kv : (i + 1) * n_kv]) for i in range(n_layer))
     n_tokens = draw(st.integers(1, 600))
@@ -180,19 +190,20 @@ def random_cases(draw) -> tuple[Case, list[int], int]:
         compensation=draw(st.booleans()),
     )
     splits = runner.random_splits(n_tokens, draw(st.sampled_from([3, 50, 200])), 0)
-    return case, splits, draw(st.sampled_from([1, 16, 100, 512]))
+    params = {"n_ubatch": draw(st.sampled_from([1, 16, 100, 512]))}
+    return case, splits, params | {"flash_attn": draw(st.sampled_from(FLASH_F32))}
 
 
 @settings(
     derandomize=True, deadline=None, max_examples=examples(40), suppress_health_check=HealthCheck
 )
 @given(random_cases())
-def test_any_plan_equals_the_reference(tiny, drawn: tuple[Case, list[int], int]) -> None:
-    case, splits, n_ubatch = drawn
+def test_any_plan_equals_the_reference(tiny, drawn: tuple[Case, list[int], dict[str, Any]]) -> None:
+    case, splits, params = drawn
     tokens = tokens_of(case.spec, case.n_tokens)
     with runner.Model(tiny(case.spec)) as model:
         override = runner.override(case.razor)
-        with runner.Context(model, override, n_ctx=1024, n_ubatch=n_ubatch) as ctx:
+        with runner.Context(model, override, n_ctx=1024, **params) as ctx:
             assert ctx.stats().active == (0 in sum(case.mask, ()))
             got = ctx.decode(tokens, splits)
     want = reference.forward(case.spec, weights(case.spec), tokens, case.razor)
@@ -240,8 +251,7 @@ def rms_pair(params: dict[str, Any], tiny, stock) -> tuple[float, float]:
     return tuple(float(np.sqrt(np.mean(squares[name]))) for name in ("razor", "stock"))
 
 
-# llama.cpp's CPU flash attention sums F16 values in F32 where an ubatch has 64 tokens or more, in
-# F16 below, with ten times the error: both are compared with ubatches that take the same kernel
+# below 64 tokens upstream's CPU flash attention sums F16 values in F16, with ten times the error
 @pytest.mark.parametrize("n_ubatch", [512, 32])
 @pytest.mark.parametrize(
     ("type_k", "type_v", "flash_attn"), KV, ids=lambda x: {True: "fa", False: "nofa"}.get(x, x)
@@ -256,7 +266,8 @@ def test_error_is_within_stocks_own(
     assert razor <= 1.2 * full
 
 
-def test_single_token_decode_across_folds(tiny) -> None:
+@pytest.mark.parametrize("flash_attn", FLASH_F32, ids=["nofa", "fa"][: len(FLASH_F32)])
+def test_single_token_decode_across_folds(flash_attn: bool, tiny) -> None:
     """600 decodes of one token each: graphs are reused, folds happen in between."""
     case = Case(TinySpec("llama", 3, 4, 2, 32, seed=300), ((0, 0), (1, 0), (0, 1)), 40, 600)
     got = runner.logits(
@@ -265,6 +276,7 @@ def test_single_token_decode_across_folds(tiny) -> None:
         runner.override(case.razor),
         splits=1,
         n_ctx=1024,
+        flash_attn=flash_attn,
     )
     want = expected(case.spec, case.n_tokens, case.razor)
     assert np.abs(got - want).max() <= F32_TOLERANCE

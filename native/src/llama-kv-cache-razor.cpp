@@ -29,7 +29,8 @@ llama_kv_cache_razor::llama_kv_cache_razor(
      const llama_cparams  & cparams,
          llama_razor_plan   plan_in,
                 ggml_type   type_k,
-                ggml_type   type_v) :
+                ggml_type   type_v,
+        razor_attn_kernel   attn) :
     llama_razor_hparams(model.hparams),
     llama_kv_cache(
             model,
@@ -115,6 +116,10 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
             ggml_format_name(layer.k_sum, "cache_razor_k_sum_l%d", il);
             ggml_format_name(layer.v_sum, "cache_razor_v_sum_l%d", il);
+        }
+
+        if (ggml_backend_buft_is_host(buft) && !hparams_model.attn_soft_cap && razor_attn_supported(type_k, type_v, n_embd_k, n_embd_v)) {
+            layer.attn = attn;
         }
 
         // what llama_kv_cache takes for its layers
@@ -1145,6 +1150,10 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         build_store(g, layer.v, v_cur, order);
     }
 
+    if (layer.attn && g.cparams.flash_attn) {
+        return build_own_attn(g, inp, layer, order, q_cur, kq_scale);
+    }
+
     if (!order.identity) {
         q_cur = build_gather(g, q_cur, order.offs_q);
     }
@@ -1215,6 +1224,41 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         cur = build_gather(g, cur, order.offs_out);
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*n_head, n_tokens);
     }
+
+    ggml_build_forward_expand(g.gf, cur);
+
+    return cur;
+}
+
+ggml_tensor * llm_graph_input_razor::build_own_attn(
+        const llm_graph_context & g,
+        const llm_graph_input_attn_kv & inp,
+        const razor_layer & layer,
+        const head_order & order,
+        ggml_tensor * q_cur,
+              float   kq_scale) const {
+    const auto & kv   = mctx->get_kv();
+    const auto & plan = kv.get_plan();
+
+    const int64_t first = mctx->get_step().strm*layer.k->ne[1];
+
+    razor_attn & attn = attns.emplace_back();
+
+    attn.scale  = kq_scale;
+    attn.kernel = layer.attn;
+    attn.n_gqa  = order.n_head/order.n_head_kv;
+
+    attn.groups[0].heads     = &order.retrieval;
+    attn.groups[0].mask      = inp.get_kq_mask();
+    attn.groups[0].first_row = first;
+    attn.groups[0].head_rows = plan.n_ctx;
+
+    attn.groups[1].heads     = &order.local;
+    attn.groups[1].mask      = mask;
+    attn.groups[1].first_row = first + kv.local_row(layer, 0);
+    attn.groups[1].head_rows = plan.cells;
+
+    ggml_tensor * cur = attn.build(g.ctx0, q_cur, layer.k, layer.v);
 
     ggml_build_forward_expand(g.gf, cur);
 

@@ -2,8 +2,10 @@
 
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
+#include "llama-razor-attn-op.h"
 #include "llama-razor-plan.h"
 
+#include <deque>
 #include <map>
 #include <vector>
 
@@ -72,6 +74,8 @@ public:
         // sums of the folded rows, nullptr without compensation or local heads
         ggml_tensor * k_sum; // F32 [n_embd_head_k*n_local, N_SLOTS, n_stream]
         ggml_tensor * v_sum; // F32 [n_embd_head_v*n_local, N_SLOTS, n_stream]
+
+        razor_attn_kernel attn = nullptr; // with flash attention, where the cache lies in the host's memory
     };
 
     llama_kv_cache_razor(
@@ -79,7 +83,8 @@ public:
          const llama_cparams  & cparams,
              llama_razor_plan   plan,
                     ggml_type   type_k,
-                    ggml_type   type_v);
+                    ggml_type   type_v,
+            razor_attn_kernel   attn);
 
     ~llama_kv_cache_razor() = default;
 
@@ -283,6 +288,15 @@ private:
     // the rows of a token one after the other, in the order of the graph
     ggml_tensor * build_gather(const llm_graph_context & g, ggml_tensor * cur, size_t offs) const;
 
+    // by razor_attn
+    ggml_tensor * build_own_attn(
+            const llm_graph_context & g,
+            const llm_graph_input_attn_kv & inp,
+            const razor_layer & layer,
+            const head_order & order,
+            ggml_tensor * q_cur,
+                  float   kq_scale) const;
+
     ggml_tensor * mask      = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
 
     // per order and token, the KV heads in the order of the model
@@ -304,6 +318,8 @@ private:
 
     std::vector<head_order> orders;
     std::vector<uint32_t>   map_order; // layer -> order
+
+    mutable std::deque<razor_attn> attns; // of the layers so far
 
     // copies, because a reused graph outlives the parameters it was built with
     const llama_hparams hparams;

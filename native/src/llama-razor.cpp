@@ -484,7 +484,18 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
 
     razor_check_tensors(model, params, cparams, plan.get());
 
-    return plan ? new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v) : nullptr;
+    if (!plan) {
+        return nullptr;
+    }
+
+    razor_attn_kernel attn = nullptr;
+    try {
+        attn = razor_attn_choose();
+    } catch (const std::exception & err) {
+        razor_refuse(err.what());
+    }
+
+    return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn);
 }
 
 bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0) {

@@ -1,0 +1,387 @@
+// Attention of the query heads of one KV head over a range of cells, for one instruction set: included by a file that is
+// compiled for it, after the macros RAZOR_LANES (floats of a vector), RAZOR_REGISTERS (vectors), RAZOR_LOAD_<TYPE> (a vector
+// of floats or of 32-bit integers) and RAZOR_F16 (one number). Compilers convert other vectors than floats one by one.
+//
+// Nothing of the standard library here: the linker would merge its inline functions with those of files for any CPU.
+
+#include "llama-razor-attn.h"
+
+namespace {
+
+constexpr int W  = RAZOR_LANES;
+constexpr int TC = RAZOR_ATTN_TILE;
+
+typedef float    vf  __attribute__((vector_size(4*W)));
+typedef int32_t  vi  __attribute__((vector_size(4*W)));
+
+// of any address
+typedef float    vf_u  __attribute__((vector_size(4*W), aligned(4), may_alias));
+
+inline vf   load (const float * p)  { return *(const vf_u *) p; }
+inline void store(float * p, vf x)  { *(vf_u *) p = x; }
+inline vf   splat(float x)          { return x - vf{}; }
+
+inline vf select(vi mask, vf a, vf b) { return (vf) (((vi) a & mask) | ((vi) b & ~mask)); }
+inline vf max(vf a, vf b)             { return select(a > b, a, b); }
+
+inline float reduce_max(vf x) {
+    float res = x[0];
+    for (int i = 1; i < W; ++i) {
+        res = x[i] > res ? x[i] : res;
+    }
+
+    return res;
+}
+
+inline float reduce_sum(vf x) {
+    float res = x[0];
+    for (int i = 1; i < W; ++i) {
+        res += x[i];
+    }
+
+    return res;
+}
+
+// e^x for x <= 0, 0 below the normal numbers
+inline vf exp_neg(vf x) {
+    const vf round = splat(12582912.0f); // 1.5*2^23: what is added to it is rounded to an integer
+
+    const vf n = (x*1.44269504088896341f + round) - round;
+
+    // ln(2) in two parts, so that the rest is exact
+    vf r = x - n*0.693359375f;
+    r    = r + n*2.12194440054690583e-4f;
+
+    // its Taylor series
+    vf y = splat(1.0f/5040.0f);
+    y = y*r + 1.0f/720.0f;
+    y = y*r + 1.0f/120.0f;
+    y = y*r + 1.0f/24.0f;
+    y = y*r + 1.0f/6.0f;
+    y = y*r + 0.5f;
+    y = y*r + 1.0f;
+    y = y*r + 1.0f;
+
+    const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+
+    return select(x > -87.0f, y*(vf) exponent, vf{});
+}
+
+//
+// rows -> F32
+//
+
+void rows_f16(const char * src, float * dst, int n) {
+    for (int i = 0; i < n; i += W) {
+        store(dst + i, RAZOR_LOAD_F16((const uint16_t *) src + i));
+    }
+}
+
+void rows_bf16(const char * src, float * dst, int n) {
+    for (int i = 0; i < n; i += W) {
+        store(dst + i, (vf) (RAZOR_LOAD_U16((const uint16_t *) src + i) << 16));
+    }
+}
+
+// blocks of 32: an F16 factor, then bytes
+void rows_q8_0(const char * src, float * dst, int n) {
+    for (int i = 0; i < n; i += 32, src += 34) {
+        const float d = RAZOR_F16((const uint16_t *) src);
+        for (int j = 0; j < 32; j += W) {
+            store(dst + i + j, __builtin_convertvector(RAZOR_LOAD_I8(src + 2 + j), vf)*d);
+        }
+    }
+}
+
+// blocks of 32: an F16 factor, then 16 bytes with two numbers each, the first half and the second
+void rows_q4_0(const char * src, float * dst, int n) {
+    for (int i = 0; i < n; i += 32, src += 18) {
+        const float d = RAZOR_F16((const uint16_t *) src);
+        for (int j = 0; j < 16; j += W) {
+            const vi x = RAZOR_LOAD_U8(src + 2 + j);
+            store(dst + i + j,      __builtin_convertvector((x & 15) - 8, vf)*d);
+            store(dst + i + j + 16, __builtin_convertvector((x >> 4) - 8, vf)*d);
+        }
+    }
+}
+
+void rows_f32(const char * src, float * dst, int n) {
+    for (int i = 0; i < n; i += W) {
+        store(dst + i, load((const float *) src + i));
+    }
+}
+
+inline void read_row(const razor_attn_rows & rows, const char * src, float * dst, int n) {
+    switch (rows.format) {
+        case RAZOR_ROWS_F32:  rows_f32 (src, dst, n); break;
+        case RAZOR_ROWS_F16:  rows_f16 (src, dst, n); break;
+        case RAZOR_ROWS_BF16: rows_bf16(src, dst, n); break;
+        case RAZOR_ROWS_Q8_0: rows_q8_0(src, dst, n); break;
+        case RAZOR_ROWS_Q4_0: rows_q4_0(src, dst, n); break;
+        case RAZOR_ROWS_FUNC: rows.to_float(src, dst, n); break;
+    }
+}
+
+//
+// transpose
+//
+
+#if defined(__clang__)
+#define RAZOR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RAZOR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+#if RAZOR_LANES == 16
+#define RAZOR_ZIP_LO 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RAZOR_ZIP_HI 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif RAZOR_LANES == 8
+#define RAZOR_ZIP_LO 0, 8, 1, 9, 2, 10, 3, 11
+#define RAZOR_ZIP_HI 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RAZOR_ZIP_LO 0, 4, 1, 5
+#define RAZOR_ZIP_HI 2, 6, 3, 7
+#endif
+
+// [W][n] -> [n][W] in columns of a matrix with rows of ld
+inline void transpose(const float * src, int n, float * dst, int ld) {
+    for (int i = 0; i < n; i += W) {
+        vf a[W], b[W];
+
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) {
+            a[j] = load(src + j*n + i);
+        }
+
+        // what is W/2 apart is zipped log2(W) times
+#pragma GCC unroll 4
+        for (int step = 1; step < W; step *= 2) {
+#pragma GCC unroll 8
+            for (int j = 0; j < W/2; ++j) {
+                b[2*j + 0] = RAZOR_SHUFFLE(a[j], a[j + W/2], RAZOR_ZIP_LO);
+                b[2*j + 1] = RAZOR_SHUFFLE(a[j], a[j + W/2], RAZOR_ZIP_HI);
+            }
+#pragma GCC unroll 16
+            for (int j = 0; j < W; ++j) {
+                a[j] = b[j];
+            }
+        }
+
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) {
+            store(dst + (i + j)*ld, a[j]);
+        }
+    }
+}
+
+//
+// products
+//
+
+// C [MR, NV*W] = A [MR, n] * B [n, NV*W], or added to C
+template<int MR, int NV>
+inline void product_block(int n, const float * a, int lda, const float * b, int ldb, float * c, int ldc, bool add) {
+    vf acc[MR][NV];
+
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+            acc[i][j] = add ? load(c + i*ldc + j*W) : vf{};
+        }
+    }
+
+    for (int k = 0; k < n; ++k, b += ldb) {
+        vf row[NV];
+
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+            row[j] = load(b + j*W);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < MR; ++i) {
+            const vf x = splat(a[i*lda + k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) {
+                acc[i][j] += x*row[j];
+            }
+        }
+    }
+
+#pragma GCC unroll 4
+    for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) {
+            store(c + i*ldc + j*W, acc[i][j]);
+        }
+    }
+}
+
+template<int NV>
+inline void product_columns(int rows, int n, const float * a, int lda, const float * b, int ldb, float * c, int ldc, bool add) {
+    int i = 0;
+    for (; i + 4 <= rows; i += 4) {
+        product_block<4, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add);
+    }
+    switch (rows - i) {
+        case 3: product_block<3, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add); break;
+        case 2: product_block<2, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add); break;
+        case 1: product_block<1, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add); break;
+    }
+}
+
+// C [rows, columns] = A [rows, n] * B [n, columns]
+inline void product(int rows, int columns, int n, const float * a, int lda, const float * b, int ldb, float * c, int ldc, bool add) {
+    constexpr int NV = RAZOR_REGISTERS >= 32 ? 4 : 2;
+
+    int j = 0;
+    for (; j + NV*W <= columns; j += NV*W) {
+        product_columns<NV>(rows, n, a, lda, b + j, ldb, c + j, ldc, add);
+    }
+    for (; j < columns; j += W) {
+        product_columns<1>(rows, n, a, lda, b + j, ldb, c + j, ldc, add);
+    }
+}
+
+//
+// attention
+//
+
+// softmax of a tile's scores [TC] goes on: s becomes e^(s - m)
+inline void softmax_row(float * s, const float * mask, float & m, float & l, float * o, int d_v) {
+    vf top = splat(m);
+    for (int c = 0; c < TC; c += W) {
+        const vf x = load(s + c) + load(mask + c);
+        store(s + c, x);
+        top = max(top, x);
+    }
+
+    const float m_new = reduce_max(top);
+
+    if (m_new == -__builtin_inff()) {
+        for (int c = 0; c < TC; c += W) {
+            store(s + c, vf{});
+        }
+        return;
+    }
+
+    if (m_new > m) {
+        const float scale = m == -__builtin_inff() ? 0.0f : exp_neg(splat(m - m_new))[0];
+        l *= scale;
+        for (int d = 0; d < d_v; d += W) {
+            store(o + d, load(o + d)*scale);
+        }
+        m = m_new;
+    }
+
+    vf sum = vf{};
+    for (int c = 0; c < TC; c += W) {
+        const vf x = exp_neg(load(s + c) - m_new);
+        store(s + c, x);
+        sum += x;
+    }
+    l += reduce_sum(sum);
+}
+
+void attention(const razor_attn_task & t, float * scratch) {
+    const int n_gqa  = t.n_gqa;
+    const int n_rows = t.n_tokens*n_gqa;
+    const int d_k    = t.d_k;
+    const int d_v    = t.d_v;
+
+    // see razor_attn_scratch()
+    float * q    = scratch;
+    float * k    = q    + n_rows*d_k;
+    float * kt   = k    + TC*d_k;
+    float * v    = kt   + TC*d_k;
+    float * s    = v    + TC*d_v;
+    float * o    = s    + n_rows*TC;
+    float * mask = o    + n_rows*d_v;
+    float * live = mask + t.n_tokens*TC;
+    float * m    = live + TC;
+    float * l    = m    + n_rows;
+
+    for (int i = 0; i < n_rows; ++i) {
+        const float * src = t.q + (i / n_gqa)*t.q_token + (i % n_gqa)*t.q_head;
+        for (int d = 0; d < d_k; d += W) {
+            store(q + i*d_k + d, load(src + d)*t.scale);
+        }
+        for (int d = 0; d < d_v; d += W) {
+            store(o + i*d_v + d, vf{});
+        }
+        m[i] = -__builtin_inff();
+        l[i] = 0.0f;
+    }
+
+    for (int64_t c0 = t.cell0; c0 < t.cell1; c0 += TC) {
+        const int n = t.cell1 - c0 < TC ? t.cell1 - c0 : TC;
+
+        // the mask, and the cells that any token sees
+        vf any = splat(-__builtin_inff());
+        for (int c = 0; c < TC; c += W) {
+            vf all = splat(-__builtin_inff());
+            for (int i = 0; i < t.n_tokens; ++i) {
+                const uint16_t * src = t.mask + i*t.mask_token + c0 + c;
+
+                vf x;
+                if (c + W <= n) {
+                    x = RAZOR_LOAD_F16(src);
+                } else {
+                    uint16_t part[W];
+                    for (int j = 0; j < W; ++j) {
+                        part[j] = c + j < n ? src[j] : 0xfc00; // -inf
+                    }
+                    x = RAZOR_LOAD_F16(part);
+                }
+                store(mask + i*TC + c, x);
+                all = max(all, x);
+            }
+            store(live + c, all);
+            any = max(any, all);
+        }
+        if (reduce_max(any) == -__builtin_inff()) {
+            continue;
+        }
+
+        // rows that nobody sees may hold anything
+        for (int c = 0; c < TC; ++c) {
+            if (live[c] != -__builtin_inff()) {
+                read_row(t.k, t.k.data + (c0 + c)*t.k.row_bytes, k + c*d_k, d_k);
+                read_row(t.v, t.v.data + (c0 + c)*t.v.row_bytes, v + c*d_v, d_v);
+            } else {
+                for (int d = 0; d < d_k; d += W) {
+                    store(k + c*d_k + d, vf{});
+                }
+                for (int d = 0; d < d_v; d += W) {
+                    store(v + c*d_v + d, vf{});
+                }
+            }
+        }
+        for (int c = 0; c < TC; c += W) {
+            transpose(k + c*d_k, d_k, kt + c, TC);
+        }
+
+        product(n_rows, TC, d_k, q, d_k, kt, TC, s, TC, false);
+
+        for (int i = 0; i < n_rows; ++i) {
+            softmax_row(s + i*TC, mask + (i / n_gqa)*TC, m[i], l[i], o + i*d_v, d_v);
+        }
+
+        product(n_rows, d_v, TC, s, TC, v, d_v, o, d_v, true);
+    }
+
+    for (int i = 0; i < n_rows; ++i) {
+        float * dst = t.out + (i / n_gqa)*t.out_token + (i % n_gqa)*t.out_head;
+
+        const float factor = t.partial ? 1.0f : l[i] > 0.0f ? 1.0f/l[i] : 0.0f;
+        for (int d = 0; d < d_v; d += W) {
+            store(dst + d, load(o + i*d_v + d)*factor);
+        }
+        if (t.partial) {
+            dst[d_v + 0] = m[i];
+            dst[d_v + 1] = l[i];
+        }
+    }
+}
+
+} // namespace
