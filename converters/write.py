@@ -293,6 +293,8 @@ def check_output(
     for path in outs:
         if path.is_dir():
             raise ConvertError(f"{path} is a folder, expected the name of the new file")
+        if path.exists() and not path.is_file():  # a device or a pipe: it would be replaced
+            raise ConvertError(f"{path} is no ordinary file; choose another name")
         if path.exists() and any(os.path.samefile(path, part.path) for part in parts):
             raise ConvertError(
                 f"{path} is the model itself; a model is never changed in place, choose another"

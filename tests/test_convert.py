@@ -258,6 +258,18 @@ def test_existing_output_needs_force(model, tmp_path):
         write_copy(model, tmp_path / "dangling.gguf", PROFILE)
 
 
+def test_a_pipe_is_not_replaced(model, tmp_path):
+    pipe = tmp_path / "pipe.gguf"
+    try:
+        os.mkfifo(pipe)
+    except (AttributeError, OSError):
+        pytest.skip("no named pipes here")
+    for write in (write_copy, write_sidecar):
+        with pytest.raises(ConvertError, match="is no ordinary file; choose another name"):
+            write(model, pipe, PROFILE, force=True)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
 def test_other_refusals_leave_no_file(model, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -17,6 +17,7 @@ from device import examples, tolerance
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from test_native_reference import FLASH_F32
 from tiny_models import TinySpec
 
 TOLERANCE = tolerance(1e-5)  # F32 cache, absolute
@@ -459,6 +460,7 @@ def test_damaged_states_do_no_harm(seed: int, tiny) -> None:
         assert process(damage, str(tiny(SPEC)), override, seed) == []
 
 
+@pytest.mark.parametrize("flash_attn", FLASH_F32, ids=["nofa", "fa"][: len(FLASH_F32)])
 @pytest.mark.parametrize(
     ("name", "n_ubatch", "starts"),
     [
@@ -468,15 +470,20 @@ def test_damaged_states_do_no_harm(seed: int, tiny) -> None:
         ("tight, block 128", 128, (640, 768)),  # these overwrite rows that they fold
     ],
 )
-def test_abort_at_every_node(name: str, n_ubatch: int, starts: tuple[int, ...], model) -> None:
+def test_abort_at_every_node(
+    name: str, n_ubatch: int, starts: tuple[int, ...], flash_attn: bool, model
+) -> None:
     """An abort after any number of graph nodes, in ubatches with and without a fold."""
     plan = PLANS[name]
+    params = {"n_ctx": N_CTX, "n_ubatch": n_ubatch, "flash_attn": flash_attn}
+    # a device computes its part of the graph in one piece
+    step = 6 if runner.GPU_LAYERS == 0 else 40
     tokens = runner.random_tokens(starts[-1] + n_ubatch + 30, SPEC.n_vocab, 11)
     ends = set()
-    with runner.Context(model, runner.override(plan), n_ctx=N_CTX, n_ubatch=n_ubatch) as ctx:
+    with runner.Context(model, runner.override(plan), **params) as ctx:
         want = ctx.decode(tokens)
         for start in starts:
-            for n_nodes in range(0, 120, 6):
+            for n_nodes in range(0, 120, step):
                 ctx.clear()
                 ctx.decode(tokens[:start])
                 ctx.abort_after(n_nodes)
