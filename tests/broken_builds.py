@@ -23,6 +23,7 @@ import native_build
 from native_build import ROOT, cache_dir
 
 CACHE, PLAN, RAZOR = "llama-kv-cache-razor.cpp", "llama-razor-plan.h", "llama-razor.cpp"
+ATTN, KERNEL = "llama-razor-attn.cpp", "llama-razor-attn-kernel.h"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ BREAKS = [
     Break("ubatch-crosses-folds", CACHE, "std::min(n_ubatch, plan.frontier_end(pos) - pos)", "n_ubatch", "test_ubatch_size test_random_splits"),
     Break("copies-before-the-store", CACHE, "    if (!ggml_is_contiguous(cur)) {", "    if (true) {", "test_nodes_added_per_layer test_layers_of_retrieval_heads_add_none"),
     Break("copies-in-the-fold", CACHE, "cur = ggml_mul(ctx0, cur, fold_inv);", "cur = ggml_mul(ctx0, ggml_cont(ctx0, cur), fold_inv);", "test_nodes_of_a_fold"),
+    # attention on CPUs
+    Break("attention-of-the-other-mask", CACHE, "attn.groups[1].mask      = mask;", "attn.groups[1].mask      = inp.get_kq_mask();", "test_each_kernel_equals_the_reference"),
+    Break("attention-of-the-wrong-rows", CACHE, "attn.groups[1].head_rows = plan.cells;", "attn.groups[1].head_rows = plan.cells - 1;", "test_each_kernel_equals_the_reference"),
+    Break("heads-in-the-order-of-groups", ATTN, "(*group.heads)[j]*op.n_gqa", "(&group == &op.groups[0] ? j : j + (int64_t) op.groups[0].heads->size())*op.n_gqa", "test_each_kernel_equals_the_reference"),
+    Break("parts-not-weighted", ATTN, "expf(part[op.d_v] - m)", "1.0f", "test_any_shape_and_any_cut_into_tasks"),
+    Break("part-lost", ATTN, "group.n_chunks = (group.n_kv + chunk - 1)/chunk;", "group.n_chunks = std::max<int64_t>(1, group.n_kv/chunk);", "test_any_shape_and_any_cut_into_tasks"),
+    Break("tasks-once-only", ATTN, "next.store(0, std::memory_order_relaxed);", "", "test_each_kernel_equals_the_reference test_several_threads"),
+    Break("larger-scores-not-noticed", KERNEL, "l *= scale;", "", "test_each_kernel_equals_the_reference"),
+    Break("unseen-rows-read", KERNEL, "if (live[c] != -__builtin_inff()) {", "if (c < n) {", "test_rows_that_nobody_sees_may_hold_anything"),
+    Break("nibbles-exchanged", KERNEL, "convertvector((x & 15) - 8, vf)", "convertvector((x >> 4) - 8, vf)", "test_error_of_each_kernel"),
+    Break("any-kernel-name", ATTN, 'if (wanted.empty() || wanted == "off") {', "if (true) {", "test_an_unknown_kernel_is_refused"),
+    Break("attention-of-more-nodes", CACHE, "ggml_tensor * cur = attn.build(g.ctx0, q_cur, layer.k, layer.v);", "ggml_tensor * cur = ggml_cont(g.ctx0, attn.build(g.ctx0, q_cur, layer.k, layer.v));", "test_nodes_added_per_layer_on_cpus"),
     # rollback, abort
     Break("rollback-without-unfold", CACHE, "        unfold(st, frontier);\n    }\n\n    return", "    }\n\n    return",
           "test_every_length_can_be_rolled_back test_rolled_back_tokens_leave_nothing test_random_operations"),

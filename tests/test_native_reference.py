@@ -312,7 +312,8 @@ def test_kv_offload_flag(offload: bool, flash_attn: bool, tiny) -> None:
         np.testing.assert_array_equal(*runs)
 
 
-def test_several_threads(tiny) -> None:
+@pytest.mark.parametrize("flash_attn", FLASH_F32, ids=["nofa", "fa"][: len(FLASH_F32)])
+def test_several_threads(flash_attn: bool, tiny) -> None:
     """Two threads give the same logits as the reference too."""
     case = Case(TinySpec("qwen3", 3, 8, 4, 64, seed=301), mask_of("middle", 4, 3), 32, 400)
     got = runner.logits(
@@ -321,6 +322,7 @@ def test_several_threads(tiny) -> None:
         runner.override(case.razor),
         n_ctx=1024,
         n_threads=2,
+        flash_attn=flash_attn,
     )
     want = expected(case.spec, case.n_tokens, case.razor)
     assert np.abs(got - want).max() <= F32_TOLERANCE
