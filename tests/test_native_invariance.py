@@ -82,10 +82,13 @@ def test_metadata_and_override_are_the_same(tiny) -> None:
 
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0", "q4_0"])
-def test_window_that_holds_everything_equals_stock(kv: str, flash_attn: bool, tiny, stock) -> None:
+def test_window_that_holds_everything_equals_stock(
+    kv: str, flash_attn: bool, tiny, stock, monkeypatch
+) -> None:
     """Window >= tokens: two attentions instead of one, the same sums up to F32 rounding (and to
-    that of the KV type, which flash attention makes F16 of F32). 256 tokens, ubatches of 64: the
-    CPU's flash attention has another kernel for fewer."""
+    that of the KV type, which flash attention makes F16 of F32). By upstream's attention on CPUs
+    too, whose error is larger than that of ours."""
+    monkeypatch.setenv("RAZOR_LOCAL_CPU_ATTENTION", "off")
     type_v = kv if flash_attn or kv in ("f32", "f16") else "f16"
     params = {"n_ctx": 1024, "type_k": kv, "type_v": type_v, "flash_attn": flash_attn}
     atol = tolerance(1e-5 if kv == "f32" and not flash_attn else 5e-3, kv, type_v, flash_attn)

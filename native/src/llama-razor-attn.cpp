@@ -20,13 +20,11 @@ static std::vector<std::pair<const char *, razor_attn_kernel>> razor_attn_kernel
     std::vector<std::pair<const char *, razor_attn_kernel>> res;
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-    if (__builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) { // then there is F16C, which old Clangs do not know
         if (__builtin_cpu_supports("avx512f")) {
             res.emplace_back("avx512", razor_attn_kernel_avx512());
         }
-        if (__builtin_cpu_supports("avx2")) {
-            res.emplace_back("avx2", razor_attn_kernel_avx2());
-        }
+        res.emplace_back("avx2", razor_attn_kernel_avx2());
     }
 #endif
     res.emplace_back("neon", razor_attn_kernel_neon());
