@@ -9,8 +9,8 @@ minutes, later what changed), then runs tests/test_native_*.py with all layers o
 measure what stock is off on the device, and allow razor no more than that (tests/device.py).
 Exits with pytest's status.
 
-lavapipe on Debian: mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. It takes an hour or more on
-two cores.
+lavapipe on Debian: mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. It takes an hour or more
+on two cores.
 """
 
 from __future__ import annotations
