@@ -88,24 +88,26 @@ def buckets(bits: int) -> Compensation:
     return fold
 
 
-def clusters(count: int, rounds: int = 4) -> Compensation:
-    """A mean for each cluster of keys (k-means over all of them at every fold: what `count` means
-    can reach, not what a cache could do)."""
+def clusters(count: int, first: int | None = None) -> Compensation:
+    """A mean for each cluster of keys, by k-means over the `first` folded keys, whose centres stay
+    as they are from then on: rows can be folded into the nearest as they arrive. None: over all of
+    them at every fold, what `count` means can reach, and no cache could do."""
 
     def fold(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
-        centres = k[np.linspace(0, len(k) - 1, count).astype(int)]
-        for _ in range(rounds):
-            nearest = (k @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)
-            centres = np.stack(
-                [
-                    k[nearest == i].mean(0) if (nearest == i).any() else centres[i]
-                    for i in range(count)
-                ]
-            )
-        nearest = (k @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)
-        return parts_of(k, v, [np.flatnonzero(nearest == i) for i in range(count)], q)
+        known = k[:first]
+        centres = known[np.linspace(0, len(known) - 1, count).astype(int)]
+        for _ in range(4):
+            near = zip(nearest(known, centres), centres, strict=True)
+            centres = np.stack([known[s].mean(0) if len(s) else c for s, c in near])
+        return parts_of(k, v, nearest(k, centres), q)
 
     return fold
+
+
+def nearest(k: Array, centres: Array) -> list[Array]:
+    """For each centre the keys that are nearer to it than to the others."""
+    which = (k @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)
+    return [np.flatnonzero(which == i) for i in range(len(centres))]
 
 
 def by_norm(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
@@ -147,6 +149,8 @@ COMPENSATIONS: dict[str, Compensation | None] = {
     "4 buckets": buckets(2),
     "16 buckets": buckets(4),
     "16 clusters": clusters(16),
+    "4 first clusters": clusters(4, 128),
+    "16 first clusters": clusters(16, 128),
     "mean by norm": by_norm,
     "variance": by_variance(np.inf),
     "variance, at most 1": by_variance(1),
@@ -172,9 +176,28 @@ class Policy:
     block: int | None = None
     sinks: int = 4
     all_local: bool = False
+    only: tuple[int, int] | None = None  # layer and KV head that is local; the rest keeps all
+
+    def keeps_all(self, layer: int, head: int, chosen: bool) -> bool:
+        """Whether a head does, chosen or not as a retrieval head."""
+        if self.only is not None:
+            return self.only != (layer, head)
+        return chosen and not self.all_local
 
 
-def policies(window: int, block: int) -> list[Policy]:
+def ablation(retrieval: Sequence[Array]) -> list[Policy]:
+    """Each KV head alone made local, all others with a full cache."""
+    return [
+        Policy(
+            f"{layer}.{head} local{', chosen as a retrieval head' if chosen else ''}",
+            only=(layer, head),
+        )
+        for layer, row in enumerate(retrieval)
+        for head, chosen in enumerate(row)
+    ]
+
+
+def comparison(window: int, block: int) -> list[Policy]:
     """What is compared. Policies with several compensation tokens have a window that is smaller by
     as many tokens, so that all take the same bytes."""
     made = [Policy("as the runtime"), Policy("as the runtime, all heads local", all_local=True)]
@@ -188,7 +211,7 @@ def policies(window: int, block: int) -> list[Policy]:
         if name != "mean":
             count = int(name.split()[0]) if name[0].isdigit() else 1
             made.append(Policy(f"compensation: {name}", name, window=window - (count - 1)))
-            if name in ("none", "16 segments", "16 buckets", "16 clusters", "covariance"):
+            if name in ("none", "16 segments", "16 clusters"):
                 made.append(
                     Policy(
                         f"compensation: {name}, all heads local",
@@ -275,7 +298,8 @@ class Model:
             out = np.empty_like(q)
             for head in range(self.n_head_kv):
                 heads = slice(head * group, (head + 1) * group)
-                full = policy is None or (retrieval[layer][head] and not policy.all_local)
+                chosen = bool(retrieval[layer][head])
+                full = policy is None or policy.keeps_all(layer, head, chosen)
                 seen = None if full else Seen(policy, window, block, n_ctx)
                 out[heads] = attend(q[heads], k[head], v[head], n_past, seen)
             x = (
@@ -384,6 +408,12 @@ class Setting:
     window: int
     block: int
     n_ctx: int
+    ablation: bool = False
+
+    def policies(self) -> list[Policy]:
+        if self.ablation:
+            return ablation(self.retrieval)
+        return comparison(self.window, self.block)
 
 
 _model: Model
@@ -413,7 +443,7 @@ def measure(text: Text) -> Result:
     full = model.log_probs(full_states[first:-1])
     own = full.argmax(1) == target
     results = []
-    for policy in policies(s.window, s.block):
+    for policy in s.policies():
         n_past = 0 if policy.begin is None else text.n_prompt - policy.begin
         past = None
         if n_past:
@@ -464,13 +494,13 @@ def book_texts(setting: Setting, book: Path, count: int) -> Iterator[Text]:
         yield Text(tokens[start : start + n], n - TAIL, False)
 
 
-def read_setting(model: Path, n_ctx: int) -> Setting:
+def read_setting(model: Path, n_ctx: int, ablation: bool = False) -> Setting:
     from razor_local.plan import make_plan
     from razor_local.profile import read_model_shape, read_profile
 
     shape, profile = read_model_shape(model), read_profile(model)
     plan = make_plan(shape, profile, n_ctx, "f16", "f16")
-    return Setting(str(model), profile.retrieval, plan.window, plan.block, n_ctx)
+    return Setting(str(model), profile.retrieval, plan.window, plan.block, n_ctx, ablation)
 
 
 # ---- report ------------------------------------------------------------------------------------
@@ -493,7 +523,7 @@ def report(setting: Setting, texts: Sequence[Text], results: Sequence[Result]) -
     books = [result for text, result in pairs if not text.answer]
     answers = [result for text, result in pairs if text.answer and result.full]
     rows = []
-    for i, policy in enumerate(policies(setting.window, setting.block)):
+    for i, policy in enumerate(setting.policies()):
         row: dict = {"policy": asdict(policy)}
         if books:
             row["kl_books"] = interval([result.policies[i][0] for result in books])
@@ -544,6 +574,7 @@ def main() -> None:
     @click.option("--slices", default=24, show_default=True, help="Texts cut from the book.")
     @click.option("--samples", default=5, show_default=True, help="Needles per depth and kind.")
     @click.option("--seed", default=0, show_default=True)
+    @click.option("--ablation", is_flag=True, help="Make one KV head local at a time instead.")
     @click.option("-j", "--jobs", default=os.cpu_count(), show_default=True, help="Processes.")
     @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
     def run(
@@ -553,10 +584,11 @@ def main() -> None:
         slices: int,
         samples: int,
         seed: int,
+        ablation: bool,
         jobs: int,
         output: Path,
     ) -> None:
-        setting = read_setting(model, ctx_size)
+        setting = read_setting(model, ctx_size, ablation)
         texts = [*book_texts(setting, book, slices), *needle_texts(setting, samples, seed)]
         with ProcessPoolExecutor(jobs, get_context("spawn"), _start, (setting,)) as pool:
             done = pool.map(measure, texts)

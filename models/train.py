@@ -76,10 +76,10 @@ PRESETS = {
         shape=Shape(1024, n_layer=6, head_dim=32, n_ff=384),
         stages=(
             Stage(64, 16, 1 * M, 1e6, REPETITIONS),
-            Stage(128, 16, 3 * M, 1e6),
-            Stage(256, 8, 5 * M, 1e6),
-            Stage(512, 8, 5 * M, 1e6),
-            Stage(1024, 4, 5 * M, 1e6),
+            Stage(128, 16, 2.5 * M, 1e6),
+            Stage(256, 8, 4 * M, 1e6),
+            Stage(512, 8, 4 * M, 1e6),
+            Stage(1024, 4, 4 * M, 1e6),
             Stage(2048, 2, 3 * M, 1e6),
             Stage(4096, 1, 2 * M, 2e6),
             Stage(8192, 1, 1 * M, 4e6),
@@ -383,7 +383,7 @@ def train(
     began, before = time.monotonic(), training.seconds
     marks = dict.fromkeys(("line", "measured", "saved"), began)
     losses: list[torch.Tensor] = []
-    tokens = 0
+    tokens, pause = 0, 180.0
     stage = schedule.stage(0)
     for ids, weights, stage in batches(training, schedule, make, 2 * workers):
         part = schedule.part(training.tokens, training.seconds)
@@ -400,9 +400,10 @@ def train(
                 f"  length {stage.length}  loss {loss:.3f}  {speed:.0f} tokens/s  rate {rate:.2f}"
             )
             marks["line"], losses, tokens = now, [], 0
-        if now - marks["measured"] > 180:
+        if now - marks["measured"] > pause:
             log(measure(training.model, unseen, stage, 10))
             marks["measured"] = marks["line"] = time.monotonic()
+            pause = max(180, 20 * (marks["measured"] - now))  # long texts take long
         if now - marks["saved"] > 180:
             save(run / "checkpoint", training.state())
             marks["saved"] = time.monotonic()
@@ -413,7 +414,7 @@ def train(
     training.seconds = before + time.monotonic() - began
     save(run / "checkpoint", training.state())
     if schedule.part(training.tokens, training.seconds) >= 1:
-        log(measure(training.model, unseen, stage, 50))
+        log(measure(training.model, unseen, stage, 20))
         log(f"done: {training.tokens / M:.2f}M tokens in {training.seconds / 60:.1f} minutes")
         result = {
             "model": training.model.state_dict(),

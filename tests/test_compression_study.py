@@ -86,7 +86,9 @@ def test_a_past_that_saw_everything_is_continued(study, model, setting, tokens):
     assert np.abs(rest - whole[555:]).max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["2 segments", "16 segments", "4 buckets", "16 buckets"])
+@pytest.mark.parametrize(
+    "name", ["2 segments", "16 segments", "16 buckets", "16 clusters", "16 first clusters"]
+)
 def test_parts_count_every_row_once(study, name):
     """Where all keys are equal, any parts give the sum over all rows: equation 5 is exact."""
     rng = np.random.default_rng(1)
