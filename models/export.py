@@ -22,6 +22,7 @@ import torch
 from data import CHAT_TEMPLATE, SPECIALS
 from gguf.quants import quantize
 from model import Shape
+from train import load
 
 WINDOW_DIVISOR = 8
 TYPES = {
@@ -68,7 +69,7 @@ def tensors(state: dict[str, torch.Tensor], shape: Shape) -> dict[str, np.ndarra
 
 
 def write_gguf(run: dict, tokenizer: dict, out: Path, type_name: str, name: str) -> None:
-    """run: what train.py saved as model.pt; tokenizer: the parsed tokenizer.json."""
+    """run: what train.py saved in model/; tokenizer: the parsed tokenizer.json."""
     shape = Shape(**run["shape"])
     kind, file_type = TYPES[type_name]
     n_parameters = sum(value.numel() for value in run["model"].values())
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--type", choices=TYPES, default="q8_0", help="of the matrices")
     parser.add_argument("--name", default="razor-default")
     args = parser.parse_args()
-    run = torch.load(args.run / "model.pt", map_location="cpu", weights_only=True)
+    run = load(args.run / "model")
     tokenizer = json.loads((args.run / "tokenizer.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         bare = Path(folder) / "model.gguf"
