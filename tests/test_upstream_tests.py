@@ -175,7 +175,7 @@ def fake_tree(folder: Path, name: str, line: str) -> Tree:
 )
 def test_exit_code_of_the_script(tmp_path, monkeypatch, line, exit_code, says) -> None:
     trees = {"stock": "", "patched": line}
-    monkeypatch.setattr(upstream_tests, "PATIENCE", 0.1)
+    monkeypatch.setattr(upstream_tests, "ATTEMPTS", 2)
     monkeypatch.setattr(
         upstream_tests, "build_tree", lambda name, *_: fake_tree(tmp_path, name, trees[name])
     )
