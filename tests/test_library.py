@@ -30,7 +30,7 @@ def run(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedP
     code = f"try:\n {code}\nexcept ImportError as e:\n exit(print(type(e).__name__, e) or 1)"
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **env},
+        env={k: v for k, v in os.environ.items() if k != "LLAMA_CPP_LIB_PATH"} | env,
         cwd=cwd,
         capture_output=True,
         text=True,
