@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import KV_TYPE, ListOf, Tokens
+from .params import KV_TYPE, ListOf, Tokens, model_setup
 
 if TYPE_CHECKING:
     from ..bench import Settings
@@ -220,27 +220,14 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
-    from ..bench_machine import n_cores
-    from ..bench_worker import ModelSetup
-
-    retrieval = options["retrieval"]
     if model is None:
         if options["sidecar"]:
             raise click.UsageError("--sidecar belongs to MODEL, not to --shape")
-        model = _make_shape(options)
-        retrieval = None  # it is in the file
-    elif options["quant"] or options["seed"] is not None:
+        # its retrieval heads are in the file
+        return model_setup(_make_shape(options), options | {"retrieval": None})
+    if options["quant"] or options["seed"] is not None:
         raise click.UsageError("--quant and --seed belong to --shape")
-    return ModelSetup(
-        model=str(model),
-        sidecar=str(options["sidecar"]) if options["sidecar"] else None,
-        retrieval=retrieval,
-        window_min=options["window_min"],
-        window_divisor=options["window_divisor"],
-        sink_tokens=options["sinks"],
-        n_threads=options["threads"] or n_cores(),
-        n_gpu_layers=options["n_gpu_layers"],
-    )
+    return model_setup(model, options)
 
 
 def _make_shape(options: dict[str, Any]) -> Path:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import DEFAULT_MODEL, ListOf, Tokens
+from .params import DEFAULT_MODEL, ListOf, Tokens, model_setup
 
 if TYPE_CHECKING:
-    from ..bench_worker import ModelSetup
     from ..evals.policies import Policy
     from ..evals.questions import Sample
     from ..evals.report import Report
@@ -401,7 +400,7 @@ class _Run:
         for path in (*self.plots, *([output] if output else [])):
             check_new_file(path)
         self._check_pictures()
-        self.setup = _setup(model, options)
+        self.setup = model_setup(model or DEFAULT_MODEL, options)
         names = [name for some in options["policies"] for name in some] or None
         budgets = sorted({share for some in options["budgets"] for share in some})
         self.shape: ModelShape
@@ -485,22 +484,6 @@ class _Run:
 
 def _kind_of(output: Path | None) -> str:
     return "json" if output is not None and output.suffix.lower() == ".json" else "md"
-
-
-def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
-    from ..bench_machine import n_cores
-    from ..bench_worker import ModelSetup
-
-    return ModelSetup(
-        model=str(model or DEFAULT_MODEL),
-        sidecar=str(options["sidecar"]) if options["sidecar"] else None,
-        retrieval=options["retrieval"],
-        window_min=options["window_min"],
-        window_divisor=options["window_divisor"],
-        sink_tokens=options["sinks"],
-        n_threads=options["threads"] or n_cores(),
-        n_gpu_layers=options["n_gpu_layers"],
-    )
 
 
 def _haystack(options: dict[str, Any]) -> Any:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..plan import KV_TYPES
+
+if TYPE_CHECKING:
+    from ..bench_worker import ModelSetup
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"  # built in
 MAX_TOKENS = 2**31 - 1024
@@ -71,3 +74,21 @@ class ListOf(click.ParamType):
         if isinstance(value, tuple):
             return value
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
+def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
+    """Of the options that bench and eval share: sidecar, retrieval, window_min, window_divisor,
+    sinks, threads, n_gpu_layers."""
+    from ..bench_machine import n_cores
+    from ..bench_worker import ModelSetup
+
+    return ModelSetup(
+        model=str(model),
+        sidecar=str(options["sidecar"]) if options["sidecar"] else None,
+        retrieval=options["retrieval"],
+        window_min=options["window_min"],
+        window_divisor=options["window_divisor"],
+        sink_tokens=options["sinks"],
+        n_threads=options["threads"] or n_cores(),
+        n_gpu_layers=options["n_gpu_layers"],
+    )
