@@ -119,7 +119,8 @@ class Llama(nn.Module):
         return angle.cos().float(), angle.sin().float()
 
     def forward(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[batch, tokens] -> states before the head [batch, tokens, n_embd]"""
+        """[batch, tokens] -> states before the head [batch, tokens, n_embd]; cos and sin of the
+        positions: [tokens, head_dim / 2], or [batch, 1, tokens, head_dim / 2]."""
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, cos, sin)

@@ -37,6 +37,7 @@ class Stage:
     tokens: float  # of the whole stage
     rope_base: float
     mix: Mix = Mix()
+    reach: int = 0  # positions skip up to here in half of the rows
 
 
 @dataclass(frozen=True)
@@ -78,25 +79,26 @@ PRESETS = {
             Stage(64, 16, 1 * M, 1e6, REPETITIONS),
             Stage(128, 16, 2.5 * M, 1e6),
             Stage(256, 8, 4 * M, 1e6),
-            Stage(512, 8, 4 * M, 1e6),
-            Stage(1024, 4, 4 * M, 1e6),
-            Stage(2048, 2, 3 * M, 1e6),
-            Stage(4096, 1, 2 * M, 2e6),
-            Stage(8192, 1, 1 * M, 4e6),
+            Stage(512, 8, 1.14 * M, 1e6),
+            Stage(512, 8, 2.86 * M, 1e6, reach=8192),
+            Stage(1024, 4, 4 * M, 1e6, reach=8192),
+            Stage(2048, 2, 3 * M, 1e6, reach=8192),
+            Stage(4096, 1, 2 * M, 1e6, reach=8192),
+            Stage(8192, 1, 1 * M, 1e6),
         ),
     ),
     "gpu": Preset(
         shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, head_dim=64, n_ff=768),
         stages=(
-            Stage(128, 256, 10 * M, 1e6, REPETITIONS),
-            Stage(256, 256, 40 * M, 1e6),
-            Stage(512, 128, 60 * M, 1e6),
-            Stage(1024, 64, 80 * M, 1e6),
-            Stage(2048, 32, 80 * M, 1e6),
-            Stage(4096, 16, 80 * M, 2e6),
-            Stage(8192, 8, 80 * M, 4e6),
-            Stage(16384, 4, 60 * M, 8e6),
-            Stage(32768, 2, 20 * M, 16e6),
+            Stage(128, 256, 10 * M, 4e6, REPETITIONS),
+            Stage(256, 256, 40 * M, 4e6),
+            Stage(512, 128, 60 * M, 4e6, reach=32768),
+            Stage(1024, 64, 80 * M, 4e6, reach=32768),
+            Stage(2048, 32, 80 * M, 4e6, reach=32768),
+            Stage(4096, 16, 80 * M, 4e6, reach=32768),
+            Stage(8192, 8, 80 * M, 4e6, reach=32768),
+            Stage(16384, 4, 60 * M, 4e6, reach=32768),
+            Stage(32768, 2, 20 * M, 4e6),
         ),
     ),
 }
@@ -225,6 +227,7 @@ def load(folder: Path, device: str = "cpu") -> dict:
 
 # ---- training --------------------------------------------------------------------------------
 
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # of Rows.batch()
 _rows: Rows  # of a worker process
 
 
@@ -235,8 +238,12 @@ def _start_worker(texts: Path, tokenizer: Path, preset: Preset) -> None:
     _rows = training_rows(texts, tokenizer, preset)[0]
 
 
-def _work(step: int, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-    return _rows.batch(step, stage.batch, stage.length, stage.mix)
+def make_batch(rows: Rows, step: int, stage: Stage) -> Batch:
+    return rows.batch(step, stage.batch, stage.length, stage.mix, stage.reach)
+
+
+def _work(step: int, stage: Stage) -> Batch:
+    return make_batch(_rows, step, stage)
 
 
 def training_rows(texts: Path, tokenizer: Path, preset: Preset) -> tuple[Rows, Rows]:
@@ -282,10 +289,14 @@ class Training:
         )
         self.rope: dict[Stage, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def learn(self, ids: np.ndarray, weights: np.ndarray, stage: Stage, rate: float):
+    def learn(self, batch: Batch, stage: Stage, rate: float):
         """One step; returns the loss before it."""
+        ids, weights, positions = batch
         if stage not in self.rope:
-            self.rope = {stage: self.model.rope(stage.length, stage.rope_base, self.device)}
+            n = max(stage.length, stage.reach)
+            self.rope = {stage: self.model.rope(n, stage.rope_base, self.device)}
+        at = torch.from_numpy(positions).to(self.device, non_blocking=True)
+        cos, sin = (table[at][:, None] for table in self.rope[stage])
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * rate
@@ -294,7 +305,8 @@ class Training:
             loss = self.loss(
                 torch.from_numpy(ids.astype(np.int64)).to(self.device, non_blocking=True),
                 torch.from_numpy(weights).to(self.device, non_blocking=True),
-                *self.rope[stage],
+                cos,
+                sin,
             )
         loss.backward()
         for optimizer in self.optimizers:
@@ -322,7 +334,7 @@ class Training:
 
 def batches(
     training: Training, schedule: Schedule, make: Callable[[int, Stage], Future], ahead: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, Stage]]:
+) -> Iterator[tuple[Batch, Stage]]:
     """Batches of the stage the training is in, made some steps ahead by workers; ends with it."""
     waiting: deque[tuple[Future, Stage]] = deque()
     step, tokens = training.step, training.tokens
@@ -337,13 +349,13 @@ def batches(
         if not waiting:
             return
         future, stage = waiting.popleft()
-        yield *future.result(), stage
+        yield future.result(), stage
 
 
 def in_this_process(rows: Rows) -> Callable[[int, Stage], Future]:
     def make(step: int, stage: Stage) -> Future:
         future: Future = Future()
-        future.set_result(rows.batch(step, stage.batch, stage.length, stage.mix))
+        future.set_result(make_batch(rows, step, stage))
         return future
 
     return make
@@ -385,11 +397,11 @@ def train(
     losses: list[torch.Tensor] = []
     tokens, pause = 0, 180.0
     stage = schedule.stage(0)
-    for ids, weights, stage in batches(training, schedule, make, 2 * workers):
+    for batch, stage in batches(training, schedule, make, 2 * workers):
         part = schedule.part(training.tokens, training.seconds)
         rate = schedule.rate(part, training.step)
-        losses.append(training.learn(ids, weights, stage, rate))
-        tokens += weights[:, 1:].size
+        losses.append(training.learn(batch, stage, rate))
+        tokens += batch[1][:, 1:].size
         now = time.monotonic()
         training.seconds = before + now - began
         if now - marks["line"] > 20:

@@ -88,12 +88,30 @@ def test_gutenberg_head_and_tail_are_left_out(recipe, tmp_path):
 @pytest.mark.parametrize("length", [128, 1000])
 def test_rows_are_full_and_depend_on_seed_and_step_alone(recipe, rows, length):
     mix = recipe.data.Mix()
-    ids, weights = rows.batch(7, 6, length, mix)
+    ids, weights, positions = rows.batch(7, 6, length, mix)
+    assert np.array_equal(positions, np.tile(np.arange(length), (6, 1)))
     assert ids.shape == weights.shape == (6, length + 1)
     assert set(np.unique(weights)) <= {np.float32(w) for w in (0, 0.1, 0.3, 1, 4)}
-    again = rows.batch(7, 6, length, mix)
+    again = rows.batch(7, 6, length, mix, reach=2000)
     assert np.array_equal(ids, again[0]) and np.array_equal(weights, again[1])
+    assert np.array_equal(again[2], rows.batch(7, 6, length, mix, reach=2000)[2])
     assert not np.array_equal(ids, rows.batch(8, 6, length, mix)[0])
+
+
+def test_positions_skip_in_half_of_the_rows(recipe):
+    rng = np.random.default_rng(0)
+    skipping, last = 0, []
+    for _ in range(400):
+        positions = recipe.data.skipping_positions(100, 1000, rng)
+        steps = np.diff(positions)
+        assert positions[0] == 0 and len(positions) == 100
+        assert steps.min() >= 1 and (steps > 1).sum() <= 4
+        skipping += positions[-1] > 99
+        last.append(positions[-1])
+    assert 150 < skipping < 250
+    assert 900 < max(last) < 1000
+    plain = recipe.data.skipping_positions(100, 100, rng)
+    assert np.array_equal(plain, np.arange(100))
 
 
 def test_every_answer_stands_in_the_text_before_its_question(recipe, rows):
@@ -249,7 +267,7 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
     shape = model.Shape(1024, n_layer=1, n_embd=32, n_head=2, n_head_kv=1, head_dim=32, n_ff=32)
     stages = (
         train.Stage(32, 2, 3 * 64, 1e4, train.REPETITIONS),
-        train.Stage(64, 1, 3 * 64, 1e4),
+        train.Stage(64, 1, 3 * 64, 1e4, reach=100),
     )
     preset = train.Preset(shape, stages, warm_up=1)
 
