@@ -495,11 +495,18 @@ def book_texts(setting: Setting, book: Path, count: int) -> Iterator[Text]:
 
 
 def read_setting(model: Path, n_ctx: int, ablation: bool = False) -> Setting:
+    from razor_local.errors import UnsupportedError
     from razor_local.plan import make_plan
     from razor_local.profile import read_model_shape, read_profile
 
     shape, profile = read_model_shape(model), read_profile(model)
+    if shape.arch != "llama":
+        raise UnsupportedError(f"{model} is of architecture {shape.arch}, expected llama")
+    if profile is None:
+        raise UnsupportedError(f"{model} has no profile, add one with 'razor-local convert'")
     plan = make_plan(shape, profile, n_ctx, "f16", "f16")
+    if not plan.active:
+        raise UnsupportedError(f"nothing is compressed at {n_ctx:,} tokens: {plan.why_inactive}")
     return Setting(str(model), profile.retrieval, plan.window, plan.block, n_ctx, ablation)
 
 
@@ -564,6 +571,7 @@ def main() -> None:
     from rich.progress import track
 
     from razor_local.cli.params import DEFAULT_MODEL, Tokens
+    from razor_local.errors import RazorError
 
     existing = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -588,8 +596,13 @@ def main() -> None:
         jobs: int,
         output: Path,
     ) -> None:
-        setting = read_setting(model, ctx_size, ablation)
-        texts = [*book_texts(setting, book, slices), *needle_texts(setting, samples, seed)]
+        if not output.absolute().parent.is_dir():  # known now, not after hours
+            raise click.ClickException(f"{output.parent} is no folder, name an output in one")
+        try:
+            setting = read_setting(model, ctx_size, ablation)
+            texts = [*book_texts(setting, book, slices), *needle_texts(setting, samples, seed)]
+        except (RazorError, OSError) as error:
+            raise click.ClickException(str(error)) from error
         with ProcessPoolExecutor(jobs, get_context("spawn"), _start, (setting,)) as pool:
             done = pool.map(measure, texts)
             progress = track(done, "simulating", len(texts), console=Console(stderr=True))

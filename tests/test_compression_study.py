@@ -13,6 +13,7 @@ import pytest
 from tiny_models import TinySpec, make_model, razor_kv
 
 from razor_local import Llama
+from razor_local.errors import UnsupportedError
 from razor_local.profile import read_profile
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -112,3 +113,19 @@ def test_covariances_are_exact_for_normal_keys(study):
     assert np.allclose(found.logits[:, 0], np.log(weights.sum(1)), atol=0.02)
     expected = weights @ v / weights.sum(1, keepdims=True)
     assert np.allclose(found.values[:, 0], expected, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arch", "profile", "n_ctx", "sentence"),
+    [
+        ("qwen2", True, N_CTX, "architecture qwen2, expected llama"),
+        ("llama", False, N_CTX, "has no profile, add one"),
+        ("llama", True, 256, "nothing is compressed at 256 tokens"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(study, tmp_path, arch, profile, n_ctx, sentence):
+    path = tmp_path / "model.gguf"
+    mask = [[0, 1]] * 3
+    make_model(path, TinySpec(arch), razor_kv(mask, window_min=128) if profile else {})
+    with pytest.raises(UnsupportedError, match=sentence):
+        study.read_setting(path, n_ctx)
