@@ -270,19 +270,6 @@ def repeated_tokens(length: int, n_vocab: int, rng: Generator) -> tuple[np.ndarr
     return ids.astype(np.int32), weights
 
 
-def skipping_positions(length: int, reach: int, rng: Generator) -> np.ndarray:
-    """0, 1, 2, ... and in half of the rows up to four skips, to less than `reach` in all: short
-    rows then teach attention over distances of long ones (PoSE, arXiv 2309.10400)."""
-    positions = np.arange(length)
-    if reach > length and rng.random() < 0.5:
-        places = rng.integers(1, length, rng.integers(1, 5))
-        room = rng.integers(1, reach - length + 1)
-        skips = rng.multinomial(room, rng.dirichlet(np.ones(len(places))))
-        for place, skip in zip(places, skips, strict=True):
-            positions[place:] += skip
-    return positions
-
-
 # ---- rows ------------------------------------------------------------------------------------
 
 
@@ -307,19 +294,15 @@ class Rows:
         sample = self.books[0].text[:20000]
         self.chars = len(sample) / len(encode(sample)[0])  # per token
 
-    def batch(
-        self, step: int, batch: int, length: int, mix: Mix, reach: int = 0
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ids [batch, length + 1] int32, weights [batch, length + 1] f32, positions [batch, length]
-        int64."""
-        ids, weights, positions = [], [], []
+    def batch(self, step: int, batch: int, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
+        """ids int32 and weights f32, both [batch, length + 1]."""
+        ids, weights = [], []
         for i in range(batch):
             rng = np.random.default_rng([self.seed, step, i])
             row = self.row(rng, length + 1, mix)
             ids.append(row[0])
             weights.append(row[1])
-            positions.append(skipping_positions(length, reach, rng))
-        return np.stack(ids), np.stack(weights), np.stack(positions)
+        return np.stack(ids), np.stack(weights)
 
     def row(self, rng: Generator, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
         """Documents one after the other until the row is full."""
@@ -346,8 +329,8 @@ class Rows:
             return story_chat(book, n_chars - 30, rng)
         if rng.random() < 0.25:  # several conversations in one row
             n_tokens = int(rng.uniform(min(128, n_tokens), n_tokens))
-        # as many facts as the row has room for, up to 16; a question takes about 45 tokens
-        most = min(16, max(1, n_tokens // 80))
+        # as many facts as the row has room for, up to 40; a question takes about 45 tokens
+        most = min(40, max(1, n_tokens // 80))
         n_facts = int(rng.integers(1, most + 1))
         facts = make_facts(n_facts, self.words, rng)
         asked = rng.permutation(n_facts)

@@ -20,6 +20,7 @@ class Shape:
     head_dim: int = 64
     n_ff: int = 512
     norm_eps: float = 1e-5
+    rope_base: float = 1e6
 
 
 BIAS = 4.0  # the constant dimension of the embeddings
@@ -94,13 +95,13 @@ class Llama(nn.Module):
                 linear.weight.mul_((2 * self.shape.n_layer) ** -0.5)
 
     @torch.no_grad()
-    def seed_previous(self, base: float, offsets: tuple[int, ...]) -> None:
+    def seed_previous(self, offsets: tuple[int, ...]) -> None:
         """Query heads of layer 0 that look `offsets` tokens back, in the constant direction and the
         fast halves of RoPE. No other head is seeded."""
         shape, block = self.shape, self.blocks[0]
         half, group = shape.head_dim // 2, shape.n_head // shape.n_head_kv
         fast = torch.arange(half // 2)
-        frequency = base ** (-fast.double() / half)
+        frequency = shape.rope_base ** (-fast.double() / half)
         strength = 2.2
         q = block.q.weight.view(shape.n_head, shape.head_dim, shape.n_embd)
         k = block.k.weight.view(shape.n_head_kv, shape.head_dim, shape.n_embd)
@@ -111,16 +112,16 @@ class Llama(nn.Module):
             k[head // group] = 0
             k[head // group, fast, 0] = strength
 
-    def rope(self, n: int, base: float, device=None) -> tuple[Tensor, Tensor]:
+    def rope(self, n: int, device=None) -> tuple[Tensor, Tensor]:
         """cos and sin [tokens, head_dim / 2]"""
-        half = self.shape.head_dim // 2
+        half, base = self.shape.head_dim // 2, self.shape.rope_base
         frequency = base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
         angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * frequency
         return angle.cos().float(), angle.sin().float()
 
     def forward(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[batch, tokens] -> states before the head [batch, tokens, n_embd]; cos and sin of the
-        positions: [tokens, head_dim / 2], or [batch, 1, tokens, head_dim / 2]."""
+        """[batch, tokens] -> states before the head [batch, tokens, n_embd]; cos and sin of
+        rope()."""
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, cos, sin)
@@ -134,10 +135,10 @@ class Llama(nn.Module):
         return (losses * weights).sum() / weights.sum().clamp(min=1.0)
 
     @torch.no_grad()
-    def attention(self, ids: Tensor, base: float, see: Callable[[int, Tensor], None]) -> None:
+    def attention(self, ids: Tensor, see: Callable[[int, Tensor], None]) -> None:
         """Gives see(layer, attention after softmax [batch, heads, tokens, tokens])."""
         n = ids.shape[1]
-        cos, sin = self.rope(n, base, ids.device)
+        cos, sin = self.rope(n, ids.device)
         future = torch.ones(n, n, dtype=torch.bool, device=ids.device).triu(1)
         x = self.embed(ids)
         for i, block in enumerate(self.blocks):

@@ -35,9 +35,7 @@ class Stage:
     length: int
     batch: int
     tokens: float  # of the whole stage
-    rope_base: float
     mix: Mix = Mix()
-    reach: int = 0  # positions skip up to here in half of the rows
 
 
 @dataclass(frozen=True)
@@ -64,41 +62,44 @@ M = 1e6
 # Heads that look for repetitions form on repetitions within 350,000 tokens; in the mix they had not
 # after a million. All else is learned on top of them.
 REPETITIONS = Mix(repeats=0.85, books=0.05, stories=0.0)
+LONG = Mix(repeats=0.12, books=0.08)
 PRESETS = {
     "cpu-short": Preset(
         shape=Shape(1024, n_layer=4, head_dim=32, n_ff=384),
         stages=(
-            Stage(64, 16, 0.5 * M, 1e6, REPETITIONS),
-            Stage(128, 16, 0.8 * M, 1e6),
-            Stage(256, 8, 0.8 * M, 1e6),
+            Stage(64, 16, 0.5 * M, REPETITIONS),
+            Stage(128, 16, 0.8 * M),
+            Stage(256, 8, 0.8 * M),
         ),
     ),
     "cpu": Preset(
-        shape=Shape(1024, n_layer=6, head_dim=32, n_ff=384),
+        shape=Shape(1024, n_layer=6, head_dim=32, n_ff=384, rope_base=4e6),
         stages=(
-            Stage(64, 16, 1 * M, 1e6, REPETITIONS),
-            Stage(128, 16, 2.5 * M, 1e6),
-            Stage(256, 8, 4 * M, 1e6),
-            Stage(512, 8, 1.14 * M, 1e6),
-            Stage(512, 8, 2.86 * M, 1e6, reach=8192),
-            Stage(1024, 4, 4 * M, 1e6, reach=8192),
-            Stage(2048, 2, 3 * M, 1e6, reach=8192),
-            Stage(4096, 1, 2 * M, 1e6, reach=8192),
-            Stage(8192, 1, 1 * M, 1e6),
+            Stage(64, 16, 1 * M, REPETITIONS),
+            Stage(128, 16, 2.5 * M),
+            Stage(256, 8, 3.5 * M),
+            Stage(512, 8, 3.25 * M, LONG),
+            Stage(1024, 4, 3.25 * M, LONG),
+            Stage(2048, 2, 3 * M, LONG),
+            Stage(4096, 1, 2.25 * M, LONG),
+            Stage(8192, 1, 1.5 * M, LONG),
         ),
+        decay=0.7,
     ),
     "gpu": Preset(
-        shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, head_dim=64, n_ff=768),
+        shape=Shape(
+            2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, head_dim=64, n_ff=768, rope_base=4e6
+        ),
         stages=(
-            Stage(128, 256, 10 * M, 4e6, REPETITIONS),
-            Stage(256, 256, 40 * M, 4e6),
-            Stage(512, 128, 60 * M, 4e6, reach=32768),
-            Stage(1024, 64, 80 * M, 4e6, reach=32768),
-            Stage(2048, 32, 80 * M, 4e6, reach=32768),
-            Stage(4096, 16, 80 * M, 4e6, reach=32768),
-            Stage(8192, 8, 80 * M, 4e6, reach=32768),
-            Stage(16384, 4, 60 * M, 4e6, reach=32768),
-            Stage(32768, 2, 20 * M, 4e6),
+            Stage(128, 256, 10 * M, REPETITIONS),
+            Stage(256, 256, 40 * M),
+            Stage(512, 128, 60 * M),
+            Stage(1024, 64, 80 * M),
+            Stage(2048, 32, 80 * M),
+            Stage(4096, 16, 80 * M),
+            Stage(8192, 8, 80 * M),
+            Stage(16384, 4, 60 * M),
+            Stage(32768, 2, 20 * M),
         ),
     ),
 }
@@ -140,7 +141,6 @@ def needle(
     model: Llama,
     rows: Rows,
     length: int,
-    base: float,
     n_facts: int = 1,
     reworded: bool = False,
     n: int = 20,
@@ -150,7 +150,7 @@ def needle(
     token, values right), as greedy decoding would say them: all tokens of a right answer are the
     likeliest after those before."""
     device = model.embed.weight.device
-    cos, sin = model.rope(length, base, device)
+    cos, sin = model.rope(length, device)
     whole = values = 0
     for i in range(n):
         rng = np.random.default_rng([seed, length, n_facts, reworded, i])
@@ -165,7 +165,7 @@ def needle(
 
 
 @torch.no_grad()
-def induction(model: Llama, base: float, period: int = 64, repeats: int = 4) -> np.ndarray:
+def induction(model: Llama, period: int = 64, repeats: int = 4) -> np.ndarray:
     """[layer, query head]: attention paid to the tokens behind earlier copies, on random tokens
     that repeat; the mean over queries, between 0 and 1."""
     block = np.random.default_rng(5).integers(3, model.shape.n_vocab, (2, period))
@@ -179,7 +179,7 @@ def induction(model: Llama, base: float, period: int = 64, repeats: int = 4) -> 
         hit = (attention.float().cpu() * hits).sum(-1)
         scores[layer] = hit[..., period:].mean((0, 2)).numpy()
 
-    model.attention(ids, base, see)
+    model.attention(ids, see)
     return scores
 
 
@@ -189,9 +189,9 @@ def measure(model: Llama, rows: Rows, stage: Stage, n: int) -> str:
     for n_facts in (1, 8):
         if stage.length >= 100 * n_facts:
             for reworded in (False, True):
-                right = needle(model, rows, stage.length, stage.rope_base, n_facts, reworded, n)
+                right = needle(model, rows, stage.length, n_facts, reworded, n)
                 parts.append("{}{} {:.2f}/{:.2f} ".format(n_facts, "r" * reworded, *right))
-    scores = induction(model, stage.rope_base)
+    scores = induction(model)
     best = sorted(np.ndenumerate(scores), key=lambda item: -item[1])[:6]
     parts.append("induction " + " ".join(f"{layer}.{head} {s:.2f}" for (layer, head), s in best))
     return " ".join(parts)
@@ -227,7 +227,7 @@ def load(folder: Path, device: str = "cpu") -> dict:
 
 # ---- training --------------------------------------------------------------------------------
 
-Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # of Rows.batch()
+Batch = tuple[np.ndarray, np.ndarray]  # of Rows.batch()
 _rows: Rows  # of a worker process
 
 
@@ -239,7 +239,7 @@ def _start_worker(texts: Path, tokenizer: Path, preset: Preset) -> None:
 
 
 def make_batch(rows: Rows, step: int, stage: Stage) -> Batch:
-    return rows.batch(step, stage.batch, stage.length, stage.mix, stage.reach)
+    return rows.batch(step, stage.batch, stage.length, stage.mix)
 
 
 def _work(step: int, stage: Stage) -> Batch:
@@ -268,7 +268,7 @@ class Training:
         self.preset, self.device = preset, device
         self.model = Llama(preset.shape, preset.seed)
         offsets = tuple(range(1, preset.previous + 1))
-        self.model.seed_previous(preset.stages[0].rope_base, offsets)
+        self.model.seed_previous(offsets)
         self.model.to(device)
         matrices, embeddings, others = self.model.parts()
         adam = [
@@ -287,16 +287,13 @@ class Training:
         self.loss = (
             self.model.loss if device == "cpu" else torch.compile(self.model.loss, dynamic=False)
         )
-        self.rope: dict[Stage, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.rope = self.model.rope(preset.stages[0].length, device)
 
     def learn(self, batch: Batch, stage: Stage, rate: float):
         """One step; returns the loss before it."""
-        ids, weights, positions = batch
-        if stage not in self.rope:
-            n = max(stage.length, stage.reach)
-            self.rope = {stage: self.model.rope(n, stage.rope_base, self.device)}
-        at = torch.from_numpy(positions).to(self.device, non_blocking=True)
-        cos, sin = (table[at][:, None] for table in self.rope[stage])
+        ids, weights = batch
+        if len(self.rope[0]) != stage.length:
+            self.rope = self.model.rope(stage.length, self.device)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * rate
@@ -305,8 +302,7 @@ class Training:
             loss = self.loss(
                 torch.from_numpy(ids.astype(np.int64)).to(self.device, non_blocking=True),
                 torch.from_numpy(weights).to(self.device, non_blocking=True),
-                cos,
-                sin,
+                *self.rope,
             )
         loss.backward()
         for optimizer in self.optimizers:
@@ -431,7 +427,6 @@ def train(
         result = {
             "model": training.model.state_dict(),
             "shape": asdict(preset.shape),
-            "rope_base": stage.rope_base,
             "length": stage.length,
         }
         save(run / "model", result)

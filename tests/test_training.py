@@ -88,30 +88,12 @@ def test_gutenberg_head_and_tail_are_left_out(recipe, tmp_path):
 @pytest.mark.parametrize("length", [128, 1000])
 def test_rows_are_full_and_depend_on_seed_and_step_alone(recipe, rows, length):
     mix = recipe.data.Mix()
-    ids, weights, positions = rows.batch(7, 6, length, mix)
-    assert np.array_equal(positions, np.tile(np.arange(length), (6, 1)))
+    ids, weights = rows.batch(7, 6, length, mix)
     assert ids.shape == weights.shape == (6, length + 1)
     assert set(np.unique(weights)) <= {np.float32(w) for w in (0, 0.1, 0.3, 1, 4)}
-    again = rows.batch(7, 6, length, mix, reach=2000)
+    again = rows.batch(7, 6, length, mix)
     assert np.array_equal(ids, again[0]) and np.array_equal(weights, again[1])
-    assert np.array_equal(again[2], rows.batch(7, 6, length, mix, reach=2000)[2])
     assert not np.array_equal(ids, rows.batch(8, 6, length, mix)[0])
-
-
-def test_positions_skip_in_half_of_the_rows(recipe):
-    rng = np.random.default_rng(0)
-    skipping, last = 0, []
-    for _ in range(400):
-        positions = recipe.data.skipping_positions(100, 1000, rng)
-        steps = np.diff(positions)
-        assert positions[0] == 0 and len(positions) == 100
-        assert steps.min() >= 1 and (steps > 1).sum() <= 4
-        skipping += positions[-1] > 99
-        last.append(positions[-1])
-    assert 150 < skipping < 250
-    assert 900 < max(last) < 1000
-    plain = recipe.data.skipping_positions(100, 100, rng)
-    assert np.array_equal(plain, np.arange(100))
 
 
 def test_every_answer_stands_in_the_text_before_its_question(recipe, rows):
@@ -204,9 +186,7 @@ def export_and_compare(recipe, run: dict, tokenizer: dict, ids: np.ndarray, path
     net = model.Llama(model.Shape(**run["shape"]))
     net.load_state_dict(run["model"])
     with torch.no_grad():
-        states = net(
-            torch.from_numpy(ids.astype(np.int64))[None], *net.rope(len(ids), run["rope_base"])
-        )
+        states = net(torch.from_numpy(ids.astype(np.int64))[None], *net.rope(len(ids)))
         ours = net.head(states)[0].numpy()
     export.write_gguf(run, tokenizer, path, "f32", "test")
     llama = Llama(path, n_ctx=512, logits_all=True, type_k="f32", type_v="f32", flash_attn=False)
@@ -225,14 +205,16 @@ def test_llama_cpp_computes_what_pytorch_does(recipe, tokenizer, tmp_path):
     """Untrained, every weight random: RoPE, groups of heads, norms, both tokenizers."""
     torch = pytest.importorskip("torch")
     model = importlib.import_module("model")
-    shape = model.Shape(1024, n_layer=3, n_embd=96, n_head=4, n_head_kv=2, head_dim=32, n_ff=128)
+    shape = model.Shape(
+        1024, n_layer=3, n_embd=96, n_head=4, n_head_kv=2, head_dim=32, n_ff=128, rope_base=1e5
+    )
     net = model.Llama(shape, seed=5)
-    net.seed_previous(1e5, (1, 2))
+    net.seed_previous((1, 2))
     with torch.no_grad():
         for name, value in net.named_parameters():
             if "norm" in name or name == "head.weight":
                 value.copy_(torch.randn(value.shape) * 0.3 + (1 if "norm" in name else 0))
-    run = {"model": net.state_dict(), "shape": vars(shape), "rope_base": 1e5, "length": 512}
+    run = {"model": net.state_dict(), "shape": vars(shape), "length": 512}
     ids = np.random.default_rng(0).integers(3, 1024, 300)
     path = tmp_path / "random.gguf"
     assert export_and_compare(recipe, run, tokenizer, ids, path) <= 1e-3
@@ -247,9 +229,7 @@ def test_llama_cpp_tokenizes_as_the_training_did(recipe, tokenizer, rows, tmp_pa
     export, model = importlib.import_module("export"), importlib.import_module("model")
     shape = model.Shape(1024, n_layer=1, n_embd=32, n_head=1, n_head_kv=1, head_dim=32, n_ff=32)
     run = {"model": model.Llama(shape).state_dict(), "shape": vars(shape)}
-    export.write_gguf(
-        run | {"rope_base": 1e4, "length": 512}, tokenizer, tmp_path / "a.gguf", "q8_0", "a"
-    )
+    export.write_gguf(run | {"length": 512}, tokenizer, tmp_path / "a.gguf", "q8_0", "a")
     llama = Llama(tmp_path / "a.gguf", n_ctx=512)
     encode = recipe.data.encoder(Tokenizer.from_str(json.dumps(tokenizer)))
     rng = np.random.default_rng(6)
@@ -266,8 +246,8 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
     train, model = importlib.import_module("train"), importlib.import_module("model")
     shape = model.Shape(1024, n_layer=1, n_embd=32, n_head=2, n_head_kv=1, head_dim=32, n_ff=32)
     stages = (
-        train.Stage(32, 2, 3 * 64, 1e4, train.REPETITIONS),
-        train.Stage(64, 1, 3 * 64, 1e4, reach=100),
+        train.Stage(32, 2, 3 * 64, train.REPETITIONS),
+        train.Stage(64, 1, 3 * 64),
     )
     preset = train.Preset(shape, stages, warm_up=1)
 
@@ -300,9 +280,9 @@ def test_a_short_training_finds_a_needle_and_runs_in_llama_cpp(recipe, texts, tm
     lines: list[str] = []
     training = train.train(texts, tmp_path / "run", preset, log=lines.append)
     _, unseen = train.training_rows(texts, tmp_path / "run/tokenizer.json", preset)
-    _, found = train.needle(training.model, unseen, stage.length, stage.rope_base, n=100, seed=7)
+    _, found = train.needle(training.model, unseen, stage.length, n=100, seed=7)
     assert found >= train.SHORT_FIGURE, lines[-2:]
-    heads = train.induction(training.model, stage.rope_base)
+    heads = train.induction(training.model)
     assert heads[1:].max() > 0.3  # nobody seeded these
 
     run = train.load(tmp_path / "run/model")
