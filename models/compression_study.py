@@ -261,7 +261,11 @@ class Model:
         self.n_head_kv = int(meta("attention.head_count_kv", self.n_head))
         self.eps = float(meta("attention.layer_norm_rms_epsilon"))
         self.head_dim = len(self.w["blk.0.attn_q.weight"]) // self.n_head
-        self.rope_base = float(meta("rope.freq_base", 10000.0))
+        self.frequency = float(meta("rope.freq_base", 10000.0)) ** (
+            -np.arange(0, self.head_dim, 2) / self.head_dim
+        )
+        if "rope_freqs.weight" in self.w:
+            self.frequency = self.frequency / self.w["rope_freqs.weight"]
         for key in ("rope.scaling.type", "rope.dimension_sections", "attention.sliding_window"):
             if reader.get_field(f"llama.{key}") is not None:
                 raise SystemExit(f"{path} has llama.{key}, which the simulation does not know")
@@ -332,9 +336,8 @@ class Model:
         return x.reshape(len(h), -1, self.head_dim).transpose(1, 0, 2)
 
     def _rope(self, x: Array, positions: Array) -> Array:
-        """Neighbours rotated by p base^(-2i/d)."""
-        d = self.head_dim
-        angle = positions[:, None] * self.rope_base ** (-np.arange(0, d, 2) / d)
+        """Neighbours rotated by their frequency times the position."""
+        angle = positions[:, None] * self.frequency
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         y = np.empty_like(x)
         y[..., ::2] = x[..., ::2] * cos - x[..., 1::2] * sin

@@ -25,6 +25,7 @@ from model import Shape
 from train import load
 
 WINDOW_DIVISOR = 8
+STILL = 1e20  # llama.cpp divides the frequency of a pair by this
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -58,6 +59,7 @@ def tensors(state: dict[str, torch.Tensor], shape: Shape) -> dict[str, np.ndarra
         "token_embd.weight": weights["embed.weight"],
         "output_norm.weight": weights["norm.weight"],
         "output.weight": weights["head.weight"],
+        "rope_freqs.weight": np.repeat(np.float32([1, STILL]), shape.head_dim // 4),
     }
     for layer in range(shape.n_layer):
         for ours, theirs in NAMES.items():

@@ -73,7 +73,7 @@ PRESETS = {
         ),
     ),
     "cpu": Preset(
-        shape=Shape(1024, n_layer=6, head_dim=32, n_ff=384, rope_base=4e6),
+        shape=Shape(1024, n_layer=6, head_dim=32, n_ff=384),
         stages=(
             Stage(64, 16, 1 * M, REPETITIONS),
             Stage(128, 16, 2.5 * M),
@@ -87,9 +87,7 @@ PRESETS = {
         decay=0.7,
     ),
     "gpu": Preset(
-        shape=Shape(
-            2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, head_dim=64, n_ff=768, rope_base=4e6
-        ),
+        shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, n_ff=768),
         stages=(
             Stage(128, 256, 10 * M, REPETITIONS),
             Stage(256, 256, 40 * M),
