@@ -408,8 +408,10 @@ def train(
             marks["line"], losses, tokens = now, [], 0
         if now - marks["measured"] > pause:
             log(measure(training.model, unseen, stage, 10))
-            marks["measured"] = marks["line"] = time.monotonic()
-            pause = max(180, 20 * (marks["measured"] - now))  # long texts take long
+            marks["measured"] = time.monotonic()
+            took = marks["measured"] - now
+            marks["line"] += took
+            pause = max(180, 20 * took)  # long texts take long
         if now - marks["saved"] > 180:
             save(run / "checkpoint", training.state())
             marks["saved"] = time.monotonic()
