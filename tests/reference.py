@@ -122,7 +122,7 @@ def _attention(
         q = _rms(q, spec.norm_eps) * w[f"{blk}.attn_q_norm.weight"]
         k = _rms(k, spec.norm_eps) * w[f"{blk}.attn_k_norm.weight"]
     if spec.arch != "gpt2":
-        q, k = _rope(spec, q), _rope(spec, k)
+        q, k = _rope(spec, w, q), _rope(spec, w, k)
 
     out = np.empty_like(q)
     for ih in range(spec.n_head):
@@ -186,8 +186,9 @@ def _norm(spec: TinySpec, w: dict[str, np.ndarray], name: str, x: np.ndarray) ->
     return _rms(x, spec.norm_eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def _rope(spec: TinySpec, x: np.ndarray) -> np.ndarray:
-    """Rotate pairs of x [n, heads, d]: neighbours (llama) or halves (qwen) by p * base^(-2i/d).
+def _rope(spec: TinySpec, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Rotate pairs of x [n, heads, d]: neighbours (llama) or halves (qwen) by p * base^(-2i/d),
+    divided by the factor of the pair if the model has any.
 
     The angles are llama.cpp's, which multiplies them up in F32: exact ones differ by up to 1e-4 at
     position 500, more than the tolerance of the tests leaves room for. The power is taken in F64
@@ -195,10 +196,11 @@ def _rope(spec: TinySpec, x: np.ndarray) -> np.ndarray:
     """
     n, _, d = x.shape
     angle = np.empty((n, d // 2))
+    factors = w.get("rope_freqs.weight", np.ones(d // 2)).astype(np.float32)
     theta = np.arange(n, dtype=np.float32)
     scale = np.float32(np.float64(np.float32(spec.rope_base)) ** np.float64(np.float32(-2.0 / d)))
     for i in range(d // 2):
-        angle[:, i] = theta
+        angle[:, i] = theta / factors[i]
         theta = theta * scale
     cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
     y = np.empty_like(x)

@@ -23,6 +23,8 @@ from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.terminal import MessageReader
 
 TEXT = text_with(FACT)
+PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 0)
+FULL = f"{PLAN.kv_bytes_full / 2**20:.1f} MiB"
 MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
 
 
@@ -39,18 +41,18 @@ def test_the_whole_of_stdin_is_one_message():
     assert result.stdout == "The secret code of Marlow is 48213.\n"
     assert re.fullmatch(
         r"prompt \d+ new tokens, \d+\.\d tok/s \| answer \d+ tokens, \d+\.\d tok/s"
-        r" \| context \d+/2048 \| KV \d+\.\d MiB of 4\.0 MiB full \(\d+%\)\n",
+        rf" \| context \d+/{PLAN.n_ctx} \| KV \d+\.\d MiB of {FULL} full \(\d+%\)\n",
         result.stderr,
     ), result.stderr
 
 
 def test_the_line_of_numbers_is_the_plan():
-    plan = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 2048)
-    share = f"KV {plan.kv_bytes / 2**20:.1f} MiB of 4.0 MiB full ({plan.share:.0%})"
+    share = f"KV {PLAN.kv_bytes / 2**20:.1f} MiB of {FULL} full ({PLAN.share:.0%})"
     assert share in run().stderr
-    assert "KV 4.0 MiB (full cache)" in run("--no-razor").stderr
+    assert f"KV {FULL} (full cache)" in run("--no-razor").stderr
     quantized = run("-ctk", "q8_0", "-ctv", "q8_0")
-    assert "48213" in quantized.stdout and "of 2.1 MiB full" in quantized.stderr
+    full = make_plan(read_model_shape(DEFAULT_MODEL), None, 0, "q8_0", "q8_0").kv_bytes / 2**20
+    assert "48213" in quantized.stdout and f"of {full:.1f} MiB full" in quantized.stderr
     assert "48213" in run("-fa", "off").stdout
     assert "/1024 |" in run("-c", "1000").stderr
 
@@ -71,7 +73,7 @@ def test_a_model_and_its_sidecar(tmp_path):
     sidecar = tmp_path / "side.gguf"
     write_sidecar(DEFAULT_MODEL, sidecar, profile)
     result = run(DEFAULT_MODEL, "--sidecar", sidecar, "--temp", "0")
-    assert "48213" in result.stdout and "of 4.0 MiB full" in result.stderr
+    assert "48213" in result.stdout and f"of {FULL} full" in result.stderr
     other = tiny_models.make_model(tmp_path / "other.gguf", tiny_models.TinySpec())
     result = run(other, "--sidecar", sidecar)
     assert result.exit_code == 1 and "sidecar of another model" in result.stderr
@@ -107,7 +109,8 @@ def test_a_model_without_chat_template_is_refused(tmp_path):
 
 
 def test_a_context_beyond_the_training_is_said():
-    assert "trained for 2048 tokens, -c 4096 goes beyond" in run("-c", "4096").stderr
+    said = f"trained for {PLAN.n_ctx} tokens, -c {2 * PLAN.n_ctx} goes beyond"
+    assert said in run("-c", 2 * PLAN.n_ctx).stderr
 
 
 def test_a_process_with_a_pipe_is_silent_apart_from_its_result(tmp_path):
@@ -225,14 +228,15 @@ def test_a_session():
         assert "48213" in numbers and int(re.search(r"prompt (\d+) new", numbers)[1]) < 40
         t.expect(">>>")
         t.send("/context\r")
-        assert re.search(r"\d{3,} of 2048 tokens used by 4 messages; \d+ left", t.expect("answer"))
+        used = rf"\d{{3,}} of {PLAN.n_ctx} tokens used by 4 messages; \d+ left"
+        assert re.search(used, t.expect("answer"))
         t.send("/stats\r")
         assert re.search(r"cache: \d+ tokens, [1-9]\d* of them folded", t.expect("frontier"))
         t.expect(">>>")
         t.send("/clear\r")
         t.expect("the conversation is empty")
         t.send("/context\r")
-        t.expect("0 of 2048 tokens used by 0 messages")
+        t.expect(f"0 of {PLAN.n_ctx} tokens used by 0 messages")
         t.send("/system\r")
         t.expect("system prompt: none")
         t.send("/system You answer questions.\r")
@@ -333,7 +337,7 @@ def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back():
         t.expect("answer 0 tokens")
         t.expect(">>>")
         t.send("/context\r")
-        t.expect("0 of 2048 tokens used by 0 messages")
+        t.expect(f"0 of {PLAN.n_ctx} tokens used by 0 messages")
         t.expect(">>>")
         t.send(paste(f"{TEXT}\n\n{QUESTION}") + "\r")
         t.expect("The secret code of Marlow is 48213.")

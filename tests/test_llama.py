@@ -80,10 +80,11 @@ def test_memory_is_what_the_plan_says(kv_type, flash_attn):
     assert memory.active and memory.why is None and memory.n_ctx == 2048 and memory.n_tokens == 0
     assert memory.kv_bytes == plan.kv_bytes == sum(layer.kv_bytes for layer in memory.layers)
     assert memory.kv_bytes_full == plan.kv_bytes_full
-    assert memory.kv_bytes_full_f16 == 2048 * 16 * (32 + 32) * 2
+    n_heads = sum(read_model_shape(DEFAULT_MODEL).n_head_kv)
+    assert memory.kv_bytes_full_f16 == 2048 * n_heads * (32 + 32) * 2
     assert 0 < memory.share < 0.5
     heads = sum(layer.retrieval_kv_heads for layer in memory.layers)
-    assert heads == plan.retrieval_kv_heads < 16
+    assert heads == plan.retrieval_kv_heads < n_heads
     full = Llama(DEFAULT_MODEL, n_ctx=2000, razor=False, **with_types).memory()
     assert not full.active and full.kv_bytes == full.kv_bytes_full == memory.kv_bytes_full
     assert full.why == "razor=False" and full.layers == () and full.share == 1.0

@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from razor_local.converters.write import write_sidecar
+from razor_local.converters.write import write_copy, write_sidecar
 from tiny_models import TinySpec, model_kv, razor_kv, write_gguf
 
 from razor_local import native, reference
@@ -28,11 +29,23 @@ from razor_local import verify as module
 from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
 from razor_local.plan import KV_TYPES
-from razor_local.profile import read_profile
+from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify import Errors, compare_layer, kl_divergence, sample_positions, verify
 
 DEFAULT = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
-QUICK = {"n_threads": 1, "n_tokens": 450}
+SHAPE = read_model_shape(DEFAULT)
+QUICK = {"n_threads": 1, "n_tokens": 450, "n_ctx": 2048}
+FOLDER = TemporaryDirectory()
+# the embedded model with retrieval and local heads in one layer
+MIXED = write_copy(
+    DEFAULT,
+    Path(FOLDER.name) / "mixed.gguf",
+    replace(
+        read_profile(DEFAULT),
+        retrieval=tuple([int(il == 1 and h < 3) for h in range(4)] for il in range(SHAPE.n_layer)),
+    ),
+)
+COMMAND = ["-t", "1", "-n", "450", "-c", "2048"]  # the same
 KV = [
     ("f16", "f16", True),
     ("f16", "f16", False),
@@ -47,9 +60,10 @@ KV = [
 def test_the_embedded_model_passes(type_k: str, type_v: str, flash_attn: bool) -> None:
     result = verify(DEFAULT, type_k=type_k, type_v=type_v, flash_attn=flash_attn, **QUICK)
     assert result.passed and result.verdict.startswith("pass"), result.verdict
-    assert [(g.il, g.group, g.kv_heads) for g in result.groups] == [
-        (0, "local", 4), (1, "retrieval", 3), (1, "local", 1), (2, "local", 4), (3, "local", 4),
-    ]  # fmt: skip
+    kept = [int(sum(layer)) for layer in read_profile(DEFAULT).retrieval]
+    groups = [(il, group, n) for il, n_kept in enumerate(kept)
+              for group, n in (("retrieval", n_kept), ("local", 4 - n_kept)) if n]  # fmt: skip
+    assert [(g.il, g.group, g.kv_heads) for g in result.groups] == groups
     assert (result.n_tokens, result.n_rows, result.n_folded) == (450, 450, 448 - 256 - 4)
     assert result.buffers == ("CPU",)
     # in step with the full cache, whose kernels are the same
@@ -132,8 +146,8 @@ def seen() -> tuple[module._Capture, list[tuple]]:
         patch.setattr(
             module._Capture, "misplaced", lambda *args: captures.append(args[0]) or misplaced(*args)
         )
-        assert verify(DEFAULT, **QUICK).passed
-    assert len(kept) == 4
+        assert verify(MIXED, **QUICK).passed
+    assert len(kept) == SHAPE.n_layer
     return captures[0], kept
 
 
@@ -154,7 +168,7 @@ def test_a_fold_without_log_n_fails(seen, monkeypatch) -> None:
 
     monkeypatch.setattr(reference, "fold", without)
     failed = {(g.il, g.group) for g in compare(seen[1]) if not g.passed}
-    assert failed == {(0, "local"), (1, "local"), (2, "local"), (3, "local")}
+    assert failed == {(il, "local") for il in range(SHAPE.n_layer)}
 
 
 @pytest.mark.parametrize("what", ["rows of a fold", "the last fold of v"])
@@ -178,20 +192,20 @@ def test_a_dropped_fold_fails(what: str, seen, monkeypatch) -> None:
 
 
 def flipped(il: int, head: int):
-    profile = read_profile(DEFAULT)
+    profile = read_profile(MIXED)
     layers = [layer.copy() for layer in profile.retrieval]
     layers[il][head] ^= 1
     return replace(profile, retrieval=tuple(layers))
 
 
 @pytest.mark.parametrize("head", range(4))
-@pytest.mark.parametrize("il", range(4))
+@pytest.mark.parametrize("il", range(SHAPE.n_layer))
 def test_any_flipped_head_is_found_where_keys_are_stored(il: int, head: int, seen) -> None:
     """Also the heads of layer 0, whose output is the same either way: they look at the last tokens
     alone."""
     (sentence,) = seen[0].misplaced(flipped(il, head))
     assert sentence.startswith(f"layer {il} keeps the whole context for the KV heads")
-    assert seen[0].misplaced(read_profile(DEFAULT)) == ()
+    assert seen[0].misplaced(read_profile(MIXED)) == ()
 
 
 @pytest.mark.parametrize(("il", "head"), [(1, 0), (1, 3), (2, 1), (3, 2)])
@@ -205,7 +219,7 @@ def test_a_flipped_head_fails_by_its_output_too(il: int, head: int, seen) -> Non
 
 
 def test_heads_stored_in_another_order_are_found(seen) -> None:
-    capture, profile = seen[0], read_profile(DEFAULT)
+    capture, profile = seen[0], read_profile(MIXED)
     place = (1, True)
     right = capture.stored[place]
     assert right.shape == (3, 4) and (right == np.eye(4, dtype=bool)[:3]).all()
@@ -220,14 +234,14 @@ def test_heads_stored_in_another_order_are_found(seen) -> None:
 def test_a_file_with_another_mask_than_the_reference_fails(monkeypatch) -> None:
     """The library reads the file, the reference is given another profile."""
     monkeypatch.setattr(module, "profile_from_header", lambda header, shape: flipped(2, 1))
-    result = verify(DEFAULT, **QUICK)
+    result = verify(MIXED, **QUICK)
     assert not result.passed
     assert result.verdict == (
         "FAIL: layer 2 keeps the whole context for the KV heads none and a window for 0, 1, 2, 3,"
         " the profile says 1 and 0, 2, 3"
     )
     assert [(g.il, g.group) for g in result.groups if not g.passed] == [(2, "retrieval")]
-    done = CliRunner().invoke(main, ["verify", str(DEFAULT), "-t", "1", "-n", "450"])
+    done = CliRunner().invoke(main, ["verify", str(MIXED), *COMMAND])
     assert done.exit_code == 1
     assert done.stderr == f"Error: {result.verdict.removeprefix('FAIL: ')}\n"
     assert done.stdout.count("FAIL") == 1
@@ -248,6 +262,8 @@ def test_one_wrong_number_fails(seen) -> None:
     out[200, 5, 7] += 0.5 * np.sqrt((out[:, 5] ** 2).mean())
     (group,) = compare_layer(il, replace(razor, out=out), full, retrieval, plan)
     assert not group.passed and group.errors.largest > group.limit_largest
+    verdict = replace(verify(MIXED, **QUICK), groups=(group,)).verdict
+    assert f"largest error {group.errors.largest:.1e} of the output where 5.0e-02 is" in verdict
 
 
 def test_the_bound_does_not_hide_behind_the_full_cache(seen) -> None:
@@ -280,7 +296,7 @@ def test_rows_are_spread_over_the_text(n: int, rows: int, seed: int) -> None:
 
 
 def test_rows_decide_nothing_but_what_is_compared() -> None:
-    results = [verify(DEFAULT, rows=rows, **QUICK) for rows in (0, 100)]
+    results = [verify(MIXED, rows=rows, **QUICK) for rows in (0, 100)]
     assert [r.n_rows for r in results] == [450, 100]
     assert all(r.passed for r in results)
 
@@ -315,26 +331,29 @@ def test_text_and_sidecar(tmp_path, tiny) -> None:
         verify(with_profile, text="x", n_threads=1)
 
     text = "The code of Marlow is 48213. " * 60
-    result = verify(DEFAULT, text=text, n_threads=1, rows=100)
+    result = verify(MIXED, text=text, n_ctx=2048, n_threads=1, rows=100)
     assert result.passed and result.n_tokens > 450
-    assert verify(DEFAULT, text=text, **QUICK).n_tokens == 450
+    assert verify(MIXED, text=text, **QUICK).n_tokens == 450
 
 
 def test_the_command(tmp_path) -> None:
-    args = ["verify", str(DEFAULT), "-t", "1", "-n", "450", "-ub", "64", "--rows", "200"]
+    args = ["verify", str(MIXED), *COMMAND, "-ub", "64", "--rows", "200"]
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].split() == "layer heads KV rms worst limit full max limit".split()
-    assert [line.split()[-1] for line in lines[1:6]] == ["pass"] * 5
-    assert lines[-1].startswith("pass: all 5 groups of heads agree with the reference (450 tokens")
+    n_groups = SHAPE.n_layer + 1
+    assert [line.split()[-1] for line in lines[1 : n_groups + 1]] == ["pass"] * n_groups
+    assert lines[-1].startswith(
+        f"pass: all {n_groups} groups of heads agree with the reference (450 tokens"
+    )
 
     done = CliRunner().invoke(main, [*args, "--json", "-ctk", "q8_0", "-ctv", "q8_0"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["passed"] is True and result["n_rows"] == 200
     assert result["plan"]["window"] == 256 and result["plan"]["type_k"] == "q8_0"
-    assert len(result["groups"]) == 5 and result["groups"][1]["errors"]["worst_head"] < 6
+    assert len(result["groups"]) == n_groups and result["groups"][1]["errors"]["worst_head"] < 6
 
 
 @pytest.mark.parametrize(
@@ -351,14 +370,14 @@ def test_the_command(tmp_path) -> None:
 )
 def test_what_cannot_be_verified_is_refused(options: dict, sentence: str) -> None:
     with pytest.raises(RazorError) as error:
-        verify(DEFAULT, n_threads=1, **options)
+        verify(MIXED, **{"n_threads": 1, "n_ctx": 2048} | options)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
 def test_razor_that_is_switched_off_is_no_pass(monkeypatch) -> None:
     monkeypatch.setenv(native.DISABLE_ENV, "1")
     with pytest.raises(RazorError, match="runs a full cache where razor was asked for"):
-        verify(DEFAULT, **QUICK)
+        verify(MIXED, **QUICK)
 
 
 def test_ctrl_c_ends_it(monkeypatch) -> None:
@@ -366,8 +385,8 @@ def test_ctrl_c_ends_it(monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        verify(DEFAULT, progress=stop, **QUICK)
-    assert verify(DEFAULT, **QUICK).passed
+        verify(MIXED, progress=stop, **QUICK)
+    assert verify(MIXED, **QUICK).passed
 
 
 def test_a_layer_that_is_not_seen_is_no_pass(monkeypatch) -> None:
@@ -379,7 +398,7 @@ def test_a_layer_that_is_not_seen_is_no_pass(monkeypatch) -> None:
 
     monkeypatch.setattr(module._Capture, "_finish", without)
     with pytest.raises(UnsupportedError, match="layer 2 of this model .* shows its"):
-        verify(DEFAULT, **QUICK)
+        verify(MIXED, **QUICK)
 
 
 def test_errors_in_callbacks_are_raised(monkeypatch) -> None:
@@ -388,7 +407,7 @@ def test_errors_in_callbacks_are_raised(monkeypatch) -> None:
 
     monkeypatch.setattr(module._Capture, "_finish", fail)
     with pytest.raises(UnsupportedError, match="seen in a callback"):
-        verify(DEFAULT, **QUICK)
+        verify(MIXED, **QUICK)
 
 
 # -- slow
