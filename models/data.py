@@ -36,8 +36,8 @@ CHAT_TEMPLATE = (
 )
 
 # loss weights
-TEXT = 0.1  # the text around the facts
-BOOK = 0.3  # text for its own sake
+TEXT = 0.02  # the text around the facts
+BOOK = 0.1  # text for its own sake
 PHRASE = 1.0  # an answer without its value
 VALUE = 4.0
 REPEAT = 1.0  # random tokens, seen before
@@ -260,10 +260,15 @@ def encode_pieces(pieces: Sequence[Piece], encode: Encode) -> tuple[np.ndarray, 
 
 
 def repeated_tokens(length: int, n_vocab: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens, repeated: nothing but looking back tells what comes next."""
+    """Random tokens, repeated: nothing but looking back tells what comes next. In half of the rows
+    they are of few kinds, so that one token before does not tell which place is meant."""
     longest = max(9, length // 2)
     period = int(np.exp(rng.uniform(np.log(8), np.log(longest))))
-    block = rng.integers(len(SPECIALS), n_vocab, period)
+    kinds = np.arange(len(SPECIALS), n_vocab)
+    if rng.random() < 0.5:
+        few = int(np.exp(rng.uniform(np.log(max(4, period // 4)), np.log(4 * period))))
+        kinds = rng.permutation(kinds)[:few]
+    block = kinds[rng.integers(len(kinds), size=period)]
     ids = np.tile(block, length // period + 1)[:length]
     weights = np.full(length, REPEAT, np.float32)
     weights[: period + 1] = 0
@@ -329,8 +334,9 @@ class Rows:
             return story_chat(book, n_chars - 30, rng)
         if rng.random() < 0.25:  # several conversations in one row
             n_tokens = int(rng.uniform(min(128, n_tokens), n_tokens))
-        # as many facts as the row has room for, up to 40; a question takes about 45 tokens
-        most = min(40, max(1, n_tokens // 80))
+        # up to 40 facts: many in little text teach which value belongs to which key, few in much
+        # text to find it; a fact and its question take about 50 tokens
+        most = min(40, max(1, n_tokens // 50))
         n_facts = int(rng.integers(1, most + 1))
         facts = make_facts(n_facts, self.words, rng)
         asked = rng.permutation(n_facts)
@@ -345,15 +351,15 @@ class Rows:
 def test_document(
     rows: Rows, rng: Generator, length: int, n_facts: int, reworded: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One question about one of n facts in a text of about `length` tokens; weights are those of
-    the answer. Not longer than length."""
+    """One question about one of n facts of a kind in a text of about `length` tokens; weights are
+    those of the answer. Not longer than length."""
     book = rows.books[rng.integers(len(rows.books))]
 
     def wording(fact: Fact) -> int:
         return int(rng.integers(1, len(KINDS[fact.kind].questions))) if reworded else 0
 
     while True:
-        facts = make_facts(n_facts, rows.words, rng)
+        facts = make_facts(n_facts, rows.words, rng, kinds=[int(rng.integers(len(KINDS)))])
         asked = [int(rng.integers(n_facts))]
         if len(facts[asked[0]].values) > 1:
             continue

@@ -313,11 +313,12 @@ def make_value(kind: Kind, words: Sequence[str], rng: Generator) -> str:
 def make_facts(
     n: int, words: Sequence[str], rng: Generator, kinds: Sequence[int] | None = None
 ) -> list[Fact]:
-    """n facts with different keys, so that every question has one answer."""
+    """n facts with different keys, so that every question has one answer; most often of one kind,
+    so that the key decides."""
     facts: list[Fact] = []
     taken: set[str] = set()
     kinds = range(len(KINDS)) if kinds is None else kinds
-    one_kind = kinds[rng.integers(len(kinds))] if rng.random() < 0.5 else None
+    one_kind = kinds[rng.integers(len(kinds))] if rng.random() < 0.9 else None
     while len(facts) < n:
         index = kinds[rng.integers(len(kinds))] if one_kind is None else one_kind
         kind = KINDS[index]
@@ -332,11 +333,17 @@ def make_facts(
     return facts
 
 
+def draw_wording(n: int, rng: Generator) -> int:
+    """Half of the draws give the first of n wordings, which the answer repeats: it is learned
+    first, the others on top of it."""
+    return 0 if rng.random() < 0.5 else int(rng.integers(n))
+
+
 def sentences(fact: Fact, rng: Generator, wording: int | None = None) -> list[str]:
     """The sentences to hide in a text: one for each value."""
     wordings = KINDS[fact.kind].facts
     if wording is None:
-        wording = rng.integers(len(wordings))
+        wording = draw_wording(len(wordings), rng)
     return [wordings[wording].format(k=fact.key, v=v, o=fact.thing) for v in fact.values]
 
 
@@ -344,7 +351,7 @@ def question(fact: Fact, rng: Generator, wording: int | None = None) -> str:
     kind = KINDS[fact.kind]
     wordings = kind.questions if len(fact.values) == 1 else kind.questions_many
     if wording is None:
-        wording = rng.integers(len(wordings))
+        wording = draw_wording(len(wordings), rng)
     return wordings[wording].format(k=fact.key, o=fact.thing)
 
 

@@ -45,7 +45,7 @@ class Preset:
     previous: query heads of layer 0 seeded to look 1, 2, ... tokens back; all other heads are
     found by training. muon: learning rate of matrices; adam: of all else, 5 times that for the
     embeddings. warm_up: steps. decay: the share of the tokens at the end over which the rates
-    fall to 0.
+    fall to 0, as a parabola.
     """
 
     shape: Shape
@@ -65,7 +65,7 @@ REPETITIONS = Mix(repeats=0.85, books=0.05, stories=0.0)
 LONG = Mix(repeats=0.12, books=0.08)
 PRESETS = {
     "cpu-short": Preset(
-        shape=Shape(1024, n_layer=4, head_dim=32, n_ff=384),
+        shape=Shape(1024, n_layer=4, n_ff=384),
         stages=(
             Stage(64, 16, 0.5 * M, REPETITIONS),
             Stage(128, 16, 0.8 * M),
@@ -73,7 +73,7 @@ PRESETS = {
         ),
     ),
     "cpu": Preset(
-        shape=Shape(1024, n_layer=6, head_dim=32, n_ff=384),
+        shape=Shape(1024, n_layer=6, n_ff=384),
         stages=(
             Stage(64, 16, 1 * M, REPETITIONS),
             Stage(128, 16, 2.5 * M),
@@ -126,9 +126,9 @@ class Schedule:
         return self.preset.stages[min(i, len(self.ends) - 1)]
 
     def rate(self, part: float, step: int) -> float:
-        """Factor of all learning rates: up, constant, and down to 0."""
+        """Factor of all learning rates: up, constant, and down to 0 as a parabola."""
         up = min(1.0, (step + 1) / self.preset.warm_up)
-        return up * min(1.0, max(0.0, 1 - part) / self.preset.decay)
+        return up * min(1.0, max(0.0, 1 - part) / self.preset.decay) ** 2
 
 
 # ---- measuring -------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ def needle(
     n: int = 20,
     seed: int = 99,
 ) -> tuple[float, float]:
-    """Of n texts of `length` tokens with n_facts facts and one question: (answers right in every
-    token, values right), as greedy decoding would say them: all tokens of a right answer are the
-    likeliest after those before."""
+    """Of n texts of `length` tokens with n_facts facts of a kind and one question: (answers right
+    in every token, values right), as greedy decoding would say them: all tokens of a right answer
+    are the likeliest after those before."""
     device = model.embed.weight.device
     cos, sin = model.rope(length, device)
     whole = values = 0
@@ -184,7 +184,7 @@ def induction(model: Llama, period: int = 64, repeats: int = 4) -> np.ndarray:
 def measure(model: Llama, rows: Rows, stage: Stage, n: int) -> str:
     """A line for the log: whole answer / value right by number of facts, r: reworded."""
     parts = [f"needle at {stage.length}:"]
-    for n_facts in (1, 8):
+    for n_facts in (1, 2, 8):
         if stage.length >= 100 * n_facts:
             for reworded in (False, True):
                 right = needle(model, rows, stage.length, n_facts, reworded, n)
