@@ -208,6 +208,7 @@ def test_scores_of_the_embedded_model_at_its_full_length():
     "spec",
     [
         tiny_models.TinySpec(),
+        tiny_models.TinySpec(still=True),
         tiny_models.TinySpec("qwen3", n_head_kv=4),
         tiny_models.TinySpec("qwen2", n_head_kv=1),
         tiny_models.TinySpec("gpt2", n_head_kv=4),

@@ -18,7 +18,7 @@ from razor_local.profile import read_profile
 
 MODELS = Path(__file__).parent.parent / "models"
 N_CTX = 768
-SPEC = TinySpec(n_head=6, n_head_kv=3)
+SPEC = TinySpec(n_head=6, n_head_kv=3, still=True)
 MASK = [[0, 1, 0], [1, 1, 0], [0, 0, 0]]
 
 

@@ -108,6 +108,9 @@ def matrix() -> list[Case]:
         ((1, 4, 0), ((1,), (0, 0, 0, 0), ())),
     ):
         cases.append(Case(TinySpec("deci", 3, 4, n_kv, 32, seed=101), mask, 24, 280))
+    # half of every head without RoPE, as in the built-in model's recipe
+    spec = TinySpec("llama", 3, 4, 2, 64, seed=102, still=True)
+    cases.append(Case(spec, ((0, 0), (1, 0), (0, 1)), 24, 280))
     return cases
 
 

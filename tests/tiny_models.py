@@ -38,6 +38,7 @@ class TinySpec:
     tied: bool = False  # output head = token embedding
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
+    still: bool = False  # the slower half of the pairs does not turn: rope_freqs.weight (llama)
     sharpness: float = 1.5  # standard deviation of the query and of the key entries
     seed: int = 0
 
@@ -122,6 +123,9 @@ def make_weights(spec: TinySpec) -> dict[str, np.ndarray]:
             linear(f"{blk}.ffn_up.weight", spec.n_ff, d, 1.0)
             linear(f"{blk}.ffn_down.weight", d, spec.n_ff, 1.0)
 
+    if spec.still:
+        factors = np.repeat(np.float32([1, 1e20]), spec.head_dim // 4)
+        weights["rope_freqs.weight"] = factors
     if spec.tied:
         norm("output_norm", d, 3 / d**0.5)
     else:
