@@ -50,7 +50,7 @@ class Preset:
 
     shape: Shape
     stages: tuple[Stage, ...]
-    previous: int = 2
+    previous: int = 4
     muon: float = 0.01
     adam: float = 0.004
     warm_up: int = 30
