@@ -249,7 +249,7 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
         train.Stage(32, 2, 3 * 64, train.REPETITIONS),
         train.Stage(64, 1, 3 * 64),
     )
-    preset = train.Preset(shape, stages, warm_up=1)
+    preset = train.Preset(shape, stages, previous=2, warm_up=1)
 
     def silent(text: str) -> None:
         pass
