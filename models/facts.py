@@ -334,7 +334,7 @@ def make_facts(
 
 
 def draw_wording(n: int, rng: Generator) -> int:
-    """Half of the draws give the first of n wordings, which the answer repeats: it is learned
+    """Over half of the draws are the first of n wordings, which the answer repeats: it is learned
     first, the others on top of it."""
     return 0 if rng.random() < 0.5 else int(rng.integers(n))
 
