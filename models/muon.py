@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 
+def has_bf16(device: str) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32: on CUDA and on CPUs with
+    instructions for them (1.4 times the steps there)."""
+    return device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
     """About U V' of the singular value decomposition of each matrix of g [n, rows, columns], by
     Newton-Schulz steps with the coefficients of the post above."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16() if g.is_cuda else g.float()
+    x = g.bfloat16() if has_bf16(g.device.type) else g.float()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from data import VALUE, Mix, Rows, encoder, load_books, split_books, test_document, train_tokenizer
 from model import Llama, Shape
-from muon import Muon
+from muon import Muon, has_bf16
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,8 @@ class Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["full_lr"] * rate
-        fast = self.device == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if fast else nullcontext():
+        fast = has_bf16(self.device)
+        with torch.autocast(self.device, torch.bfloat16) if fast else nullcontext():
             loss = self.loss(
                 torch.from_numpy(ids.astype(np.int64)).to(self.device, non_blocking=True),
                 torch.from_numpy(weights).to(self.device, non_blocking=True),
@@ -375,7 +375,9 @@ def train(
     if (run / "checkpoint").exists():
         training.resume(load(run / "checkpoint", device))
     n_parameters = sum(p.numel() for p in training.model.parameters())
-    log(f"{n_parameters / M:.2f}M parameters, {device}, {torch.get_num_threads()} threads")
+    precision = "bf16" if has_bf16(device) else "fp32"
+    threads = torch.get_num_threads()
+    log(f"{n_parameters / M:.2f}M parameters, {device}, {precision}, {threads} threads")
     log(json.dumps(asdict(preset)))
     log(f"from step {training.step}, {training.tokens / M:.2f}M tokens")
 
