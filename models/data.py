@@ -22,6 +22,7 @@ from facts import KINDS, Fact, answer, make_facts, question, sentences
 
 Generator = np.random.Generator
 Piece = tuple[str, float]  # text, loss weight of its tokens
+Source = Callable[["Book", int, Generator], tuple[str, np.ndarray]]  # see cut()
 Encode = Callable[[str], tuple[list[int], list[int]]]  # text -> ids, end of each token in the text
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -107,6 +108,31 @@ def cut(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
     return text[skip:], inside
 
 
+def soup(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
+    """As cut(), of 5 to 60 different words of the book in any order; every word ends a sentence."""
+    words = sorted(set(re.findall(r"\b[a-z]{2,9}\b", cut(book, 600, rng)[0]))) or ["and"]
+    words = rng.permutation(words)[: rng.integers(5, 61)]
+    drawn = words[rng.integers(len(words), size=n_chars // 4 + 1)]
+    stops = rng.random(len(drawn)) < 1 / rng.uniform(4, 200)
+    said = [f"{word}." if stop else str(word) for word, stop in zip(drawn, stops, strict=True)]
+    ends = np.cumsum([len(word) + 1 for word in said]) - 1
+    n = int(np.searchsorted(ends, n_chars)) + 1
+    return " ".join(said[:n]), ends[:n]
+
+
+def refrain(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
+    """As cut(), of 1 to 8 sentences of the book again and again."""
+    text, ends = cut(book, 1000, rng)
+    borders = [0, *map(int, ends)]
+    some = [text[a:b].strip() for a, b in zip(borders, borders[1:], strict=False)]
+    some = some[: rng.integers(1, 9)]
+    said, n = [], 0
+    while n < n_chars:
+        said.append(some[rng.integers(len(some))])
+        n += len(said[-1]) + 1
+    return " ".join(said), np.cumsum([len(sentence) + 1 for sentence in said]) - 1
+
+
 # ---- tokenizer -------------------------------------------------------------------------------
 
 
@@ -165,13 +191,15 @@ def hide(text: str, ends: np.ndarray, hidden: Sequence[str], at: Sequence[int]) 
     return [*pieces, (text[done:], TEXT)]
 
 
-def text_with_facts(book: Book, n_chars: int, facts: Sequence[Fact], rng: Generator) -> list[Piece]:
+def text_with_facts(
+    book: Book, n_chars: int, facts: Sequence[Fact], rng: Generator, source: Source = cut
+) -> list[Piece]:
     """Facts at random places of a text, the values of one fact in their order."""
     values = [(i, j) for i, fact in enumerate(facts) for j in range(len(fact.values))]
     order = rng.permutation(len(values))
     said = [sentences(fact, rng) for fact in facts]
     room = n_chars - sum(len(s) + 1 for fact in said for s in fact)
-    text, ends = cut(book, max(room, 40), rng)
+    text, ends = source(book, max(room, 40), rng)
     at = np.sort(rng.integers(len(ends), size=len(values)))
     # a random order of all sentences in which those of one fact keep theirs
     turn = [0] * len(facts)
@@ -206,9 +234,10 @@ def needle_chat(
     asked: Sequence[int],
     rng: Generator,
     wording: Callable[[Fact], int | None] = lambda fact: None,
+    source: Source = cut,
 ) -> list[Piece]:
     """A text with facts and questions about some of them, one turn or many."""
-    text = text_with_facts(book, n_chars, facts, rng)
+    text = text_with_facts(book, n_chars, facts, rng, source)
     task = TASKS[rng.integers(len(TASKS))] if rng.random() < 0.3 else ""
     text = ([(task + "\n\n", 0.0)] if task else []) + text
     turns = list(asked)
@@ -280,11 +309,13 @@ def repeated_tokens(length: int, n_vocab: int, rng: Generator) -> tuple[np.ndarr
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the rows; the rest are needle chats."""
+    """Shares of the rows; the rest are needle chats, the share `odd` of them about texts that are
+    no plain English: words in any order, a few sentences again and again."""
 
     books: float = 0.10
     stories: float = 0.05
     repeats: float = 0.20
+    odd: float = 0.0
 
 
 class Rows:
@@ -342,7 +373,10 @@ class Rows:
         asked = rng.permutation(n_facts)
         turns = n_facts * 45 + 20
         n_text = max(n_tokens - turns, n_tokens // 4) * rng.uniform(0.85, 0.97)
-        return needle_chat(book, int(n_text * self.chars), facts, asked, rng)
+        source = cut
+        if mix.odd and rng.random() < mix.odd:
+            source = (soup, refrain)[rng.integers(2)]
+        return needle_chat(book, int(n_text * self.chars), facts, asked, rng, source=source)
 
 
 # ---- measuring -------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ M = 1e6
 # Heads that look for repetitions form on repetitions within 350,000 tokens; in the mix they had not
 # after a million. All else is learned on top of them.
 REPETITIONS = Mix(repeats=0.85, books=0.05, stories=0.0)
-LONG = Mix(repeats=0.12, books=0.08)
+LONG = Mix(repeats=0.12, books=0.08, odd=0.25)
 PRESETS = {
     "cpu-short": Preset(
         shape=Shape(1024, n_layer=4, n_ff=384),

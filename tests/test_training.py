@@ -118,6 +118,29 @@ def test_every_answer_stands_in_the_text_before_its_question(recipe, rows):
                 assert answer in text[text.index("<|im_start|>assistant\n") :]
 
 
+@pytest.mark.parametrize("source", ["cut", "soup", "refrain"])
+def test_a_text_is_about_as_long_as_wanted_and_ends_where_it_says(recipe, rows, source):
+    make = getattr(recipe.data, source)
+    for seed in range(20):
+        n_chars = 50 * (seed + 1)
+        text, ends = make(rows.books[0], n_chars, np.random.default_rng(seed))
+        assert n_chars / 3 < len(text) < n_chars + 1500
+        assert ends[-1] == len(text) and (np.diff(ends) > 0).all()
+        assert all(text[end : end + 1].isspace() for end in ends[:-1])
+        assert all(text[end - 1].strip() for end in ends)
+
+
+def test_odd_texts_change_no_row_of_a_mix_without_them(recipe, rows):
+    """So that stages without them stay what they were."""
+    data = recipe.data
+    odd = sum(
+        not np.array_equal(rows.batch(i, 1, 500, data.Mix())[0], rows.batch(i, 1, 500, mix)[0])
+        for i in range(40)
+        for mix in [data.Mix(odd=1.0)]
+    )
+    assert 10 < odd < 40  # the needle chats, 65 % of the rows
+
+
 def test_the_key_stands_before_the_value(recipe):
     for kind in recipe.facts.KINDS:
         for wording in (*kind.facts, kind.answer, *filter(None, [kind.answer_many])):
