@@ -334,9 +334,9 @@ def make_facts(
 
 
 def draw_wording(n: int, rng: Generator) -> int:
-    """Over half of the draws are the first of n wordings, which the answer repeats: it is learned
+    """Over 70 % of the draws are the first of n wordings, which the answer repeats: it is learned
     first, the others on top of it."""
-    return 0 if rng.random() < 0.5 else int(rng.integers(n))
+    return 0 if rng.random() < 0.7 else int(rng.integers(n))
 
 
 def sentences(fact: Fact, rng: Generator, wording: int | None = None) -> list[str]:

@@ -45,7 +45,7 @@ class Preset:
     previous: query heads of layer 0 seeded to look 1, 2, ... tokens back; all other heads are
     found by training. muon: learning rate of matrices; adam: of all else, 5 times that for the
     embeddings. warm_up: steps. decay: the share of the tokens at the end over which the rates
-    fall to 0, as a parabola.
+    fall to 0, as a power.
     """
 
     shape: Shape
@@ -55,6 +55,7 @@ class Preset:
     adam: float = 0.004
     warm_up: int = 30
     decay: float = 0.4
+    power: float = 2
     seed: int = 1
 
 
@@ -75,16 +76,17 @@ PRESETS = {
     "cpu": Preset(
         shape=Shape(1024, n_layer=6, n_ff=384),
         stages=(
-            Stage(64, 16, 1 * M, REPETITIONS),
-            Stage(128, 16, 2.5 * M),
-            Stage(256, 8, 3.5 * M),
-            Stage(512, 8, 3.25 * M, LONG),
-            Stage(1024, 4, 3.25 * M, LONG),
-            Stage(2048, 2, 3 * M, LONG),
-            Stage(4096, 1, 2.25 * M, LONG),
-            Stage(8192, 1, 1.5 * M, LONG),
+            Stage(64, 16, 0.6 * M, REPETITIONS),
+            Stage(128, 16, 1.5 * M),
+            Stage(256, 8, 2.7 * M),
+            Stage(512, 8, 2.5 * M, LONG),
+            Stage(1024, 4, 2 * M, LONG),
+            Stage(2048, 2, 1.4 * M, LONG),
+            Stage(4096, 1, 0.8 * M, LONG),
+            Stage(8192, 1, 0.6 * M, LONG),
         ),
-        decay=0.7,
+        decay=0.92,
+        power=3,
     ),
     "gpu": Preset(
         shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, n_ff=768),
@@ -126,9 +128,9 @@ class Schedule:
         return self.preset.stages[min(i, len(self.ends) - 1)]
 
     def rate(self, part: float, step: int) -> float:
-        """Factor of all learning rates: up, constant, and down to 0 as a parabola."""
+        """Factor of all learning rates: up, constant, and down to 0 as a power of what is left."""
         up = min(1.0, (step + 1) / self.preset.warm_up)
-        return up * min(1.0, max(0.0, 1 - part) / self.preset.decay) ** 2
+        return up * min(1.0, max(0.0, 1 - part) / self.preset.decay) ** self.preset.power
 
 
 # ---- measuring -------------------------------------------------------------------------------
@@ -424,7 +426,7 @@ def train(
     training.seconds = before + time.monotonic() - began
     save(run / "checkpoint", training.state())
     if schedule.part(training.tokens, training.seconds) >= 1:
-        log(measure(training.model, unseen, stage, 20))
+        log(measure(training.model, unseen, stage, min(20, max(4, 20480 // stage.length))))
         log(f"done: {training.tokens / M:.2f}M tokens in {training.seconds / 60:.1f} minutes")
         result = {
             "model": training.model.state_dict(),

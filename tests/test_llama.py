@@ -80,8 +80,9 @@ def test_memory_is_what_the_plan_says(kv_type, flash_attn):
     assert memory.active and memory.why is None and memory.n_ctx == 2048 and memory.n_tokens == 0
     assert memory.kv_bytes == plan.kv_bytes == sum(layer.kv_bytes for layer in memory.layers)
     assert memory.kv_bytes_full == plan.kv_bytes_full
-    n_heads = sum(read_model_shape(DEFAULT_MODEL).n_head_kv)
-    assert memory.kv_bytes_full_f16 == 2048 * n_heads * (32 + 32) * 2
+    shape = read_model_shape(DEFAULT_MODEL)
+    n_heads = sum(shape.n_head_kv)
+    assert memory.kv_bytes_full_f16 == 2048 * n_heads * (shape.head_dim_k + shape.head_dim_v) * 2
     assert 0 < memory.share < 0.5
     heads = sum(layer.retrieval_kv_heads for layer in memory.layers)
     assert heads == plan.retrieval_kv_heads < n_heads

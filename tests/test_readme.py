@@ -32,11 +32,11 @@ def test_chat_options_exist():
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
 def test_bytes_of_the_built_in_model(kv_type):
     plan = make_plan(
-        read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 2048, kv_type, kv_type
+        read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 8192, kv_type, kv_type
     )
     row = f"| {kv_type} | {plan.kv_bytes_full:,} | {plan.kv_bytes:,} | {plan.share * 100:.0f} % |"
     assert row in README
-    memory = Llama(DEFAULT_MODEL, n_ctx=2048, type_k=kv_type, type_v=kv_type).memory()
+    memory = Llama(DEFAULT_MODEL, n_ctx=8192, type_k=kv_type, type_v=kv_type).memory()
     assert (memory.kv_bytes, memory.kv_bytes_full) == (plan.kv_bytes, plan.kv_bytes_full)
 
 
