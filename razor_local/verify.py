@@ -58,7 +58,9 @@ KL_ROWS = 16  # logits converted to F64 at a time
 
 # Errors relative to the root mean square of a head's output: of a head over all checked queries,
 # and of any single number. What was measured stands in docs/verification.md.
-QUANTIZED = (1e-2, 2e-1)  # CPUs round q to 8 bits for products with quantized keys
+# CPUs round q to 8 bits for products with quantized keys: near ties between keys of a sharp head
+# fall the other way in single rows
+QUANTIZED = (1e-2, 5e-1)
 BOUNDS = {"f32": (1e-5, 5e-4), "f16": (3e-3, 5e-2), "bf16": (5e-3, 1e-1)} | {
     kv_type: QUANTIZED for kv_type, info in KV_TYPES.items() if info.block > 1
 }

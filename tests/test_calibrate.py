@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from gguf.quants import dequantize
 from razor_local.converters import calibrate as module
 from razor_local.converters.calibrate import calibrate, draw_tokens, find_copies, plan_memory
 from razor_local.converters.scores import Scores, choose_heads, load_scores
+from razor_local.converters.write import write_copy
 
 from razor_local import Llama, native
 from razor_local.cli import main
@@ -191,8 +193,9 @@ def check_embedded(n_tokens: int) -> None:
     scores = calibrate(DEFAULT_MODEL, tokens=n_tokens)
     echo, induction = reference_scores(spec, weights, usable, n_tokens)
     assert induction.max() > 0.5
-    assert np.abs(scores.echo - echo).max() <= 1e-3
-    assert np.abs(scores.induction - induction).max() <= 1e-3
+    # logits of some hundreds, products in F16
+    assert np.abs(scores.echo - echo).max() <= 3e-3
+    assert np.abs(scores.induction - induction).max() <= 3e-3
 
 
 def test_scores_of_the_embedded_model_are_those_of_float64_attention():
@@ -230,7 +233,7 @@ def test_random_models_of_other_architectures(tiny, spec):
 def test_scores_do_not_depend_on_the_ubatch_size():
     shape, whole = read_model_shape(DEFAULT_MODEL), calibrate(DEFAULT_MODEL, tokens=128)
     n_ubatches = set()
-    for mib in (40, 10, 4, 2.5, 1.6):
+    for mib in (60, 20, 10, 5, 3.6):
         n_ubatches.add(plan_memory(shape, 512, int(mib * 2**20)).n_ubatch)
         part = calibrate(DEFAULT_MODEL, tokens=128, max_memory=int(mib * 2**20))
         assert largest_error(whole, part) < 1e-5
@@ -652,7 +655,15 @@ def test_llama_chooses_the_heads_again(known, converted):
         llama.close()
 
 
-def test_a_budget_needs_scores_and_razor(known, converted, tmp_path):
+@pytest.fixture(scope="module")
+def unscored(tmp_path_factory) -> Path:
+    """The built-in model with a profile without scores."""
+    out = tmp_path_factory.mktemp("unscored") / "out.gguf"
+    profile = replace(read_profile(DEFAULT_MODEL), echo_score=None, induction_score=None)
+    return write_copy(DEFAULT_MODEL, out, profile)
+
+
+def test_a_budget_needs_scores_and_razor(known, converted, unscored):
     with pytest.raises(ProfileError, match="has no razor profile that retrieval"):
         Llama(known[0], retrieval=0.5)
     with pytest.raises(ProfileError, match="leave one or the other out"):
@@ -660,7 +671,7 @@ def test_a_budget_needs_scores_and_razor(known, converted, tmp_path):
     with pytest.raises(ProfileError, match="retrieval is 2, expected a share"):
         Llama(converted, retrieval=2)
     with pytest.raises(ProfileError, match="holds no head scores.*convert the model without"):
-        Llama(DEFAULT_MODEL, retrieval=0.5)
+        Llama(unscored, retrieval=0.5)
 
 
 def test_inspect_shows_another_budget(known, converted):
@@ -671,10 +682,10 @@ def test_inspect_shows_another_budget(known, converted):
     assert code == 1 and "has no razor profile; make one with" in stderr
 
 
-def test_chat_takes_a_budget(converted):
+def test_chat_takes_a_budget(converted, unscored):
     command = [sys.executable, "-c", CONVERT, "chat"]
     for model, args, text in (
-        (DEFAULT_MODEL, ["--retrieval", "0.5"], "holds no head scores"),
+        (unscored, ["--retrieval", "0.5"], "holds no head scores"),
         (converted, ["--retrieval", "0.5", "--no-razor"], "--retrieval and --no-razor exclude"),
     ):
         done = subprocess.run(

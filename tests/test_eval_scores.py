@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from razor_local.converters.write import write_copy
 
 from razor_local.bench_worker import ModelSetup
 from razor_local.cli.params import DEFAULT_MODEL
@@ -229,12 +230,14 @@ def test_a_head_list_is_a_policy(tmp_path) -> None:
         (["razor@0.3"], [], ProfileError, "no head scores|scores"),
     ],
 )
-def test_what_is_no_policy_is_told(names, budgets, error, text) -> None:
+def test_what_is_no_policy_is_told(names, budgets, error, text, tmp_path) -> None:
     profile = read_profile(DEFAULT_MODEL)
-    if error is ProfileError and profile.induction_score is not None:
-        pytest.skip("the built-in model has scores")
+    setup = SETUP
+    if error is ProfileError:
+        profile = replace(profile, echo_score=None, induction_score=None)
+        setup = ModelSetup(str(write_copy(DEFAULT_MODEL, tmp_path / "unscored.gguf", profile)))
     with pytest.raises(error, match=text):
-        make_policies(SETUP, names, budgets)
+        make_policies(setup, names, budgets)
 
 
 def test_models_without_a_profile_have_full_caches(tiny) -> None:
