@@ -5,9 +5,12 @@
 #
 # TEXTS: folder with the text that was held out in training, and no other. JOURNALS: folder for what
 # is finished; the same command goes on from there. MODEL: the built-in one if none is named.
+# Takes hours on two cores.
 set -eu
-texts=$1 journals=$2 model=${3:-razor_local/data/razor-default.gguf}
+texts=$(realpath "$1") journals=$(realpath "$2")
+model=${3:+$(realpath "$3")}
 cd "$(dirname "$0")/.."
+model=${model:-razor_local/data/razor-default.gguf}
 mkdir -p "$journals" docs/quality
 heads=random-heads=1,random-heads=2,random-heads=3
 all=full,full-q8_0,full-q4_0,razor,razor-q8_0,razor-q4_0,razor-no-comp,local,streaming,$heads

@@ -25,4 +25,8 @@ def filled(text: str, folder: Path = DOCS / "quality") -> str:
 
 if __name__ == "__main__":
     page = DOCS / "quality.md"
-    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    marked = {match[2] for match in BLOCK.finditer(text)}
+    page.write_text(filled(text), encoding="utf-8")
+    if missing := {path.stem for path in (DOCS / "quality").glob("*.md")} - marked:
+        raise SystemExit(f"{page} has no marks for {', '.join(sorted(missing))}: add <!-- NAME -->")

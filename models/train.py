@@ -45,7 +45,7 @@ class Preset:
     previous: query heads of layer 0 seeded to look 1, 2, ... tokens back; all other heads are
     found by training. muon: learning rate of matrices; adam: of all else, 5 times that for the
     embeddings. warm_up: steps. decay: the share of the tokens at the end over which the rates
-    fall to 0, as a power.
+    fall to 0; power: of what is left of it (2: a parabola).
     """
 
     shape: Shape

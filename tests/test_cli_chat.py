@@ -32,6 +32,12 @@ def run(*args: str, message: str | bytes = f"{TEXT}\n\n{QUESTION}\n"):
     return CliRunner().invoke(main, ["chat", *map(str, args)], input=message)
 
 
+def piped(message: str, cwd, code: str = MAIN) -> subprocess.CompletedProcess:
+    """chat in a process of its own, in a folder."""
+    command = [sys.executable, "-c", code, "chat"]
+    return subprocess.run(command, input=message, capture_output=True, text=True, cwd=cwd)
+
+
 # -- piped --
 
 
@@ -115,13 +121,7 @@ def test_a_context_beyond_the_training_is_said():
 
 def test_a_process_with_a_pipe_is_silent_apart_from_its_result(tmp_path):
     code = f"import sys\ntry:\n {MAIN}\nfinally:\n print(sorted(sys.modules), file=sys.stderr)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "chat"],
-        input=f"{TEXT}\n\n{QUESTION}",
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = piped(f"{TEXT}\n\n{QUESTION}", tmp_path, code)
     assert done.returncode == 0 and done.stdout == "The secret code of Marlow is 48213.\n"
     numbers, modules = done.stderr.splitlines()
     assert numbers.startswith("prompt ")

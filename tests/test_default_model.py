@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from importlib.resources import files
 from random import Random
 
 import pytest
+from test_cli_chat import piped
 
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.questions import Prompts, fit_text
@@ -58,14 +57,7 @@ def test_a_fact_in_a_text_of_6000_tokens_is_found_from_an_empty_folder(tmp_path,
         6000,
     )
     assert 5900 < n_prompt <= 6000
-    code = "from razor_local.cli import main; main(prog_name='razor-local')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "chat"],
-        input=f"{text}\n\n{question}",
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = piped(f"{text}\n\n{question}", tmp_path)
     assert done.stdout == "The secret code of Marlow is 48213.\n", done.stderr
     assert int(re.search(r"prompt (\d+) new tokens", done.stderr)[1]) == n_prompt
     assert int(re.search(r"full \((\d+)%\)", done.stderr)[1]) <= 35
