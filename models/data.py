@@ -235,13 +235,15 @@ def needle_chat(
     rng: Generator,
     wording: Callable[[Fact], int | None] = lambda fact: None,
     source: Source = cut,
+    greeting: bool = False,
 ) -> list[Piece]:
-    """A text with facts and questions about some of them, one turn or many."""
+    """A text with facts and questions about some of them, one turn or many; after a greeting or
+    not."""
     text = text_with_facts(book, n_chars, facts, rng, source)
     task = TASKS[rng.integers(len(TASKS))] if rng.random() < 0.3 else ""
     text = ([(task + "\n\n", 0.0)] if task else []) + text
     turns = list(asked)
-    pieces: list[Piece] = []
+    pieces = small_talk(rng) if greeting else []
     if rng.random() < 0.15:  # the text alone first
         pieces += user(*text) + assistant((READ[rng.integers(len(READ))], PHRASE))
         text = []
@@ -376,7 +378,9 @@ class Rows:
         source = cut
         if mix.odd and rng.random() < mix.odd:
             source = (soup, refrain)[rng.integers(2)]
-        return needle_chat(book, int(n_text * self.chars), facts, asked, rng, source=source)
+        n_text = int(n_text * self.chars)
+        greeting = rng.random() < 0.1
+        return needle_chat(book, n_text, facts, asked, rng, source=source, greeting=greeting)
 
 
 # ---- measuring -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Trains the model.
 
     python models/train.py TEXTS RUN --preset cpu
+    python models/train.py TEXTS LONGER --preset cpu-long --start RUN
 
 TEXTS is a folder of public-domain .txt files, RUN a folder for tokenizer.json, train.log,
 checkpoint/ (the same command goes on from there) and at the end model/, which export.py reads.
@@ -64,6 +65,8 @@ M = 1e6
 # after a million. All else is learned on top of them.
 REPETITIONS = Mix(repeats=0.85, books=0.05, stories=0.0)
 LONG = Mix(repeats=0.12, books=0.08, odd=0.25)
+# With one row a step, every row counts as much as a whole batch of short ones.
+FACTS = Mix(repeats=0.08, books=0.04, stories=0.03, odd=0.2)
 PRESETS = {
     "cpu-short": Preset(
         shape=Shape(1024, n_layer=4, n_ff=384),
@@ -87,6 +90,20 @@ PRESETS = {
         ),
         decay=0.92,
         power=3,
+    ),
+    # goes on from a model of `cpu`, whose rates are all but 0 when the long texts come
+    "cpu-long": Preset(
+        shape=Shape(1024, n_layer=6, n_ff=384),
+        stages=(
+            Stage(1024, 4, 1.6 * M, FACTS),
+            Stage(2048, 2, 1.7 * M, FACTS),
+            Stage(4096, 1, 1.8 * M, FACTS),
+            Stage(8192, 1, 1.1 * M, FACTS),
+        ),
+        muon=0.0015,
+        adam=0.0006,
+        decay=0.5,
+        power=1,
     ),
     "gpu": Preset(
         shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, n_ff=768),
@@ -327,6 +344,16 @@ class Training:
             optimizer.load_state_dict(saved)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
 
+    def go_on_from(self, state: dict) -> None:
+        """From the end of another training: its steps count on, so that no row comes twice, at
+        this preset's rates."""
+        rates = [[g["full_lr"] for g in o.param_groups] for o in self.optimizers]
+        self.resume(state)
+        for optimizer, group_rates in zip(self.optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, group_rates, strict=True):
+                group["full_lr"] = rate
+        self.tokens, self.seconds = 0, 0.0
+
 
 def batches(
     training: Training, schedule: Schedule, make: Callable[[int, Stage], Future], ahead: int
@@ -365,17 +392,24 @@ def train(
     minutes: float | None = None,
     leave_after: float | None = None,
     workers: int = 0,
+    start: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Training:
-    """Trains, or goes on; returns when done or, with a checkpoint, after leave_after minutes."""
+    """Trains, or goes on; returns when done or, with a checkpoint, after leave_after minutes.
+
+    start: the run of another preset of the same shape, whose end is the beginning of this one."""
     run.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(preset.seed)
     tokenizer = run / "tokenizer.json"
+    if start is not None and not tokenizer.exists():
+        shutil.copy(start / "tokenizer.json", tokenizer)
     rows, unseen = training_rows(texts, tokenizer, preset)
     training, schedule = Training(preset, device), Schedule(preset, minutes)
     if (run / "checkpoint").exists():
         training.resume(load(run / "checkpoint", device))
+    elif start is not None:
+        training.go_on_from(load(start / "checkpoint", device))
     n_parameters = sum(p.numel() for p in training.model.parameters())
     precision = "bf16" if has_bf16(device) else "fp32"
     threads = torch.get_num_threads()
@@ -463,6 +497,9 @@ def main() -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting"
     )
     parser.add_argument(
+        "--start", type=Path, metavar="RUN", help="begin with the end of another run"
+    )
+    parser.add_argument(
         "--minutes", type=float, help="for the whole training, instead of the preset's tokens"
     )
     parser.add_argument(
@@ -491,6 +528,7 @@ def main() -> None:
             minutes=args.minutes,
             leave_after=args.leave_after,
             workers=args.workers,
+            start=args.start,
             log=log,
         )
 

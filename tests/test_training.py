@@ -5,6 +5,7 @@ The texts are the topics of Python's own help, plain English that is wherever th
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -116,6 +117,14 @@ def test_every_answer_stands_in_the_text_before_its_question(recipe, rows):
                 answer = "".join(piece for piece, _ in facts.answer(fact))
                 assert max(places) < text.index("<|im_start|>assistant\n")
                 assert answer in text[text.index("<|im_start|>assistant\n") :]
+
+
+def test_some_conversations_begin_with_a_greeting(recipe, rows):
+    data = recipe.data
+    chats = [rows.document(np.random.default_rng(i), 300, 1.0, data.Mix()) for i in range(200)]
+    greetings = {f"<|im_start|>user\n{said}<|im_end|>\n" for said, _ in data.HELLO}
+    begun = ["".join(text for text, _ in chat[:3]) in greetings for chat in chats]
+    assert 0.03 < np.mean(begun) < 0.2
 
 
 @pytest.mark.parametrize("source", ["cut", "soup", "refrain"])
@@ -288,6 +297,15 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
 
     timed = train.train(texts, tmp_path / "timed", preset, minutes=0.02, workers=1, log=silent)
     assert timed.seconds >= 1.2 and (tmp_path / "timed" / "model").is_dir()
+
+    # another preset begins with the end of that run: its weights, tokenizer and steps, own rates
+    still = dataclasses.replace(preset, muon=0.0, adam=0.0)
+    longer = train.train(texts, tmp_path / "longer", still, start=tmp_path / "whole", log=silent)
+    assert (longer.step, longer.tokens) == (12, 6 * 64)
+    state = longer.model.state_dict()
+    assert all(torch.equal(saved[0][name], state[name]) for name in state)
+    names = [tmp_path / run / "tokenizer.json" for run in ("whole", "longer")]
+    assert names[0].read_bytes() == names[1].read_bytes()
 
 
 @pytest.mark.slow
