@@ -39,8 +39,9 @@ for part in ${*:-ablation needle ruler perplexity budget compression}; do
     case $part in
     ablation) study ablation -c 2k --slices 8 --samples 3 --ablation ;;
     needle)
-        measure needle needle "$model" -c 2k,4k,8k --haystack "$texts" --samples 5 \
-            --policies $all --plot docs/quality/needle.png
+        measure needle needle "$model" -c 4k,8k --haystack "$texts" --samples 8 \
+            --kinds single,reworded,keys --policies full,razor,razor-q8_0,local,random-heads=1 \
+            --plot docs/quality/needle.png
         ;;
     ruler) measure ruler ruler "$model" -c 4k --haystack "$texts" --samples 10 --policies $all ;;
     perplexity)
