@@ -37,7 +37,7 @@ study() {
 
 for part in ${*:-ablation needle ruler perplexity budget compression}; do
     case $part in
-    ablation) study ablation -c 2k --slices 8 --samples 3 --ablation ;;
+    ablation) study ablation -c 2k --slices 8 --samples 1 --ablation ;;
     needle)
         measure needle needle "$model" -c 4k,8k --haystack "$texts" --samples 8 \
             --kinds single,reworded,keys --policies full,razor,razor-q8_0,local,random-heads=1 \
