@@ -120,6 +120,7 @@ PRESETS = {
         ),
     ),
 }
+GOES_ON = {"cpu-long"}  # presets whose rates are for a trained model
 
 # What cpu-short shall reach: values found at 256 tokens, one fact, asked in its own words.
 SHORT_FIGURE = 0.5
@@ -512,6 +513,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.workers is None:
         args.workers = max(1, (os.cpu_count() or 2) - 2) if torch.cuda.is_available() else 0
+    if args.start is None and args.preset in GOES_ON and not (args.run / "checkpoint").is_dir():
+        parser.error(f"{args.preset} goes on from another run: name its folder with --start RUN")
+    if args.start is not None and not (args.start / "checkpoint").is_dir():
+        parser.error(f"--start: {args.start} holds no checkpoint/, name the folder of a run")
     args.run.mkdir(parents=True, exist_ok=True)
     with open(args.run / "train.log", "a", encoding="utf-8") as file:
         began = time.monotonic()

@@ -308,6 +308,26 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preset", "cpu-long"], "cpu-long goes on from another run: name its folder with"),
+        (["--preset", "cpu-long", "--start", "."], "holds no checkpoint/, name the folder of a"),
+    ],
+)
+def test_a_training_that_goes_on_from_nothing_is_refused(
+    recipe, texts, tmp_path, monkeypatch, capsys, options, said
+):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    train = importlib.import_module("train")
+    monkeypatch.setattr(sys, "argv", ["train.py", str(texts), "run", *options])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    assert exit.value.code == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.glob("run*"))
+
+
 @pytest.mark.slow
 def test_a_short_training_finds_a_needle_and_runs_in_llama_cpp(recipe, texts, tmp_path):
     """cpu-short reaches its figure; llama.cpp computes what PyTorch does, and answers."""
