@@ -399,21 +399,24 @@ def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Pa
 
     Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
     """
-    figure = make_figure(path, (7, 4.5), INSTEAD)
+    figure = make_figure(path, (8.5, 4.5), INSTEAD)
     figure.set_layout_engine("constrained")
     ax = figure.subplots()
     rows = report.by_position
-    for policy in dict.fromkeys(r["policy"] for r in rows):
+    for i, policy in enumerate(dict.fromkeys(r["policy"] for r in rows)):
         some = [r for r in rows if r["policy"] == policy and r["kl"] > 0]
         x = [(r["from_position"] + r["to_position"]) / 2 for r in some]
         y = [r["kl"] for r in some]
         errors = [[r["kl"] - r["kl_low"] for r in some], [r["kl_high"] - r["kl"] for r in some]]
         if some:
-            ax.errorbar(x, y, np.maximum(errors, 0), fmt="o-", label=policy, capsize=2,
-                        markersize=3, linewidth=1)  # fmt: skip
-    ax.set(xscale="log", yscale="log", xlabel="position", ylabel="KL divergence, nats")
+            line = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colours
+            ax.errorbar(x, y, np.maximum(errors, 0), fmt=line, color=f"C{i % 10}", label=policy,
+                        capsize=2, markersize=3, linewidth=1)  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    ax.set(yscale="log", xlabel="position, tokens", ylabel="KL divergence, nats")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="x-small")
+    figure.legend(fontsize="x-small", loc="outside right upper")
     return save_figure(figure, path)
 
 
