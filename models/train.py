@@ -347,7 +347,13 @@ class Training:
 
     def go_on_from(self, state: dict) -> None:
         """From the end of another training: its steps count on, so that no row comes twice, at
-        this preset's rates."""
+        this preset's rates. Raises ValueError where the model has another shape."""
+        shapes = [
+            {name: value.shape for name, value in model.items()}
+            for model in (self.model.state_dict(), state["model"])
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError("its model has another shape than this preset's")
         rates = [[g["full_lr"] for g in o.param_groups] for o in self.optimizers]
         self.resume(state)
         for optimizer, group_rates in zip(self.optimizers, rates, strict=True):
@@ -410,7 +416,10 @@ def train(
     if (run / "checkpoint").exists():
         training.resume(load(run / "checkpoint", device))
     elif start is not None:
-        training.go_on_from(load(start / "checkpoint", device))
+        try:
+            training.go_on_from(load(start / "checkpoint", device))
+        except ValueError as error:
+            raise SystemExit(f"cannot go on from {start}: {error}") from error
     n_parameters = sum(p.numel() for p in training.model.parameters())
     precision = "bf16" if has_bf16(device) else "fp32"
     threads = torch.get_num_threads()
@@ -515,8 +524,9 @@ def main() -> None:
         args.workers = max(1, (os.cpu_count() or 2) - 2) if torch.cuda.is_available() else 0
     if args.start is None and args.preset in GOES_ON and not (args.run / "checkpoint").is_dir():
         parser.error(f"{args.preset} goes on from another run: name its folder with --start RUN")
-    if args.start is not None and not (args.start / "checkpoint").is_dir():
-        parser.error(f"--start: {args.start} holds no checkpoint/, name the folder of a run")
+    for name in ("checkpoint", "tokenizer.json"):
+        if args.start is not None and not (args.start / name).exists():
+            parser.error(f"--start: {args.start} holds no {name}, name the folder of a run")
     args.run.mkdir(parents=True, exist_ok=True)
     with open(args.run / "train.log", "a", encoding="utf-8") as file:
         began = time.monotonic()

@@ -304,6 +304,9 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
     assert (longer.step, longer.tokens) == (12, 6 * 64)
     state = longer.model.state_dict()
     assert all(torch.equal(saved[0][name], state[name]) for name in state)
+    wider = dataclasses.replace(still, shape=dataclasses.replace(shape, n_ff=64))
+    with pytest.raises(SystemExit, match="whole: its model has another shape"):
+        train.train(texts, tmp_path / "wider", wider, start=tmp_path / "whole", log=silent)
     names = [tmp_path / run / "tokenizer.json" for run in ("whole", "longer")]
     assert names[0].read_bytes() == names[1].read_bytes()
 
@@ -312,7 +315,7 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
     ("options", "said"),
     [
         (["--preset", "cpu-long"], "cpu-long goes on from another run: name its folder with"),
-        (["--preset", "cpu-long", "--start", "."], "holds no checkpoint/, name the folder of a"),
+        (["--preset", "cpu-long", "--start", "."], "holds no checkpoint, name the folder of a"),
     ],
 )
 def test_a_training_that_goes_on_from_nothing_is_refused(
