@@ -110,6 +110,15 @@ if (razor_sources)
     endif()
 endif()
 
+# attention on CUDA is compiled into its backend; properties of single files, so that the others are compiled as in a stock build
+
+if (razor_sources AND TARGET ggml-cuda)
+    set(razor_cuda_call_sites ${razor_tree}/ggml/src/ggml-cuda/ggml-cuda.cu)
+    target_sources(ggml-cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/native/src/ggml-razor.cu)
+    set_property(SOURCE ${razor_cuda_call_sites} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY COMPILE_DEFINITIONS GGML_CUDA_RAZOR)
+    set_property(SOURCE ${razor_cuda_call_sites} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY INCLUDE_DIRECTORIES ${CMAKE_CURRENT_SOURCE_DIR}/native/src)
+endif()
+
 # what is built and installed
 
 set(razor_libraries llama)

@@ -5,6 +5,9 @@ the median of the paired ratios: a machine that is slow for a second is slow for
 first alternates. After each token the cache is rolled back, so that all of them are decoded at the
 same depth. Where a step takes seconds, fewer of them are made.
 
+Measurements come in the order that loads the fewest random caches: the deepest first, because a
+full cache only has to lose tokens then, and contexts that the next batch needs too stay open.
+
 A context is as large as its depth needs, as a user would set it: the window of razor is a part of
 the context, so a small depth in a large context has another plan. Settings.n_ctx fixes one size for
 all depths instead.
@@ -19,13 +22,20 @@ import hashlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .bench_machine import EnergyMeter, describe_code, describe_machine, free_memory
+from .bench_machine import (
+    EnergyMeter,
+    describe_code,
+    describe_gpus,
+    describe_machine,
+    free_memory,
+)
 from .bench_worker import READ_CAP, Context, ModelSetup, Side, Worker, kept_bytes
 from .errors import RazorError
 from .gguf_header import read_header
@@ -48,6 +58,9 @@ TILED_CHUNK = (
 )
 SMALL_CHUNKS = (16, 4)  # with the others a token's attention costs the same in any batch
 SHORT_PROMPT = 512  # tokens that are prefilled for real
+ENERGY_SECONDS = 2.0  # of decoding per side, or --seconds if that is less
+# of steps, in the order in which a batch makes them; the real prefill leaves other rows behind
+KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "fit", "real_prefill")
 FIT_FROM = 4096  # tokens
 FIT_WINDOW = 2048  # at most: the window of the fit has to be full at FIT_FROM
 
@@ -233,12 +246,14 @@ def run_bench(
     *,
     stock_lib: Path | None = None,
     resume: Path | None = None,
+    only: Collection[str] = KINDS,
     progress: Progress = lambda what, part, left: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measures everything that resume does not hold yet; the head of the run and its records.
 
-    stock_lib: folder of a stock build for the full caches, None: the package's own library with
-    razor off. Raises RazorError where a context cannot be set up or memory does not suffice.
+    only: the KINDS to measure now; a run that is resumed with others has the rest too. stock_lib:
+    folder of a stock build for the full caches, None: the package's own library with razor off.
+    Raises RazorError where a context cannot be set up or memory does not suffice.
     """
     shape, profile = setup.read()
     meter = EnergyMeter()
@@ -247,7 +262,10 @@ def run_bench(
     for batch in batches:
         _check_memory(setup, batch, shape, profile, head["model"]["file_bytes"])
     journal = open_journal(resume, head)
-    left = [[s for s in batch.steps if not journal.has(batch.key(s))] for batch in batches]
+    left = [
+        [s for s in batch.steps if s.kind in only and not journal.has(batch.key(s))]
+        for batch in batches
+    ]
     clock = Clock(progress, sum(step.cost for steps in left for step in steps))
     if not any(left) and journal.head is not None:
         return journal.head, journal.records
@@ -261,15 +279,17 @@ def run_bench(
             stack.callback(full_worker.close)
         if journal.head is None:
             journal.begin(head | {"library": worker.ask("describe")})
+        contexts = _Contexts(worker, full_worker, clock)
+        measures = []
         for batch, steps in zip(batches, left, strict=True):
             plans = {side.name: side.plan(shape, profile) for side in batch.sides}
             measure = _Measure(
-                batch, plans, head["model"]["weights_bytes"], worker, full_worker, settings, meter,
-                clock,
-            )  # fmt: skip
-            for step, record in measure.records(steps):
-                journal.add(batch.key(step) | record)
-                clock.done(step.cost)
+                batch, plans, head["model"]["weights_bytes"], contexts, settings, meter, clock
+            )
+            measures.append((measure, steps))
+        for measure, step, record in _records(measures):
+            journal.add(measure.batch.key(step) | record)
+            clock.done(step.cost)
     assert journal.head is not None
     return journal.head, journal.records
 
@@ -288,7 +308,7 @@ def _describe_run(
         "version": VERSION,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "code": describe_code(),
-        "machine": describe_machine() | {"energy_meters": meter.sources},
+        "machine": describe_machine() | {"gpus": describe_gpus(), "energy_meters": meter.sources},
         "model": {
             "file": Path(setup.model).name,
             "name": shape.name,
@@ -332,15 +352,17 @@ def _check_memory(
     setup: ModelSetup, batch: Batch, shape: ModelShape, profile: Profile, model_bytes: int
 ) -> None:
     free = free_memory()
-    if free is None or setup.n_gpu_layers:
+    if free is None:
         return
     plans = [side.plan(shape, profile) for side in batch.sides]
     deepest = max(step.depth for step in batch.steps)
     states = [kept_bytes(plan, plan.n_ctx if plan.active else deepest) for plan in plans]
-    # beside the contexts, one at a time: a state, a bytearray that grew in steps of an eighth, or
-    # what is read to time reading; buffers of the graph are a guess
-    beside = max(max(states) * 9 // 8, min(READ_CAP, max(states) + model_bytes))
-    needed = model_bytes + sum(plan.kv_bytes for plan in plans) + beside + (512 << 20)
+    needed = max(states) + (512 << 20)  # buffers of the graph are a guess
+    if not setup.n_gpu_layers:
+        # beside the contexts, one at a time: a state, or what is read to time reading
+        beside = min(READ_CAP, max(states) + model_bytes)
+        needed = max(needed, beside + (512 << 20))
+        needed += model_bytes + sum(plan.kv_bytes for plan in plans)
     if needed > free:
         raise RazorError(
             f"{plans[0].type_k}/{plans[0].type_v} against full caches of {plans[0].n_ctx:,} tokens"
@@ -352,57 +374,112 @@ def _check_memory(
 # -- measurements
 
 
+class _Contexts:
+    """The open contexts. Those that are alike have one, under the name of whoever uses it."""
+
+    def __init__(self, worker: Worker, full_worker: Worker, clock: Clock) -> None:
+        self._worker, self._full_worker, self._clock = worker, full_worker, clock
+        self._open: dict[Side, Context] = {}  # by the side without its name
+
+    def take(self, sides: Sequence[Side]) -> list[Context]:
+        """Contexts of the sides, after closing all others."""
+        for side in self._open.keys() - {_nameless(side) for side in sides}:
+            self._open.pop(side).close()
+        for side in sides:
+            key = _nameless(side)
+            if key not in self._open:
+                self._clock.show(f"making a context ({side.name})")
+                worker = self._worker if side.razor else self._full_worker
+                self._open[key] = worker.open(side)
+            self._open[key].side = side
+        return [self._open[_nameless(side)] for side in sides]
+
+
+def _nameless(side: Side) -> Side:
+    return replace(side, name="")
+
+
+def _records(
+    measures: Sequence[tuple[_Measure, Sequence[Step]]],
+) -> Iterator[tuple[_Measure, Step, dict[str, Any]]]:
+    """Measures; what and its record, one after the other, the contexts of a size together."""
+    for _, group in groupby(measures, lambda pair: pair[0].batch.sides[0].n_ctx):
+        together = list(group)
+        # sides that are alike in several batches are measured once; what is measured last stays
+        # open for what comes first of the rest
+        memory: dict[Side, list[tuple[_Measure, Step, Side]]] = {}
+        for others in (False, True):
+            for measure, steps in reversed(together):
+                for side in measure.batch.sides:
+                    if (side.name == "full_f16") == others:
+                        memory.setdefault(_nameless(side), []).extend(
+                            (measure, step, side)
+                            for step in steps
+                            if step.kind == "memory" and step.side == side.name
+                        )
+        for users in memory.values():
+            if users:
+                measure, step, side = users[0]
+                record = measure.memory(side, step.depth)
+                for user, its_step, _ in users:
+                    yield user, its_step, record
+        for measure, steps in together:
+            rest = [step for step in steps if step.kind != "memory"]
+            rest.sort(key=lambda step: (KINDS.index(step.kind), -step.depth))
+            for step, record in measure.records(rest):
+                yield measure, step, record
+
+
 @dataclass
 class _Measure:
-    """The measurements of one batch, on contexts that are opened when the first needs them."""
+    """The measurements of one batch."""
 
     batch: Batch
     plans: dict[str, Plan]  # by side
     weights_bytes: int
-    worker: Worker
-    full_worker: Worker  # of the sides without razor
+    contexts: _Contexts
     settings: Settings
     meter: EnergyMeter
     clock: Clock
+    idle: float | None = None  # seconds of a step of razor and the full cache without tokens
 
     def records(self, steps: Sequence[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
-        for step in steps:
-            if step.kind == "memory":
-                yield step, self.memory(step)
-        rest = [step for step in steps if step.kind != "memory"]
-        if not rest:
+        if not steps:
             return
-        with self._open(self.batch.sides) as contexts:
-            for step in rest:
-                yield step, getattr(self, step.kind)(contexts, step.depth)
-
-    @contextmanager
-    def _open(self, sides: Sequence[Side]) -> Iterator[list[Context]]:
-        contexts = []
-        for side in sides:
-            self.show(f"making a context ({side.name})")
-            contexts.append((self.worker if side.razor else self.full_worker).open(side))
-        yield contexts
-        for context in contexts:  # not after an error: then the worker is killed
-            context.close()
+        contexts = self.contexts.take(self.batch.sides)
+        if not self._tiled and any(step.kind == "prefill" for step in steps):
+            self._measure_idle(contexts)  # now: later they would have to be filled again
+        for step in steps:
+            yield step, getattr(self, step.kind)(contexts, step.depth)
 
     def show(self, what: str) -> None:
         razor = self.batch.sides[0]
         self.clock.show(f"{razor.type_k}/{razor.type_v}, {razor.n_ctx:,} tokens: {what}")
 
-    def memory(self, step: Step) -> dict[str, Any]:
+    def memory(self, side: Side, depth: int) -> dict[str, Any]:
         """A side alone beside the model: bytes of its KV buffers, and the peak while it decodes."""
-        side = next(s for s in self.batch.sides if s.name == step.side)
-        with self._open([side]) as (context,):
-            self.show(f"memory ({side.name})")
-            context.fill(step.depth)
-            told = context.worker.ask("peak_rss", True) is not None
-            context.run(2 if step.depth + 2 <= side.n_ctx else 1)
-            return {
-                "kv_bytes": context.kv_bytes(),
-                "peak_rss": context.worker.ask("peak_rss") if told else None,
-                "device": context.device_bytes(),
-            }
+        (context,) = self.contexts.take([side])
+        self.show(f"memory ({side.name})")
+        context.fill(depth)
+        told = context.worker.ask("peak_rss", True) is not None
+        context.run(2 if depth + 2 <= side.n_ctx else 1)
+        return {
+            "kv_bytes": context.kv_bytes(),
+            "peak_rss": context.worker.ask("peak_rss") if told else None,
+            "device": context.device_bytes(),
+        }
+
+    @property
+    def _tiled(self) -> bool:
+        types = {self.batch.sides[0].type_k, self.batch.sides[0].type_v}
+        return len(types) == 1 and types <= set(TILED)
+
+    def _measure_idle(self, contexts: list[Context]) -> float:
+        if self.idle is None:
+            self.idle = sum(
+                min(self._first_step(context, 0), context.step()) for context in contexts[:2]
+            )
+        return self.idle
 
     def decode(self, contexts: list[Context], depth: int) -> dict[str, Any]:
         """Milliseconds of decodes in turn, and of reading the bytes that each needs."""
@@ -480,12 +557,10 @@ class _Measure:
             context.rewind(depth)
             return context.append(n_tokens)
 
-        idle = sum(self._first_step(context, 0) for context in contexts)
+        idle = 0.0 if self._tiled else self._measure_idle(contexts)
         took = sum(self._first_step(context, depth) for context in contexts)
-        types = {self.batch.sides[0].type_k, self.batch.sides[0].type_v}
-        tiled = len(types) == 1 and types <= set(TILED)
-        n_first = TILED_CHUNK if tiled else CHUNKS[-1]
-        if not tiled and took > 3 * idle:  # attention is most of it
+        n_first = TILED_CHUNK if self._tiled else CHUNKS[-1]
+        if not self._tiled and took > 3 * idle:  # attention is most of it
             fits = (n for n in (n_first, *SMALL_CHUNKS) if took * n <= budget)
             n_first = next(fits, SMALL_CHUNKS[-1])
         n_first = min(n_first, n_ctx - depth)
@@ -530,15 +605,14 @@ class _Measure:
         razor = contexts[0]
         plan = self.plans["razor"]
         last = razor.side.n_ctx - plan.block  # the last position that opens a block
-        razor.fill(last - 8)
+        # from 8 tokens before a fold to 8 behind one
+        starts = [max(0, last - i * plan.block - 8) for i in range(3)]
+        razor.fill(starts[-1])
         self.show("decoding across a fold")
         took = min(razor.step() for _ in range(N_WARMUP))
         fit = int(self.settings.seconds / took)
-        # from 8 tokens before a fold to 8 behind one
         folds = 1 + min(max(0, fit - 16) // plan.block, 2)
-        start = last - (folds - 1) * plan.block - 8
-        start = max(start, 0)
-        razor.fill(start)
+        razor.fill(starts[folds - 1])
         razor.run(1)
         n_tokens = last + 8 - razor.depth
         began = razor.depth
@@ -554,7 +628,8 @@ class _Measure:
             self._fill([context], depth)
             took = context.step()
             room = context.side.n_ctx - context.depth
-            n_tokens = max(1, min(room, max(4, int(2 / took))))
+            fit = int(min(ENERGY_SECONDS, self.settings.seconds) / took)
+            n_tokens = max(1, min(room, max(4, fit)))
             self.meter.start()
             context.run(n_tokens)
             joules, seconds = self.meter.stop()

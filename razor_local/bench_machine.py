@@ -83,6 +83,44 @@ def _meminfo(name: str) -> int | None:
     return None
 
 
+def describe_gpus(nvml: Any = None) -> list[dict[str, Any]]:
+    """NVIDIA's GPUs by NVML: name, memory in bytes, version of the driver, the latest CUDA that it
+    can run; None for what is not told. Empty without NVML."""
+    lib = nvml or _load_nvml()
+    count, found = ctypes.c_uint(), []
+    if lib is None or lib.nvmlInit_v2() or lib.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return []
+    text, cuda = ctypes.create_string_buffer(96), ctypes.c_int()
+    driver = None if lib.nvmlSystemGetDriverVersion(text, len(text)) else _decoded(text)
+    untold = lib.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(cuda))
+    for index in range(count.value):
+        device, memory = ctypes.c_void_p(), _NvmlMemory()
+        if lib.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
+            continue
+        unnamed = lib.nvmlDeviceGetName(device, text, len(text))
+        name = None if unnamed else _decoded(text)
+        unknown = lib.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
+        found.append(
+            {
+                "name": name,
+                "memory_total": None if unknown else int(memory.total),
+                "driver": driver,
+                "cuda": None if untold else f"{cuda.value // 1000}.{cuda.value % 1000 // 10}",
+            }
+        )
+    return found
+
+
+def _decoded(text: Any) -> str:
+    return text.value.decode("utf-8", "replace")
+
+
+class _NvmlMemory(ctypes.Structure):
+    """nvmlMemory_t"""
+
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
+
+
 # -- energy
 
 

@@ -174,7 +174,7 @@ class Report:
             same = [r for r in self.records if _types(r) == _types(record) and r["window"] == 0]
             points = _points(same, record["n_ctx"])
             for side in SIDES[:2]:
-                integrated = prompt_seconds(points, side, record["depth"])
+                integrated = prompt_seconds(points, side, record["depth"]) if points else None
                 real, random = _medians(record["ms"])[side], _medians(record["random_ms"])[side]
                 found.append(
                     {name: record[name] for name in ("type_k", "type_v", "n_ctx")}
@@ -183,7 +183,7 @@ class Report:
                         "tokens": record["depth"],
                         "real_s": record["seconds"][side],
                         "integrated_s": integrated,
-                        "integrated_over_real": integrated / record["seconds"][side],
+                        "integrated_over_real": integrated and integrated / record["seconds"][side],
                         "real_cache_ms": real,
                         "random_cache_ms": random,
                         "random_over_real": random / real,
@@ -482,6 +482,15 @@ def describe_lines(report: Report) -> Iterable[str]:
         )
         + "."
     )
+    for gpu in machine.get("gpus", ()):
+        memory = gpu["memory_total"]
+        yield (
+            f"{one_line(gpu['name'] or 'a GPU')}"
+            + (f", {memory / 2**30:.0f} GiB" if memory else "")
+            + (f", driver {one_line(gpu['driver'])}" if gpu["driver"] else "")
+            + (f", CUDA {one_line(gpu['cuda'])}" if gpu["cuda"] else "")
+            + "."
+        )
     library = head["library"]
     devices = ", ".join(f"{d['name']} ({d['description']})" for d in library["devices"])
     yield f"Backends: {', '.join(library['backends'])}; devices: {devices}."
@@ -491,8 +500,9 @@ def describe_lines(report: Report) -> Iterable[str]:
         f" {code['version'] or 'not installed'}, commit {code['commit'] or 'unknown'}; full caches:"
         f" {head['setup']['full_cache']}."
     )
+    where = "two processes" if head["setup"]["full_cache"] == "another build" else "one process"
     yield (
-        'Flash attention on. Both sides in one process, in turn; "faster by" is the median of the'
+        f'Flash attention on. The sides in {where}, in turn; "faster by" is the median of the'
         " paired ratios with its quartiles."
     )
     yield "Caches were filled with random rows, not by a prefill."
@@ -509,6 +519,8 @@ def _memory_table(report: Report) -> Iterable[str]:
         if record["kind"] == "memory":
             key = (*_types(record), record["n_ctx"])
             groups.setdefault(key, {})[record["side"]] = record
+    order = [tuple(types) for types in report.head["settings"]["types"]]
+    groups = dict(sorted(groups.items(), key=lambda item: (item[0][2], order.index(item[0][:2]))))
     rows = []
     with_device = any(r["device"] is not None for g in groups.values() for r in g.values())
     for (type_k, type_v, n_ctx), sides in groups.items():
@@ -581,7 +593,7 @@ def differences(here: Report, there: Report) -> list[str]:
     found = []
     for path in (
         "model.name", "model.fingerprint", "model.retrieval_kv_heads", "model.window_min",
-        "model.window_divisor", "machine.cpu", "machine.cores", "setup.n_threads",
+        "model.window_divisor", "machine.cpu", "machine.cores", "machine.gpus", "setup.n_threads",
         "setup.n_gpu_layers", "settings.n_ctx", "library.build", "code.commit",
     ):  # fmt: skip
         part, name = path.split(".")

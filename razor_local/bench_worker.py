@@ -5,7 +5,9 @@ memory, which alone was seen to cost one side 10 %. Only another build of llama.
 of its own, with that uncertainty.
 
 Deep caches are not prefilled but loaded as a state with random rows, which takes seconds instead
-of hours; how long a token takes does not depend on what the rows hold.
+of hours; how long a token takes does not depend on what the rows hold. Where a cache already holds
+more random rows than are wanted, the newest are taken out instead, and a worker whose model is on a
+GPU keeps the last state in the host's memory, to load it again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import statistics
 import struct
@@ -20,15 +23,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .bench_machine import free_memory
 from .errors import RazorError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .plan import Plan
     from .profile import ModelShape, Profile
 
@@ -169,7 +176,8 @@ class Context:
     depth: int = 0
 
     def fill(self, depth: int) -> None:
-        """Leaves depth tokens in the cache, with random rows."""
+        """Leaves depth tokens in the cache, with random rows: loads them, or removes the newest of
+        a cache that has them."""
         self.worker.ask("fill", self.key, depth)
         self.depth = depth
 
@@ -196,13 +204,13 @@ class Context:
             self.depth = depth
 
     def kv_bytes(self) -> int | None:
-        """Bytes in the backends' KV buffers; None: a build that does not report them."""
+        """Bytes in the backends' KV buffers. Of a build that does not report them: what its log
+        says, to 0.01 MiB; None if it says nothing."""
         return self.worker.ask("kv_bytes", self.key)
 
     def device_bytes(self) -> int | None:
         """Bytes of the model's and the context's buffers on devices that are no CPU, None without
-        any. Of a build that does not report them: what is missing since before the model was
-        loaded, other contexts included."""
+        any. Of a build that does not report them: what its log says, to 0.01 MiB."""
         return self.worker.ask("device_bytes", self.key)
 
     def close(self) -> None:
@@ -217,6 +225,7 @@ class Session:
 
     def __init__(self, setup: ModelSetup) -> None:
         self.setup = setup
+        self.logged: dict[str, dict[str, int]] = {}  # bytes, by what they are for and by device
         self.shape, self.profile = setup.read()
         self.native = None
         if setup.lib:
@@ -229,11 +238,11 @@ class Session:
 
         self.api = llama_cpp
         if self.native is None:
-            self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-            llama_cpp.llama_log_set(self._quiet, None)
+            self._on_log = llama_cpp.llama_log_callback(self._read_log)
+            llama_cpp.llama_log_set(self._on_log, None)
         llama_cpp.llama_backend_init()
         self.ggml = _Ggml(llama_cpp.llama_cpp._lib)
-        self.free_before = self.ggml.free_memory()
+        self.devices = list(self.ggml.free_memory())
 
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = setup.n_gpu_layers
@@ -244,6 +253,14 @@ class Session:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         self._contexts: dict[int, SessionContext] = {}
         self._n_opened = 0
+        self._state: tuple[Plan, int, np.ndarray] | None = None  # plan, depth, what was loaded
+
+    def _read_log(self, level: int, text: bytes | None, data: int | None) -> None:
+        """What a build without our functions tells of its buffers."""
+        match = BUFFER_SIZE.search((text or b"").decode("utf-8", "replace"))
+        if match:  # a compute buffer that is made anew replaces the one before
+            device, what, mebibytes = match.groups()
+            self.logged.setdefault(what, {})[device] = round(float(mebibytes) * 2**20)
 
     def reason(self) -> str:
         return (self.native and self.native.last_error()) or "llama.cpp gave no reason"
@@ -270,9 +287,22 @@ class Session:
 
     def peak_rss(self, reset: bool = False) -> int | None:
         """Bytes since the last reset; None where the system does not tell, or cannot reset."""
+        if reset:
+            self._state = None  # it is no part of what a context takes
         if reset and not _reset_peak_rss():
             return None
         return _peak_rss()
+
+    def random_state(self, plan: Plan, depth: int, saved: bytes) -> np.ndarray:
+        """random_state(), which is kept for the next time if the host's memory is free anyway."""
+        if self._state is None or self._state[:2] != (plan, depth):
+            self._state = None  # before there is another
+            self._state = (plan, depth, random_state(plan, depth, saved, self.setup.n_threads))
+        state = self._state[2]
+        free = free_memory()
+        if not self.setup.n_gpu_layers or (free is not None and free < state.nbytes):
+            self._state = None
+        return state
 
     def read_seconds(self, n_bytes: int) -> float:
         return self.ggml.read_seconds(n_bytes, self.setup.n_threads, self.setup.n_gpu_layers != 0)
@@ -287,6 +317,8 @@ class SessionContext:
         self.session, self.api, self.native = session, session.api, session.native
         self.plan = side.plan(session.shape, session.profile)
         self.depth = 0
+        self.n_random = 0  # tokens at the beginning of the cache that have random rows
+        self._saved = b""
         params = self.api.llama_context_default_params()
         params.n_ctx = self.plan.n_ctx
         params.n_threads = params.n_threads_batch = session.setup.n_threads
@@ -294,7 +326,9 @@ class SessionContext:
         params.type_v = KV_TYPES[side.type_v].ggml_id
         params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if self.native is None:
+            session.logged = {k: v for k, v in session.logged.items() if k == "model"}
             self.ctx = self.api.llama_init_from_model(session.model, params)
+            self.logged = session.logged
         else:
             from .native import make_params
 
@@ -333,18 +367,34 @@ class SessionContext:
 
     def fill(self, depth: int) -> None:
         """Leaves depth tokens in the cache, with random rows."""
-        self.api.llama_memory_clear(self.memory, True)
-        self.depth = depth
+        # a full cache is the same whatever was behind its rows; razor's goes back over its newest
+        # tokens alone
+        kept = self.n_random == depth if self.plan.active else self.n_random >= depth
+        if depth and kept and self._remove_from(depth):
+            return
+        # not its data: rows that no token has are not attended to, and what they hold is finite
+        self.api.llama_memory_clear(self.memory, False)
+        self.depth = self.n_random = 0
         if depth == 0:
             return
-        self._decode([0])
-        size = self.api.llama_state_seq_get_size(self.ctx, 0)
-        saved = (ctypes.c_uint8 * size)()
-        self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
-        state = random_state(self.plan, depth, bytes(saved))
-        data = (ctypes.c_uint8 * len(state)).from_buffer(state)
-        if not self.api.llama_state_seq_set_data(self.ctx, data, len(state), 0):
+        if not self._saved:
+            self._decode([0])
+            size = self.api.llama_state_seq_get_size(self.ctx, 0)
+            saved = (ctypes.c_uint8 * size)()
+            self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
+            self._saved = bytes(saved)
+        state = self.session.random_state(self.plan, depth, self._saved)
+        data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if not self.api.llama_state_seq_set_data(self.ctx, data, state.nbytes, 0):
             raise RazorError(f"the random cache was refused ({self.session.reason()})")
+        self.depth = self.n_random = depth
+
+    def _remove_from(self, depth: int) -> bool:
+        """Takes the tokens from depth on out of the cache; False: it cannot do that."""
+        if not self.api.llama_memory_seq_rm(self.memory, 0, depth, -1):
+            return False
+        self.depth, self.n_random = depth, min(self.n_random, depth)
+        return True
 
     def step(self) -> float:
         seconds = self._timed([1])
@@ -363,21 +413,25 @@ class SessionContext:
         return seconds
 
     def rewind(self, depth: int) -> None:
-        if depth and self.api.llama_memory_seq_rm(self.memory, 0, depth, -1):
-            self.depth = depth
-        else:
+        if depth == 0 or not self._remove_from(depth):
             self.fill(depth)
 
     def kv_bytes(self) -> int | None:
-        return None if self.native is None else int(self.native.stats(self.ctx).kv_bytes)
+        if self.native is not None:
+            return int(self.native.stats(self.ctx).kv_bytes)
+        told = self.logged.get("KV")
+        return sum(told.values()) if told else None
 
     def device_bytes(self) -> int | None:
-        before = self.session.free_before
-        if not before:
+        devices = self.session.devices
+        if not devices:
             return None
         if self.native is None:
-            now = self.session.ggml.free_memory()
-            return sum(n - now[name] for name, n in before.items())
+            told = [self.session.logged.get("model"), self.logged.get("KV"),
+                    self.logged.get("compute")]  # fmt: skip
+            if None in told:
+                return None
+            return sum(found.get(name, 0) for found in told if found for name in devices)
         buffers = [m for m in self.native.memory(self.ctx) if not m.is_host]
         return sum(m.weights + m.cache + m.compute for m in buffers)
 
@@ -388,6 +442,8 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
+# "llama_kv_cache:      CUDA0 KV buffer size =   512.00 MiB"
+BUFFER_SIZE = re.compile(r": +(\S+) +(model|KV|compute) buffer size = +([\d.]+) MiB")
 _DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
 _CPU, _GPU = 0, 1
 READ_CAP = 1 << 30  # bytes that read_seconds() really reads; more take in proportion
@@ -523,6 +579,7 @@ def _reset_peak_rss() -> bool:
 
 # -- random caches
 
+PARALLEL_FROM = 64 << 20  # bytes of a state
 _STATE_HEAD = struct.Struct("<Ii")  # llama_context: magic, sequence
 _RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fingerprint of the plan
 
@@ -555,8 +612,8 @@ def kept_bytes(plan: Plan, n_tokens: int) -> int:
     return sum(layer.n_retrieval * n_tokens + layer.n_local * local for layer in plan.layers) * row
 
 
-def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
-    """A saved sequence of n_tokens with random rows, as llama_state_seq_set_data takes it.
+def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) -> np.ndarray:
+    """A saved sequence of n_tokens with random rows, as llama_state_seq_set_data takes it (uint8).
 
     plan: one with flash attention. saved: a state that a context of the plan saved, its head is
     taken over. The layout is that of state_write() of llama_kv_cache and llama_kv_cache_razor.
@@ -567,54 +624,82 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes) -> bytearray:
 
     rng = np.random.default_rng(n_tokens)
 
-    def rows(kv_type: str, n_elements: int, n: int) -> bytes:
-        """n rows; one random row repeated, with small finite values whatever the type."""
+    def random_row(kv_type: str, n_elements: int) -> bytes:
+        """With small finite values whatever the type."""
         if kv_type in ("f32", "f16"):
             values = rng.standard_normal(n_elements) / 8
-            row = values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
-        elif kv_type == "bf16":
+            return values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
+        if kv_type == "bf16":
             bits = (rng.standard_normal(n_elements) / 8).astype(np.float32).view(np.uint32)
-            row = (bits >> 16).astype(np.uint16).tobytes()
-        else:
-            info = KV_TYPES[kv_type]
-            blocks = rng.integers(0, 256, (n_elements // info.block, info.block_bytes), np.uint8)
-            scale = np.float16(2.0**-9).tobytes()
-            blocks[:, :2] = np.frombuffer(scale, np.uint8)
-            if kv_type in ("q4_1", "q5_1"):  # scale and minimum
-                blocks[:, 2:4] = np.frombuffer(scale, np.uint8)
-            row = blocks.tobytes()
-        return row * n
+            return (bits >> 16).astype(np.uint16).tobytes()
+        info = KV_TYPES[kv_type]
+        blocks = rng.integers(0, 256, (n_elements // info.block, info.block_bytes), np.uint8)
+        scale = np.float16(2.0**-9).tobytes()
+        blocks[:, :2] = np.frombuffer(scale, np.uint8)
+        if kv_type in ("q4_1", "q5_1"):  # scale and minimum
+            blocks[:, 2:4] = np.frombuffer(scale, np.uint8)
+        return blocks.tobytes()
 
-    shape, out = plan.shape, bytearray(saved[: _STATE_HEAD.size])
+    shape = plan.shape
+    parts: list[tuple[bytes, int]] = [(saved[: _STATE_HEAD.size], 1)]  # bytes, how often
     dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
     if plan.active:
-        out += saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size]
-        out += struct.pack("<IIIqI", n_tokens, n_tokens, _frontier(plan, n_tokens), -1, 0)
+        parts.append((saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size], 1))
+        head = struct.pack("<IIIqI", n_tokens, n_tokens, _frontier(plan, n_tokens), -1, 0)
+        parts.append((head, 1))
     if plan.active:  # each retrieval head is saved like a layer
         full = [1] * sum(layer.n_retrieval for layer in plan.layers)
     else:
         full = [layer.n_head_kv for layer in plan.layers if layer.n_head_kv > 0]
-    out += struct.pack("<II", 1, n_tokens)  # streams, cells
+    parts.append((struct.pack("<II", 1, n_tokens), 1))  # streams, cells
     cells = np.zeros((n_tokens, 3), np.int32)  # position, number of sequences, sequence 0
     cells[:, 0] = np.arange(n_tokens)
     cells[:, 1] = 1
-    out += cells.tobytes()
-    out += struct.pack("<II", 0, len(full))  # V is not transposed, layers
+    parts.append((cells.tobytes(), 1))
+    parts.append((struct.pack("<II", 0, len(full)), 1))  # V is not transposed, layers
     for kv_type, head_dim in dims:
         for n_heads in full:
-            out += struct.pack(
-                "<iQ", KV_TYPES[kv_type].ggml_id, n_heads * row_size(kv_type, head_dim)
-            )
-            out += rows(kv_type, n_heads * head_dim, n_tokens)
+            row_bytes = n_heads * row_size(kv_type, head_dim)
+            parts.append((struct.pack("<iQ", KV_TYPES[kv_type].ggml_id, row_bytes), 1))
+            parts.append((random_row(kv_type, n_heads * head_dim), n_tokens))
     if plan.active:
         used = local_rows(plan, n_tokens)
         for layer in plan.layers:
             if layer.n_local == 0:
                 continue
             for kv_type, head_dim in dims:
-                out += rows(kv_type, layer.n_local * head_dim, used)
+                parts.append((random_row(kv_type, layer.n_local * head_dim), used))
             for _, head_dim in dims if plan.compensation else ():
-                out += rows("f32", layer.n_local * head_dim, 2)
+                parts.append((random_row("f32", layer.n_local * head_dim), 2))
+    return _repeated(parts, n_threads)
+
+
+def _repeated(parts: Sequence[tuple[bytes, int]], n_threads: int) -> np.ndarray:
+    """The parts one after the other, each as often as it says. What is large is written by several
+    threads: most of the time goes into the memory's first use."""
+    import numpy as np
+
+    ends = np.cumsum([len(what) * n for what, n in parts])
+    out = np.empty(int(ends[-1]), np.uint8)
+
+    def write(part: tuple[tuple[bytes, int], int]) -> None:
+        (what, n), end = part
+        to = out[end - len(what) * n : end]
+        # in pieces, because copying a short row costs as much as copying a long one
+        several = min(n, max(1, 65536 // len(what)))
+        piece = np.frombuffer(what * several, np.uint8)
+        whole = to.size // piece.size
+        to[: whole * piece.size].reshape(whole, piece.size)[:] = piece
+        rest = to[whole * piece.size :]
+        rest[:] = piece[: rest.size]
+
+    work = zip(parts, ends.tolist(), strict=True)
+    if n_threads == 1 or out.size < PARALLEL_FROM:
+        for part in work:
+            write(part)
+    else:
+        with ThreadPoolExecutor(min(n_threads, 16)) as pool:
+            list(pool.map(write, work))
     return out
 
 

@@ -247,9 +247,9 @@ def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:
 
 
 def fold_block(window: int) -> int:
-    """B: the largest power of two <= max(window/4, 1), clamped to 64..256."""
+    """B: the largest power of two <= max(window/4, 1), clamped to 64..512."""
     quarter = max(window // 4, 1)
-    return min(max(1 << (quarter.bit_length() - 1), 64), 256)
+    return min(max(1 << (quarter.bit_length() - 1), 64), 512)
 
 
 def _layers(

@@ -25,6 +25,7 @@ from .safe_write import new_file
 VERSION = 2  # of the files in the cache: those of others are not used
 KEY_RANDOM = "razor_local.random_weights"
 N_ROWS = 64  # random rows of each matrix, repeated
+PIECE_BYTES = 4 << 20  # of a matrix that are written at once
 QUANTS = {"q4_0": (2, 32, 18), "q8_0": (8, 32, 34), "f16": (1, 1, 2)}  # ggml type, block, bytes
 
 
@@ -263,7 +264,9 @@ def _table(tensors: list[tuple[str, int, int]], quant: str) -> bytes:
     return table
 
 
-def _data(n_out: int, n_in: int, quant: str, rng: np.random.Generator) -> Iterator[bytes]:
+def _data(
+    n_out: int, n_in: int, quant: str, rng: np.random.Generator
+) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor: a vector of ones, or N_ROWS random rows over and over."""
     if not n_out:
         yield np.ones(n_in, "<f4").tobytes()
@@ -279,9 +282,10 @@ def _data(n_out: int, n_in: int, quant: str, rng: np.random.Generator) -> Iterat
         # share it logits are so far apart that softmax gives denormal numbers, which are slow
         scales = rng.choice((-scale, scale), rows.shape[:2]).astype("<f2")
         rows[:, :, :2] = scales[:, :, None].view(np.uint8)
-    chunk = rows.tobytes()
-    whole, rest = divmod(n_out, N_ROWS)
-    for _ in range(whole):
-        yield chunk
-    if rest:
-        yield chunk[: len(chunk) // N_ROWS * rest]
+    row_bytes = rows.nbytes // N_ROWS
+    several = max(1, PIECE_BYTES // rows.nbytes)  # large pieces: thousands of writes take seconds
+    chunk = memoryview(rows.tobytes() * min(several, -(-n_out // N_ROWS)))
+    left = n_out * row_bytes
+    while left:
+        yield chunk[:left]
+        left -= len(chunk[:left])

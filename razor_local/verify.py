@@ -576,7 +576,9 @@ class _Capture:
                 if output:
                     self._finish(int(output[1]), pointer)
                 elif self._op(pointer) == "SET_ROWS":
-                    self._note_stored(tensor)
+                    self._note_stored(tensor.src[0], tensor.src[1], tensor.view_src)
+                elif self._op(pointer) == "CUSTOM":
+                    self._note_stored(tensor.src[0], tensor.src[4], tensor.src[2])
                 else:
                     self.copies[pointer] = read(self.lib, pointer)[0]
                 return True
@@ -599,9 +601,8 @@ class _Capture:
         elif op == "FLASH_ATTN_EXT":
             self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
             self._parameters(tensor, softcap=2)
-        elif op == "CUSTOM" and tensor.src[1]:  # razor_attn; one without k only adds up
-            self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
-            self.scale = c_float.from_address(CustomParams.from_buffer(tensor.op_params).data).value
+        elif op == "CUSTOM":
+            return self._custom(tensor)
         elif op == "MUL_MAT" and name.startswith("kq-"):
             self._find("q", tensor.src[1], self.shape.head_dim_k, self.shape.n_head[self.il])
         elif op == "SOFT_MAX" and name.startswith("kq_soft_max-"):
@@ -612,6 +613,21 @@ class _Capture:
             d, n, _, rest = tensor.ne
             seen = op in _SAME_DATA and tensor.src[0] in self.copies
             return (d, n) in self.sizes and rest == 1 and not seen
+        return False
+
+    def _custom(self, tensor: Tensor) -> bool:
+        """Ours: attention, the storing of K and V, or a fold (native/src/ggml-razor.h)."""
+        if _CACHE.match(self._name(tensor.src[0])):
+            return False  # a fold
+        if _CACHE.match(self._name(tensor.src[1])):  # attention; one without k only adds up
+            self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
+            self.scale = c_float.from_address(CustomParams.from_buffer(tensor.op_params).data).value
+        elif cache := _CACHE.match(self._name(tensor.src[2])):
+            self.il = int(cache[3])
+            n_heads = self.shape.n_head_kv[self.il]
+            self._find("k", tensor.src[0], self.shape.head_dim_k, n_heads)
+            self._find("v", tensor.src[1], self.shape.head_dim_v, n_heads)
+            return True
         return False
 
     def _find(self, what: str, pointer: int | None, d: int, n_heads: int) -> None:
@@ -634,31 +650,32 @@ class _Capture:
         if found is not None:  # else the mean of a fold is being stored
             self.found[what] = found
 
-    def _note_stored(self, tensor: Tensor) -> None:
-        """Which KV heads' keys were just written into a cache tensor."""
+    def _note_stored(self, stored: int, places: int, cache: int) -> None:
+        """Which KV heads' keys were just written into a cache tensor: the tensors of what, of the
+        rows it went to, and of the cache."""
         k = self.copies.get(self.found.get("k", 0))
         if k is None:
             return  # the mean of a fold
         n_tokens, n_heads, d = k.shape
-        rows = read(self.lib, tensor.src[0]).reshape(n_tokens, n_heads, d)[:KEYS_COMPARED]
+        rows = read(self.lib, stored).reshape(n_tokens, n_heads, d)[:KEYS_COMPARED]
         k = k[:KEYS_COMPARED]
         size_k, _ = _rotations(self.plan)
         if size_k is not None:
             k = reference.rotate(k, size_k)
         off = np.abs(rows[:, :, None] - k[:, None]).max(axis=(0, 3))
         same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
-        for whole, order in self._places(tensor, n_heads).items():
+        for whole, order in self._places(places, cache, n_heads).items():
             place = (self.il, whole)
             before = self.stored.get(place)
             fits = before is not None and before.shape == same[order].shape
             self.stored[place] = same[order] & before if fits else same[order]
 
-    def _places(self, tensor: Tensor, n_heads: int) -> dict[bool, np.ndarray]:
+    def _places(self, places: int, cache: int, n_heads: int) -> dict[bool, np.ndarray]:
         """Whether for the whole context -> the heads of a token's rows in the order of the cache,
         by the rows of the cache they are written to."""
-        rows = read(self.lib, tensor.src[1]).reshape(-1)[:n_heads]
+        rows = read(self.lib, places).reshape(-1)[:n_heads]
         cells, n_ctx = self.plan.cells, self.plan.n_ctx
-        n_rows = Tensor.from_address(tensor.view_src).ne[1]  # n_ctx or cells of each head
+        n_rows = Tensor.from_address(cache).ne[1]  # n_ctx or cells of each head
         first_local = (n_rows - n_heads * cells) // (n_ctx - cells) * n_ctx
         order = np.argsort(rows)
         return {

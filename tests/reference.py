@@ -42,11 +42,11 @@ def window_of(n_ctx: int, window_min: int, window_divisor: int) -> int:
 
 
 def block_of(window: int) -> int:
-    """B: the largest power of two <= max(L/4, 1), clamped to [64, 256]."""
+    """B: the largest power of two <= max(L/4, 1), clamped to [64, 512]."""
     block = 1
     while 2 * block <= max(window // 4, 1):
         block *= 2
-    return min(max(block, 64), 256)
+    return min(max(block, 64), 512)
 
 
 def cells_of(window: int, sink_tokens: int, compensation: bool) -> int:

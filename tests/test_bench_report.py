@@ -352,3 +352,13 @@ def test_tables_of_the_readme_are_those_of_the_saved_runs() -> None:
     if any(not (ROOT / name).exists() for name in names):
         pytest.skip(f"{names} are not all there yet")
     assert runpy.run_path(str(UPDATE))["updated"](ROOT / "README.md") == text
+
+
+def test_gpus_are_named() -> None:
+    report = make_report()
+    assert "driver" not in format_report(report, "md")
+    gpu = {"name": "A GPU", "memory_total": 80 << 30, "driver": "550.1", "cuda": "12.4"}
+    report.head["machine"]["gpus"] = [gpu, dict.fromkeys(gpu)]
+    text = format_report(report, "md")
+    assert "- A GPU, 80 GiB, driver 550.1, CUDA 12.4.\n- a GPU.\n" in text
+    assert any("machine.gpus" in line for line in differences(make_report(), report))

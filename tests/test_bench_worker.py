@@ -4,11 +4,13 @@ are at the depth that was asked for, its memory is the process's.
 
 from __future__ import annotations
 
+import ctypes
 import signal
 
 import pytest
 from tiny_models import TinySpec, razor_kv
 
+from razor_local import bench_worker
 from razor_local.bench_worker import (
     ModelSetup,
     Session,
@@ -71,6 +73,87 @@ def test_depth_is_what_was_asked_for(tiny, razor: bool) -> None:
     side.rewind(0)
     assert depth() == 0 and side.step() > 0 and depth() == 0
     side.close()
+
+
+@pytest.mark.parametrize("razor", [True, False])
+def test_random_rows_are_loaded_only_where_they_are_not_there(tiny, razor, monkeypatch) -> None:
+    session = Session(ModelSetup(str(tiny(SPEC, KV))))
+    side = SessionContext(session, Side("side", razor, "q8_0", "f16", 1024))
+    loaded = []
+    make = session.random_state
+    monkeypatch.setattr(
+        session, "random_state", lambda *args: loaded.append(args[1]) or make(*args)
+    )
+
+    def state() -> bytes:
+        data = (ctypes.c_uint8 * side.api.llama_state_seq_get_size(side.ctx, 0))()
+        side.api.llama_state_seq_get_data(side.ctx, data, len(data), 0)
+        return bytes(data)
+
+    side.fill(800)
+    first = state()
+    side.append(1)
+    side.step()
+    side.fill(800)  # the newest are taken out
+    assert loaded == [800] and side.depth == 800 and len(state()) == len(first)
+    if not razor:
+        assert state() == first
+    side.fill(300)  # razor's window has gone on
+    assert loaded == ([800, 300] if razor else [800])
+    assert side.api.llama_memory_seq_pos_max(side.memory, 0) == 299
+    side.rewind(200)
+    side.append(150)  # those are no random rows
+    side.fill(300)
+    assert loaded == ([800, 300, 200, 300] if razor else [800, 300])
+    side.fill(800)
+    assert loaded[-1] == 800 and state() == first
+    side.close()
+
+
+def test_state_is_kept_beside_a_model_on_a_gpu(tiny, monkeypatch) -> None:
+    session = Session(ModelSetup(str(tiny(SPEC, KV)), n_gpu_layers=-1))
+    side = SessionContext(session, Side("full", False, "f16", "f16", 1024))
+    side.fill(900)
+    kept = session._state
+    assert kept is not None and kept[1] == 900
+    side.fill(0)
+    side.fill(900)
+    assert session._state[2] is kept[2]
+    if session.peak_rss(reset=True) is not None:
+        assert session._state is None
+    monkeypatch.setattr(bench_worker, "free_memory", lambda: 1000)
+    side.fill(0)
+    side.fill(900)
+    assert session._state is None  # there is no room for it
+    side.close()
+
+
+def test_large_states_are_written_by_threads(tiny, monkeypatch) -> None:
+    plan = make_plan(
+        read_model_shape(tiny(SPEC, KV)), Profile(MASK, window_min=100, window_divisor=0), 4096
+    )
+    one = bench_worker.random_state(plan, 4000, bytes(24))
+    monkeypatch.setattr(bench_worker, "PARALLEL_FROM", 0)
+    assert (bench_worker.random_state(plan, 4000, bytes(24), 3) == one).all()
+
+
+def test_buffers_are_read_from_the_log_of_a_stock_build() -> None:
+    session = Session.__new__(Session)
+    session.logged = {}
+    for line in (
+        b"load_tensors:        CUDA0 model buffer size =  4155.99 MiB\n",
+        b"load_tensors:   CPU_Mapped model buffer size =   281.81 MiB\n",
+        b"llama_kv_cache:      CUDA0 KV buffer size =  1024.00 MiB\n",
+        b"sched_reserve:      CUDA0 compute buffer size =   258.50 MiB\n",
+        b"sched_reserve:  CUDA_Host compute buffer size =    24.01 MiB\n",
+        b"llama_context:  CUDA_Host  output buffer size =     0.49 MiB\n",
+        b"sched_reserve:      CUDA0 compute buffer size =   300.00 MiB\n",
+    ):
+        session._read_log(2, line, None)
+    session.devices, session.native = ["CUDA0"], None
+    side = SessionContext.__new__(SessionContext)
+    side.session, side.native, side.logged = session, None, session.logged
+    assert side.device_bytes() == round(4155.99 * 2**20) + (1024 + 300 << 20)
 
 
 def test_kept_bytes_are_the_rows_that_a_token_reads(tiny) -> None:

@@ -10,8 +10,11 @@ import reference
 import runner
 from tiny_models import TinySpec
 
-ENV = "RAZOR_LOCAL_CPU_ATTENTION"
+ENVS = ("RAZOR_LOCAL_CPU_ATTENTION", "RAZOR_LOCAL_DEVICE_ATTENTION")
 N_LAYER = 4
+ON_DEVICE = (
+    runner.GPU_LAYERS != 0
+)  # there an input of which layers take parts is copied, once a graph
 NO_WORK = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
 KINDS = {
     "retrieval-first": ((1, 0, 0, 0), 2),
@@ -48,15 +51,17 @@ def count_nodes(path: str, razor: runner.Override, n_past: int, **params: object
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kv", ["f16", "q8_0"])
 def test_nodes_added_per_layer(kv: str, kind: str, tiny, monkeypatch) -> None:
-    """By upstream's flash attention, which devices run."""
-    monkeypatch.setenv(ENV, "off")
+    """By upstream's operations."""
+    for env in ENVS:
+        monkeypatch.setenv(env, "off")
     row, more = KINDS[kind]
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor((row,) * N_LAYER, 64)
     params = {"type_k": kv, "type_v": kv, "flash_attn": True}
     full = count_nodes(path, runner.OFF, 300, **params)
     razor = count_nodes(path, runner.override(plan), 300, **params)
-    assert (razor - full) / N_LAYER == more
+    copies = (1 + kind.startswith("mixed")) * ON_DEVICE
+    assert razor - full == more * N_LAYER + copies
 
 
 @pytest.mark.skipif(runner.GPU_LAYERS != 0, reason="on CPUs")
@@ -75,20 +80,48 @@ def test_nodes_added_per_layer_on_cpus(n_past: int, more: int, kind: str, tiny) 
     assert (razor - full) / N_LAYER == more
 
 
-def test_layers_of_retrieval_heads_add_none(tiny) -> None:
+@pytest.fixture
+def knows_ours(tiny) -> None:
+    """Skips where the device does not know our operations (native/src/ggml-razor.h)."""
+    if not ON_DEVICE:
+        pytest.skip("no layer is offloaded")
+    path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
+    plan = reference.make_razor(((0,) * 4,) * N_LAYER, 64)
+    with runner.Model(path) as model, runner.Context(model, runner.override(plan)) as ctx:
+        name = ctx.buffers()[0].name.decode()
+    if not name.startswith("CUDA"):
+        pytest.skip(f"{name} does not know our operations")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+def test_nodes_added_per_layer_on_devices(kv: str, kind: str, tiny, knows_ours) -> None:
+    """K and V are stored at once, and both groups of heads are one attention."""
+    path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
+    plan = reference.make_razor((KINDS[kind][0],) * N_LAYER, 64)
+    params = {"type_k": kv, "type_v": kv, "flash_attn": True}
+    full = count_nodes(path, runner.OFF, 300, **params)
+    step, fold = (count_nodes(path, runner.override(plan), n, **params) for n in (300, 320))
+    assert step - full == -N_LAYER + 1
+    assert fold - step == N_LAYER
+
+
+def test_layers_of_retrieval_heads_add_none(tiny, monkeypatch) -> None:
+    monkeypatch.setenv(ENVS[1], "off")
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor(((1,) * 4,) * (N_LAYER - 1) + ((0,) * 4,), 64)
     params = {"type_k": "f16", "type_v": "f16", "flash_attn": True}
     full = count_nodes(path, runner.OFF, 300, **params)
-    assert count_nodes(path, runner.override(plan), 300, **params) == full
+    assert count_nodes(path, runner.override(plan), 300, **params) == full + ON_DEVICE
 
 
-def test_nodes_of_a_fold(tiny) -> None:
+def test_nodes_of_a_fold(tiny, monkeypatch) -> None:
     """The step that folds: per tensor of a layer, rows read, transposed, summed, added to the sums
     and stored, their mean made, spread and stored: nine nodes."""
+    monkeypatch.setenv(ENVS[1], "off")
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor(((0, 1, 0, 0),) * N_LAYER, 64)
     params = {"type_k": "f16", "type_v": "f16", "flash_attn": True}
     override = runner.override(plan)
     step, fold = (count_nodes(path, override, n, **params) for n in (300, 320))
-    assert (fold - step) / (2 * N_LAYER) == 9
+    assert fold - step == 9 * 2 * N_LAYER + ON_DEVICE

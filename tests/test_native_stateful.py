@@ -286,7 +286,10 @@ def test_rows_overwritten_before_a_rollback_are_remembered(model) -> None:
     that rolled back tokens have overwritten are lost, however few tokens come after them."""
     plan = PLANS["tight, no compensation"]
     tokens = runner.random_tokens(700, SPEC.n_vocab, 13)
-    with runner.Context(model, runner.override(plan), n_ctx=N_CTX) as ctx:
+    params: dict[str, Any] = {}
+    if runner.GPU_LAYERS:  # where stock, too, is wrong here (docs/verification.md, "CUDA")
+        params = {"type_k": "f16", "type_v": "f16", "flash_attn": True}
+    with runner.Context(model, runner.override(plan), n_ctx=N_CTX, **params) as ctx:
         want = ctx.decode(tokens)
         for back in range(20, 200, 20):
             for again in range(20, 200, 20):
@@ -299,7 +302,9 @@ def test_rows_overwritten_before_a_rollback_are_remembered(model) -> None:
                 ctx.seq_rm(n - again)
                 n = ctx.n_past
                 got = ctx.decode(tokens[n:])
-                np.testing.assert_allclose(got, want[n:], rtol=0, atol=TOLERANCE)
+                np.testing.assert_allclose(
+                    got, want[n:], rtol=0, atol=tolerance(TOLERANCE, **params)
+                )
 
 
 KV = [("f32", "f32", False), ("f16", "f16", True), ("q8_0", "q8_0", True), ("q4_0", "f16", False)]

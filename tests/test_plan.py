@@ -48,7 +48,8 @@ def test_types_are_those_of_ggml():
 
 @pytest.mark.parametrize(
     ("window", "block"),
-    [(1, 64), (256, 64), (511, 64), (512, 128), (1023, 128), (1024, 256), (2**30, 256)],
+    [(1, 64), (256, 64), (511, 64), (512, 128), (1023, 128), (1024, 256), (2047, 256),
+     (2048, 512), (2**30, 512)],
 )  # fmt: skip
 def test_fold_block(window, block):
     assert fold_block(window) == block

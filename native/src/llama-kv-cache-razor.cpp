@@ -122,6 +122,9 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             layer.attn = attn;
         }
 
+        layer.device = cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
+                model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
+
         // what llama_kv_cache takes for its layers
         for (int64_t i = 0; i < n_retrieval; ++i) {
             auto view = [&](ggml_tensor * t) {
@@ -655,6 +658,10 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
     }
 }
 
+bool llama_kv_cache_razor::has_devices() const {
+    return !model.devices.empty();
+}
+
 //
 // llama_kv_cache_razor_context
 //
@@ -1029,7 +1036,23 @@ ggml_tensor * llm_graph_input_razor::view_local(ggml_context * ctx0, const razor
     return ggml_view_3d(ctx0, src, src->ne[0], kv.get_plan().cells, layer.n_local, src->nb[1], kv.get_plan().cells*src->nb[1], offs);
 }
 
-void llm_graph_input_razor::build_fold(const llm_graph_context & g, ggml_tensor * store, ggml_tensor * sums) const {
+// The scheduler copies an input to a device once, but a view of one once for each view, and waits for each: layers on a device
+// take their part of a copy that is there.
+ggml_tensor * llm_graph_input_razor::on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const {
+    if (ggml_backend_buffer_is_host(layer.k->buffer)) {
+        return input;
+    }
+
+    ggml_tensor * & copy = copies[{ ggml_backend_buffer_get_type(layer.k->buffer), input }];
+    if (!copy) {
+        copy = ggml_dup(g.ctx0, input);
+        ggml_set_name(copy, input->name);
+    }
+
+    return copy;
+}
+
+void llm_graph_input_razor::build_fold(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * store, ggml_tensor * sums) const {
     ggml_context * ctx0 = g.ctx0;
 
     const int64_t n_embd  = store->ne[0];
@@ -1037,7 +1060,9 @@ void llm_graph_input_razor::build_fold(const llm_graph_context & g, ggml_tensor 
 
     sums = ggml_reshape_2d(ctx0, sums, n_embd*n_local, sums->ne[1]*sums->ne[2]);
 
-    ggml_tensor * cur = ggml_get_rows(ctx0, store, ggml_view_2d(ctx0, fold_rows, n_fold, n_local, fold_rows->nb[1], 0)); // [n_embd, n_fold, n_local]
+    ggml_tensor * idxs = on_device(g, layer, fold_rows);
+
+    ggml_tensor * cur = ggml_get_rows(ctx0, store, ggml_view_2d(ctx0, idxs, n_fold, n_local, idxs->nb[1], 0)); // [n_embd, n_fold, n_local]
 
     cur = ggml_sum_rows(ctx0, ggml_cont(ctx0, ggml_permute(ctx0, cur, 1, 0, 2, 3)));
     cur = ggml_reshape_2d(ctx0, cur, n_embd*n_local, 1);
@@ -1052,20 +1077,30 @@ void llm_graph_input_razor::build_fold(const llm_graph_context & g, ggml_tensor 
     ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, store, cur, fold_cell));
 }
 
-void llm_graph_input_razor::build_store(const llm_graph_context & g, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const {
-    ggml_context * ctx0 = g.ctx0;
-
+// a row per head and token
+static ggml_tensor * rows_of(ggml_context * ctx, ggml_tensor * cur) {
     if (!ggml_is_contiguous(cur)) {
-        cur = ggml_cont(ctx0, cur);
+        cur = ggml_cont(ctx, cur);
     }
 
-    // a row per head and token
-    cur = ggml_reshape_2d(ctx0, cur, cur->ne[0], cur->ne[1]*cur->ne[2]);
+    return ggml_reshape_2d(ctx, cur, cur->ne[0], cur->ne[1]*cur->ne[2]);
+}
+
+ggml_tensor * llm_graph_input_razor::view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const {
+    return ggml_view_1d(g.ctx0, on_device(g, layer, rows), order.n_head_kv*n_tokens, order.offs_rows*n_tokens*sizeof(int64_t));
+}
+
+void llm_graph_input_razor::build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const {
+    ggml_context * ctx0 = g.ctx0;
+
     dst = ggml_reshape_2d(ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
 
-    ggml_tensor * idxs = ggml_view_1d(ctx0, rows, order.n_head_kv*n_tokens, order.offs_rows*n_tokens*sizeof(int64_t));
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, rows_of(ctx0, cur), view_rows(g, layer, order)));
+}
 
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, cur, idxs));
+void llm_graph_input_razor::build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const {
+    ggml_build_forward_expand(g.gf,
+            razor_store_device(g.ctx0, rows_of(g.ctx0, k_cur), rows_of(g.ctx0, v_cur), layer.k, layer.v, view_rows(g, layer, order)));
 }
 
 void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const {
@@ -1074,7 +1109,7 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
     const int64_t n_embd = v_cur->ne[0];
 
     if (!order.identity) {
-        v_cur = build_gather(g, v_cur, order.offs_v);
+        v_cur = build_gather(g, layer, v_cur, order.offs_v);
     }
 
     auto part = [&](int64_t first, int64_t n) {
@@ -1104,8 +1139,8 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
     }
 }
 
-ggml_tensor * llm_graph_input_razor::build_gather(const llm_graph_context & g, ggml_tensor * cur, size_t offs) const {
-    ggml_tensor * idxs = ggml_view_2d(g.ctx0, heads, cur->ne[1], n_tokens,
+ggml_tensor * llm_graph_input_razor::build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const {
+    ggml_tensor * idxs = ggml_view_2d(g.ctx0, on_device(g, layer, heads), cur->ne[1], n_tokens,
             cur->ne[1]*sizeof(int32_t), offs*n_tokens*sizeof(int32_t));
 
     return ggml_get_rows(g.ctx0, cur, idxs);
@@ -1137,25 +1172,36 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     GGML_ASSERT(layer.n_retrieval + layer.n_local == n_head_kv && (uint32_t) q_cur->ne[2] == n_tokens);
 
     // the fold reads rows that the new tokens overwrite, and writes the compensation token that they look at
-    if (n_fold > 0 && layer.k_sum) {
-        build_fold(g, view_local(ctx0, layer, layer.k), layer.k_sum);
-        build_fold(g, view_local(ctx0, layer, layer.v), layer.v_sum);
+    if (n_fold > 0 && layer.k_sum && layer.device) {
+        const int64_t first = mctx->get_step().strm*layer.k->ne[1] + kv.local_row(layer, 0);
+
+        ggml_build_forward_expand(g.gf, razor_fold_device(ctx0, {
+            layer.k, layer.v, layer.k_sum, layer.v_sum, fold_rows, fold_src, fold_dst, fold_cell, fold_inv,
+            (int32_t) layer.n_local, (int32_t) plan.cells, first,
+        }));
+    } else if (n_fold > 0 && layer.k_sum) {
+        build_fold(g, layer, view_local(ctx0, layer, layer.k), layer.k_sum);
+        build_fold(g, layer, view_local(ctx0, layer, layer.v), layer.v_sum);
     }
 
-    build_store(g, layer.k, k_cur, order);
-
-    if (kv.get_v_trans()) {
-        build_store_v_trans(g, layer, v_cur, order);
+    if (layer.device) {
+        build_store_device(g, layer, k_cur, v_cur, order);
     } else {
-        build_store(g, layer.v, v_cur, order);
+        build_store(g, layer, layer.k, k_cur, order);
+
+        if (kv.get_v_trans()) {
+            build_store_v_trans(g, layer, v_cur, order);
+        } else {
+            build_store(g, layer, layer.v, v_cur, order);
+        }
     }
 
-    if (layer.attn && g.cparams.flash_attn) {
+    if (g.cparams.flash_attn && (layer.attn || (layer.device && n_tokens == 1))) {
         return build_own_attn(g, inp, layer, order, q_cur, kq_scale);
     }
 
     if (!order.identity) {
-        q_cur = build_gather(g, q_cur, order.offs_q);
+        q_cur = build_gather(g, layer, q_cur, order.offs_q);
     }
 
     // k, v: [n_embd_head, n_kv, n] with the rows of a head one after the other; v_trans: v [n_kv, n_embd_head, n]
@@ -1167,6 +1213,11 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         // beside a q that is not contiguous ggml-vulkan takes a quantized k for one piece, and its heads lie apart
         if (!g.cparams.flash_attn && ggml_is_quantized(k->type)) {
             q = ggml_permute(ctx0, ggml_cont(ctx0, ggml_permute(ctx0, q, 0, 2, 1, 3)), 0, 2, 1, 3);
+        }
+
+        // products of layers on the host can go to a device, and ggml-cuda copies a quantized k there as it is, then refuses its gaps
+        if (!g.cparams.flash_attn && ggml_is_quantized(k->type) && n_tokens > 1 && kv.has_devices() && ggml_backend_buffer_is_host(layer.k->buffer)) {
+            k = ggml_cast(ctx0, k, GGML_TYPE_F32);
         }
 
         // build_attn_mha() takes values whose heads are further apart than their rows for transposed ones
@@ -1221,7 +1272,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
 
     if (!order.identity) {
         cur = ggml_reshape_3d(ctx0, cur, cur->ne[0]/n_head, n_head, n_tokens);
-        cur = build_gather(g, cur, order.offs_out);
+        cur = build_gather(g, layer, cur, order.offs_out);
         cur = ggml_reshape_2d(ctx0, cur, cur->ne[0]*n_head, n_tokens);
     }
 
@@ -1258,7 +1309,9 @@ ggml_tensor * llm_graph_input_razor::build_own_attn(
     attn.groups[1].first_row = first + kv.local_row(layer, 0);
     attn.groups[1].head_rows = plan.cells;
 
-    ggml_tensor * cur = attn.build(g.ctx0, q_cur, layer.k, layer.v);
+    ggml_tensor * cur = layer.attn ?
+        attn.build       (g.ctx0, q_cur, layer.k, layer.v) :
+        attn.build_device(g.ctx0, q_cur, layer.k, layer.v, mctx->get_step().strm);
 
     ggml_build_forward_expand(g.gf, cur);
 

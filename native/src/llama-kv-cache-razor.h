@@ -76,6 +76,8 @@ public:
         ggml_tensor * v_sum; // F32 [n_embd_head_v*n_local, N_SLOTS, n_stream]
 
         razor_attn_kernel attn = nullptr; // with flash attention, where the cache lies in the host's memory
+
+        bool device = false; // with flash attention, where the device knows the operations of ggml-razor.h
     };
 
     llama_kv_cache_razor(
@@ -141,6 +143,7 @@ public:
     ggml_type get_type_v() const { return tv; }
 
     bool get_v_trans() const { return v_trans; }
+    bool has_devices() const;
 
     // first row of the i-th local head
     uint64_t local_row(const razor_layer & layer, uint32_t i) const {
@@ -276,17 +279,26 @@ private:
     void set_heads_input() const;
     void set_fold_input() const;
 
+    // where the rows of the layer's tokens go
+    ggml_tensor * view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const;
+
     // rows of the local heads -> [n_embd_head, cells, n_local]
     ggml_tensor * view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const;
 
-    void build_fold(const llm_graph_context & g, ggml_tensor * store, ggml_tensor * sums) const;
+    // the input where the layer's cache is
+    ggml_tensor * on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const;
 
-    void build_store(const llm_graph_context & g, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const;
+    void build_fold(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * store, ggml_tensor * sums) const;
+
+    void build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const;
+
+    // both K and V, where layer.device
+    void build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const;
 
     void build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const;
 
     // the rows of a token one after the other, in the order of the graph
-    ggml_tensor * build_gather(const llm_graph_context & g, ggml_tensor * cur, size_t offs) const;
+    ggml_tensor * build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const;
 
     // by razor_attn
     ggml_tensor * build_own_attn(
@@ -315,6 +327,8 @@ private:
     ggml_tensor * fold_dst  = nullptr; // I64 [1]
     ggml_tensor * fold_cell = nullptr; // I64 [N_COMP_CELLS]
     ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
+
+    mutable std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies; // of inputs, on devices
 
     std::vector<head_order> orders;
     std::vector<uint32_t>   map_order; // layer -> order

@@ -1,10 +1,11 @@
 #pragma once
 
-// attention on CPUs as an operation of the graph
+// attention as an operation of the graph: on CPUs by the kernels of llama-razor-attn.h, on devices by backends that know it
 
 #include "llama-razor-attn.h"
 
 #include "ggml.h"
+#include "ggml-backend.h"
 
 #include <atomic>
 #include <vector>
@@ -17,6 +18,34 @@
 razor_attn_kernel razor_attn_choose();
 
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
+
+// "off": upstream's operations on devices, for contexts that are created then
+#define RAZOR_DEVICE_ENV "RAZOR_LOCAL_DEVICE_ATTENTION"
+
+// whether the device knows the operations of ggml-razor.h
+bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);
+
+// rows of all heads at once, to where a cache has them
+ggml_tensor * razor_store_device(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * k, ggml_tensor * v, ggml_tensor * rows);
+
+// rows of local heads into their compensation tokens: the caches of a layer, and inputs of the graph
+struct razor_fold {
+    ggml_tensor * k;
+    ggml_tensor * v;
+    ggml_tensor * k_sum;
+    ggml_tensor * v_sum;
+    ggml_tensor * rows; // I32 [n_fold, ...]
+    ggml_tensor * src;
+    ggml_tensor * dst;
+    ggml_tensor * cells;
+    ggml_tensor * inverse;
+
+    int32_t n_local;
+    int32_t head_rows;
+    int64_t first_row; // of the local heads
+};
+
+ggml_tensor * razor_fold_device(ggml_context * ctx, const razor_fold & fold);
 
 // the parameters of the operation of one layer, which live as long as the graph
 struct razor_attn {
@@ -37,7 +66,7 @@ struct razor_attn {
 
     float scale; // the first: razor_local/verify.py reads it
 
-    razor_attn_kernel kernel;
+    razor_attn_kernel kernel = nullptr;
 
     head_group groups[2];
 
@@ -63,6 +92,9 @@ struct razor_attn {
     //   v [d_v, rows]
     // returns [d_v*n_head, n_tokens]
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v);
+
+    // the same by the operation of ggml-razor.h, for one token; of groups, heads, mask and head_rows are set
+    ggml_tensor * build_device(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream);
 
     int64_t partial_size() const { return d_v + 2; }
 

@@ -337,7 +337,7 @@ static llama_razor_plan razor_make_plan(const llama_razor_profile & profile, con
     }
 
     uint32_t block = 64;
-    while (block < 256 && 2*block <= window/4) {
+    while (block < 512 && 2*block <= window/4) {
         block *= 2;
     }
 

@@ -12,7 +12,7 @@
 //
 // The plan of a context, a function of n_ctx (the context size per sequence) and of llama_razor_params alone:
 //   L     = window > 0 ? window : max(window_min, window_divisor > 0 ? n_ctx/window_divisor : 0)
-//   B     = the largest power of two <= max(L/4, 1), clamped to [64, 256]                 (fold block)
+//   B     = the largest power of two <= max(L/4, 1), clamped to [64, 512]                 (fold block)
 //   C     = compensation ? 4 : 0                                                            (compensation cells)
 //   cells = (sink_tokens + C + L + B + LLAMA_RAZOR_SLACK) rounded up to a multiple of 256   (cells of a local head)
 //   no local head at all, or cells >= n_ctx: nothing would be saved, the context runs upstream's own full cache

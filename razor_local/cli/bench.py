@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..bench_worker import ModelSetup
 
 PATH = click.Path(path_type=Path)
+# bench.KINDS, which numpy would have to be imported for
+KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "fit", "real_prefill")
 
 EPILOG = """
 \b
@@ -77,6 +79,10 @@ Examples:
 @click.option(
     "--real-prefill", type=Tokens(), is_flag=False, flag_value="0", metavar="[TOKENS]",
     help="Check the random caches: prefill so many tokens for real.  [default: as many as fold]",
+)  # fmt: skip
+@click.option(
+    "--only", type=ListOf(click.Choice(KINDS), "kind,..."), metavar="KIND,...",
+    help=f"Of {', '.join(KINDS)}: leave out the others, until --resume without this.",
 )  # fmt: skip
 @click.option("--no-fit", is_flag=True, help="Leave out the line of decode time over context.")
 @click.option(
@@ -181,6 +187,7 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
                 settings,
                 stock_lib=options["stock_lib"],
                 resume=options["resume"],
+                only=options["only"] or KINDS,
                 progress=show,
             )
         except KeyboardInterrupt:

@@ -137,7 +137,7 @@ struct plan_info {
     uint32_t length() const { return window > 0 ? window : std::max(window_min, window_divisor > 0 ? n_ctx/window_divisor : 0); }
 
     uint32_t block() const {
-        for (uint32_t res : { 256, 128 }) {
+        for (uint32_t res : { 512, 256, 128 }) {
             if (res <= length()/4) {
                 return res;
             }
