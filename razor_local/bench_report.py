@@ -483,14 +483,7 @@ def describe_lines(report: Report) -> Iterable[str]:
         + "."
     )
     for gpu in machine.get("gpus", ()):
-        memory = gpu["memory_total"]
-        yield (
-            f"{one_line(gpu['name'] or 'a GPU')}"
-            + (f", {memory / 2**30:.0f} GiB" if memory else "")
-            + (f", driver {one_line(gpu['driver'])}" if gpu["driver"] else "")
-            + (f", CUDA {one_line(gpu['cuda'])}" if gpu["cuda"] else "")
-            + "."
-        )
+        yield f"{_gpu(gpu)}."
     library = head["library"]
     devices = ", ".join(f"{d['name']} ({d['description']})" for d in library["devices"])
     yield f"Backends: {', '.join(library['backends'])}; devices: {devices}."
@@ -537,16 +530,29 @@ def _memory_table(report: Report) -> Iterable[str]:
     return markdown_table(titles, rows)
 
 
+def _gpu(gpu: dict[str, Any]) -> str:
+    memory = gpu["memory_total"]
+    return (
+        f"{one_line(gpu['name'] or 'a GPU')}"
+        + (f", {memory / 2**30:.0f} GiB" if memory else "")
+        + (f", driver {one_line(gpu['driver'])}" if gpu["driver"] else "")
+        + (f", CUDA {one_line(gpu['cuda'])}" if gpu["cuda"] else "")
+    )
+
+
 def readme_block(report: Report) -> str:
     """What a README shows of a run: a sentence and a short table, Markdown."""
-    model, machine = report.head["model"], report.head["machine"]
+    model, machine, setup = (report.head[name] for name in ("model", "machine", "setup"))
+    where = f"{one_line(machine['cpu'])}, {setup['n_threads']} threads"
+    if setup["n_gpu_layers"]:
+        where = "; ".join(_gpu(gpu) for gpu in machine.get("gpus") or ()) or where
     window = f"a window of {model['window_min']:,} tokens"
     if model["window_divisor"]:
         window += f" or 1/{model['window_divisor']} of the context, whichever is more"
     text = (
         f"{one_line(model['name'] or model['file'])};"
         f" {model['retrieval_kv_heads']} of {model['kv_heads']} KV heads are retrieval heads,"
-        f" {window}; {one_line(machine['cpu'])}, {report.head['setup']['n_threads']} threads;"
+        f" {window}; {where};"
         ' caches filled with random rows. "Faster by": the median of paired decodes.'
     )
     table = markdown_table(

@@ -304,9 +304,9 @@ def test_contexts_are_as_large_as_their_depths_need() -> None:
     assert [d for kind, d in small if kind == "decode"] == [0, 512, 8192]
     assert ("prompt", 512) in small and ("prompt", 8192) not in small
     # prefill: at 0, where the window is full, at the depth
-    assert [d for kind, d in small if kind == "prefill"] == [0, 4352, 8192]
+    assert [d for kind, d in small if kind == "prefill"] == [0, 4608, 8192]
     large = [(s.kind, s.depth) for s in batches[6].steps]
-    assert [d for kind, d in large if kind == "prefill"] == [26624, 131072]
+    assert [d for kind, d in large if kind == "prefill"] == [26880, 131072]
     assert [s.depth for s in batches[-1].steps] == [4096 << i for i in range(6)]
     assert [s.name for s in batches[0].sides] == ["razor", "full"]
     assert [s.name for s in batches[1].sides] == ["razor", "full", "full_f16"]

@@ -362,3 +362,6 @@ def test_gpus_are_named() -> None:
     text = format_report(report, "md")
     assert "- A GPU, 80 GiB, driver 550.1, CUDA 12.4.\n- a GPU.\n" in text
     assert any("machine.gpus" in line for line in differences(make_report(), report))
+    assert "A GPU" not in readme_block(report)  # no layer was there
+    report.head["setup"]["n_gpu_layers"] = -1
+    assert "; A GPU, 80 GiB, driver 550.1, CUDA 12.4; a GPU;" in readme_block(report)

@@ -479,7 +479,7 @@ def test_a_context_a_memory_and_both(model, files):
     assert full["n_ctx"] < razor["n_ctx"] and full["fits"] and razor["fits"]
 
     inactive = run(files["llama"], "-c", 2048)[1]
-    assert "razor f16 runs the full cache: a local head would take 4352 cells" in inactive
+    assert "razor f16 runs the full cache: a local head would take 4608 cells" in inactive
 
 
 def test_profiles_of_the_file_a_sidecar_and_another_budget(files, tmp_path):

@@ -49,5 +49,5 @@ def test_bytes_of_an_8b_shape(n_ctx):
     plan = make_plan(shape, Profile(retrieval=tuple(heads)), n_ctx)
     full, ours = plan.kv_bytes_full / 2**20, plan.kv_bytes / 2**20
     assert f"| {n_ctx:,} | {full:,.0f} MiB | {ours:,.0f} MiB | {plan.share * 100:.0f} % |" in README
-    assert not make_plan(shape, Profile(retrieval=tuple(heads)), 4352).active
-    assert make_plan(shape, Profile(retrieval=tuple(heads)), 4353).active
+    assert not make_plan(shape, Profile(retrieval=tuple(heads)), 4608).active
+    assert make_plan(shape, Profile(retrieval=tuple(heads)), 4609).active
