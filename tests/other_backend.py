@@ -76,7 +76,7 @@ def preload(env: dict[str, str]) -> None:
 def build(name: str, env: dict[str, str]) -> tuple[Path, Path]:
     """The folders of the stock library and of ours, which are told to the tests in env.
 
-    One build folder for both: they differ in libllama alone.
+    One build folder for both: they differ in libllama, and with CUDA in two files of its backend.
     """
     folder = cache_dir() / f"backend-{name}"
     pin = (ROOT / "native/llama-cpp-python.txt").read_text()
