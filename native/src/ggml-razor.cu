@@ -55,13 +55,18 @@ struct razor_attn_args {
 
 template <ggml_type type> struct razor_rows;
 
-template <> struct razor_rows<GGML_TYPE_F16> {
+struct razor_rows_16_bits {
     uint4 raw;
 
     __device__ void load(const char * row, int part) {
         raw = ((const uint4 *) row)[part];
     }
 
+    // the i-th number's place in the row
+    static __device__ int place(int part, int i) { return 8*part + i; }
+};
+
+template <> struct razor_rows<GGML_TYPE_F16> : razor_rows_16_bits {
     __device__ void get(float (&res)[8]) const {
         const uint32_t u[4] = { raw.x, raw.y, raw.z, raw.w };
 #pragma unroll
@@ -73,18 +78,9 @@ template <> struct razor_rows<GGML_TYPE_F16> {
             res[2*i + 1] = f.y;
         }
     }
-
-    // the i-th number's place in the row
-    static __device__ int place(int part, int i) { return 8*part + i; }
 };
 
-template <> struct razor_rows<GGML_TYPE_BF16> {
-    uint4 raw;
-
-    __device__ void load(const char * row, int part) {
-        raw = ((const uint4 *) row)[part];
-    }
-
+template <> struct razor_rows<GGML_TYPE_BF16> : razor_rows_16_bits {
     __device__ void get(float (&res)[8]) const {
         const uint32_t u[4] = { raw.x, raw.y, raw.z, raw.w };
 #pragma unroll
@@ -93,8 +89,6 @@ template <> struct razor_rows<GGML_TYPE_BF16> {
             res[2*i + 1] = __uint_as_float(u[i] & 0xffff0000u);
         }
     }
-
-    static __device__ int place(int part, int i) { return 8*part + i; }
 };
 
 template <> struct razor_rows<GGML_TYPE_Q8_0> {
