@@ -12,6 +12,8 @@
 
 #include <algorithm>
 
+static constexpr float LOG2E = 1.4426950408889634f;
+
 static constexpr int WARPS     = 8;
 static constexpr int TILE      = 32; // cells that a warp looks at together: one for each lane
 static constexpr int FEW       = 8;  // the same where there are so few that the warps would have none
@@ -327,7 +329,7 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
 
     if (T == TILE) {
         for (int tile = cell0 + warp*T; tile < cell1; tile += WARPS*T) {
-            const float m = tile + lane < cell1 ? (float) M_LOG2E*__half2float(mask[tile + lane]) : -INFINITY;
+            const float m = tile + lane < cell1 ? LOG2E*__half2float(mask[tile + lane]) : -INFINITY;
             if (__any_sync(0xffffffff, m > -INFINITY)) {
                 attend(tile, m);
             }
@@ -339,7 +341,7 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
         __shared__ float    s_mask[SHORT];
         __shared__ uint32_t s_seen[WARPS];
 
-        const float m = (int) threadIdx.x < n_kv ? (float) M_LOG2E*__half2float(mask[threadIdx.x]) : -INFINITY;
+        const float m = (int) threadIdx.x < n_kv ? LOG2E*__half2float(mask[threadIdx.x]) : -INFINITY;
         s_mask[threadIdx.x] = m;
 
         const uint32_t seen = __ballot_sync(0xffffffff, m > -INFINITY);
@@ -763,7 +765,7 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
     args.k_row  = k->nb[1];
     args.v_row  = v->nb[1];
     args.n_gqa  = q->ne[1]/params.n_head_kv;
-    args.scale  = params.scale*(float) M_LOG2E;
+    args.scale  = params.scale*LOG2E;
 
     int n = 0;
     for (const bool retrieval : { true, false }) {
