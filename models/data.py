@@ -18,7 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from facts import KINDS, Fact, answer, make_facts, question, sentences
+from facts import (
+    EXACT,
+    KINDS,
+    MAGIC,
+    PLAIN,
+    Fact,
+    answer,
+    make_facts,
+    question,
+    question_joint,
+    sentences,
+)
 
 Generator = np.random.Generator
 Piece = tuple[str, float]  # text, loss weight of its tokens
@@ -42,6 +53,8 @@ BOOK = 0.1  # text for its own sake
 PHRASE = 1.0  # an answer without its value
 VALUE = 4.0
 REPEAT = 1.0  # random tokens, seen before
+
+VALUE_TOKENS = {"number": 7, "uuid": 32}  # about
 
 
 # ---- books -----------------------------------------------------------------------------------
@@ -192,12 +205,17 @@ def hide(text: str, ends: np.ndarray, hidden: Sequence[str], at: Sequence[int]) 
 
 
 def text_with_facts(
-    book: Book, n_chars: int, facts: Sequence[Fact], rng: Generator, source: Source = cut
+    book: Book,
+    n_chars: int,
+    facts: Sequence[Fact],
+    rng: Generator,
+    source: Source = cut,
+    exact: float = EXACT,
 ) -> list[Piece]:
     """Facts at random places of a text, the values of one fact in their order."""
     values = [(i, j) for i, fact in enumerate(facts) for j in range(len(fact.values))]
     order = rng.permutation(len(values))
-    said = [sentences(fact, rng) for fact in facts]
+    said = [sentences(fact, rng, exact) for fact in facts]
     room = n_chars - sum(len(s) + 1 for fact in said for s in fact)
     text, ends = source(book, max(room, 40), rng)
     at = np.sort(rng.integers(len(ends), size=len(values)))
@@ -236,10 +254,11 @@ def needle_chat(
     wording: Callable[[Fact], int | None] = lambda fact: None,
     source: Source = cut,
     greeting: bool = False,
+    exact: float = EXACT,
 ) -> list[Piece]:
     """A text with facts and questions about some of them, one turn or many; after a greeting or
     not."""
-    text = text_with_facts(book, n_chars, facts, rng, source)
+    text = text_with_facts(book, n_chars, facts, rng, source, exact)
     task = TASKS[rng.integers(len(TASKS))] if rng.random() < 0.3 else ""
     text = ([(task + "\n\n", 0.0)] if task else []) + text
     turns = list(asked)
@@ -251,7 +270,7 @@ def needle_chat(
         now = [turns.pop(0)]
         if turns and rng.random() < 0.15:
             now.append(turns.pop(0))
-        words = " ".join(question(facts[i], rng, wording(facts[i])) for i in now)
+        words = " ".join(question(facts[i], rng, wording(facts[i]), exact) for i in now)
         gap = ("\n\n" if rng.random() < 0.75 else "\n") if text else ""
         pieces += user(*text, (gap + words, 0.0))
         said: list[Piece] = []
@@ -261,6 +280,46 @@ def needle_chat(
         text = []
     if rng.random() < 0.05:
         pieces += small_talk(rng)
+    return pieces
+
+
+def magic_chat(
+    encode: Encode, book: Book, n_tokens: int, chars: float, words: Sequence[str], rng: Generator
+) -> list[Piece]:
+    """As needle_chat, of about n_tokens: RULER's needles, in a text or in a list of nothing else.
+    Often several keys are asked for in one question. chars: of the book per token."""
+    kind = len(PLAIN) + int(rng.choice(len(MAGIC), p=[0.5, 0.25, 0.25]))
+    (sample,) = sentences(make_facts(1, words, rng, [kind])[0]._replace(values=("",)), rng)
+    size = len(encode(sample)[0]) + VALUE_TOKENS[MAGIC[kind - len(PLAIN)].value]
+    n_asked = int(rng.integers(1, max(2, min(16, n_tokens // (6 * size)) + 1)))
+    room = max(n_tokens - n_asked * (2.5 * size + 20), n_tokens // 4) * rng.uniform(0.85, 0.97)
+    dense = rng.random() < 0.4
+    n_facts = int(room / (1.6 * size)) if dense else int(rng.integers(1, 9))
+    facts = make_facts(max(n_asked, n_facts), words, rng, [kind])
+    if dense:
+        lines = [(i, value) for i, fact in enumerate(facts) for value in fact.values]
+        lines = [lines[i] for i in rng.permutation(len(lines))]
+        said = [sentences(facts[i]._replace(values=(value,)), rng)[0] for i, value in lines]
+        text: list[Piece] = [((" " if rng.random() < 0.5 else "\n").join(said), 0.0)]
+        facts = [  # an answer names the values in the order in which they stand there
+            fact._replace(values=tuple(value for j, value in lines if i == j))
+            for i, fact in enumerate(facts)
+        ]
+    else:
+        hidden = [line for fact in facts for line in sentences(fact, rng)]
+        n_chars = (room - len(hidden) * size) * chars + sum(map(len, hidden))
+        source = (cut, cut, refrain)[rng.integers(3)]
+        text = text_with_facts(book, int(n_chars), facts, rng, source)
+    asked = [facts[i] for i in rng.permutation(len(facts))[:n_asked]]
+    pieces: list[Piece] = []
+    while asked:
+        n = 1 if rng.random() < 0.6 else int(rng.integers(2, 5))
+        now, asked = asked[:n], asked[n:]
+        said = question(now[0], rng) if len(now) == 1 else question_joint(now)
+        pieces += user(*text, (("\n\n" if text else "") + said, 0.0))
+        answers = [[(" ", PHRASE), *answer_pieces(fact)] for fact in now]
+        pieces += assistant(*[piece for answer in answers for piece in answer][1:])
+        text = []
     return pieces
 
 
@@ -312,12 +371,15 @@ def repeated_tokens(length: int, n_vocab: int, rng: Generator) -> tuple[np.ndarr
 @dataclass(frozen=True)
 class Mix:
     """Shares of the rows; the rest are needle chats, the share `odd` of them about texts that are
-    no plain English: words in any order, a few sentences again and again."""
+    no plain English: words in any order, a few sentences again and again, and the share `magic` in
+    RULER's words. exact: see facts.draw_wording."""
 
     books: float = 0.10
     stories: float = 0.05
     repeats: float = 0.20
     odd: float = 0.0
+    magic: float = 0.0
+    exact: float = EXACT
 
 
 class Rows:
@@ -367,6 +429,8 @@ class Rows:
             return story_chat(book, n_chars - 30, rng)
         if rng.random() < 0.25:  # several conversations in one row
             n_tokens = int(rng.uniform(min(128, n_tokens), n_tokens))
+        if mix.magic and rng.random() < mix.magic:
+            return magic_chat(self.encode, book, n_tokens, self.chars, self.words, rng)
         # up to 40 facts: many in little text teach which value belongs to which key, few in much
         # text to find it; a fact and its question take about 50 tokens
         most = min(40, max(1, n_tokens // 50))
@@ -380,7 +444,9 @@ class Rows:
             source = (soup, refrain)[rng.integers(2)]
         n_text = int(n_text * self.chars)
         greeting = rng.random() < 0.1
-        return needle_chat(book, n_text, facts, asked, rng, source=source, greeting=greeting)
+        return needle_chat(
+            book, n_text, facts, asked, rng, source=source, greeting=greeting, exact=mix.exact
+        )
 
 
 # ---- measuring -------------------------------------------------------------------------------
@@ -397,7 +463,7 @@ def test_document(
         return int(rng.integers(1, len(KINDS[fact.kind].questions))) if reworded else 0
 
     while True:
-        facts = make_facts(n_facts, rows.words, rng, kinds=[int(rng.integers(len(KINDS)))])
+        facts = make_facts(n_facts, rows.words, rng, kinds=[int(rng.integers(len(PLAIN)))])
         asked = [int(rng.integers(n_facts))]
         if len(facts[asked[0]].values) > 1:
             continue

@@ -10,6 +10,7 @@ question repeats the words of the first fact (*exact*), all others are *reworded
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,19 +70,20 @@ class Fact(NamedTuple):
 class Kind:
     """One kind of fact: a key from `key`, a value from `value`, and the sentences for them."""
 
-    key: str  # person; compound: two words; any of them
-    value: str  # digits, word, year, or one of VALUES
+    key: str  # person; compound: two words; any of them; label: two words or three; uuid
+    value: str  # digits, number, word, year, uuid, or one of VALUES
     facts: Sequence[str]
     questions: Sequence[str]
     answer: str
     # of a fact with several values; without them there is one value only
     questions_many: Sequence[str] = ()
     answer_many: str = ""
+    question_joint: str = ""  # for the values of several keys
 
 
 VALUES = {"city": CITIES, "colour": COLOURS, "job": JOBS, "animal": ANIMALS}
 
-KINDS = (
+PLAIN = (
     Kind(
         "person", "digits",
         (
@@ -282,6 +284,28 @@ KINDS = (
 )  # fmt: skip
 
 
+def _magic(what: str, key: str, value: str) -> Kind:
+    return Kind(
+        key,
+        value,
+        (f"The magic {what} of {{k}} is {{v}}.",),
+        (f"What is the magic {what} of {{k}} in the text?", f"What is the magic {what} of {{k}}?"),
+        f"The magic {what} of {{k}} is {{v}}.",
+        (f"What are all the magic {what}s of {{k}} in the text?",),
+        f"The magic {what}s of {{k}} are {{v}}.",
+        f"What are all the magic {what}s of {{k}} in the text?",
+    )
+
+
+# the needles of `razor-local eval ruler` in its words, with keys of other words
+MAGIC = (
+    _magic("number", "label", "number"),
+    _magic("id", "label", "uuid"),
+    _magic("id", "uuid", "uuid"),
+)
+KINDS = PLAIN + MAGIC
+
+
 def made_up_name(rng: Generator) -> str:
     """A name nobody has: two or three syllables."""
     parts = []
@@ -291,6 +315,10 @@ def made_up_name(rng: Generator) -> str:
 
 
 def make_key(kind: Kind, words: Sequence[str], rng: Generator) -> str:
+    if kind.key == "uuid":
+        return make_uuid(rng)
+    if kind.key == "label":
+        return "-".join(words[i] for i in rng.integers(len(words), size=2 + (rng.random() < 0.1)))
     if kind.key == "compound" or (kind.key == "any" and rng.random() < 0.5):
         pair = rng.integers(len(words), size=2)
         joint = "-" if rng.random() < 0.7 else " "
@@ -300,10 +328,18 @@ def make_key(kind: Kind, words: Sequence[str], rng: Generator) -> str:
     return made_up_name(rng)
 
 
+def make_uuid(rng: Generator) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
 def make_value(kind: Kind, words: Sequence[str], rng: Generator) -> str:
     if kind.value == "digits":
         n = 3 if "room" in kind.answer else rng.integers(4, 8)
         return "".join(str(d) for d in (rng.integers(1, 10), *rng.integers(0, 10, n - 1)))
+    if kind.value == "number":
+        return str(rng.integers(1_000_000, 10_000_000))
+    if kind.value == "uuid":
+        return make_uuid(rng)
     if kind.value == "year":
         return str(rng.integers(1600, 2000))
     choice = VALUES.get(kind.value, words)
@@ -314,10 +350,10 @@ def make_facts(
     n: int, words: Sequence[str], rng: Generator, kinds: Sequence[int] | None = None
 ) -> list[Fact]:
     """n facts with different keys, so that every question has one answer; most often of one kind,
-    so that the key decides."""
+    so that the key decides. kinds: places in KINDS, those of PLAIN without."""
     facts: list[Fact] = []
     taken: set[str] = set()
-    kinds = range(len(KINDS)) if kinds is None else kinds
+    kinds = range(len(PLAIN)) if kinds is None else kinds
     one_kind = kinds[rng.integers(len(kinds))] if rng.random() < 0.9 else None
     while len(facts) < n:
         index = kinds[rng.integers(len(kinds))] if one_kind is None else one_kind
@@ -333,26 +369,34 @@ def make_facts(
     return facts
 
 
-def draw_wording(n: int, rng: Generator) -> int:
-    """Over 70 % of the draws are the first of n wordings, which the answer repeats: it is learned
-    first, the others on top of it."""
-    return 0 if rng.random() < 0.7 else int(rng.integers(n))
+EXACT = 0.7
 
 
-def sentences(fact: Fact, rng: Generator, wording: int | None = None) -> list[str]:
+def draw_wording(n: int, rng: Generator, exact: float) -> int:
+    """The share `exact` of the draws, and more, is the first of n wordings, which the answer
+    repeats: it is learned first, the others on top of it."""
+    return 0 if rng.random() < exact else int(rng.integers(n))
+
+
+def sentences(fact: Fact, rng: Generator, exact: float = EXACT) -> list[str]:
     """The sentences to hide in a text: one for each value."""
     wordings = KINDS[fact.kind].facts
-    if wording is None:
-        wording = draw_wording(len(wordings), rng)
+    wording = draw_wording(len(wordings), rng, exact)
     return [wordings[wording].format(k=fact.key, v=v, o=fact.thing) for v in fact.values]
 
 
-def question(fact: Fact, rng: Generator, wording: int | None = None) -> str:
+def question(fact: Fact, rng: Generator, wording: int | None = None, exact: float = EXACT) -> str:
     kind = KINDS[fact.kind]
     wordings = kind.questions if len(fact.values) == 1 else kind.questions_many
     if wording is None:
-        wording = draw_wording(len(wordings), rng)
+        wording = draw_wording(len(wordings), rng, exact)
     return wordings[wording].format(k=fact.key, o=fact.thing)
+
+
+def question_joint(facts: Sequence[Fact]) -> str:
+    """For the values of several facts of one kind that has such a question."""
+    *names, last = [fact.key for fact in facts]
+    return KINDS[facts[0].kind].question_joint.format(k=f"{', '.join(names)} and {last}")
 
 
 def answer(fact: Fact) -> list[tuple[str, bool]]:

@@ -67,6 +67,8 @@ REPETITIONS = Mix(repeats=0.85, books=0.05, stories=0.0)
 LONG = Mix(repeats=0.12, books=0.08, odd=0.25)
 # With one row a step, every row counts as much as a whole batch of short ones.
 FACTS = Mix(repeats=0.08, books=0.04, stories=0.03, odd=0.2)
+# More questions in other words than the facts', and RULER's needles.
+ALL = Mix(repeats=0.06, books=0.04, stories=0.03, odd=0.2, magic=0.35, exact=0.45)
 PRESETS = {
     "cpu-short": Preset(
         shape=Shape(1024, n_layer=4, n_ff=384),
@@ -105,6 +107,20 @@ PRESETS = {
         decay=0.5,
         power=1,
     ),
+    # and once more, with RULER's needles
+    "cpu-ruler": Preset(
+        shape=Shape(1024, n_layer=6, n_ff=384),
+        stages=(
+            Stage(1024, 4, 1.4 * M, ALL),
+            Stage(2048, 2, 1.4 * M, ALL),
+            Stage(4096, 1, 1.4 * M, ALL),
+            Stage(8192, 1, 0.9 * M, ALL),
+        ),
+        muon=0.0015,
+        adam=0.0006,
+        decay=0.5,
+        power=1,
+    ),
     "gpu": Preset(
         shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, n_ff=768),
         stages=(
@@ -120,7 +136,7 @@ PRESETS = {
         ),
     ),
 }
-GOES_ON = {"cpu-long"}  # presets whose rates are for a trained model
+GOES_ON = {"cpu-long", "cpu-ruler"}  # presets whose rates are for a trained model
 
 # What cpu-short shall reach: values found at 256 tokens, one fact, asked in its own words.
 SHORT_FIGURE = 0.5
