@@ -24,6 +24,7 @@ if runner.GPU_LAYERS != 0:
     pytest.skip("attention on CPUs", allow_module_level=True)
 
 ENV = "RAZOR_LOCAL_CPU_ATTENTION"
+DEVICE_ENV = "RAZOR_LOCAL_DEVICE_ATTENTION"
 F32_TOLERANCE = 3e-5
 # of F16 and quantized rows the reference knows nothing: half of upstream's own error at least
 KV = ["f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
@@ -36,11 +37,11 @@ def kernels() -> list[str]:
     return found[1].split(", ") if found else ["off"]  # and test_an_unknown_kernel_is_refused fails
 
 
-def why_refused(spec: TinySpec, kernel: str) -> str:
-    """What is said of a kernel's name, nothing if it is taken."""
+def why_refused(spec: TinySpec, value: str, env: str = ENV) -> str:
+    """What is said of a value of a variable, nothing if it is taken."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = make_model(Path(folder) / "model.gguf", spec)
-        patch.setitem(os.environ, ENV, kernel)
+        patch.setitem(os.environ, env, value)
         plan = reference.make_razor(((0,) * spec.n_head_kv,) * spec.n_layer, 64)
         try:
             with runner.Model(path) as model:
@@ -62,6 +63,13 @@ def test_an_unknown_kernel_is_refused() -> None:
     why = why_refused(TinySpec("llama", 1, 2, 2, 32), "sse9")
     assert f"{ENV} is 'sse9', expected one of: off" in why
     assert "correct or unset it" in why
+
+
+def test_an_unknown_choice_for_devices_is_refused() -> None:
+    spec = TinySpec("llama", 1, 2, 2, 32)
+    assert [why_refused(spec, value, DEVICE_ENV) for value in ("on", "off", "")] == ["", "", ""]
+    why = why_refused(spec, "no", DEVICE_ENV)
+    assert f"{DEVICE_ENV} is 'no', expected one of: on, off; correct or unset it" in why
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -30,7 +30,8 @@ llama_kv_cache_razor::llama_kv_cache_razor(
          llama_razor_plan   plan_in,
                 ggml_type   type_k,
                 ggml_type   type_v,
-        razor_attn_kernel   attn) :
+        razor_attn_kernel   attn,
+                     bool   on_device) :
     llama_razor_hparams(model.hparams),
     llama_kv_cache(
             model,
@@ -122,7 +123,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             layer.attn = attn;
         }
 
-        layer.device = cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
+        layer.device = on_device && cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
 
         // what llama_kv_cache takes for its layers

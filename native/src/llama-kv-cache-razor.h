@@ -86,7 +86,8 @@ public:
              llama_razor_plan   plan,
                     ggml_type   type_k,
                     ggml_type   type_v,
-            razor_attn_kernel   attn);
+            razor_attn_kernel   attn,
+                         bool   on_device);
 
     ~llama_kv_cache_razor() = default;
 

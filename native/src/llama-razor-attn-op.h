@@ -22,6 +22,9 @@ bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64
 // "off": upstream's operations on devices, for contexts that are created then
 #define RAZOR_DEVICE_ENV "RAZOR_LOCAL_DEVICE_ATTENTION"
 
+// "on" if it is not set; throws std::runtime_error on other values
+bool razor_device_wanted();
+
 // whether the device knows the operations of ggml-razor.h
 bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);
 

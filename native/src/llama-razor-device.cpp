@@ -5,7 +5,8 @@
 #include "ggml-cpp.h"
 
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 // made only for layers on a device that knows the operation
 static void razor_no_device(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {
@@ -69,10 +70,19 @@ ggml_tensor * razor_attn::build_device(ggml_context * ctx, ggml_tensor * q, ggml
     return razor_attn_op(ctx, q, k, v, groups[0].mask, groups[1].mask, params, this);
 }
 
-bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {
+bool razor_device_wanted() {
     const char * env = getenv(RAZOR_DEVICE_ENV);
 
-    if (!dev || (env && strcmp(env, "off") == 0) || n_head_kv > GGML_RAZOR_ATTN_MAX_KV) {
+    const std::string wanted = env ? env : "";
+    if (wanted.empty() || wanted == "on" || wanted == "off") {
+        return wanted != "off";
+    }
+
+    throw std::runtime_error(RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, off; correct or unset it");
+}
+
+bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {
+    if (!dev || n_head_kv > GGML_RAZOR_ATTN_MAX_KV) {
         return false;
     }
 

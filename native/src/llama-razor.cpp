@@ -489,13 +489,15 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
     }
 
     razor_attn_kernel attn = nullptr;
+    bool on_device = true;
     try {
-        attn = razor_attn_choose();
+        attn      = razor_attn_choose();
+        on_device = razor_device_wanted();
     } catch (const std::exception & err) {
         razor_refuse(err.what());
     }
 
-    return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn);
+    return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn, on_device);
 }
 
 bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0) {
