@@ -53,7 +53,7 @@ for part in ${*:-ablation needle ruler perplexity budget compression}; do
             --policies full,full-q8_0,full-q4_0,razor,razor-q8_0,local \
             --budget 0.05,0.1,0.15,0.2,0.3 --plot-curve docs/quality/budget.png
         ;;
-    compression) study compression -c 4k --slices 12 --samples 2 ;;
+    compression) study compression -c 4k --slices 8 --samples 1 ;;
     *)
         echo "evaluate.sh: no part is called '$part'" >&2
         exit 2
