@@ -119,6 +119,31 @@ def test_every_answer_stands_in_the_text_before_its_question(recipe, rows):
                 assert answer in text[text.index("<|im_start|>assistant\n") :]
 
 
+def test_rulers_needles_are_asked_and_answered(recipe, rows):
+    """Every value that is named stands in the text with its key, those of a key in their order, and
+    all of them are named."""
+    joint = dense = 0
+    for i in range(60):
+        rng = np.random.default_rng([8, i])
+        pieces = recipe.data.magic_chat(letters, rows.books[0], 4000, 1.0, rows.words, rng)
+        said = "".join(text for text, _ in pieces)
+        assert len(said) < 6000
+        text, _, talk = said.partition("\n\nWhat ")
+        line = r"The magic (?:number|id) of (\S+) is (\S+)\."
+        hidden: dict[str, list[str]] = {}
+        for key, value in re.findall(line, text):
+            hidden.setdefault(key, []).append(value)
+        talk = talk.replace("<|im_end|>", " ")
+        named = {key: [value] for key, value in re.findall(line, talk)}
+        for key, values in re.findall(r"The magic (?:number|id)s of (\S+) are (.+?)\.", talk):
+            named[key] = re.split(", | and ", values)
+        assert named and named == {key: hidden[key] for key in named}
+        assert len(named) >= len(re.findall("What (?:is|are)", talk))
+        joint += " and " in "".join(re.findall(r"What are all .* in the text", talk))
+        dense += text.count("magic") > len(text) / 120
+    assert 10 < joint and 10 < dense < 40
+
+
 def test_some_conversations_begin_with_a_greeting(recipe, rows):
     data = recipe.data
     chats = [rows.document(np.random.default_rng(i), 300, 1.0, data.Mix()) for i in range(200)]
@@ -314,6 +339,7 @@ def test_a_stopped_training_goes_on_as_if_it_never_stopped(recipe, texts, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--preset", "cpu-ruler"], "cpu-ruler goes on from another run: name its folder with"),
         (["--preset", "cpu-long"], "cpu-long goes on from another run: name its folder with"),
         (["--preset", "cpu-long", "--start", "."], "holds no checkpoint, name the folder of a"),
     ],
