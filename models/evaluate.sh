@@ -1,9 +1,9 @@
 #!/bin/sh
 # Makes all that docs/quality/ holds, and docs/quality.md of it:
 #
-#   sh models/evaluate.sh TEXTS JOURNALS [PART...]
+#   sh models/evaluate.sh HELD-OUT JOURNALS [PART...]
 #
-# TEXTS: folder with the text that was held out in training, and no other. JOURNALS: folder for what
+# HELD-OUT: folder with the text that was held out in training, and no other. JOURNALS: folder for what
 # is finished; the same command goes on from there. PART: ablation, needle, ruler, perplexity,
 # budget, compression; all of them if none is named. MODEL=PATH in the environment: another model
 # than the built-in one. Takes hours on two cores.

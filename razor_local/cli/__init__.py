@@ -11,7 +11,7 @@ from ..errors import RazorError
 
 # command: what it is for; the code is in the file of the same name, as a click command of that name
 COMMANDS = {
-    "bench": "Time decoding against a full cache.",
+    "bench": "Measure memory and speed against full caches.",
     "chat": "Chat with a model.",
     "convert": "Add a razor profile to a copy of a GGUF model, or write it as a sidecar.",
     "doctor": "Show which library is loaded, its backends and devices, and what is wrong.",

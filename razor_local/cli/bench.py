@@ -57,7 +57,10 @@ Examples:
 @click.option(
     "-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]"
 )
-@click.option("-ngl", "--n-gpu-layers", type=int, default=0, show_default=True)
+@click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    help="Layers on the GPU, if there is one; -1: all.",
+)  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
     "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
@@ -120,9 +123,9 @@ def bench(
 ) -> None:
     """Measure MODEL with razor against full caches: memory, prefill, first token, decoding.
 
-    All sides decode in turn in one process, flash attention on, and the ratios of neighbours are
-    what counts. Deep caches are filled with random rows (--real-prefill checks that), each in a
-    context of its size.
+    All sides decode in turn, in one process (with --stock-lib in two), flash attention on, and the
+    ratios of neighbours are what counts. Deep caches are filled with random rows (--real-prefill
+    checks that), each in a context of its size.
     """
     from ..bench_report import (
         differences,
@@ -227,6 +230,7 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
+    options = options | {"n_gpu_layers": _gpu_layers(options["n_gpu_layers"])}
     if model is None:
         if options["sidecar"]:
             raise click.UsageError("--sidecar belongs to MODEL, not to --shape")
@@ -235,6 +239,16 @@ def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
     if options["quant"] or options["seed"] is not None:
         raise click.UsageError("--quant and --seed belong to --shape")
     return model_setup(model, options)
+
+
+def _gpu_layers(wanted: int) -> int:
+    """0 where the library has no device: then the run is one on the CPU, and is called so."""
+    from ..native import load
+
+    load()
+    from llama_cpp import llama_cpp as C
+
+    return wanted if C.llama_supports_gpu_offload() else 0
 
 
 def _make_shape(options: dict[str, Any]) -> Path:

@@ -20,7 +20,7 @@ EPILOG = """
 \b
 Examples:
   razor-local verify model-razor.gguf
-  razor-local verify model-razor.gguf -c 32768 -ngl -1 -ctk q8_0 -ctv q8_0
+  razor-local verify model-razor.gguf -c 32768 -ctk q8_0 -ctv q8_0
   razor-local verify model-razor.gguf --text book.txt -n 12000 --json
   razor-local verify model.gguf --sidecar model.razor.gguf -fa off
 
@@ -49,8 +49,8 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     help="Tokens whose attention is compared in each layer, spread over the text; 0: all.",
 )  # fmt: skip
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=0, show_default=True,
-    metavar="N", help="Layers on the GPU; -1: all.",
+    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True,
+    metavar="N", help="Layers on the GPU; -1: all, as chat does; 0: checks the CPU.",
 )  # fmt: skip
 @click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
 @click.option(
