@@ -59,7 +59,8 @@ _MODEL_OPTIONS = (
     click.option(
         "--policies", type=ListOf(click.STRING, "name,..."), multiple=True,
         help="What is compared; differences are from the first.  [default: all kinds but"
-        " heads=FILE, full and razor with f16, q8_0 and q4_0; with --budget full, razor and local alone]",
+        " heads=FILE, full and razor with f16, q8_0 and q4_0; with --budget full, razor and local"
+        " alone]",
     ),
     click.option(
         "--budget", "budgets", type=ListOf(click.FloatRange(0, 1), "share,..."), multiple=True,
