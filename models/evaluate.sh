@@ -3,8 +3,8 @@
 #
 #   sh models/evaluate.sh HELD-OUT JOURNALS [PART...]
 #
-# HELD-OUT: folder with the text that was held out in training, and no other. JOURNALS: folder for what
-# is finished; the same command goes on from there. PART: ablation, needle, ruler, perplexity,
+# HELD-OUT: folder with the text that was held out in training, and no other. JOURNALS: folder for
+# what is finished; the same command goes on from there. PART: ablation, needle, ruler, perplexity,
 # budget, compression; all of them if none is named. MODEL=PATH in the environment: another model
 # than the built-in one. Takes hours on two cores.
 set -eu

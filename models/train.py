@@ -107,20 +107,6 @@ PRESETS = {
         decay=0.5,
         power=1,
     ),
-    # and once more, with RULER's needles
-    "cpu-ruler": Preset(
-        shape=Shape(1024, n_layer=6, n_ff=384),
-        stages=(
-            Stage(1024, 4, 1.4 * M, ALL),
-            Stage(2048, 2, 1.4 * M, ALL),
-            Stage(4096, 1, 1.4 * M, ALL),
-            Stage(8192, 1, 0.9 * M, ALL),
-        ),
-        muon=0.0015,
-        adam=0.0006,
-        decay=0.5,
-        power=1,
-    ),
     "gpu": Preset(
         shape=Shape(2048, n_layer=8, n_embd=384, n_head=8, n_head_kv=4, n_ff=768),
         stages=(
@@ -136,6 +122,16 @@ PRESETS = {
         ),
     ),
 }
+# and once more, with RULER's needles
+PRESETS["cpu-ruler"] = replace(
+    PRESETS["cpu-long"],
+    stages=(
+        Stage(1024, 4, 1.4 * M, ALL),
+        Stage(2048, 2, 1.4 * M, ALL),
+        Stage(4096, 1, 1.4 * M, ALL),
+        Stage(8192, 1, 0.9 * M, ALL),
+    ),
+)
 GOES_ON = {"cpu-long", "cpu-ruler"}  # presets whose rates are for a trained model
 
 # What cpu-short shall reach: values found at 256 tokens, one fact, asked in its own words.
