@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,7 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
 
     settings = _settings(options)
     setup = _setup(model, options)
+    setup = replace(setup, n_gpu_layers=_gpu_layers(setup.n_gpu_layers))
     with TimeLeft() as show:
         try:
             head, records = run_bench(
@@ -230,7 +232,6 @@ def _settings(options: dict[str, Any]) -> Settings:
 
 
 def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
-    options = options | {"n_gpu_layers": _gpu_layers(options["n_gpu_layers"])}
     if model is None:
         if options["sidecar"]:
             raise click.UsageError("--sidecar belongs to MODEL, not to --shape")
