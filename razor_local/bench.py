@@ -261,16 +261,16 @@ def run_bench(
     head = _describe_run(setup, settings, stock_lib, shape, profile, meter)
     for batch in batches:
         _check_memory(setup, batch, shape, profile, head["model"]["file_bytes"])
-    journal = open_journal(resume, head)
-    left = [
-        [s for s in batch.steps if s.kind in only and not journal.has(batch.key(s))]
-        for batch in batches
-    ]
-    clock = Clock(progress, sum(step.cost for steps in left for step in steps))
-    if not any(left) and journal.head is not None:
-        return journal.head, journal.records
-    clock.show("loading the model")
     with ExitStack() as stack:
+        journal = stack.enter_context(open_journal(resume, head))
+        left = [
+            [s for s in batch.steps if s.kind in only and not journal.has(batch.key(s))]
+            for batch in batches
+        ]
+        clock = Clock(progress, sum(step.cost for steps in left for step in steps))
+        if not any(left) and journal.head is not None:
+            return journal.head, journal.records
+        clock.show("loading the model")
         worker = Worker(setup, beside_another=stock_lib is not None)
         stack.callback(worker.close)
         full_worker = worker

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import RazorError
-from .safe_write import check_new_file, new_file
+from .safe_write import check_new_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class Journal:
     """Finished records of a run, in a file of JSON lines if path is not None.
 
-    The first line is the head. A last line that was cut off, by a killed process, is forgotten.
+    The first line is the head. Each line ends with a checksum of itself. A last line that was cut
+    off, by a killed process, is forgotten. Where the system has locks, one journal at a time may
+    use the file, until it is closed, as it is at the end of a with block.
+
     head None: the run has not begun. what: the kind of run, for errors. identity(head): by name
     what has to be equal for a run to be resumed; of any dict, because a file may hold anything.
-    Raises RazorError for a file of another run, OSError.
+    Raises RazorError for a file of another run, one that was changed and one in use, OSError.
     """
 
     def __init__(
@@ -31,11 +41,44 @@ class Journal:
         self.path = path
         self.head: dict[str, Any] | None = None
         self.records: list[dict[str, Any]] = []
+        self._file: BinaryIO | None = None
         if path is None:
             return
         check_new_file(path)
         if path.exists():
-            self._take(path, head, what, identity)
+            self._open(path)
+            try:
+                self._take(path, head, what, identity)
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets others use the file; what was added is on disk already."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self, path: Path) -> None:
+        # unbuffered: closing would write once more what had no room
+        self._file = open(path, "ab", buffering=0)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise RazorError(
+                f"{path} is the journal of a run that goes on; wait for it, or name a new file"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def _take(
         self,
@@ -45,13 +88,13 @@ class Journal:
         identity: Callable[[dict[str, Any]], dict[str, Any]],
     ) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
-            lines = text[: text.rfind("\n") + 1].splitlines()
-            found, *records = map(json.loads, lines)
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            found, *records = map(json.loads, whole.decode().splitlines())
             if found.pop("kind") != "head" or not all("kind" in record for record in records):
                 raise ValueError
             there = identity(found)
-        except (ValueError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise RazorError(f"{path} is no journal of {what}; name a new file") from None
         for name, here in identity(head).items():
             if json.loads(json.dumps(here)) != there[name]:
@@ -59,18 +102,32 @@ class Journal:
                     f"{path} is of a run with another {name}; resume it with the same command, code"
                     " and machine, or name a new file"
                 )
+        for i, record in enumerate([{"kind": "head"} | found, *records]):
+            check = record.pop("check", None)
+            if check != _checksum(record):
+                raise RazorError(
+                    f"{path} was changed in line {i + 1}, so what it holds is not what was"
+                    " measured; name a new file"
+                )
+        found.pop("check")
         self.head, self.records = found, records
-        self._write(path, lines)
-
-    @staticmethod
-    def _write(path: Path, lines: list[str]) -> None:
-        with new_file(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+        os.truncate(path, len(whole))
 
     def begin(self, head: dict[str, Any]) -> None:
         self.head = head
-        if self.path is not None:
-            self._write(self.path, [json.dumps({"kind": "head"} | head)])
+        if self.path is None:
+            return
+        self._open(self.path)
+        if self.path.stat().st_size:  # it was not there before
+            self.close()
+            raise RazorError(f"{self.path} was made by another run just now; name a new file")
+        try:
+            self._write({"kind": "head"} | head)
+        except BaseException:
+            self.close()
+            with suppress(OSError):
+                os.unlink(self.path)
+            raise
 
     def has(self, key: dict[str, Any]) -> bool:
         return any(all(r.get(k) == v for k, v in key.items()) for r in self.records)
@@ -78,11 +135,19 @@ class Journal:
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         if self.path is not None:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                error.filename = str(self.path)  # a full disk does not say which
-                raise
+            self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        line = json.dumps(record | {"check": _checksum(record)}).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # a full disk does not say which
+            raise
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record).encode()):08x}"

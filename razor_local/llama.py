@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -30,6 +33,7 @@ from .profile import ModelShape, Profile, profile_from_header, read_sidecar, sha
 
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
+import jinja2  # noqa: E402
 import llama_cpp  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
@@ -37,6 +41,8 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
 _NO_SLOT = 1  # llama_decode: no room for the batch
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it
+_BASE_OPTIONS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"kwargs"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,24 @@ class Prefill(NamedTuple):
     complete: bool
 
 
+def _one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of an open Llama; only one thread at a time may be in any of them."""
+
+    @functools.wraps(method)
+    def alone(self: Llama, *args: Any, **kwargs: Any) -> Any:
+        if not self._in_use.acquire(blocking=False):
+            raise RazorError(
+                "another thread is using this Llama; use one at a time, or make a Llama for each"
+            )
+        try:
+            _ = self._ctx.ctx  # raises if it is closed
+            return method(self, *args, **kwargs)
+        finally:
+            self._in_use.release()
+
+    return alone
+
+
 class Llama(llama_cpp.Llama):
     """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
 
@@ -112,6 +136,9 @@ class Llama(llama_cpp.Llama):
         are not counted).
 
     Other defaults than the base class: flash_attn=True, verbose=False.
+
+    One thread at a time may use it; a second one gets a RazorError. So does who uses it after
+    close().
 
     Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
     refuses), RazorError (loading failed; with the native library's reason), OSError.
@@ -142,12 +169,14 @@ class Llama(llama_cpp.Llama):
             "compensation": compensation,
         }
         self._progress = progress
+        self._in_use = threading.RLock()
         ids = (C.llama_token * 1)()
         self._one = ids, C.llama_batch_get_one(ids, 1)  # a batch of one token, and that token
         self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
         self._ends: dict[int, bool] = {}  # likewise
         self._progress_error: BaseException | None = None
         model_path = os.fspath(model_path)
+        _refuse_arguments(n_ctx, kwargs)
         type_k, type_v = _type_name(type_k), _type_name(type_v)
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
@@ -163,6 +192,8 @@ class Llama(llama_cpp.Llama):
         self._plan: Plan | None = None
         if shape is not None:
             n_ctx = padded_n_ctx(shape, n_ctx)
+            if n_ctx:  # llama.cpp does so too, but the base class allocates for n_batch before it
+                kwargs["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
             plan = make_plan(
                 shape, profile, n_ctx, type_k, type_v, flash_attn, window, sink_tokens, compensation
             )
@@ -194,6 +225,12 @@ class Llama(llama_cpp.Llama):
                 self.close()
                 if refusal is None:
                     raise
+            except jinja2.TemplateError as error:
+                self.close()
+                refusal = GGUFError(
+                    f"{model_path}: the chat template in its metadata is malformed: {error}; mend"
+                    " tokenizer.chat_template, for example with gguf-new-metadata"
+                )
         if self._progress_error is not None:
             raise self._progress_error
         if refusal is not None:
@@ -240,6 +277,7 @@ class Llama(llama_cpp.Llama):
 
     # -- evaluation --
 
+    @_one_thread
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluates tokens after the n_tokens that count as evaluated.
 
@@ -271,6 +309,7 @@ class Llama(llama_cpp.Llama):
                 flat = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
                 yield flat.reshape(n, self._n_vocab)
 
+    @_one_thread
     def prefill(
         self,
         tokens: Sequence[int],
@@ -332,22 +371,38 @@ class Llama(llama_cpp.Llama):
         """The bytes of a token, of any length; b"" for special tokens."""
         piece = self._pieces.get(token)
         if piece is None:
+            self._check_token(token)
             piece = self._pieces[token] = self._read_piece(token)
         return piece
+
+    def detokenize(
+        self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
+    ) -> bytes:
+        """As the base class. Raises RazorError for a token that the vocabulary does not have."""
+        for token in tokens:
+            self._check_token(token)
+        return super().detokenize(tokens, prev_tokens, special)
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
         end = self._ends.get(token)
         if end is None:
+            self._check_token(token)
             end = self._ends[token] = C.llama_vocab_is_eog(self._model.vocab, token)
         return end
 
     def is_special(self, token: int) -> bool:
         """Whether the token is a control token, such as a turn marker of the chat template."""
+        self._check_token(token)
         return C.llama_vocab_is_control(self._model.vocab, token)
 
     # -- state --
 
+    @_one_thread
+    def save_state(self) -> llama_cpp.LlamaState:
+        return super().save_state()
+
+    @_one_thread
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """Continues from a state of save_state(), of a context with the same plan.
 
@@ -379,6 +434,7 @@ class Llama(llama_cpp.Llama):
     def close(self) -> None:
         if hasattr(self, "_stack"):  # not there if the arguments were refused
             super().close()
+            self._model = self._ctx = self.tokenizer_ = _Closed()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self._razor_args}
@@ -408,9 +464,7 @@ class Llama(llama_cpp.Llama):
         self, tokens: list[int], reset: bool = True, **sampling: Any
     ) -> Generator[int, Sequence[int] | None, None]:
         self._sampler = sampler = self._init_sampler(**sampling)
-        if reset:
-            tokens = tokens[self._rewind(tokens) :]
-        self.eval(tokens)
+        self._begin(tokens, reset)
         if self._requires_eval:
             raise RazorError("there is nothing to go on from: the prompt has no tokens")
         while True:
@@ -420,6 +474,10 @@ class Llama(llama_cpp.Llama):
                 self._eval_batch([token])  # all that eval() would do
             else:
                 self.eval([token, *(more or ())])
+
+    @_one_thread
+    def _begin(self, tokens: list[int], reset: bool) -> None:
+        self.eval(tokens[self._rewind(tokens) :] if reset else tokens)
 
     def _create_completion(self, **request: Any) -> Iterator[dict[str, Any]]:
         """The chunks of an answer, or the whole: what create_completion() and the like are made of.
@@ -509,6 +567,12 @@ class Llama(llama_cpp.Llama):
             del self.generate
         raise AssertionError("llama_cpp answers without generating")
 
+    def _check_token(self, token: int) -> None:
+        if not 0 <= token < self._model.n_vocab():
+            raise RazorError(
+                f"there is no token {token}: the vocabulary has 0 to {self._model.n_vocab() - 1}"
+            )
+
     def _read_piece(self, token: int) -> bytes:
         size = 64
         while True:
@@ -534,6 +598,7 @@ class Llama(llama_cpp.Llama):
             self._clear_cache()
         return tokens
 
+    @_one_thread
     def _eval_batch(self, batch: list[int], wanted: list[bool] | None = None) -> None:
         """wanted: the tokens whose logits are computed, None: the last, or all with logits_all."""
         n_past, n = self.n_tokens, len(batch)
@@ -643,6 +708,13 @@ class _AbortedError(RazorError):
     pass
 
 
+class _Closed:
+    """Stands for what close() has freed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RazorError("this Llama is closed; make a new one")
+
+
 class _ReadRequest(Exception):
     """Leaves the base class where it would begin to generate."""
 
@@ -715,6 +787,32 @@ def _auto_n_ctx(
         # the base class's own default is 0
         **{"n_gpu_layers": 0} | chosen("n_gpu_layers", "split_mode", "main_gpu", "tensor_split"),
     )
+
+
+def _refuse_arguments(n_ctx: int | str, kwargs: dict[str, Any]) -> None:
+    """Refuses what the base class would swallow, or hand on to crash the native library."""
+    for name in kwargs:
+        if name not in _BASE_OPTIONS:
+            raise TypeError(f"Llama() has no argument {name!r}")
+    numbers = {"n_ctx": 0 if isinstance(n_ctx, str) else n_ctx} | kwargs
+    for name, low, high, instead in (
+        ("n_ctx", 0, 2**31 - 1, " or 'auto'"),
+        ("n_batch", 1, 2**31 - 1, ""),
+        ("n_ubatch", 1, 2**31 - 1, ""),
+        ("n_threads", 0, _MAX_THREADS, " or None"),
+        ("n_threads_batch", 0, _MAX_THREADS, " or None"),
+    ):
+        value = numbers.get(name)
+        if value is None and (name not in numbers or instead == " or None"):
+            continue
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or not low <= value <= high:
+            raise UnsupportedError(
+                f"{name} is {value!r}, expected a whole number from {low} to {high}{instead}"
+            )
+    lora = kwargs.get("lora_path")
+    if lora is not None and not os.path.isfile(lora):
+        raise UnsupportedError(f"lora_path is {lora!r}, which is no file; name a LoRA adapter")
 
 
 def _refuse_options(kwargs: dict[str, Any]) -> None:

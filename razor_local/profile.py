@@ -180,13 +180,15 @@ class Profile:
     ) -> Profile:
         """A copy with the options that are not None; a window applies to every context size."""
         changes: dict[str, object] = {}
-        if window:
+        if window is not None:
             _check_range("window", window, 1, MAX_WINDOW)
             changes.update(window_min=window, window_divisor=0)
         if sink_tokens is not None:
             _check_range("sink_tokens", sink_tokens, 0, MAX_SINKS)
             changes["sink_tokens"] = sink_tokens
         if compensation is not None:
+            if not isinstance(compensation, (bool, np.bool_)):
+                raise ProfileError(f"compensation is {compensation!r}, expected True or False")
             changes["compensation"] = bool(compensation)
         return replace(self, **changes) if changes else self
 

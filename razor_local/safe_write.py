@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -60,3 +60,29 @@ def check_new_file(path: str | os.PathLike[str]) -> None:
         raise RazorError(f"{path} is no ordinary file; choose another name")
     if not os.access(path.parent, os.W_OK):
         raise RazorError(f"the folder {path.parent} cannot be written to; choose another")
+
+
+def check_outputs(
+    outputs: Iterable[str | os.PathLike[str] | None],
+    inputs: Iterable[str | os.PathLike[str] | None],
+) -> None:
+    """The same for all outputs of a run that reads inputs; None: not given.
+
+    Raises RazorError also where an output is one of the inputs, or the same file as another output.
+    """
+    taken = [(Path(path), "is read by this command") for path in inputs if path is not None]
+    for path in outputs:
+        if path is None:
+            continue
+        path = Path(path)
+        check_new_file(path)
+        for other, what in taken:
+            if _is_same(path, other):
+                raise RazorError(f"{path} {what}; choose another name for what is written")
+        taken.append((path, "is named for two results"))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return os.path.realpath(path) == os.path.realpath(other)

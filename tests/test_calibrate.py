@@ -590,7 +590,7 @@ def test_an_output_that_exists_is_refused_before_measuring(known, tmp_path, monk
         (["--window-min", 0], "razor.window_min is 0"),
         (["--save-scores", "no/folder/scores.json"], "the folder no/folder does not exist"),
         (["--save-scores", "MODEL"], "is the model itself"),
-        (["--save-scores", "OUT"], "--save-scores and -o name the same file"),
+        (["--save-scores", "OUT"], "is named for two results; choose another name"),
         (["--save-scores", "KEPT"], "exists; choose another name or pass --force"),
     ],
 )

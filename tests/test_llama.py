@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
+from contextlib import closing
+from itertools import count
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -186,7 +190,7 @@ def test_the_override_ends_with_the_constructor():
         Llama(DEFAULT_MODEL, razor=False, progress=lambda _: False)
     assert raw_is_active()
     with pytest.raises(TypeError):
-        Llama(DEFAULT_MODEL, razor=False, n_batch="many")
+        Llama(DEFAULT_MODEL, razor=False, rope_freq_base="many")
     assert raw_is_active()
 
 
@@ -202,6 +206,88 @@ def test_options_that_razor_cannot_serve_are_refused(plain):
     embedding = Llama(DEFAULT_MODEL, n_ctx=512, razor=False, embedding=True).embed("hello")
     assert np.isfinite(embedding).all()
     Llama(plain, n_ctx=512, draft_model=draft)  # nothing to refuse without a profile
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"n_ctx": -1}, "n_ctx is -1, expected a whole number from 0 to 2147483647 or 'auto'"),
+        ({"n_ctx": None}, "n_ctx is None"),
+        ({"n_batch": -1}, "n_batch is -1, expected a whole number from 1"),
+        ({"n_ubatch": 0}, "n_ubatch is 0, expected a whole number from 1"),
+        ({"n_threads": 513}, "n_threads is 513, expected a whole number from 0 to 512 or None"),
+        ({"lora_path": "nowhere.gguf"}, "lora_path is 'nowhere.gguf', which is no file"),
+        ({"window": 0}, "window is 0, expected 1 to"),
+        ({"compensation": "no"}, "compensation is 'no', expected True or False"),
+    ],
+)
+def test_values_that_would_end_the_process_are_refused(options, told):
+    with pytest.raises(RazorError, match=re.escape(told)):
+        Llama(DEFAULT_MODEL, **options)
+
+
+def test_an_unknown_argument_is_not_swallowed():
+    with pytest.raises(TypeError, match="no argument 'n_contexts'"):
+        Llama(DEFAULT_MODEL, n_contexts=5)
+
+
+def test_a_batch_is_never_larger_than_the_context():
+    with closing(Llama(DEFAULT_MODEL, n_ctx=256, n_batch=10**9)) as llama:
+        assert llama.n_batch == 256
+
+
+def test_tokens_outside_the_vocabulary_are_refused(llama):
+    for token in (-1, llama.n_vocab(), 10**6):
+        for use in (llama.piece, llama.is_end, llama.is_special, lambda t: llama.detokenize([t])):
+            with pytest.raises(RazorError, match=f"no token {token}: the vocabulary has 0 to"):
+                use(token)
+
+
+def test_a_closed_llama_says_so():
+    llama = Llama(DEFAULT_MODEL, n_ctx=256)
+    tokens = llama.tokenize(b"a word")
+    running = llama.generate(tokens)
+    next(running)
+    llama.close()
+    llama.close()
+    for use in (
+        llama.memory,
+        llama.stats,
+        llama.save_state,
+        llama.n_vocab,
+        lambda: llama.eval(tokens),
+        lambda: llama.prefill(tokens),
+        lambda: llama.tokenize(b"a word"),
+        lambda: llama.piece(5),
+        lambda: llama("a word", max_tokens=1),
+        lambda: next(running),
+    ):
+        with pytest.raises(RazorError, match="this Llama is closed"):
+            use()
+
+
+def test_a_second_thread_is_refused_while_the_first_computes():
+    with closing(Llama(DEFAULT_MODEL, n_ctx=1024)) as llama:
+        tokens, refused, asked = prompt(llama, 900), [], count()
+
+        def stop():
+            if next(asked) == 1:  # the first time nothing is computed yet
+                thread = Thread(target=intrude)
+                thread.start()
+                thread.join()
+            return False
+
+        def intrude():
+            for use in (lambda: llama.eval(tokens[:1]), lambda: llama.prefill(tokens[:5])):
+                with pytest.raises(RazorError, match="another thread is using this Llama"):
+                    use()
+                refused.append(use)
+
+        expected = greedy(llama, tokens, 3)
+        llama.reset()
+        llama.prefill(tokens, stop=stop)
+        assert len(refused) == 2
+        assert greedy(llama, tokens, 3) == expected
 
 
 def test_kv_types_by_name_and_number():

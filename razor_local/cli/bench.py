@@ -136,14 +136,15 @@ def bench(
         plot_report,
         save_text,
     )
-    from ..safe_write import check_new_file
+    from ..safe_write import check_outputs
 
     kind = "json" if as_json else kind or _kind_of(output)
     sources = [model, options["shape"], report, compare or None]
     if sum(source is not None for source in sources) != 1:
         raise click.UsageError("expected one of MODEL, --shape, --report and --compare")
-    for path in (*plots, *([output] if output else [])):
-        check_new_file(path)
+    check_outputs(
+        [options["resume"], output, *plots], [model, options["sidecar"], report, *(compare or ())]
+    )
     if plots:
         _check_pictures(plots)
     if compare:

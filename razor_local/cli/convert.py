@@ -139,6 +139,7 @@ def convert(
         shape_from_header,
         unsupported_feature,
     )
+    from ..safe_write import check_outputs
 
     options = {
         "sink_tokens": sinks,
@@ -152,6 +153,7 @@ def convert(
     shape = shape_from_header(header)
     alibi = alibi_max_bias(header, shape) > 0
     _check_method(shape, alibi, epsilon)
+    check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"]])
     check_output(model, output, force, sidecar)
     feature = unsupported_feature(header, shape)
     if feature:
@@ -167,8 +169,6 @@ def convert(
     else:
         kept = measuring["save_scores"]
         if kept is not None:
-            if kept.absolute() == output.absolute():
-                raise click.UsageError("--save-scores and -o name the same file")
             check_output(model, kept, force, sidecar=True)
         profile = _profile_from_scores(model, shape, measuring, options)
     if sidecar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -285,7 +285,7 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
     )
     from ..evals.run import describe_run, open_journal
 
-    run = _Run(model, options)
+    run = _Run(model, options, [text])
     n_ctx = context_size(run.shape, options["ctx_size"])
     stride = options["stride"] or n_ctx
     content = read_text(run.setup, text)
@@ -303,8 +303,7 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
         stride=stride,
         n_windows=len(windows),
     )
-    journal = open_journal(options["resume"], head)
-    with run.progress() as show:
+    with open_journal(options["resume"], head) as journal, run.progress() as show:
         run_perplexity(
             run.setup, run.shape, run.policies, content, windows, n_ctx, journal, head, show
         )
@@ -357,7 +356,7 @@ def longbench(folder: Path, model: Path | None, **options: Any) -> None:
     from ..evals.questions import Prompts
     from ..plan import padded_n_ctx
 
-    run = _Run(model, options)
+    run = _Run(model, options, folder.glob("*.jsonl"))
     trained = min(run.shape.n_ctx_train or MAX_LENGTH, MAX_LENGTH)
     n_ctx = padded_n_ctx(run.shape, options["ctx_size"] or trained)
     with run.progress() as show:
@@ -390,19 +389,25 @@ def longbench(folder: Path, model: Path | None, **options: Any) -> None:
 class _Run:
     """What all evals have in common. Options are checked before anything runs."""
 
-    def __init__(self, model: Path | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Path | None, options: dict[str, Any], texts: Iterable[Path] = ()
+    ) -> None:
+        """texts: files that are read, beside those named in options."""
         from ..evals.policies import make_policies
-        from ..safe_write import check_new_file
+        from ..safe_write import check_outputs
 
         self.options = options
         output = options["output"]
         self.kind = "json" if options["as_json"] else options["kind"] or _kind_of(output)
         self.plots = [p for p in (options.get("plot"), options.get("plot_curve")) if p]
-        for path in (*self.plots, *([output] if output else [])):
-            check_new_file(path)
+        names = [name for some in options["policies"] for name in some] or None
+        read = [model or DEFAULT_MODEL, options["sidecar"], *texts]
+        read += [name.removeprefix("heads=") for name in names or () if name.startswith("heads=")]
+        if options.get("haystack") is not None:
+            read += options["haystack"].glob("*.txt")
+        check_outputs([options["resume"], output, *self.plots], read)
         self._check_pictures()
         self.setup = model_setup(model or DEFAULT_MODEL, options)
-        names = [name for some in options["policies"] for name in some] or None
         budgets = sorted({share for some in options["budgets"] for share in some})
         self.shape: ModelShape
         self.policies: tuple[Policy, ...]
@@ -460,8 +465,9 @@ class _Run:
         settings = {"seed": self.options["seed"], "n_samples": len(samples)} | settings
         settings["lengths"] = sorted({sample.length for sample in samples})
         head = describe_run(what, self.setup, self.shape, self.policies, **settings)
-        journal: Journal = open_journal(self.options["resume"], head)
-        run_questions(self.setup, self.policies, samples, score, journal, head, show)
+        journal: Journal
+        with open_journal(self.options["resume"], head) as journal:
+            run_questions(self.setup, self.policies, samples, score, journal, head, show)
         assert journal.head is not None
         return Report(journal.head, journal.records)
 

@@ -83,7 +83,9 @@ def inspect(
         shape_from_header,
         unsupported_feature,
     )
+    from ..safe_write import check_outputs
 
+    check_outputs([plot], [file, sidecar, compare])
     header = read_header(file)
     shape = shape_from_header(header)
     profile = (

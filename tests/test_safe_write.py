@@ -1,0 +1,65 @@
+"""What is written never replaces what the same command reads."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from razor_local import RazorError
+from razor_local.cli import main
+from razor_local.cli.params import DEFAULT_MODEL
+from razor_local.safe_write import check_outputs
+
+READ = "is read by this command; choose another name for what is written"
+TWICE = "is named for two results; choose another name for what is written"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with one file of each kind that commands read; the current one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(DEFAULT_MODEL, "model.gguf")
+    (tmp_path / "link.gguf").symlink_to("model.gguf")
+    (tmp_path / "texts").mkdir()
+    for name in ("book.txt", "texts/a.txt", "heads.tsv", "run.json", "side.gguf", "map.png"):
+        (tmp_path / name).write_text("mine\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval needle model.gguf -o model.gguf", f"model.gguf {READ}"),
+        ("eval needle model.gguf -o link.gguf", f"link.gguf {READ}"),
+        ("eval needle link.gguf -o ./texts/../model.gguf", READ),
+        ("eval needle model.gguf --haystack texts -o texts/a.txt", f"texts/a.txt {READ}"),
+        ("eval needle model.gguf --sidecar side.gguf -o side.gguf", f"side.gguf {READ}"),
+        ("eval ruler model.gguf --policies full,heads=heads.tsv -o heads.tsv", f"heads.tsv {READ}"),
+        ("eval ruler model.gguf --resume new.json -o new.json", f"new.json {TWICE}"),
+        ("eval needle model.gguf --plot a.png --plot-curve a.png", f"a.png {TWICE}"),
+        ("eval perplexity book.txt -o book.txt", f"book.txt {READ}"),
+        ("eval longbench texts model.gguf -o model.gguf", f"model.gguf {READ}"),
+        ("bench model.gguf -o model.gguf", f"model.gguf {READ}"),
+        ("bench model.gguf --resume model.gguf", f"model.gguf {READ}"),
+        ("bench --report run.json -o run.json", f"run.json {READ}"),
+        ("bench --compare run.json book.txt -o book.txt", f"book.txt {READ}"),
+        ("convert model.gguf -o heads.tsv --heads heads.tsv --force", f"heads.tsv {READ}"),
+        ("convert model.gguf -o run.json --scores run.json --force", f"run.json {READ}"),
+        ("convert model.gguf -o link.gguf --force", "link.gguf is the model itself"),
+        ("inspect model.gguf --compare map.png --plot map.png", f"map.png {READ}"),
+    ],
+)
+def test_no_command_overwrites_what_it_reads(files, command, told):
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(main, command.split(), prog_name="razor-local")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert told in result.stderr and result.stderr.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+
+
+def test_other_names_are_taken(files):
+    check_outputs([None, "new.json", files / "texts" / "new.txt", "run.json"], [None, "book.txt"])
+    with pytest.raises(RazorError, match="the folder nowhere does not exist"):
+        check_outputs(["nowhere/new.json"], [])
