@@ -4,7 +4,8 @@
 #   sh models/evaluate.sh HELD-OUT JOURNALS [PART...]
 #
 # HELD-OUT: folder with the text that was held out in training, and no other. JOURNALS: folder for
-# what is finished; the same command goes on from there. PART: ablation, needle, ruler, perplexity,
+# what is finished; the same command goes on from there. The reports stay there, too, until all is
+# made: changed files in docs/ would make other code of this checkout. PART: ablation, needle, ruler, perplexity,
 # budget, compression; all of them if none is named. MODEL=PATH in the environment: another model
 # than the built-in one. Takes hours on two cores.
 set -eu
@@ -13,7 +14,8 @@ shift 2
 model=${MODEL:+$(realpath "$MODEL")}
 cd "$(dirname "$0")/.."
 model=${model:-razor_local/data/razor-default.gguf}
-mkdir -p "$journals" docs/quality
+reports=$journals/reports
+mkdir -p "$reports" docs/quality
 book=$(ls "$texts"/*.txt)
 all=full,full-q8_0,full-q4_0,razor,razor-q8_0,razor-q4_0,razor-no-comp,local,streaming
 all=$all,random-heads=1,random-heads=2,random-heads=3
@@ -22,17 +24,17 @@ all=$all,random-heads=1,random-heads=2,random-heads=3
 measure() {
     name=$1
     shift
-    razor-local eval "$@" --resume "$journals/$name.jsonl" -o "docs/quality/$name.md"
-    razor-local eval "$@" --resume "$journals/$name.jsonl" -o "docs/quality/$name.json"
+    razor-local eval "$@" --resume "$journals/$name.jsonl" -o "$reports/$name.md"
+    razor-local eval "$@" --resume "$journals/$name.jsonl" -o "$reports/$name.json"
 }
 
 # study NAME OPTIONS...
 study() {
     name=$1
     shift
-    python models/compression_study.py "$book" "$model" "$@" -o "docs/quality/$name.json" \
-        > "$journals/$name.md"
-    mv "$journals/$name.md" "docs/quality/$name.md"
+    python models/compression_study.py "$book" "$model" "$@" -o "$reports/$name.json" \
+        > "$journals/$name.part"
+    mv "$journals/$name.part" "$reports/$name.md"
 }
 
 for part in ${*:-ablation needle ruler perplexity budget compression}; do
@@ -41,17 +43,17 @@ for part in ${*:-ablation needle ruler perplexity budget compression}; do
     needle)
         measure needle needle "$model" -c 4k,8k --haystack "$texts" --samples 8 \
             --kinds single,reworded,keys --policies full,razor,razor-q8_0,local,random-heads=1 \
-            --plot docs/quality/needle.png
+            --plot "$reports/needle.png"
         ;;
     ruler) measure ruler ruler "$model" -c 4k --haystack "$texts" --samples 10 --policies $all ;;
     perplexity)
         measure perplexity perplexity "$book" "$model" -c 8k --policies $all \
-            --plot docs/quality/perplexity.png
+            --plot "$reports/perplexity.png"
         ;;
     budget)
         measure budget needle "$model" -c 4k --haystack "$texts" --kinds single,keys --samples 6 \
             --policies full,full-q8_0,full-q4_0,razor,razor-q8_0,local \
-            --budget 0.05,0.1,0.15,0.2,0.3 --plot-curve docs/quality/budget.png
+            --budget 0.05,0.1,0.15,0.2,0.3 --plot-curve "$reports/budget.png"
         ;;
     compression) study compression -c 4k --slices 8 --samples 1 ;;
     *)
@@ -60,4 +62,6 @@ for part in ${*:-ablation needle ruler perplexity budget compression}; do
         ;;
     esac
 done
+mv "$reports"/* docs/quality
+rmdir "$reports"
 python models/quality_doc.py
