@@ -478,6 +478,13 @@ class Llama(llama_cpp.Llama):
     @_one_thread
     def _begin(self, tokens: list[int], reset: bool) -> None:
         self.eval(tokens[self._rewind(tokens) :] if reset else tokens)
+        if not self._requires_eval:
+            last = np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+            if not np.isfinite(last.max()):  # nan, if any of them is
+                raise RazorError(
+                    f"{self.model_path} computes logits that are not numbers, so it cannot answer;"
+                    " the file is damaged, or its values are too large for their types"
+                )
 
     def _create_completion(self, **request: Any) -> Iterator[dict[str, Any]]:
         """The chunks of an answer, or the whole: what create_completion() and the like are made of.

@@ -1,6 +1,6 @@
-"""The terminal side of the commands: reading messages, pasted texts too, and progress bars.
+"""The terminal side of the commands: reading messages, pasted texts too, progress bars, tables.
 
-Everything is written to stderr; stdout is for answers.
+Messages and bars are written to stderr; stdout is for answers and tables.
 """
 
 from __future__ import annotations
@@ -8,14 +8,27 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 100  # columns that tables may take at least: a narrow terminal folds lines, and cuts none
 BLOCK = '"""'  # begins and ends a message of several lines
+
+
+def table_console() -> Console:
+    """A console on stdout that prints what it is given, and cuts no column of a table."""
+    from rich.console import Console
+
+    width = max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 class MessageReader:

@@ -121,15 +121,17 @@ class Divergence:
 class Verification:
     """The result of verify().
 
-    buffers: where the cache lies, for example CUDA0. n_tokens: of the text; n_rows: queries checked
-    in each layer; n_folded: tokens in the compensation token at the end. misplaced: a sentence for
-    each layer that keeps the whole context for other KV heads than the profile says.
+    buffers: where the cache lies, for example CUDA0. n_tokens: run; n_text: of the text, what was
+    left out included; n_rows: queries checked in each layer; n_folded: tokens in the compensation
+    token at the end. misplaced: a sentence for each layer that keeps the whole context for other KV
+    heads than the profile says.
     """
 
     model: str
     plan: Plan
     buffers: tuple[str, ...]
     n_tokens: int
+    n_text: int
     n_rows: int
     n_folded: int
     groups: tuple[GroupResult, ...]
@@ -174,6 +176,7 @@ class Verification:
             "verdict": self.verdict,
             "buffers": list(self.buffers),
             "n_tokens": self.n_tokens,
+            "n_text": self.n_text,
             "n_rows": self.n_rows,
             "n_folded": self.n_folded,
             "plan": plan,
@@ -256,7 +259,7 @@ def verify(
         model = stack.enter_context(
             load_model(lib, C, model_path, n_gpu_layers, control.load_callback, control.check)
         )
-        tokens = _tokens(C, model, plan, n_tokens, text, seed)
+        tokens, n_text = _tokens(C, model, plan, n_tokens, text, seed)
         positions = sample_positions(len(tokens), rows, seed)
         sides = []
         # without a sidecar the library reads the profile from the file, as Python did above
@@ -295,6 +298,7 @@ def verify(
         plan=plan,
         buffers=tuple(sorted(buffers)),
         n_tokens=len(tokens),
+        n_text=n_text,
         n_rows=len(positions),
         n_folded=int(last[0]) - plan.sink_tokens,
         groups=tuple(groups),
@@ -420,14 +424,18 @@ def _plan(
 
 def _tokens(
     C: Any, model: int, plan: Plan, n_tokens: int, text: str | None, seed: int
-) -> np.ndarray:
-    """The tokens to run, int32. Raises ProfileError where nothing would be folded."""
+) -> tuple[np.ndarray, int]:
+    """The tokens to run, int32, and how many the text has.
+
+    Raises ProfileError where nothing would be folded.
+    """
     least = first_fold(plan) + 1
     if text is not None:
         tokens = _tokenize(C, model, text)
-        wanted = n_tokens or min(len(tokens), plan.n_ctx)
-        if len(tokens) < wanted:
-            raise RazorError(f"the text has {len(tokens):,} tokens, {wanted:,} were asked for")
+        n_text = len(tokens)
+        wanted = n_tokens or min(n_text, plan.n_ctx)
+        if n_text < wanted:
+            raise RazorError(f"the text has {n_text:,} tokens, {wanted:,} were asked for")
         tokens = tokens[:wanted]
     else:
         from .converters.calibrate import draw_tokens
@@ -437,11 +445,12 @@ def _tokens(
             plan.n_ctx, first_fold(plan) + MORE_FOLDS * plan.block + SINGLE // 2
         )
         bos, usable = vocabulary(C, model)
-        n = wanted - len(bos)
+        n = min(wanted, plan.n_ctx + 1) - len(bos)
         tokens = np.concatenate([bos, draw_tokens(usable, n, seed)]) if n > 0 else bos[:wanted]
-    if len(tokens) > plan.n_ctx:
+        n_text = wanted
+    if wanted > plan.n_ctx:
         raise RazorError(
-            f"{len(tokens):,} tokens do not fit into a context of {plan.n_ctx:,}; use a larger -c"
+            f"{wanted:,} tokens do not fit into a context of {plan.n_ctx:,}; use a larger -c"
         )
     if len(tokens) < least:
         raise ProfileError(
@@ -449,7 +458,7 @@ def _tokens(
             f" {least:,} and {len(tokens):,} are to be run, so it would not be verified;"
             " use a larger -n, or a longer text"
         )
-    return tokens
+    return tokens, n_text
 
 
 def _tokenize(C: Any, model: int, text: str) -> np.ndarray:

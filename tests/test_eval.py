@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_llama import no_numbers
 
 from razor_local.bench_worker import ModelSetup
 from razor_local.cli import main
@@ -337,6 +338,15 @@ def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
     assert "Traceback" not in done.output and done.stdout == ""
     assert len(done.stderr.strip().splitlines()[-1]) < 400
     assert os.listdir(tmp_path) == []
+
+
+def test_logits_that_are_no_numbers_are_an_error(tmp_path, book) -> None:
+    model = no_numbers(tmp_path / "model.gguf")
+    done = run(
+        "perplexity", book, model, "-c", 512, "--windows", 1, "--policies", "razor", "--json"
+    )
+    assert done.exit_code == 1 and done.stdout == ""
+    assert "full-f16 computes logits that are not numbers within tokens 0 to 256" in done.stderr
 
 
 def test_a_journal_of_another_kind_is_refused(tmp_path) -> None:

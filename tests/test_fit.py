@@ -48,6 +48,13 @@ def run(*args: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+def test_a_narrow_terminal_cuts_no_number(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")]
+    monkeypatch.setenv("COLUMNS", "30")
+    assert [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")] == wide
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("fit")

@@ -182,3 +182,12 @@ def test_help_names_every_command_that_exists():
         assert f"\n  {command} " in stdout
         assert "Usage: razor-local " + command in run(command, "--help")[1]
     assert run("nonsense")[0] == 2
+
+
+def test_a_narrow_terminal_cuts_no_number(monkeypatch):
+    from razor_local.cli.params import DEFAULT_MODEL
+
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = run("inspect", DEFAULT_MODEL)
+    monkeypatch.setenv("COLUMNS", "30")
+    assert run("inspect", DEFAULT_MODEL) == wide

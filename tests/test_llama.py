@@ -28,6 +28,7 @@ from razor_local import (
     read_model_shape,
 )
 from razor_local.cli.chat import DEFAULT_MODEL
+from razor_local.gguf_header import read_header
 from razor_local.llama import llama_cpp
 from razor_local.plan import KV_TYPES
 
@@ -590,6 +591,34 @@ def test_bad_files_are_one_sentence(tmp_path):
             Llama(cut, razor=razor)
         with pytest.raises(FileNotFoundError):
             Llama(tmp_path / "none.gguf", razor=razor)
+
+
+def test_a_malformed_chat_template_is_one_sentence(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(DEFAULT_MODEL.read_bytes().replace(b"endfor", b"endfog"))
+    with pytest.raises(GGUFError, match="the chat template in its metadata is malformed: .*endfog"):
+        Llama(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_not_sampled(tmp_path, value):
+    path = no_numbers(tmp_path / "model.gguf", value)
+    with closing(Llama(path, n_ctx=256)) as llama:
+        with pytest.raises(RazorError, match="computes logits that are not numbers"):
+            llama("The secret code of", max_tokens=2)
+        with pytest.raises(RazorError, match="computes logits that are not numbers"):
+            next(llama.generate([1, 2, 3]))
+
+
+def no_numbers(path, value=np.nan):
+    """The built-in model, with a final norm of nothing but the value."""
+    header = read_header(DEFAULT_MODEL)
+    (norm,) = (tensor for tensor in header.tensors if tensor.name == "output_norm.weight")
+    data = bytearray(DEFAULT_MODEL.read_bytes())
+    weights = np.frombuffer(data, np.float32, norm.dims[0], header.data_start + norm.offset)
+    weights[:] = value
+    path.write_bytes(data)
+    return path
 
 
 def test_quiet_by_default_and_the_native_log_if_verbose(capfd, tmp_path):

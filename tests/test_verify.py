@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -334,7 +335,28 @@ def test_text_and_sidecar(tmp_path, tiny) -> None:
     text = "The code of Marlow is 48213. " * 60
     result = verify(MIXED, text=text, n_ctx=2048, n_threads=1, rows=100)
     assert result.passed and result.n_tokens > 450
-    assert verify(MIXED, text=text, **QUICK).n_tokens == 450
+    assert result.n_text == result.n_tokens
+    result = verify(MIXED, text=text, **QUICK)
+    assert (result.n_tokens, result.n_text) == (450, result.to_dict()["n_text"])
+    assert result.n_text > 450
+
+
+def test_what_is_left_out_of_a_text_is_told(tmp_path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("The code of Marlow is 48213. " * 60)
+    args = ["verify", str(MIXED), *COMMAND, "--rows", "64", "--text", str(path)]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 0, done.output
+    found = re.search(r"^The last ([0-9,]+) tokens of the text were left out\.$", done.stderr, re.M)
+    whole = verify(MIXED, text=path.read_text(), n_ctx=2048, n_threads=1, rows=64).n_tokens
+    assert int(found[1].replace(",", "")) == whole - 450
+
+
+def test_more_tokens_than_the_context_holds_are_refused_at_once() -> None:
+    args = ["verify", str(MIXED), "-t", "1", "-c", "2048", "-n", "100000000000"]
+    done = CliRunner().invoke(main, args)
+    assert done.exit_code == 1
+    assert "100,000,000,000 tokens do not fit into a context of 2,048" in done.stderr
 
 
 def test_the_command(tmp_path) -> None:

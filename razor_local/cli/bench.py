@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import KV_TYPE, ListOf, Tokens, model_setup
+from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup
 
 if TYPE_CHECKING:
     from ..bench import Settings
@@ -52,19 +52,17 @@ Examples:
     help="Tokens to decode per side and depth, at most.",
 )  # fmt: skip
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=15.0, show_default=True,
+    "--seconds", type=Number(min=0, min_open=True), default=15.0, show_default=True,
     help="Time of one measurement: where tokens are slow, fewer are decoded (5 at least).",
 )  # fmt: skip
-@click.option(
-    "-t", "--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]"
-)
+@click.option("-t", "--threads", type=THREADS, help="CPU threads.  [default: all cores]")
 @click.option(
     "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
     help="Layers on the GPU, if there is one; -1: all.",
 )  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    "--retrieval", type=Number(0, 1), metavar="SHARE",
     help="Share of retrieval heads instead of the profile's; with --shape: [default: 0.15]",
 )  # fmt: skip
 @click.option("--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens.")

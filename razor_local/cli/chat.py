@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
-from .params import DEFAULT_MODEL, KV_TYPE, ContextSize
+from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -50,7 +50,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
     help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
 )  # fmt: skip
-@click.option("-t", "--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
+@click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
 @click.option(
     "-b", "--batch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
     help="Prompt tokens per step.",
@@ -66,18 +66,18 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
 )
 @click.option("-s", "--seed", type=int, default=-1, metavar="N", help="-1: random.")
 @click.option(
-    "--temp", type=click.FloatRange(0), metavar="T",
+    "--temp", type=Number(0), metavar="T",
     help="Temperature, 0: always the most likely token.  [default: 0.8, built-in model 0]",
 )  # fmt: skip
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.05, show_default=True)
+@click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True)
+@click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
     "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
     help="Razor profile of the model, if it is not in the model file.",
 )  # fmt: skip
 @click.option(
-    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    "--retrieval", type=Number(0, 1), metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
 )  # fmt: skip
 @click.option("--razor/--no-razor", default=True, help="RazorAttention.  [default: on]")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import Size
+from .params import THREADS, Number, Size
 
 if TYPE_CHECKING:
     from ..converters.scores import Scores
@@ -47,19 +47,19 @@ NOT_FOR_ALIBI = (
 )
 @click.option(
     "--induction",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     metavar="SHARE",
     help="KV heads taken by induction score.  [default: 0.14]",
 )
 @click.option(
     "--echo",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     metavar="SHARE",
     help="KV heads taken by echo score.  [default: 0.01]",
 )
 @click.option(
     "--retrieval",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     metavar="SHARE",
     help="One budget instead: the share of retrieval heads.",
 )
@@ -77,9 +77,7 @@ NOT_FOR_ALIBI = (
 @click.option("--repeats", type=int, help="How often they are repeated.  [default: 4]")
 @click.option("--seed", type=int, help="Of the random tokens.  [default: 0]")
 @click.option("--max-memory", type=Size(), help="For measuring, beside the model.  [default: 3G]")
-@click.option(
-    "-t", "--threads", type=click.IntRange(1), metavar="N", help="CPU threads for measuring."
-)
+@click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads for measuring.")
 @click.option(
     "-ngl",
     "--n-gpu-layers",
@@ -89,7 +87,7 @@ NOT_FOR_ALIBI = (
 )
 @click.option(
     "--epsilon",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Number(0, 1, min_open=True, max_open=True),
     help="ALiBi models: attention beyond a head's scope is at most this.  [default: 0.001]",
 )
 @click.option("--sidecar", is_flag=True, help="Write the profile alone, without the model.")

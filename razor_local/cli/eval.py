@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import DEFAULT_MODEL, ListOf, Tokens, model_setup
+from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup
 
 if TYPE_CHECKING:
     from ..evals.policies import Policy
@@ -63,13 +63,13 @@ _MODEL_OPTIONS = (
         " alone]",
     ),
     click.option(
-        "--budget", "budgets", type=ListOf(click.FloatRange(0, 1), "share,..."), multiple=True,
+        "--budget", "budgets", type=ListOf(Number(0, 1), "share,..."), multiple=True,
         help="Also these shares of retrieval heads for each razor policy, such as"
         " 0.05,0.1,0.15,0.2,0.3: quality over bytes.",
     ),
     click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own."),
     click.option(
-        "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+        "--retrieval", type=Number(0, 1), metavar="SHARE",
         help="Share of retrieval heads instead of the profile's.",
     ),
     click.option(
@@ -82,7 +82,7 @@ _MODEL_OPTIONS = (
         metavar="N", help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
     ),
     click.option(
-        "-t", "--threads", type=click.IntRange(min=1), metavar="N",
+        "-t", "--threads", type=THREADS, metavar="N",
         help="CPU threads.  [default: all cores]",
     ),
     click.option("-s", "--seed", type=click.IntRange(min=0), default=0, show_default=True,
@@ -135,7 +135,7 @@ Examples:
 @click.argument("model", type=PATH, required=False)
 @_LENGTHS
 @click.option(
-    "--depths", type=ListOf(click.FloatRange(0, 100), "percent,..."), default="0,25,50,75,100",
+    "--depths", type=ListOf(Number(0, 100), "percent,..."), default="0,25,50,75,100",
     show_default=True, help="Where the fact stands that is asked for, in percent of the text.",
 )  # fmt: skip
 @click.option(

@@ -12,10 +12,10 @@ import click
 
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
-from .params import KV_TYPE, ContextSize, Size
+from ..terminal import table_console
+from .params import KV_TYPE, ContextSize, Number, Size
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from ..fit import Candidate, ContextOptions, DryModel, Need
@@ -78,7 +78,7 @@ class Memory:
 )
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    "--retrieval", type=Number(0, 1), metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
 )  # fmt: skip
 @click.option("--beyond", is_flag=True, help="Search beyond the trained length, too.")
@@ -251,7 +251,7 @@ def _report(
 
 
 def _print_head(report: dict[str, Any]) -> None:
-    console, model, profile = _console(), report["model"], report["profile"]
+    console, model, profile = table_console(), report["model"], report["profile"]
     name = "".join(c if c.isprintable() else "?" for c in model["name"][:300])
     trained = model["n_ctx_train"]
     console.print(
@@ -292,7 +292,7 @@ def _print_cards(report: dict[str, Any]) -> None:
     for i, memory in enumerate(report["memories"]):
         needs = [plan["needs"][i] for plan in plans]
         table.add_row(memory["name"], *(f"{need['n_ctx']:,}" if need else "-" for need in needs))
-    console = _console()
+    console = table_console()
     console.print("largest context, in tokens, with 1 GiB of each memory left for all else:\n")
     console.print(table)
     limits = report["memories"][-1]["limits"].items()
@@ -318,22 +318,22 @@ def _print_needs(report: dict[str, Any]) -> None:
         sizes += [totals.get(name, 0) for name in places] if len(places) > 1 else []
         answer = ["yes" if need["fits"] else "no"] if fits else []
         table.add_row(plan["name"], f"{need['n_ctx']:,}", *map(_mib, sizes), *answer)
-    _console().print("tokens and MiB:\n")
-    _console().print(table)
+    table_console().print("tokens and MiB:\n")
+    table_console().print(table)
     for plan in plans:
         need = plan["needs"][0]
         if plan["cache"] == "razor" and need and not need["active"]:
-            _console().print(f"{plan['name']} runs the full cache: {need['why_inactive']}")
+            table_console().print(f"{plan['name']} runs the full cache: {need['why_inactive']}")
     for memory in report["memories"]:
         limits = ", ".join(f"{_mib(n)} MiB of {name}" for name, n in memory["limits"].items())
-        _console().print(f"\nmay be used: {limits}")
+        table_console().print(f"\nmay be used: {limits}")
 
 
 def _print_trained(report: dict[str, Any]) -> None:
     trained = report["model"]["n_ctx_train"]
     needs = [need for plan in report["plans"] for need in plan["needs"] if need]
     if trained and any(need["n_ctx"] - 256 < trained <= need["n_ctx"] for need in needs):
-        _console().print(f"{trained:,} tokens is as long as trained; --beyond looks further")
+        table_console().print(f"{trained:,} tokens is as long as trained; --beyond looks further")
 
 
 def _table(*columns: str) -> Table:
@@ -343,12 +343,6 @@ def _table(*columns: str) -> Table:
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     return table
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def _mib(n_bytes: int) -> str:

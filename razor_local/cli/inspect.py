@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import KV_TYPE
+from ..terminal import table_console
+from .params import KV_TYPE, Number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,7 @@ Examples:
 )  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--retrieval", type=click.FloatRange(0, 1), metavar="SHARE",
+    "--retrieval", type=Number(0, 1), metavar="SHARE",
     help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
 )  # fmt: skip
 @click.option("--no-flash-attn", is_flag=True, help="Plan for a context without flash attention.")
@@ -194,7 +195,7 @@ def _print_heads(
 ) -> None:
     from ..head_map import ASCII_SHADES, SHADES, comparison_lines, map_lines
 
-    console = _console()
+    console = table_console()
     _print_profile(console, shape, profile)
     if heads:
         console.print()
@@ -214,16 +215,10 @@ def _print_heads(
         console.print(f"\nplot     {_printable(str(plot))}")
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, soft_wrap=True)
-
-
 def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
     from rich.table import Table
 
-    console = _console()
+    console = table_console()
     _print_profile(console, shape, profile)
     console.print(
         f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v},"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"  # built in
 MAX_TOKENS = 2**31 - 1024
 KV_TYPE = click.Choice(list(KV_TYPES))
+THREADS = click.IntRange(1, 512)  # ggml ends the process above it
 
 
 class Size(click.ParamType):
@@ -62,6 +64,18 @@ class Tokens(click.ParamType):
                 f"{value!r} is not a number of tokens, expected one like 512 or 32k", param, ctx
             )
         return n
+
+
+class Number(click.FloatRange):
+    """A finite number in a range; click's own lets nan through."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number that can be used here", param, ctx)
+        return number
 
 
 class ListOf(click.ParamType):

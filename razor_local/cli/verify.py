@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .params import KV_TYPE
+from .params import KV_TYPE, THREADS
 
 if TYPE_CHECKING:
     from ..terminal import ProgressBar
@@ -52,7 +52,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True,
     metavar="N", help="Layers on the GPU; -1: all, as chat does; 0: checks the CPU.",
 )  # fmt: skip
-@click.option("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.")
+@click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
 @click.option(
     "-b", "--batch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"
 )
@@ -155,8 +155,9 @@ class _Bars:
 
 
 def _print(result: Verification) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..terminal import table_console
 
     plan = result.plan
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -178,9 +179,11 @@ def _print(result: Verification) -> None:
             f"{group.limit_largest:.1e}",
             "pass" if group.passed else "FAIL",
         )
-    # a table is not cut off where the terminal is narrow
-    Console(highlight=False, markup=False, width=100).print(table)
+    table_console().print(table)
     kl = result.kl
+    if result.n_text > result.n_tokens:
+        left_out = result.n_text - result.n_tokens
+        click.echo(f"\nThe last {left_out:,} tokens of the text were left out.", err=True)
     click.echo(
         f"\n{result.n_tokens:,} tokens, {result.n_folded:,} of them folded at the end (sinks"
         f" {plan.sink_tokens}, window {plan.window:,}, blocks of {plan.block}), flash attention"

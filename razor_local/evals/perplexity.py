@@ -202,6 +202,12 @@ def _read_window(
             clock.show(f"{side}, {start:,} of {n:,} tokens")
             for logits in llama.eval_logits(batch.tolist(), counted):  # one batch, or no row of it
                 ours = log_softmax(logits)
+                if not np.isfinite(ours.max()):  # nan, if any of them is
+                    raise RazorError(
+                        f"{side} computes logits that are not numbers within tokens {start:,} to"
+                        f" {start + len(batch):,} of a window; the model file is damaged, or its"
+                        " values are too large for their types"
+                    )
                 full = ours if full is None else full
                 _compare(sums[side], full, ours, targets, positions[counted])
             clock.done(len(batch))
