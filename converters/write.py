@@ -46,6 +46,7 @@ from ..profile import (
     read_sidecar,
     shape_from_header,
 )
+from ..safe_write import removed_if_terminated
 
 CHUNK = 8 << 20
 SIDECAR_VERSION = 3  # GGUF version
@@ -322,26 +323,29 @@ def _write_files(
         )
     written: list[Path] = []
     try:
-        for out, write in zip(outs, writers, strict=True):
-            fd, name = tempfile.mkstemp(prefix=f".{out.name[:100]}.", suffix=".part", dir=folder)
-            written.append(Path(name))
-            with open(fd, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(fd)
-            # mkstemp makes private files; readable by whoever can read the model
-            os.chmod(name, stat.S_IMODE(model.stat().st_mode) & 0o666 | stat.S_IWUSR)
-        verify(written)
-        if len(outs) > 1:
-            # A split model is opened by its first file. While the others are renamed there is
-            # none: what a crash leaves cannot be taken for a model.
-            outs[0].unlink(missing_ok=True)
-            _sync_folder(folder)
-            for i in range(1, len(outs)):
-                os.replace(written[i], outs[i])
-                written[i] = outs[i]
-            _sync_folder(folder)
-        os.replace(written[0], outs[0])
+        with removed_if_terminated(written):
+            for out, write in zip(outs, writers, strict=True):
+                fd, name = tempfile.mkstemp(
+                    prefix=f".{out.name[:100]}.", suffix=".part", dir=folder
+                )
+                written.append(Path(name))
+                with open(fd, "wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(fd)
+                # mkstemp makes private files; readable by whoever can read the model
+                os.chmod(name, stat.S_IMODE(model.stat().st_mode) & 0o666 | stat.S_IWUSR)
+            verify(written)
+            if len(outs) > 1:
+                # A split model is opened by its first file. While the others are renamed there is
+                # none: what a crash leaves cannot be taken for a model.
+                outs[0].unlink(missing_ok=True)
+                _sync_folder(folder)
+                for i in range(1, len(outs)):
+                    os.replace(written[i], outs[i])
+                    written[i] = outs[i]
+                _sync_folder(folder)
+            os.replace(written[0], outs[0])
     except BaseException:
         for path in written:
             with suppress(OSError):

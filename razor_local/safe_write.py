@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,7 +37,7 @@ def new_file(path: str | os.PathLike[str], n_bytes: int = 0) -> Iterator[BinaryI
         error.filename = str(path)
         raise
     try:
-        with open(fd, "wb") as file:
+        with open(fd, "wb") as file, removed_if_terminated([Path(name)]):
             yield file
             file.flush()
             os.fsync(fd)
@@ -47,6 +49,30 @@ def new_file(path: str | os.PathLike[str], n_bytes: int = 0) -> Iterator[BinaryI
         if isinstance(error, OSError) and not error.filename:
             error.filename = str(path)  # a full disk does not say which
         raise
+
+
+@contextmanager
+def removed_if_terminated(paths: list[Path]) -> Iterator[None]:
+    """Within the block SIGTERM removes paths (as they are then) before it ends the process.
+
+    Where the program has a handler of its own, or outside the main thread, it changes nothing.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def check_new_file(path: str | os.PathLike[str]) -> None:

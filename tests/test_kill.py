@@ -170,3 +170,27 @@ def test_killed_at_any_moment(server, models, tmp_path, capsys, kills, kind, ove
             print(f"\n{kind}, {overwrite=}: {killed} of {kills} killed at work, {dict(outcomes)}")
     assert killed > kills / 4
     assert outcomes["as before"] and (kills < 50 or outcomes["complete"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("kind", KINDS)
+def test_terminated_while_writing(models, tmp_path, kind):
+    """SIGTERM when all is written and nothing renamed: what was there is there, and no more."""
+    model, options, name = KINDS[kind]
+    out = tmp_path / (name or models[model].name.replace("split", "out"))
+    out.write_text("mine")
+    code = """
+import os, signal, sys
+import razor_local.converters.write as write
+def terminated(*_):
+    assert any(name.endswith(".part") for name in os.listdir(sys.argv[1]))
+    signal.raise_signal(signal.SIGTERM)
+write._verify_profile = terminated
+from razor_local.cli import main
+main(sys.argv[2:])
+"""
+    args = ["convert", models[model], "-o", out, "--heads", models["one"].with_name("heads.tsv")]
+    args = [sys.executable, "-c", code, tmp_path, *args, "--force", *options]
+    assert subprocess.run(args).returncode == -signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert out.read_text() == "mine"
