@@ -42,6 +42,7 @@ _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
 _NO_SLOT = 1  # llama_decode: no room for the batch
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it
+_loading = threading.RLock()  # the base class redirects the process's stdout and stderr meanwhile
 _BASE_OPTIONS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"kwargs"}
 
 
@@ -209,7 +210,7 @@ class Llama(llama_cpp.Llama):
 
         native.clear_errors()
         refusal = None
-        with _native.override(native.make_params(profile)):
+        with _loading, _native.override(native.make_params(profile)):
             try:
                 super().__init__(
                     model_path,

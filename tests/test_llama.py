@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from contextlib import closing
@@ -265,6 +266,25 @@ def test_a_closed_llama_says_so():
     ):
         with pytest.raises(RazorError, match="this Llama is closed"):
             use()
+
+
+def test_models_loaded_by_several_threads_leave_stdout_where_it_was(plain):
+    def where():
+        return [(os.fstat(fd).st_dev, os.fstat(fd).st_ino) for fd in (1, 2)]
+
+    before, found = where(), []
+
+    def load():
+        for _ in range(4):
+            with closing(Llama(plain, n_ctx=256)) as llama:
+                found.append(llama.n_ctx())
+
+    threads = [Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [256] * 16 and where() == before
 
 
 def test_a_second_thread_is_refused_while_the_first_computes():
