@@ -250,6 +250,8 @@ def load() -> Native:
     if lib.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
         lib.ggml_backend_load_all_from_path(os.fsencode(folder))
     lib.llama_log_set(_on_log, None)
+    lib.ggml_set_abort_callback.argtypes = [type(_on_abort)]
+    lib.ggml_set_abort_callback(_on_abort)
     return Native(path=path, build=build, lib=lib)
 
 
@@ -378,6 +380,31 @@ def _on_log(level: int, text: bytes | None, _user_data: int | None) -> None:
 def clear_errors() -> None:
     """Forgets the error lines of the native log."""
     _errors.clear()
+
+
+def _copy_of_stderr() -> int | None:
+    try:
+        return os.dup(2)  # llama_cpp lets 2 be /dev/null while it loads a model
+    except OSError:
+        return None
+
+
+_stderr = _copy_of_stderr()
+_aborts: list[str] = []
+
+
+@ctypes.CFUNCTYPE(None, c_char_p)
+def _on_abort(message: bytes) -> None:
+    """Called before ggml ends the process, instead of a debugger's backtrace."""
+    _aborts.append(message.decode("utf-8", "replace"))
+    if _stderr is None or len(_aborts) > 1:  # several threads may fail at once
+        return
+    place, _, reason = _aborts[0].partition(": ")
+    line = (
+        f"Error: llama.cpp ended the process: {reason} ({Path(place).name}); the model file is"
+        " malformed, or this is a bug\n"
+    )
+    os.write(_stderr, line.encode())
 
 
 def error_lines() -> list[str]:

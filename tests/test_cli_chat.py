@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -115,6 +116,25 @@ def test_a_model_without_chat_template_is_refused(tmp_path):
     path = tiny_models.make_model(tmp_path / "base.gguf", tiny_models.TinySpec())
     result = run(path, message="x")
     assert result.exit_code == 1 and "has no chat template" in result.stderr
+
+
+def test_what_llama_cpp_cannot_bear_is_one_sentence_too(tmp_path):
+    """Its assertions end the process; without a debugger's backtrace, and without silence."""
+    data = bytearray(DEFAULT_MODEL.read_bytes())
+    key = b"llama.attention.layer_norm_rms_epsilon"
+    struct.pack_into("<f", data, data.index(key) + len(key) + 4, -1.0)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "chat", path],
+        input="x",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode not in (0, 1) and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "llama.cpp ended the process: GGML_ASSERT(eps >= 0.0f) failed (ops.cpp:" in line
+    assert line.endswith("the model file is malformed, or this is a bug")
 
 
 def test_a_context_beyond_the_training_is_said():
