@@ -137,6 +137,16 @@ def test_what_llama_cpp_cannot_bear_is_one_sentence_too(tmp_path):
     assert line.endswith("the model file is malformed, or this is a bug")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_closed_streams_are_one_sentence(closed):
+    command = f'"$0" -c "$1" chat -n 1 {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, MAIN], input="x", capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Error: stdin or stdout is closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_context_beyond_the_training_is_said():
     said = f"trained for {PLAN.n_ctx} tokens, -c {2 * PLAN.n_ctx} goes beyond"
     assert said in run("-c", 2 * PLAN.n_ctx).stderr

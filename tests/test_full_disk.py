@@ -111,3 +111,16 @@ def test_journal_without_room_for_its_head(disk, tiny) -> None:
     )
     assert (code, stdout, stderr) == (1, "", f"Error: {journal}: No space left on device\n")
     assert files(disk) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["chat", "--help"], ["doctor"]])
+def test_stdout_without_room(args) -> None:
+    code = "from razor_local.cli import main; main(prog_name='razor-local')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "Error: No space left on device"
+    assert "Traceback" not in done.stderr

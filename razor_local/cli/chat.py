@@ -93,6 +93,10 @@ def chat(model: Path | None, **options: Any) -> None:
         raise click.UsageError("--retrieval and --no-razor exclude each other")
     if options["predict"] == 0 or options["predict"] < -1:
         raise click.UsageError("--predict is a number of tokens, or -1")
+    if sys.stdin is None or sys.stdout is None:
+        raise click.UsageError(
+            "stdin or stdout is closed; chat reads from one and writes to the other"
+        )
     piped = None if sys.stdin.isatty() else _read_stdin()
     sys.stdout.reconfigure(errors="replace")  # a locale that cannot show a character
 
