@@ -177,7 +177,7 @@ class Llama(llama_cpp.Llama):
         self._ends: dict[int, bool] = {}  # likewise
         self._progress_error: BaseException | None = None
         model_path = os.fspath(model_path)
-        _refuse_arguments(n_ctx, kwargs)
+        _refuse_arguments(model_path, n_ctx, kwargs)
         type_k, type_v = _type_name(type_k), _type_name(type_v)
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
@@ -797,8 +797,15 @@ def _auto_n_ctx(
     )
 
 
-def _refuse_arguments(n_ctx: int | str, kwargs: dict[str, Any]) -> None:
+def _refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) -> None:
     """Refuses what the base class would swallow, or hand on to crash the native library."""
+    try:
+        model_path.encode()
+    except UnicodeEncodeError:
+        raise UnsupportedError(
+            f"the name {model_path!r} is not UTF-8, which llama.cpp's bindings expect; rename the"
+            " file or its folder"
+        ) from None
     for name in kwargs:
         if name not in _BASE_OPTIONS:
             raise TypeError(f"Llama() has no argument {name!r}")

@@ -123,7 +123,8 @@ def test_samples_are_drawn_by_the_seed(prompts, tmp_path) -> None:
     "line",
     ["{", "[]", '{"context": "a"}', '{"context": 1, "input": "", "answers": ["a"]}',
      '{"context": "a", "input": "", "answers": []}',
-     '{"context": "a", "input": "", "answers": "a"}', "\xff"],
+     '{"context": "a", "input": "", "answers": "a"}', "\xff",
+     '{"context": "a", "input": "", "answers": ["a"], "all_classes": [1]}'],
 )  # fmt: skip
 def test_damaged_lines_are_told(prompts, tmp_path, line) -> None:
     good = json.dumps({"context": "a", "input": "b", "answers": ["c"]})

@@ -54,6 +54,12 @@ def test_a_model_without_a_template_gets_plain_text(prompts, plain) -> None:
         assert abs(n - some.n_prompt("A?") - grown) <= 2
 
 
+def test_a_tokenizer_that_makes_no_tokens_ends_with_an_error(prompts, monkeypatch) -> None:
+    monkeypatch.setattr(prompts, "count", lambda _: 0)
+    with pytest.raises(RazorError, match="the tokenizer makes only 0 tokens of 1,001 pieces"):
+        samples_of(prompts, kinds=("single",))
+
+
 def test_a_model_without_a_tokenizer_is_refused(tiny) -> None:
     from tiny_models import TinySpec
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
+import sys
 from contextlib import closing
 from itertools import count
 from threading import Thread
@@ -611,6 +613,14 @@ def test_bad_files_are_one_sentence(tmp_path):
             Llama(cut, razor=razor)
         with pytest.raises(FileNotFoundError):
             Llama(tmp_path / "none.gguf", razor=razor)
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are Unicode there")
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.gguf"
+    shutil.copy(DEFAULT_MODEL, path)
+    with pytest.raises(UnsupportedError, match="udcff.gguf' is not UTF-8, .* rename the file"):
+        Llama(os.fsdecode(path))
 
 
 def test_a_malformed_chat_template_is_one_sentence(tmp_path):

@@ -244,13 +244,14 @@ def _read(file: Path, digest: Any) -> list[dict[str, Any]]:
                     and len(item["answers"]) > 0
                     and all(isinstance(text, str) for text in item["answers"])
                     and isinstance(item.get("all_classes") or [], list)
+                    and all(isinstance(text, str) for text in item.get("all_classes") or [])
                 )
             except (ValueError, LookupError, TypeError, RecursionError):
                 good = False
             if not good:
                 raise RazorError(
                     f"{file}, line {number}: expected an object with the texts context and input"
-                    " and a list of answers"
+                    " and lists of texts as answers and, if there are any, as all_classes"
                 )
             items.append(item)
     return items

@@ -12,6 +12,7 @@ from ..errors import RazorError, UnsupportedError
 from ..llama import Llama
 
 N_FIT = 6  # attempts to reach a length: the tokens of pieces do not quite add up
+MAX_PIECES = 1000  # of a text more than its tokens: a tokenizer without words makes none of any
 TURN_SLACK = 8  # tokens: an answer in a conversation may take a few more than the model wrote
 
 
@@ -173,6 +174,11 @@ def fit_text(
         total = 0
         for piece in pieces():
             n = prompts.count(piece)
+            if len(chosen) > MAX_PIECES + total:
+                raise RazorError(
+                    f"the tokenizer makes only {total:,} tokens of {len(chosen):,} pieces of text;"
+                    " is its vocabulary complete?"
+                )
             if total + n > budget:
                 ended = False
                 break
