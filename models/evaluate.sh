@@ -52,7 +52,7 @@ for part in ${*:-ablation needle ruler perplexity budget compression}; do
         ;;
     budget)
         measure budget needle "$model" -c 4k --haystack "$texts" --kinds single,keys --samples 6 \
-            --policies full,full-q8_0,full-q4_0,razor,razor-q8_0,local \
+            --policies full,full-q8_0,razor,razor-q8_0,local \
             --budget 0.05,0.1,0.15,0.2,0.3 --plot-curve "$reports/budget.png"
         ;;
     compression) study compression -c 4k --slices 8 --samples 1 ;;
