@@ -114,9 +114,19 @@ endif()
 
 if (razor_sources AND TARGET ggml-cuda)
     set(razor_cuda_call_sites ${razor_tree}/ggml/src/ggml-cuda/ggml-cuda.cu)
-    target_sources(ggml-cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/native/src/ggml-razor.cu)
+    set(razor_cuda ${CMAKE_CURRENT_SOURCE_DIR}/native/src/ggml-razor.cu)
+    target_sources(ggml-cuda PRIVATE ${razor_cuda})
     set_property(SOURCE ${razor_cuda_call_sites} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY COMPILE_DEFINITIONS GGML_CUDA_RAZOR)
     set_property(SOURCE ${razor_cuda_call_sites} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY INCLUDE_DIRECTORIES ${CMAKE_CURRENT_SOURCE_DIR}/native/src)
+
+    # the matrix instructions of compute capability 9.0 are in code for it alone, beside that for the architectures asked for
+    find_package(CUDAToolkit)
+    if (CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.0)
+        set(razor_hopper ${CMAKE_CURRENT_SOURCE_DIR}/native/src/ggml-razor-hopper.cu)
+        target_sources(ggml-cuda PRIVATE ${razor_hopper})
+        set_property(SOURCE ${razor_hopper} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY COMPILE_OPTIONS -gencode=arch=compute_90a,code=sm_90a)
+        set_property(SOURCE ${razor_cuda} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY COMPILE_DEFINITIONS GGML_CUDA_RAZOR_HOPPER)
+    endif()
 endif()
 
 # what is built and installed

@@ -1,6 +1,6 @@
 """The operations of devices (native/src/ggml-razor.*) alone, without a model.
 
-Attention of one token and folds against float64, storing against ggml's own operation.
+Attention of one token, of a batch, and folds against float64, storing against ggml's own operation.
 
 Run by tests/other_backend.py; skipped where the device does not know them.
 """
@@ -29,7 +29,8 @@ if runner.GPU_LAYERS == 0:
 F32, F16, I32, I64 = 0, 1, 26, 27
 TYPES = ["f16", "bf16", "q8_0", "q4_0"]
 OFFSET = 24  # ggml-razor.h
-ATTENTION, STORE, FOLD = 0x525A4154, 0x525A5354, 0x525A464F
+ATTENTION, STORE, FOLD, BATCH = 0x525A4154, 0x525A5354, 0x525A464F, 0x525A4241
+TILE, NEVER = 128, 2**31 - 1
 GPU = 1
 
 
@@ -52,6 +53,19 @@ class Case:
     @property
     def n_head(self) -> int:
         return self.n_gqa * len(self.retrieval)
+
+    @property
+    def n_rows(self) -> int:
+        n_retrieval = sum(self.retrieval)
+        return n_retrieval * self.n_ctx + (len(self.retrieval) - n_retrieval) * self.cells
+
+
+@dataclass(frozen=True)
+class BatchCase(Case):
+    """visible: share of the cells that some token sees."""
+
+    n_tokens: int
+    causal: bool  # the first token sees what others see, but the cells of the batch; else at random
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +108,28 @@ def operation(
     ggml: ctypes.CDLL, ctx: int, case: Case, scale: float, magic: int = ATTENTION
 ) -> list:
     """The operation and its sources: q, k, v and both masks."""
-    n_retrieval = sum(case.retrieval)
-    n_rows = n_retrieval * case.n_ctx + (len(case.retrieval) - n_retrieval) * case.cells
+    return attention(ggml, ctx, case, 1, [(F16, n, 1) for n in case.n_kv], scale, magic)
+
+
+def attention(
+    ggml: ctypes.CDLL,
+    ctx: int,
+    case: Case,
+    n_tokens: int,
+    more: list[tuple[int, int, int]],
+    scale: float,
+    magic: int,
+) -> list:
+    """An operation and its sources: q, k, v and more of a type and size."""
     kv_type = runner.KV_TYPES[case.kv_type]
     sources = [
-        ggml.ggml_new_tensor_3d(ctx, F32, case.d, case.n_head, 1),
-        ggml.ggml_new_tensor_3d(ctx, kv_type, case.d, n_rows, 1),
-        ggml.ggml_new_tensor_3d(ctx, kv_type, case.d, n_rows, 1),
-        *(ggml.ggml_new_tensor_3d(ctx, F16, n, 1, 1) for n in case.n_kv),
+        ggml.ggml_new_tensor_3d(ctx, F32, case.d, case.n_head, n_tokens),
+        ggml.ggml_new_tensor_3d(ctx, kv_type, case.d, case.n_rows, 1),
+        ggml.ggml_new_tensor_3d(ctx, kv_type, case.d, case.n_rows, 1),
+        *(ggml.ggml_new_tensor_3d(ctx, *args, 1) for args in more),
     ]
-    out = ggml.ggml_custom_4d(ctx, F32, case.d * case.n_head, 1, 1, 1, (c_void_p * 5)(*sources), 5,
+    out = ggml.ggml_custom_4d(ctx, F32, case.d * case.n_head, n_tokens, 1, 1,
+                              (c_void_p * len(sources))(*sources), len(sources),
                               None, 1, None)  # fmt: skip
     bits = sum(1 << h for h, retrieval in enumerate(case.retrieval) if retrieval)
     params = struct.pack("<IfiiQii", magic, scale, case.n_ctx, case.cells, bits,
@@ -235,6 +261,7 @@ def compute(
     ops: list[int],
     data: list[tuple[int, np.ndarray]],
     results: list[tuple[int, np.ndarray]],
+    times: int = 1,
 ) -> None:
     """Puts data into tensors, runs the operations in order, and fills the results."""
     graph = ggml.ggml_new_graph(ctx)
@@ -244,7 +271,8 @@ def compute(
     try:
         for tensor, values in data:
             ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
-        assert ggml.ggml_backend_graph_compute(backend, graph) == 0
+        for _ in range(times):
+            assert ggml.ggml_backend_graph_compute(backend, graph) == 0
         for tensor, out in results:
             ggml.ggml_backend_tensor_get(tensor, out.ctypes.data, 0, out.nbytes)
     finally:
@@ -337,3 +365,158 @@ def test_other_custom_operations_are_refused(ggml: ctypes.CDLL) -> None:
         )
     finally:
         ggml.ggml_free(ctx)
+
+
+def batch_operation(ggml: ctypes.CDLL, ctx: int, case: BatchCase, scale: float) -> list:
+    """The operation and its sources: q, k, v, since of both groups, bias and tiles."""
+    n_tiles = sum(-(-n // TILE) for n in case.n_kv)
+    n_full, n_local = case.n_kv
+    more = [(I32, n_full, 1), (I32, n_local, 1), (F32, n_local, 1), (I32, 2, n_tiles)]
+    return attention(ggml, ctx, case, case.n_tokens, more, scale, BATCH)
+
+
+@pytest.fixture(scope="module")
+def batch_types(ggml: ctypes.CDLL) -> list[str]:
+    """KV types whose batches the device knows."""
+    device = ggml.ggml_backend_dev_by_type(GPU)
+    ctx = ggml.ggml_init(InitParams(1 << 20, None, True))
+    try:
+        known = []
+        for kv_type in TYPES:
+            case = BatchCase(kv_type, 128, 4, (True, False), 256, 256, (256, 256), 1.0, 1, 2, True)
+            if ggml.ggml_backend_dev_supports_op(device, batch_operation(ggml, ctx, case, 1.0)[0]):
+                known.append(kv_type)
+    finally:
+        ggml.ggml_free(ctx)
+    if not known:
+        pytest.skip(f"{ggml.ggml_backend_dev_name(device).decode()} does not know it")
+    return known
+
+
+def draw_since(rng: np.random.Generator, case: BatchCase, n: int) -> np.ndarray:
+    """The first token that sees each of n cells: i32 [n]."""
+    since = np.where(rng.random(n) < case.visible, 0, NEVER).astype(np.int32)
+    if case.causal:
+        start = int(rng.integers(0, max(n - case.n_tokens, 0) + 1))
+        since[start : start + case.n_tokens] = np.arange(case.n_tokens)[: n - start]
+        return since
+    since[since == 0] = rng.integers(0, case.n_tokens, (since == 0).sum())
+    for _ in range(3):  # whole tiles, and edges in them
+        start = int(rng.integers(0, n))
+        start -= start % TILE if rng.random() < 0.7 else 0
+        length = TILE * int(rng.integers(1, 4))
+        since[start : start + length] = rng.choice([0, NEVER, rng.integers(0, case.n_tokens)])
+    return since
+
+
+def make_tiles(since: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Smallest and largest of each tile: i32 [n, 2]."""
+    spread = np.full((2, -(-len(since) // TILE) * TILE), NEVER, np.int32)
+    spread[:, : len(since)] = since, np.where(bias != 0, NEVER, since)
+    low, high = spread.reshape(2, -1, TILE)
+    return np.stack([low.min(axis=1), high.max(axis=1)], axis=1)
+
+
+def run_batch(ggml: ctypes.CDLL, case: BatchCase) -> tuple[np.ndarray, np.ndarray]:
+    """What the device computes for some tokens, and what is right: f64 [n, n_head, d]."""
+    rng = np.random.default_rng(case.seed)
+    scale = 1 / np.sqrt(case.d)
+    x_q = rng.standard_normal((case.n_tokens, case.n_head, case.d)).astype(np.float32)
+    k_packed, x_k = pack(2 * rng.standard_normal((case.n_rows, case.d)), case.kv_type)
+    v_packed, x_v = pack(rng.standard_normal((case.n_rows, case.d)), case.kv_type)
+    sinces = [draw_since(rng, case, n) for n in case.n_kv]
+    biases = [np.zeros(n, np.float32) for n in case.n_kv]
+    seen = np.flatnonzero(sinces[1] != NEVER)
+    if len(seen) > 0 and rng.random() < 0.8:  # as of a compensation token
+        biases[1][rng.choice(seen, 2)] = rng.choice([1e-3, 1.0, 5.0, 9.7, 12.0], 2)
+    tiles = np.concatenate([make_tiles(*both) for both in zip(sinces, biases, strict=True)])
+    got = np.full((case.n_tokens, case.n_head, case.d), np.nan, np.float32)
+    with device_memory(ggml) as (ctx, backend):
+        out, *sources = batch_operation(ggml, ctx, case, scale)
+        values = [x_q, k_packed, v_packed, *sinces, biases[1], tiles]
+        data = [(t, np.ascontiguousarray(x)) for t, x in zip(sources, values, strict=True)]
+        compute(ggml, ctx, backend, [out], data, [(out, got)], times=2)
+    assert np.isfinite(got).all()
+
+    n_chosen = 2 + 2**24 // (case.n_head * max(case.n_kv) * case.d)
+    tokens = np.arange(case.n_tokens)
+    if n_chosen < case.n_tokens:  # float64 takes its time
+        tokens = np.unique([0, case.n_tokens - 1, *rng.choice(tokens, n_chosen)])
+    want = np.zeros((len(tokens), case.n_head, case.d))
+    row = 0
+    for group, is_retrieval in enumerate((True, False)):
+        hidden = sinces[group] > tokens[:, None]
+        some = ~hidden.all(axis=1)  # what sees nothing gives zeros
+        for head_kv in (h for h, r in enumerate(case.retrieval) if r == is_retrieval):
+            rows = slice(row, row + case.n_kv[group])
+            row += case.n_ctx if is_retrieval else case.cells
+            for head in range(head_kv * case.n_gqa, (head_kv + 1) * case.n_gqa):
+                s = x_q[tokens, head].astype(np.float64) @ x_k[rows].T * scale + biases[group]
+                s = np.where(hidden, -np.inf, s)[some]
+                p = np.exp(s - s.max(axis=1, keepdims=True))
+                want[some, head] = p @ x_v[rows] / p.sum(axis=1, keepdims=True)
+    return got[tokens], want
+
+
+def check_batch(got: np.ndarray, want: np.ndarray) -> None:
+    """Scaled queries and weights may be rounded to F16, nothing else."""
+    error = got - want
+    assert np.abs(error).max() <= 4e-3
+    assert np.sqrt((error**2).mean()) <= 8e-4
+
+
+@st.composite
+def batch_cases(draw: st.DrawFn, types: list[str]) -> BatchCase:
+    cells = 256 * draw(st.integers(1, 12))
+    n_ctx = 256 * draw(st.sampled_from([1, 2, 3, 8, 40]))
+    n_kv = tuple(
+        draw(st.one_of(st.integers(1, n), st.integers(1, n // 256).map(lambda i: 256 * i)))
+        for n in (n_ctx, cells)
+    )
+    return BatchCase(
+        kv_type=draw(st.sampled_from(types)),
+        d=draw(st.sampled_from([64, 128])),
+        n_gqa=draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 12, 16])),
+        retrieval=tuple(draw(st.lists(st.booleans(), min_size=1, max_size=6))),
+        n_ctx=n_ctx,
+        cells=cells,
+        n_kv=n_kv,
+        visible=draw(st.sampled_from([0.0, 0.02, 0.5, 1.0])),
+        seed=draw(st.integers(0, 2**32 - 1)),
+        n_tokens=draw(st.one_of(st.integers(2, 80), st.integers(81, 600))),
+        causal=draw(st.booleans()),
+    )
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_batches_of_any_shape(
+    ggml: ctypes.CDLL, batch_types: list[str], data: st.DataObject
+) -> None:
+    check_batch(*run_batch(ggml, data.draw(batch_cases(batch_types))))
+
+
+@pytest.mark.parametrize("visible", [1.0, 0.9])
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_batch_in_a_long_context(
+    ggml: ctypes.CDLL, batch_types: list[str], d: int, visible: float
+) -> None:
+    """All tokens see most tiles whole, or each tile has hidden cells."""
+    heads = (False, True) + (False,) * 5 + (True,)
+    for kv_type in batch_types:
+        case = BatchCase(kv_type, d, 4, heads, 65536, 4608, (65536, 4608), visible, 1, 512, True)
+        check_batch(*run_batch(ggml, case))
+
+
+def test_a_batch_that_sees_nothing(ggml: ctypes.CDLL, batch_types: list[str]) -> None:
+    """Zeros where no cell is seen, and only there."""
+    case = BatchCase("f16", 128, 4, (True, False), 512, 512, (500, 130), 0.0, 3, 70, False)
+    got, want = run_batch(ggml, case)
+    check_batch(got, want)
+    assert (got[want == 0.0] == 0.0).all()
+
+
+def test_a_batch_of_64_kv_heads(ggml: ctypes.CDLL, batch_types: list[str]) -> None:
+    heads = tuple(h % 3 == 0 for h in range(64))
+    case = BatchCase("f16", 64, 1, heads, 1024, 256, (1024, 256), 0.9, 1, 65, True)
+    check_batch(*run_batch(ggml, case))

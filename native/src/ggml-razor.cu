@@ -1,4 +1,5 @@
-// Storing K and V, folding, and attention of one token, on CUDA: each in one launch for all heads of a layer.
+// Storing K and V, folding, and attention, on CUDA: each in one launch for all heads of a layer. Of attention, that of one token
+// is here, that of a batch in ggml-razor-hopper.cu.
 //
 // Upstream's operations would need one launch to store K and one to store V, ten each to fold, one attention for each group of
 // heads, and others to gather queries and outputs. Decoding waits for memory, so each row of K and V is read once for all query heads of its KV head,
@@ -6,6 +7,7 @@
 // chunks, as many as fill the device; a second kernel adds up where a head has more than one.
 
 #include "ggml-razor.cuh"
+#include "ggml-razor-hopper.cuh"
 #include "ggml-razor.h"
 
 #include "ggml-cuda/common.cuh"
@@ -618,6 +620,46 @@ static __global__ void razor_fold_rows(const razor_fold_args args) {
     }
 }
 
+struct razor_rows_args {
+    const char * rows[2]; // of K, of V
+    int64_t      row_bytes[2];
+    half       * out[2];
+
+    // retrieval heads, local heads
+    int     n_heads[2];
+    int     n_kv[2];
+    int64_t head_rows[2];
+    int64_t first_row[2];
+};
+
+// the rows that a batch looks at, one after the other
+template <int D, ggml_type type>
+static __global__ void razor_rows_to_f16(const razor_rows_args args) {
+    const int group = blockIdx.y < args.n_heads[0] ? 0 : 1;
+    const int head  = blockIdx.y - (group == 0 ? 0 : args.n_heads[0]); // of the group
+    const int cell  = blockIdx.x*blockDim.y + threadIdx.y;
+    const int part  = threadIdx.x;
+
+    if (cell >= args.n_kv[group]) {
+        return;
+    }
+
+    const int64_t row = args.first_row[group] + head*args.head_rows[group] + cell;
+    const int64_t dst = (group == 0 ? 0 : (int64_t) args.n_heads[0]*args.n_kv[0]) + (int64_t) head*args.n_kv[group] + cell;
+
+    razor_rows<type> rows;
+    rows.load(args.rows[blockIdx.z] + row*args.row_bytes[blockIdx.z], part);
+
+    float x[8];
+    rows.get(x);
+
+    half * out = args.out[blockIdx.z] + dst*D;
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        *(half2 *) (out + rows.place(part, i)) = __floats2half2_rn(x[i], x[i + 1]);
+    }
+}
+
 //
 // host
 //
@@ -634,7 +676,19 @@ static bool razor_supported(const ggml_tensor * k, const ggml_tensor * v) {
     }
 }
 
-bool ggml_cuda_razor_supported(const ggml_tensor * op) {
+static bool razor_attn_supported(const ggml_tensor * op, const ggml_razor_attn_params & params) {
+    return razor_supported(op->src[1], op->src[2]) && params.n_head_kv <= GGML_RAZOR_ATTN_MAX_KV && op->src[0]->ne[1] % params.n_head_kv == 0;
+}
+
+static bool razor_hopper_supported(int device) {
+#ifdef GGML_CUDA_RAZOR_HOPPER
+    return ggml_cuda_info().devices[device].cc == 900;
+#else
+    return device < 0;
+#endif
+}
+
+bool ggml_cuda_razor_supported(int device, const ggml_tensor * op) {
     ggml_razor_store_params store;
     if (ggml_razor_get_params(op, GGML_RAZOR_STORE_MAGIC, store)) {
         return razor_supported(op->src[2], op->src[3]);
@@ -647,8 +701,10 @@ bool ggml_cuda_razor_supported(const ggml_tensor * op) {
 
     ggml_razor_attn_params attn;
     if (ggml_razor_get_params(op, GGML_RAZOR_ATTN_MAGIC, attn)) {
-        return razor_supported(op->src[1], op->src[2]) && op->src[0]->ne[2] == 1 &&
-            attn.n_head_kv <= GGML_RAZOR_ATTN_MAX_KV && op->src[0]->ne[1] % attn.n_head_kv == 0;
+        return razor_attn_supported(op, attn) && op->src[0]->ne[2] == 1;
+    }
+    if (ggml_razor_get_params(op, GGML_RAZOR_BATCH_MAGIC, attn)) {
+        return razor_attn_supported(op, attn) && razor_hopper_supported(device);
     }
 
     return false;
@@ -747,6 +803,25 @@ static void razor_attn_type(ggml_backend_cuda_context & ctx, razor_attn_args & a
     }
 }
 
+// KV heads, retrieval heads first; returns how many these are
+static int razor_heads(const ggml_razor_attn_params & params, uint8_t * heads) {
+    int n           = 0;
+    int n_retrieval = 0;
+
+    for (const bool retrieval : { true, false }) {
+        for (int h = 0; h < params.n_head_kv; ++h) {
+            if ((params.retrieval >> h & 1) == retrieval) {
+                heads[n++] = h;
+            }
+        }
+        if (retrieval) {
+            n_retrieval = n;
+        }
+    }
+
+    return n_retrieval;
+}
+
 static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_params & params, ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
@@ -767,17 +842,7 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
     args.n_gqa  = q->ne[1]/params.n_head_kv;
     args.scale  = params.scale*LOG2E;
 
-    int n = 0;
-    for (const bool retrieval : { true, false }) {
-        for (int h = 0; h < params.n_head_kv; ++h) {
-            if ((params.retrieval >> h & 1) == retrieval) {
-                args.heads[n++] = h;
-            }
-        }
-        if (retrieval) {
-            args.n_retrieval = n;
-        }
-    }
+    args.n_retrieval = razor_heads(params, args.heads);
 
     for (int i = 0; i < 2; ++i) {
         const ggml_tensor * mask = dst->src[3 + i];
@@ -799,6 +864,119 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
         razor_attn_type<128>(ctx, args, params, (float *) dst->data, k->type);
     }
 }
+
+#ifdef GGML_CUDA_RAZOR_HOPPER
+template <int D>
+static void razor_to_f16(const razor_rows_args & args, ggml_type type, cudaStream_t stream) {
+    const int  n_kv = std::max(args.n_heads[0] > 0 ? args.n_kv[0] : 0, args.n_heads[1] > 0 ? args.n_kv[1] : 0);
+    const dim3 block(D/8, 256/(D/8), 1);
+    const dim3 grid((n_kv + block.y - 1)/block.y, args.n_heads[0] + args.n_heads[1], 2);
+
+    const ggml_cuda_kernel_launch_params launch(grid, block, (size_t) 0, stream);
+
+    switch (type) {
+        case GGML_TYPE_BF16: ggml_cuda_kernel_launch(razor_rows_to_f16<D, GGML_TYPE_BF16>, launch, args); break;
+        case GGML_TYPE_Q8_0: ggml_cuda_kernel_launch(razor_rows_to_f16<D, GGML_TYPE_Q8_0>, launch, args); break;
+        case GGML_TYPE_Q4_0: ggml_cuda_kernel_launch(razor_rows_to_f16<D, GGML_TYPE_Q4_0>, launch, args); break;
+        default:             GGML_ABORT("unsupported type");
+    }
+}
+
+static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_params & params, ggml_tensor * dst) {
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * bias  = dst->src[5];
+    const ggml_tensor * tiles = dst->src[6];
+
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->nb[1] % sizeof(float) == 0 && q->nb[2] % sizeof(float) == 0);
+    GGML_ASSERT(dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst));
+    GGML_ASSERT(bias->type == GGML_TYPE_F32 && tiles->type == GGML_TYPE_I32);
+
+    const int d = k->ne[0];
+
+    razor_hopper_args args = {};
+
+    args.q         = (const float *) q->data;
+    args.q_token   = q->nb[2]/sizeof(float);
+    args.q_head    = q->nb[1]/sizeof(float);
+    args.q_aligned = (uintptr_t) args.q % 16 == 0 && args.q_token % 4 == 0 && args.q_head % 4 == 0;
+    args.n_tokens  = q->ne[2];
+    args.n_gqa     = q->ne[1]/params.n_head_kv;
+    args.scale     = params.scale*LOG2E;
+    args.bias      = (const float *) bias->data;
+    args.tiles     = (const int2  *) tiles->data;
+    args.out       = (float *) dst->data;
+
+    args.n_heads[0] = razor_heads(params, args.heads);
+    args.n_heads[1] = params.n_head_kv - args.n_heads[0];
+
+    for (int i = 0; i < 2; ++i) {
+        const ggml_tensor * since = dst->src[3 + i];
+
+        GGML_ASSERT(since->type == GGML_TYPE_I32);
+
+        args.since[i] = (const int *) since->data;
+        args.n_kv [i] = since->ne[0];
+    }
+
+    args.first_row[0] = 0;
+    args.head_rows[0] = params.n_ctx;
+    args.first_row[1] = args.n_heads[0]*params.n_ctx;
+    args.head_rows[1] = params.cells;
+
+    args.k      = (const half *) ((const char *) k->data + params.stream*k->nb[2]);
+    args.v      = (const half *) ((const char *) v->data + params.stream*v->nb[2]);
+    args.n_rows = k->ne[1];
+
+    ggml_cuda_pool_alloc<half>   rows (ctx.pool());
+    ggml_cuda_pool_alloc<float>  parts(ctx.pool());
+    ggml_cuda_pool_alloc<float2> sums (ctx.pool());
+
+    if (k->type != GGML_TYPE_F16) {
+        const int64_t n_rows = (int64_t) args.n_heads[0]*args.n_kv[0] + (int64_t) args.n_heads[1]*args.n_kv[1];
+
+        rows.alloc(2*n_rows*d);
+
+        razor_rows_args from = {};
+
+        from.rows[0]      = (const char *) args.k;
+        from.rows[1]      = (const char *) args.v;
+        from.row_bytes[0] = k->nb[1];
+        from.row_bytes[1] = v->nb[1];
+        from.out[0]       = rows.get();
+        from.out[1]       = rows.get() + n_rows*d;
+
+        for (int i = 0; i < 2; ++i) {
+            from.n_heads  [i] = args.n_heads  [i];
+            from.n_kv     [i] = args.n_kv     [i];
+            from.head_rows[i] = args.head_rows[i];
+            from.first_row[i] = args.first_row[i];
+
+            args.head_rows[i] = args.n_kv[i];
+        }
+
+        if (d == 64) {
+            razor_to_f16<64> (from, k->type, ctx.stream());
+        } else {
+            razor_to_f16<128>(from, k->type, ctx.stream());
+        }
+
+        args.first_row[1] = args.n_heads[0]*args.n_kv[0];
+        args.k            = from.out[0];
+        args.v            = from.out[1];
+        args.n_rows       = n_rows;
+    }
+
+    const int n_parts = razor_hopper_plan(args, ggml_cuda_info().devices[ctx.device].nsm);
+
+    args.parts = parts.alloc((size_t) n_parts*GGML_RAZOR_ROWS*d);
+    args.sums  = sums .alloc((size_t) n_parts*GGML_RAZOR_ROWS);
+
+    razor_hopper_attn(args, d, ctx.stream());
+    CUDA_CHECK(cudaGetLastError());
+}
+#endif // GGML_CUDA_RAZOR_HOPPER
 
 static void razor_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * k_cur = dst->src[0];
@@ -872,13 +1050,17 @@ static void razor_fold(ggml_backend_cuda_context & ctx, const ggml_razor_fold_pa
 }
 
 bool ggml_cuda_razor(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    GGML_ASSERT(ggml_cuda_razor_supported(dst));
+    GGML_ASSERT(ggml_cuda_razor_supported(ctx.device, dst));
 
     ggml_razor_attn_params attn;
     ggml_razor_fold_params fold;
 
     if (ggml_razor_get_params(dst, GGML_RAZOR_ATTN_MAGIC, attn)) {
         razor_attn(ctx, attn, dst);
+#ifdef GGML_CUDA_RAZOR_HOPPER
+    } else if (ggml_razor_get_params(dst, GGML_RAZOR_BATCH_MAGIC, attn)) {
+        razor_batch(ctx, attn, dst);
+#endif
     } else if (ggml_razor_get_params(dst, GGML_RAZOR_FOLD_MAGIC, fold)) {
         razor_fold(ctx, fold, dst);
     } else {

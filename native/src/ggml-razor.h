@@ -31,6 +31,19 @@
 //   src[3] mask  F16 [n_kv, 1] of the retrieval heads, as the next without ALiBi
 //   src[4] mask  F16 [n_kv, 1] of the local heads
 //   dst          F32 [d*n_head, 1], in the model's order of heads
+//
+// Attention of a batch, in which a token sees what the one before it sees and more: a cell is told by the first that sees it
+//   src[0] q     F32 [d, n_head, n_tokens], nb[0] == 4
+//   src[1] k     as for one token, as the next
+//   src[2] v
+//   src[3] since I32 [n_kv] of the retrieval heads: the first token that sees the cell, 0: all do, GGML_RAZOR_NEVER: none
+//   src[4] since I32 [n_kv] of the local heads
+//   src[5] bias  F32 [n_kv] of the local heads, added to the scaled scores: a compensation token's logarithm, 0 elsewhere
+//   src[6] tiles I32 [2, n] smallest and largest `since` of each GGML_RAZOR_TILE cells of the retrieval heads, then of the
+//                local heads. Cells beyond n_kv are seen by none, and a tile with a bias has GGML_RAZOR_NEVER as its largest:
+//                a token sees all of a tile whose largest it reaches, without a look at its cells
+//   dst          F32 [d*n_head, n_tokens], in the model's order of heads
+// Arrays of a group that has no heads in a layer are not read.
 
 #include "ggml.h"
 
@@ -39,10 +52,13 @@
 
 #define GGML_RAZOR_ATTN_MAGIC  0x525a4154u
 #define GGML_RAZOR_STORE_MAGIC 0x525a5354u
+#define GGML_RAZOR_BATCH_MAGIC 0x525a4241u // with ggml_razor_attn_params
 #define GGML_RAZOR_FOLD_MAGIC  0x525a464fu
 
 #define GGML_RAZOR_ATTN_MAX_KV 64 // heads
 #define GGML_RAZOR_OFFSET      24 // behind ggml_custom_op_params
+#define GGML_RAZOR_TILE        128 // cells that a batch looks at together
+#define GGML_RAZOR_NEVER       INT32_MAX
 
 struct ggml_razor_store_params {
     uint32_t magic;

@@ -1,5 +1,7 @@
 #include "llama-kv-cache-razor.h"
 
+#include "ggml-razor.h"
+
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -124,6 +126,9 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         }
 
         layer.device = on_device && cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
+                model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
+
+        layer.device_batch = layer.device && razor_device_batch_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
 
         // what llama_kv_cache takes for its layers
@@ -704,7 +709,8 @@ llm_graph_input_razor::llm_graph_input_razor(
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_kv_cache_razor_context * mctx) :
-    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv(mctx->get_step().n_kv), n_fold(mctx->get_step().n_fold) {
+    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()), n_kv(mctx->get_step().n_kv),
+    n_fold(mctx->get_step().n_fold) {
 
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -744,11 +750,13 @@ llm_graph_input_razor::llm_graph_input_razor(
     mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_kv, n_tokens, "razor_inp_mask");
 
     uint32_t n_local_max = 0;
+    bool     any_batch   = false;
 
     for (uint32_t il = 0; il < plan.local.size(); ++il) {
         const auto & layer = kv.get_layer(il);
 
         n_local_max = std::max(n_local_max, layer.n_local);
+        any_batch   = any_batch || layer.device_batch;
 
         if (kv.get_v_trans()) {
             const uint32_t n_elems = layer.n_retrieval*hparams.n_embd_head_v(il);
@@ -759,6 +767,15 @@ llm_graph_input_razor::llm_graph_input_razor(
                 v_rows[layer.n_local] = input(GGML_TYPE_I64, layer.n_local*n_tokens, 1, "razor_inp_v_rows");
             }
         }
+    }
+
+    if (n_tokens > 1 && any_batch) {
+        auto n_tiles = [](uint32_t n) { return (n + GGML_RAZOR_TILE - 1)/GGML_RAZOR_TILE; };
+
+        batch.since[0] = input(GGML_TYPE_I32, n_kv_full, 1, "razor_inp_since");
+        batch.since[1] = input(GGML_TYPE_I32, n_kv,      1, "razor_inp_since_local");
+        batch.bias     = input(GGML_TYPE_F32, n_kv,      1, "razor_inp_bias");
+        batch.tiles    = input(GGML_TYPE_I32, 2, n_tiles(n_kv_full) + n_tiles(n_kv), "razor_inp_tiles");
     }
 
     if (n_fold > 0 && plan.n_comp > 0) {
@@ -816,17 +833,16 @@ void llm_graph_input_razor::make_orders() {
     }
 }
 
+// everything that is live before the first token, which sees it
 template<typename T>
-static void set_input_mask(
+static void set_input_past(
         T * data,
         const llama_razor_plan & plan,
         const llama_kv_cache_razor::step_info & step,
-        uint32_t n_kv,
-        uint32_t n_tokens) {
+        uint32_t n_kv) {
     const T keep = llama_cast<T>(0.0f);
     const T drop = llama_cast<T>(-INFINITY);
 
-    // the first token sees everything that is live before it
     std::fill(data, data + n_kv, drop);
 
     for (uint32_t p = 0; p < std::min(plan.sink_tokens, step.pos0); ++p) {
@@ -853,6 +869,16 @@ static void set_input_mask(
         data[plan.comp_cell(step.slot) + 0] = first;
         data[plan.comp_cell(step.slot) + 1] = rest > 0.0 ? llama_cast<T>((float) log(rest)) : drop;
     }
+}
+
+template<typename T>
+static void set_input_mask(
+        T * data,
+        const llama_razor_plan & plan,
+        const llama_kv_cache_razor::step_info & step,
+        uint32_t n_kv,
+        uint32_t n_tokens) {
+    set_input_past(data, plan, step, n_kv);
 
     // each token sees itself and what the one before it sees
     for (uint32_t i = 0; i < n_tokens; ++i) {
@@ -862,8 +888,28 @@ static void set_input_mask(
             std::copy(row - n_kv, row, row);
         }
 
-        row[plan.cell(step.pos0 + i)] = keep;
+        row[plan.cell(step.pos0 + i)] = llama_cast<T>(0.0f);
     }
+}
+
+// returns where the next tile goes
+static int32_t * set_input_tiles(int32_t * data, const int32_t * since, const float * bias, uint32_t n_kv) {
+    for (uint32_t first = 0; first < n_kv; first += GGML_RAZOR_TILE) {
+        const uint32_t end = std::min<uint32_t>(first + GGML_RAZOR_TILE, n_kv);
+
+        int32_t low  = GGML_RAZOR_NEVER;
+        int32_t high = end - first < GGML_RAZOR_TILE ? GGML_RAZOR_NEVER : 0;
+
+        for (uint32_t j = first; j < end; ++j) {
+            low  = std::min(low,  since[j]);
+            high = std::max(high, bias && bias[j] != 0.0f ? GGML_RAZOR_NEVER : since[j]);
+        }
+
+        *data++ = low;
+        *data++ = high;
+    }
+
+    return data;
 }
 
 void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
@@ -882,6 +928,10 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
         }
     }
 
+    if (batch.tiles && batch.tiles->buffer) {
+        set_batch_input(*ubatch);
+    }
+
     set_rows_input();
 
     if (heads && heads->buffer) {
@@ -891,6 +941,54 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
     if (fold_rows && fold_rows->buffer) {
         set_fold_input();
     }
+}
+
+void llm_graph_input_razor::set_batch_input(const llama_ubatch & ubatch) const {
+    const auto & plan = mctx->get_kv().get_plan();
+    const auto & step = mctx->get_step();
+
+    for (const auto * t : { batch.since[0], batch.since[1], batch.bias, batch.tiles }) {
+        GGML_ASSERT(ggml_backend_buffer_is_host(t->buffer));
+    }
+
+    int32_t * since_full = (int32_t *) batch.since[0]->data;
+    int32_t * since      = (int32_t *) batch.since[1]->data;
+    float   * bias       = (float   *) batch.bias->data;
+
+    // as upstream's mask. The positions of an ubatch follow each other: init_batch()
+    const llama_seq_id seq_id = ubatch.seq_id[0][0];
+    const auto &       cells  = mctx->get_kv().get_cells(seq_id);
+
+    for (uint32_t j = 0; j < n_kv_full; ++j) {
+        since_full[j] = GGML_RAZOR_NEVER;
+
+        if (!cells.is_empty(j) && cells.seq_has(j, seq_id)) {
+            const int64_t i = (int64_t) cells.pos_get(j) - step.pos0;
+            if (i < n_tokens) {
+                since_full[j] = std::max<int64_t>(i, 0);
+            }
+        }
+    }
+
+    set_input_past(bias, plan, step, n_kv);
+
+    for (uint32_t j = 0; j < n_kv; ++j) {
+        const bool seen = bias[j] != -INFINITY;
+
+        since[j] = seen ? 0 : GGML_RAZOR_NEVER;
+        bias[j]  = seen ? bias[j] : 0.0f;
+    }
+
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        since[plan.cell(step.pos0 + i)] = i;
+    }
+
+    int32_t * tiles = (int32_t *) batch.tiles->data;
+
+    tiles = set_input_tiles(tiles, since_full, nullptr, n_kv_full);
+    tiles = set_input_tiles(tiles, since,      bias,    n_kv);
+
+    GGML_ASSERT(tiles == (int32_t *) batch.tiles->data + ggml_nelements(batch.tiles));
 }
 
 void llm_graph_input_razor::set_rows_input() const {
@@ -1026,7 +1124,7 @@ bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
 
     const auto & step = mctx->get_step();
 
-    return params.ubatch.n_tokens == n_tokens && step.n_kv == n_kv && step.n_fold == n_fold;
+    return params.ubatch.n_tokens == n_tokens && mctx->get_n_kv() == n_kv_full && step.n_kv == n_kv && step.n_fold == n_fold;
 }
 
 ggml_tensor * llm_graph_input_razor::view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const {
@@ -1197,7 +1295,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         }
     }
 
-    if (g.cparams.flash_attn && (layer.attn || (layer.device && n_tokens == 1))) {
+    if (g.cparams.flash_attn && (layer.attn || (n_tokens == 1 ? layer.device : layer.device_batch))) {
         return build_own_attn(g, inp, layer, order, q_cur, kq_scale);
     }
 
@@ -1237,8 +1335,6 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     ggml_tensor * out_local     = nullptr;
 
     if (layer.n_retrieval > 0) {
-        const int64_t n_kv_full = inp.mctx->get_n_kv();
-
         auto view = [&](ggml_tensor * src) {
             return ggml_view_3d(ctx0, src, src->ne[0], n_kv_full, layer.n_retrieval,
                     src->nb[1], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
@@ -1310,9 +1406,12 @@ ggml_tensor * llm_graph_input_razor::build_own_attn(
     attn.groups[1].first_row = first + kv.local_row(layer, 0);
     attn.groups[1].head_rows = plan.cells;
 
-    ggml_tensor * cur = layer.attn ?
-        attn.build       (g.ctx0, q_cur, layer.k, layer.v) :
-        attn.build_device(g.ctx0, q_cur, layer.k, layer.v, mctx->get_step().strm);
+    const uint32_t strm = mctx->get_step().strm;
+
+    ggml_tensor * cur =
+        layer.attn    ? attn.build       (g.ctx0, q_cur, layer.k, layer.v) :
+        n_tokens == 1 ? attn.build_device(g.ctx0, q_cur, layer.k, layer.v, strm) :
+                        attn.build_batch (g.ctx0, q_cur, layer.k, layer.v, strm, batch);
 
     ggml_build_forward_expand(g.gf, cur);
 

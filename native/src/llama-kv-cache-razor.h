@@ -77,7 +77,8 @@ public:
 
         razor_attn_kernel attn = nullptr; // with flash attention, where the cache lies in the host's memory
 
-        bool device = false; // with flash attention, where the device knows the operations of ggml-razor.h
+        bool device       = false; // with flash attention, where the device knows the operations of ggml-razor.h
+        bool device_batch = false; // the attention of a batch as well
     };
 
     llama_kv_cache_razor(
@@ -276,6 +277,7 @@ private:
 
     void make_orders();
 
+    void set_batch_input(const llama_ubatch & ubatch) const;
     void set_rows_input() const;
     void set_heads_input() const;
     void set_fold_input() const;
@@ -301,7 +303,7 @@ private:
     // the rows of a token one after the other, in the order of the graph
     ggml_tensor * build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const;
 
-    // by razor_attn
+    // by razor_attn, on devices of one token or where layer.device_batch
     ggml_tensor * build_own_attn(
             const llm_graph_context & g,
             const llm_graph_input_attn_kv & inp,
@@ -311,6 +313,8 @@ private:
                   float   kq_scale) const;
 
     ggml_tensor * mask      = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
+
+    razor_batch batch; // instead of masks, for layers with device_batch
 
     // per order and token, the KV heads in the order of the model
     ggml_tensor * rows      = nullptr; // I64 [n] rows of razor_layer::k and ::v
@@ -343,6 +347,7 @@ private:
 
     // what the graph was built for
     const uint32_t n_tokens;
+    const uint32_t n_kv_full; // cells of the retrieval heads
     const uint32_t n_kv;
     const uint32_t n_fold;
 };

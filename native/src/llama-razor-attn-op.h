@@ -28,6 +28,9 @@ bool razor_device_wanted();
 // whether the device knows the operations of ggml-razor.h
 bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);
 
+// whether it knows the attention of a batch as well
+bool razor_device_batch_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);
+
 // rows of all heads at once, to where a cache has them
 ggml_tensor * razor_store_device(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * k, ggml_tensor * v, ggml_tensor * rows);
 
@@ -49,6 +52,13 @@ struct razor_fold {
 };
 
 ggml_tensor * razor_fold_device(ggml_context * ctx, const razor_fold & fold);
+
+// which token of a batch sees which cell, inputs of the graph as in ggml-razor.h
+struct razor_batch {
+    ggml_tensor * since[2] = { nullptr, nullptr }; // of the retrieval heads, of the local heads
+    ggml_tensor * bias     = nullptr;
+    ggml_tensor * tiles    = nullptr;
+};
 
 // the parameters of the operation of one layer, which live as long as the graph
 struct razor_attn {
@@ -98,6 +108,9 @@ struct razor_attn {
 
     // the same by the operation of ggml-razor.h, for one token; of groups, heads, mask and head_rows are set
     ggml_tensor * build_device(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream);
+
+    // for a batch; mask does not count
+    ggml_tensor * build_batch(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream, const razor_batch & batch);
 
     int64_t partial_size() const { return d_v + 2; }
 

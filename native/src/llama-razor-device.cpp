@@ -7,17 +7,19 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 // made only for layers on a device that knows the operation
 static void razor_no_device(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {
     GGML_ABORT("razor: an operation of a device was given to the CPU");
 }
 
-static ggml_tensor * razor_attn_op(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-        ggml_tensor * mask_retrieval, ggml_tensor * mask_local, const ggml_razor_attn_params & params, razor_attn * attn) {
-    ggml_tensor * args[5] = { q, k, v, mask_retrieval, mask_local };
+// args: q, k, v and what is told about the cells
+static ggml_tensor * razor_attn_op(ggml_context * ctx, std::vector<ggml_tensor *> args, const ggml_razor_attn_params & params, razor_attn * attn) {
+    const ggml_tensor * q = args[0];
+    const ggml_tensor * v = args[2];
 
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], q->ne[2], 1, 1, args, 5, razor_no_device, 1, attn);
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], q->ne[2], 1, 1, args.data(), args.size(), razor_no_device, 1, attn);
 
     ggml_razor_set_params(res, params);
 
@@ -53,21 +55,30 @@ ggml_tensor * razor_fold_device(ggml_context * ctx, const razor_fold & fold) {
     return res;
 }
 
-ggml_tensor * razor_attn::build_device(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream) {
+static ggml_razor_attn_params razor_attn_params(const razor_attn & attn, uint32_t magic, uint32_t stream) {
     ggml_razor_attn_params params = {};
 
-    params.magic  = GGML_RAZOR_ATTN_MAGIC;
-    params.scale  = scale;
-    params.n_ctx  = groups[0].head_rows;
-    params.cells  = groups[1].head_rows;
+    params.magic  = magic;
+    params.scale  = attn.scale;
+    params.n_ctx  = attn.groups[0].head_rows;
+    params.cells  = attn.groups[1].head_rows;
     params.stream = stream;
 
-    params.n_head_kv = groups[0].heads->size() + groups[1].heads->size();
-    for (const uint32_t h : *groups[0].heads) {
+    params.n_head_kv = attn.groups[0].heads->size() + attn.groups[1].heads->size();
+    for (const uint32_t h : *attn.groups[0].heads) {
         params.retrieval |= 1ull << h;
     }
 
-    return razor_attn_op(ctx, q, k, v, groups[0].mask, groups[1].mask, params, this);
+    return params;
+}
+
+ggml_tensor * razor_attn::build_device(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream) {
+    return razor_attn_op(ctx, { q, k, v, groups[0].mask, groups[1].mask }, razor_attn_params(*this, GGML_RAZOR_ATTN_MAGIC, stream), this);
+}
+
+ggml_tensor * razor_attn::build_batch(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream, const razor_batch & batch) {
+    return razor_attn_op(ctx, { q, k, v, batch.since[0], batch.since[1], batch.bias, batch.tiles },
+            razor_attn_params(*this, GGML_RAZOR_BATCH_MAGIC, stream), this);
 }
 
 bool razor_device_wanted() {
@@ -81,19 +92,33 @@ bool razor_device_wanted() {
     throw std::runtime_error(RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, off; correct or unset it");
 }
 
-bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {
-    if (!dev || n_head_kv > GGML_RAZOR_ATTN_MAX_KV) {
-        return false;
-    }
-
+// for a few tensors
+static ggml_context_ptr razor_no_alloc() {
     ggml_init_params init = {
         /*.mem_size   =*/ 8*ggml_tensor_overhead(),
         /*.mem_buffer =*/ NULL,
         /*.no_alloc   =*/ true,
     };
 
-    ggml_context_ptr ctx_ptr(ggml_init(init));
-    ggml_context *   ctx = ctx_ptr.get();
+    return ggml_context_ptr(ggml_init(init));
+}
+
+// changes op
+static bool razor_device_knows(ggml_backend_dev_t dev, ggml_tensor * op) {
+    const bool known = ggml_backend_dev_supports_op(dev, op);
+
+    ggml_razor_set_params(op, uint32_t(0));
+
+    return known && !ggml_backend_dev_supports_op(dev, op); // CPUs call any function
+}
+
+bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {
+    if (!dev || n_head_kv > GGML_RAZOR_ATTN_MAX_KV) {
+        return false;
+    }
+
+    ggml_context_ptr ctx_ptr = razor_no_alloc();
+    ggml_context *   ctx     = ctx_ptr.get();
 
     ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d_k, n_head, 1);
     ggml_tensor * k    = ggml_new_tensor_2d(ctx, type_k, d_k, n_head_kv);
@@ -106,12 +131,31 @@ bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type 
     params.magic     = GGML_RAZOR_ATTN_MAGIC;
     params.n_head_kv = n_head_kv;
 
-    ggml_tensor * attn  = razor_attn_op(ctx, q, k, v, mask, mask, params, nullptr);
-    ggml_tensor * store = razor_store_device(ctx, k, v, k, v, rows);
+    return razor_device_knows(dev, razor_attn_op(ctx, { q, k, v, mask, mask }, params, nullptr)) &&
+           razor_device_knows(dev, razor_store_device(ctx, k, v, k, v, rows));
+}
 
-    const bool known = ggml_backend_dev_supports_op(dev, attn) && ggml_backend_dev_supports_op(dev, store);
+bool razor_device_batch_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {
+    if (!dev || n_head_kv > GGML_RAZOR_ATTN_MAX_KV) {
+        return false;
+    }
 
-    ggml_razor_set_params(store, ggml_razor_store_params { 0 });
+    ggml_context_ptr ctx_ptr = razor_no_alloc();
+    ggml_context *   ctx     = ctx_ptr.get();
 
-    return known && !ggml_backend_dev_supports_op(dev, store); // CPUs call any function
+    ggml_tensor * q     = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d_k, n_head, 2);
+    ggml_tensor * k     = ggml_new_tensor_2d(ctx, type_k, d_k, n_head_kv);
+    ggml_tensor * v     = ggml_new_tensor_2d(ctx, type_v, d_v, n_head_kv);
+    ggml_tensor * since = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+    ggml_tensor * bias  = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1);
+    ggml_tensor * tiles = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 2);
+
+    ggml_razor_attn_params params = {};
+
+    params.magic     = GGML_RAZOR_BATCH_MAGIC;
+    params.n_ctx     = 1;
+    params.cells     = 1;
+    params.n_head_kv = n_head_kv;
+
+    return razor_device_knows(dev, razor_attn_op(ctx, { q, k, v, since, since, bias, tiles }, params, nullptr));
 }
