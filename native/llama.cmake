@@ -115,7 +115,7 @@ endif()
 if (razor_sources AND TARGET ggml-cuda)
     set(razor_cuda_call_sites ${razor_tree}/ggml/src/ggml-cuda/ggml-cuda.cu)
     set(razor_cuda ${CMAKE_CURRENT_SOURCE_DIR}/native/src/ggml-razor.cu)
-    target_sources(ggml-cuda PRIVATE ${razor_cuda})
+    target_sources(ggml-cuda PRIVATE ${razor_cuda} ${CMAKE_CURRENT_SOURCE_DIR}/native/src/ggml-razor-ampere.cu)
     set_property(SOURCE ${razor_cuda_call_sites} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY COMPILE_DEFINITIONS GGML_CUDA_RAZOR)
     set_property(SOURCE ${razor_cuda_call_sites} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY INCLUDE_DIRECTORIES ${CMAKE_CURRENT_SOURCE_DIR}/native/src)
 

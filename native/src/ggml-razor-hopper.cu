@@ -1,20 +1,11 @@
 // Attention of a batch on GPUs of compute capability 9.0, with their matrix instructions (wgmma) and copy engine (TMA).
 //
-// The query rows of a KV head (its query heads, of all tokens) are cut into blocks of 128, and the tiles of 128 cells of all KV
-// heads of a layer, one after the other, into as many ranges as there are multiprocessors for each block: whoever works on the
-// same range reads the same rows of K and V at about the same time, so that they come from the L2 cache. Heads that two
-// ranges share are added up by a second kernel. There is no mask: each cell says which token is the first to see it, and only
-// tiles that some tokens see and others do not are looked at cell by cell.
-//
 // A block has one warp that loads and eight that compute, in two groups of 64 query rows each. Scores of a tile are computed
 // while the values of the tile before are added up (as FlashAttention-3, arXiv 2407.08608, does).
 
-#include "ggml-razor-hopper.cuh"
+#include "ggml-razor-batch.cuh"
 
 #include <cuda.h>
-
-#include <algorithm>
-#include <cstdint>
 
 static constexpr int TILE   = GGML_RAZOR_TILE;
 static constexpr int ROWS   = GGML_RAZOR_ROWS;
@@ -22,50 +13,7 @@ static constexpr int GROUP  = 128;     // threads that issue matrix instructions
 static constexpr int GROUPS = ROWS/64; // of them
 static constexpr int STAGES = 2;       // tiles of K, and of V, that are loaded ahead
 
-static constexpr int CHUNK = 64; // numbers of a row that lie together in shared memory: 128 bytes
-
-static constexpr float LOG2E = 1.4426950408889634f;
-
-// the first tile of a range
-static __host__ __device__ int razor_range(const razor_hopper_args & args, int i) {
-    return (int64_t) i*args.n_tiles/args.n_ranges;
-}
-
-static __host__ __device__ int razor_head_tiles(const razor_hopper_args & args, int group) {
-    return (args.n_kv[group] + TILE - 1)/TILE;
-}
-
-// consecutive tiles of one KV head
-struct razor_piece {
-    int group;
-    int head;  // in the order of args.heads
-    int row;   // the first of the head
-    int tiles; // place of its tiles in args.tiles
-    int first;
-    int end;
-    int n;     // tiles of the head
-};
-
-static __device__ razor_piece razor_piece_at(const razor_hopper_args & args, int at, int end) {
-    const int n_retrieval = razor_head_tiles(args, 0);
-    const int all         = args.n_heads[0]*n_retrieval;
-
-    razor_piece res;
-
-    res.group = at < all ? 0 : 1;
-    res.n     = razor_head_tiles(args, res.group);
-    res.tiles = res.group == 0 ? 0 : n_retrieval;
-
-    const int rest = at - (res.group == 0 ? 0 : all);
-    const int head = rest/res.n;
-
-    res.head  = head + (res.group == 0 ? 0 : args.n_heads[0]);
-    res.row   = args.first_row[res.group] + head*args.head_rows[res.group];
-    res.first = rest - head*res.n;
-    res.end   = min(res.n, res.first + end - at);
-
-    return res;
-}
+static constexpr int CHUNK = RAZOR_CHUNK;
 
 //
 // instructions
@@ -169,12 +117,6 @@ static __device__ __forceinline__ void razor_pin(uint32_t (&x)[n]) {
     }
 }
 
-static __device__ __forceinline__ uint32_t razor_pair(float a, float b) {
-    const half2 h = __floats2half2_rn(a, b);
-
-    return (uint32_t) __half_as_ushort(__low2half(h)) | (uint32_t) __half_as_ushort(__high2half(h)) << 16;
-}
-
 template <int D>
 struct razor_hopper_shared {
     half q[D/CHUNK][ROWS][CHUNK];
@@ -208,7 +150,7 @@ struct razor_queue {
 
 template <int D>
 static __device__ void razor_hopper_load(
-        razor_hopper_shared<D> & sh, const CUtensorMap & k_map, const CUtensorMap & v_map, const razor_hopper_args & args) {
+        razor_hopper_shared<D> & sh, const CUtensorMap & k_map, const CUtensorMap & v_map, const razor_batch_args & args) {
     const int block = blockIdx.x % args.n_blocks;
     const int range = blockIdx.x / args.n_blocks;
 
@@ -264,154 +206,26 @@ static __device__ void razor_hopper_load(
 // the warps that compute
 //
 
-// A thread has the numbers of two rows: of 8 columns each the 2 that begin at 2*(lane % 4), in groups of 4 numbers, first those
-// of row lane/4, then those of row lane/4 + 8.
+// s = q x k^T, without waiting
 template <int D>
-struct razor_hopper_rows {
-    float s[TILE/2];
-    float o[D/2];
-
-    uint32_t p[TILE/4]; // pairs of F16
-
-    float max[2];
-    float sum[2]; // of this thread's columns
-    int token[2];
-
-    __device__ void reset() {
+static __device__ __forceinline__ void razor_scores(float (&s)[TILE/2], const half (*q)[ROWS][CHUNK], int row, const half (*k)[TILE][CHUNK]) {
 #pragma unroll
-        for (int i = 0; i < D/2; ++i) {
-            o[i] = 0.0f;
-        }
-        max[0] = max[1] = -INFINITY;
-        sum[0] = sum[1] = 0.0f;
+    for (int i = 0; i < D/16; ++i) {
+        razor_product(s, razor_matrix(&q[i/4][row][i%4*16], 0), razor_matrix(&k[i/4][0][i%4*16], 0), i > 0);
     }
+}
 
-    // scores of cells that these tokens do not see
-    __device__ void hide(const razor_hopper_args & args, const razor_piece & piece, int cell) {
-        const int   * since = args.since[piece.group];
-        const float * bias  = piece.group == 1 ? args.bias : nullptr;
-        const int     n_kv  = args.n_kv[piece.group];
-
-#pragma unroll
-        for (int i = 0; i < TILE/2; i += 4) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int c = cell + 2*i + 2*(threadIdx.x % 4) + j;
-
-                const int   first = c < n_kv ? since[c] : GGML_RAZOR_NEVER;
-                const float add   = bias && c < n_kv ? bias[c]*LOG2E : 0.0f;
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    s[i + 2*r + j] = first <= token[r] ? s[i + 2*r + j] + add : -INFINITY;
-                }
-            }
-        }
-    }
-
-    // scores -> their powers; what the sums before have to be multiplied with
-    __device__ void powers(float (&factor)[2]) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float most = max[r];
-#pragma unroll
-            for (int i = 0; i < TILE/2; i += 4) {
-                most = fmaxf(most, fmaxf(s[i + 2*r], s[i + 2*r + 1]));
-            }
-            most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-
-            const float base = most == -INFINITY ? 0.0f : most; // nothing is seen so far
-
-            factor[r] = exp2f(max[r] - base);
-            max[r]    = most;
-
-            float add = 0.0f;
-#pragma unroll
-            for (int i = 0; i < TILE/2; i += 4) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    s[i + 2*r + j] = exp2f(s[i + 2*r + j] - base);
-                    add += s[i + 2*r + j];
-                }
-            }
-            sum[r] = sum[r]*factor[r] + add;
-        }
-    }
-
-    __device__ void scale(const float (&factor)[2]) {
-#pragma unroll
-        for (int i = 0; i < D/2; i += 4) {
-            o[i + 0] *= factor[0];
-            o[i + 1] *= factor[0];
-            o[i + 2] *= factor[1];
-            o[i + 3] *= factor[1];
-        }
-    }
-
-    __device__ void pack() {
-#pragma unroll
-        for (int i = 0; i < TILE/4; ++i) {
-            p[i] = razor_pair(s[2*i], s[2*i + 1]);
-        }
-    }
-
-    // s = q x k^T, without waiting
-    __device__ void scores(const half (*q)[ROWS][CHUNK], int row, const half (*k)[TILE][CHUNK]) {
-#pragma unroll
-        for (int i = 0; i < D/16; ++i) {
-            razor_product(s, razor_matrix(&q[i/4][row][i%4*16], 0), razor_matrix(&k[i/4][0][i%4*16], 0), i > 0);
-        }
-    }
-
-    // o += p x v, without waiting
-    __device__ void values(const half (*v)[TILE][CHUNK]) {
-#pragma unroll
-        for (int i = 0; i < TILE/16; ++i) {
-            razor_product(o, &p[4*i], razor_matrix(&v[0][16*i][0], sizeof(v[0])));
-        }
-    }
-};
-
-// query rows of a group of warps, swizzled
+// o += p x v, without waiting
 template <int D>
-static __device__ void razor_hopper_queries(
-        half (*q)[ROWS][CHUNK], const razor_hopper_args & args, int head_kv, int row0, int first, int thread) {
-    const int n_rows = args.n_tokens*args.n_gqa;
-
+static __device__ __forceinline__ void razor_values(float (&o)[D/2], const uint32_t (&p)[TILE/4], const half (*v)[TILE][CHUNK]) {
 #pragma unroll
-    for (int i = thread; i < 64*D/8; i += GROUP) {
-        const int row  = row0 + i/(D/8);
-        const int part = i % (D/8);
-
-        float x[8] = { 0.0f };
-
-        const int at = first + row;
-        if (at < n_rows) {
-            const float * src = args.q + at/args.n_gqa*args.q_token + (head_kv*args.n_gqa + at % args.n_gqa)*args.q_head + part*8;
-
-            if (args.q_aligned) {
-                const float4 a = ((const float4 *) src)[0];
-                const float4 b = ((const float4 *) src)[1];
-                x[0] = a.x; x[1] = a.y; x[2] = a.z; x[3] = a.w;
-                x[4] = b.x; x[5] = b.y; x[6] = b.z; x[7] = b.w;
-            } else {
-                for (int j = 0; j < 8; ++j) {
-                    x[j] = src[j];
-                }
-            }
-        }
-
-        uint32_t h[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            h[j] = razor_pair(x[2*j]*args.scale, x[2*j + 1]*args.scale);
-        }
-        *(uint4 *) &q[part/8][row][(part ^ row) % 8*8] = make_uint4(h[0], h[1], h[2], h[3]);
+    for (int i = 0; i < TILE/16; ++i) {
+        razor_product(o, &p[4*i], razor_matrix(&v[0][16*i][0], sizeof(v[0])));
     }
 }
 
 template <int D>
-static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const razor_hopper_args & args) {
+static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const razor_batch_args & args) {
     const int block  = blockIdx.x % args.n_blocks;
     const int range  = blockIdx.x / args.n_blocks;
     const int group  = threadIdx.x/GROUP - 1;
@@ -419,10 +233,9 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
     const int lane   = threadIdx.x % 32;
     const int row    = 64*group + thread/32*16 + lane/4; // of the first of the two
 
-    razor_hopper_rows<D> rows;
+    razor_batch_rows<D, TILE, 1> rows;
 
-    rows.token[0] = (block*ROWS + row)/args.n_gqa;
-    rows.token[1] = (block*ROWS + row + 8)/args.n_gqa;
+    rows.place(args, block, row);
 
     razor_queue q_k;
     razor_queue q_v;
@@ -436,14 +249,10 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
 
     // the two groups issue their products in turn, so that each has the other's time for its powers
     auto wait_turn = [&] {
-#ifndef RAZOR_NO_TURNS
         asm volatile("bar.sync %0, %1;" :: "r"(3 + group), "n"(GROUPS*GROUP) : "memory");
-#endif
     };
     auto pass_turn = [&] {
-#ifndef RAZOR_NO_TURNS
         asm volatile("bar.arrive %0, %1;" :: "r"(3 + (group ^ 1)), "n"(GROUPS*GROUP) : "memory");
-#endif
     };
 
     if (group == 1) {
@@ -463,7 +272,7 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
         at += piece.end - piece.first;
 
         asm volatile("bar.sync %0, %1;" :: "r"(1 + group), "n"(GROUP) : "memory"); // the queries before are read
-        razor_hopper_queries<D>(sh.q, args, head_kv, 64*group, block*ROWS, thread);
+        razor_batch_queries<D>(sh.q, args, head_kv, block, 64*group, 64, thread, GROUP);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         asm volatile("bar.sync %0, %1;" :: "r"(1 + group), "n"(GROUP) : "memory");
 
@@ -473,16 +282,16 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
         int2 tile = sh.tile[q_k.stage];
 
         if (tile.x >= 0) {
-            float factor[2];
+            float factor[1][2];
 
             wait_turn();
-            razor_pin(rows.s);
+            razor_pin(rows.s[0]);
             razor_products_begin();
-            rows.scores(sh.q, 64*group, sh.k[q_k.stage]);
+            razor_scores<D>(rows.s[0], sh.q, 64*group, sh.k[q_k.stage]);
             razor_products_commit();
             pass_turn();
             razor_products_wait<0>();
-            razor_pin(rows.s);
+            razor_pin(rows.s[0]);
             leave(&sh.k_empty[q_k.stage]);
             q_k.next();
 
@@ -500,20 +309,20 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
                 }
 
                 wait_turn();
-                razor_pin(rows.s);
-                razor_pin(rows.o);
-                razor_pin(rows.p);
+                razor_pin(rows.s[0]);
+                razor_pin(rows.o[0]);
+                razor_pin(rows.p[0]);
                 razor_products_begin();
-                rows.scores(sh.q, 64*group, sh.k[q_k.stage]);
+                razor_scores<D>(rows.s[0], sh.q, 64*group, sh.k[q_k.stage]);
                 razor_products_commit();
 
                 razor_barrier_wait(&sh.v_full[q_v.stage], q_v.phase);
-                rows.values(sh.v[q_v.stage]);
+                razor_values<D>(rows.o[0], rows.p[0], sh.v[q_v.stage]);
                 razor_products_commit();
                 pass_turn();
 
                 razor_products_wait<1>();
-                razor_pin(rows.s);
+                razor_pin(rows.s[0]);
                 leave(&sh.k_empty[q_k.stage]);
                 q_k.next();
 
@@ -523,8 +332,8 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
                 rows.powers(factor);
 
                 razor_products_wait<0>();
-                razor_pin(rows.o);
-                razor_pin(rows.p);
+                razor_pin(rows.o[0]);
+                razor_pin(rows.p[0]);
                 leave(&sh.v_empty[q_v.stage]);
                 q_v.next();
 
@@ -532,14 +341,14 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
                 rows.pack();
             }
 
-            razor_pin(rows.o);
-            razor_pin(rows.p);
+            razor_pin(rows.o[0]);
+            razor_pin(rows.p[0]);
             razor_products_begin();
             razor_barrier_wait(&sh.v_full[q_v.stage], q_v.phase);
-            rows.values(sh.v[q_v.stage]);
+            razor_values<D>(rows.o[0], rows.p[0], sh.v[q_v.stage]);
             razor_products_commit();
             razor_products_wait<0>();
-            razor_pin(rows.o);
+            razor_pin(rows.o[0]);
             leave(&sh.v_empty[q_v.stage]);
             q_v.next();
         }
@@ -547,43 +356,13 @@ static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const r
         leave(&sh.k_empty[q_k.stage]); // of the end of the piece
         q_k.next();
 
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float sum = rows.sum[r];
-            sum += __shfl_xor_sync(0xffffffff, sum, 1);
-            sum += __shfl_xor_sync(0xffffffff, sum, 2);
-
-            const int    at_row = block*ROWS + row + 8*r;
-            const int    n_head = (args.n_heads[0] + args.n_heads[1])*args.n_gqa;
-            const size_t slot   = (size_t) part*ROWS + row + 8*r;
-
-            float * out;
-            float   factor = 1.0f;
-
-            if (whole) {
-                if (at_row >= args.n_tokens*args.n_gqa) {
-                    continue;
-                }
-                out    = args.out + ((size_t) rows.token[r]*n_head + head_kv*args.n_gqa + at_row % args.n_gqa)*D;
-                factor = sum > 0.0f ? 1.0f/sum : 0.0f;
-            } else {
-                out = args.parts + slot*D;
-                if (lane % 4 == 0) {
-                    args.sums[slot] = make_float2(rows.max[r], sum);
-                }
-            }
-
-#pragma unroll
-            for (int i = 0; i < D/2; i += 4) {
-                ((float2 *) out)[i + lane % 4] = make_float2(rows.o[i + 2*r]*factor, rows.o[i + 2*r + 1]*factor);
-            }
-        }
+        rows.store(args, head_kv, block, row, whole, part);
     }
 }
 
 template <int D>
 static __global__ void __launch_bounds__((1 + GROUPS)*GROUP, 1) razor_hopper(
-        const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, const __grid_constant__ razor_hopper_args args) {
+        const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, const __grid_constant__ razor_batch_args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
 
@@ -616,77 +395,9 @@ static __global__ void __launch_bounds__((1 + GROUPS)*GROUP, 1) razor_hopper(
 #endif
 }
 
-// the parts of a KV head and a block of query rows -> the output
-template <int D>
-static __global__ void razor_hopper_add(const __grid_constant__ razor_hopper_args args) {
-    const int block = blockIdx.x;
-    const int head  = blockIdx.y;
-
-    const int group = head < args.n_heads[0] ? 0 : 1;
-    const int n     = razor_head_tiles(args, group);
-    const int start = group == 0 ? head*n : args.n_heads[0]*razor_head_tiles(args, 0) + (head - args.n_heads[0])*n;
-
-    auto range_of = [&](int tile) { return (int) (((int64_t) (tile + 1)*args.n_ranges - 1)/args.n_tiles); };
-
-    const int first = range_of(start);
-    const int last  = range_of(start + n - 1);
-    if (first == last) {
-        return;
-    }
-
-    const int row = blockIdx.z*blockDim.y + threadIdx.y;
-    const int at  = block*ROWS + row;
-    if (at >= args.n_tokens*args.n_gqa) {
-        return;
-    }
-
-    auto slot = [&](int range) {
-        return (size_t) (2*(range*args.n_blocks + block) + (start > razor_range(args, range)))*ROWS + row;
-    };
-
-    float max = -INFINITY;
-    for (int i = first; i <= last; ++i) {
-        max = fmaxf(max, args.sums[slot(i)].x);
-    }
-
-    float4 res = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float  sum = 0.0f;
-
-    for (int i = first; i <= last; ++i) {
-        const float2 part = args.sums[slot(i)];
-        if (part.x == -INFINITY) {
-            continue;
-        }
-
-        const float  factor = exp2f(part.x - max);
-        const float4 x      = ((const float4 *) (args.parts + slot(i)*D))[threadIdx.x];
-
-        sum   += factor*part.y;
-        res.x += factor*x.x;
-        res.y += factor*x.y;
-        res.z += factor*x.z;
-        res.w += factor*x.w;
-    }
-
-    const float factor = sum > 0.0f ? 1.0f/sum : 0.0f;
-    const int   n_head = (args.n_heads[0] + args.n_heads[1])*args.n_gqa;
-
-    float * out = args.out + ((size_t) (at/args.n_gqa)*n_head + args.heads[head]*args.n_gqa + at % args.n_gqa)*D;
-
-    ((float4 *) out)[threadIdx.x] = make_float4(res.x*factor, res.y*factor, res.z*factor, res.w*factor);
-}
-
 //
 // host
 //
-
-int razor_hopper_plan(razor_hopper_args & args, int n_multiprocessors) {
-    args.n_tiles  = args.n_heads[0]*razor_head_tiles(args, 0) + args.n_heads[1]*razor_head_tiles(args, 1);
-    args.n_blocks = (args.n_tokens*args.n_gqa + ROWS - 1)/ROWS;
-    args.n_ranges = std::max(1, std::min(n_multiprocessors/args.n_blocks, args.n_tiles));
-
-    return 2*args.n_blocks*args.n_ranges;
-}
 
 static bool razor_hopper_map(CUtensorMap & map, const half * rows, int64_t n_rows, int d) {
     using encode_t = decltype(&cuTensorMapEncodeTiled);
@@ -713,7 +424,7 @@ static bool razor_hopper_map(CUtensorMap & map, const half * rows, int64_t n_row
 }
 
 template <int D>
-static bool razor_hopper_launch(const razor_hopper_args & args, cudaStream_t stream) {
+static bool razor_hopper_launch(const razor_batch_args & args, cudaStream_t stream) {
     CUtensorMap k_map;
     CUtensorMap v_map;
 
@@ -723,22 +434,16 @@ static bool razor_hopper_launch(const razor_hopper_args & args, cudaStream_t str
 
     const int bytes = sizeof(razor_hopper_shared<D>);
 
-    if (cudaFuncSetAttribute(razor_hopper<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) {
-        return false;
-    }
+    // an error shows when it is launched
+    cudaFuncSetAttribute(razor_hopper<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 
     razor_hopper<D><<<args.n_blocks*args.n_ranges, (1 + GROUPS)*GROUP, bytes, stream>>>(k_map, v_map, args);
 
-    if (args.n_ranges > 1) {
-        const dim3 rows(D/4, 1024/D, 1);
-        const dim3 grid(args.n_blocks, args.n_heads[0] + args.n_heads[1], ROWS/rows.y);
+    razor_batch_add_parts<D>(args, stream);
 
-        razor_hopper_add<D><<<grid, rows, 0, stream>>>(args);
-    }
-
-    return cudaGetLastError() == cudaSuccess;
+    return true;
 }
 
-bool razor_hopper_attn(const razor_hopper_args & args, int d, cudaStream_t stream) {
+bool razor_hopper_attn(const razor_batch_args & args, int d, cudaStream_t stream) {
     return d == 64 ? razor_hopper_launch<64>(args, stream) : razor_hopper_launch<128>(args, stream);
 }

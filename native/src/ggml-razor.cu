@@ -1,5 +1,5 @@
 // Storing K and V, folding, and attention, on CUDA: each in one launch for all heads of a layer. Of attention, that of one token
-// is here, that of a batch in ggml-razor-hopper.cu.
+// is here, that of a batch in ggml-razor-hopper.cu and ggml-razor-ampere.cu.
 //
 // Upstream's operations would need one launch to store K and one to store V, ten each to fold, one attention for each group of
 // heads, and others to gather queries and outputs. Decoding waits for memory, so each row of K and V is read once for all query heads of its KV head,
@@ -7,7 +7,7 @@
 // chunks, as many as fill the device; a second kernel adds up where a head has more than one.
 
 #include "ggml-razor.cuh"
-#include "ggml-razor-hopper.cuh"
+#include "ggml-razor-batch.cuh"
 #include "ggml-razor.h"
 
 #include "ggml-cuda/common.cuh"
@@ -653,10 +653,20 @@ static __global__ void razor_rows_to_f16(const razor_rows_args args) {
     float x[8];
     rows.get(x);
 
-    half * out = args.out[blockIdx.z] + dst*D;
+    uint32_t pairs[4];
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        *(half2 *) (out + rows.place(part, i)) = __floats2half2_rn(x[i], x[i + 1]);
+    for (int i = 0; i < 4; ++i) {
+        const half2 h = __floats2half2_rn(x[2*i], x[2*i + 1]);
+        memcpy(&pairs[i], &h, sizeof(h));
+    }
+
+    half * out = args.out[blockIdx.z] + dst*D;
+
+    if constexpr (type == GGML_TYPE_Q4_0) {
+        *(uint2 *) (out + rows.place(part, 0)) = make_uint2(pairs[0], pairs[1]);
+        *(uint2 *) (out + rows.place(part, 4)) = make_uint2(pairs[2], pairs[3]);
+    } else {
+        *(uint4 *) (out + rows.place(part, 0)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 }
 
@@ -680,12 +690,27 @@ static bool razor_attn_supported(const ggml_tensor * op, const ggml_razor_attn_p
     return razor_supported(op->src[1], op->src[2]) && params.n_head_kv <= GGML_RAZOR_ATTN_MAX_KV && op->src[0]->ne[1] % params.n_head_kv == 0;
 }
 
-static bool razor_hopper_supported(int device) {
+// the attention of a batch
+static bool razor_batch_supported(int device) {
+    const int cc = ggml_cuda_info().devices[device].cc;
+
+    return GGML_CUDA_CC_IS_NVIDIA(cc) && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
+}
+
+// by instructions of compute capability 9.0 alone
+static bool razor_hopper(int device) {
 #ifdef GGML_CUDA_RAZOR_HOPPER
-    return ggml_cuda_info().devices[device].cc == 900;
+    return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER;
 #else
     return device < 0;
 #endif
+}
+
+// sums of products in F32 take twice as long as in F16 where GPUs are made for graphics
+static bool razor_slow_sums(int device) {
+    const int cc = ggml_cuda_info().devices[device].cc;
+
+    return cc == 860 || cc == 890 || cc >= 1200;
 }
 
 bool ggml_cuda_razor_supported(int device, const ggml_tensor * op) {
@@ -704,7 +729,7 @@ bool ggml_cuda_razor_supported(int device, const ggml_tensor * op) {
         return razor_attn_supported(op, attn) && op->src[0]->ne[2] == 1;
     }
     if (ggml_razor_get_params(op, GGML_RAZOR_BATCH_MAGIC, attn)) {
-        return razor_attn_supported(op, attn) && razor_hopper_supported(device);
+        return razor_attn_supported(op, attn) && razor_batch_supported(device);
     }
 
     return false;
@@ -865,7 +890,6 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
     }
 }
 
-#ifdef GGML_CUDA_RAZOR_HOPPER
 template <int D>
 static void razor_to_f16(const razor_rows_args & args, ggml_type type, cudaStream_t stream) {
     const int  n_kv = std::max(args.n_heads[0] > 0 ? args.n_kv[0] : 0, args.n_heads[1] > 0 ? args.n_kv[1] : 0);
@@ -895,7 +919,7 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
 
     const int d = k->ne[0];
 
-    razor_hopper_args args = {};
+    razor_batch_args args = {};
 
     args.q         = (const float *) q->data;
     args.q_token   = q->nb[2]/sizeof(float);
@@ -968,15 +992,21 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
         args.n_rows       = n_rows;
     }
 
-    const int n_parts = razor_hopper_plan(args, ggml_cuda_info().devices[ctx.device].nsm);
+    const bool hopper  = razor_hopper(ctx.device);
+    const int  n_parts = razor_batch_plan(args, ggml_cuda_info().devices[ctx.device].nsm*(hopper ? 1 : RAZOR_AMPERE_AT_ONCE));
 
     args.parts = parts.alloc((size_t) n_parts*GGML_RAZOR_ROWS*d);
     args.sums  = sums .alloc((size_t) n_parts*GGML_RAZOR_ROWS);
 
-    razor_hopper_attn(args, d, ctx.stream());
+    bool done = false;
+#ifdef GGML_CUDA_RAZOR_HOPPER
+    done = hopper && razor_hopper_attn(args, d, ctx.stream());
+#endif
+    if (!done) {
+        razor_ampere_attn(args, d, razor_slow_sums(ctx.device), ctx.stream());
+    }
     CUDA_CHECK(cudaGetLastError());
 }
-#endif // GGML_CUDA_RAZOR_HOPPER
 
 static void razor_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * k_cur = dst->src[0];
@@ -1057,10 +1087,8 @@ bool ggml_cuda_razor(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
     if (ggml_razor_get_params(dst, GGML_RAZOR_ATTN_MAGIC, attn)) {
         razor_attn(ctx, attn, dst);
-#ifdef GGML_CUDA_RAZOR_HOPPER
     } else if (ggml_razor_get_params(dst, GGML_RAZOR_BATCH_MAGIC, attn)) {
         razor_batch(ctx, attn, dst);
-#endif
     } else if (ggml_razor_get_params(dst, GGML_RAZOR_FOLD_MAGIC, fold)) {
         razor_fold(ctx, fold, dst);
     } else {

@@ -33,7 +33,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
                 ggml_type   type_k,
                 ggml_type   type_v,
         razor_attn_kernel   attn,
-                     bool   on_device) :
+      razor_device_choice   device) :
     llama_razor_hparams(model.hparams),
     llama_kv_cache(
             model,
@@ -125,10 +125,10 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             layer.attn = attn;
         }
 
-        layer.device = on_device && cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
+        layer.device = device != RAZOR_DEVICE_OFF && cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
 
-        layer.device_batch = layer.device && razor_device_batch_supported(
+        layer.device_batch = layer.device && device == RAZOR_DEVICE_ON && razor_device_batch_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
 
         // what llama_kv_cache takes for its layers

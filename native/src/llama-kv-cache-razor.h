@@ -88,7 +88,7 @@ public:
                     ggml_type   type_k,
                     ggml_type   type_v,
             razor_attn_kernel   attn,
-                         bool   on_device);
+          razor_device_choice   device);
 
     ~llama_kv_cache_razor() = default;
 

@@ -19,11 +19,18 @@ razor_attn_kernel razor_attn_choose();
 
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
 
-// "off": upstream's operations on devices, for contexts that are created then
+// "off": upstream's operations on devices; "token": attention of one token by ours, of a batch by upstream's, as where no
+// device knows better; for contexts that are created then
 #define RAZOR_DEVICE_ENV "RAZOR_LOCAL_DEVICE_ATTENTION"
 
+enum razor_device_choice {
+    RAZOR_DEVICE_OFF,
+    RAZOR_DEVICE_TOKEN,
+    RAZOR_DEVICE_ON,
+};
+
 // "on" if it is not set; throws std::runtime_error on other values
-bool razor_device_wanted();
+razor_device_choice razor_device_wanted();
 
 // whether the device knows the operations of ggml-razor.h
 bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv);

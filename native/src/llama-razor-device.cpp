@@ -81,15 +81,21 @@ ggml_tensor * razor_attn::build_batch(ggml_context * ctx, ggml_tensor * q, ggml_
             razor_attn_params(*this, GGML_RAZOR_BATCH_MAGIC, stream), this);
 }
 
-bool razor_device_wanted() {
+razor_device_choice razor_device_wanted() {
     const char * env = getenv(RAZOR_DEVICE_ENV);
 
     const std::string wanted = env ? env : "";
-    if (wanted.empty() || wanted == "on" || wanted == "off") {
-        return wanted != "off";
+    if (wanted.empty() || wanted == "on") {
+        return RAZOR_DEVICE_ON;
+    }
+    if (wanted == "token") {
+        return RAZOR_DEVICE_TOKEN;
+    }
+    if (wanted == "off") {
+        return RAZOR_DEVICE_OFF;
     }
 
-    throw std::runtime_error(RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, off; correct or unset it");
+    throw std::runtime_error(RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, token, off; correct or unset it");
 }
 
 // for a few tensors

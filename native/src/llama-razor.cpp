@@ -489,15 +489,15 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
     }
 
     razor_attn_kernel attn = nullptr;
-    bool on_device = true;
+    razor_device_choice device = RAZOR_DEVICE_ON;
     try {
-        attn      = razor_attn_choose();
-        on_device = razor_device_wanted();
+        attn   = razor_attn_choose();
+        device = razor_device_wanted();
     } catch (const std::exception & err) {
         razor_refuse(err.what());
     }
 
-    return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn, on_device);
+    return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn, device);
 }
 
 bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0) {
