@@ -3,7 +3,11 @@
 The contexts that are compared live in one process and take turns, never at once, and what counts is
 the median of the paired ratios: a machine that is slow for a second is slow for both. Whoever comes
 first alternates. After each token the cache is rolled back, so that all of them are decoded at the
-same depth. Where a step takes seconds, fewer of them are made.
+same depth. Where steps are short a turn is several of them, because the first one after the other
+side's turn takes longer; where a step takes seconds, fewer turns are made.
+
+Batches of prefill begin where a prompt's do, at multiples of the largest batch, which any fold
+block divides: one that crosses the end of a block would be cut in two.
 
 Measurements come in the order that loads the fewest random caches: the deepest first, because a
 full cache only has to lose tokens then, and contexts that the next batch needs too stay open.
@@ -51,7 +55,13 @@ MIN_DEPTH = 8192  # smaller depths are measured in a context for this one: razor
 ROOM = 512  # tokens that a context is larger than its depth: a batch of prefill
 MIN_PAIRS, MIN_BATCHES, MAX_BATCHES = 5, 2, 5
 N_WARMUP = 3  # steps per side that do not count, unless they take seconds
+# seconds: where no side's step takes longer, a turn is one that does not count and TURN more
+SHORT_STEP = 0.05
+TURN = 4
 CHUNKS = (512, 256, 128, 64)  # tokens of a batch of prefill
+ALIGNED = CHUNKS[0]  # depths of prefill are multiples of it; it is one of any fold block
+# seconds: of shorter rounds MAX_BATCHES always, because a GPU's second one takes longer
+SHORT_ROUND = 0.5
 TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, in batches of 64 and more
 TILED_CHUNK = (
     256  # at least: in smaller ones tiles are cut, more of them where there are two groups
@@ -70,9 +80,10 @@ class Settings:
     """What is measured.
 
     types: (K, V) of razor and of the full cache it is compared with; where that is not f16, with a
-    full f16 cache too. n_ctx: tokens, 0: as each depth needs. max_pairs: of decoded tokens;
+    full f16 cache too. n_ctx: tokens, 0: as each depth needs. max_pairs: of turns to decode;
     seconds: what one measurement may take before it makes fewer pairs. real_prefill: tokens that
-    are prefilled for real as a check of random caches, 0: as many as fold, None: no check.
+    are prefilled for real as a check of random caches, with the first type, in every context that
+    holds them, 0: as many as fold, in the smallest context, None: no check.
     """
 
     depths: tuple[int, ...] = (0, 8192, 32768)
@@ -152,26 +163,20 @@ def make_batches(
             # at depth 0 a large context costs what a small one does
             points = {0} if n_ctx == min(groups) else set()
             points |= {_point(depth, n_ctx) for depth in depths if depth > SHORT_PROMPT}
-            fills = _round_up(plan.sink_tokens + plan.window + plan.block, N_CTX_PAD)
-            if fills < max(points, default=0) - N_CTX_PAD:
+            fills = _round_up(plan.sink_tokens + plan.window + plan.block, ALIGNED)
+            if fills < max(points, default=0):
                 points.add(fills)
             steps += [Step("decode", depth) for depth in depths]
             steps += [Step("prompt", depth) for depth in depths if 0 < depth <= SHORT_PROMPT]
-            real = None
-            if settings.real_prefill is not None and n_ctx == min(groups) and i == 0:
-                real = settings.real_prefill or min(fills + 512, n_ctx - ROOM)
-                if not 0 < real <= n_ctx - 64:
-                    raise RazorError(
-                        f"a real prefill of {real} tokens does not fit into the smallest context,"
-                        f" of {n_ctx} tokens; choose fewer"
-                    )
+            real = _real_tokens(settings, groups, n_ctx, fills) if i == 0 else 0
+            if real:
                 points |= {_point(real, n_ctx)}
-                points |= {fills} if fills < real - N_CTX_PAD else set()
+                points |= {fills} if fills < max(points) else set()
             steps += [Step("prefill", point) for point in sorted(points)]
             steps += [Step("fold", depths[-1])]
             if energy:
                 steps += [Step("energy", depths[-1])]
-            if real is not None:
+            if real:
                 steps += [Step("real_prefill", real)]
             batches.append(Batch(sides, tuple(steps)))
     if settings.fit:
@@ -202,8 +207,22 @@ def _sides(types: tuple[str, str], n_ctx: int, window: int = 0) -> tuple[Side, .
 
 
 def _point(depth: int, n_ctx: int) -> int:
-    """Where a batch of at least 64 tokens fits behind depth."""
-    return max(0, min(depth, n_ctx - CHUNKS[-1]))
+    """The last depth, up to this one, where a batch begins and fits, one of 256 tokens at least."""
+    return min(depth, n_ctx - CHUNKS[-1]) // ALIGNED * ALIGNED
+
+
+def _real_tokens(settings: Settings, sizes: Collection[int], n_ctx: int, fills: int) -> int:
+    """Tokens of the real prefill in a context of n_ctx, one of these sizes; 0: none there."""
+    wanted, largest = settings.real_prefill, max(sizes)
+    if wanted is None or (wanted == 0 and n_ctx > min(sizes)):
+        return 0
+    real = wanted or min(fills + ALIGNED, n_ctx - CHUNKS[-1])
+    if real > largest - CHUNKS[-1]:
+        raise RazorError(
+            f"a real prefill of {real} tokens does not fit into the largest context, of {largest}"
+            " tokens; choose fewer"
+        )
+    return real if real <= n_ctx - CHUNKS[-1] else 0
 
 
 def _fit_batch(
@@ -484,19 +503,19 @@ class _Measure:
     def decode(self, contexts: list[Context], depth: int) -> dict[str, Any]:
         """Milliseconds of decodes in turn, and of reading the bytes that each needs."""
         self._fill(contexts, depth)
-        ms = self._steps(contexts, f"decoding at {depth:,}", self.settings.seconds)
+        turns = self._steps(contexts, f"decoding at {depth:,}", self.settings.seconds)
         needed = {
             name: self.weights_bytes + kept_bytes(plan, depth) for name, plan in self.plans.items()
         }
         read = {
             c.side.name: c.worker.ask("read_seconds", needed[c.side.name]) * 1e3 for c in contexts
         }
-        return {"ms": ms, "read_bytes": needed, "read_ms": read}
+        return turns | {"read_bytes": needed, "read_ms": read}
 
     def fit(self, contexts: list[Context], depth: int) -> dict[str, Any]:
         self._fill(contexts, depth)
         what = f"decoding at {depth:,} with a fixed window"
-        return {"ms": self._steps(contexts, what, self.settings.seconds / 3)}
+        return self._steps(contexts, what, self.settings.seconds / 3)
 
     def _fill(self, contexts: list[Context], depth: int) -> None:
         for context in contexts:
@@ -507,16 +526,24 @@ class _Measure:
             if 0 < depth < context.side.n_ctx - 1:
                 context.append(1)
 
-    def _steps(self, contexts: list[Context], what: str, seconds: float) -> dict[str, list[float]]:
-        """Milliseconds of each side's steps, as many as fit into seconds."""
+    def _steps(self, contexts: list[Context], what: str, seconds: float) -> dict[str, Any]:
+        """Milliseconds of a step in each side's turns, as many as fit into seconds, and the steps
+        of a turn: of several the median counts."""
         self.show(what)
         for _ in range(N_WARMUP):
-            took = sum(context.step() for context in contexts)
-            if took > 2:
+            took = [context.step() for context in contexts]
+            if sum(took) > 2:
                 break
-        pairs = max(MIN_PAIRS, int(seconds / max(took, 1e-9)))
-        pairs = min(pairs, self.settings.max_pairs)
-        return self._in_turn(contexts, what, pairs, lambda context: context.step())
+        short = max(took) < SHORT_STEP
+        pairs = int(seconds / max(sum(took) * (1 + TURN if short else 1), 1e-9))
+        pairs = min(max(MIN_PAIRS, pairs), self.settings.max_pairs)
+
+        def turn(context: Context) -> float:
+            # one after the other side's takes longer: caches are cold, a GPU changes its process
+            return statistics.median(context.steps(1 + TURN)[1:]) if short else context.step()
+
+        ms = self._in_turn(contexts, what, pairs, turn)
+        return {"ms": ms, "steps": TURN if short else 1}
 
     def _in_turn(
         self,
@@ -548,12 +575,15 @@ class _Measure:
     def prefill(self, contexts: list[Context], depth: int) -> dict[str, Any]:
         """Milliseconds of a batch of prompt tokens behind depth, against a full cache alike."""
         contexts = contexts[:2]
-        n_ctx = contexts[0].side.n_ctx
-
+        n_ctx, block = contexts[0].side.n_ctx, self.plans["razor"].block
         what = f"prefill at {depth:,}"
         budget = self.settings.seconds
 
         def prefill(context: Context, n_tokens: int) -> float:
+            # whole blocks fold as often as a prompt's do: a cache that only went back to where a
+            # block begins would have folded for it already
+            if context.side.razor and n_tokens % block == 0:
+                context.fill(0)
             context.rewind(depth)
             return context.append(n_tokens)
 
@@ -593,7 +623,8 @@ class _Measure:
     ) -> dict[str, list[float]]:
         """Milliseconds of as many rounds as fit, a round takes seconds. A first round counts only
         if it took so long that warming up means nothing."""
-        fit = min(max(MIN_BATCHES, int(self.settings.seconds / max(seconds, 1e-9))), MAX_BATCHES)
+        least = MAX_BATCHES if seconds < SHORT_ROUND else MIN_BATCHES
+        fit = min(max(least, int(self.settings.seconds / max(seconds, 1e-9))), MAX_BATCHES)
         rounds = min(fit, self.settings.max_pairs)
         if not first or seconds < 5:
             return self._in_turn(contexts, what, rounds, measure)
@@ -659,7 +690,7 @@ class _Measure:
         real = self._steps(contexts, f"decoding at {depth:,} after a real prefill", budget)
         self._fill(contexts, depth)
         random = self._steps(contexts, f"decoding at {depth:,} in a random cache", budget)
-        return {"seconds": seconds, "ms": real, "random_ms": random}
+        return {"seconds": seconds, "ms": real["ms"], "random_ms": random["ms"]}
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:

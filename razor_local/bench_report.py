@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .bench import SHORT_PROMPT, VERSION, median_ratio
+from .bench import SHORT_PROMPT, SHORT_STEP, VERSION, median_ratio
 from .errors import RazorError
 from .safe_write import new_file
 
@@ -73,7 +73,9 @@ class Report:
         # the batch that is nearest: it has to fit between the depth and the end of the context
         near = [r for r in points if r["depth"] <= depth]
         batch = max(near, key=lambda r: r["depth"], default=None)
-        prompt = _find(same, kind="prompt", n_ctx=n_ctx, depth=depth)
+        prompt, real = (
+            _find(same, kind=kind, n_ctx=n_ctx, depth=depth) for kind in ("prompt", "real_prefill")
+        )
         if prompt is not None:
             batch = prompt
         if batch is not None:
@@ -97,6 +99,8 @@ class Report:
         elif prompt is not None:
             how = "measured"
             seconds = {side: row_ms / 1e3 for side, row_ms in _medians(prompt["ms"]).items()}
+        elif real is not None:
+            how, seconds = "measured", real["seconds"]
         elif len(points) > 1:
             how = "integrated"
             seconds = {side: prompt_seconds(points, side, depth) for side in SIDES[:2]}
@@ -165,8 +169,8 @@ class Report:
 
     @property
     def checks(self) -> list[dict[str, Any]]:
-        """Real prefills: their time over the integrated one, and decode times on real caches over
-        those on random ones (medians)."""
+        """Real prefills: the full cache's time over the side's, their time under the integrated
+        one, and decode times on random caches over those on real ones (medians)."""
         found = []
         for record in self.records:
             if record["kind"] != "real_prefill":
@@ -182,6 +186,7 @@ class Report:
                         "side": side,
                         "tokens": record["depth"],
                         "real_s": record["seconds"][side],
+                        "full_over_real": record["seconds"]["full"] / record["seconds"][side],
                         "integrated_s": integrated,
                         "integrated_over_real": integrated and integrated / record["seconds"][side],
                         "real_cache_ms": real,
@@ -426,11 +431,12 @@ def _markdown(report: Report) -> Iterable[str]:
         yield "## Check against a real prefill"
         yield ""
         yield from markdown_table(
-            ["KV type", "cache", "tokens", "real prefill", "integrated", "/ real",
-             "decode ms on the real cache", "on a random one", "/ real"],
+            ["KV type", "cache", "tokens", "context", "real prefill", "faster by", "integrated",
+             "/ real", "decode ms on the real cache", "on a random one", "/ real"],
             [
                 [
-                    _kv(c), c["side"], f"{c['tokens']:,}", _seconds(c["real_s"]),
+                    _kv(c), c["side"], f"{c['tokens']:,}", f"{c['n_ctx']:,}", _seconds(c["real_s"]),
+                    "" if c["side"] == "full" else _times(c["full_over_real"]),
                     _seconds(c["integrated_s"]), _times(c["integrated_over_real"]),
                     _number(c["real_cache_ms"]), _number(c["random_cache_ms"]),
                     _times(c["random_over_real"]),
@@ -498,11 +504,17 @@ def describe_lines(report: Report) -> Iterable[str]:
         f'Flash attention on. The sides in {where}, in turn; "faster by" is the median of the'
         " paired ratios with its quartiles."
     )
+    steps = max((r.get("steps", 1) for r in report.records if r["kind"] == "decode"), default=1)
+    if steps > 1:
+        yield (
+            f"Where a step takes less than {SHORT_STEP * 1e3:.0f} ms, a turn is one that does not"
+            f" count and {steps} more, of which the median does."
+        )
     yield "Caches were filled with random rows, not by a prefill."
     if any(row["first_token"] == "integrated" for row in report.rows):
         yield (
-            f"Prompts of more than {SHORT_PROMPT} tokens were not prefilled: the time to the first"
-            " token is integrated over batches at several depths."
+            f"Prompts of more than {SHORT_PROMPT} tokens were not prefilled where the time to the"
+            ' first token is called "integrated": it is, over batches at several depths.'
         )
 
 

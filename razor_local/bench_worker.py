@@ -185,6 +185,10 @@ class Context:
         """Seconds of one decode at the current depth; the token is taken out again."""
         return self.worker.ask("step", self.key)
 
+    def steps(self, n: int) -> list[float]:
+        """Seconds of each of n such decodes in a row."""
+        return self.worker.ask("steps", self.key, n)
+
     def append(self, n_tokens: int) -> float:
         """Seconds of a batch of n_tokens, which stay in the cache."""
         seconds = self.worker.ask("append", self.key, n_tokens)
@@ -401,6 +405,9 @@ class SessionContext:
         if not self.api.llama_memory_seq_rm(self.memory, 0, self.depth, -1):
             raise RazorError("the last token could not be removed from the cache")
         return seconds
+
+    def steps(self, n: int) -> list[float]:
+        return [self.step() for _ in range(n)]
 
     def append(self, n_tokens: int) -> float:
         seconds = self._timed(self._tokens(n_tokens))

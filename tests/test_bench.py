@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,10 +40,11 @@ from razor_local.bench_machine import (
     describe_machine,
     free_memory,
 )
-from razor_local.bench_worker import ModelSetup, Side
+from razor_local.bench_worker import Context, ModelSetup, Session, SessionContext, Side
 from razor_local.cli import main
 from razor_local.cli.bench import KINDS as CLI_KINDS
 from razor_local.errors import RazorError
+from razor_local.plan import make_plan
 from razor_local.profile import ModelShape, Profile
 
 SPEC = TinySpec("llama", 3, 4, 2, 64, n_ctx_train=4096)
@@ -95,7 +97,9 @@ def test_figures_add_up(measured) -> None:
         assert r["razor_kv_bytes"] < r["full_kv_bytes"]
         assert r["razor_over_read"] > 0 and r["razor_prefill_tok_s"] > 0
         assert r["razor_first_token_s"] > 0 and r["full_first_token_s"] > 0
-        assert r["first_token"] == ("integrated" if r["depth"] == 1024 else "measured")
+        # the real prefill has 1024 tokens
+        far = r["depth"] == 1024 and r["type_k"] == "q8_0"
+        assert r["first_token"] == ("integrated" if far else "measured")
     if os.path.exists("/proc/self/clear_refs"):
         assert all(r["razor_peak_rss"] > r["razor_kv_bytes"] for r in rows)
 
@@ -246,6 +250,8 @@ class _FakeContext:
 
     def __init__(self, side: Side) -> None:
         self.side, self.depth, self.batches = side, 0, []
+        self.in_turn: list[int] = []
+        self.step_seconds = 0.01
 
     def fill(self, depth: int) -> None:
         self.depth = depth
@@ -253,12 +259,26 @@ class _FakeContext:
     rewind = fill
 
     def step(self) -> float:
+        self.in_turn.append(1)
         return 0.01 + self.depth / 1e5
+
+    def steps(self, n: int) -> list[float]:
+        """The first is slow."""
+        self.in_turn.append(n)
+        return [self.step_seconds * 9, *(self.step_seconds + i / 1e4 for i in range(n - 1))]
 
     def append(self, n_tokens: int) -> float:
         self.batches.append((self.depth, n_tokens))
         self.depth += n_tokens
         return 0.01 + n_tokens * (self.depth - n_tokens / 2) / 1e5
+
+
+def _fake_measure(settings: Settings, type_kv: str) -> tuple[_Measure, list[_FakeContext]]:
+    sides = [Side(name, name == "razor", type_kv, type_kv, 131_072) for name in ("razor", "full")]
+    clock = SimpleNamespace(show=lambda what: None)
+    plans = {side.name: side.plan(SHAPE, PROFILE) for side in sides}
+    measure = _Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
+    return measure, [_FakeContext(side) for side in sides]
 
 
 @pytest.mark.parametrize(
@@ -277,10 +297,7 @@ class _FakeContext:
 def test_batches_of_prefill_get_smaller_where_they_are_slow(
     type_kv, depth, n_tokens, rounds
 ) -> None:
-    sides = [Side(name, name == "razor", type_kv, type_kv, 131_072) for name in ("razor", "full")]
-    contexts = [_FakeContext(side) for side in sides]
-    clock = SimpleNamespace(show=lambda what: None)
-    measure = _Measure(Batch(tuple(sides), ()), {}, 0, None, Settings(), None, clock)
+    measure, contexts = _fake_measure(Settings(), type_kv)
     found = measure.prefill(contexts, depth)
     assert found["tokens"] == n_tokens
     assert [len(ms) for ms in found["ms"].values()] == [rounds, rounds]
@@ -289,7 +306,96 @@ def test_batches_of_prefill_get_smaller_where_they_are_slow(
         assert context.batches[-1] == (depth, n_tokens)
 
 
+@pytest.mark.parametrize(
+    ("depth", "seconds", "pairs", "steps"),
+    [
+        (0, 1.01, 10, 4),  # 1 s of 2 sides with 5 steps of 10 ms
+        (3900, 15.0, 30, 4),
+        (3900, 1.0, 5, 4),  # never fewer
+        (4100, 15.0, 100, 1),  # 51 ms
+        (100_000, 15.0, 7, 1),
+    ],
+)
+def test_short_steps_are_made_in_a_row_and_the_first_does_not_count(
+    depth, seconds, pairs, steps
+) -> None:
+    measure, contexts = _fake_measure(Settings(), "f16")
+    for context in contexts:
+        context.fill(depth)
+    found = measure._steps(contexts, "decoding", seconds)
+    assert found["steps"] == steps
+    took = 10.15 if steps > 1 else 10 + depth / 100  # the median of 10, 10.1, 10.2, 10.3
+    for context in contexts:
+        assert found["ms"][context.side.name] == [pytest.approx(took)] * pairs
+        warm = 1 if depth == 100_000 else 3
+        assert context.in_turn == [1] * warm + [steps + 1 if steps > 1 else 1] * pairs
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_turns_are_alike_where_one_side_is_slow(slow) -> None:
+    measure, contexts = _fake_measure(Settings(), "f16")
+    contexts[slow].fill(10_000)
+    assert measure._steps(contexts, "", 5.0)["steps"] == 1
+    assert contexts[0].in_turn == contexts[1].in_turn == [1] * (3 + 41)
+
+
+@pytest.mark.parametrize("depth", [0, 512, 1024, 1536])
+def test_batches_of_prefill_are_whole_blocks_that_fold(tiny, monkeypatch, depth) -> None:
+    """After decoding at the same depth, which leaves a token more."""
+    session = Session(ModelSetup(str(tiny(SPEC, KV)), n_threads=2))
+    worker = SimpleNamespace(ask=session.answer)
+    sides = [Side(name, name == "razor", "f16", "f16", 2048) for name in ("razor", "full")]
+    contexts = [Context(worker, side, session.open(asdict(side))) for side in sides]
+    plans = {side.name: side.plan(session.shape, session.profile) for side in sides}
+    clock = SimpleNamespace(show=lambda what: None)
+    settings = Settings(seconds=100.0, max_pairs=5)  # whole batches however slow the machine is
+    measure = _Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
+    seen = []
+    append = SessionContext.append
+
+    def watch(self: SessionContext, n_tokens: int) -> float:
+        at = self.api.llama_memory_seq_pos_max(self.memory, 0) + 1
+        before = self.native.seq(self.ctx, 0).frontier if self.plan.active else 0
+        took = append(self, n_tokens)
+        after = self.native.seq(self.ctx, 0).frontier if self.plan.active else 0
+        seen.append((self.plan.active, at, n_tokens, after - before))
+        return took
+
+    measure.fit(contexts, depth)
+    assert contexts[0].depth == contexts[1].depth == (depth + 1 if depth else 0)
+    monkeypatch.setattr(SessionContext, "append", watch)
+    found = measure.prefill(contexts, depth)
+    for context in contexts:
+        context.close()
+    assert found["tokens"] == 512 and len(found["ms"]["razor"]) == 5
+    block = plans["razor"].block
+    assert block == 64
+    # as many as a prompt folds there: at 0 the window of 100 fills first
+    folds = 512 if depth else 448 - 100 - 4
+    seen = [each for each in seen if each[2] == 512]
+    assert seen.count((False, depth, 512, 0)) == seen.count((True, depth, 512, folds)) == 5
+    assert len(seen) == 10
+
+
 # -- the plan of a run
+
+
+@pytest.mark.parametrize("n_ctx", [0, 768, 2048, 2304, 8192, 32256])
+@pytest.mark.parametrize("window", [64, 300, 1500])
+def test_prefill_is_measured_where_blocks_begin(n_ctx, window) -> None:
+    profile = replace(PROFILE, window_min=window, window_divisor=0)
+    depths = [0, 300, 700, 1000, 1900, 2047, 2300, 7424, 8000, 31_999, 32_255]
+    depths = [depth for depth in depths if depth < (n_ctx or 10**6)]
+    settings = Settings(tuple(depths), n_ctx=n_ctx, types=(("f16", "f16"),), real_prefill=0)
+    if n_ctx and make_plan(SHAPE, profile, n_ctx).why_inactive:
+        pytest.skip("razor does nothing in so small a context")
+    for batch in make_batches(replace(settings, fit=False), SHAPE, profile):
+        plan = batch.sides[0].plan(SHAPE, profile)
+        points = [step.depth for step in batch.steps if step.kind == "prefill"]
+        assert points and all(at % 512 == 0 and at + 256 <= plan.n_ctx for at in points)
+        assert 512 % plan.block == 0
+        deepest = max(step.depth for step in batch.steps if step.kind == "decode")
+        assert max(points) > deepest - 512 - 64 or deepest <= 512
 
 
 def test_contexts_are_as_large_as_their_depths_need() -> None:
@@ -306,12 +412,37 @@ def test_contexts_are_as_large_as_their_depths_need() -> None:
     # prefill: at 0, where the window is full, at the depth
     assert [d for kind, d in small if kind == "prefill"] == [0, 4608, 8192]
     large = [(s.kind, s.depth) for s in batches[6].steps]
-    assert [d for kind, d in large if kind == "prefill"] == [26880, 131072]
+    assert [d for kind, d in large if kind == "prefill"] == [27136, 131072]
     assert [s.depth for s in batches[-1].steps] == [4096 << i for i in range(6)]
     assert [s.name for s in batches[0].sides] == ["razor", "full"]
     assert [s.name for s in batches[1].sides] == ["razor", "full", "full_f16"]
     keys = [tuple(b.key(s).values()) for b in batches for s in b.steps]
     assert len(keys) == len(set(keys))
+
+
+def test_real_prefill_is_made_in_every_context_that_holds_it() -> None:
+    def real(n_tokens: int | None, **changes) -> list[tuple[int, str, int]]:
+        settings = Settings(
+            depths=(0, 8192, 32768, 131072), real_prefill=n_tokens, fit=False, **changes
+        )
+        found = []
+        for batch in make_batches(settings, SHAPE, PROFILE):
+            side = batch.sides[0]
+            steps = [(s.kind, s.depth) for s in batch.steps]
+            for _, depth in (step for step in steps if step[0] == "real_prefill"):
+                found.append((side.n_ctx, side.type_k, depth))
+                assert ("prefill", depth // 512 * 512) in steps  # the integral reaches there
+        return found
+
+    assert real(None) == []
+    assert real(0) == [(8704, "f16", 5120)]
+    assert real(131072) == [(131584, "f16", 131072)]
+    assert real(32768) == [(n_ctx, "f16", 32768) for n_ctx in (33280, 131584)]
+    assert real(8192, types=(("q8_0", "q8_0"), ("f16", "f16"))) == [
+        (n_ctx, "q8_0", 8192) for n_ctx in (8704, 33280, 131584)
+    ]
+    with pytest.raises(RazorError, match="does not fit into the largest context, of 131584 tok"):
+        real(131584)
 
 
 def test_one_context_for_all_depths() -> None:

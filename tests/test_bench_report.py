@@ -186,6 +186,36 @@ def test_longest_step_and_energy_and_check() -> None:
     razor, full = report.checks
     assert razor["integrated_over_real"] == pytest.approx((4 + 4000**2 / 8e6) / 6)
     assert full["random_over_real"] == pytest.approx(0.95)
+    assert (razor["full_over_real"], full["full_over_real"]) == (2, 1)
+
+
+def test_real_prefill_of_a_row_is_its_time_to_the_first_token() -> None:
+    report = make_report()
+    real = copy.deepcopy(report.records[-1]) | {"depth": 32768, "n_ctx": 33280}
+    report.records.append(real)
+    rows = {(r["type_k"], r["depth"]): r for r in report.rows}
+    row = rows["f16", 32768]
+    assert (row["razor_first_token_s"], row["full_first_token_s"]) == (6, 12)
+    assert (row["first_token"], row["first_token_ratio"]) == ("measured", 2)
+    assert row["prefill_at"] == 32768  # its speed is still that of a batch
+    assert rows["q8_0", 32768]["first_token"] == rows["f16", 8192]["first_token"] == "integrated"
+    assert [(c["side"], c["n_ctx"]) for c in report.checks[2:]] == [
+        ("razor", 33280), ("full", 33280)
+    ]  # fmt: skip
+    text = format_report(report, "md")
+    assert "| f16 | razor | 32,768 | 33,280 | 6.00 s | 2.00x |" in text
+    assert "| f16 | full | 32,768 | 33,280 | 12.00 s |  |" in text
+    real["depth"] = 8192  # in a larger context than the row's
+    assert {r["first_token"] for r in report.rows if r["depth"] > 512} == {"integrated"}
+
+
+def test_steps_in_a_row_are_told() -> None:
+    report = make_report()
+    assert "of which the median does" not in format_report(report, "md")
+    report.records[0]["steps"] = 4
+    assert "less than 50 ms, a turn is one that does not count and 4 more" in format_report(
+        report, "md"
+    )
 
 
 # -- formats

@@ -70,6 +70,7 @@ def test_depth_is_what_was_asked_for(tiny, razor: bool) -> None:
     side.rewind(640)  # over folds: a razor cache is filled again
     assert depth() == 640 == side.depth
     assert len(side.run(5)) == 5 and depth() == 645
+    assert len(side.steps(3)) == 3 and depth() == 645 == side.depth
     side.rewind(0)
     assert depth() == 0 and side.step() > 0 and depth() == 0
     side.close()

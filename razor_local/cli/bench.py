@@ -49,11 +49,11 @@ Examples:
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="One type of V instead.")
 @click.option(
     "-r", "--pairs", type=click.IntRange(min=1), default=100, show_default=True,
-    help="Tokens to decode per side and depth, at most.",
+    help="Turns of each side to decode at a depth, at most: a token, or some where they are fast.",
 )  # fmt: skip
 @click.option(
     "--seconds", type=Number(min=0, min_open=True), default=15.0, show_default=True,
-    help="Time of one measurement: where tokens are slow, fewer are decoded (5 at least).",
+    help="Time of one measurement: where tokens are slow, fewer turns are made (5 at least).",
 )  # fmt: skip
 @click.option("-t", "--threads", type=THREADS, help="CPU threads.  [default: all cores]")
 @click.option(
@@ -80,7 +80,8 @@ Examples:
 )
 @click.option(
     "--real-prefill", type=Tokens(), is_flag=False, flag_value="0", metavar="[TOKENS]",
-    help="Check the random caches: prefill so many tokens for real.  [default: as many as fold]",
+    help="Prefill so many tokens for real, with the first type, in all contexts that hold them, to"
+    " check random caches and integrals.  [default: as many as fold, in the smallest]",
 )  # fmt: skip
 @click.option(
     "--only", type=ListOf(click.Choice(KINDS), "kind,..."), metavar="KIND,...",
