@@ -221,6 +221,15 @@ class Llama(llama_cpp.Llama):
                     verbose=verbose,
                     **kwargs,
                 )
+            except RazorError:
+                self.close()
+                raise
+            except UnicodeDecodeError as error:
+                self.close()
+                refusal = GGUFError(
+                    f"{model_path}: the vocabulary in its metadata has a token that is not UTF-8"
+                    f" ({error.object[:32]!r}); convert the model again"
+                )
             except (ValueError, RuntimeError) as error:
                 refusal = self._refusal(model_path, error)
                 self.close()
@@ -364,6 +373,8 @@ class Llama(llama_cpp.Llama):
         what is in the cache). Raises as eval().
         """
         criteria = kwargs.pop("stopping_criteria", None)
+        if not (args or len(tokens)) and kwargs.get("reset", True):
+            raise RazorError("there is nothing to go on from: the prompt has no tokens")
         if args or self._logits_all or criteria is not None:
             return super().generate(tokens, *args, stopping_criteria=criteria, **kwargs)
         return self._generate(list(tokens), **kwargs)
@@ -380,8 +391,7 @@ class Llama(llama_cpp.Llama):
         self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
     ) -> bytes:
         """As the base class. Raises RazorError for a token that the vocabulary does not have."""
-        for token in tokens:
-            self._check_token(token)
+        self._check_tokens(tokens)
         return super().detokenize(tokens, prev_tokens, special)
 
     def is_end(self, token: int) -> bool:
@@ -415,8 +425,12 @@ class Llama(llama_cpp.Llama):
                 f"the state holds {state.n_tokens} tokens, the context only {self._n_ctx}; use a"
                 " larger n_ctx"
             )
-        native.clear_errors()
         size = state.llama_state_size
+        if len(state.llama_state) < size:
+            raise StateError(
+                f"the state cannot be loaded: it has {len(state.llama_state)} of its {size} bytes"
+            )
+        native.clear_errors()
         data = (c_uint8 * size).from_buffer_copy(state.llama_state)
         self._requires_eval = True
         if C.llama_state_set_data(self.ctx, data, size) != size:
@@ -576,10 +590,15 @@ class Llama(llama_cpp.Llama):
         raise AssertionError("llama_cpp answers without generating")
 
     def _check_token(self, token: int) -> None:
-        if not 0 <= token < self._model.n_vocab():
-            raise RazorError(
-                f"there is no token {token}: the vocabulary has 0 to {self._model.n_vocab() - 1}"
-            )
+        self._check_tokens((token,))
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        n_vocab = self._model.n_vocab()
+        for token in (min(tokens), max(tokens)) if len(tokens) else ():
+            if not 0 <= token < n_vocab:
+                raise RazorError(
+                    f"there is no token {token}: the vocabulary has 0 to {n_vocab - 1}"
+                )
 
     def _read_piece(self, token: int) -> bytes:
         size = 64
@@ -593,6 +612,9 @@ class Llama(llama_cpp.Llama):
     def _after_cached(self, tokens: Sequence[int]) -> list[int]:
         """The tokens to evaluate where the cache ends now, so that they follow n_tokens."""
         tokens = list(tokens)
+        if self._model_params.vocab_only:
+            raise UnsupportedError("vocab_only=True loads no weights, nothing can be evaluated")
+        self._check_tokens(tokens)
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextFullError(
                 f"{self.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
@@ -666,6 +688,7 @@ class Llama(llama_cpp.Llama):
 
         One at least is left to evaluate, for its logits, unless they are those of the last token.
         """
+        self._check_tokens(tokens)
         same = self._common_prefix(tokens)
         if same == len(tokens) == self.n_tokens and not self._requires_eval:
             return same

@@ -12,15 +12,16 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_bool, c_char, c_char_p, c_int32, c_uint8, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import LibraryError
+from .errors import LibraryError, RazorError
 
 if TYPE_CHECKING:
     from .profile import Profile
@@ -134,6 +135,28 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_razor_get_seq": ([c_void_p, c_int32, ctypes.POINTER(SeqStats)], c_bool),
     "llama_razor_get_buffer": ([c_void_p, c_uint32, ctypes.POINTER(BufferStats)], c_bool),
     "llama_razor_get_memory": ([c_void_p, c_uint32, ctypes.POINTER(Memory)], c_bool),
+    "llama_razor_set_end_callback": ([ctypes.CFUNCTYPE(None, c_char_p)], None),
+}
+
+# functions of the bindings that llama_razor_try_... take the place of: the result that means
+# failure, and what llama_razor_last_error() then completes (None: the caller finds it in the log)
+_TRIED: dict[str, tuple[int | None, str | None]] = {
+    "llama_model_load_from_file": (None, None),
+    "llama_init_from_model": (None, None),
+    "llama_tokenize": (
+        -(2**31),
+        "the text cannot be split into tokens, the vocabulary in the model file is malformed or"
+        " has no tokens for single bytes",
+    ),
+    "llama_sampler_sample": (-1, "the next token cannot be chosen"),
+}
+
+# functions whose NULL the bindings hand on, to what does not look at it, and what it means
+_GRAMMAR = "the grammar is malformed: a rule has bad syntax, is not defined or begins with itself"
+_NOT_NULL = {
+    "llama_sampler_init_grammar": _GRAMMAR,
+    "llama_sampler_init_grammar_lazy_patterns": _GRAMMAR,
+    "llama_adapter_lora_init": "lora_path is no LoRA adapter for this model",
 }
 
 
@@ -226,13 +249,14 @@ def load() -> Native:
             f"llama_cpp was imported before razor_local and loaded {used}, razor-local needs"
             f" {path}; import razor_local.Llama first, in a new process"
         )
-    for name, (argtypes, restype) in _FUNCTIONS.items():
-        function = getattr(lib, name, None)
-        if function is None:
+    for name in [*_FUNCTIONS, *map(_tried, _TRIED)]:
+        if not hasattr(lib, name):
             raise LibraryError(
                 f"{path} is a llama.cpp without razor (it has no {name}); {REINSTALL},"
                 f" or unset {LIB_ENV} if it is set"
             )
+    for name, (argtypes, restype) in _FUNCTIONS.items():
+        function = getattr(lib, name)
         function.argtypes, function.restype = argtypes, restype
     version = lib.llama_razor_api_version()
     if version != API_VERSION:
@@ -250,9 +274,43 @@ def load() -> Native:
     if lib.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
         lib.ggml_backend_load_all_from_path(os.fsencode(folder))
     lib.llama_log_set(_on_log, None)
-    lib.ggml_set_abort_callback.argtypes = [type(_on_abort)]
-    lib.ggml_set_abort_callback(_on_abort)
+    lib.llama_razor_set_end_callback(_on_end)
+    _try_instead(bindings, lib)
     return Native(path=path, build=build, lib=lib)
+
+
+def _tried(name: str) -> str:
+    return name.replace("llama_", "llama_razor_try_", 1)
+
+
+def _try_instead(bindings: Any, lib: ctypes.CDLL) -> None:
+    """Lets the bindings call what raises an exception here instead of ending the process."""
+    for name, (failure, what) in _TRIED.items():
+        function = getattr(lib, _tried(name))
+        plain = getattr(bindings.llama_cpp, name)
+        function.argtypes, function.restype = plain.argtypes, plain.restype
+        if what is not None:
+            function.errcheck = _raise_on(failure, what, lib.llama_razor_last_error)
+        for module in (bindings, bindings.llama_cpp):
+            setattr(module, name, function)
+    for name, what in _NOT_NULL.items():
+        getattr(bindings.llama_cpp, name).errcheck = _raise_on(None, what, _last_error_line)
+
+
+def _last_error_line() -> bytes:
+    return _errors[-1].encode() if _errors else b""
+
+
+def _raise_on(failure: int | None, what: str, why: Callable[[], bytes]) -> Callable[..., Any]:
+    """For errcheck: RazorError where the result is the one that means failure (None: NULL)."""
+
+    def check(result: Any, _function: Any, _arguments: Any) -> Any:
+        if result == failure if failure is not None else not result:
+            reason = why().decode("utf-8", "replace")
+            raise RazorError(f"{what}: {reason}" if reason else what)
+        return result
+
+    return check
 
 
 def library_folder() -> Path:
@@ -390,20 +448,17 @@ def _copy_of_stderr() -> int | None:
 
 
 _stderr = _copy_of_stderr()
-_aborts: list[str] = []
+_ended = threading.Lock()
 
 
 @ctypes.CFUNCTYPE(None, c_char_p)
-def _on_abort(message: bytes) -> None:
-    """Called before ggml ends the process, instead of a debugger's backtrace."""
-    _aborts.append(message.decode("utf-8", "replace"))
-    if _stderr is None or len(_aborts) > 1:  # several threads may fail at once
+def _on_end(sentence: bytes) -> None:
+    """Called before an assertion of llama.cpp, or an uncaught exception, ends the process."""
+    if _stderr is None or not _ended.acquire(blocking=False):  # several threads may fail at once
         return
-    place, _, reason = _aborts[0].partition(": ")
-    line = (
-        f"Error: llama.cpp ended the process: {reason} ({Path(place).name}); the model file is"
-        " malformed, or this is a bug\n"
-    )
+    said = " ".join(sentence.decode("utf-8", "replace").split())
+    said = "".join(c if c.isprintable() else "?" for c in said)
+    line = f"Error: {said}; the model file is malformed, or this is a bug\n"
     os.write(_stderr, line.encode())
 
 

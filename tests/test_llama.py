@@ -241,10 +241,54 @@ def test_a_batch_is_never_larger_than_the_context():
 
 
 def test_tokens_outside_the_vocabulary_are_refused(llama):
-    for token in (-1, llama.n_vocab(), 10**6):
-        for use in (llama.piece, llama.is_end, llama.is_special, lambda t: llama.detokenize([t])):
+    llama.reset()
+    llama.eval([1])
+    for token in (-1, llama.n_vocab(), 10**6, 2**31, -(2**31) - 1, 2**32 + 1, 2**70):
+        for use in (
+            llama.piece,
+            llama.is_end,
+            llama.is_special,
+            lambda t: llama.detokenize([1, t]),
+            lambda t: llama.eval([t]),
+            lambda t: llama.eval([1, t, 2]),
+            lambda t: next(llama.eval_logits([t])),
+            lambda t: llama.prefill([1, t]),
+            lambda t: next(llama.generate([1, t])),
+        ):
             with pytest.raises(RazorError, match=f"no token {token}: the vocabulary has 0 to"):
                 use(token)
+    assert llama.n_tokens == llama.stats().n_tokens == 1
+
+
+def test_the_vocabulary_is_asked_for_its_size_once_per_text(llama, monkeypatch):
+    asked = []
+    n_vocab = llama._model.n_vocab()
+    monkeypatch.setattr(llama._model, "n_vocab", lambda: asked.append(None) or n_vocab)
+    assert llama.detokenize([65] * 100) == llama.piece(65) * 100
+    assert len(asked) <= 2
+    assert llama.detokenize([]) == b""
+
+
+def test_nothing_to_go_on_from_is_refused(llama):
+    for options in ({}, {"stopping_criteria": lambda ids, logits: False}):
+        with pytest.raises(RazorError, match="the prompt has no tokens"):
+            next(llama.generate([], **options))
+    vocabulary = Llama(DEFAULT_MODEL, vocab_only=True)
+    assert vocabulary.tokenize(b"a word")
+    with pytest.raises(UnsupportedError, match="vocab_only=True loads no weights"):
+        vocabulary("a word", max_tokens=1)
+
+
+@pytest.mark.parametrize("rules", ["root ::= missing", 'root ::= root "a"', 'root ::= "a'])
+def test_a_malformed_grammar_is_refused(llama, rules):
+    with pytest.raises(RazorError, match="the grammar is malformed"):
+        llama("a word", grammar=llama_cpp.LlamaGrammar.from_string(rules), max_tokens=1)
+
+
+def test_a_lora_adapter_that_is_none_is_refused():
+    for path in (DEFAULT_MODEL, __file__):
+        with pytest.raises(RazorError, match="lora_path is no LoRA adapter .*: llama_adapter_lora"):
+            Llama(DEFAULT_MODEL, n_ctx=256, lora_path=str(path))
 
 
 def test_a_closed_llama_says_so():
@@ -533,7 +577,7 @@ def test_a_refused_batch_is_an_error_with_the_librarys_reason(llama):
     llama.reset()
     llama.eval(prompt(llama, 20))
     with pytest.raises(RazorError, match="llama_decode|invalid token|failed"):
-        llama.eval([llama.n_vocab() + 5])
+        llama._eval_batch([llama.n_vocab() + 5])  # what eval() does not let through
     assert llama.n_tokens == llama.stats().n_tokens == 20
     llama.eval([1])
 
@@ -588,6 +632,10 @@ def test_a_damaged_state_is_refused_and_the_context_stays_usable(llama):
     llama.prefill(tokens)
     state = llama.save_state()
     state.llama_state = state.llama_state[: len(state.llama_state) // 2]
+    with pytest.raises(
+        StateError, match=f"{len(state.llama_state)} of its {state.llama_state_size}"
+    ):
+        llama.load_state(state)
     state.llama_state_size = len(state.llama_state)
     with pytest.raises(StateError, match="cannot be loaded"):
         llama.load_state(state)

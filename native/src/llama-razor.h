@@ -138,6 +138,20 @@ LLAMA_API bool llama_razor_get_buffer(const struct llama_context * ctx, uint32_t
 // i: 0 to the number of buffer types that the context uses, razor active or not
 LLAMA_API bool llama_razor_get_memory(const struct llama_context * ctx, uint32_t i, struct llama_razor_memory * memory);
 
+// Upstream ends the process where an assertion fails or an exception is not caught. From now on callback gets one sentence
+// before that happens, in the thread where it does, and upstream's backtrace is left out.
+LLAMA_API void llama_razor_set_end_callback(void (*callback)(const char * sentence));
+
+// Upstream's functions without razor_try_: of these both are caught, and the process goes on. Assertions only after
+// llama_razor_set_end_callback(), and not on Windows. What was allocated by then may be lost.
+// They return NULL, with the reason in the log
+LLAMA_API struct llama_model   * llama_razor_try_model_load_from_file(const char * path, struct llama_model_params params);
+LLAMA_API struct llama_context * llama_razor_try_init_from_model(struct llama_model * model, struct llama_context_params params);
+// They return INT32_MIN and LLAMA_TOKEN_NULL, with llama_razor_last_error() set
+LLAMA_API int32_t     llama_razor_try_tokenize(const struct llama_vocab * vocab, const char * text, int32_t text_len,
+                          llama_token * tokens, int32_t n_tokens_max, bool add_special, bool parse_special);
+LLAMA_API llama_token llama_razor_try_sampler_sample(struct llama_sampler * smpl, struct llama_context * ctx, int32_t idx);
+
 #ifdef __cplusplus
 }
 #endif

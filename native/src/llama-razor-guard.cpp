@@ -1,0 +1,127 @@
+// Failures that upstream lets end the process: uncaught exceptions, and its own assertions on what a file holds.
+
+#include "llama-razor.h"
+
+#include "llama-impl.h"
+#include "llama-razor-plan.h"
+
+#include <climits>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+// > 0: this thread is in a call whose failure is returned
+static thread_local int razor_guards = 0;
+
+static void (*razor_on_end)(const char * sentence) = nullptr;
+
+// "/path/file.cpp:12: reason" -> "reason (file.cpp:12)"
+static std::string razor_abort_text(const char * message) {
+    const char * reason = strstr(message, ": ");
+    if (!reason) {
+        return message;
+    }
+
+    const std::string place(message, reason);
+
+    return format("%s (%s)", reason + 2, place.substr(place.find_last_of("/\\") + 1).c_str());
+}
+
+static void razor_on_abort(const char * message) {
+    const std::string text = razor_abort_text(message);
+
+#ifndef _WIN32 // where functions of C are taken not to throw
+    if (razor_guards > 0 && std::uncaught_exceptions() == 0) {
+        throw std::runtime_error(text);
+    }
+#endif
+
+    if (razor_on_end) {
+        razor_on_end(("llama.cpp ended the process: " + text).c_str());
+    }
+}
+
+// ggml's handler is not called: it lets a debugger print a backtrace of every frame
+[[noreturn]] static void razor_on_terminate() {
+    std::string what = "it has no text";
+
+    if (const auto err = std::current_exception()) {
+        try {
+            std::rethrow_exception(err);
+        } catch (const std::exception & err) {
+            what = err.what();
+        } catch (...) {
+        }
+    }
+
+    if (razor_on_end) {
+        razor_on_end(("a C++ exception that nobody caught ended the process: " + what).c_str());
+    }
+
+    abort();
+}
+
+void llama_razor_set_end_callback(void (*callback)(const char * sentence)) {
+    razor_on_end = callback;
+
+    ggml_set_abort_callback(razor_on_abort);
+    std::set_terminate(razor_on_terminate);
+}
+
+// fail: gets the reason, gives the result. Only std::exception: the end of a thread unwinds its stack too
+template<typename Call, typename Fail>
+static auto razor_guarded(Call call, Fail fail) -> decltype(call()) {
+    struct scope {
+        scope()  { ++razor_guards; }
+        ~scope() { --razor_guards; }
+    };
+
+    try {
+        scope guard;
+
+        return call();
+    } catch (const std::exception & err) {
+        return fail(err.what());
+    }
+}
+
+llama_model * llama_razor_try_model_load_from_file(const char * path, llama_model_params params) {
+    return razor_guarded([&]() { return llama_model_load_from_file(path, params); }, [](const char * what) -> llama_model * {
+        LLAMA_LOG_ERROR("llama_model_load_from_file: %s\n", what);
+
+        return nullptr;
+    });
+}
+
+llama_context * llama_razor_try_init_from_model(llama_model * model, llama_context_params params) {
+    return razor_guarded([&]() { return llama_init_from_model(model, params); }, [](const char * what) -> llama_context * {
+        LLAMA_LOG_ERROR("llama_init_from_model: %s\n", what);
+
+        return nullptr;
+    });
+}
+
+int32_t llama_razor_try_tokenize(const llama_vocab * vocab, const char * text, int32_t text_len,
+        llama_token * tokens, int32_t n_tokens_max, bool add_special, bool parse_special) {
+    llama_razor_error_set("");
+
+    const auto call = [&]() { return llama_tokenize(vocab, text, text_len, tokens, n_tokens_max, add_special, parse_special); };
+
+    return razor_guarded(call, [](const char * what) {
+        llama_razor_error_set(what);
+
+        return INT32_MIN;
+    });
+}
+
+llama_token llama_razor_try_sampler_sample(llama_sampler * smpl, llama_context * ctx, int32_t idx) {
+    llama_razor_error_set("");
+
+    return razor_guarded([&]() { return llama_sampler_sample(smpl, ctx, idx); }, [](const char * what) {
+        llama_razor_error_set(what);
+
+        return (llama_token) LLAMA_TOKEN_NULL;
+    });
+}
