@@ -1,7 +1,8 @@
 """Shows that the native tests can fail: builds the library broken in one place at a time.
 
-    python tests/broken_builds.py            # every break, and the tests that have to notice it
-    python tests/broken_builds.py fold mask  # the breaks whose name contains one of these
+    python tests/broken_builds.py               # every break, and the tests that have to notice it
+    python tests/broken_builds.py fold mask     # the breaks whose name contains one of these
+    python tests/broken_builds.py device-batch  # those of what a batch tells GPUs (NAIVE)
 
 Exits with 1 if a break goes unnoticed. Takes a full build the first time, then about half a minute
 of compilation per break; the working tree is left alone.
@@ -16,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,19 @@ class Break:
     old: str
     new: str
     tests: str
+    naive: bool = False  # in a library with NAIVE
 
+
+# What libllama tells of a batch is read by GPUs of some kinds alone (ggml-razor.h, "Attention of a batch"). These changes
+# give it to CPUs, for batches in place of their own attention, where naive_batch.h computes what it says.
+# test_naive_batch.py runs the native tests so.
+NAIVE = [
+    (DEVICE, "static void razor_no_device(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {",
+     '#include "naive_batch.h"\n\nstatic void razor_no_device(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {\n    if (naive_batch(dst, ith, nth)) {\n        return;\n    }\n'),
+    (CACHE, "layer.device_batch = layer.device &&",
+     "layer.device_batch = (cparams.flash_attn && ggml_backend_buft_is_host(buft) && !hparams_model.attn_soft_cap && n_retrieval + n_local <= GGML_RAZOR_ATTN_MAX_KV) || layer.device &&"),
+    (CACHE, "layer.attn    ? attn.build  ", "layer.attn && (n_tokens == 1 || !layer.device_batch) ? attn.build  "),
+]  # fmt: skip
 
 BREAKS = [
     # attention and folds
@@ -68,8 +82,18 @@ BREAKS = [
     Break("unseen-rows-read", KERNEL, "if (live[c] != -__builtin_inff()) {", "if (c < n) {", "test_rows_that_nobody_sees_may_hold_anything"),
     Break("nibbles-exchanged", KERNEL, "convertvector((x & 15) - 8, vf)", "convertvector((x >> 4) - 8, vf)", "test_error_of_each_kernel"),
     Break("any-kernel-name", ATTN, 'if (wanted.empty() || wanted == "off") {', "if (true) {", "test_an_unknown_kernel_is_refused"),
-    Break("any-choice-for-devices", DEVICE, 'if (wanted.empty() || wanted == "on") {', "if (true) {", "test_an_unknown_choice_for_devices_is_refused"),
+    Break("any-choice-for-devices", DEVICE, 'if (wanted.empty() || wanted == "on" || wanted == "ampere") {', "if (true) {", "test_an_unknown_choice_for_devices_is_refused"),
     Break("attention-of-more-nodes", CACHE, "attn.build       (g.ctx0, q_cur, layer.k, layer.v)", "ggml_cont(g.ctx0, attn.build(g.ctx0, q_cur, layer.k, layer.v))", "test_nodes_added_per_layer_on_cpus"),
+    # attention of a batch. That a bias or the end of the cells keeps a tile from being seen whole changes nothing: the
+    # cells of the other compensation token are in that tile, and there are 256*n cells
+    Break("device-batch-sees-the-next-token", CACHE, "since_full[j] = std::max<int64_t>(i, 0);", "since_full[j] = std::max<int64_t>(i - 1, 0);", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-sees-its-end", CACHE, "since[plan.cell(step.pos0 + i)] = i;", "since[plan.cell(step.pos0 + i)] = 0;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-sees-hidden-cells", CACHE, "since[j] = seen ? 0 : GGML_RAZOR_NEVER;", "since[j] = 0;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-without-log-n", CACHE, "bias[j]  = seen ? bias[j] : 0.0f;", "bias[j]  = 0.0f;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-tiles-of-fewer-cells", CACHE, "for (uint32_t j = first; j < end; ++j) {", "for (uint32_t j = first; j + 1 < end; ++j) {", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-tiles-always-seen-whole", CACHE, "bias && bias[j] != 0.0f ? GGML_RAZOR_NEVER : since[j]", "0", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-of-other-rows", DEVICE, "params.cells  = attn.groups[1].head_rows;", "params.cells  = attn.groups[1].head_rows - 1;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-of-other-heads", DEVICE, "for (const uint32_t h : *attn.groups[0].heads) {", "for (const uint32_t h : *attn.groups[1].heads) {", "test_f32_cache_equals_the_reference", naive=True),
     # rollback, abort
     Break("rollback-without-unfold", CACHE, "        unfold(st, frontier);\n    }\n\n    return", "    }\n\n    return",
           "test_every_length_can_be_rolled_back test_rolled_back_tokens_leave_nothing test_random_operations"),
@@ -144,13 +168,8 @@ def main(patterns: list[str]) -> int:
     tree = cache_dir() / "broken-build"
     unnoticed = 0
     for broken in chosen:
-        copy_sources(tree)
-        path = tree / "native/src" / broken.file
-        text = path.read_text()
-        if text.count(broken.old) != 1:
-            times = text.count(broken.old)
-            raise SystemExit(f"{broken.name}: its text stands {times} times in {path.name}")
-        write_if_changed(path, text.replace(broken.old, broken.new))
+        changes = NAIVE if broken.naive else []
+        copy_sources(tree, [*changes, (broken.file, broken.old, broken.new)])
         lib = build(tree)
         for test in broken.tests.split():
             verdict = run(lib, test)
@@ -160,12 +179,24 @@ def main(patterns: list[str]) -> int:
     return 1 if unnoticed else 0
 
 
-def copy_sources(tree: Path) -> None:
-    for file in [ROOT / "CMakeLists.txt", *(ROOT / "native").rglob("*")]:
-        if file.is_file():
-            target = tree / file.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_if_changed(target, file.read_text())
+def copy_sources(tree: Path, changes: Iterable[tuple[str, str, str]] = ()) -> None:
+    """Copy the native sources to `tree`, with changes: file of native/src, text that stands there
+    once, text in its place."""
+    texts = {
+        file.relative_to(ROOT): file.read_text()
+        for file in [ROOT / "CMakeLists.txt", *(ROOT / "native").rglob("*")]
+        if file.is_file()
+    }
+    src = Path("native/src")
+    texts[src / "naive_batch.h"] = (ROOT / "tests/naive_batch.h").read_text()
+    for file, old, new in changes:
+        times = texts[src / file].count(old)
+        if times != 1:
+            raise SystemExit(f"this text stands {times} times in {file}, expected once:\n{old}")
+        texts[src / file] = texts[src / file].replace(old, new)
+    for name, text in texts.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        write_if_changed(tree / name, text)
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -506,11 +506,7 @@ def test_broken_builds_fail(name: str, broken_tree, model_1b) -> None:
     """Three libraries, each broken in one place, on the embedded model and one of 1B shape."""
     builds, tree = broken_tree
     (broken,) = [b for b in builds.BREAKS if b.name == name]
-    builds.copy_sources(tree)
-    path = tree / "native/src" / broken.file
-    text = path.read_text()
-    assert text.count(broken.old) == 1
-    path.write_text(text.replace(broken.old, broken.new))
+    builds.copy_sources(tree, [(broken.file, broken.old, broken.new)])
     lib = builds.build(tree)
     env = os.environ | {native.LIB_ENV: str(lib), "LLAMA_CPP_LIB_PATH": str(lib)}
     command = "from razor_local.cli import main; main(prog_name='razor-local')"
