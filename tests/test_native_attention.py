@@ -67,10 +67,11 @@ def test_an_unknown_kernel_is_refused() -> None:
 
 def test_an_unknown_choice_for_devices_is_refused() -> None:
     spec = TinySpec("llama", 1, 2, 2, 32)
-    for value in ("on", "token", "off", ""):
+    for value in ("on", "ampere", "token", "off", ""):
         assert why_refused(spec, value, DEVICE_ENV) == ""
     why = why_refused(spec, "no", DEVICE_ENV)
-    assert f"{DEVICE_ENV} is 'no', expected one of: on, token, off; correct or unset it" in why
+    assert f"{DEVICE_ENV} is 'no', expected one of: on, ampere, token, off" in why
+    assert "correct or unset it" in why
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

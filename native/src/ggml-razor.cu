@@ -13,6 +13,8 @@
 #include "ggml-cuda/common.cuh"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 static constexpr float LOG2E = 1.4426950408889634f;
 
@@ -634,39 +636,55 @@ struct razor_rows_args {
 
 // the rows that a batch looks at, one after the other
 template <int D, ggml_type type>
-static __global__ void razor_rows_to_f16(const razor_rows_args args) {
-    const int group = blockIdx.y < args.n_heads[0] ? 0 : 1;
-    const int head  = blockIdx.y - (group == 0 ? 0 : args.n_heads[0]); // of the group
-    const int cell  = blockIdx.x*blockDim.y + threadIdx.y;
-    const int part  = threadIdx.x;
+static __global__ void __launch_bounds__(WARPS*32) razor_rows_to_f16(const razor_rows_args args) {
+    constexpr int PARTS = D/8;            // threads of a row
+    constexpr int ROWS  = WARPS*32/PARTS; // at once
 
-    if (cell >= args.n_kv[group]) {
-        return;
-    }
+    const int n_retrieval = args.n_heads[0]*args.n_kv[0];
+    const int n_rows      = n_retrieval + args.n_heads[1]*args.n_kv[1];
 
-    const int64_t row = args.first_row[group] + head*args.head_rows[group] + cell;
-    const int64_t dst = (group == 0 ? 0 : (int64_t) args.n_heads[0]*args.n_kv[0]) + (int64_t) head*args.n_kv[group] + cell;
+    const int part  = threadIdx.x % PARTS;
+    const int first = blockIdx.x*AHEAD*ROWS + threadIdx.x/PARTS;
 
-    razor_rows<type> rows;
-    rows.load(args.rows[blockIdx.z] + row*args.row_bytes[blockIdx.z], part);
+    ggml_cuda_pdl_sync();
 
-    float x[8];
-    rows.get(x);
-
-    uint32_t pairs[4];
+    razor_rows<type> rows[AHEAD];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const half2 h = __floats2half2_rn(x[2*i], x[2*i + 1]);
-        memcpy(&pairs[i], &h, sizeof(h));
+    for (int i = 0; i < AHEAD; ++i) {
+        const int row   = min(first + i*ROWS, n_rows - 1);
+        const int group = row < n_retrieval ? 0 : 1;
+        const int at    = row - (group == 0 ? 0 : n_retrieval);
+        const int head  = at/args.n_kv[group]; // of the group
+        const int cell  = at - head*args.n_kv[group];
+
+        rows[i].load(args.rows[blockIdx.y] + (args.first_row[group] + head*args.head_rows[group] + cell)*args.row_bytes[blockIdx.y], part);
     }
 
-    half * out = args.out[blockIdx.z] + dst*D;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        const int row = first + i*ROWS;
+        if (row >= n_rows) {
+            return;
+        }
 
-    if constexpr (type == GGML_TYPE_Q4_0) {
-        *(uint2 *) (out + rows.place(part, 0)) = make_uint2(pairs[0], pairs[1]);
-        *(uint2 *) (out + rows.place(part, 4)) = make_uint2(pairs[2], pairs[3]);
-    } else {
-        *(uint4 *) (out + rows.place(part, 0)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        float x[8];
+        rows[i].get(x);
+
+        uint32_t pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const half2 h = __floats2half2_rn(x[2*j], x[2*j + 1]);
+            memcpy(&pairs[j], &h, sizeof(h));
+        }
+
+        half * out = args.out[blockIdx.y] + (int64_t) row*D;
+
+        if constexpr (type == GGML_TYPE_Q4_0) {
+            *(uint2 *) (out + rows[i].place(part, 0)) = make_uint2(pairs[0], pairs[1]);
+            *(uint2 *) (out + rows[i].place(part, 4)) = make_uint2(pairs[2], pairs[3]);
+        } else {
+            *(uint4 *) (out + rows[i].place(part, 0)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
     }
 }
 
@@ -700,7 +718,9 @@ static bool razor_batch_supported(int device) {
 // by instructions of compute capability 9.0 alone
 static bool razor_hopper(int device) {
 #ifdef GGML_CUDA_RAZOR_HOPPER
-    return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER;
+    const char * env = getenv(GGML_RAZOR_DEVICE_ENV);
+
+    return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER && !(env && strcmp(env, "ampere") == 0);
 #else
     return device < 0;
 #endif
@@ -892,11 +912,10 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
 
 template <int D>
 static void razor_to_f16(const razor_rows_args & args, ggml_type type, cudaStream_t stream) {
-    const int  n_kv = std::max(args.n_heads[0] > 0 ? args.n_kv[0] : 0, args.n_heads[1] > 0 ? args.n_kv[1] : 0);
-    const dim3 block(D/8, 256/(D/8), 1);
-    const dim3 grid((n_kv + block.y - 1)/block.y, args.n_heads[0] + args.n_heads[1], 2);
+    const int n_rows   = args.n_heads[0]*args.n_kv[0] + args.n_heads[1]*args.n_kv[1];
+    const int per_block = AHEAD*WARPS*32/(D/8); // of a block
 
-    const ggml_cuda_kernel_launch_params launch(grid, block, (size_t) 0, stream);
+    const ggml_cuda_kernel_launch_params launch(dim3((n_rows + per_block - 1)/per_block, 2, 1), dim3(WARPS*32, 1, 1), (size_t) 0, stream);
 
     switch (type) {
         case GGML_TYPE_BF16: ggml_cuda_kernel_launch(razor_rows_to_f16<D, GGML_TYPE_BF16>, launch, args); break;

@@ -55,6 +55,8 @@
 #define GGML_RAZOR_BATCH_MAGIC 0x525a4241u // with ggml_razor_attn_params
 #define GGML_RAZOR_FOLD_MAGIC  0x525a464fu
 
+#define GGML_RAZOR_DEVICE_ENV "RAZOR_LOCAL_DEVICE_ATTENTION"
+
 #define GGML_RAZOR_ATTN_MAX_KV 64 // heads
 #define GGML_RAZOR_OFFSET      24 // behind ggml_custom_op_params
 #define GGML_RAZOR_TILE        128 // cells that a batch looks at together

@@ -2,6 +2,7 @@
 
 // attention as an operation of the graph: on CPUs by the kernels of llama-razor-attn.h, on devices by backends that know it
 
+#include "ggml-razor.h"
 #include "llama-razor-attn.h"
 
 #include "ggml.h"
@@ -19,9 +20,9 @@ razor_attn_kernel razor_attn_choose();
 
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
 
-// "off": upstream's operations on devices; "token": attention of one token by ours, of a batch by upstream's, as where no
-// device knows better; for contexts that are created then
-#define RAZOR_DEVICE_ENV "RAZOR_LOCAL_DEVICE_ATTENTION"
+// "off": upstream's operations on devices; "token": attention of one token by ours, of a batch by upstream's; "ampere": of a
+// batch without the instructions of later devices; for contexts that are created then
+#define RAZOR_DEVICE_ENV GGML_RAZOR_DEVICE_ENV
 
 enum razor_device_choice {
     RAZOR_DEVICE_OFF,

@@ -85,7 +85,7 @@ razor_device_choice razor_device_wanted() {
     const char * env = getenv(RAZOR_DEVICE_ENV);
 
     const std::string wanted = env ? env : "";
-    if (wanted.empty() || wanted == "on") {
+    if (wanted.empty() || wanted == "on" || wanted == "ampere") {
         return RAZOR_DEVICE_ON;
     }
     if (wanted == "token") {
@@ -95,7 +95,7 @@ razor_device_choice razor_device_wanted() {
         return RAZOR_DEVICE_OFF;
     }
 
-    throw std::runtime_error(RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, token, off; correct or unset it");
+    throw std::runtime_error(RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, ampere, token, off; correct or unset it");
 }
 
 // for a few tensors
