@@ -147,10 +147,11 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RazorError(
-                f"the process of the benchmark ended with exit code {self._process.wait()};"
-                " is there enough memory for all contexts? leave out depths or types"
-            )
+            code = self._process.wait()
+            why = "what it said last stands above"
+            if code == -getattr(signal, "SIGKILL", 9):  # as a system that runs out of memory does
+                why = "is there enough memory for all contexts? leave out depths or types"
+            raise RazorError(f"the process of the benchmark ended with exit code {code}; {why}")
         answer = json.loads(line)
         if "error" in answer:
             raise RazorError(answer["error"])

@@ -196,12 +196,16 @@ def test_process_serves_contexts_and_says_what_is_wrong(tiny) -> None:
         Worker(ModelSetup(str(tiny(SPEC))))
 
 
-def test_a_worker_that_is_killed_is_told_from_one_that_answers(tiny) -> None:
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [(signal.SIGKILL, "is there enough memory"), (signal.SIGABRT, "what it said last")],
+)
+def test_a_worker_that_ends_is_told_from_one_that_answers(tiny, how: int, why: str) -> None:
     worker = Worker(ModelSetup(str(tiny(SPEC, KV))))
     try:
-        worker._process.send_signal(signal.SIGKILL)
+        worker._process.send_signal(how)
         worker._process.wait()
-        with pytest.raises(RazorError, match="ended with exit code -9; is there enough memory"):
+        with pytest.raises(RazorError, match=f"ended with exit code -{int(how)}; {why}"):
             worker.ask("describe")
     finally:
         worker.close()
