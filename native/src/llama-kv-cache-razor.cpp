@@ -740,7 +740,13 @@ llm_graph_input_razor::llm_graph_input_razor(
         }
     }
 
-    rows = input(GGML_TYPE_I64, n_rows*n_tokens, 1, "razor_inp_rows");
+    // set_rows takes both types, but not every backend copies I64 (ggml-vulkan ends the process); our own operation takes I64
+    bool any_device = false;
+    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+        any_device = any_device || kv.get_layer(il).device;
+    }
+
+    rows = input(any_device ? GGML_TYPE_I64 : GGML_TYPE_I32, n_rows*n_tokens, 1, "razor_inp_rows");
 
     if (n_heads > 0) {
         heads = input(GGML_TYPE_I32, n_heads*n_tokens, 1, "razor_inp_heads");
@@ -991,6 +997,35 @@ void llm_graph_input_razor::set_batch_input(const llama_ubatch & ubatch) const {
     GGML_ASSERT(tiles == (int32_t *) batch.tiles->data + ggml_nelements(batch.tiles));
 }
 
+template<typename T>
+void llm_graph_input_razor::set_rows_of_heads(T * rows_data) const {
+    const auto & plan  = mctx->get_kv().get_plan();
+    const auto & step  = mctx->get_step();
+    const auto & cells = mctx->get_cells();
+
+    for (const auto & order : orders) {
+        T * data = rows_data + order.offs_rows*n_tokens;
+
+        // the rows of a stream, and of the layer's local heads in it
+        const int64_t first_local = (int64_t) order.retrieval.size()*plan.n_ctx;
+        const int64_t n_rows      = first_local + (int64_t) order.local.size()*plan.cells;
+        const int64_t first       = step.strm*n_rows;
+
+        GGML_ASSERT(first + n_rows <= std::numeric_limits<T>::max());
+
+        for (uint32_t i = 0; i < n_tokens; ++i, data += order.n_head_kv) {
+            const uint32_t cell = plan.cell(step.pos0 + i);
+
+            for (size_t j = 0; j < order.retrieval.size(); ++j) {
+                data[order.retrieval[j]] = first + j*plan.n_ctx + cells[i];
+            }
+            for (size_t j = 0; j < order.local.size(); ++j) {
+                data[order.local[j]] = first + first_local + j*plan.cells + cell;
+            }
+        }
+    }
+}
+
 void llm_graph_input_razor::set_rows_input() const {
     const auto & plan  = mctx->get_kv().get_plan();
     const auto & step  = mctx->get_step();
@@ -999,23 +1034,10 @@ void llm_graph_input_razor::set_rows_input() const {
     if (rows->buffer) {
         GGML_ASSERT(ggml_backend_buffer_is_host(rows->buffer));
 
-        for (const auto & order : orders) {
-            int64_t * data = (int64_t *) rows->data + order.offs_rows*n_tokens;
-
-            // the rows of a stream, and of the layer's local heads in it
-            const int64_t first_local = (int64_t) order.retrieval.size()*plan.n_ctx;
-            const int64_t first       = step.strm*(first_local + (int64_t) order.local.size()*plan.cells);
-
-            for (uint32_t i = 0; i < n_tokens; ++i, data += order.n_head_kv) {
-                const uint32_t cell = plan.cell(step.pos0 + i);
-
-                for (size_t j = 0; j < order.retrieval.size(); ++j) {
-                    data[order.retrieval[j]] = first + j*plan.n_ctx + cells[i];
-                }
-                for (size_t j = 0; j < order.local.size(); ++j) {
-                    data[order.local[j]] = first + first_local + j*plan.cells + cell;
-                }
-            }
+        if (rows->type == GGML_TYPE_I64) {
+            set_rows_of_heads((int64_t *) rows->data);
+        } else {
+            set_rows_of_heads((int32_t *) rows->data);
         }
     }
 
@@ -1186,7 +1208,9 @@ static ggml_tensor * rows_of(ggml_context * ctx, ggml_tensor * cur) {
 }
 
 ggml_tensor * llm_graph_input_razor::view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const {
-    return ggml_view_1d(g.ctx0, on_device(g, layer, rows), order.n_head_kv*n_tokens, order.offs_rows*n_tokens*sizeof(int64_t));
+    ggml_tensor * idxs = layer.device || rows->type == GGML_TYPE_I32 ? on_device(g, layer, rows) : rows;
+
+    return ggml_view_1d(g.ctx0, idxs, order.n_head_kv*n_tokens, order.offs_rows*n_tokens*ggml_element_size(idxs));
 }
 
 void llm_graph_input_razor::build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const {

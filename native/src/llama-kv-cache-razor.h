@@ -278,6 +278,9 @@ private:
     void make_orders();
 
     void set_batch_input(const llama_ubatch & ubatch) const;
+    template<typename T>
+    void set_rows_of_heads(T * rows_data) const;
+
     void set_rows_input() const;
     void set_heads_input() const;
     void set_fold_input() const;
@@ -317,7 +320,7 @@ private:
     razor_batch batch; // instead of masks, for layers with device_batch
 
     // per order and token, the KV heads in the order of the model
-    ggml_tensor * rows      = nullptr; // I64 [n] rows of razor_layer::k and ::v
+    ggml_tensor * rows      = nullptr; // I32, or I64 for our operations, [n] rows of razor_layer::k and ::v
 
     // per order and token, the heads in the order of the graph
     ggml_tensor * heads     = nullptr; // I32 [n]
