@@ -19,8 +19,8 @@ import numpy as np
 from . import native
 from .errors import LibraryError, RazorError
 
-F32, I64 = 0, 27  # enum ggml_type
-_DTYPES = {F32: np.dtype(np.float32), I64: np.dtype(np.int64)}
+F32, I32, I64 = 0, 26, 27  # enum ggml_type
+_DTYPES = {F32: np.dtype(np.float32), I32: np.dtype(np.int32), I64: np.dtype(np.int64)}
 
 
 class Tensor(ctypes.Structure):
@@ -73,11 +73,13 @@ def check_layout(lib: ctypes.CDLL, pointer: int) -> None:
 
 
 def read(lib: ctypes.CDLL, pointer: int) -> np.ndarray:
-    """A copy of a computed F32 or I64 tensor of any strides, the innermost dimension last."""
+    """A copy of a computed F32, I32 or I64 tensor of any strides, the innermost dimension last."""
     tensor = Tensor.from_address(pointer)
     dtype = _DTYPES.get(tensor.type)
     if dtype is None:
-        raise RazorError(f"{tensor.name.decode()} has ggml type {tensor.type}, expected f32 or i64")
+        raise RazorError(
+            f"{tensor.name.decode()} has ggml type {tensor.type}, expected f32, i32 or i64"
+        )
     size = lib.ggml_nbytes(pointer)
     data = np.empty(size, np.uint8)
     lib.ggml_backend_tensor_get(pointer, data.ctypes.data, 0, size)
