@@ -83,6 +83,7 @@ BREAKS = [
     Break("nibbles-exchanged", KERNEL, "convertvector((x & 15) - 8, vf)", "convertvector((x >> 4) - 8, vf)", "test_error_of_each_kernel"),
     Break("any-kernel-name", ATTN, 'if (wanted.empty() || wanted == "off") {', "if (true) {", "test_an_unknown_kernel_is_refused"),
     Break("any-choice-for-devices", DEVICE, 'if (wanted.empty() || wanted == "on" || wanted == "ampere") {', "if (true) {", "test_an_unknown_choice_for_devices_is_refused"),
+    Break("rows-of-64-bits", CACHE, "any_device ? GGML_TYPE_I64 : GGML_TYPE_I32", "GGML_TYPE_I64", "test_rows_are_of_a_type_that_backends_copy"),
     Break("attention-of-more-nodes", CACHE, "attn.build       (g.ctx0, q_cur, layer.k, layer.v)", "ggml_cont(g.ctx0, attn.build(g.ctx0, q_cur, layer.k, layer.v))", "test_nodes_added_per_layer_on_cpus"),
     # attention of a batch. That a bias or the end of the cells keeps a tile from being seen whole changes nothing: the
     # cells of the other compensation token are in that tile, and there are 256*n cells

@@ -10,6 +10,8 @@ import reference
 import runner
 from tiny_models import TinySpec
 
+from razor_local.probe import I32, Tensor
+
 ENVS = ("RAZOR_LOCAL_CPU_ATTENTION", "RAZOR_LOCAL_DEVICE_ATTENTION")
 N_LAYER = 4
 ON_DEVICE = (
@@ -46,6 +48,27 @@ def count_nodes(path: str, razor: runner.Override, n_past: int, **params: object
             n_nodes = 0
             ctx.decode(tokens[-1:])
     return n_nodes
+
+
+def test_rows_are_of_a_type_that_backends_copy(tiny, monkeypatch) -> None:
+    """Layers on devices take parts of a copy, and ggml-vulkan ends the process at one of I64."""
+    for env in ENVS:
+        monkeypatch.setenv(env, "off")
+    types = []
+
+    @runner.bindings().ggml_backend_sched_eval_callback
+    def look(pointer: int, ask: bool, data: object) -> bool:
+        rows = Tensor.from_address(pointer).src[1]
+        if ask and rows and Tensor.from_address(rows).name.startswith(b"razor_inp_rows"):
+            types.append(Tensor.from_address(rows).type)
+        return False
+
+    path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
+    plan = reference.make_razor((KINDS["mixed"][0],) * N_LAYER, 64)
+    with runner.Model(path) as model:
+        with runner.Context(model, runner.override(plan), cb_eval=look, flash_attn=True) as ctx:
+            ctx.decode(runner.random_tokens(8, 64, 3))
+    assert types == [I32] * (2 * N_LAYER)  # of K and of V
 
 
 @pytest.mark.parametrize("kind", KINDS)

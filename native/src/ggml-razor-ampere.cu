@@ -17,10 +17,6 @@ static constexpr int AT_ONCE = RAZOR_AMPERE_AT_ONCE;
 // instructions
 //
 
-static __device__ __forceinline__ uint32_t razor_shared(const void * p) {
-    return (uint32_t) __cvta_generic_to_shared(p);
-}
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 static __device__ __forceinline__ void razor_copy(void * dst, const void * src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(razor_shared(dst)), "l"(src) : "memory");

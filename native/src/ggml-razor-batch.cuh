@@ -117,6 +117,11 @@ static __device__ __forceinline__ razor_piece razor_piece_at(const razor_batch_a
     return res;
 }
 
+// an address in shared memory, for instructions
+static __device__ __forceinline__ uint32_t razor_shared(const void * p) {
+    return (uint32_t) __cvta_generic_to_shared(p);
+}
+
 static __device__ __forceinline__ uint32_t razor_pair(float a, float b) {
     const half2 h = __floats2half2_rn(a, b);
 

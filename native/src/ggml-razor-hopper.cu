@@ -21,10 +21,6 @@ static constexpr int CHUNK = RAZOR_CHUNK;
 // instructions
 //
 
-static __device__ __forceinline__ uint32_t razor_shared(const void * p) {
-    return (uint32_t) __cvta_generic_to_shared(p);
-}
-
 static __device__ __forceinline__ void razor_barrier_init(uint64_t * bar, int n) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(razor_shared(bar)), "r"(n));
 }

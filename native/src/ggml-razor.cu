@@ -16,8 +16,6 @@
 #include <cstdlib>
 #include <cstring>
 
-static constexpr float LOG2E = 1.4426950408889634f;
-
 static constexpr int WARPS     = 8;
 static constexpr int TILE      = 32; // cells that a warp looks at together: one for each lane
 static constexpr int FEW       = 8;  // the same where there are so few that the warps would have none
@@ -333,7 +331,7 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
 
     if (T == TILE) {
         for (int tile = cell0 + warp*T; tile < cell1; tile += WARPS*T) {
-            const float m = tile + lane < cell1 ? LOG2E*__half2float(mask[tile + lane]) : -INFINITY;
+            const float m = tile + lane < cell1 ? RAZOR_LOG2E*__half2float(mask[tile + lane]) : -INFINITY;
             if (__any_sync(0xffffffff, m > -INFINITY)) {
                 attend(tile, m);
             }
@@ -345,7 +343,7 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
         __shared__ float    s_mask[SHORT];
         __shared__ uint32_t s_seen[WARPS];
 
-        const float m = (int) threadIdx.x < n_kv ? LOG2E*__half2float(mask[threadIdx.x]) : -INFINITY;
+        const float m = (int) threadIdx.x < n_kv ? RAZOR_LOG2E*__half2float(mask[threadIdx.x]) : -INFINITY;
         s_mask[threadIdx.x] = m;
 
         const uint32_t seen = __ballot_sync(0xffffffff, m > -INFINITY);
@@ -722,7 +720,8 @@ static bool razor_hopper(int device) {
 
     return ggml_cuda_info().devices[device].cc == GGML_CUDA_CC_HOPPER && !(env && strcmp(env, "ampere") == 0);
 #else
-    return device < 0;
+    (void) device;
+    return false;
 #endif
 }
 
@@ -885,7 +884,7 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
     args.k_row  = k->nb[1];
     args.v_row  = v->nb[1];
     args.n_gqa  = q->ne[1]/params.n_head_kv;
-    args.scale  = params.scale*LOG2E;
+    args.scale  = params.scale*RAZOR_LOG2E;
 
     args.n_retrieval = razor_heads(params, args.heads);
 
@@ -912,8 +911,8 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
 
 template <int D>
 static void razor_to_f16(const razor_rows_args & args, ggml_type type, cudaStream_t stream) {
-    const int n_rows   = args.n_heads[0]*args.n_kv[0] + args.n_heads[1]*args.n_kv[1];
-    const int per_block = AHEAD*WARPS*32/(D/8); // of a block
+    const int n_rows    = args.n_heads[0]*args.n_kv[0] + args.n_heads[1]*args.n_kv[1];
+    const int per_block = AHEAD*WARPS*32/(D/8);
 
     const ggml_cuda_kernel_launch_params launch(dim3((n_rows + per_block - 1)/per_block, 2, 1), dim3(WARPS*32, 1, 1), (size_t) 0, stream);
 
@@ -946,7 +945,7 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
     args.q_aligned = (uintptr_t) args.q % 16 == 0 && args.q_token % 4 == 0 && args.q_head % 4 == 0;
     args.n_tokens  = q->ne[2];
     args.n_gqa     = q->ne[1]/params.n_head_kv;
-    args.scale     = params.scale*LOG2E;
+    args.scale     = params.scale*RAZOR_LOG2E;
     args.bias      = (const float *) bias->data;
     args.tiles     = (const int2  *) tiles->data;
     args.out       = (float *) dst->data;
