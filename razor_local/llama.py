@@ -507,6 +507,8 @@ class Llama(llama_cpp.Llama):
         The base class puts the whole answer together again, and copies the prompt, for every token.
         It is left what is rare.
         """
+        if request["logit_bias"]:
+            self._read_logit_bias(request)
         if (
             not request["prompt"]
             or request["logprobs"] is not None
@@ -570,6 +572,24 @@ class Llama(llama_cpp.Llama):
         }
         echo = request["prompt"] if request["echo"] else ""
         yield {**response(echo + whole, finish_reason), "usage": usage}
+
+    def _read_logit_bias(self, request: dict[str, Any]) -> None:
+        """Checks the tokens of a request's logit_bias: the base class fails while it samples.
+
+        Beside logits_processor the base class drops both, so there it becomes one of them.
+        """
+        bias = {int(token): float(value) for token, value in request["logit_bias"].items()}
+        self._check_tokens(list(bias))
+        if request["logits_processor"] is None:
+            return
+
+        def add_bias(input_ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+            logits = logits.copy()
+            logits[list(bias)] += np.fromiter(bias.values(), logits.dtype)
+            return logits
+
+        processors = llama_cpp.LogitsProcessorList([*request["logits_processor"], add_bias])
+        request.update(logit_bias=None, logits_processor=processors)
 
     def _read_request(self, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
         """Checks a request as the base class does: what it calls generate() with.

@@ -260,6 +260,34 @@ def test_tokens_outside_the_vocabulary_are_refused(llama):
     assert llama.n_tokens == llama.stats().n_tokens == 1
 
 
+def test_a_bias_of_a_token_the_vocabulary_does_not_have_is_refused(llama):
+    for token in (-1, llama.n_vocab(), "70000"):
+        options = {"max_tokens": 1, "logit_bias": {5: 1.0, token: 5.0}}
+        with pytest.raises(RazorError, match=f"no token {token}: the vocabulary has 0 to"):
+            llama("a word", **options)
+        with pytest.raises(RazorError, match=f"no token {token}: the vocabulary has 0 to"):
+            next(llama("a word", stream=True, **options))
+        with pytest.raises(RazorError, match=f"no token {token}: the vocabulary has 0 to"):
+            llama.create_chat_completion(MESSAGES, **options)
+    assert llama("a word", max_tokens=1, logit_bias={"5": 0.5})["usage"]["completion_tokens"] == 1
+
+
+def test_a_bias_and_a_logits_processor_both_count(llama):
+    first, second, third = llama.tokenize(b"zqx", add_bos=False)
+
+    def only_two(ids, logits):
+        kept = np.full_like(logits, -np.inf)
+        kept[[first, second]] = 0
+        return kept
+
+    processors = llama_cpp.LogitsProcessorList([only_two])
+    bias = {second: 5.0, third: 50.0}
+    options = {"temperature": 0, "logit_bias": bias, "logits_processor": processors}
+    answer = llama("a word", max_tokens=2, **options)["choices"][0]["text"]
+    assert answer == llama.piece(second).decode() * 2
+    assert processors == [only_two]
+
+
 def test_the_vocabulary_is_asked_for_its_size_once_per_text(llama, monkeypatch):
     asked = []
     n_vocab = llama._model.n_vocab()
