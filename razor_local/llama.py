@@ -574,21 +574,20 @@ class Llama(llama_cpp.Llama):
         yield {**response(echo + whole, finish_reason), "usage": usage}
 
     def _read_logit_bias(self, request: dict[str, Any]) -> None:
-        """Checks the tokens of a request's logit_bias: the base class fails while it samples.
+        """Makes a request's logit_bias the last of its logits_processor, its tokens checked.
 
-        Beside logits_processor the base class drops both, so there it becomes one of them.
+        The base class fails at such tokens while it samples, and drops both beside each other.
         """
-        bias = {int(token): float(value) for token, value in request["logit_bias"].items()}
-        self._check_tokens(list(bias))
-        if request["logits_processor"] is None:
-            return
+        tokens = [int(token) for token in request["logit_bias"]]
+        bias = np.array([float(value) for value in request["logit_bias"].values()], np.float32)
+        self._check_tokens(tokens)
 
         def add_bias(input_ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
             logits = logits.copy()
-            logits[list(bias)] += np.fromiter(bias.values(), logits.dtype)
+            logits[tokens] += bias
             return logits
 
-        processors = llama_cpp.LogitsProcessorList([*request["logits_processor"], add_bias])
+        processors = llama_cpp.LogitsProcessorList([*(request["logits_processor"] or ()), add_bias])
         request.update(logit_bias=None, logits_processor=processors)
 
     def _read_request(self, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
