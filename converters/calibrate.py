@@ -23,9 +23,8 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from ctypes import c_int32
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -36,7 +35,7 @@ import numpy as np
 
 from .. import native
 from ..errors import ConvertError, RazorError, UnsupportedError
-from ..probe import Tensor, bind, load_model, n_cpus, reason, vocabulary
+from ..probe import AttentionProbe, attention_context, load_model, vocabulary
 from ..profile import ModelShape, Profile, read_model_shape
 from ..terminal import on_interrupt
 from .scores import Scores
@@ -47,7 +46,6 @@ DEFAULT_MAX_MEMORY = 3 << 30
 MIN_TOKENS = 16  # fewer say nothing: every token is near every other
 MAX_TOKENS = 1 << 20
 MAX_UBATCH = 512  # more is not faster
-PREFIX = b"kq_soft_max-"
 
 Progress = Callable[[float, float | None], object]  # part done 0 to 1, seconds left if known
 
@@ -113,11 +111,13 @@ def calibrate(
         memory = plan_memory(shape, len(text), max_memory)
         probe.start(text, len(bos) + n_tokens, _work(model_path, shape))
         ctx = stack.enter_context(
-            _context(lib, C, model, model_path, len(text), memory.n_ubatch, n_threads, probe)
+            attention_context(
+                lib, C, model, model_path, len(text), memory.n_ubatch, n_threads, probe
+            )
         )
         for start in range(0, len(text), memory.n_ubatch):
             part = text[start : start + memory.n_ubatch]
-            code = probe.decode(ctx, start, part)
+            code = probe.read(ctx, start, part)
             probe.check()
             if code != 0:
                 raise RazorError(
@@ -188,21 +188,13 @@ def plan_memory(shape: ModelShape, n_tokens: int, max_memory: int) -> Memory:
         n_ubatch //= 2
 
 
-class _Probe:
-    """Sums up the attention that the eval callback brings, and stops the computation if asked to.
-
-    Nothing may be raised into native code: errors are kept and raised by check().
-    """
+class _Probe(AttentionProbe):
+    """Sums up the attention to repetitions."""
 
     def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape, progress: Progress | None):
-        self.lib, self.C, self.shape, self.progress = lib, C, shape, progress
-        self.error: BaseException | None = None
-        self.stopped = False
-        self.eval_callback = C.ggml_backend_sched_eval_callback(self._on_eval)
-        self.abort_callback = C.ggml_abort_callback(lambda _data: self.stopped)
-        self.load_callback = C.llama_progress_callback(lambda _part, _data: not self.stopped)
+        super().__init__(lib, C, shape)
+        self.progress = progress
         self.kernel = _kernel()
-        bind(lib)
         self.echo = [np.zeros(n) for n in shape.n_head]  # f64 sums
         self.induction = [np.zeros(n) for n in shape.n_head]
         self.n_seen = np.zeros(shape.n_layer, np.int64)  # queries per layer
@@ -213,25 +205,12 @@ class _Probe:
         self.starts, self.copies = find_copies(text, first_query)
         self.total_work = work(0, len(text))
 
-    def interrupt(self) -> None:
-        self.error, self.stopped = KeyboardInterrupt(), True
-
-    def check(self) -> None:
-        """Raises what was raised in a callback."""
-        if self.error is not None:
-            raise self.error
-
-    def decode(self, ctx: int, start: int, part: np.ndarray) -> int:
+    def read(self, ctx: int, start: int, part: np.ndarray) -> int:
         """llama_decode of the tokens at positions start and up; its result."""
         if start == 0:
             self.started = time.monotonic()
-        self.position, self.n_part = start, len(part)
         self.wanted = start + len(part) > self.first_query
-        native.clear_errors()
-        ids = (c_int32 * len(part))(*part.tolist())  # the batch only points to it
-        batch = self.C.llama_batch_get_one(ids, len(part))
-        code = self.C.llama_decode(ctx, batch)
-        self.C.llama_synchronize(ctx)
+        code = self.decode(ctx, start, part)
         if code == 0 and not self.stopped:
             self._report(1.0)
         return code
@@ -253,58 +232,17 @@ class _Probe:
             means[name] = (sums / n_queries).astype(np.float32)
         return means
 
-    def _on_eval(self, tensor: int, ask: bool, _data: int | None) -> bool:
-        try:
-            if self.stopped or not self.wanted:
-                return False
-            name = self.lib.ggml_get_name(tensor)
-            if not name.startswith(PREFIX) or not name[len(PREFIX) :].isdigit():
-                return False
-            il = int(name[len(PREFIX) :])
-            if il >= self.shape.n_layer:
-                return False
-            if not ask:
-                self._add(tensor, il)
-                self._report((il + 1) / self.shape.n_layer)
-            return True
-        except BaseException as error:
-            self.error, self.stopped = error, True
-            return False
-
-    def _add(self, pointer: int, il: int) -> None:
-        """Adds the attention of one layer in this ubatch: f32 [n_head, n_tokens, n_kv]."""
-        tensor = Tensor.from_address(pointer)
-        n_kv, n_rows, n_head, n_stream = tensor.ne
-        size = n_kv * n_rows * 4
-        fits = (
-            (tensor.type, n_rows, n_head) == (0, self.n_part, self.shape.n_head[il])
-            and n_stream == 1
-            and n_kv >= self.position + self.n_part
-            and tuple(tensor.nb) == (4, n_kv * 4, size, size * n_head)
-        )
-        if not fits:
-            raise UnsupportedError(
-                f"the attention of layer {il} of this model ({self.shape.arch}) has the shape"
-                f" {list(tensor.ne)}, expected one row for each of {self.n_part} tokens in"
-                f" {self.shape.n_head[il]} heads over all earlier tokens"
-            )
+    def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
         skip = max(self.first_query - self.position, 0)  # rows that are no queries yet
         first = self.position + skip - self.first_query
-        starts = self.starts[first : first + n_rows - skip + 1]
-        on_host = tensor.buffer and self.lib.ggml_backend_buffer_is_host(tensor.buffer)
-        data = self.lib.ggml_get_data(pointer)
-        buffer = None if on_host else np.empty((n_rows, n_kv), np.float32)
-        for ih in range(n_head):
-            if on_host:
-                raw = (ctypes.c_float * (n_kv * n_rows)).from_address(data + ih * size)
-                head = np.ctypeslib.as_array(raw).reshape(n_rows, n_kv)
-            else:
-                head = buffer
-                self.lib.ggml_backend_tensor_get(pointer, head.ctypes.data, ih * size, size)
-            echo, induction = self.kernel(head[skip:], starts, self.copies)
-            self.echo[il][ih] += echo
-            self.induction[il][ih] += induction
-        self.n_seen[il] += n_rows - skip
+        starts = self.starts[first : first + self.n_part - skip + 1]
+        echo, induction = self.kernel(attention[skip:], starts, self.copies)
+        self.echo[il][ih] += echo
+        self.induction[il][ih] += induction
+
+    def on_layer(self, il: int) -> None:
+        self.n_seen[il] += self.n_part - max(self.first_query - self.position, 0)
+        self._report((il + 1) / self.shape.n_layer)
 
     def _report(self, part: float) -> None:
         if self.progress is None:
@@ -359,40 +297,6 @@ def _kernel() -> Callable[..., tuple[float, float]]:
     none = np.zeros(0, np.int64)
     kernel(np.zeros((0, 1), np.float32), np.zeros(1, np.int64), none)  # compiles now, not midway
     return kernel
-
-
-@contextmanager
-def _context(
-    lib: native.Native,
-    C: Any,
-    model: int,
-    path: Path,
-    n_tokens: int,
-    n_ubatch: int,
-    n_threads: int | None,
-    probe: _Probe,
-) -> Iterator[int]:
-    """A context (a pointer) that shows its attention: razor and flash attention off."""
-    params = C.llama_context_default_params()
-    params.n_ctx = n_tokens
-    params.n_batch = params.n_ubatch = n_ubatch
-    params.n_threads = params.n_threads_batch = n_threads or n_cpus()
-    params.n_outputs_max = 1  # nobody reads the logits
-    params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cb_eval = probe.eval_callback
-    params.abort_callback = probe.abort_callback
-    params.no_perf = True
-    native.clear_errors()
-    with lib.override(native.make_params(None)):
-        ctx = C.llama_init_from_model(model, params)
-    if not ctx:
-        raise RazorError(
-            f"no context of {n_tokens} tokens could be created for {path} ({reason(lib)})"
-        )
-    try:
-        yield ctx
-    finally:
-        C.llama_free(ctx)
 
 
 def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) -> None:

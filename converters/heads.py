@@ -89,22 +89,22 @@ class HeadList:
 
 
 def read_heads(
-    path: str | os.PathLike[str], shape: ModelShape, retrieval: float | None = None
+    path: str | os.PathLike[str], shape: ModelShape, budget: float | None = None
 ) -> tuple[np.ndarray, ...]:
     """Retrieval heads for the model: one uint8 array [n_head_kv] of 0/1 per layer.
 
-    retrieval: the share of KV heads to take from gates or scores, rounded up to whole heads.
+    budget: the share of KV heads to take from gates or scores, rounded up to whole heads.
     Raises ProfileError where the file is no head list, is one of another shape, or does not go with
-    retrieval; OSError.
+    a budget; OSError.
     """
-    return profile_from_heads(path, shape, retrieval=retrieval).retrieval
+    return profile_from_heads(path, shape, budget=budget).retrieval
 
 
 def profile_from_heads(
     path: str | os.PathLike[str],
     shape: ModelShape,
     *,
-    retrieval: float | None = None,
+    budget: float | None = None,
     sink_tokens: int = DEFAULT_SINKS,
     window_min: int = DEFAULT_WINDOW_MIN,
     window_divisor: int = DEFAULT_WINDOW_DIVISOR,
@@ -119,24 +119,24 @@ def profile_from_heads(
         "model_fingerprint": shape.fingerprint,
     }
     if heads.kind == "heads":
-        if retrieval is not None:
+        if budget is not None:
             raise ProfileError(
-                f"{path} says itself which heads are retrieval heads; leave --retrieval out"
+                f"{path} says itself which heads are retrieval heads; leave --budget out"
             )
         chosen = values.astype(np.uint8)
     else:
-        if retrieval is None:
+        if budget is None:
             raise ProfileError(
                 f"{path} holds {KIND_NAMES[heads.kind]}, which only order the heads; say which"
-                " share of the KV heads keeps every token, for example --retrieval 0.25"
+                " share of the KV heads keeps every token, for example --budget 0.25"
             )
-        if not 0 <= retrieval <= 1:
+        if not 0 <= budget <= 1:
             raise ProfileError(
-                f"retrieval is {retrieval:g}, expected a share of the KV heads from 0 to 1"
+                f"budget is {budget:g}, expected a share of the KV heads from 0 to 1"
             )
-        n = math.ceil(retrieval * len(values) - 1e-9)  # 0.14 * 50 is a little more than 7
+        n = math.ceil(budget * len(values) - 1e-9)  # 0.14 * 50 is a little more than 7
         chosen, taken, tied = choose_by_rank(values, n)
-        record["retrieval"] = f"{retrieval:g}"
+        record["budget"] = f"{budget:g}"
         if taken < tied:
             lowest = values[chosen == 1].min()
             record["ties"] = f"{taken} of {tied} heads with the value {lowest:g}"

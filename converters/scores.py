@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,11 +30,15 @@ from ..profile import (
     ModelShape,
     Profile,
     describe_heads,
+    split_heads,
 )
 
 INDUCTION = 0.14  # shares of all KV heads; the paper's defaults
 ECHO = 0.01
-ECHO_PART = ECHO / (INDUCTION + ECHO)  # of a single budget
+FLOOR, CERTAIN = 0.02, 0.1  # scores: below the first no head stands out, from the second on all do
+SPREAD = 10  # deviations from the median that a head needs to stand out
+MAX_SHARE = 0.25  # of the KV heads are chosen by score at most: more would save little
+MIN_HEADS = 4  # may be chosen by score in any case, in models with few KV heads
 
 FORMAT = "razor scores"
 VERSION = 1
@@ -115,77 +120,174 @@ class Scores:
             )
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where the heads that stand out by one score end.
+
+    value: KV heads above it stand out. above, below: the scores on both sides of it, 0 where there
+    is none. n_above: KV heads above it. Their ratio is the gap that `inspect --heads` shows.
+    """
+
+    value: float
+    above: float
+    below: float
+    n_above: int
+
+    @property
+    def ratio(self) -> float:
+        """above / below, infinite where nothing is below, 0 where no head stands out."""
+        if not self.n_above:
+            return 0.0
+        return self.above / self.below if self.below > 0 else math.inf
+
+
+def find_cut(values: np.ndarray, chance: float = 0.0) -> Cut:
+    """Find the score above which a KV head stands out from the others.
+
+    A head at CERTAIN (a tenth of its attention goes to the repetition) or above always stands out.
+    One below FLOOR, within SPREAD deviations of the median (the median absolute deviation, scaled
+    to a standard deviation) or at chance never does. Between these two bounds the cut is where
+    neighboring scores have the largest ratio.
+
+    Args:
+        values: f32 [KV heads], one score of each.
+        chance: the score that attention without any preference gives.
+    """
+    ordered = np.sort(np.asarray(values, np.float64))[::-1]
+    median = float(np.median(ordered)) if len(ordered) else 0.0
+    spread = 1.4826 * float(np.median(np.abs(ordered - median))) if len(ordered) else 0.0
+    low = max(chance, min(max(FLOOR, median + SPREAD * spread), CERTAIN))
+    high = max(CERTAIN, low)
+    n_above, best = int((ordered > low).sum()), 0.0
+    padded = np.append(ordered, 0.0)
+    # candidates: the gaps between neighbors that reach into [low, high]
+    for n in range(max(int((ordered >= high).sum()), 1), n_above + 1):
+        ratio = padded[n - 1] / max(padded[n], low / 100)
+        if ratio > best:
+            best, n_above = ratio, n
+    if not n_above:
+        return Cut(low, 0.0, float(padded[0]), 0)
+    above, below = float(padded[n_above - 1]), float(padded[n_above])
+    return Cut(min(max(math.sqrt(above * below), low), max(high, below)), above, below, n_above)
+
+
+def find_cuts(scores: Scores) -> dict[str, Cut]:
+    """The cuts of "induction" and "echo", over the KV heads of all layers."""
+    return {name: find_cut(values, _chance(scores)) for name, values in _kv_scores(scores).items()}
+
+
 def choose_heads(
     scores: Scores,
     *,
-    induction: float = INDUCTION,
-    echo: float = ECHO,
-    retrieval: float | None = None,
+    induction: float | None = None,
+    echo: float | None = None,
+    budget: float | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """The retrieval heads by score: one uint8 array [n_head_kv] of 0/1 per layer.
+    """Choose retrieval heads by their scores: one uint8 array [n_head_kv] of 0/1 per layer.
 
-    The score of a KV head is the largest of its group of query heads. The KV heads of all layers
-    are ranked together, once by induction and once by echo score, equal ones in the order of the
-    model. induction, echo: share of all KV heads taken from each ranking, rounded up, so that a
-    small model keeps a head of both; what is in both counts once. Heads that pay the repetition
-    little more attention than chance are not taken, even if fewer than the share remain: which of
-    them comes first is due to the seed alone.
+    The score of a KV head is the largest of its group of query heads. Without a share, every KV
+    head that stands out by either score is chosen (find_cut), at most MAX_SHARE of all of them (or
+    MIN_HEADS) and those with the highest strength first. The strength of a head is the larger of
+    its two scores, each divided by its cut.
 
-    retrieval: one budget instead, a share of all KV heads rounded up, which is met exactly: its
-    15th part (to the nearest head) is taken from the echo ranking as above, the rest is filled up
-    from the induction ranking. Raises ProfileError for a share that is not from 0 to 1.
+    Args:
+        induction, echo: the paper's quotas instead: the share of all KV heads taken from each
+            ranking, rounded up, so that a small model keeps a head of both (the other one has the
+            paper's default). Heads at chance are not taken, even if fewer than the share remain.
+        budget: one share of all KV heads instead, rounded up and met exactly: the heads with the
+            highest strength, whether they stand out or not.
+
+    Raises:
+        ProfileError: a share is not between 0 and 1.
     """
-    for name, share in (("induction", induction), ("echo", echo), ("retrieval", retrieval)):
+    for name, share in (("induction", induction), ("echo", echo), ("budget", budget)):
         if share is not None and not 0 <= share <= 1:
             raise ProfileError(f"{name} is {share:g}, expected a share of the KV heads from 0 to 1")
     total = sum(scores.n_head_kv)
-    induction_scores = _group_max(scores, scores.induction)
-    echo_scores = _group_max(scores, scores.echo)
-    by_induction, by_echo = _ranking(induction_scores), _ranking(echo_scores)
-    by_echo = by_echo[echo_scores[by_echo] > _chance(scores)]
     chosen = np.zeros(total, np.uint8)
-    if retrieval is None:
-        by_induction = by_induction[induction_scores[by_induction] > _chance(scores)]
-        chosen[by_induction[: _count(induction, total)]] = 1
-        chosen[by_echo[: _count(echo, total)]] = 1
+    if induction is not None or echo is not None:
+        quotas = {
+            "induction": INDUCTION if induction is None else induction,
+            "echo": ECHO if echo is None else echo,
+        }
+        for name, values in _kv_scores(scores).items():
+            ranking = _ranking(values)
+            ranking = ranking[values[ranking] > _chance(scores)]
+            chosen[ranking[: _count(quotas[name], total)]] = 1
     else:
-        budget = _count(retrieval, total)
-        chosen[by_echo[: math.floor(budget * ECHO_PART + 0.5)]] = 1
-        rest = by_induction[chosen[by_induction] == 0]
-        chosen[rest[: budget - int(chosen.sum())]] = 1
-    return tuple(np.split(chosen, np.cumsum(scores.n_head_kv)[:-1]))
+        strength = head_strength(scores)
+        if budget is None:
+            n = min(int((strength > 1).sum()), max(math.floor(MAX_SHARE * total), MIN_HEADS))
+        else:
+            n = _count(budget, total)
+        chosen[_ranking(strength)[:n]] = 1
+    return split_heads(chosen, scores.n_head_kv)
+
+
+def head_strength(scores: Scores) -> np.ndarray:
+    """How much each KV head stands out, f64 [sum of n_head_kv]: above 1 if it does."""
+    cuts, values = find_cuts(scores), _kv_scores(scores)
+    return np.maximum(*(values[name].astype(np.float64) / cuts[name].value for name in values))
 
 
 def profile_from_scores(
     scores: Scores,
     *,
-    induction: float = INDUCTION,
-    echo: float = ECHO,
-    retrieval: float | None = None,
+    induction: float | None = None,
+    echo: float | None = None,
+    budget: float | None = None,
     **options: Any,
 ) -> Profile:
-    """Profile with the heads of choose_heads(), the scores and the record of their measurement.
+    """Make a profile with the heads of choose_heads(), their scores and the calibration record.
 
-    options: fields of Profile. Raises ProfileError.
+    Args:
+        options: fields of Profile.
+
+    Raises:
+        ProfileError: as choose_heads() and Profile do.
     """
-    heads = choose_heads(scores, induction=induction, echo=echo, retrieval=retrieval)
-    if retrieval is None:
-        budget = {"induction": f"{induction:g}", "echo": f"{echo:g}"}
+    heads = choose_heads(scores, induction=induction, echo=echo, budget=budget)
+    if budget is not None:
+        record = {"select": "budget", "budget": f"{budget:g}"}
+    elif induction is not None or echo is not None:
+        record = {
+            "select": "paper",
+            "induction": f"{INDUCTION if induction is None else induction:g}",
+            "echo": f"{ECHO if echo is None else echo:g}",
+        }
     else:
-        budget = {"retrieval": f"{retrieval:g}"}
+        record = {"select": "score"}
     return Profile(
         retrieval=heads,
         echo_score=scores.echo,
         induction_score=scores.induction,
-        calibration=scores.calibration | budget,
+        calibration=scores.calibration | record,
         **options,
     )
 
 
-def with_retrieval(profile: Profile, shape: ModelShape, retrieval: float) -> Profile:
-    """The profile of the model with another budget, by the scores it holds. Raises ProfileError."""
+def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
+    """Return the profile with another budget, met exactly.
+
+    Heads that `convert` chose by score come first, those that it added to find planted facts
+    included; all others follow by their strength. Raises ProfileError where the profile has no
+    scores.
+    """
     scores = profile_scores(profile, shape)
-    return replace(profile, retrieval=choose_heads(scores, retrieval=retrieval))
+    retrieval = choose_heads(scores, budget=budget)
+    if profile.calibration.get("select") == "score":
+        chosen, strength = profile.flat(), head_strength(scores)
+        order = np.lexsort((-strength, 1 - chosen.astype(np.int64)))
+        flat = np.zeros_like(chosen)
+        flat[order[: _count(budget, len(flat))]] = 1
+        retrieval = split_heads(flat, shape.n_head_kv)
+    # what was seen with other heads does not hold for these
+    record = {k: v for k, v in profile.calibration.items() if not k.startswith("facts")}
+    return replace(
+        profile,
+        retrieval=retrieval,
+        calibration=record | {"select": "budget", "budget": f"{budget:g}"},
+    )
 
 
 def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
@@ -328,15 +430,24 @@ def _numbers(fields: dict[str, Any], name: str, kind: type) -> np.ndarray:
     return values.astype(kind)
 
 
-def _group_max(scores: Scores, per_query_head: np.ndarray) -> np.ndarray:
+def group_max(
+    per_query_head: np.ndarray, n_head: Sequence[int], n_head_kv: Sequence[int]
+) -> np.ndarray:
     """Scores of the KV heads, layer-major: the largest in the group of query heads of each."""
-    layers = np.split(per_query_head, np.cumsum(scores.n_head)[:-1])
+    layers = np.split(per_query_head, np.cumsum(n_head)[:-1])
     groups = [
         layer.reshape(n_kv, -1).max(axis=1)
-        for layer, n_kv in zip(layers, scores.n_head_kv, strict=True)
+        for layer, n_kv in zip(layers, n_head_kv, strict=True)
         if n_kv
     ]
     return np.concatenate([np.zeros(0, np.float32), *groups])
+
+
+def _kv_scores(scores: Scores) -> dict[str, np.ndarray]:
+    return {
+        name: group_max(getattr(scores, name), scores.n_head, scores.n_head_kv)
+        for name in ("induction", "echo")
+    }
 
 
 def _ranking(values: np.ndarray) -> np.ndarray:

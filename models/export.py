@@ -133,10 +133,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, n_vocab: int) -> Non
 
 
 def convert(model: Path, out: Path) -> None:
-    """The profile: heads measured by razor-local, 14 % of them by induction score and none by echo
-    score (in so few heads one would be 4 %), a window of an eighth of the context."""
+    """The profile: the heads that razor-local chooses, and a window of an eighth of the context."""
     command = [str(Path(sys.executable).with_name("razor-local")), "convert", str(model)]
-    command += ["-o", str(out), "--force", "--echo", "0", "--window-min", "256"]
+    command += ["-o", str(out), "--force", "--window-min", "256"]
     subprocess.run([*command, "--window-divisor", str(WINDOW_DIVISOR)], check=True)
 
 

@@ -69,9 +69,9 @@ class ModelSetup:
                 " one with --sidecar"
             )
         if self.retrieval is not None:
-            from .converters.scores import with_retrieval
+            from .converters.scores import with_budget
 
-            profile = with_retrieval(profile, shape, self.retrieval)
+            profile = with_budget(profile, shape, self.retrieval)
         names = ("window_min", "window_divisor", "sink_tokens")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return shape, replace(profile, **changes)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from .errors import ProfileError
 from .gguf_header import MAGIC, read_header
 from .picture import make_figure, save_figure
 from .profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
+
+if TYPE_CHECKING:
+    from .converters.scores import Cut
 
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".-+*#"  # for terminals without the blocks
@@ -49,6 +52,29 @@ def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iter
     yield from _table({"layer": [str(il) for il in range(shape.n_layer)]} | columns, "layer")
     yield ""
     yield "; ".join(legend)
+    yield from gap_lines(profile, shape)
+
+
+def profile_cuts(profile: Profile, shape: ModelShape) -> dict[str, Cut]:
+    """Where the KV heads that stand out end, by each score; empty for a profile without scores."""
+    from .converters.scores import find_cuts, profile_scores
+
+    if profile.echo_score is None or profile.induction_score is None:
+        return {}
+    return find_cuts(profile_scores(profile, shape))
+
+
+def gap_lines(profile: Profile, shape: ModelShape) -> Iterator[str]:
+    """How far the heads that stand out are above the others, a line for each score."""
+    for name, cut in profile_cuts(profile, shape).items():
+        if not cut.n_above:
+            yield f"{name}: no KV head stands out, the highest score is {cut.below:.3g}"
+            continue
+        are = "head stands out, with" if cut.n_above == 1 else "heads stand out, from"
+        yield (
+            f"{name}: {cut.n_above} KV {are} {cut.above:.3g}; the next has {cut.below:.3g}"
+            f" (a gap of {cut.ratio:.1f}x)"
+        )
 
 
 def _shade(value: float, top: float, shades: str) -> str:
@@ -129,10 +155,10 @@ def read_other_heads(
         if start.startswith(b"PK") or f'"{FORMAT}"'.encode() in start:
             scores = load_scores(path)
             _check_heads(path, scores.n_head_kv, shape)
-            return choose_heads(scores, retrieval=share)
+            return choose_heads(scores, budget=share)
         if parse_heads(path).kind == "heads":
             share = None
-        return profile_from_heads(path, shape, retrieval=share).retrieval
+        return profile_from_heads(path, shape, budget=share).retrieval
     header = read_header(path)
     other = shape_from_header(header)
     _check_heads(path, other.n_head_kv, shape)
@@ -197,12 +223,13 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
         f"{name} score": (layers, "query head")
         for name, layers in query_head_scores(profile, shape).items()
     }
-    size = (1.5 + 4.5 * len(panels), 2 + 0.12 * shape.n_layer)
+    cuts = profile_cuts(profile, shape)
+    n_panels = len(panels) + bool(cuts)
+    size = (1.5 + 4.5 * n_panels, 2 + 0.12 * shape.n_layer)
     figure = make_figure(path, size, "look at the map in the terminal with --heads")
     figure.suptitle("".join(c if c.isprintable() else "?" for c in shape.name[:100]))
-    for axes, (title, (layers, unit)) in zip(
-        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
-    ):
+    all_axes = np.atleast_1d(figure.subplots(1, n_panels))
+    for axes, (title, (layers, unit)) in zip(all_axes, panels.items(), strict=False):
         grid = np.full((len(layers), max(map(len, layers))), np.nan)
         for il, layer in enumerate(layers):
             grid[il, : len(layer)] = layer
@@ -215,5 +242,23 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
         axes.locator_params(integer=True)
         if not chosen:
             figure.colorbar(image, ax=axes)
+    if cuts:
+        _plot_gaps(all_axes[-1], profile, shape, cuts)
     figure.tight_layout()
     return save_figure(figure, path)
+
+
+def _plot_gaps(axes: Any, profile: Profile, shape: ModelShape, cuts: dict[str, Cut]) -> None:
+    """Scores of the KV heads by rank, and where those that stand out end."""
+    from .converters.scores import group_max
+
+    for name, layers in query_head_scores(profile, shape).items():
+        values = group_max(np.concatenate(layers), shape.n_head, shape.n_head_kv)
+        ranks = np.arange(1, len(values) + 1)
+        (line,) = axes.plot(ranks, np.sort(values)[::-1], marker=".", label=name)
+        axes.axhline(cuts[name].value, color=line.get_color(), linestyle="--", linewidth=1)
+    axes.set(title="scores by rank, and the cuts", xlabel="KV head by rank", ylabel="score")
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_ylim(0, 1)
+    axes.legend()

@@ -254,6 +254,11 @@ class Llama(llama_cpp.Llama):
         """The plan of this context; None for a model whose cache the plan does not describe."""
         return self._plan
 
+    @property
+    def profile(self) -> Profile | None:
+        """The profile of this context, options applied; None for a model without one."""
+        return self._profile
+
     def memory(self) -> Memory:
         """What the KV cache takes, from the native library's own count."""
         stats = _native.stats(self.ctx)
@@ -811,9 +816,9 @@ def _resolve(
         shape = shape_from_header(header)
         profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
     if retrieval is not None and profile is not None:
-        from .converters.scores import with_retrieval
+        from .converters.scores import with_budget
 
-        profile = with_retrieval(profile, shape, retrieval)
+        profile = with_budget(profile, shape, retrieval)
     return shape, profile, "the model file has no razor profile"
 
 

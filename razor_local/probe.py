@@ -10,15 +10,19 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import c_bool, c_char, c_char_p, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_bool, c_char, c_char_p, c_int8, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import native
-from .errors import LibraryError, RazorError
+from .errors import LibraryError, RazorError, UnsupportedError
 
+if TYPE_CHECKING:
+    from .profile import ModelShape
+
+ATTENTION = b"kq_soft_max-"  # and the layer: exists with flash attention off
 F32, I32, I64 = 0, 26, 27  # enum ggml_type
 _DTYPES = {F32: np.dtype(np.float32), I32: np.dtype(np.int32), I64: np.dtype(np.int64)}
 
@@ -88,6 +92,108 @@ def read(lib: ctypes.CDLL, pointer: int) -> np.ndarray:
     ).copy()
 
 
+class AttentionProbe:
+    """Reads the attention of a running model head by head, and stops the model if asked to.
+
+    A subclass overrides on_head() and on_layer(). Nothing may be raised into native code: errors
+    are kept and raised by check().
+
+    Attributes:
+        wanted: whether the attention of the next decode() is read.
+        position, n_part: first position and number of tokens of the current decode().
+    """
+
+    def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape) -> None:
+        self.lib, self.C, self.shape = lib, C, shape
+        self.error: BaseException | None = None
+        self.stopped = False
+        self.wanted = False
+        self.position = self.n_part = 0
+        self.eval_callback = C.ggml_backend_sched_eval_callback(self._on_eval)
+        self.abort_callback = C.ggml_abort_callback(lambda _data: self.stopped)
+        self.load_callback = C.llama_progress_callback(lambda _part, _data: not self.stopped)
+        bind(lib)
+
+    def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
+        """Take the attention of one query head: f32 [n_part, n_kv], valid during the call."""
+
+    def on_layer(self, il: int) -> None:
+        """Called after the last head of a layer."""
+
+    def interrupt(self) -> None:
+        self.error, self.stopped = KeyboardInterrupt(), True
+
+    def check(self) -> None:
+        """Raise what was raised in a callback."""
+        if self.error is not None:
+            raise self.error
+
+    def decode(
+        self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray | None = None
+    ) -> int:
+        """Run llama_decode on the tokens at positions start and up, and return its result.
+
+        outputs: i8 [len(part)], 1 where the logits of a token are wanted; None: the last one.
+        """
+        self.position, self.n_part = start, len(part)
+        native.clear_errors()
+        ids = (c_int32 * len(part))(*part.tolist())  # the batch only points to it
+        batch = self.C.llama_batch_get_one(ids, len(part))
+        if outputs is not None:
+            flags = (c_int8 * len(part))(*outputs.tolist())
+            batch.logits = flags
+        code = self.C.llama_decode(ctx, batch)
+        self.C.llama_synchronize(ctx)
+        return code
+
+    def _on_eval(self, tensor: int, ask: bool, _data: int | None) -> bool:
+        try:
+            if self.stopped or not self.wanted:
+                return False
+            name = self.lib.ggml_get_name(tensor)
+            if not name.startswith(ATTENTION) or not name[len(ATTENTION) :].isdigit():
+                return False
+            il = int(name[len(ATTENTION) :])
+            if il >= self.shape.n_layer:
+                return False
+            if not ask:
+                self._read_layer(tensor, il)
+                self.on_layer(il)
+            return True
+        except BaseException as error:
+            self.error, self.stopped = error, True
+            return False
+
+    def _read_layer(self, pointer: int, il: int) -> None:
+        """Read the attention of one layer in this ubatch: f32 [n_head, n_tokens, n_kv]."""
+        tensor = Tensor.from_address(pointer)
+        n_kv, n_rows, n_head, n_stream = tensor.ne
+        size = n_kv * n_rows * 4
+        fits = (
+            (tensor.type, n_rows, n_head) == (F32, self.n_part, self.shape.n_head[il])
+            and n_stream == 1
+            and n_kv >= self.position + self.n_part
+            and tuple(tensor.nb) == (4, n_kv * 4, size, size * n_head)
+        )
+        if not fits:
+            raise UnsupportedError(
+                f"the attention of layer {il} of this model ({self.shape.arch}) has the shape"
+                f" {list(tensor.ne)}, expected one row for each of {self.n_part} tokens in"
+                f" {self.shape.n_head[il]} heads over all earlier tokens"
+            )
+        on_host = tensor.buffer and self.lib.ggml_backend_buffer_is_host(tensor.buffer)
+        data = self.lib.ggml_get_data(pointer)
+        buffer = None if on_host else np.empty((n_rows, n_kv), np.float32)
+        for ih in range(n_head):
+            if on_host:
+                raw = (ctypes.c_float * (n_kv * n_rows)).from_address(data + ih * size)
+                head = np.ctypeslib.as_array(raw).reshape(n_rows, n_kv)
+            else:
+                head = buffer
+                self.lib.ggml_backend_tensor_get(pointer, head.ctypes.data, ih * size, size)
+            self.on_head(il, ih, head)
+
+
 @contextmanager
 def load_model(
     lib: native.Native,
@@ -111,6 +217,41 @@ def load_model(
     finally:
         if model:
             C.llama_model_free(model)
+
+
+@contextmanager
+def attention_context(
+    lib: native.Native,
+    C: Any,
+    model: int,
+    path: Path,
+    n_tokens: int,
+    n_ubatch: int,
+    n_threads: int | None,
+    probe: AttentionProbe,
+    n_outputs: int = 1,
+) -> Iterator[int]:
+    """A context (a pointer) that shows its attention: razor and flash attention off."""
+    params = C.llama_context_default_params()
+    params.n_ctx = n_tokens
+    params.n_batch = params.n_ubatch = n_ubatch
+    params.n_threads = params.n_threads_batch = n_threads or n_cpus()
+    params.n_outputs_max = n_outputs
+    params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cb_eval = probe.eval_callback
+    params.abort_callback = probe.abort_callback
+    params.no_perf = True
+    native.clear_errors()
+    with lib.override(native.make_params(None)):
+        ctx = C.llama_init_from_model(model, params)
+    if not ctx:
+        raise RazorError(
+            f"no context of {n_tokens} tokens could be created for {path} ({reason(lib)})"
+        )
+    try:
+        yield ctx
+    finally:
+        C.llama_free(ctx)
 
 
 def vocabulary(C: Any, model: int) -> tuple[np.ndarray, np.ndarray]:

@@ -208,6 +208,29 @@ class Profile:
                 )
 
 
+def facts_line(profile: Profile) -> str | None:
+    """What `convert` saw when it planted facts, None where it did not.
+
+    For example "planted facts: 17 of 20 found, 18 with the full cache (1,536 tokens, window 512,
+    45% of its bytes)".
+    """
+    record = profile.calibration
+    n, found, full = (record.get(k) for k in ("facts", "facts_found", "facts_found_full"))
+    if not all(isinstance(value, int) for value in (n, found, full)):
+        return None
+    line = f"planted facts: {found} of {n} found, "
+    line += "as with the full cache" if found == full else f"{full} with the full cache"
+    n_tokens, window = record.get("facts_tokens"), record.get("facts_window")
+    size, size_full = (str(record.get(f"facts_kv_bytes{k}")) for k in ("", "_full"))
+    known = isinstance(n_tokens, int) and isinstance(window, int)
+    if known and all(re.fullmatch("[1-9][0-9]{0,17}", bytes_) for bytes_ in (size, size_full)):
+        line += (
+            f" ({n_tokens:,} tokens, window {window:,},"
+            f" {int(size) / int(size_full):.0%} of its bytes)"
+        )
+    return line
+
+
 def describe_heads(heads: tuple[int, ...], kind: str = "KV") -> str:
     """For example "32 layers x 8 KV heads"; heads: number of heads per layer."""
     low, high = min(heads, default=0), max(heads, default=0)

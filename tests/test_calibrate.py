@@ -14,9 +14,9 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
+import embedded_model
 import known_heads
 import numpy as np
 import other_models
@@ -24,20 +24,17 @@ import pytest
 import reference
 import tiny_models
 from click.testing import CliRunner
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from razor_local.converters import calibrate as module
 from razor_local.converters.calibrate import calibrate, draw_tokens, find_copies, plan_memory
 from razor_local.converters.scores import Scores, choose_heads, load_scores
 from razor_local.converters.write import write_copy
 
-from razor_local import Llama, native
+from razor_local import Llama, native, probe
 from razor_local.cli import main
 from razor_local.errors import ConvertError, ProfileError, RazorError, UnsupportedError
-from razor_local.gguf_header import read_header
 from razor_local.profile import ModelShape, read_model_shape, read_profile, read_sidecar
 
-DEFAULT_MODEL = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
+DEFAULT_MODEL = embedded_model.PATH
 
 
 def chosen(scores: Scores, **options) -> list[list[int]]:
@@ -161,35 +158,8 @@ def reference_scores(
     return echo.ravel(), induction.ravel()
 
 
-def embedded() -> tuple[tiny_models.TinySpec, dict[str, np.ndarray], np.ndarray]:
-    """The model in the package: shape, dequantized weights, ordinary tokens."""
-    reader, header = GGUFReader(DEFAULT_MODEL), read_header(DEFAULT_MODEL)
-    shape = read_model_shape(DEFAULT_MODEL)
-    get = {key: field.contents() for key, field in reader.fields.items()}
-    weights = {
-        t.name: dequantize(t.data, t.tensor_type).astype(np.float64).reshape(t.shape[::-1])
-        for t in reader.tensors
-    }
-    spec = tiny_models.TinySpec(
-        "llama",
-        shape.n_layer,
-        shape.n_head[0],
-        shape.n_head_kv[0],
-        shape.head_dim_k,
-        get["llama.embedding_length"],
-        get["llama.feed_forward_length"],
-        header.entries["tokenizer.ggml.tokens"].count,
-        shape.n_ctx_train,
-        tied="output.weight" not in weights,
-        norm_eps=get["llama.attention.layer_norm_rms_epsilon"],
-        rope_base=get["llama.rope.freq_base"],
-    )
-    normal = np.array(get["tokenizer.ggml.token_type"]) == known_heads.NORMAL
-    return spec, weights, np.flatnonzero(normal).astype(np.int32)
-
-
 def check_embedded(n_tokens: int) -> None:
-    spec, weights, usable = embedded()
+    spec, weights, usable = embedded_model.read()
     scores = calibrate(DEFAULT_MODEL, tokens=n_tokens)
     echo, induction = reference_scores(spec, weights, usable, n_tokens)
     assert induction.max() > 0.5
@@ -247,7 +217,7 @@ def test_scores_through_copies_are_those_of_host_buffers(monkeypatch, known):
     calls = []
     get = lib.ggml_backend_tensor_get
     monkeypatch.setattr(lib, "ggml_backend_buffer_is_host", lambda _buffer: False)
-    monkeypatch.setattr(module, "bind", lambda _lib: None)
+    monkeypatch.setattr(probe, "bind", lambda _lib: None)
     monkeypatch.setattr(lib, "ggml_backend_tensor_get", lambda *a: calls.append(a) or get(*a))
     copied = calibrate(known[0], tokens=64)
     assert calls and largest_error(direct, copied) == 0
@@ -526,25 +496,37 @@ def test_convert_finds_the_heads_and_keeps_all_scores(known, tmp_path):
     code, stdout, stderr = run(
         "convert", path, "-o", out, "--tokens", 64, "--seed", 5, "--save-scores", kept
     )
-    assert (code, stderr) == (0, "")
+    assert code == 0 and stderr == (
+        f"Note: the heads were not tried on planted facts: {path} has no tokenizer, so that it"
+        " cannot read a text.\n"
+    )
     assert stdout == f"{out}: 4 of 16 KV heads are retrieval heads (25.0%)\n"
     profile, scores = read_profile(out), load_scores(kept)
     assert [layer.tolist() for layer in profile.retrieval] == spec.mask()
     assert (profile.echo_score == scores.echo).all()
     assert (profile.induction_score == scores.induction).all()
-    assert profile.calibration == scores.calibration | {"induction": "0.14", "echo": "0.01"}
+    assert profile.calibration == scores.calibration | {"select": "score"}
     assert (profile.calibration["tokens"], profile.calibration["seed"]) == (64, 5)
 
     # another budget from the same scores, for the copy of the model too
     for model in (path, out):
         code, stdout, stderr = run(
-            "convert", model, "-o", side, "--scores", kept, "--retrieval", 0.5, "--sidecar",
-            "--force",
+            "convert", model, "-o", side, "--scores", kept, "--budget", 0.5, "--sidecar",
+            "--force", "--no-proof",
         )  # fmt: skip
         assert (code, stderr) == (0, "") and "8 of 16 KV heads" in stdout
     profile = read_sidecar(side, read_model_shape(path))
-    assert profile.calibration["retrieval"] == "0.5"
-    assert [layer.tolist() for layer in profile.retrieval] == chosen(scores, retrieval=0.5)
+    assert profile.calibration["budget"] == "0.5"
+    assert [layer.tolist() for layer in profile.retrieval] == chosen(scores, budget=0.5)
+
+    # the paper's shares by name
+    args = ("convert", path, "-o", side, "--scores", kept, "--sidecar", "--force", "--no-proof")
+    for more in (["--select", "paper"], ["--induction", 0.14], ["--echo", 0.01]):
+        assert run(*args, *more)[0] == 0
+        profile = read_sidecar(side, read_model_shape(path))
+        assert profile.calibration["select"] == "paper"
+        wanted = chosen(scores, induction=0.14, echo=0.01)
+        assert [layer.tolist() for layer in profile.retrieval] == wanted
 
 
 def test_scores_of_another_model_are_refused(known, tmp_path):
@@ -563,8 +545,11 @@ def test_scores_of_another_model_are_refused(known, tmp_path):
         (["--scores", "s.json", "--save-scores", "t"], "--scores and --save-scores exclude"),
         (["--heads", "h.tsv", "--seed", 5], "--heads and --seed exclude each other"),
         (["--heads", "h.tsv", "--scores", "s.json"], "--heads and --scores exclude each other"),
-        (["--retrieval", 0.2, "--induction", 0.1], "--retrieval and --induction exclude"),
-        (["--retrieval", 1.5], "Invalid value for '--retrieval'"),
+        (["--budget", 0.2, "--induction", 0.1], "--budget and --induction exclude"),
+        (["--retrieval", 0.2, "--select", "paper"], "--budget and --select exclude"),
+        (["--select", "score", "--echo", 0.1], "--echo is a share of the paper's choice"),
+        (["--no-proof", "--haystack", "x"], "--no-proof and --haystack exclude each other"),
+        (["--budget", 1.5], "Invalid value for '--budget'"),
         (["--max-memory", "much"], "'much' is not a size, expected one like 3G or 512M"),
     ],
 )
@@ -607,12 +592,18 @@ def test_what_could_go_wrong_at_the_end_is_refused_at_the_start(
     assert kept.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_model_that_looks_for_nothing_gets_a_note(tiny, tmp_path):
-    args = ("convert", tiny(tiny_models.TinySpec()), "-o", tmp_path / "o.gguf", "--tokens", 64)
-    code, stdout, stderr = run(*args)
-    assert code == 0 and "0 of 6 KV heads" in stdout
-    assert stderr.startswith("Note: no head looks for repetitions, so all are local; --retrieval")
-    code, stdout, stderr = run(*args, "--retrieval", 0.5, "--force")
+def test_a_model_that_looks_for_nothing_gets_no_profile(tiny, tmp_path):
+    out = tmp_path / "o.gguf"
+    args = ("convert", tiny(tiny_models.TinySpec()), "-o", out, "--tokens", 64)
+    for more in ([], ["--no-proof"]):
+        code, stdout, stderr = run(*args, *more)
+        assert (code, stdout) == (1, "") and not out.exists()
+        assert stderr.startswith("Error: no head of ") and "looks for repetitions" in stderr
+        assert stderr.endswith(
+            "so nothing was written; run the model with its full cache, or take the heads with"
+            " the highest scores all the same with --budget 0.15\n"
+        )
+    code, stdout, stderr = run(*args, "--budget", 0.5, "--no-proof")
     assert (code, stderr) == (0, "") and "3 of 6 KV heads" in stdout
 
 
@@ -668,7 +659,7 @@ def test_a_budget_needs_scores_and_razor(known, converted, unscored):
         Llama(known[0], retrieval=0.5)
     with pytest.raises(ProfileError, match="leave one or the other out"):
         Llama(converted, razor=False, retrieval=0.5)
-    with pytest.raises(ProfileError, match="retrieval is 2, expected a share"):
+    with pytest.raises(ProfileError, match="budget is 2, expected a share"):
         Llama(converted, retrieval=2)
     with pytest.raises(ProfileError, match="holds no head scores.*convert the model without"):
         Llama(unscored, retrieval=0.5)

@@ -436,7 +436,7 @@ def test_command_writes_a_copy_and_a_sidecar(model, heads, tmp_path):
     out, side = tmp_path / "out.gguf", tmp_path / "side.gguf"
     code, stdout, stderr = run(
         "convert", model, "-o", out, "--heads", heads, "--sinks", 8, "--window-min", 99,
-        "--window-divisor", 0, "--no-compensation",
+        "--window-divisor", 0, "--no-compensation", "--no-proof",
     )  # fmt: skip
     assert (code, stderr) == (0, "")
     assert stdout == f"{out}: 2 of 6 KV heads are retrieval heads (33.3%)\n"
@@ -477,7 +477,9 @@ def test_command_names_both_shapes(model, tmp_path):
 def test_command_takes_gates_and_a_share(model, tmp_path):
     gates, out = tmp_path / "gates.tsv", tmp_path / "out.gguf"
     gates.write_text("1\t1\n1\t0\n0.5\t1\n")
-    code, stdout, stderr = run("convert", model, "-o", out, "--heads", gates, "--retrieval", 0.5)
+    code, stdout, stderr = run(
+        "convert", model, "-o", out, "--heads", gates, "--budget", 0.5, "--no-proof"
+    )
     assert (code, stdout) == (0, f"{out}: 3 of 6 KV heads are retrieval heads (50.0%)\n")
     assert stderr == ("Note: 3 of 4 heads with the value 1 were taken, spread over the layers.\n")
     assert read_profile(out).flat().sum() == 3

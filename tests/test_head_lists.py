@@ -89,10 +89,10 @@ def chosen(profile) -> list[list[int]]:
     ],
 )
 def test_gates_by_rank(tmp_path, share, expected):
-    profile = profile_from_heads(heads(tmp_path, GATES), shape(2, 2, 2), retrieval=share)
+    profile = profile_from_heads(heads(tmp_path, GATES), shape(2, 2, 2), budget=share)
     assert chosen(profile) == expected
     assert profile.calibration["source"] == "gates heads.txt"
-    assert profile.calibration["retrieval"] == f"{share:g}"
+    assert profile.calibration["budget"] == f"{share:g}"
     assert ("ties" in profile.calibration) == (share == 0.01)
 
 
@@ -131,7 +131,7 @@ def test_scores_of_query_heads(tmp_path):
     path = heads(tmp_path, json.dumps(scores))
     assert parse_heads(path).values(shape(2, 2, group=2)).tolist() == [0.25, 1, 0.3, 0.5]
     for share, expected in ((0.25, [0, 1, 0, 0]), (0.5, [0, 1, 0, 1]), (0.75, [0, 1, 1, 1])):
-        profile = profile_from_heads(path, shape(2, 2, group=2), retrieval=share)
+        profile = profile_from_heads(path, shape(2, 2, group=2), budget=share)
         assert profile.flat().tolist() == expected
     assert profile.calibration["source"] == "head scores heads.txt"
     assert parse_heads(path).values(shape(4, 4)).tolist() == [
@@ -147,10 +147,10 @@ def test_scores_of_layers_with_different_numbers_of_heads(tmp_path):
 def test_order_needs_a_share_and_a_list_refuses_one(tmp_path):
     for text in (GATES, json.dumps({f"{i}-{j}": 0.5 for i in range(3) for j in range(2)})):
         path = heads(tmp_path, text)
-        with pytest.raises(ProfileError, match="only order the heads; say which share .*--retr"):
+        with pytest.raises(ProfileError, match="only order the heads; say which share .*--budget"):
             read_heads(path, shape(2, 2, 2))
         for share in (-0.1, 1.1, float("nan")):
-            with pytest.raises(ProfileError, match="retrieval is .*, expected a share of the KV"):
+            with pytest.raises(ProfileError, match="budget is .*, expected a share of the KV"):
                 read_heads(path, shape(2, 2, 2), share)
     path = heads(tmp_path, "1\t0\n")
     with pytest.raises(ProfileError, match="says itself which heads are retrieval heads"):
@@ -247,7 +247,7 @@ def round_trip(path: Path, folder: Path, group: int) -> None:
     model = make_model(folder / "model.gguf", spec)
     model_shape = read_model_shape(model)
     share = None if found.kind == "heads" else 0.25
-    profile = profile_from_heads(path, model_shape, retrieval=share)
+    profile = profile_from_heads(path, model_shape, budget=share)
     out = write_copy(model, folder / "out.gguf", profile, force=True)
     mask = np.array(GGUFReader(out).fields["razor.head.retrieval"].contents())
     np.testing.assert_array_equal(mask, read_profile(out).flat())

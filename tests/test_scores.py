@@ -6,21 +6,29 @@ import io
 import json
 import random
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from razor_local.converters.scores import (
+    FLOOR,
+    MAX_SHARE,
     Scores,
     choose_heads,
+    find_cut,
+    find_cuts,
+    head_strength,
     load_scores,
     profile_from_scores,
     profile_scores,
     save_scores,
-    with_retrieval,
+    with_budget,
 )
 
 from razor_local.errors import ProfileError
-from razor_local.profile import ModelShape, Profile
+from razor_local.profile import ModelShape, Profile, split_heads
 
 RECORD = {"model_fingerprint": "0" * 64, "tokens": 2500, "source": "test"}
 
@@ -55,6 +63,77 @@ def test_all_layers_are_ranked_together_and_both_sets_joined():
     assert chosen(s, induction=0.25, echo=0.5) == [[1, 0], [0, 1]], "one head is in both sets"
 
 
+# KV heads of SmolLM2-135M-Instruct (Q4_1) with the highest scores, measured with 2,048 tokens
+REAL = {
+    "echo": [0.1783, 0.1591, 0.083, 0.0121, 0.0095, 0.0091, 0.0068, 0.0065, 0.0021, 0.002],
+    "induction": [0.7163, 0.4069, 0.2984, 0.1956, 0.1065, 0.086, 0.0146, 0.013, 0.0075, 0.0063],
+}
+
+
+@pytest.mark.parametrize(("name", "n"), [("echo", 3), ("induction", 6)])
+def test_the_cut_of_a_real_model_is_in_its_gap(name, n):
+    values = np.float32(REAL[name] + [0.0003] * 80)
+    cut = find_cut(values, chance=3 / 2048)
+    assert cut.n_above == n and values[n] < cut.value < values[n - 1]
+    assert (cut.above, cut.below) == (values[n - 1], values[n]) and 5.8 < cut.ratio < 7
+
+
+def test_the_best_echo_heads_are_chosen_together():
+    """A share of 1 % was one head, whatever the scores of the next ones."""
+    echo = np.float32([*REAL["echo"], *[0.0003] * 80])
+    induction = np.float32([*[0.0003] * 80, *REAL["induction"]])
+    s = scores(echo, induction, (3,) * 30, (3,) * 30)
+    flat = np.concatenate(choose_heads(s))
+    assert np.flatnonzero(flat).tolist() == [0, 1, 2, *range(80, 86)]
+    paper = np.concatenate(choose_heads(s, induction=0.14, echo=0.01))
+    assert paper[:80].sum() == 1 and paper[80:].sum() == 10
+
+
+@pytest.mark.parametrize(
+    ("values", "chance", "n"),
+    [
+        ([], 0, 0),
+        ([0.5], 0, 1),
+        ([0] * 9, 0, 0),
+        ([0.9] * 9, 0, 9),  # a bulk far above chance is no reason to choose none
+        ([0.019] * 1 + [0.0001] * 9, 0, 0),  # a large gap, below FLOOR
+        ([0.4, 0.1] + [0.09] * 3 + [0.001] * 9, 0, 5),  # the gap below 0.1 decides
+        ([0.4, 0.1, 0.03] + [0.025] * 3 + [0.02] * 9, 0, 2),  # the largest gap, not the last
+        ([0.4, 0.11, 0.1, 0.02] + [0.001] * 9, 0, 3),
+        ([0.2, 0.15] + [0.01] * 9, 3 / 16, 1),  # few tokens: chance is high
+    ],
+)
+def test_where_the_heads_that_stand_out_end(values, chance, n):
+    assert find_cut(np.float32(values), chance).n_above == n
+
+
+@given(
+    values=st.lists(st.floats(0, 1, width=32), max_size=40),
+    chance=st.sampled_from([0.0, 0.001, 0.02, 0.2]),
+)
+def test_a_cut_separates_what_it_says(values, chance):
+    values = np.array(values, np.float64)
+    cut = find_cut(values, chance)
+    above = values[values > cut.value]
+    assert len(above) == cut.n_above and FLOOR <= cut.value
+    assert not (above <= max(chance, FLOOR)).any()
+    assert (values[values >= max(0.1, chance + 1e-6)] > cut.value).all()
+    if cut.n_above:
+        assert cut.above == above.min() and cut.ratio > 1
+    rest = values[values <= cut.value]
+    assert cut.below == (rest.max() if len(rest) else 0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 8))
+def test_no_more_than_a_quarter_is_chosen_by_score(seed, n_layer, n_kv):
+    s = random_scores(n_layer, n_kv, 2, seed)
+    flat, strength = np.concatenate(choose_heads(s)), head_strength(s)
+    n_out = int((strength > 1).sum())
+    assert flat.sum() == min(n_out, max(int(MAX_SHARE * len(flat)), 4))
+    if 0 < flat.sum() < len(flat):
+        assert strength[flat == 1].min() >= strength[flat == 0].max()
+
+
 def test_equal_scores_are_taken_in_the_order_of_the_model():
     s = scores([0] * 8, [0.5] * 8)
     assert chosen(s, induction=0.5, echo=0) == [[1, 1], [0, 0]]
@@ -69,40 +148,39 @@ def test_counts_are_rounded_up(share, total, count):
     s = random_scores(1, total, 1)
     assert sum(map(sum, chosen(s, induction=share, echo=0))) == count
     assert sum(map(sum, chosen(s, induction=0, echo=share))) == count
-    assert sum(map(sum, chosen(s, retrieval=share))) == count
+    assert sum(map(sum, chosen(s, budget=share))) == count
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.15, 0.25, 0.5, 0.9, 1])
-def test_a_budget_is_met_exactly_with_a_15th_of_echo_heads(seed, share):
+def test_a_budget_is_met_exactly_with_the_heads_that_stand_out_most(seed, share):
     s = random_scores(8, 8, 2, seed)
-    flat = np.concatenate(choose_heads(s, retrieval=share))
+    flat = np.concatenate(choose_heads(s, budget=share))
     budget = int(np.ceil(share * 64 - 1e-9))
     assert flat.sum() == budget
-    echo = s.echo.reshape(64, 2).max(axis=1)
-    induction = s.induction.reshape(64, 2).max(axis=1)
-    n_echo = int(budget / 15 + 0.5)
-    by_echo, by_induction = np.argsort(-echo)[:n_echo], np.argsort(-induction)
-    assert flat[by_echo].all()
-    rest = [head for head in by_induction if head not in by_echo][: budget - n_echo]
-    assert sorted([*by_echo, *rest]) == np.flatnonzero(flat).tolist()
+    cuts = find_cuts(s)
+    strength = np.maximum(
+        s.echo.reshape(64, 2).max(axis=1) / cuts["echo"].value,
+        s.induction.reshape(64, 2).max(axis=1) / cuts["induction"].value,
+    )
+    assert np.flatnonzero(flat).tolist() == sorted(np.argsort(-strength, kind="stable")[:budget])
 
 
 def test_layers_without_kv_heads_and_of_different_sizes():
     s = scores([0] * 12, np.linspace(0, 1, 12), (4, 4, 4), (2, 0, 1))
-    assert chosen(s, retrieval=0.5) == [[0, 1], [], [1]]
+    assert chosen(s, budget=0.5) == [[0, 1], [], [1]]
 
 
 def test_chance_is_not_chosen_unless_a_budget_asks_for_it():
     # 2,500 tokens: attention spread evenly has a score of 0.0003 to 0.0004
     s = scores([0.0011] * 8, [0.0011, 0, 0, 0, 0.0013, 0, 0, 0])
     assert chosen(s, induction=1, echo=1) == [[0, 0], [1, 0]]
-    assert chosen(s, retrieval=0.5) == [[1, 0], [1, 0]]
+    assert chosen(s, budget=0.5) == [[1, 0], [1, 0]]
     unknown = Scores(s.echo, s.induction, s.n_head, s.n_head_kv, {"model_fingerprint": ""})
     assert chosen(unknown, induction=0.5, echo=0) == [[1, 0], [1, 0]]
 
 
-@pytest.mark.parametrize("name", ["induction", "echo", "retrieval"])
+@pytest.mark.parametrize("name", ["induction", "echo", "budget"])
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_shares_are_from_0_to_1(name, share):
     with pytest.raises(ProfileError, match=f"{name} is .*, expected a share"):
@@ -123,15 +201,36 @@ def test_profile_keeps_scores_and_record():
     profile.check_shape(shape_of(s))
     assert profile.window_min == 77
     assert (profile.echo_score == s.echo).all() and (profile.induction_score == s.induction).all()
-    assert profile.calibration == RECORD | {"induction": "0.14", "echo": "0.01"}
-    assert profile_from_scores(s, retrieval=0.3).calibration["retrieval"] == "0.3"
+    assert profile.calibration == RECORD | {"select": "score"}
+    by_budget = profile_from_scores(s, budget=0.3)
+    assert by_budget.calibration == RECORD | {"select": "budget", "budget": "0.3"}
+    paper = RECORD | {"select": "paper", "induction": "0.14", "echo": "0.2"}
+    assert profile_from_scores(s, echo=0.2).calibration == paper
 
 
 def test_another_budget_from_a_profile():
     s = random_scores(4, 4, 2)
-    profile = with_retrieval(profile_from_scores(s, window_min=77), shape_of(s), 0.5)
+    profile = with_budget(profile_from_scores(s, window_min=77), shape_of(s), 0.5)
     assert profile.flat().sum() == 8 and profile.window_min == 77
-    assert np.array_equal(profile.flat(), np.concatenate(choose_heads(s, retrieval=0.5)))
+    assert np.array_equal(profile.flat(), np.concatenate(choose_heads(s, budget=0.5)))
+
+
+def test_another_budget_begins_with_the_heads_that_convert_chose():
+    s = random_scores(4, 4, 2)
+    strength = head_strength(s)
+    added = int(strength.argmin())
+    flat = np.concatenate(choose_heads(s, budget=0.25))
+    flat[added] = 1
+    record = s.calibration | {"select": "score", "facts": 20, "facts_found": 20}
+    profile = replace(
+        profile_from_scores(s), retrieval=split_heads(flat, s.n_head_kv), calibration=record
+    )
+    assert with_budget(profile, shape_of(s), 5 / 16).flat().tolist() == flat.tolist()
+    more = with_budget(profile, shape_of(s), 0.5)
+    assert more.flat().sum() == 8 and more.flat()[added] == 1
+    assert more.calibration == RECORD | {"select": "budget", "budget": "0.5"}, "no facts of others"
+    fewer = with_budget(profile, shape_of(s), 4 / 16).flat()
+    assert fewer.sum() == 4 and not fewer[added], "the weakest of them goes first"
 
 
 def test_a_profile_without_scores_says_what_to_do():

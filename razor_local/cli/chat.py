@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
+from ..profile import facts_line
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
 
 if TYPE_CHECKING:
@@ -123,6 +124,9 @@ def chat(model: Path | None, **options: Any) -> None:
             sys.exit(130)
         return
     _say(_describe(llama))
+    facts = facts_line(llama.profile) if llama.memory().active else None
+    if facts is not None:
+        _say(facts)
     if model is None:
         _say(DEFAULT_MODEL_HINT)
     _say("/help for help, /exit to leave")

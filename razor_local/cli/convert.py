@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .params import THREADS, Number, Size
 
 if TYPE_CHECKING:
     from ..converters.scores import Scores
+    from ..evals.haystack import Haystack
     from ..profile import ModelShape, Profile
 
 PATH = click.Path(path_type=Path)
@@ -21,18 +23,19 @@ EPILOG = """
 \b
 Examples:
   razor-local convert model.gguf -o model-razor.gguf
-  razor-local convert model.gguf -o model-razor.gguf --retrieval 0.25 --save-scores scores.json
+  razor-local convert model.gguf -o model-razor.gguf --budget 0.25 --save-scores scores.json
+  razor-local convert model.gguf -o model-razor.gguf --select paper --no-proof
   razor-local convert model.gguf -o model.razor.gguf --scores scores.json --sidecar
   razor-local convert model.gguf -o model-razor.gguf --heads heads.tsv
-  razor-local convert model.gguf -o model-razor.gguf --heads gates.tsv --retrieval 0.25
+  razor-local convert model.gguf -o model-razor.gguf --heads gates.tsv --budget 0.25
   razor-local convert bloom.gguf -o bloom-razor.gguf --epsilon 0.01
 """
 
 # all that says how heads are measured or chosen, or what is kept beside their scopes
 NOT_FOR_ALIBI = (
-    "heads", "induction", "echo", "retrieval", "scores", "save_scores", "tokens", "repeats",
-    "seed", "max_memory", "threads", "n_gpu_layers", "sinks", "window_min", "window_divisor",
-    "no_compensation",
+    "heads", "select", "induction", "echo", "budget", "scores", "save_scores", "tokens", "repeats",
+    "seed", "max_memory", "threads", "n_gpu_layers", "haystack", "no_proof", "sinks", "window_min",
+    "window_divisor", "no_compensation",
 )  # fmt: skip
 
 
@@ -46,22 +49,30 @@ NOT_FOR_ALIBI = (
     " JSON.",
 )
 @click.option(
+    "--select",
+    type=click.Choice(["score", "paper"]),
+    help="score: every head that stands out by its scores; paper: the shares of the RazorAttention"
+    " paper, 14 % by induction and 1 % by echo score.  [default: score]",
+)
+@click.option(
     "--induction",
     type=Number(0, 1),
     metavar="SHARE",
-    help="KV heads taken by induction score.  [default: 0.14]",
+    help="With the paper's shares: KV heads taken by induction score.  [default: 0.14]",
 )
 @click.option(
     "--echo",
     type=Number(0, 1),
     metavar="SHARE",
-    help="KV heads taken by echo score.  [default: 0.01]",
+    help="With the paper's shares: KV heads taken by echo score.  [default: 0.01]",
 )
 @click.option(
+    "--budget",
     "--retrieval",
+    "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="One budget instead: the share of retrieval heads.",
+    help="Exactly this share of the KV heads, those with the highest scores.",
 )
 @click.option(
     "--scores", type=PATH, help="Head scores of an earlier --save-scores, instead of measuring."
@@ -85,6 +96,14 @@ NOT_FOR_ALIBI = (
     metavar="N",
     help="Layers on the GPU for measuring.  [default: -1, all]",
 )
+@click.option(
+    "--haystack",
+    type=PATH,
+    metavar="DIR",
+    help="Folder of .txt files to plant the facts of the proof in.  [default: sentences made by"
+    " razor-local]",
+)
+@click.option("--no-proof", is_flag=True, help="Do not test whether the heads find planted facts.")
 @click.option(
     "--epsilon",
     type=Number(0, 1, min_open=True, max_open=True),
@@ -120,7 +139,9 @@ def convert(
     """Add a razor profile to a copy of MODEL (a GGUF file), or write it as a sidecar.
 
     Without a head list or scores the heads are measured first: the model reads random tokens
-    several times over, and the heads that look for the repetition become retrieval heads.
+    several times over, and the heads that stand out by looking for the repetition become retrieval
+    heads. Then facts are planted in a text, and where razor loses facts that the full cache finds,
+    heads are added.
 
     Of ALiBi models nothing is measured: how far back each head can look follows from the weights.
 
@@ -134,6 +155,7 @@ def convert(
         MAX_WINDOW,
         Profile,
         alibi_max_bias,
+        facts_line,
         shape_from_header,
         unsupported_feature,
     )
@@ -153,22 +175,29 @@ def convert(
     _check_method(shape, alibi, epsilon)
     check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"]])
     check_output(model, output, force, sidecar)
+    haystack = None
+    if measuring["haystack"] is not None:
+        from ..evals.haystack import FolderText
+
+        haystack = FolderText(measuring["haystack"])
     feature = unsupported_feature(header, shape)
     if feature:
         click.echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
     if alibi:
         profile = _profile_from_weights(model, epsilon)
-    elif heads is not None:
-        profile = profile_from_heads(heads, shape, retrieval=measuring["retrieval"], **options)
-        if "ties" in profile.calibration:
-            click.echo(
-                f"Note: {profile.calibration['ties']} were taken, spread over the layers.", err=True
-            )
     else:
-        kept = measuring["save_scores"]
-        if kept is not None:
-            check_output(model, kept, force, sidecar=True)
-        profile = _profile_from_scores(model, shape, measuring, options)
+        if heads is not None:
+            profile = profile_from_heads(heads, shape, budget=measuring["budget"], **options)
+            if "ties" in profile.calibration:
+                click.echo(
+                    f"Note: {profile.calibration['ties']} were taken, spread over the layers.",
+                    err=True,
+                )
+        else:
+            if measuring["save_scores"] is not None:
+                check_output(model, measuring["save_scores"], force, sidecar=True)
+            profile = _profile_from_scores(model, shape, measuring, options)
+        profile = _prove(model, profile, measuring, haystack)
     if sidecar:
         write_sidecar(model, output, profile, force)
     else:
@@ -179,30 +208,34 @@ def convert(
 
         return click.echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
     n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
-    if n_retrieval == 0 and heads is None:
-        click.echo(
-            "Note: no head looks for repetitions, so all are local; --retrieval SHARE takes the"
-            " best ones all the same.",
-            err=True,
-        )
     click.echo(
         f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
         f" ({n_retrieval / max(n_heads, 1):.1%})"
     )
+    proof = facts_line(profile)
+    if proof is not None:
+        click.echo(proof[0].upper() + proof[1:])
 
 
 def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
     """Refuses options that would be ignored."""
     measure = ("tokens", "repeats", "seed", "max_memory", "threads", "n_gpu_layers", "save_scores")
     for source, name, excluded in (
-        (heads, "heads", (*measure, "induction", "echo", "scores")),
-        (given["scores"], "scores", measure),
-        (given["retrieval"], "retrieval", ("induction", "echo")),
+        (heads, "heads", (*measure[:4], "save_scores", "select", "induction", "echo", "scores")),
+        (given["scores"], "scores", (*measure[:4], "save_scores")),
+        (given["budget"], "budget", ("select", "induction", "echo")),
+        (given["no_proof"] or None, "no-proof", ("haystack",)),
     ):
         for other in excluded if source is not None else ():
             if given[other] is not None:
                 raise click.UsageError(
                     f"--{name} and --{other.replace('_', '-')} exclude each other"
+                )
+    if given["select"] == "score":
+        for name in ("induction", "echo"):
+            if given[name] is not None:
+                raise click.UsageError(
+                    f"--{name} is a share of the paper's choice; leave --select score out"
                 )
 
 
@@ -238,10 +271,17 @@ def _profile_from_weights(model: Path, epsilon: float | None) -> Profile:
 def _profile_from_scores(
     model: Path, shape: ModelShape, given: dict[str, Any], options: dict[str, Any]
 ) -> Profile:
-    from ..converters.scores import load_scores, profile_from_scores, save_scores
+    from ..converters.scores import (
+        ECHO,
+        INDUCTION,
+        load_scores,
+        profile_from_scores,
+        save_scores,
+    )
 
-    chosen = ("induction", "echo", "retrieval")
-    shares = {name: given[name] for name in chosen if given[name] is not None}
+    shares = {n: given[n] for n in ("induction", "echo", "budget") if given[n] is not None}
+    if given["select"] == "paper":
+        shares = {"induction": INDUCTION, "echo": ECHO} | shares
     if given["scores"] is not None:
         scores = load_scores(given["scores"])
         scores.check_model(shape)
@@ -250,6 +290,63 @@ def _profile_from_scores(
         if given["save_scores"] is not None:
             save_scores(scores, given["save_scores"])
     return profile_from_scores(scores, **shares, **options)
+
+
+def _prove(
+    model: Path, profile: Profile, given: dict[str, Any], haystack: Haystack | None
+) -> Profile:
+    """Plant facts, add heads where the heads were chosen by score, and record the outcome.
+
+    Raises ConvertError where neither the scores nor the facts name a single head.
+    """
+    from ..errors import ConvertError, RazorError
+
+    by_score = profile.calibration.get("select") == "score"
+    proof, why = None, "--no-proof"
+    if not given["no_proof"]:
+        from ..converters.proof import prove
+        from ..terminal import TimeLeft
+
+        names = {"threads": "n_threads", "n_gpu_layers": "n_gpu_layers"}
+        options = {to: given[name] for name, to in names.items() if given[name] is not None}
+        try:
+            with TimeLeft() as show:
+                proof = prove(
+                    model, profile, may_add=by_score, haystack=haystack, progress=show, **options
+                )
+        except RazorError as error:  # the heads are worth keeping all the same
+            why = str(error)
+    if by_score and not profile.flat().any() and (proof is None or not proof.holds):
+        tried = f"planted facts could not be asked for ({why})"
+        if proof is not None:
+            tried = f"of {len(proof.full.found)} planted facts the full cache finds"
+            tried += f" {proof.full.n_found}, razor at most {proof.razor.n_found}"
+        raise ConvertError(
+            f"no head of {model} looks for repetitions, and {tried}: there is nothing to choose"
+            " retrieval heads by, so nothing was written; run the model with its full cache, or"
+            " take the heads with the highest scores all the same with --budget 0.15"
+        )
+    if proof is None:
+        if why != "--no-proof":
+            click.echo(f"Note: the heads were not tried on planted facts: {why}.", err=True)
+        return profile
+    if not proof.conclusive:
+        click.echo(
+            f"Note: the full cache itself finds only {proof.full.n_found} of"
+            f" {len(proof.full.found)} planted facts, so they do not show whether these heads are"
+            " the right ones; measure your task, for example with 'razor-local eval'.",
+            err=True,
+        )
+    elif not proof.holds:
+        click.echo(
+            f"Note: razor loses facts with these heads ({proof.razor.n_found} of"
+            f" {len(proof.full.found)} found, {proof.full.n_found} with the full cache); a larger"
+            " --budget finds more.",
+            err=True,
+        )
+    return replace(
+        profile, retrieval=proof.retrieval, calibration=profile.calibration | proof.record()
+    )
 
 
 def _measure(model: Path, given: dict[str, Any]) -> Scores:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UnsupportedError
 from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup
 
 if TYPE_CHECKING:
@@ -269,9 +270,11 @@ Examples:
 )  # fmt: skip
 @_CURVE
 def perplexity(text: Path, model: Path | None, **options: Any) -> None:
-    """Perplexity and KL divergence on a text.
+    """Perplexity and KL divergence on a text, and planted facts beside them.
 
     TEXT is a file in UTF-8; the divergence is from the full f16 cache, by position in the context.
+    Neither shows whether facts are lost, so each policy is also asked for facts that are planted in
+    another text of the same length.
     """
     from ..evals.perplexity import (
         PerplexityReport,
@@ -281,6 +284,7 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
         plot_curve,
         plot_positions,
         read_text,
+        run_facts,
         run_perplexity,
     )
     from ..evals.run import describe_run, open_journal
@@ -307,6 +311,10 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
         run_perplexity(
             run.setup, run.shape, run.policies, content, windows, n_ctx, journal, head, show
         )
+        try:
+            run_facts(run.setup, run.shape, run.policies, n_ctx, journal, show)
+        except UnsupportedError as error:
+            click.echo(f"Note: no facts were planted: {error}.", err=True)
     assert journal.head is not None
     report = PerplexityReport(journal.head, journal.records)
     run.write(format_report(report, run.kind))

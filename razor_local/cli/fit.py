@@ -189,9 +189,9 @@ def _profile(
             )
         return paper_profile(dry.shape), "paper"
     if retrieval is not None:
-        from ..converters.scores import with_retrieval
+        from ..converters.scores import with_budget
 
-        profile = with_retrieval(profile, dry.shape, retrieval)
+        profile = with_budget(profile, dry.shape, retrieval)
     return profile, "file" if sidecar is None else "sidecar"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +99,9 @@ def inspect(
             " OUT.gguf', or name one with --sidecar"
         )
     if retrieval is not None:
-        from ..converters.scores import with_retrieval
+        from ..converters.scores import with_budget
 
-        profile = with_retrieval(profile, shape, retrieval)
+        profile = with_budget(profile, shape, retrieval)
     feature = unsupported_feature(header, shape)
     if feature:
         click.echo(
@@ -128,6 +128,7 @@ def inspect(
         described = describe(shape, profile, plan)
         if heads:
             described["scores"] = _scores(shape, profile)
+            described["cuts"] = _cuts(shape, profile)
         if there is not None:
             from ..head_map import compare_heads
 
@@ -174,6 +175,13 @@ def _scores(shape: ModelShape, profile: Profile) -> dict[str, list[list[float]]]
 
     found = query_head_scores(profile, shape)
     return {name: [layer.tolist() for layer in layers] for name, layers in found.items()}
+
+
+def _cuts(shape: ModelShape, profile: Profile) -> dict[str, dict[str, float]]:
+    """Where the KV heads that stand out by each score end."""
+    from ..head_map import profile_cuts
+
+    return {name: asdict(cut) for name, cut in profile_cuts(profile, shape).items()}
 
 
 def _full_bytes(plan: Plan, kv_type: str) -> int | None:
@@ -271,6 +279,8 @@ def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
 
 
 def _print_profile(console: Console, shape: ModelShape, profile: Profile | None) -> None:
+    from ..profile import facts_line
+
     heads = " ".join(
         sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True)})
     )
@@ -296,6 +306,9 @@ def _print_profile(console: Console, shape: ModelShape, profile: Profile | None)
             f" {profile.sink_tokens} sinks, window max({profile.window_min:,}{divisor}),"
             f" compensation {'on' if profile.compensation else 'off'}"
         )
+        facts = facts_line(profile)
+        if facts is not None:
+            console.print(f"proof    {facts}")
 
 
 def _mib(n_bytes: int) -> str:

@@ -3,6 +3,9 @@
 The text is cut into windows of a context each. All contexts read a window in step, batch by batch:
 the logits of a batch are compared with the full f16 cache's and forgotten. What is kept are sums
 over blocks of BLOCK tokens, from which everything in the report follows.
+
+None of these figures shows whether a fact in the text is still found: so each policy is also asked
+for planted facts (facts.py), in a context of the same size.
 """
 
 from __future__ import annotations
@@ -27,8 +30,11 @@ from ..picture import make_figure, save_figure
 from ..plan import padded_n_ctx
 from ..profile import ModelShape
 from ..progress import Clock, Progress
+from .facts import ROOM, Examiner, make_exam
+from .haystack import MadeText
 from .intervals import block_bootstrap
 from .policies import Policy
+from .questions import Prompts
 from .report import INSTEAD, draw_curves, head_lines, share
 from .run import describe_cache, open_llama
 
@@ -156,6 +162,44 @@ def run_perplexity(
                         )
 
 
+def run_facts(
+    setup: ModelSetup,
+    shape: ModelShape,
+    policies: Sequence[Policy],
+    n_ctx: int,
+    journal: Journal,
+    progress: Progress = lambda what, part, left: None,
+) -> None:
+    """Add a record of the planted facts that each policy finds, where the journal has none.
+
+    No fact stands in the largest window of the policies, or in the last third of the text where
+    none has a window. Raises UnsupportedError where a context is too short to plant facts in.
+    """
+    some = [p for p in policies if not journal.has({"kind": "facts", "policy": p.name})]
+    if not some:
+        return
+    n_tokens = n_ctx - ROOM
+    plans = [policy.plan(shape, n_ctx) for policy in policies]
+    window = max((p.window for p in plans if p.active), default=n_tokens // 3)
+    exam = make_exam(Prompts(setup.model), MadeText(), n_tokens, window)
+    with Examiner(
+        Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress
+    ) as examiner:
+        for policy in some:
+            outcome = examiner.ask(
+                policy.profile, policy.kv_type, policy.kv_type, f"planting facts: {policy.name}"
+            )
+            journal.add(
+                {
+                    "kind": "facts",
+                    "policy": policy.name,
+                    "found": outcome.n_found,
+                    "asked": len(outcome.found),
+                    "logprob": round(float(outcome.logprob.mean()), 6),
+                }
+            )
+
+
 def _groups(
     shape: ModelShape, policies: Sequence[Policy], n_ctx: int, n_vocab: int, n_gpu_layers: int
 ) -> list[list[Policy]]:
@@ -261,7 +305,8 @@ class PerplexityReport:
         """A row per policy over all positions; intervals by a bootstrap over blocks.
 
         perplexity; ratio: to the full f16 cache's; kl: mean, nats; same_top: share of the tokens
-        where both find the same one most likely.
+        where both find the same one most likely; facts_found of facts_asked planted facts, None
+        where no facts were planted.
         """
         return list(self._rows([(0, 1 << 62)]))
 
@@ -278,6 +323,7 @@ class PerplexityReport:
 
     def _rows(self, buckets: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         caches = {r["policy"]: r for r in self.records if r["kind"] == "cache"}
+        facts = {r["policy"]: r for r in self.records if r["kind"] == "facts"}
         for policy in self.head["policies"]:
             windows = [
                 r for r in self.records if r["kind"] == "window" and r["policy"] == policy["name"]
@@ -295,6 +341,8 @@ class PerplexityReport:
                         "active": cache["active"],
                         "kv_bytes": cache["kv_bytes"],
                         "share": cache["kv_bytes"] / full if full else None,
+                        "facts_found": facts.get(policy["name"], {}).get("found"),
+                        "facts_asked": facts.get(policy["name"], {}).get("asked"),
                     } | found
 
     def to_dict(self) -> dict[str, Any]:
@@ -305,8 +353,8 @@ class PerplexityReport:
             "rows": self.rows,
             "by_position": self.by_position,
             "records": sorted(
-                (r for r in self.records if r["kind"] == "window"),
-                key=lambda r: (r["policy"], r["window"]),
+                (r for r in self.records if r["kind"] in ("window", "facts")),
+                key=lambda r: (r["kind"], r["policy"], r.get("window", 0)),
             ),
         }
 
@@ -360,16 +408,21 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
         f" one every {settings['stride']:,}; the text has {settings['n_tokens']:,} tokens"
     )
     yield "- against a full f16 cache; 95 % confidence intervals; KL divergence in nats"
+    yield (
+        "- planted facts stand in another text of the same length, further back than the windows"
+        " reach; perplexity and KL divergence on plain text do not show whether facts are lost"
+    )
     if report.missing:
         yield f"- **unfinished: {report.missing:,} windows were not read yet**"
     yield ""
     rows = report.rows
     yield from markdown_table(
-        ["policy", "KV bytes", "of full f16", "perplexity", "over full", "KL divergence",
-         "same token first, %", "tokens"],
+        ["policy", "KV bytes", "of full f16", "planted facts found", "perplexity", "over full",
+         "KL divergence", "same token first, %", "tokens"],
         [
             [
                 r["policy"], f"{r['kv_bytes']:,}", share(r["share"]),
+                "" if r["facts_found"] is None else f"{r['facts_found']} of {r['facts_asked']}",
                 f"{r['perplexity']:.3f}",
                 f"{r['ratio']:.4f} ({r['ratio_low']:.4f} to {r['ratio_high']:.4f})",
                 f"{r['kl']:.5f} ({r['kl_low']:.5f} to {r['kl_high']:.5f})",

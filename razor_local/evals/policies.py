@@ -142,9 +142,9 @@ def _profile(
         return None
     assert base is not None
     if budget is not None:
-        from ..converters.scores import with_retrieval
+        from ..converters.scores import with_budget
 
-        base = with_retrieval(base, shape, budget)
+        base = with_budget(base, shape, budget)
     if kind == "razor":
         return base
     if kind == "razor-no-comp":

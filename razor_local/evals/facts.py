@@ -1,0 +1,380 @@
+"""Planted facts: a text with facts in it, and questions that are answered by force.
+
+The prompt and the beginning of the answer are given, up to the value ("The secret code of Marlow
+is"). A fact is found where each token of the value is the most likely one. This needs no talent for
+conversation, costs a few tokens for a question, and gives a probability too, which tells two caches
+apart that find the same facts.
+
+Every cache reads the text once, and its state is loaded again for each question.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import native
+from ..errors import RazorError, UnsupportedError
+from ..plan import KV_TYPES, N_CTX_PAD
+from ..probe import AttentionProbe, attention_context, load_model, n_cpus, reason
+from ..profile import ModelShape, Profile
+from ..terminal import on_interrupt
+from .haystack import Haystack
+from .needle import NAMES
+from .questions import Prompts, fit_text, message
+
+MIN_TOKENS = 640  # a shorter text holds little beside the facts
+ROOM = 128  # tokens of the context beside the text: a question and its answer
+MARGIN = 0.05  # of the text, between the last fact and the window
+N_UBATCH = 512
+SEED = 0  # one text for a model and a length: results do not depend on the luck of a draw
+
+Progress = Callable[[str, float, "float | None"], object]  # what, part done, seconds left
+
+
+class Wording(NamedTuple):
+    """One kind of fact: the sentence, the question in its words, the question in other words."""
+
+    statement: str
+    question: str
+    reworded: str
+
+
+SINGLE = (
+    Wording(
+        "The secret code of {key} is {value}.",
+        "What is the secret code of {key}?",
+        "Which secret code belongs to {key}?",
+    ),
+    Wording(
+        "The special magic number for {key} is {value}.",
+        "What is the special magic number for {key}?",
+        "Which magic number does {key} have?",
+    ),
+    Wording(
+        "The pass key to the house of {key} is {value}.",
+        "What is the pass key to the house of {key}?",
+        "With which pass key does the house of {key} open?",
+    ),
+    Wording(
+        "The telephone number of {key} is {value}.",
+        "What is the telephone number of {key}?",
+        "Which number do I dial to call {key}?",
+    ),
+    Wording(
+        "The bank account of {key} is {value}.",
+        "What is the bank account of {key}?",
+        "Which account does {key} have at the bank?",
+    ),
+    Wording(
+        "The locker number of {key} is {value}.",
+        "What is the locker number of {key}?",
+        "Which locker belongs to {key}?",
+    ),
+    Wording(
+        "The library card of {key} is {value}.",
+        "What is the library card of {key}?",
+        "Which card does {key} show in the library?",
+    ),
+    Wording(
+        "The train ticket of {key} is {value}.",
+        "What is the train ticket of {key}?",
+        "Which ticket does {key} travel with?",
+    ),
+)
+ALIKE = Wording("The house number of {key} is {value}.", "What is the house number of {key}?", "")
+N_ALIKE = 4  # facts of this one kind
+
+
+@dataclass(frozen=True)
+class Question:
+    """tokens: i32, question and answer behind the common prefix; the last n_value are the value.
+
+    fact: positions [start, end) of the sentence in the prompt.
+    """
+
+    tokens: np.ndarray
+    n_value: int
+    fact: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A text with planted facts and the questions about them, in tokens.
+
+    prefix: i32, what all prompts begin with: the text. n_ctx: tokens that a context needs.
+    """
+
+    prefix: np.ndarray
+    questions: tuple[Question, ...]
+    n_ctx: int
+
+    @property
+    def n_outputs(self) -> int:
+        """Logits of this many tokens are read at once."""
+        return max(question.n_value for question in self.questions)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """found: bool [questions]. logprob: f64 [questions], of the whole value, in nats."""
+
+    found: np.ndarray
+    logprob: np.ndarray
+
+    @property
+    def n_found(self) -> int:
+        return int(self.found.sum())
+
+
+def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, window: int) -> Exam:
+    """Plant the facts in a text of the haystack.
+
+    The facts stand at even depths, all of them further back than a window reaches.
+
+    Args:
+        n_tokens: of a prompt, the text with its question.
+        window: tokens at the end of the text that hold no fact.
+
+    Raises:
+        UnsupportedError: n_tokens are too few.
+    """
+    if n_tokens < MIN_TOKENS:
+        raise UnsupportedError(
+            f"{max(n_tokens, 0):,} tokens are too few to plant facts in, expected {MIN_TOKENS} or"
+            " more"
+        )
+    rng = Random(SEED)
+    wordings = [*SINGLE, *[ALIKE] * N_ALIKE]
+    rng.shuffle(wordings)
+    free = [name for name in NAMES if name not in haystack]
+    keys = rng.sample(free if len(free) >= len(wordings) else NAMES, len(wordings))
+    values = _numbers(rng, len(wordings), haystack)
+    deepest = max(1 - window / n_tokens - MARGIN, 0)
+    facts, asked = [], []
+    for i, (wording, key, value) in enumerate(zip(wordings, keys, values, strict=True)):
+        statement = wording.statement.format(key=key, value=value)
+        facts.append((deepest * i / len(wordings), statement))
+        asked += [
+            (words.format(key=key), statement, value)
+            for words in (wording.question, wording.reworded)
+            if words
+        ]
+    longest = max((words for words, _, _ in asked), key=prompts.count)
+    seed = rng.getrandbits(64)
+    text, _ = fit_text(prompts, lambda: haystack.pieces(Random(seed)), facts, longest, n_tokens)
+
+    def tokenize(string: str) -> list[int]:
+        return prompts.model.tokenize(string.encode(), add_bos=False, special=True)
+
+    prompts_of = [
+        prompts.render([{"role": "user", "content": message(text, words)}]) for words, _, _ in asked
+    ]
+    tokens, n_values, spans = [], [], []
+    for prompt, (_, statement, value) in zip(prompts_of, asked, strict=True):
+        answer = statement[: statement.index(value)].rstrip()
+        whole = tokenize(f"{prompt}{answer} {value}")
+        tokens.append(whole)
+        n_values.append(len(whole) - _common([whole, tokenize(prompt + answer)]))
+        at = prompt.find(statement)
+        if at < 0:
+            raise UnsupportedError(
+                "the model's chat template does not contain the text of a message as it is, so"
+                " that planted facts are not found again in the prompt"
+            )
+        before, after = tokenize(prompt[:at]), tokenize(prompt[: at + len(statement)])
+        spans.append((_common([whole, before]), _common([whole, after])))
+    n_prefix = _common(tokens)
+    return Exam(
+        np.array(tokens[0][:n_prefix], np.int32),
+        tuple(
+            Question(np.array(whole[n_prefix:], np.int32), n, span)
+            for whole, n, span in zip(tokens, n_values, spans, strict=True)
+        ),
+        n_ctx=-(-max(map(len, tokens)) // N_CTX_PAD) * N_CTX_PAD,
+    )
+
+
+def _numbers(rng: Random, n: int, haystack: Haystack) -> list[str]:
+    """Different numbers of five digits that are nowhere in the haystack."""
+    found: list[str] = []
+    while len(found) < n:
+        value = str(rng.randrange(10_000, 100_000))
+        if value not in found and value not in haystack:
+            found.append(value)
+    return found
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common prefix."""
+    shortest = min(map(len, sequences))
+    first = sequences[0]
+    for i in range(shortest):
+        if any(other[i] != first[i] for other in sequences):
+            return i
+    return shortest
+
+
+class Examiner:
+    """A loaded model that takes an exam, with one context after the other."""
+
+    def __init__(
+        self,
+        path: Path,
+        shape: ModelShape,
+        exam: Exam,
+        n_threads: int | None,
+        n_gpu_layers: int,
+        progress: Progress,
+    ) -> None:
+        from llama_cpp import llama_cpp as C
+
+        self._path, self._shape, self._exam, self._C = path, shape, exam, C
+        self._n_threads, self._n_gpu_layers = n_threads or n_cpus(), n_gpu_layers
+        self._progress = progress
+        self._lib = native.load()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Examiner:
+        self._C.llama_backend_init()
+        probe = _FactProbe(self._lib.lib, self._C, self._shape)
+        with ExitStack() as stack:
+            stack.enter_context(on_interrupt(probe.interrupt))
+            with self._lib.override(native.make_params(None)):  # resets the last error
+                self._model = stack.enter_context(
+                    load_model(
+                        self._lib, self._C, self._path, self._n_gpu_layers, probe.load_callback,
+                        probe.check,
+                    )
+                )  # fmt: skip
+            self._probe = probe
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def full(self) -> tuple[Outcome, np.ndarray]:
+        """Ask the full f16 cache, without flash attention.
+
+        Returns the fact score of every query head too, f64 [sum of n_head]: the attention that it
+        pays from a question and its answer to the sentence of the fact, averaged over these tokens
+        and all questions.
+        """
+        probe = self._probe
+        with attention_context(
+            self._lib, self._C, self._model, self._path, self._exam.n_ctx, N_UBATCH,
+            self._n_threads, probe, self._exam.n_outputs,
+        ) as ctx:  # fmt: skip
+            outcome = self._take(ctx, "planting facts: the full cache", read_attention=True)
+        per_query_head = np.concatenate(probe.sums) / len(self._exam.questions)
+        if not np.isfinite(per_query_head).all():
+            raise RazorError("the model's attention is not a number; the file may be damaged")
+        return outcome, per_query_head
+
+    def ask(
+        self,
+        profile: Profile | None,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        what: str = "planting facts",
+    ) -> Outcome:
+        """Ask a context with flash attention; profile None: llama.cpp's own cache."""
+        with self._context(profile, type_k, type_v) as ctx:
+            return self._take(ctx, what)
+
+    @contextmanager
+    def _context(self, profile: Profile | None, type_k: str, type_v: str) -> Iterator[int]:
+        params = self._C.llama_context_default_params()
+        params.n_ctx = self._exam.n_ctx
+        params.n_batch = params.n_ubatch = N_UBATCH
+        params.n_threads = params.n_threads_batch = self._n_threads
+        params.n_outputs_max = self._exam.n_outputs
+        params.flash_attn_type = self._C.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k, params.type_v = (KV_TYPES[name].ggml_id for name in (type_k, type_v))
+        params.abort_callback = self._probe.abort_callback
+        params.no_perf = True
+        native.clear_errors()
+        with self._lib.override(native.make_params(profile)):
+            ctx = self._C.llama_init_from_model(self._model, params)
+            why = "" if ctx else reason(self._lib)
+        if not ctx:
+            raise UnsupportedError(f"no context could be created for {self._path} ({why})")
+        try:
+            yield ctx
+        finally:
+            self._C.llama_free(ctx)
+
+    def _take(self, ctx: int, what: str, read_attention: bool = False) -> Outcome:
+        """Read the text once, and ask each question from there."""
+        exam, probe, C = self._exam, self._probe, self._C
+        n_prefix = len(exam.prefix)
+        work = [min(N_UBATCH, n_prefix - i) for i in range(0, n_prefix, N_UBATCH)]
+        work += [len(question.tokens) for question in exam.questions]
+        done = 0
+        self._progress(what, 0.0, None)
+        for start in range(0, n_prefix, N_UBATCH):
+            part = exam.prefix[start : start + N_UBATCH]
+            self._decode(ctx, start, part, np.zeros(len(part), np.int8))
+            done += len(part)
+            self._progress(what, done / sum(work), None)
+        size = C.llama_state_get_size(ctx)
+        state = (ctypes.c_uint8 * size)()
+        size = C.llama_state_get_data(ctx, state, size)
+        n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self._model))
+        found, logprob = [], []
+        for i, question in enumerate(exam.questions):
+            if i and C.llama_state_set_data(ctx, state, size) != size:
+                raise RazorError(f"the state of {self._path} cannot be restored")
+            asked, n = question.tokens[:-1], question.n_value
+            outputs = np.zeros(len(asked), np.int8)
+            outputs[-n:] = 1
+            probe.wanted, probe.fact = read_attention, question.fact
+            try:
+                self._decode(ctx, n_prefix, asked, outputs)
+            finally:
+                probe.wanted = False
+            flat = np.ctypeslib.as_array(C.llama_get_logits(ctx), shape=(n * n_vocab,))
+            logits = flat.reshape(n, n_vocab).astype(np.float64)
+            if not np.isfinite(logits).all():
+                raise RazorError(
+                    f"{self._path} computes logits that are not numbers; the file may be damaged"
+                )
+            value = question.tokens[-n:]
+            top = logits.max(axis=1)
+            found.append(bool((logits.argmax(axis=1) == value).all()))
+            log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+            logprob.append(float((logits[np.arange(n), value] - log_sum).sum()))
+            done += len(question.tokens)
+            self._progress(what, done / sum(work), None)
+        return Outcome(np.array(found), np.array(logprob))
+
+    def _decode(self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray) -> None:
+        code = self._probe.decode(ctx, start, part, outputs)
+        self._probe.check()
+        if code != 0:
+            raise RazorError(
+                f"computing tokens {start} to {start + len(part)} of {self._path} failed"
+                f" ({'; '.join(native.error_lines()[-2:]) or f'llama_decode {code}'})"
+            )
+
+
+class _FactProbe(AttentionProbe):
+    """Sums up the attention to the fact that is asked for, averaged over the decoded tokens."""
+
+    fact = (0, 0)
+
+    def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape) -> None:
+        super().__init__(lib, C, shape)
+        self.sums = [np.zeros(n) for n in shape.n_head]
+
+    def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
+        start, end = self.fact
+        self.sums[il][ih] += float(attention[:, start:end].sum(dtype=np.float64)) / self.n_part
