@@ -6,9 +6,10 @@ every fact can have a KL divergence of .01 on plain text. So the same text is re
 full cache and by a razor context whose local heads have folded every fact, and both are asked the
 same questions (evals/facts.py).
 
-Where facts are lost, heads are added by their *fact score*: the attention that the query heads of
-the full cache pay from a question and its answer to the sentence of the fact. How many are needed
-is found by bisection.
+Where facts are lost, the heads with the highest *fact score* join: the attention that the query
+heads of the full cache pay from a question and its answer to the sentence of the fact. Attention
+to a fact does not mean that it is used, so the heads that bring least are taken out again, by
+asking once more without each of them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from ..plan import Plan, make_plan
 from ..profile import Profile, read_model_shape, split_heads
 from .scores import group_max
 
-N_TOKENS = 1536  # of a prompt, at most
+N_TOKENS = 1024  # of a prompt, at most
 WINDOW_DIVISOR = 3  # the window is a third of that; no fact stands in it
 TOLERANCE = 0.05  # of the facts may be lost
-MAX_LOSS = 1.0  # nats that a value may be less likely than with the full cache, on average
+MAX_LOSS = 0.5  # nats that a value may be less likely than with the full cache, on average
 MIN_FOUND = 0.25  # of the facts, by the full cache: with fewer nothing is proved
-MAX_BUDGET = 0.15  # share of KV heads up to which heads are added
-MIN_ROOM, MAX_ROOM = 2, 16  # heads that may be added in any case, and at most
+MAX_BUDGET = 0.15  # share of KV heads that are retrieval heads in the end, where heads are added,
+MIN_ROOM = 2  # or so many more than were chosen by score
+EXTRA = 5  # heads beyond that which join and have to leave again
+MAX_TRIALS = 10  # heads that are left out one at a time: the time that the scores take, about
+MIN_WORTH = 0.02  # nats: heads that bring less leave, too, if the choice holds without them
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,15 @@ class Proof:
     """What became of a choice of heads.
 
     Attributes:
-        retrieval: the heads, one uint8 array [n_head_kv] per layer: the choice and what was added.
-        n_added: KV heads that the proof added.
+        retrieval: the heads, one uint8 array [n_head_kv] per layer.
+        n_added, n_removed: KV heads that the proof added to the choice and took out of it.
         full, razor: the outcomes of the full cache and of these heads.
         plan: of the razor context in which the questions were asked.
     """
 
     retrieval: tuple[np.ndarray, ...]
     n_added: int
+    n_removed: int
     full: Outcome
     razor: Outcome
     plan: Plan
@@ -74,6 +79,7 @@ class Proof:
             "facts_kv_bytes": str(self.plan.kv_bytes),
             "facts_kv_bytes_full": str(self.plan.kv_bytes_full),
             "facts_heads_added": self.n_added,
+            "facts_heads_removed": self.n_removed,
         }
 
 
@@ -88,20 +94,20 @@ def prove(
     model_path: str | os.PathLike[str],
     profile: Profile,
     *,
-    may_add: bool = True,
+    may_change: bool = True,
     haystack: Haystack | None = None,
     n_threads: int | None = None,
     n_gpu_layers: int = -1,
     progress: Progress = lambda what, part, left: None,
 ) -> Proof:
-    """Plant facts, compare the profile's heads with the full cache, and add heads where they lose.
+    """Plant facts, compare the profile's heads with the full cache, and change them if they lose.
 
-    At most MAX_BUDGET of the KV heads keep every token in the end, or MIN_ROOM more than the
-    profile has. Of all choices that were tried, the smallest that holds is returned; if none
-    does, the one that makes the values most likely: how many facts are found depends on luck more.
+    Of the heads as they are and the heads after the change, those are returned that are as good as
+    the full cache, or else those that make the values more likely: how many facts are found
+    depends on luck more.
 
     Args:
-        may_add: False: the profile's heads are examined as they are.
+        may_change: False: the profile's heads are examined as they are.
         haystack: the text to plant the facts in; None: sentences made by razor-local.
         n_gpu_layers: -1: all.
 
@@ -114,52 +120,81 @@ def prove(
     model_path = Path(model_path)
     shape = read_model_shape(model_path)
     n_tokens = min(N_TOKENS, (shape.n_ctx_train or N_TOKENS + ROOM) - ROOM)
-    window = n_tokens // WINDOW_DIVISOR
-    exam = make_exam(Prompts(model_path), haystack or MadeText(), n_tokens, window)
-    base = replace(profile, window_min=window, window_divisor=0)
+    base = replace(profile, window_min=n_tokens // WINDOW_DIVISOR, window_divisor=0)
+    plan = make_plan(shape, base, n_tokens + ROOM, "f16", "f16")
+    reach = plan.window + plan.block
+    exam = make_exam(Prompts(model_path), haystack or MadeText(), n_tokens, reach)
     with Examiner(model_path, shape, exam, n_threads, n_gpu_layers, progress) as examiner:
         full, per_query_head = examiner.full()
         fact_scores = group_max(per_query_head, shape.n_head, shape.n_head_kv)
-        tried: dict[int, Outcome] = {}
-        start = profile.flat()
-        order = [i for i in np.argsort(-fact_scores, kind="stable") if not start[i]]
 
-        def heads(n_added: int) -> tuple[np.ndarray, ...]:
-            flat = start.copy()
-            flat[order[:n_added]] = 1
-            return split_heads(flat, shape.n_head_kv)
+        def ask(flat: np.ndarray, what: str) -> Outcome:
+            heads = split_heads(flat, shape.n_head_kv)
+            return examiner.ask(replace(base, retrieval=heads), what=f"planting facts: {what}")
 
-        def run(n_added: int) -> bool:
-            n = int(start.sum()) + n_added
-            what = f"planting facts: {n} retrieval heads"
-            tried[n_added] = examiner.ask(replace(base, retrieval=heads(n_added)), what=what)
-            return is_as_good(tried[n_added], full)
-
-        conclusive = full.n_found >= MIN_FOUND * len(full.found)
-        n_added = 0
-        if not run(0) and may_add and conclusive:
-            n_added = _fewest(run, _room(start))
-            if not is_as_good(tried[n_added], full):
-                n_added = max(tried, key=lambda n: tried[n].logprob.sum())
-    plan = make_plan(shape, replace(base, retrieval=heads(n_added)), exam.n_ctx, "f16", "f16")
-    return Proof(heads(n_added), n_added, full, tried[n_added], plan)
+        start = flat = profile.flat()
+        razor = ask(flat, f"{flat.sum()} retrieval heads")
+        enough = full.n_found >= MIN_FOUND * len(full.found)
+        if may_change and enough and not is_as_good(razor, full):
+            other, outcome = improve(start, fact_scores, ask, lambda o: is_as_good(o, full))
+            if is_as_good(outcome, full) or outcome.logprob.sum() > razor.logprob.sum():
+                flat, razor = other, outcome
+    retrieval = split_heads(flat, shape.n_head_kv)
+    plan = make_plan(shape, replace(base, retrieval=retrieval), exam.n_ctx, "f16", "f16")
+    n_added, n_removed = (int((a & ~b & 1).sum()) for a, b in ((flat, start), (start, flat)))
+    return Proof(retrieval, n_added, n_removed, full, razor, plan)
 
 
-def _room(flat: np.ndarray) -> int:
-    """How many heads may be added to these."""
-    n, total = int(flat.sum()), len(flat)
-    return min(max(math.floor(MAX_BUDGET * total) - n, MIN_ROOM), MAX_ROOM, total - n)
+def improve(
+    start: np.ndarray,
+    fact_scores: np.ndarray,
+    ask: Callable[[np.ndarray, str], Outcome],
+    holds: Callable[[Outcome], bool],
+) -> tuple[np.ndarray, Outcome]:
+    """Find other heads than these, which should find more facts, and their outcome.
 
+    The heads with the highest fact scores join, EXTRA more than may stay. Of all heads, the
+    MAX_TRIALS with the lowest fact scores are then left out one at a time, and those leave whose
+    absence makes the values least unlikely: as many as have to, and more of those that bring less
+    than MIN_WORTH as long as the rest holds, by bisection. (Two heads that replace each other both
+    bring nothing when left out alone: together they may cost no more than MIN_WORTH each.)
 
-def _fewest(holds: Callable[[int], bool], room: int) -> int:
-    """Return the smallest number from 1 to room that holds, by bisection; room if it does not.
-
-    That more heads hold where fewer do is taken for granted.
+    Args:
+        start: u8 [KV heads], 1 for a retrieval head.
+        fact_scores: f64 [KV heads].
+        ask: the outcome with other heads; its second argument says what is done.
+        holds: whether an outcome is good enough.
     """
-    if room < 1 or not holds(room):
-        return max(room, 0)
-    low, high = 0, room  # low does not hold, high does
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+    n_start, total = int(start.sum()), len(start)
+    most = min(max(math.floor(MAX_BUDGET * total), n_start + MIN_ROOM), total)
+    order = np.argsort(-fact_scores, kind="stable")
+    together = start.copy()
+    together[[i for i in order if not start[i]][: max(most + EXTRA - n_start, 0)]] = 1
+    logprob = ask(together, f"{together.sum()} retrieval heads").logprob.mean()
+
+    tested = [int(i) for i in order[::-1] if together[i]][:MAX_TRIALS]
+    worth: dict[int, float] = {}  # nats
+    for n, i in enumerate(tested):
+        without = together.copy()
+        without[i] = 0
+        outcome = ask(without, f"without one head, {n + 1} of {len(tested)}")
+        worth[i] = float(logprob - outcome.logprob.mean())
+    least = sorted(tested, key=lambda i: worth[i])
+
+    def leave(n: int) -> tuple[np.ndarray, Outcome]:
+        flat = together.copy()
+        flat[least[:n]] = 0
+        return flat, ask(flat, f"{flat.sum()} retrieval heads")
+
+    low = int(together.sum()) - most
+    high = max(low, sum(value < MIN_WORTH for value in worth.values()))
+    best = leave(low)
+    while low < high and holds(best[1]):
+        middle = (low + high + 1) // 2
+        fewer = leave(middle)
+        cost = best[1].logprob.mean() - fewer[1].logprob.mean()
+        if holds(fewer[1]) and cost <= MIN_WORTH * (middle - low):
+            low, best = middle, fewer
+        else:
+            high = middle - 1
+    return best

@@ -434,9 +434,8 @@ def no_room(model: DryModel, limits: Mapping[str, int], options: ContextOptions)
 def paper_profile(shape: ModelShape) -> Profile:
     """A profile with the paper's shares, to plan for a model that has none yet.
 
-    As many retrieval heads as convert takes at most: 14 % of the KV heads by induction and 1 % by
-    echo score, rounded up, here spread evenly over the layers. How many there are decides about the
-    bytes, not which they are.
+    14 % of the KV heads by induction and 1 % by echo score, rounded up, here spread evenly over the
+    layers: about as many as convert chooses. How many there are decides the bytes, not which.
     """
     from .converters.scores import ECHO, INDUCTION
 

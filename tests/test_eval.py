@@ -308,6 +308,37 @@ def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
     assert f"| full-q8_0 | {quantized:,} | 0.531 |" in text and "by position" in text
 
 
+def test_perplexity_shows_planted_facts_beside_the_divergence(book, tmp_path, monkeypatch) -> None:
+    journal = tmp_path / "run.jsonl"
+    args = ["perplexity", book, "-c", 1024, "--windows", 1, "--policies", "full,razor,local",
+            "--window-min", 256, "--window-divisor", 0, "--resume", journal]  # fmt: skip
+    rows = {row["policy"]: row for row in report(*args)["rows"]}
+    found = {name: row["facts_found"] for name, row in rows.items()}
+    assert {row["facts_asked"] for row in rows.values()} == {20}
+    assert found["full-f16"] >= 15 and abs(found["razor-f16"] - found["full-f16"]) <= 1
+    assert found["local-f16"] < found["full-f16"] / 2, "the window holds no fact"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert sum('"kind": "facts"' in line for line in lines) == 3
+    journal.write_text("".join(lines[:-1]))  # the last policy is asked again, the others are not
+    from razor_local.evals.facts import Examiner
+
+    asked, ask = [], Examiner.ask
+    monkeypatch.setattr(Examiner, "ask", lambda *a: asked.append(a[-1]) or ask(*a))
+    text = run(*args).stdout
+    assert asked == ["planting facts: local-f16"]
+    assert f"| {found['local-f16']} of 20 |" in text
+    assert "perplexity and KL divergence on plain text do not show whether facts are lost" in text
+
+
+def test_a_context_too_short_for_facts_is_noted(book) -> None:
+    result = run("perplexity", book, "-c", 256, "--windows", 1, "--policies", "full")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "Note: no facts were planted: a text of 128 tokens is too short to plant facts in,"
+        " expected 640 or more.\n"
+    )
+
+
 # -- refusals
 
 

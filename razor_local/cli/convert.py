@@ -141,7 +141,7 @@ def convert(
     Without a head list or scores the heads are measured first: the model reads random tokens
     several times over, and the heads that stand out by looking for the repetition become retrieval
     heads. Then facts are planted in a text, and where razor loses facts that the full cache finds,
-    heads are added.
+    heads are added and others taken out.
 
     Of ALiBi models nothing is measured: how far back each head can look follows from the weights.
 
@@ -295,7 +295,7 @@ def _profile_from_scores(
 def _prove(
     model: Path, profile: Profile, given: dict[str, Any], haystack: Haystack | None
 ) -> Profile:
-    """Plant facts, add heads where the heads were chosen by score, and record the outcome.
+    """Plant facts, change heads that were chosen by score if they lose some, record the outcome.
 
     Raises ConvertError where neither the scores nor the facts name a single head.
     """
@@ -312,7 +312,7 @@ def _prove(
         try:
             with TimeLeft() as show:
                 proof = prove(
-                    model, profile, may_add=by_score, haystack=haystack, progress=show, **options
+                    model, profile, may_change=by_score, haystack=haystack, progress=show, **options
                 )
         except RazorError as error:  # the heads are worth keeping all the same
             why = str(error)

@@ -32,7 +32,7 @@ from .questions import Prompts, fit_text, message
 
 MIN_TOKENS = 640  # a shorter text holds little beside the facts
 ROOM = 128  # tokens of the context beside the text: a question and its answer
-MARGIN = 0.05  # of the text, between the last fact and the window
+MARGIN = 64  # tokens between the last fact and what local heads keep
 N_UBATCH = 512
 SEED = 0  # one text for a model and a length: results do not depend on the luck of a draw
 
@@ -134,22 +134,22 @@ class Outcome:
         return int(self.found.sum())
 
 
-def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, window: int) -> Exam:
+def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int) -> Exam:
     """Plant the facts in a text of the haystack.
 
-    The facts stand at even depths, all of them further back than a window reaches.
+    The facts stand at even distances, all of them where local heads have folded them.
 
     Args:
         n_tokens: of a prompt, the text with its question.
-        window: tokens at the end of the text that hold no fact.
+        reach: tokens at the end of the text that hold no fact: a window, and a block of folding.
 
     Raises:
         UnsupportedError: n_tokens are too few.
     """
     if n_tokens < MIN_TOKENS:
         raise UnsupportedError(
-            f"{max(n_tokens, 0):,} tokens are too few to plant facts in, expected {MIN_TOKENS} or"
-            " more"
+            f"a text of {max(n_tokens, 0):,} tokens is too short to plant facts in, expected"
+            f" {MIN_TOKENS} or more"
         )
     rng = Random(SEED)
     wordings = [*SINGLE, *[ALIKE] * N_ALIKE]
@@ -157,11 +157,17 @@ def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, window: int) 
     free = [name for name in NAMES if name not in haystack]
     keys = rng.sample(free if len(free) >= len(wordings) else NAMES, len(wordings))
     values = _numbers(rng, len(wordings), haystack)
-    deepest = max(1 - window / n_tokens - MARGIN, 0)
-    facts, asked = [], []
-    for i, (wording, key, value) in enumerate(zip(wordings, keys, values, strict=True)):
-        statement = wording.statement.format(key=key, value=value)
-        facts.append((deepest * i / len(wordings), statement))
+    statements = [
+        wording.statement.format(key=key, value=value)
+        for wording, key, value in zip(wordings, keys, values, strict=True)
+    ]
+    n_facts = sum(prompts.count(f"{statement} ") for statement in statements)
+    # depths count without the facts before them
+    deepest = max(n_tokens - reach - MARGIN - n_facts, 0) / max(n_tokens - n_facts, 1)
+    depths = np.linspace(0, deepest, len(statements))
+    facts = list(zip(depths.tolist(), statements, strict=True))
+    asked = []
+    for wording, key, value, statement in zip(wordings, keys, values, statements, strict=True):
         asked += [
             (words.format(key=key), statement, value)
             for words in (wording.question, wording.reworded)

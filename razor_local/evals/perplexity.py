@@ -172,16 +172,17 @@ def run_facts(
 ) -> None:
     """Add a record of the planted facts that each policy finds, where the journal has none.
 
-    No fact stands in the largest window of the policies, or in the last third of the text where
-    none has a window. Raises UnsupportedError where a context is too short to plant facts in.
+    No fact stands where a policy's local heads keep every token, or in the last third of the text
+    where no policy has local heads. Raises UnsupportedError where a context is too short to plant
+    facts in.
     """
     some = [p for p in policies if not journal.has({"kind": "facts", "policy": p.name})]
     if not some:
         return
     n_tokens = n_ctx - ROOM
     plans = [policy.plan(shape, n_ctx) for policy in policies]
-    window = max((p.window for p in plans if p.active), default=n_tokens // 3)
-    exam = make_exam(Prompts(setup.model), MadeText(), n_tokens, window)
+    reach = max((p.window + p.block for p in plans if p.active), default=n_tokens // 3)
+    exam = make_exam(Prompts(setup.model), MadeText(), n_tokens, reach)
     with Examiner(
         Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress
     ) as examiner:
