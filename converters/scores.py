@@ -11,10 +11,8 @@ import io
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from ..profile import (
     describe_heads,
     split_heads,
 )
+from ..safe_write import new_file
 
 INDUCTION = 0.14  # shares of all KV heads; the paper's defaults
 ECHO = 0.01
@@ -309,7 +308,9 @@ def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
 
 
 def save_scores(scores: Scores, path: str | os.PathLike[str]) -> Path:
-    """Writes a file for load_scores(), npz if the name ends so, else JSON. Raises OSError.
+    """Writes a file for load_scores(), npz if the name ends so, else JSON.
+
+    Raises RazorError, OSError.
 
     The name appears when the file is complete; a file of that name is replaced.
     """
@@ -328,18 +329,8 @@ def save_scores(scores: Scores, path: str | os.PathLike[str]) -> Path:
             for name, a in arrays.items()
         }
         data = (json.dumps(head | lists, indent=1) + "\n").encode()
-    fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    with new_file(path, len(data)) as file:
+        file.write(data)
     return path
 
 

@@ -13,7 +13,6 @@ import os
 import shutil
 import stat
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +45,7 @@ from ..profile import (
     read_sidecar,
     shape_from_header,
 )
-from ..safe_write import removed_if_terminated
+from ..safe_write import create_part, removed_if_terminated
 
 CHUNK = 8 << 20
 SIDECAR_VERSION = 3  # GGUF version
@@ -325,16 +324,15 @@ def _write_files(
     try:
         with removed_if_terminated(written):
             for out, write in zip(outs, writers, strict=True):
-                fd, name = tempfile.mkstemp(
-                    prefix=f".{out.name[:100]}.", suffix=".part", dir=folder
-                )
-                written.append(Path(name))
+                fd, part = create_part(out)
+                written.append(part)
                 with open(fd, "wb") as file:
                     write(file)
                     file.flush()
                     os.fsync(fd)
-                # mkstemp makes private files; readable by whoever can read the model
-                os.chmod(name, stat.S_IMODE(model.stat().st_mode) & 0o666 | stat.S_IWUSR)
+                    # at most what the umask allows, and those who can read the model
+                    mode = os.fstat(fd).st_mode & model.stat().st_mode & 0o666
+                    os.chmod(part, mode | stat.S_IRUSR | stat.S_IWUSR)
             verify(written)
             if len(outs) > 1:
                 # A split model is opened by its first file. While the others are renamed there is

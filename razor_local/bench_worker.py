@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .bench_machine import free_memory
+from .child import python_command
 from .errors import RazorError
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ class Worker:
         if beside_another:  # its threads must not spin on the cores of the other's
             env.setdefault("OMP_WAIT_POLICY", "passive")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "razor_local.bench_worker", json.dumps(asdict(setup))],
+            python_command(
+                "from razor_local.bench_worker import main; main()", json.dumps(asdict(setup))
+            ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -726,8 +729,9 @@ def _serve(setup: ModelSetup, commands: IO[str], answers: IO[str]) -> None:
         answer(error="there is not enough memory to fill the cache; leave out depths or types")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve the process that started this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
-    _out = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing a library prints may get between the answers
-    _serve(ModelSetup(**json.loads(sys.argv[1])), sys.stdin, _out)
+    _serve(ModelSetup(**json.loads(sys.argv[1])), sys.stdin, answers)

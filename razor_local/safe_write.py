@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,24 +31,36 @@ def new_file(path: str | os.PathLike[str], n_bytes: int = 0) -> Iterator[BinaryI
             f"{folder} has {free / 2**20:,.0f} MiB free, {path.name} needs"
             f" {n_bytes / 2**20:,.0f} MiB; free some space"
         )
+    fd, part = create_part(path)
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=folder)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    try:
-        with open(fd, "wb") as file, removed_if_terminated([Path(name)]):
+        with open(fd, "wb") as file, removed_if_terminated([part]):
             yield file
             file.flush()
             os.fsync(fd)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException as error:
         with suppress(OSError):
-            os.unlink(name)
+            os.unlink(part)
         if isinstance(error, OSError) and not error.filename:
             error.filename = str(path)  # a full disk does not say which
         raise
+
+
+def create_part(path: Path) -> tuple[int, Path]:
+    """Create a hidden file beside path, to be renamed to it; its descriptor and name.
+
+    Its mode follows the umask, as that of any new file does. Raises OSError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        part = path.parent / f".{path.name[:100]}.{secrets.token_hex(4)}.part"
+        try:
+            return os.open(part, flags, 0o666), part
+        except FileExistsError:
+            continue
+        except OSError as error:
+            error.filename = str(path)
+            raise
 
 
 @contextmanager

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 
 import pytest
 from click.testing import CliRunner
+from razor_local.converters.scores import profile_scores, save_scores
+from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import RazorError
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
-from razor_local.safe_write import check_outputs
+from razor_local.profile import read_model_shape, read_profile
+from razor_local.safe_write import check_outputs, new_file
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_outputs_follow_the_umask(tmp_path, umask, mode):
+    model = shutil.copy(DEFAULT_MODEL, tmp_path / "m.gguf")
+    os.chmod(model, 0o666)
+    scores = profile_scores(read_profile(model), read_model_shape(model))
+    before = os.umask(umask)
+    try:
+        with new_file(tmp_path / "a.txt") as file:
+            file.write(b"x")
+        save_scores(scores, tmp_path / "s.json")
+        write_copy(model, tmp_path / "c.gguf", read_profile(model))
+        write_sidecar(model, tmp_path / "side.gguf", read_profile(model))
+    finally:
+        os.umask(before)
+    for name in ("a.txt", "s.json", "c.gguf", "side.gguf"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode, name
+
+
+def test_a_copy_is_as_private_as_the_model(tmp_path):
+    model = shutil.copy(DEFAULT_MODEL, tmp_path / "m.gguf")
+    os.chmod(model, 0o400)
+    out = write_copy(model, tmp_path / "c.gguf", read_profile(model))
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
 
 READ = "is read by this command; choose another name for what is written"
 TWICE = "is named for two results; choose another name for what is written"

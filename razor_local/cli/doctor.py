@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from ..child import python_command
 from ..errors import LibraryError, RazorError
 
 REINSTALL = "reinstall razor-local, native/README.md tells how it is built"
@@ -60,9 +61,7 @@ def examine() -> dict[str, Any]:
 def _native_report(problems: list[str]) -> dict[str, Any] | None:
     """What probe() finds. In a process of its own: a library for another CPU would end this one."""
     try:
-        child = subprocess.run(
-            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120
-        )
+        child = subprocess.run(python_command(PROBE), capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         problems.append(f"loading the library takes more than two minutes; {REINSTALL}")
         return None
