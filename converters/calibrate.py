@@ -38,12 +38,11 @@ from ..errors import ConvertError, RazorError, UnsupportedError
 from ..probe import AttentionProbe, attention_context, load_model, vocabulary
 from ..profile import ModelShape, Profile, read_model_shape
 from ..terminal import on_interrupt
-from .scores import Scores
+from .scores import MIN_TOKENS, Scores
 
 DEFAULT_TOKENS = 2500
 DEFAULT_REPEATS = 4
 DEFAULT_MAX_MEMORY = 3 << 30
-MIN_TOKENS = 16  # fewer say nothing: every token is near every other
 MAX_TOKENS = 1 << 20
 MAX_UBATCH = 512  # more is not faster
 

@@ -113,8 +113,9 @@ def profile_from_heads(
     """Profile of a head list, with a record of where it comes from. Raises as read_heads does."""
     heads = parse_heads(path)
     values = heads.values(shape)
+    name = heads.path.name.encode(errors="replace").decode()
     record: dict[str, str | int] = {
-        "source": f"{KIND_NAMES[heads.kind]} {heads.path.name}"[:1000],
+        "source": f"{KIND_NAMES[heads.kind]} {name}"[:1000],
         "tool_version": f"razor-local {version('razor-local')}",
         "model_fingerprint": shape.fingerprint,
     }

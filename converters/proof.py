@@ -1,15 +1,14 @@
-"""Proves a choice of retrieval heads: facts are planted in a text and asked for.
+"""Prove a choice of retrieval heads: facts are planted in a text and asked for.
 
-Head scores measure how heads treat random tokens. Whether a model still finds facts with the heads
-that were chosen by them is another question, and the only one that counts: a choice that loses
-every fact can have a KL divergence of .01 on plain text. So the same text is read twice, by the
-full cache and by a razor context whose local heads have folded every fact, and both are asked the
+Head scores measure how heads treat random tokens. They do not show whether the model still finds
+facts with the chosen heads, and neither does a small KL divergence on plain text. So the full cache
+and a razor context, whose local heads have folded every fact, read the same text and are asked the
 same questions (evals/facts.py).
 
-Where facts are lost, the heads with the highest *fact score* join: the attention that the query
+Where facts are lost, heads are added in order of their *fact score*: the attention that the query
 heads of the full cache pay from a question and its answer to the sentence of the fact. Attention
-to a fact does not mean that it is used, so the heads that bring least are taken out again, by
-asking once more without each of them.
+to a fact does not mean that it is used, so the questions are asked again without each of the weaker
+heads, and the least useful ones are removed.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UnsupportedError
 from ..evals.facts import ROOM, Examiner, Outcome, Progress, make_exam
 from ..evals.haystack import Haystack, MadeText
 from ..evals.questions import Prompts
@@ -29,25 +29,25 @@ from ..plan import Plan, make_plan
 from ..profile import Profile, read_model_shape, split_heads
 from .scores import group_max
 
-N_TOKENS = 1024  # of a prompt, at most
-WINDOW_DIVISOR = 3  # the window is a third of that; no fact stands in it
-TOLERANCE = 0.05  # of the facts may be lost
-MAX_LOSS = 0.5  # nats that a value may be less likely than with the full cache, on average
-MIN_FOUND = 0.25  # of the facts, by the full cache: with fewer nothing is proved
-MAX_BUDGET = 0.15  # share of KV heads that are retrieval heads in the end, where heads are added,
-MIN_ROOM = 2  # or so many more than were chosen by score
-EXTRA = 5  # heads beyond that which join and have to leave again
-MAX_TRIALS = 10  # heads that are left out one at a time: the time that the scores take, about
-MIN_WORTH = 0.02  # nats: heads that bring less leave, too, if the choice holds without them
+N_TOKENS = 1024  # maximum length of a prompt
+WINDOW_DIVISOR = 3  # window = length of the prompt / 3; all facts are placed before it
+TOLERANCE = 0.05  # maximum share of the facts that may be lost
+MAX_LOSS = 0.5  # maximum loss of the mean log probability of the values, in nats
+MIN_FOUND = 0.25  # share of the facts that the full cache has to find for a proof
+MAX_BUDGET = 0.15  # maximum share of retrieval heads after heads were added
+MIN_ROOM = 2  # heads that may always be added, even beyond MAX_BUDGET
+EXTRA = 5  # candidates added beyond that limit, then pruned
+MAX_TRIALS = 10  # heads that are left out one at a time, to take about as long as the scores
+MIN_WORTH = 0.02  # nats: heads worth less are removed too, as long as the choice holds
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What became of a choice of heads.
+    """The outcome of a choice of heads, and the choice after it was changed.
 
     Attributes:
         retrieval: the heads, one uint8 array [n_head_kv] per layer.
-        n_added, n_removed: KV heads that the proof added to the choice and took out of it.
+        n_added, n_removed: KV heads added to and removed from the original choice (net).
         full, razor: the outcomes of the full cache and of these heads.
         plan: of the razor context in which the questions were asked.
     """
@@ -102,9 +102,9 @@ def prove(
 ) -> Proof:
     """Plant facts, compare the profile's heads with the full cache, and change them if they lose.
 
-    Of the heads as they are and the heads after the change, those are returned that are as good as
-    the full cache, or else those that make the values more likely: how many facts are found
-    depends on luck more.
+    The changed heads are returned if they are as good as the full cache, or make the values more
+    likely than the original heads do; otherwise the original heads. Likelihood decides because the
+    number of facts found is noisier.
 
     Args:
         may_change: False: the profile's heads are examined as they are.
@@ -120,10 +120,19 @@ def prove(
     model_path = Path(model_path)
     shape = read_model_shape(model_path)
     n_tokens = min(N_TOKENS, (shape.n_ctx_train or N_TOKENS + ROOM) - ROOM)
-    base = replace(profile, window_min=n_tokens // WINDOW_DIVISOR, window_divisor=0)
+    base = replace(profile, window_min=max(n_tokens // WINDOW_DIVISOR, 1), window_divisor=0)
     plan = make_plan(shape, base, n_tokens + ROOM, "f16", "f16")
-    reach = plan.window + plan.block
-    exam = make_exam(Prompts(model_path), haystack or MadeText(), n_tokens, reach)
+    if not plan.active:
+        raise UnsupportedError(
+            f"a context of {plan.n_ctx:,} tokens drops nothing ({plan.why_inactive})"
+        )
+    exam = make_exam(
+        Prompts(model_path),
+        haystack or MadeText(),
+        n_tokens,
+        base.window_min + plan.block,
+        base.sink_tokens,
+    )
     with Examiner(model_path, shape, exam, n_threads, n_gpu_layers, progress) as examiner:
         full, per_query_head = examiner.full()
         fact_scores = group_max(per_query_head, shape.n_head, shape.n_head_kv)
@@ -151,13 +160,14 @@ def improve(
     ask: Callable[[np.ndarray, str], Outcome],
     holds: Callable[[Outcome], bool],
 ) -> tuple[np.ndarray, Outcome]:
-    """Find other heads than these, which should find more facts, and their outcome.
+    """Return improved heads and their outcome.
 
-    The heads with the highest fact scores join, EXTRA more than may stay. Of all heads, the
-    MAX_TRIALS with the lowest fact scores are then left out one at a time, and those leave whose
-    absence makes the values least unlikely: as many as have to, and more of those that bring less
-    than MIN_WORTH as long as the rest holds, by bisection. (Two heads that replace each other both
-    bring nothing when left out alone: together they may cost no more than MIN_WORTH each.)
+    1. Add the heads with the highest fact scores, EXTRA more than may stay.
+    2. Leave out each of the MAX_TRIALS retrieval heads with the lowest fact scores once.
+    3. Remove those whose absence costs the least log probability, as many as the limit requires.
+    4. Remove more of those worth less than MIN_WORTH, by bisection, as long as the rest holds and
+       the removals cost at most MIN_WORTH per head. Redundant heads each seem worthless when left
+       out alone.
 
     Args:
         start: u8 [KV heads], 1 for a retrieval head.

@@ -32,12 +32,14 @@ from ..profile import (
 )
 from ..safe_write import new_file
 
+MIN_TOKENS = 16  # of a measurement: with fewer every token is near every other
+
 INDUCTION = 0.14  # shares of all KV heads; the paper's defaults
 ECHO = 0.01
 FLOOR, CERTAIN = 0.02, 0.1  # scores: below the first no head stands out, from the second on all do
 SPREAD = 10  # deviations from the median that a head needs to stand out
-MAX_SHARE = 0.25  # of the KV heads are chosen by score at most: more would save little
-MIN_HEADS = 4  # may be chosen by score in any case, in models with few KV heads
+MAX_SHARE = 0.25  # maximum share of KV heads chosen by score: more would save little memory
+MIN_HEADS = 4  # that limit is never below four heads
 
 FORMAT = "razor scores"
 VERSION = 1
@@ -90,14 +92,18 @@ class Scores:
             values.setflags(write=False)
             object.__setattr__(self, name, values)
         record = self.calibration
-        if len(record) > MAX_CALIBRATION_KEYS:
-            raise ProfileError(f"the calibration record has {len(record)} entries, too many")
+        if len(record) > MAX_CALIBRATION_KEYS // 2:  # a profile adds how the heads were chosen
+            raise ProfileError(
+                f"the calibration record has {len(record)} entries, expected at most"
+                f" {MAX_CALIBRATION_KEYS // 2}"
+            )
         for key, value in record.items():
-            text = isinstance(value, str) and len(value.encode()) <= MAX_CALIBRATION_BYTES
+            text = isinstance(value, str) and _fits(value, MAX_CALIBRATION_BYTES)
             number = type(value) is int and 0 <= value < 2**32
-            if not isinstance(key, str) or len(key) > 200 or not (text or number):
+            named = isinstance(key, str) and _fits(key, 200) and key.isprintable()
+            if not named or not (text or number):
                 raise ProfileError(
-                    f"calibration record {key[:80]!r} is neither a text nor a whole number"
+                    f"calibration record {str(key)[:80]!r} is neither a text nor a whole number"
                     " of 32 bits"
                 )
         if not isinstance(record.get("model_fingerprint"), str):
@@ -121,10 +127,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the heads that stand out by one score end.
+    """The score that separates the KV heads that stand out from the others.
 
-    value: KV heads above it stand out. above, below: the scores on both sides of it, 0 where there
-    is none. n_above: KV heads above it. Their ratio is the gap that `inspect --heads` shows.
+    Attributes:
+        value: KV heads above it stand out.
+        above, below: the scores next to the cut, 0 where there is none; `inspect --heads` shows
+            their ratio.
+        n_above: number of KV heads above the cut.
     """
 
     value: float
@@ -143,14 +152,15 @@ class Cut:
 def find_cut(values: np.ndarray, chance: float = 0.0) -> Cut:
     """Find the score above which a KV head stands out from the others.
 
-    A head at CERTAIN (a tenth of its attention goes to the repetition) or above always stands out.
-    One below FLOOR, within SPREAD deviations of the median (the median absolute deviation, scaled
-    to a standard deviation) or at chance never does. Between these two bounds the cut is where
-    neighboring scores have the largest ratio.
+    A head at CERTAIN (a tenth of its attention goes to the repetition) or above always stands out,
+    unless that is chance. One below FLOOR, within SPREAD deviations of the median (the median
+    absolute deviation, scaled to a standard deviation) or at chance never does. Between these two
+    bounds the cut is where neighboring scores have the largest ratio: their geometric mean, limited
+    to the bounds.
 
     Args:
         values: f32 [KV heads], one score of each.
-        chance: the score that attention without any preference gives.
+        chance: scores up to this are indistinguishable from chance.
     """
     ordered = np.sort(np.asarray(values, np.float64))[::-1]
     median = float(np.median(ordered)) if len(ordered) else 0.0
@@ -202,6 +212,8 @@ def choose_heads(
     for name, share in (("induction", induction), ("echo", echo), ("budget", budget)):
         if share is not None and not 0 <= share <= 1:
             raise ProfileError(f"{name} is {share:g}, expected a share of the KV heads from 0 to 1")
+    if budget is not None and (induction is not None or echo is not None):
+        raise ProfileError("a budget and shares by score exclude each other; leave one out")
     total = sum(scores.n_head_kv)
     chosen = np.zeros(total, np.uint8)
     if induction is not None or echo is not None:
@@ -260,7 +272,7 @@ def profile_from_scores(
         retrieval=heads,
         echo_score=scores.echo,
         induction_score=scores.induction,
-        calibration=scores.calibration | record,
+        calibration=_measured(scores.calibration) | record,
         **options,
     )
 
@@ -280,13 +292,14 @@ def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
         flat = np.zeros_like(chosen)
         flat[order[: _count(budget, len(flat))]] = 1
         retrieval = split_heads(flat, shape.n_head_kv)
-    # what was seen with other heads does not hold for these
-    record = {k: v for k, v in profile.calibration.items() if not k.startswith("facts")}
-    return replace(
-        profile,
-        retrieval=retrieval,
-        calibration=record | {"select": "budget", "budget": f"{budget:g}"},
-    )
+    record = _measured(profile.calibration) | {"select": "budget", "budget": f"{budget:g}"}
+    return replace(profile, retrieval=retrieval, calibration=record)
+
+
+def _measured(record: dict[str, str | int]) -> dict[str, str | int]:
+    """What a record says of the measurement, without a choice of heads and its facts."""
+    chosen = ("select", "induction", "echo", "budget", "retrieval")
+    return {k: v for k, v in record.items() if k not in chosen and not k.startswith("facts")}
 
 
 def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
@@ -453,11 +466,19 @@ def _chance(scores: Scores) -> float:
     rK to (r + 1)K tokens before a query in repetition r, r are copies.
     """
     tokens = scores.calibration.get("tokens")
-    return 3 / tokens if isinstance(tokens, int) and tokens > 0 else 0.0
+    return 3 / tokens if isinstance(tokens, int) and tokens >= MIN_TOKENS else 0.0
 
 
 def _count(share: float, total: int) -> int:
     return math.ceil(share * total - 1e-9)  # 0.14 * 50 is a little more than 7
+
+
+def _fits(text: str, n_bytes: int) -> bool:
+    """Whether the text can be written as UTF-8 of at most n_bytes."""
+    try:
+        return len(text.encode()) <= n_bytes
+    except UnicodeEncodeError:
+        return False
 
 
 def _describe(n_head: tuple[int, ...], n_head_kv: tuple[int, ...]) -> str:

@@ -435,7 +435,8 @@ def paper_profile(shape: ModelShape) -> Profile:
     """A profile with the paper's shares, to plan for a model that has none yet.
 
     14 % of the KV heads by induction and 1 % by echo score, rounded up, here spread evenly over the
-    layers: about as many as convert chooses. How many there are decides the bytes, not which.
+    layers. They only estimate the memory of a model without a profile: convert may choose more
+    heads or fewer. How many there are decides the bytes, not which.
     """
     from .converters.scores import ECHO, INDUCTION
 

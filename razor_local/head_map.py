@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iter
 
 
 def profile_cuts(profile: Profile, shape: ModelShape) -> dict[str, Cut]:
-    """Where the KV heads that stand out end, by each score; empty for a profile without scores."""
+    """The cut of each score, {} for a profile without scores."""
     from .converters.scores import find_cuts, profile_scores
 
     if profile.echo_score is None or profile.induction_score is None:
@@ -70,10 +71,11 @@ def gap_lines(profile: Profile, shape: ModelShape) -> Iterator[str]:
         if not cut.n_above:
             yield f"{name}: no KV head stands out, the highest score is {cut.below:.3g}"
             continue
-        are = "head stands out, with" if cut.n_above == 1 else "heads stand out, from"
+        heads = "head stands" if cut.n_above == 1 else "heads stand"
+        ratio = f", ratio {cut.ratio:.1f}" if math.isfinite(cut.ratio) else ""
         yield (
-            f"{name}: {cut.n_above} KV {are} {cut.above:.3g}; the next has {cut.below:.3g}"
-            f" (a gap of {cut.ratio:.1f}x)"
+            f"{name}: {cut.n_above} KV {heads} out (lowest score {cut.above:.3g}, next"
+            f" {cut.below:.3g}{ratio})"
         )
 
 

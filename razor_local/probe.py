@@ -22,7 +22,7 @@ from .errors import LibraryError, RazorError, UnsupportedError
 if TYPE_CHECKING:
     from .profile import ModelShape
 
-ATTENTION = b"kq_soft_max-"  # and the layer: exists with flash attention off
+ATTENTION = b"kq_soft_max-"  # tensor name before the layer index; only without flash attention
 F32, I32, I64 = 0, 26, 27  # enum ggml_type
 _DTYPES = {F32: np.dtype(np.float32), I32: np.dtype(np.int32), I64: np.dtype(np.int64)}
 
@@ -95,8 +95,8 @@ def read(lib: ctypes.CDLL, pointer: int) -> np.ndarray:
 class AttentionProbe:
     """Reads the attention of a running model head by head, and stops the model if asked to.
 
-    A subclass overrides on_head() and on_layer(). Nothing may be raised into native code: errors
-    are kept and raised by check().
+    A subclass overrides on_head() and optionally on_layer(). Nothing may be raised into native
+    code: errors are kept and raised by check().
 
     Attributes:
         wanted: whether the attention of the next decode() is read.
@@ -118,7 +118,7 @@ class AttentionProbe:
         """Take the attention of one query head: f32 [n_part, n_kv], valid during the call."""
 
     def on_layer(self, il: int) -> None:
-        """Called after the last head of a layer."""
+        """Override to act after the last head of a layer."""
 
     def interrupt(self) -> None:
         self.error, self.stopped = KeyboardInterrupt(), True
@@ -131,8 +131,9 @@ class AttentionProbe:
     def decode(
         self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray | None = None
     ) -> int:
-        """Run llama_decode on the tokens at positions start and up, and return its result.
+        """Decode the next tokens and return the result of llama_decode.
 
+        start: their first position, the number of tokens that the context holds already.
         outputs: i8 [len(part)], 1 where the logits of a token are wanted; None: the last one.
         """
         self.position, self.n_part = start, len(part)

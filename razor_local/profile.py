@@ -209,24 +209,27 @@ class Profile:
 
 
 def facts_line(profile: Profile) -> str | None:
-    """What `convert` saw when it planted facts, None where it did not.
+    """The outcome of the facts that `convert` planted, None where it planted none.
 
-    For example "planted facts: 17 of 20 found, 18 with the full cache (1,536 tokens, window 512,
-    45% of its bytes)".
+    For example "planted facts: 16 of 20 found, 17 with the full cache (context 1,280, window 341,
+    49% of the full cache's bytes)".
     """
     record = profile.calibration
     n, found, full = (record.get(k) for k in ("facts", "facts_found", "facts_found_full"))
     if not all(isinstance(value, int) for value in (n, found, full)):
         return None
+    if not max(found, full, 1) <= n:
+        return None
     line = f"planted facts: {found} of {n} found, "
     line += "as with the full cache" if found == full else f"{full} with the full cache"
     n_tokens, window = record.get("facts_tokens"), record.get("facts_window")
     size, size_full = (str(record.get(f"facts_kv_bytes{k}")) for k in ("", "_full"))
-    known = isinstance(n_tokens, int) and isinstance(window, int)
+    known = isinstance(n_tokens, int) and isinstance(window, int) and 0 < window < n_tokens
     if known and all(re.fullmatch("[1-9][0-9]{0,17}", bytes_) for bytes_ in (size, size_full)):
-        line += (
-            f" ({n_tokens:,} tokens, window {window:,},"
-            f" {int(size) / int(size_full):.0%} of its bytes)"
+        known = int(size) <= int(size_full)
+        line += known * (
+            f" (context {n_tokens:,}, window {window:,},"
+            f" {int(size) / int(size_full):.0%} of the full cache's bytes)"
         )
     return line
 

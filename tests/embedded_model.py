@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import known_heads
 import numpy as np
 import tiny_models
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from razor_local.gguf_header import read_header
@@ -44,14 +45,25 @@ def read() -> tuple[tiny_models.TinySpec, dict[str, np.ndarray], np.ndarray]:
     return spec, weights, np.flatnonzero(normal).astype(np.int32)
 
 
-def write_random(path: Path, seed: int = 0) -> Path:
-    """Its shape and tokenizer with random weights, without a profile: nothing to find in it."""
-    reader, rng = GGUFReader(PATH), np.random.default_rng(seed)
-    kv = {
+def write_variant(path: Path, template: str) -> Path:
+    """A copy with another chat template and without a profile."""
+    reader = GGUFReader(PATH)
+    kv = _metadata(reader) | {"tokenizer.chat_template": (template, GGUFValueType.STRING)}
+    tensors = [(t.name, t.data, t.tensor_type) for t in reader.tensors]
+    return tiny_models.write_gguf(path, "llama", kv, tensors)
+
+
+def _metadata(reader: GGUFReader) -> dict[str, tuple[Any, GGUFValueType]]:
+    return {
         key: (field.contents(), field.types[0])
         for key, field in reader.fields.items()
         if not key.startswith(("GGUF.", "razor.", "general.architecture"))
     }
+
+
+def write_random(path: Path, seed: int = 0) -> Path:
+    """Its shape and tokenizer with random weights, without a profile: nothing to find in it."""
+    reader, rng = GGUFReader(PATH), np.random.default_rng(seed)
     tensors = [
         (
             t.name,
@@ -62,4 +74,4 @@ def write_random(path: Path, seed: int = 0) -> Path:
         )
         for t in reader.tensors
     ]
-    return tiny_models.write_gguf(path, "llama", kv, tensors)
+    return tiny_models.write_gguf(path, "llama", _metadata(reader), tensors)

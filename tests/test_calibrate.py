@@ -549,6 +549,7 @@ def test_scores_of_another_model_are_refused(known, tmp_path):
         (["--retrieval", 0.2, "--select", "paper"], "--budget and --select exclude"),
         (["--select", "score", "--echo", 0.1], "--echo is a share of the paper's choice"),
         (["--no-proof", "--haystack", "x"], "--no-proof and --haystack exclude each other"),
+        (["--no-proof", "--scores", "s.json", "-t", 1], "--no-proof and --threads exclude"),
         (["--budget", 1.5], "Invalid value for '--budget'"),
         (["--max-memory", "much"], "'much' is not a size, expected one like 3G or 512M"),
     ],
@@ -598,9 +599,9 @@ def test_a_model_that_looks_for_nothing_gets_no_profile(tiny, tmp_path):
     for more in ([], ["--no-proof"]):
         code, stdout, stderr = run(*args, *more)
         assert (code, stdout) == (1, "") and not out.exists()
-        assert stderr.startswith("Error: no head of ") and "looks for repetitions" in stderr
+        assert stderr.startswith("Error: no head of ") and "stands out by its scores" in stderr
         assert stderr.endswith(
-            "so nothing was written; run the model with its full cache, or take the heads with"
+            "so no profile was written; run the model with its full cache, or take the heads with"
             " the highest scores all the same with --budget 0.15\n"
         )
     code, stdout, stderr = run(*args, "--budget", 0.5, "--no-proof")

@@ -4,6 +4,7 @@ answers that can be worked out again from the text alone."""
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from random import Random
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.errors import RazorError, UnsupportedError
 from razor_local.evals import needle, ruler
-from razor_local.evals.haystack import FolderText, MadeText
+from razor_local.evals.haystack import FolderText, MadeText, _without_blanks
 from razor_local.evals.needle import KINDS, NeedleSettings
 from razor_local.evals.questions import TURN_SLACK, Prompts, message
 from razor_local.evals.ruler import TASKS, RulerSettings
@@ -253,3 +254,15 @@ def test_ruler_that_cannot_be_made_is_told(prompts) -> None:
     for task in TASKS:
         with pytest.raises(RazorError, match=f"{task} at 100 tokens: .*use larger lengths"):
             ruler_samples(prompts, task, 100)
+
+
+@given(st.text("ab \t\n", max_size=60))
+def test_blank_lines_are_emptied(text):
+    text = text.strip()
+    assert _without_blanks(text) == re.sub(r"[ \t]*\n[ \t]*(?=\n)", "\n", text)
+
+
+def test_blanks_take_linear_time():
+    start = time.monotonic()
+    assert _without_blanks("a" + " " * 2_000_000 + "b") == "a" + " " * 2_000_000 + "b"
+    assert time.monotonic() - start < 5

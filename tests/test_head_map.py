@@ -65,7 +65,7 @@ def test_map(folder):
         "    2  ##         ··         ··",
         "",
         "# retrieval head, . local head; induction ·░▒▓█ from 0 to 0.5; echo ·░▒▓█ from 0 to 0",
-        "induction: 4 KV heads stand out, from 0.1; the next has 0.01 (a gap of 10.0x)",
+        "induction: 4 KV heads stand out (lowest score 0.1, next 0.01, ratio 10.0)",
         "echo: no KV head stands out, the highest score is 0",
     ]
 

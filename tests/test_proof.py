@@ -24,7 +24,7 @@ from razor_local.converters.scores import choose_heads
 
 from razor_local import Llama
 from razor_local.cli import main
-from razor_local.errors import UnsupportedError
+from razor_local.errors import RazorError, UnsupportedError
 from razor_local.evals import facts
 from razor_local.evals.facts import Exam, Examiner, Outcome, make_exam
 from razor_local.evals.haystack import MadeText
@@ -267,10 +267,70 @@ def test_models_that_cannot_be_examined(tmp_path, tiny):
         prove(path, Profile(tuple(np.zeros(4, np.uint8) for _ in range(4))))
     with pytest.raises(UnsupportedError, match="500 tokens is too short to plant facts in"):
         make_exam(Prompts(MODEL), MadeText(), 500, 100)
+    for n_tokens, reach, sinks in ((800, 700, 4), (1000, 300, 600)):
+        with pytest.raises(UnsupportedError, match="no room for facts that are folded"):
+            make_exam(Prompts(MODEL), MadeText(), n_tokens, reach, sinks)
     prompts = Prompts(MODEL)
     prompts.render = lambda messages: messages[0]["content"].upper()
     with pytest.raises(UnsupportedError, match="chat template does not contain the text"):
         make_exam(prompts, MadeText(), 800, 200)
+
+
+TEMPLATE = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("Be brief. " * 300 + TEMPLATE, "no room for facts that are folded"),
+        (TEMPLATE + "{{ messages[0].content }}", "do not stand where local heads have folded them"),
+        ("{{ messages[0].content | length }}" + TEMPLATE, "behind what all prompts have in common"),
+        (TEMPLATE + "Think about it. " * 400, "larger lengths|behind what all prompts"),
+        ("{{ raise_exception('no') }}", "no"),
+    ],
+    ids=["long before", "twice", "early", "long behind", "refuses"],
+)
+def test_templates_that_cannot_be_examined(tmp_path, template, text):
+    path = embedded_model.write_variant(tmp_path / "m.gguf", template)
+    with pytest.raises(RazorError, match=text):
+        prove(path, read_profile(MODEL))
+
+
+def test_a_system_prompt_moves_no_fact_into_the_window(tmp_path):
+    path = embedded_model.write_variant(tmp_path / "m.gguf", "Be brief. " * 15 + TEMPLATE)
+    prompts = Prompts(path)
+    assert facts._template_tokens(prompts)[0] > 30
+    exam = make_exam(prompts, MadeText(), 1024, 341 + 64)
+    assert max(q.fact[1] for q in exam.questions) <= len(exam.prefix) - 341 - 64
+
+
+class Texts:
+    """A haystack of these pieces, over and over."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.text, self.all = pieces, "".join(pieces)
+
+    def pieces(self, rng):
+        for _ in range(5000):
+            yield from self.text
+
+    def __contains__(self, text):
+        return text in self.all
+
+
+def test_texts_that_facts_cannot_be_planted_in():
+    with pytest.raises(UnsupportedError, match="do not stand where local heads have folded them"):
+        make_exam(Prompts(MODEL), Texts("no end " * 3000), 1024, 400)
+    numbers = " ".join(map(str, range(10_000, 100_000)))
+    with pytest.raises(UnsupportedError, match="full of numbers of five digits"):
+        make_exam(Prompts(MODEL), Texts("A sentence. ", numbers), 1024, 400)
+
+
+def test_sinks_hold_no_fact_and_a_context_that_drops_nothing_proves_nothing():
+    exam = make_exam(Prompts(MODEL), MadeText(), 1024, 341 + 64, 80)
+    assert min(question.fact[0] for question in exam.questions) >= 80
+    with pytest.raises(UnsupportedError, match="drops nothing"):
+        prove(MODEL, replace(with_heads((1, 0)), sink_tokens=1024))
 
 
 # -- heads that are known
@@ -293,11 +353,33 @@ def test_no_echo_and_no_induction_head_among_200(tmp_path):
     code, stdout, stderr = run("convert", path, "-o", out, "--tokens", 256)
     assert (code, stdout) == (1, "") and not out.exists()
     assert stderr == (
-        f"Error: no head of {path} looks for repetitions, and planted facts could not be asked for"
-        f" ({path} has no tokenizer, so that it cannot read a text): there is nothing to choose"
-        " retrieval heads by, so nothing was written; run the model with its full cache, or take"
-        " the heads with the highest scores all the same with --budget 0.15\n"
+        f"Error: no head of {path} stands out by its scores, and the test with planted facts was"
+        f" not possible ({path} has no tokenizer, so that it cannot read a text): there is nothing"
+        " to choose retrieval heads by, so no profile was written; run the model with its full"
+        " cache, or take the heads with the highest scores all the same with --budget 0.15\n"
     )
+
+
+def test_no_profile_without_a_head(tmp_path, monkeypatch):
+    """Planted facts that are found without any retrieval head name none."""
+    from razor_local.converters.scores import Scores, save_scores
+
+    monkeypatch.setattr(module, "is_as_good", lambda *_: True)
+    shape, zero = read_model_shape(MODEL), np.zeros(48, np.float32)
+    scores = Scores(
+        zero, zero, shape.n_head, shape.n_head_kv, {"model_fingerprint": shape.fingerprint}
+    )
+    kept, out = save_scores(scores, tmp_path / "s.json"), tmp_path / "o.gguf"
+    code, stdout, stderr = run("convert", MODEL, "-o", out, "--scores", kept, "--sidecar")
+    assert (code, stdout) == (1, "") and "no profile was written" in stderr and not out.exists()
+
+
+def test_facts_of_other_heads_are_not_taken_over(tmp_path):
+    from razor_local.converters.scores import profile_from_scores, profile_scores
+
+    scores = profile_scores(read_profile(MODEL), read_model_shape(MODEL))
+    assert scores.calibration["facts"] == 20
+    assert facts_line(profile_from_scores(scores)) is None
 
 
 # -- the command
@@ -315,7 +397,7 @@ def converted(tmp_path_factory) -> tuple[Path, str, str]:
 
 LINE = (
     r"lanted facts: (\d+) of 20 found, (as|\d+) with the full cache"
-    r" \(1,024 tokens, window 341, 59% of its bytes\)\n"
+    r" \(context 1,024, window 341, 59% of the full cache's bytes\)\n"
 )
 
 
@@ -346,7 +428,7 @@ def test_a_list_that_loses_facts_is_written_with_a_note(tmp_path):
     assert code == 0 and "4 of 24 KV heads" in stdout
     assert re.fullmatch(
         r"Note: razor loses facts with these heads \(\d+ of 20 found, \d+ with the full cache\);"
-        r" a larger --budget finds more\.\n",
+        r" measure your task, or run the full cache\.\n",
         stderr,
     )
     profile = read_sidecar(out, read_model_shape(MODEL))
@@ -385,10 +467,10 @@ def test_a_model_with_random_weights_gets_no_profile(tmp_path):
     code, stdout, stderr = run("convert", path, "-o", out, "--tokens", 128)
     assert (code, stdout) == (1, "") and not out.exists()
     assert stderr == (
-        f"Error: no head of {path} looks for repetitions, and of 20 planted facts the full cache"
-        " finds 0, razor at most 0: there is nothing to choose retrieval heads by, so nothing was"
-        " written; run the model with its full cache, or take the heads with the highest scores"
-        " all the same with --budget 0.15\n"
+        f"Error: no head of {path} stands out by its scores, and the test with planted facts did"
+        " not pass (of 20 the full cache finds 0, razor 0): there is nothing to choose retrieval"
+        " heads by, so no profile was written; run the model with its full cache, or take the heads"
+        " with the highest scores all the same with --budget 0.15\n"
     )
     code, stdout, stderr = run(
         "convert", path, "-o", out, "--tokens", 128, "--budget", 0.15, "--sidecar"
@@ -411,6 +493,8 @@ def test_another_text(tmp_path):
         "convert", MODEL, "-o", tmp_path / "x.gguf", "--haystack", tmp_path / "none"
     )
     assert code == 1 and "is no folder, expected one with .txt files" in stderr
+    code, _, stderr = run("convert", MODEL, "-o", folder / "a.txt", "--haystack", folder, "--force")
+    assert code == 1 and "is read by this command" in stderr
     assert not (tmp_path / "x.gguf").exists()
 
 
@@ -442,6 +526,14 @@ def test_ctrl_c_while_facts_are_asked_for_leaves_nothing(tmp_path):
     ("record", "line"),
     [
         ({}, None),
+        ({"facts": 0, "facts_found": 0, "facts_found_full": 0}, None),
+        ({"facts": 20, "facts_found": 99, "facts_found_full": 20}, None),
+        ({"facts": 20, "facts_found": 20, "facts_found_full": 20, "facts_tokens": 9,
+          "facts_window": 9, "facts_kv_bytes": "3", "facts_kv_bytes_full": "4"},
+         "planted facts: 20 of 20 found, as with the full cache"),
+        ({"facts": 20, "facts_found": 20, "facts_found_full": 20, "facts_tokens": 9,
+          "facts_window": 5, "facts_kv_bytes": "5", "facts_kv_bytes_full": "4"},
+         "planted facts: 20 of 20 found, as with the full cache"),
         ({"facts": 20, "facts_found": "x", "facts_found_full": 20}, None),
         ({"facts": 20, "facts_found": 19, "facts_found_full": 20},
          "planted facts: 19 of 20 found, 20 with the full cache"),
@@ -449,8 +541,8 @@ def test_ctrl_c_while_facts_are_asked_for_leaves_nothing(tmp_path):
           "facts_kv_bytes_full": "0"}, "planted facts: 20 of 20 found, as with the full cache"),
         ({"facts": 20, "facts_found": 20, "facts_found_full": 20, "facts_tokens": 1536,
           "facts_window": 512, "facts_kv_bytes": "3", "facts_kv_bytes_full": "4"},
-         "planted facts: 20 of 20 found, as with the full cache (1,536 tokens, window 512, 75% of"
-         " its bytes)"),
+         "planted facts: 20 of 20 found, as with the full cache (context 1,536, window 512, 75% of"
+         " the full cache's bytes)"),
         ({"facts": 20, "facts_found": 20, "facts_found_full": 20, "facts_tokens": "\x1b[2J",
           "facts_window": 512, "facts_kv_bytes": "3", "facts_kv_bytes_full": "4"},
          "planted facts: 20 of 20 found, as with the full cache"),

@@ -293,6 +293,13 @@ BAD = {
     "newer": ({"version": 2}, "is of version 2, this razor-local reads version 1"),
     "no version": ({"version": None}, "is of version None"),
     "no record": ({"calibration": None}, "has no calibration record"),
+    "too long a record": (
+        {"calibration": RECORD | {str(i): i for i in range(40)}},
+        "entries, expected at most 32",
+    ),
+    "record that is not UTF-8": ({"calibration": RECORD | {"a": "\ud800"}}, "calibration record"),
+    "key that is not UTF-8": ({"calibration": RECORD | {"\ud800": 1}}, "calibration record"),
+    "key with controls": ({"calibration": RECORD | {"a\n": 1}}, "calibration record"),
     "record is a list": ({"calibration": [1]}, "has no calibration record"),
     "record without model": ({"calibration": {"tokens": 1}}, "does not say which model"),
     "record of a list": ({"calibration": RECORD | {"a": [1]}}, "'a' is neither a text nor"),

@@ -45,8 +45,8 @@ NOT_FOR_ALIBI = (
 @click.option(
     "--heads",
     type=PATH,
-    help="Head list of others instead of measuring: 0/1 table, DuoAttention gates, Retrieval_Head"
-    " JSON.",
+    help="Use a published head list instead of measuring: 0/1 table, DuoAttention gates,"
+    " Retrieval_Head or HeadKV JSON.",
 )
 @click.option(
     "--select",
@@ -86,21 +86,29 @@ NOT_FOR_ALIBI = (
     help="Random tokens to measure with.  [default: 2500, or what the trained context holds]",
 )
 @click.option("--repeats", type=int, help="How often they are repeated.  [default: 4]")
-@click.option("--seed", type=int, help="Of the random tokens.  [default: 0]")
-@click.option("--max-memory", type=Size(), help="For measuring, beside the model.  [default: 3G]")
-@click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads for measuring.")
+@click.option("--seed", type=int, help="Seed of the random tokens.  [default: 0]")
+@click.option(
+    "--max-memory", type=Size(), help="Memory for measuring, besides the model.  [default: 3G]"
+)
+@click.option(
+    "-t",
+    "--threads",
+    type=THREADS,
+    metavar="N",
+    help="CPU threads for measuring and for planted facts.",
+)
 @click.option(
     "-ngl",
     "--n-gpu-layers",
     type=click.IntRange(-1),
     metavar="N",
-    help="Layers on the GPU for measuring.  [default: -1, all]",
+    help="Layers on the GPU for measuring and for planted facts.  [default: -1, all]",
 )
 @click.option(
     "--haystack",
     type=PATH,
     metavar="DIR",
-    help="Folder of .txt files to plant the facts of the proof in.  [default: sentences made by"
+    help="Folder of .txt files that the planted facts are hidden in.  [default: sentences made by"
     " razor-local]",
 )
 @click.option("--no-proof", is_flag=True, help="Do not test whether the heads find planted facts.")
@@ -173,7 +181,8 @@ def convert(
     shape = shape_from_header(header)
     alibi = alibi_max_bias(header, shape) > 0
     _check_method(shape, alibi, epsilon)
-    check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"]])
+    texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
+    check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"], *texts])
     check_output(model, output, force, sidecar)
     haystack = None
     if measuring["haystack"] is not None:
@@ -197,7 +206,7 @@ def convert(
             if measuring["save_scores"] is not None:
                 check_output(model, measuring["save_scores"], force, sidecar=True)
             profile = _profile_from_scores(model, shape, measuring, options)
-        profile = _prove(model, profile, measuring, haystack)
+        profile = _prove(model, profile, measuring | {"heads": heads}, haystack)
     if sidecar:
         write_sidecar(model, output, profile, force)
     else:
@@ -218,13 +227,15 @@ def convert(
 
 
 def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
-    """Refuses options that would be ignored."""
-    measure = ("tokens", "repeats", "seed", "max_memory", "threads", "n_gpu_layers", "save_scores")
+    """Refuse options that would be ignored."""
+    measure = ("tokens", "repeats", "seed", "max_memory", "save_scores")
+    unmeasured = heads is not None or given["scores"] is not None
+    run = ("threads", "n_gpu_layers") if unmeasured else ()
     for source, name, excluded in (
-        (heads, "heads", (*measure[:4], "save_scores", "select", "induction", "echo", "scores")),
-        (given["scores"], "scores", (*measure[:4], "save_scores")),
+        (heads, "heads", (*measure, "select", "induction", "echo", "scores")),
+        (given["scores"], "scores", measure),
         (given["budget"], "budget", ("select", "induction", "echo")),
-        (given["no_proof"] or None, "no-proof", ("haystack",)),
+        (given["no_proof"] or None, "no-proof", ("haystack", *run)),
     ):
         for other in excluded if source is not None else ():
             if given[other] is not None:
@@ -299,9 +310,12 @@ def _prove(
 
     Raises ConvertError where neither the scores nor the facts name a single head.
     """
+    import numpy as np
+
     from ..errors import ConvertError, RazorError
 
     by_score = profile.calibration.get("select") == "score"
+    by_list = given["heads"] is not None
     proof, why = None, "--no-proof"
     if not given["no_proof"]:
         from ..converters.proof import prove
@@ -316,15 +330,20 @@ def _prove(
                 )
         except RazorError as error:  # the heads are worth keeping all the same
             why = str(error)
-    if by_score and not profile.flat().any() and (proof is None or not proof.holds):
-        tried = f"planted facts could not be asked for ({why})"
+    none = not (profile.flat() if proof is None else np.concatenate(proof.retrieval)).any()
+    holds = proof is not None and proof.holds
+    if by_score and (none or not (holds or profile.flat().any())):
+        tried = f"was not possible ({why})" if why != "--no-proof" else "was left out (--no-proof)"
         if proof is not None:
-            tried = f"of {len(proof.full.found)} planted facts the full cache finds"
-            tried += f" {proof.full.n_found}, razor at most {proof.razor.n_found}"
+            tried = (
+                f"did not pass (of {len(proof.full.found)} the full cache finds"
+                f" {proof.full.n_found}, razor {proof.razor.n_found})"
+            )
         raise ConvertError(
-            f"no head of {model} looks for repetitions, and {tried}: there is nothing to choose"
-            " retrieval heads by, so nothing was written; run the model with its full cache, or"
-            " take the heads with the highest scores all the same with --budget 0.15"
+            f"no head of {model} stands out by its scores, and the test with planted facts {tried}:"
+            " there is nothing to choose retrieval heads by, so no profile was written; run the"
+            " model with its full cache, or take the heads with the highest scores all the same"
+            " with --budget 0.15"
         )
     if proof is None:
         if why != "--no-proof":
@@ -338,10 +357,11 @@ def _prove(
             err=True,
         )
     elif not proof.holds:
+        more = "" if by_list else ", keep more of them with a larger budget (chat --retrieval 0.25)"
         click.echo(
             f"Note: razor loses facts with these heads ({proof.razor.n_found} of"
-            f" {len(proof.full.found)} found, {proof.full.n_found} with the full cache); a larger"
-            " --budget finds more.",
+            f" {len(proof.full.found)} found, {proof.full.n_found} with the full cache); measure"
+            f" your task{more}, or run the full cache.",
             err=True,
         )
     return replace(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import UnsupportedError
+from ..errors import RazorError
 from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
 
     TEXT is a file in UTF-8; the divergence is from the full f16 cache, by position in the context.
     Neither shows whether facts are lost, so each policy is also asked for facts that are planted in
-    another text of the same length.
+    a second text, which fills the context.
     """
     from ..evals.perplexity import (
         PerplexityReport,
@@ -313,7 +313,7 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
         )
         try:
             run_facts(run.setup, run.shape, run.policies, n_ctx, journal, show)
-        except UnsupportedError as error:
+        except RazorError as error:  # all windows are read
             click.echo(f"Note: no facts were planted: {error}.", err=True)
     assert journal.head is not None
     report = PerplexityReport(journal.head, journal.records)

@@ -178,7 +178,7 @@ def _scores(shape: ModelShape, profile: Profile) -> dict[str, list[list[float]]]
 
 
 def _cuts(shape: ModelShape, profile: Profile) -> dict[str, dict[str, float]]:
-    """Where the KV heads that stand out by each score end."""
+    """The cut of each score."""
     from ..head_map import profile_cuts
 
     return {name: asdict(cut) for name, cut in profile_cuts(profile, shape).items()}

@@ -1,9 +1,9 @@
-"""Planted facts: a text with facts in it, and questions that are answered by force.
+"""Planted facts: a text with facts in it, and questions that are scored by teacher forcing.
 
-The prompt and the beginning of the answer are given, up to the value ("The secret code of Marlow
-is"). A fact is found where each token of the value is the most likely one. This needs no talent for
-conversation, costs a few tokens for a question, and gives a probability too, which tells two caches
-apart that find the same facts.
+The prompt and the answer up to the value are given ("The secret code of Marlow is"). A fact is
+found if each token of the value is the most likely one, given the tokens before it. This needs no
+instruction following, takes a few tokens per question, and yields a log probability that separates
+caches that find the same facts.
 
 Every cache reads the text once, and its state is loaded again for each question.
 """
@@ -34,7 +34,7 @@ MIN_TOKENS = 640  # a shorter text holds little beside the facts
 ROOM = 128  # tokens of the context beside the text: a question and its answer
 MARGIN = 64  # tokens between the last fact and what local heads keep
 N_UBATCH = 512
-SEED = 0  # one text for a model and a length: results do not depend on the luck of a draw
+SEED = 0  # fixed, so that repeated runs ask the same questions
 
 Progress = Callable[[str, float, "float | None"], object]  # what, part done, seconds left
 
@@ -95,9 +95,11 @@ N_ALIKE = 4  # facts of this one kind
 
 @dataclass(frozen=True)
 class Question:
-    """tokens: i32, question and answer behind the common prefix; the last n_value are the value.
+    """A question about one fact.
 
-    fact: positions [start, end) of the sentence in the prompt.
+    Attributes:
+        tokens: i32, question and answer after the common prefix; the last n_value are the value.
+        fact: positions [start, end) of the sentence in the prompt.
     """
 
     tokens: np.ndarray
@@ -109,7 +111,9 @@ class Question:
 class Exam:
     """A text with planted facts and the questions about them, in tokens.
 
-    prefix: i32, what all prompts begin with: the text. n_ctx: tokens that a context needs.
+    Attributes:
+        prefix: i32, the text, with which all prompts begin.
+        n_ctx: tokens that a context needs.
     """
 
     prefix: np.ndarray
@@ -124,7 +128,12 @@ class Exam:
 
 @dataclass(frozen=True)
 class Outcome:
-    """found: bool [questions]. logprob: f64 [questions], of the whole value, in nats."""
+    """The answers to the questions of an exam.
+
+    Attributes:
+        found: bool [questions].
+        logprob: f64 [questions], of the whole value, in nats.
+    """
 
     found: np.ndarray
     logprob: np.ndarray
@@ -134,7 +143,9 @@ class Outcome:
         return int(self.found.sum())
 
 
-def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int) -> Exam:
+def make_exam(
+    prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int, sink_tokens: int = 0
+) -> Exam:
     """Plant the facts in a text of the haystack.
 
     The facts stand at even distances, all of them where local heads have folded them.
@@ -142,9 +153,10 @@ def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int) -
     Args:
         n_tokens: of a prompt, the text with its question.
         reach: tokens at the end of the text that hold no fact: a window, and a block of folding.
+        sink_tokens: tokens at the beginning that hold no fact.
 
     Raises:
-        UnsupportedError: n_tokens are too few.
+        UnsupportedError: n_tokens are too few to hold the facts before the last reach tokens.
     """
     if n_tokens < MIN_TOKENS:
         raise UnsupportedError(
@@ -162,9 +174,17 @@ def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int) -
         for wording, key, value in zip(wordings, keys, values, strict=True)
     ]
     n_facts = sum(prompts.count(f"{statement} ") for statement in statements)
-    # depths count without the facts before them
-    deepest = max(n_tokens - reach - MARGIN - n_facts, 0) / max(n_tokens - n_facts, 1)
-    depths = np.linspace(0, deepest, len(statements))
+    # depths count neither the template nor the facts before them
+    n_before, n_around = _template_tokens(prompts)
+    first = max(sink_tokens - n_before, 0)
+    last = n_tokens - reach - MARGIN - n_facts - n_before
+    if last - first < n_facts / 4:
+        raise UnsupportedError(
+            f"of {n_tokens:,} tokens all but {max(last + n_facts - first, 0):,} belong to the chat"
+            " template, the sink tokens and the window, which leaves no room for facts that are"
+            " folded"
+        )
+    depths = np.linspace(first, last, len(statements)) / (n_tokens - n_facts - n_around)
     facts = list(zip(depths.tolist(), statements, strict=True))
     asked = []
     for wording, key, value, statement in zip(wordings, keys, values, statements, strict=True):
@@ -198,7 +218,7 @@ def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int) -
         before, after = tokenize(prompt[:at]), tokenize(prompt[: at + len(statement)])
         spans.append((_common([whole, before]), _common([whole, after])))
     n_prefix = _common(tokens)
-    return Exam(
+    exam = Exam(
         np.array(tokens[0][:n_prefix], np.int32),
         tuple(
             Question(np.array(whole[n_prefix:], np.int32), n, span)
@@ -206,16 +226,46 @@ def make_exam(prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int) -
         ),
         n_ctx=-(-max(map(len, tokens)) // N_CTX_PAD) * N_CTX_PAD,
     )
+    _check(exam, reach, sink_tokens)
+    return exam
+
+
+def _template_tokens(prompts: Prompts) -> tuple[int, int]:
+    """Tokens of the chat template before a message, and in all."""
+    mark = "Here"
+    before = prompts.render([{"role": "user", "content": mark}]).partition(mark)[0]
+    n_before = len(prompts.model.tokenize(before.encode(), add_bos=False, special=True))
+    return n_before, prompts.n_prompt(mark)
+
+
+def _check(exam: Exam, reach: int, sink_tokens: int) -> None:
+    """Raise UnsupportedError where the questions would not show what is asked."""
+    longest = max(len(question.tokens) for question in exam.questions)
+    if longest > N_UBATCH:
+        raise UnsupportedError(
+            f"the chat template puts {longest:,} tokens behind what all prompts have in common,"
+            f" expected {N_UBATCH} or less for a short question"
+        )
+    starts, ends = zip(*(question.fact for question in exam.questions), strict=True)
+    if max(ends) > len(exam.prefix) - reach or min(starts) < sink_tokens:
+        raise UnsupportedError(
+            "the planted facts do not stand where local heads have folded them: the texts have no"
+            " sentences that fit, or the chat template repeats the message"
+        )
 
 
 def _numbers(rng: Random, n: int, haystack: Haystack) -> list[str]:
     """Different numbers of five digits that are nowhere in the haystack."""
     found: list[str] = []
-    while len(found) < n:
+    for _ in range(20 * n):
         value = str(rng.randrange(10_000, 100_000))
         if value not in found and value not in haystack:
             found.append(value)
-    return found
+        if len(found) == n:
+            return found
+    raise UnsupportedError(
+        "the texts are full of numbers of five digits, so that planted ones would not be told apart"
+    )
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:

@@ -112,7 +112,7 @@ class FolderText:
         text = "\n\n".join(filter(None, texts))
         if not text:
             raise RazorError(f"{folder} has no .txt files with text in them")
-        text = re.sub(r"[ \t]*\n[ \t]*(?=\n)", "\n", text)
+        text = _without_blanks(text)
         text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)
         self._pieces = _split(re.sub(r"\n{2,}", "\n\n", text))
         self._text = text.lower()
@@ -127,6 +127,13 @@ class FolderText:
 
     def __contains__(self, text: str) -> bool:
         return text.lower() in self._text
+
+
+def _without_blanks(text: str) -> str:
+    """The text with empty lines for blank ones, and no white space at the end of lines before."""
+    lines = [line if line.strip(" \t") else "" for line in text.split("\n")]
+    followed = zip(lines, lines[1:], strict=False)
+    return "\n".join([a if b else a.rstrip(" \t") for a, b in followed] + lines[-1:])
 
 
 def _sentence(rng: Random) -> str:

@@ -172,9 +172,9 @@ def run_facts(
 ) -> None:
     """Add a record of the planted facts that each policy finds, where the journal has none.
 
-    No fact stands where a policy's local heads keep every token, or in the last third of the text
-    where no policy has local heads. Raises UnsupportedError where a context is too short to plant
-    facts in.
+    All facts are placed where the local heads of every policy have folded them. If no policy has
+    local heads, the last third of the text is left free. Raises UnsupportedError where a context is
+    too short for that.
     """
     some = [p for p in policies if not journal.has({"kind": "facts", "policy": p.name})]
     if not some:
@@ -182,7 +182,8 @@ def run_facts(
     n_tokens = n_ctx - ROOM
     plans = [policy.plan(shape, n_ctx) for policy in policies]
     reach = max((p.window + p.block for p in plans if p.active), default=n_tokens // 3)
-    exam = make_exam(Prompts(setup.model), MadeText(), n_tokens, reach)
+    sinks = max((p.sink_tokens for p in plans if p.active), default=0)
+    exam = make_exam(Prompts(setup.model), MadeText(), n_tokens, reach, sinks)
     with Examiner(
         Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress
     ) as examiner:
@@ -409,10 +410,12 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
         f" one every {settings['stride']:,}; the text has {settings['n_tokens']:,} tokens"
     )
     yield "- against a full f16 cache; 95 % confidence intervals; KL divergence in nats"
-    yield (
-        "- planted facts stand in another text of the same length, further back than the windows"
-        " reach; perplexity and KL divergence on plain text do not show whether facts are lost"
-    )
+    if any(r["kind"] == "facts" for r in report.records):
+        yield (
+            "- planted facts: 20 questions about a second text that fills the context, every fact"
+            " outside the local windows; perplexity and KL divergence on plain text do not show"
+            " whether facts are lost"
+        )
     if report.missing:
         yield f"- **unfinished: {report.missing:,} windows were not read yet**"
     yield ""
