@@ -638,7 +638,7 @@ def test_plot(converted, tmp_path):
 
 
 MEANINGLESS = {
-    "--retrieval": 0.2, "--induction": 0.1, "--echo": 0.1, "--tokens": 100, "--repeats": 3,
+    "--budget": 0.2, "--select": "paper", "--haystack": ".", "--no-proof": None, "--induction": 0.1, "--echo": 0.1, "--tokens": 100, "--repeats": 3,
     "--seed": 0, "--scores": "s.json", "--save-scores": "s.json", "--heads": "h.tsv",
     "--max-memory": "1G", "--threads": 1, "--n-gpu-layers": 0, "--sinks": 4, "--window-min": 4000,
     "--window-divisor": 5, "--no-compensation": None,
@@ -667,7 +667,7 @@ def test_epsilon_is_for_alibi_models(tmp_path):
     assert not (tmp_path / "o.gguf").exists()
     # mpt with learned positions is an ordinary model
     mpt = write(tmp_path / "mpt.gguf", AlibiSpec("mpt", max_bias=0.0))
-    code, _, stderr = run("convert", mpt, "-o", tmp_path / "o.gguf", "--tokens", 64)
+    code, _, stderr = run("convert", mpt, "-o", tmp_path / "o.gguf", "--tokens", 64, "--budget", 1)
     assert code == 0, stderr
     assert read_profile(tmp_path / "o.gguf").method == "rope"
 

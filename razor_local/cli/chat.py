@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
-from ..profile import facts_line
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ def chat(model: Path | None, **options: Any) -> None:
             sys.exit(130)
         return
     _say(_describe(llama))
+    from ..profile import facts_line
+
     facts = facts_line(llama.profile) if llama.memory().active else None
     if facts is not None:
         _say(facts)
