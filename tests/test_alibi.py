@@ -638,7 +638,8 @@ def test_plot(converted, tmp_path):
 
 
 MEANINGLESS = {
-    "--budget": 0.2, "--select": "paper", "--haystack": ".", "--no-proof": None, "--induction": 0.1, "--echo": 0.1, "--tokens": 100, "--repeats": 3,
+    "--budget": 0.2, "--select": "paper", "--haystack": ".", "--no-proof": None,
+    "--induction": 0.1, "--echo": 0.1, "--tokens": 100, "--repeats": 3,
     "--seed": 0, "--scores": "s.json", "--save-scores": "s.json", "--heads": "h.tsv",
     "--max-memory": "1G", "--threads": 1, "--n-gpu-layers": 0, "--sinks": 4, "--window-min": 4000,
     "--window-divisor": 5, "--no-compensation": None,
