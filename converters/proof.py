@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UnsupportedError
-from ..evals.facts import ROOM, Examiner, Outcome, Progress, make_exam
+from ..evals.facts import ROOM, Examiner, Outcome, make_exam
 from ..evals.haystack import Haystack, MadeText
 from ..evals.questions import Prompts
 from ..plan import Plan, make_plan
 from ..profile import Profile, read_model_shape, split_heads
+from ..progress import Progress
 from .scores import group_max
 
 N_TOKENS = 1024  # maximum length of a prompt
@@ -61,8 +62,8 @@ class Proof:
 
     @property
     def conclusive(self) -> bool:
-        """Whether the full cache finds enough facts to compare with."""
-        return self.full.n_found >= MIN_FOUND * len(self.full.found)
+        """True if the full cache finds at least MIN_FOUND of the facts."""
+        return is_enough(self.full)
 
     @property
     def holds(self) -> bool:
@@ -83,8 +84,13 @@ class Proof:
         }
 
 
+def is_enough(full: Outcome) -> bool:
+    """Return True if the full cache finds enough facts to compare with."""
+    return full.n_found >= MIN_FOUND * len(full.found)
+
+
 def is_as_good(razor: Outcome, full: Outcome) -> bool:
-    """Whether razor is as good as the full cache, within TOLERANCE and MAX_LOSS."""
+    """Return True if razor matches the full cache within TOLERANCE and MAX_LOSS."""
     n_lost = full.n_found - razor.n_found
     loss = float(full.logprob.mean() - razor.logprob.mean())
     return n_lost <= TOLERANCE * len(full.found) and loss <= MAX_LOSS
@@ -143,8 +149,7 @@ def prove(
 
         start = flat = profile.flat()
         razor = ask(flat, f"{flat.sum()} retrieval heads")
-        enough = full.n_found >= MIN_FOUND * len(full.found)
-        if may_change and enough and not is_as_good(razor, full):
+        if may_change and is_enough(full) and not is_as_good(razor, full):
             other, outcome = improve(start, fact_scores, ask, lambda o: is_as_good(o, full))
             if is_as_good(outcome, full) or outcome.logprob.sum() > razor.logprob.sum():
                 flat, razor = other, outcome

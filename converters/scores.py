@@ -297,7 +297,7 @@ def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
 
 
 def _measured(record: dict[str, str | int]) -> dict[str, str | int]:
-    """What a record says of the measurement, without a choice of heads and its facts."""
+    """Return the record without the keys of a head choice and its planted facts."""
     chosen = ("select", "induction", "echo", "budget", "retrieval")
     return {k: v for k, v in record.items() if k not in chosen and not k.startswith("facts")}
 
@@ -474,7 +474,7 @@ def _count(share: float, total: int) -> int:
 
 
 def _fits(text: str, n_bytes: int) -> bool:
-    """Whether the text can be written as UTF-8 of at most n_bytes."""
+    """Return True if the text encodes to at most n_bytes of UTF-8."""
     try:
         return len(text.encode()) <= n_bytes
     except UnicodeEncodeError:

@@ -95,7 +95,7 @@ def test_the_best_echo_heads_are_chosen_together():
         ([], 0, 0),
         ([0.5], 0, 1),
         ([0] * 9, 0, 0),
-        ([0.9] * 9, 0, 9),  # a bulk far above chance is no reason to choose none
+        ([0.9] * 9, 0, 9),  # a high median must not hide heads that are certain
         ([0.019] * 1 + [0.0001] * 9, 0, 0),  # a large gap, below FLOOR
         ([0.4, 0.1] + [0.09] * 3 + [0.001] * 9, 0, 5),  # the gap below 0.1 decides
         ([0.4, 0.1, 0.03] + [0.025] * 3 + [0.02] * 9, 0, 2),  # the largest gap, not the last

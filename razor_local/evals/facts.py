@@ -11,7 +11,7 @@ Every cache reads the text once, and its state is loaded again for each question
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..errors import RazorError, UnsupportedError
 from ..plan import KV_TYPES, N_CTX_PAD
 from ..probe import AttentionProbe, attention_context, load_model, n_cpus, reason
 from ..profile import ModelShape, Profile
+from ..progress import Progress
 from ..terminal import on_interrupt
 from .haystack import Haystack
 from .needle import NAMES
@@ -35,8 +36,6 @@ ROOM = 128  # tokens of the context beside the text: a question and its answer
 MARGIN = 64  # tokens between the last fact and what local heads keep
 N_UBATCH = 512
 SEED = 0  # fixed, so that repeated runs ask the same questions
-
-Progress = Callable[[str, float, "float | None"], object]  # what, part done, seconds left
 
 
 class Wording(NamedTuple):
@@ -264,7 +263,8 @@ def _numbers(rng: Random, n: int, haystack: Haystack) -> list[str]:
         if len(found) == n:
             return found
     raise UnsupportedError(
-        "the texts are full of numbers of five digits, so that planted ones would not be told apart"
+        "the haystack contains nearly every five-digit number, so planted values would not be"
+        " unique; choose another text"
     )
 
 
