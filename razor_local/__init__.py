@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from .bindings import install as _install
+
 _EXPORTS = {
     "Llama": "llama",
     "Memory": "llama",
@@ -35,6 +37,8 @@ _EXPORTS = {
 }
 
 __all__ = list(_EXPORTS)
+
+_install()
 
 
 def __getattr__(name: str) -> Any:

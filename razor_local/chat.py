@@ -31,7 +31,6 @@ class Model(Protocol):
     def piece(self, token: int) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
     def is_special(self, token: int) -> bool: ...
-    def set_seed(self, seed: int) -> None: ...
     def prefill(
         self,
         tokens: Sequence[int],
@@ -39,6 +38,7 @@ class Model(Protocol):
         stop: Callable[[], bool] | None = ...,
     ) -> Prefill: ...
     def generate(self, tokens: Sequence[int], **sampling: Any) -> Iterable[int]: ...
+    def request(self, make: Callable[[Model], Iterator[str]]) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ class Chat:
         self._seed = secrets.randbits(31) if self.sampling.seed is None else self.sampling.seed
         self._n_turns = 0
         # the conversation up to its last answer as a template may write it, and its tokens
-        self._known_texts: tuple[str, ...] = ()
-        self._known_tokens: list[int] = []
+        self._known: tuple[tuple[str, ...], list[int]] = ((), [])
         self.messages: list[Message] = []
         self.set_system(system)
 
@@ -170,7 +169,7 @@ class Chat:
     def clear(self) -> None:
         """Forgets the conversation, keeps the system prompt."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._known_texts, self._known_tokens = (), []
+        self._known = ((), [])
 
     def stop(self) -> None:
         """Ends the turn that is running, from a signal handler or another thread."""
@@ -179,7 +178,7 @@ class Chat:
     @property
     def n_used(self) -> int:
         """Tokens of the context that the conversation takes so far, as of its last answer."""
-        return len(self._known_tokens)
+        return len(self._known[1])
 
     def say(self, text: str, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
         """Adds a user message and streams the answer in pieces of text; then last tells of it.
@@ -187,9 +186,15 @@ class Chat:
         progress(n_done, n_prompt), in tokens, while the prompt is evaluated. The message and the
         answer enter the conversation together: a turn stopped before its first token leaves no
         trace, one stopped later keeps what was answered.
-        Raises ContextFullError for a prompt that does not fit, with the conversation unchanged.
+        Raises ContextFullError for a prompt that does not fit, with the conversation unchanged, and
+        RazorError while the model serves another request.
         """
-        model, n_ctx = self.model, self.model.n_ctx()
+        return self.model.request(lambda model: self._say(model, text, progress))
+
+    def _say(
+        self, model: Model, text: str, progress: Callable[[int, int], object] | None
+    ) -> Iterator[str]:
+        n_ctx = model.n_ctx()
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self._render(messages)
         tokens = self._tokens_of(prompt)
@@ -210,7 +215,7 @@ class Chat:
         said: list[str] = []
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
-            for token in self._generate(tokens) if prefill.complete else ():
+            for token in self._generate(model, tokens) if prefill.complete else ():
                 if model.is_end(token):
                     ended = "end"
                     break
@@ -241,8 +246,8 @@ class Chat:
                 content = "".join(said)
                 self.messages = [*messages, {"role": "assistant", "content": content}]
                 texts = ("".join(raw), content, content.strip())  # some templates strip
-                self._known_texts = tuple(prompt + text for text in dict.fromkeys(texts))
-                self._known_tokens = tokens + answer
+                known = tuple(prompt + text for text in dict.fromkeys(texts))
+                self._known = (known, tokens + answer)
             self.last = Turn(
                 n_prompt=n_prompt,
                 n_reused=prefill.n_reused,
@@ -253,11 +258,13 @@ class Chat:
                 ended=ended,
             )
 
-    def _generate(self, tokens: list[int]) -> Iterable[int]:
+    def _generate(self, model: Model, tokens: list[int]) -> Iterable[int]:
         s = self.sampling
-        self.model.set_seed((self._seed + self._n_turns) % 2**32)
+        seed = (self._seed + self._n_turns) % 2**32
         self._n_turns += 1
-        return self.model.generate(tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
+        return model.generate(
+            tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed
+        )
 
     def _tokens_of(self, prompt: str) -> list[int]:
         """Tokens of a rendered conversation.
@@ -265,12 +272,13 @@ class Chat:
         Where it goes on from the last answer, the tokens of that answer are taken as the model
         produced them: tokenized again they could differ, and the cache would have to go back.
         """
-        for known in self._known_texts:
+        known_texts, known_tokens = self._known
+        for known in known_texts:
             if prompt.startswith(known):
                 rest = self._tokenize(prompt[len(known) :])
                 # between plain words a tokenizer may merge or add a space; a turn marker is safe
                 if rest and self.model.is_special(rest[0]):
-                    return self._known_tokens + rest
+                    return known_tokens + rest
         return self._tokenize(prompt)
 
     def _tokenize(self, text: str) -> list[int]:

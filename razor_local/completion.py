@@ -1,13 +1,404 @@
-"""The text of an answer while its tokens arrive, in the chunks that llama_cpp streams.
+"""Answers to completion requests: what Llama.create_completion() and its like are made of.
 
-Every byte is looked at once: what has been given out is forgotten. (llama_cpp's own loop puts the
-whole answer together again for every token.)
+llama_cpp's own loop puts the whole answer together again, and copies the prompt, for every token.
+Here every byte is looked at once: what has been given out is forgotten.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+import json
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import ContextFullError, RazorError
+
+_ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
+
+
+def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+    """Yield the chunks of an answer, or the whole answer if request["stream"] is False.
+
+    Args:
+        llama: a Llama from inside a request.
+        request: the arguments of create_completion().
+
+    Raises:
+        ContextFullError: the prompt does not fit.
+        RazorError: an argument is not understood.
+    """
+    stops = read_stops(request["stop"])
+    processors = _with_logit_bias(llama, request)
+    if request["logprobs"] is not None and not 0 <= request["logprobs"] <= llama.n_vocab():
+        raise RazorError(
+            f"logprobs is {request['logprobs']!r}, expected the number of likeliest tokens to tell"
+        )
+    prompt, options = _read_prompt(
+        llama, request | {"logit_bias": None, "logits_processor": processors, "stop": []}
+    )
+    n_max = llama.n_ctx() - len(prompt)
+    if request["max_tokens"] is not None and request["max_tokens"] > 0:
+        n_max = min(n_max, request["max_tokens"])
+    head = {
+        "id": f"cmpl-{uuid.uuid4()}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": llama.model_path if request["model"] is None else request["model"],
+    }
+
+    def response(
+        part: str, finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        choice = {"text": part, "index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**head, "choices": [choice]}
+
+    asked = request["prompt"]
+    asked = asked if isinstance(asked, str) else _text(llama, asked)
+    echo, stream = asked if request["echo"] else "", request["stream"]
+    logprobs = None
+    if request["logprobs"] is not None:
+        logprobs = _Logprobs(llama, request["logprobs"], 0 if echo else len(asked))
+        if echo:
+            logprobs.add_prompt(prompt)
+    if stream and echo:
+        yield response(echo, logprobs=logprobs and logprobs.take_all())
+
+    piece_of = _piece_reader(llama, prompt)
+    text, answer = TextStream(stops), bytearray()
+    n_tokens, finish_reason, end = 0, "length", None
+    for token in llama.generate(prompt, **options):
+        if llama.is_end(token):
+            finish_reason = "stop"
+            break
+        piece = piece_of(token)
+        n_tokens += 1
+        answer += piece
+        if logprobs is not None:
+            logprobs.add(token, llama._last_logits())
+        text.add(piece)
+        if text.stopped():
+            finish_reason = "stop"
+            end = next(answer.index(stop) for stop in stops if stop in answer)
+            break
+        for part, n in text.ready():
+            if stream:
+                yield response(part, logprobs=logprobs and logprobs.take(n))
+        if n_tokens >= n_max:
+            break
+    criteria = request["stopping_criteria"]
+    if criteria is not None and criteria(llama._input_ids, llama._last_logits()):
+        finish_reason, end = "stop", None
+    if llama.verbose:
+        llama._ctx.print_timings()
+    if llama.cache is not None:
+        llama.cache[llama._input_ids.tolist()] = llama.save_state()
+    if stream:
+        for part, n in text.rest():
+            yield response(part, logprobs=logprobs and logprobs.take(n))
+        yield response("", finish_reason)
+        return
+    whole = echo + answer[:end].decode("utf-8", "ignore")
+    usage = {
+        "prompt_tokens": len(prompt),
+        "completion_tokens": n_tokens,
+        "total_tokens": len(prompt) + n_tokens,
+    }
+    told = logprobs and logprobs.take_all()
+    yield {**response(whole, finish_reason, told), "usage": usage}
+
+
+def read_stops(stop: str | Iterable[str] | None) -> list[bytes]:
+    """Return the stop strings of a request. Raises RazorError if they are none."""
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    try:
+        stops = list(stops)
+    except TypeError:
+        stops = [stop]
+    for one in stops:
+        if not isinstance(one, str) or not one:
+            raise RazorError(f"stop has {one!r}, expected one or several texts of one character up")
+    return [one.encode("utf-8", "surrogatepass") for one in stops]
+
+
+def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, Any]:
+    """Return the arguments of create_chat_completion() in the forms that llama_cpp understands.
+
+    Args:
+        request: all arguments by name.
+        reads_parts: True if messages may have parts that are no text, such as images.
+
+    Raises:
+        RazorError: an argument is not understood, or contradicts another one.
+    """
+    request = dict(request)
+    if not reads_parts:
+        messages = request["messages"]
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise RazorError(f"messages is {messages!r}, expected a list of one message or more")
+        request["messages"] = [_read_message(message) for message in messages]
+    request["stop"] = [stop.decode() for stop in read_stops(request.get("stop"))]
+    grammar = _read_response_format(request.pop("response_format", None))
+    if grammar is not None and request.get("grammar") is not None:
+        raise RazorError("grammar and response_format both constrain the answer; pass one of them")
+    request["grammar"] = grammar or request.get("grammar")
+    choice = request.get("tool_choice")
+    chosen = (
+        choice["function"]["name"] if isinstance(choice, dict) and "function" in choice else None
+    )
+    for tool in request.get("tools") or ():
+        if isinstance(tool, dict) and tool.get("function", {}).get("name") == chosen is not None:
+            # llama_cpp answers with any JSON where it cannot convert the schema
+            _grammar_of(f"parameters of {chosen!r}", tool["function"].get("parameters"))
+    return request
+
+
+def _read_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise RazorError(
+            f"{message!r} is no message, expected a dict such as"
+            ' {"role": "user", "content": "Hello"}'
+        )
+    content = message.get("content")
+    what = f"the content of the {message['role']} message"
+    if isinstance(content, list):
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            for part in content
+        ]
+        for part, text in zip(content, texts, strict=True):
+            if not isinstance(text, str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise RazorError(f"{what} has a part of the type {kind!r}, this model reads text")
+        content = "\n".join(texts)
+    if isinstance(content, str):
+        _check_text(what, content)
+    elif content is not None or not (message.get("tool_calls") or message.get("function_call")):
+        raise RazorError(f"{what} is {content!r}, expected text")
+    return {**message, "content": content}
+
+
+def _read_response_format(response_format: Any) -> Any:
+    """Return the grammar of a response_format, None if it does not constrain the answer."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, dict) else response_format
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = response_format.get("schema", {"type": "object"})
+    elif kind == "json_schema":
+        schema = response_format.get("json_schema")
+        schema = schema.get("schema") if isinstance(schema, dict) else None
+        if schema is None:
+            raise RazorError(
+                "response_format has no json_schema.schema, expected"
+                ' {"type": "json_schema", "json_schema": {"schema": {…}}}'
+            )
+    else:
+        raise RazorError(
+            f"response_format is of the type {kind!r}, expected text, json_object or json_schema"
+        )
+    return _grammar_of("response_format", schema)
+
+
+def _grammar_of(what: str, schema: Any) -> Any:
+    """Return the grammar of a JSON schema. Raises RazorError if it cannot be converted."""
+    from llama_cpp import LlamaGrammar
+
+    try:
+        return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    except Exception as error:  # the converter asserts, or fails at what it does not expect
+        raise RazorError(
+            f"the JSON schema of {what} cannot be made into a grammar"
+            f" ({type(error).__name__}: {error}); use what llama.cpp supports, no lookahead and no"
+            " reference to what is not there"
+        ) from error
+
+
+def _with_logit_bias(llama: Any, request: dict[str, Any]) -> list[Any]:
+    """Return the logits processors of a request, its logit_bias the last of them.
+
+    The base class fails at tokens that do not exist while it samples, and drops both beside each
+    other.
+    """
+    processors = request["logits_processor"] or []
+    if callable(processors) and not isinstance(processors, list):
+        processors = [processors]
+    if not request["logit_bias"]:
+        return list(processors)
+    tokens = [int(token) for token in request["logit_bias"]]
+    bias = np.array([float(value) for value in request["logit_bias"].values()], np.float32)
+    llama._check_tokens(tokens)
+
+    def add_bias(input_ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        logits[tokens] += bias
+        return logits
+
+    return [*processors, add_bias]
+
+
+class _Read(Exception):
+    """Leaves the base class where it would begin to generate."""
+
+
+class _Reader:
+    """A Llama that reads a request as the base class does, and generates nothing."""
+
+    def __init__(self, llama: Any) -> None:
+        vars(self).update(_llama=llama, read_seed=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llama, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._llama, name, value)
+
+    def set_seed(self, seed: int) -> None:
+        vars(self)["read_seed"] = seed
+
+    def generate(self, tokens: list[int], **options: Any) -> None:
+        raise _Read(tokens, options)
+
+
+def _read_prompt(llama: Any, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    """Return the tokens of a request's prompt and the arguments of generate()."""
+    from llama_cpp import Llama
+
+    prompt = request["prompt"]
+    if isinstance(prompt, str):
+        _check_text("the prompt", prompt)
+    elif isinstance(prompt, (list, tuple, np.ndarray)):
+        request["prompt"] = prompt = [_token(llama, token) for token in prompt]
+    else:
+        raise RazorError(
+            f"the prompt is of the type {type(prompt).__name__}, expected a text or a list of"
+            " tokens"
+        )
+    seed = request["seed"]
+    if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool)):
+        raise RazorError(f"seed is {seed!r}, expected a whole number or None")
+    if seed is None and llama._seed in _ANY_SEED:
+        seed = secrets.randbits(31)
+    reader = _Reader(llama)
+    logprobs = None  # read here; the base class would want logits_all=True
+    try:
+        next(Llama._create_completion(reader, **request | {"seed": seed, "logprobs": logprobs}))
+    except _Read as read:
+        tokens, options = read.args
+    except ValueError as error:
+        if "exceed context window" not in str(error):
+            raise
+        n_tokens = "".join(c for c in str(error).split("(")[1].split(")")[0] if c.isdigit())
+        raise ContextFullError(
+            f"the prompt has {n_tokens} tokens and the context holds {llama.n_ctx()}, of which an"
+            " answer needs one at least; use a larger n_ctx or a shorter prompt"
+        ) from None
+    if seed is None:  # the next request has another seed, in a sequence that a program can repeat
+        llama.set_seed(reader.read_seed)
+    return tokens, options | {"seed": reader.read_seed % 2**32}
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RazorError(
+            f"{what} has half of a surrogate pair ({text[error.start]!r}) at character"
+            f" {error.start}, which is no Unicode text; decode it again, or replace it"
+        ) from None
+
+
+def _token(llama: Any, token: Any) -> int:
+    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+        raise RazorError(f"the prompt has {token!r} as a token, expected whole numbers")
+    llama._check_token(int(token))
+    return int(token)
+
+
+def _text(llama: Any, tokens: Sequence[int]) -> str:
+    return llama.detokenize(list(tokens)).decode("utf-8", "ignore")
+
+
+def _piece_reader(llama: Any, prompt: list[int]) -> Callable[[int], bytes]:
+    """Return a function that gives the bytes of the next token of an answer."""
+    from llama_cpp.llama_tokenizer import LlamaTokenizer
+
+    if type(llama.tokenizer_) is LlamaTokenizer:
+        return llama.piece
+    before = list(prompt)  # a tokenizer of another library looks at what stands before
+
+    def piece(token: int) -> bytes:
+        found = llama.detokenize([token], prev_tokens=before)
+        before.append(token)
+        return found
+
+    return piece
+
+
+class _Logprobs:
+    """The log probabilities of the tokens that were not given out yet, in OpenAI's form.
+
+    n_top: the likeliest tokens that are told for each. offset: characters before the first token.
+    """
+
+    def __init__(self, llama: Any, n_top: int, offset: int) -> None:
+        self._llama, self._n_top = llama, n_top
+        self._offset, self._decoder = offset, codecs.getincrementaldecoder("utf-8")("ignore")
+        self._told: list[tuple[str, int, float | None, dict[str, float] | None] | None] = []
+
+    def add_prompt(self, tokens: list[int]) -> None:
+        """Evaluate the prompt, and tell its tokens but a leading BOS. The first has none."""
+        llama = self._llama
+        llama.reset()
+        first = 1 if tokens[:1] == [llama.token_bos()] else 0
+        last, i = None, 0
+        for rows in llama.eval_logits(tokens):
+            for row in rows:
+                if i >= first:
+                    self.add(tokens[i], None if i == first else last)
+                last, i = row.copy(), i + 1
+
+    def add(self, token: int, logits: np.ndarray | None) -> None:
+        """Tell a token. logits: f32 [n_vocab], before it."""
+        llama = self._llama
+        piece = llama.detokenize([token])
+        text, offset = piece.decode("utf-8", "ignore"), self._offset
+        self._offset += len(self._decoder.decode(piece))
+        if token == llama.token_bos():
+            self._told.append(None)
+            return
+        if logits is None:
+            self._told.append((text, offset, None, None))
+            return
+        logprob = logits.astype(np.float64)
+        logprob -= logprob.max()
+        logprob -= np.log(np.exp(logprob).sum())
+        likeliest = np.argsort(-logprob, kind="stable")[: self._n_top].tolist()
+        top = {
+            llama.detokenize([i]).decode("utf-8", "ignore"): float(logprob[i]) for i in likeliest
+        }
+        top[text] = float(logprob[token])
+        self._told.append((text, offset, float(logprob[token]), top))
+
+    def take(self, n: int) -> dict[str, Any]:
+        """Return the next n tokens, and forget them."""
+        told = [one for one in self._told[:n] if one is not None]
+        del self._told[:n]
+        tokens, offsets, logprobs, tops = zip(*told, strict=True) if told else ((), (), (), ())
+        return {
+            "tokens": list(tokens),
+            "text_offset": list(offsets),
+            "token_logprobs": list(logprobs),
+            "top_logprobs": list(tops),
+        }
+
+    def take_all(self) -> dict[str, Any]:
+        return self.take(len(self._told))
 
 
 class TextStream:
@@ -22,41 +413,28 @@ class TextStream:
         self._longest = max(map(len, stops), default=0)
         self._beginnings = {stop[:n] for stop in stops for n in range(1, len(stop) + 1)}
         self._held: list[bytes] = []  # pieces that are not given out yet
-        self._tail = b""  # the last bytes of the answer, at most 3
-        self._wait = 0  # tokens that the last character still needs, at a byte each
 
-    def add(self, piece: bytes) -> bool:
-        """Takes the piece of the next token; whether to look at the text before another one.
-
-        llama_cpp looks at nothing, not at stop strings nor at max_tokens, while it waits for the
-        bytes of a character, and counts these as if each were a token: so does this.
-        """
+    def add(self, piece: bytes) -> None:
+        """Take the piece of the next token."""
         self._held.append(piece)
-        self._tail = tail = (self._tail + piece)[-3:]
-        if not tail.isascii():
-            for place, byte in zip((3, 2, 1), tail, strict=False):
-                for length, lead in ((2, 0xC0), (3, 0xE0), (4, 0xF0)):
-                    if length > place and byte & lead == lead:
-                        self._wait = length - place
-        if self._wait:
-            self._wait -= 1
-            return False
-        return True
 
     def stopped(self) -> bool:
-        """Whether a stop string is complete."""
+        """Return True if a stop string is complete."""
         if not self._stops:
             return False
         held = b"".join(self._held)
         return any(stop in held for stop in self._stops)
 
-    def ready(self) -> list[str]:
-        """The chunks that cannot be a part of a stop string any more."""
+    def ready(self) -> list[tuple[str, int]]:
+        """Return the chunks that cannot be a part of a stop string any more.
+
+        Each comes with the number of its tokens.
+        """
         held = self._held
         if not self._stops and len(held) == 1 and held[0].isascii():
             self._held = []
-            return [held[0].decode()]
-        chunks: list[str] = []
+            return [(held[0].decode(), 1)]
+        chunks: list[tuple[str, int]] = []
         limit = sum(map(len, held)) - self._overlap()
         end = 0
         for pieces, text, whole in _characters(held):
@@ -64,22 +442,23 @@ class TextStream:
             if end > limit or not whole:
                 break
             self._held = self._held[len(pieces) :]
-            chunks.append(text)
+            chunks.append((text, len(pieces)))
         return chunks
 
-    def rest(self) -> list[str]:
-        """The chunks that are left when the answer has ended, up to the first stop string."""
+    def rest(self) -> list[tuple[str, int]]:
+        """Return the chunks that are left when the answer has ended, up to a stop string."""
         held, self._held = self._held, []
         joined = b"".join(held)
         end = min((joined.index(s) for s in self._stops if s in joined), default=len(joined))
-        chunks: list[str] = []
+        chunks: list[tuple[str, int]] = []
         for pieces, text, _ in _characters(held):
             size = sum(map(len, pieces))
             if size >= end:
-                chunks.append(b"".join(pieces)[:end].decode("utf-8", "ignore"))
+                cut = b"".join(pieces)[:end].decode("utf-8", "ignore")
+                chunks.append((cut, len(pieces)))
                 break
             end -= size
-            chunks.append(text)
+            chunks.append((text, len(pieces)))
         return chunks
 
     def _overlap(self) -> int:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import inspect
 import os
-import threading
-import time
-import uuid
+import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from ctypes import c_uint8
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import native
-from .completion import TextStream
+from .callbacks import Callback
+from .completion import complete, read_chat_request
 from .errors import (
     ContextFullError,
     GGUFError,
@@ -28,21 +31,42 @@ from .errors import (
     UnsupportedError,
 )
 from .gguf_header import read_header
+from .ownership import Requests
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .state import fingerprint, seal, unseal
 
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
 import jinja2  # noqa: E402
 import llama_cpp  # noqa: E402
+import llama_cpp._internals  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402
-from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
+
+
+class _Untouched(nullcontext):  # type: ignore[type-arg]
+    """In place of what sends stdout and stderr of all threads to /dev/null while a model loads.
+
+    The native log goes to native.py, so there is nothing to hide.
+    """
+
+    def __init__(self, disable: bool = True) -> None:
+        super().__init__()
+
+
+llama_cpp.llama.suppress_stdout_stderr = _Untouched
+llama_cpp._internals.suppress_stdout_stderr = _Untouched
+# a prompt that begins with BOS twice is run as it is; stderr belongs to the program
+warnings.filterwarnings("ignore", 'Detected duplicate leading "', RuntimeWarning)
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
 _NO_SLOT = 1  # llama_decode: no room for the batch
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it
-_loading = threading.RLock()  # the base class redirects the process's stdout and stderr meanwhile
+_NO_CALLBACK = C.ggml_abort_callback()
+_GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
+_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 _BASE_OPTIONS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"kwargs"}
 
 
@@ -103,24 +127,6 @@ class Prefill(NamedTuple):
     complete: bool
 
 
-def _one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of an open Llama; only one thread at a time may be in any of them."""
-
-    @functools.wraps(method)
-    def alone(self: Llama, *args: Any, **kwargs: Any) -> Any:
-        if not self._in_use.acquire(blocking=False):
-            raise RazorError(
-                "another thread is using this Llama; use one at a time, or make a Llama for each"
-            )
-        try:
-            _ = self._ctx.ctx  # raises if it is closed
-            return method(self, *args, **kwargs)
-        finally:
-            self._in_use.release()
-
-    return alone
-
-
 class Llama(llama_cpp.Llama):
     """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
 
@@ -131,6 +137,7 @@ class Llama(llama_cpp.Llama):
     window, sink_tokens (tokens), compensation: instead of the profile's.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
     progress: called while the model loads with the part done (0 to 1); False stops loading.
+    wait: a request that comes while another is not over: True, waits for it; False, is refused.
 
     n_ctx: tokens, rounded up to a multiple of 256; 0, as trained; "auto", the largest up to the
         trained length for the memory that is free now, of which fit.MARGIN stays free (adapters
@@ -138,8 +145,10 @@ class Llama(llama_cpp.Llama):
 
     Other defaults than the base class: flash_attn=True, verbose=False.
 
-    One thread at a time may use it; a second one gets a RazorError. So does who uses it after
-    close().
+    One request at a time: a call, or a generator (a stream of chunks too) from its first value
+    until it is exhausted or closed. Another request meanwhile, from any thread, a callback or a
+    signal handler, raises RazorError or waits. So does a request after close(), and in a process
+    that was forked after the first computation.
 
     Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
     refuses), RazorError (loading failed; with the native library's reason), OSError.
@@ -155,6 +164,7 @@ class Llama(llama_cpp.Llama):
         sink_tokens: int | None = None,
         compensation: bool | None = None,
         progress: Callable[[float], object] | None = None,
+        wait: bool = False,
         n_ctx: int | str = 512,
         type_k: int | str | None = None,
         type_v: int | str | None = None,
@@ -168,14 +178,16 @@ class Llama(llama_cpp.Llama):
             "window": window,
             "sink_tokens": sink_tokens,
             "compensation": compensation,
+            "wait": wait,
         }
         self._progress = progress
-        self._in_use = threading.RLock()
+        self._loading: Callback | None = None
+        self._requests = Requests("this Llama", wait)
         ids = (C.llama_token * 1)()
         self._one = ids, C.llama_batch_get_one(ids, 1)  # a batch of one token, and that token
         self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
         self._ends: dict[int, bool] = {}  # likewise
-        self._progress_error: BaseException | None = None
+        self._state_fingerprint: bytes | None = None
         model_path = os.fspath(model_path)
         _refuse_arguments(model_path, n_ctx, kwargs)
         type_k, type_v = _type_name(type_k), _type_name(type_v)
@@ -208,9 +220,13 @@ class Llama(llama_cpp.Llama):
             profile = profile.with_options(window, sink_tokens, compensation)
         self._profile = profile
 
+        native.refuse_after_fork()
+        if C.llama_supports_gpu_offload():
+            native.computed()
+        native.show_log(verbose)
         native.clear_errors()
         refusal = None
-        with _loading, _native.override(native.make_params(profile)):
+        with _native.override(native.make_params(profile)):
             try:
                 super().__init__(
                     model_path,
@@ -241,8 +257,8 @@ class Llama(llama_cpp.Llama):
                     f"{model_path}: the chat template in its metadata is malformed: {error}; mend"
                     " tokenizer.chat_template, for example with gguf-new-metadata"
                 )
-        if self._progress_error is not None:
-            raise self._progress_error
+        if self._loading is not None:
+            self._loading.check()
         if refusal is not None:
             raise refusal
         self._check_plan()
@@ -292,7 +308,6 @@ class Llama(llama_cpp.Llama):
 
     # -- evaluation --
 
-    @_one_thread
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluates tokens after the n_tokens that count as evaluated.
 
@@ -300,9 +315,7 @@ class Llama(llama_cpp.Llama):
         again from the start. Raises ContextFullError with nothing changed, and RazorError if the
         computation fails; n_tokens then says what the cache still holds.
         """
-        tokens = self._after_cached(tokens)
-        for i in range(0, len(tokens), self.n_batch):
-            self._eval_batch(tokens[i : i + self.n_batch])
+        self._request(self._eval, tokens)
 
     def eval_logits(
         self, tokens: Sequence[int], wanted: Sequence[bool] | None = None
@@ -312,19 +325,8 @@ class Llama(llama_cpp.Llama):
         What is yielded is the library's own memory, which the next batch overwrites. wanted: for
         each token, whether its logits are; None: all. Raises as eval().
         """
-        tokens = list(tokens)
-        rows = [True] * len(tokens) if wanted is None else list(map(bool, wanted))
-        again = self._after_cached(tokens)
-        rows = [False] * (len(again) - len(tokens)) + rows
-        for i in range(0, len(again), self.n_batch):
-            some = rows[i : i + self.n_batch]
-            self._eval_batch(again[i : i + self.n_batch], some)
-            n = sum(some)
-            if n:
-                flat = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
-                yield flat.reshape(n, self._n_vocab)
+        return self._requests.generate(lambda: self._eval_logits(tokens, wanted))
 
-    @_one_thread
     def prefill(
         self,
         tokens: Sequence[int],
@@ -336,38 +338,9 @@ class Llama(llama_cpp.Llama):
         progress(n_done, n_tokens) is called after each batch. stop() is asked often, from inside
         the computation where the backend allows it; once it is true, evaluation ends and the cache
         keeps a valid beginning of tokens. generate(tokens) then samples without evaluating again.
-        Raises as eval().
+        Raises as eval(), and what progress() or stop() raises.
         """
-        tokens = list(tokens)
-        if not tokens:
-            raise RazorError("there is nothing to evaluate: the prompt has no tokens")
-        if len(tokens) > self._n_ctx:
-            raise ContextFullError(
-                f"the prompt has {len(tokens)} tokens, the context {self._n_ctx}; use a larger"
-                " n_ctx or a shorter text"
-            )
-        keep = self._rewind(tokens)
-
-        @C.ggml_abort_callback
-        def abort(_data: Any) -> bool:
-            return bool(stop())
-
-        if stop is not None:
-            C.llama_set_abort_callback(self.ctx, abort, None)
-        try:
-            while self.n_tokens < len(tokens):
-                if stop is not None and stop():
-                    return Prefill(keep, self.n_tokens - keep, False)
-                try:
-                    self.eval(tokens[self.n_tokens : self.n_tokens + self.n_batch])
-                except _AbortedError:
-                    return Prefill(keep, max(self.n_tokens - keep, 0), False)
-                if progress is not None:
-                    progress(self.n_tokens, len(tokens))
-        finally:
-            if stop is not None:
-                C.llama_set_abort_callback(self.ctx, C.ggml_abort_callback(), None)
-        return Prefill(keep, len(tokens) - keep, True)
+        return self._request(self._prefill, tokens, progress, stop)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
@@ -375,14 +348,41 @@ class Llama(llama_cpp.Llama):
         """As the base class: yields the tokens that follow, without end.
 
         What the cache holds of tokens already is not evaluated again (reset=False: continues from
-        what is in the cache). Raises as eval().
+        what is in the cache). seed: instead of that of the Llama. Raises as eval().
         """
-        criteria = kwargs.pop("stopping_criteria", None)
-        if not (args or len(tokens)) and kwargs.get("reset", True):
-            raise RazorError("there is nothing to go on from: the prompt has no tokens")
-        if args or self._logits_all or criteria is not None:
-            return super().generate(tokens, *args, stopping_criteria=criteria, **kwargs)
-        return self._generate(list(tokens), **kwargs)
+        return self._requests.generate(lambda: self._generate(tokens, *args, **kwargs))
+
+    @functools.wraps(llama_cpp.Llama.sample)
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        return self._request(self._sample, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all tokens. The next request evaluates its own from the start."""
+        self._request(self._reset)
+
+    @functools.wraps(llama_cpp.Llama.embed)
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        return self._request(llama_cpp.Llama.embed, _Inside(self), *args, **kwargs)
+
+    def request(
+        self, make: Callable[[Llama], Generator[Any, Any, Any]]
+    ) -> Generator[Any, Any, Any]:
+        """Run a generator as one request: nobody else uses the model until it is over.
+
+        make(llama) returns the generator; it uses the model through its argument only.
+        """
+        return self._requests.generate(lambda: make(_Inside(self)))
+
+    @functools.wraps(llama_cpp.Llama.create_chat_completion)
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+        request = _CHAT.bind(self, *args, **kwargs).arguments
+        request = read_chat_request(request, self.chat_handler is not None)
+        try:
+            return llama_cpp.Llama.create_chat_completion(**request)
+        except RazorError:
+            raise
+        except Exception as error:  # whatever a template of a model file raises
+            raise RazorError(f"the model's chat template refuses this: {error}") from error
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token, of any length; b"" for special tokens."""
@@ -414,47 +414,33 @@ class Llama(llama_cpp.Llama):
 
     # -- state --
 
-    @_one_thread
     def save_state(self) -> llama_cpp.LlamaState:
-        return super().save_state()
+        """Return a state that load_state() goes on from."""
+        return self._request(self._save_state)
 
-    @_one_thread
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """Continues from a state of save_state(), of a context with the same plan.
 
         Raises StateError for another state; the context is then as it was, or empty where the
         state turned out to be damaged half-way.
         """
-        if state.n_tokens > self._n_ctx:
-            raise StateError(
-                f"the state holds {state.n_tokens} tokens, the context only {self._n_ctx}; use a"
-                " larger n_ctx"
-            )
-        size = state.llama_state_size
-        if len(state.llama_state) < size:
-            raise StateError(
-                f"the state cannot be loaded: it has {len(state.llama_state)} of its {size} bytes"
-            )
-        native.clear_errors()
-        data = (c_uint8 * size).from_buffer_copy(state.llama_state)
-        self._requires_eval = True
-        if C.llama_state_set_data(self.ctx, data, size) != size:
-            reason = self._reason()
-            if self._n_cached() != self.n_tokens:
-                self._clear_cache()
-                reason += "; the context is empty now"
-            raise StateError(f"the state cannot be loaded: {reason}")
-        n = state.n_tokens
-        self.n_tokens = n
-        self.input_ids[:n] = state.input_ids[:n]
-        rows = min(len(self.scores), len(state.scores))
-        self.scores[:rows] = state.scores[:rows]
-        self._seed = state.seed
+        self._request(self._load_state, state)
 
     def close(self) -> None:
-        if hasattr(self, "_stack"):  # not there if the arguments were refused
-            super().close()
-            self._model = self._ctx = self.tokenizer_ = _Closed()
+        """Free the model and its context. Raises RazorError while another thread computes."""
+        if not hasattr(self, "_stack"):  # not there if the arguments were refused
+            return
+        names = ("_model", "_ctx", "tokenizer_")  # not there yet where loading failed
+        kept = {name: vars(self)[name] for name in names if name in vars(self)}
+        # first this, so that an open generator that goes on now finds it
+        vars(self).update(dict.fromkeys(names, _Closed()))
+        if self._requests.is_running():
+            vars(self).update(kept)
+            raise RazorError("this Llama is computing; close it after the call has returned")
+        self._requests = Requests("this Llama")  # later requests are told that it is closed
+        if native.is_forked():  # the threads of the library are not in this process
+            self._stack.pop_all()
+        super().close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self._razor_args}
@@ -470,148 +456,201 @@ class Llama(llama_cpp.Llama):
         # the base class offers no other place between creating these and loading the model
         self._model_params = params
         if self._progress is not None:
-            self._progress_callback = C.llama_progress_callback(self._on_progress)
-            params.progress_callback = self._progress_callback
+            self._loading = Callback(self._goes_on_loading, on_error=False)
+            of_one_argument = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float)
+            self._progress_callback = of_one_argument(self._loading.call)  # ignores the second
+            params.progress_callback = ctypes.cast(
+                self._progress_callback, C.llama_progress_callback
+            )
 
-    def _on_progress(self, part: float, _data: Any) -> bool:
+    def _goes_on_loading(self, part: float) -> bool:
+        if self._progress(part) is False:
+            raise RazorError(f"loading {self.model_path} was stopped: progress() returned False")
+        return True
+
+    def _request(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def open_one() -> Any:
+            _ = self._ctx.ctx  # raises if it is closed
+            return function(*args, **kwargs)
+
+        return self._requests.call(open_one)
+
+    def _eval(self, tokens: Sequence[int]) -> None:
+        tokens = self._after_cached(tokens)
+        for i in range(0, len(tokens), self.n_batch):
+            self._eval_batch(tokens[i : i + self.n_batch])
+
+    def _eval_logits(
+        self, tokens: Sequence[int], wanted: Sequence[bool] | None = None
+    ) -> Generator[np.ndarray, None, None]:
+        tokens = list(tokens)
+        rows = [True] * len(tokens) if wanted is None else list(map(bool, wanted))
+        again = self._after_cached(tokens)
+        rows = [False] * (len(again) - len(tokens)) + rows
+        for i in range(0, len(again), self.n_batch):
+            some = rows[i : i + self.n_batch]
+            self._eval_batch(again[i : i + self.n_batch], some)
+            n = sum(some)
+            if n:
+                flat = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
+                yield flat.reshape(n, self._n_vocab)
+
+    def _prefill(
+        self,
+        tokens: Sequence[int],
+        progress: Callable[[int, int], object] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Prefill:
+        tokens = list(tokens)
+        if not tokens:
+            raise RazorError("there is nothing to evaluate: the prompt has no tokens")
+        if len(tokens) > self._n_ctx:
+            raise ContextFullError(
+                f"the prompt has {len(tokens)} tokens, the context {self._n_ctx}; use a larger"
+                " n_ctx or a shorter text"
+            )
+        keep = self._rewind(tokens)
+        asked = Callback(lambda _data: bool(stop()), on_error=True)
+        self._abort_callback = C.ggml_abort_callback(
+            asked.call
+        )  # lives as long as it may be called
         try:
-            return self._progress(part) is not False
-        except BaseException as error:  # ctypes would print it and go on
-            self._progress_error = error
-            return False
+            if stop is not None:
+                C.llama_set_abort_callback(self._ctx.ctx, self._abort_callback, None)
+            while self.n_tokens < len(tokens):
+                if stop is not None and stop():
+                    return Prefill(keep, self.n_tokens - keep, False)
+                try:
+                    self._eval(tokens[self.n_tokens : self.n_tokens + self.n_batch])
+                except _AbortedError:
+                    asked.check()
+                    return Prefill(keep, max(self.n_tokens - keep, 0), False)
+                asked.check()
+                if progress is not None:
+                    progress(self.n_tokens, len(tokens))
+        finally:
+            if stop is not None:
+                C.llama_set_abort_callback(self._ctx.ctx, _NO_CALLBACK, None)
+        return Prefill(keep, len(tokens) - keep, True)
 
     def _generate(
-        self, tokens: list[int], reset: bool = True, **sampling: Any
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
-        self._sampler = sampler = self._init_sampler(**sampling)
-        self._begin(tokens, reset)
-        if self._requires_eval:
+        seed = kwargs.pop("seed", None)
+        options = dict(_GENERATE.bind(self, tokens, *args, **kwargs).arguments)
+        del options["self"], options["tokens"]
+        if self.draft_model is not None:
+            yield from llama_cpp.Llama.generate(_Inside(self), tokens, **options)
+            return
+        tokens, reset = list(tokens), options.pop("reset", True)
+        criteria = options.pop("stopping_criteria", None)
+        if reset and not tokens:
             raise RazorError("there is nothing to go on from: the prompt has no tokens")
-        while True:
-            token = sampler.sample(self._ctx)
-            more = yield token
-            if more is None and self._n_cached() == self.n_tokens < self._n_ctx:
-                self._eval_batch([token])  # all that eval() would do
-            else:
-                self.eval([token, *(more or ())])
+        with closing(self._init_sampler(seed=seed, **options)) as sampler:
+            self._begin(tokens, reset)
+            while True:
+                token = sampler.sample(self._ctx)
+                if criteria is not None and criteria(self._input_ids, self._last_logits()):
+                    return
+                more = yield token
+                if more is None and self._n_cached() == self.n_tokens < self._n_ctx:
+                    self._eval_batch([token])  # all that eval() would do
+                else:
+                    self._eval([token, *(more or ())])
 
-    @_one_thread
     def _begin(self, tokens: list[int], reset: bool) -> None:
-        self.eval(tokens[self._rewind(tokens) :] if reset else tokens)
-        if not self._requires_eval:
-            last = np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
-            if not np.isfinite(last.max()):  # nan, if any of them is
-                raise RazorError(
-                    f"{self.model_path} computes logits that are not numbers, so it cannot answer;"
-                    " the file is damaged, or its values are too large for their types"
-                )
+        self._eval(tokens[self._rewind(tokens) :] if reset else tokens)
+        self._refresh_logits()
+        if not np.isfinite(self._last_logits().max()):  # nan, if any of them is
+            raise RazorError(
+                f"{self.model_path} computes logits that are not numbers, so it cannot answer;"
+                " the file is damaged, or its values are too large for their types"
+            )
+
+    def _refresh_logits(self) -> None:
+        """Evaluate the last token again where the logits in memory are not known to be its."""
+        if self.n_tokens == 0:
+            raise RazorError("there is nothing to go on from: no token was evaluated")
+        if self._requires_eval:
+            tokens = self._input_ids.tolist()
+            self._eval(tokens[self._rewind(tokens) :])
+
+    def _last_logits(self) -> np.ndarray:
+        """The logits of the last token in the library's own memory: f32 [n_vocab]."""
+        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+
+    def _sample(self, *args: Any, **kwargs: Any) -> int:
+        options = dict(_SAMPLE.bind(self, *args, **kwargs).arguments)
+        del options["self"]
+        idx = options.pop("idx", None)
+        self._refresh_logits()
+        with closing(self._init_sampler(**options)) as sampler:
+            return sampler.sample(self._ctx, -1 if idx is None else idx - self.n_tokens)
+
+    def _init_sampler(
+        self, *args: Any, logits_processor: Any = None, seed: int | None = None, **kwargs: Any
+    ) -> _Sampler:
+        base = _Inside(self, _seed=self._seed if seed is None else seed)
+        sampler = llama_cpp.Llama._init_sampler(base, *args, **kwargs)
+        return _Sampler(self, sampler, logits_processor)
+
+    def _reset(self) -> None:
+        llama_cpp.Llama.reset(self)
+
+    def _save_state(self) -> llama_cpp.LlamaState:
+        state = llama_cpp.Llama.save_state(self)
+        input_ids = self._input_ids
+        state.llama_state = seal(state.llama_state, input_ids, self._fingerprint())
+        state.llama_state_size = len(state.llama_state)
+        return state
+
+    def _load_state(self, state: llama_cpp.LlamaState) -> None:
+        n = state.n_tokens
+        if n > self._n_ctx:
+            raise StateError(
+                f"the state holds {n} tokens, the context only {self._n_ctx}; use a larger n_ctx"
+            )
+        sealed = state.llama_state
+        if len(sealed) != state.llama_state_size:
+            raise StateError(
+                f"the state cannot be loaded: it has {len(sealed)} of its"
+                f" {state.llama_state_size} bytes"
+            )
+        content = unseal(sealed, n, state.input_ids, self._fingerprint())
+        native.clear_errors()
+        data = (c_uint8 * len(content)).from_buffer_copy(content)
+        before = self.n_tokens
+        self._requires_eval = True
+        self.n_tokens = 0  # until it is known what the cache holds
+        if C.llama_state_set_data(self._ctx.ctx, data, len(content)) != len(content):
+            reason = self._reason()
+            if self._n_cached() == before:
+                self.n_tokens = before
+            else:
+                self._clear_cache()
+                reason += "; the context is empty now"
+            raise StateError(f"the state cannot be loaded: {reason}")
+        self.input_ids[:n] = state.input_ids[:n]
+        rows = min(len(self.scores), len(state.scores))
+        self.scores[:rows] = state.scores[:rows]
+        self._seed = state.seed
+        self.n_tokens = n
+
+    def _fingerprint(self) -> bytes:
+        if self._state_fingerprint is None:
+            params = self.context_params
+            options = (
+                params.rope_scaling_type, params.rope_freq_base, params.rope_freq_scale,
+                params.yarn_ext_factor, params.yarn_attn_factor, params.yarn_beta_fast,
+                params.yarn_beta_slow, params.yarn_orig_ctx, self.lora_scale, self.kv_overrides,
+                self.lora_path and hashlib.blake2b(Path(self.lora_path).read_bytes()).digest(),
+            )  # fmt: skip
+            self._state_fingerprint = fingerprint(self.model_path, options)
+        return self._state_fingerprint
 
     def _create_completion(self, **request: Any) -> Iterator[dict[str, Any]]:
-        """The chunks of an answer, or the whole: what create_completion() and the like are made of.
-
-        The base class puts the whole answer together again, and copies the prompt, for every token.
-        It is left what is rare.
-        """
-        if request["logit_bias"]:
-            self._read_logit_bias(request)
-        if (
-            not request["prompt"]
-            or request["logprobs"] is not None
-            or self.cache is not None
-            or type(self.tokenizer_) is not LlamaTokenizer
-        ):
-            yield from super()._create_completion(**request)
-            return
-        prompt, options = self._read_request(request)
-        n_max = self._n_ctx - len(prompt)
-        if request["max_tokens"] is not None and request["max_tokens"] > 0:
-            n_max = min(n_max, request["max_tokens"])
-        stops = [request["stop"]] if isinstance(request["stop"], str) else request["stop"]
-        stops = [stop.encode() for stop in stops] if isinstance(stops, list) else []
-        head = {
-            "id": f"cmpl-{uuid.uuid4()}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.model_path if request["model"] is None else request["model"],
-        }
-
-        def response(part: str, finish_reason: str | None = None) -> dict[str, Any]:
-            choice = {"text": part, "index": 0, "logprobs": None, "finish_reason": finish_reason}
-            return {**head, "choices": [choice]}
-
-        stream, text, answer = request["stream"], TextStream(stops), bytearray()
-        n_tokens, finish_reason, end = 0, "length", None
-        for token in self.generate(prompt, **options):
-            if self.is_end(token):
-                finish_reason = "stop"
-                break
-            piece = self.piece(token)
-            n_tokens += 1
-            answer += piece
-            if not text.add(piece):
-                continue
-            if text.stopped():
-                finish_reason = "stop"
-                end = next(answer.index(stop) for stop in stops if stop in answer)
-                break
-            for part in text.ready():
-                if stream:
-                    yield response(part)
-            if n_tokens >= n_max:
-                break
-        criteria = request["stopping_criteria"]
-        if criteria is not None and criteria(self._input_ids, self._scores[-1, :]):
-            finish_reason, end = "stop", None
-        if self.verbose:
-            self._ctx.print_timings()
-        if stream:
-            for part in text.rest():
-                yield response(part)
-            yield response("", finish_reason)
-            return
-        whole = answer[:end].decode("utf-8", "ignore")
-        usage = {
-            "prompt_tokens": len(prompt),
-            "completion_tokens": n_tokens,
-            "total_tokens": len(prompt) + n_tokens,
-        }
-        echo = request["prompt"] if request["echo"] else ""
-        yield {**response(echo + whole, finish_reason), "usage": usage}
-
-    def _read_logit_bias(self, request: dict[str, Any]) -> None:
-        """Makes a request's logit_bias the last of its logits_processor, its tokens checked.
-
-        The base class fails at such tokens while it samples, and drops both beside each other.
-        """
-        tokens = [int(token) for token in request["logit_bias"]]
-        bias = np.array([float(value) for value in request["logit_bias"].values()], np.float32)
-        self._check_tokens(tokens)
-
-        def add_bias(input_ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-            logits = logits.copy()
-            logits[tokens] += bias
-            return logits
-
-        processors = llama_cpp.LogitsProcessorList([*(request["logits_processor"] or ()), add_bias])
-        request.update(logit_bias=None, logits_processor=processors)
-
-    def _read_request(self, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
-        """Checks a request as the base class does: what it calls generate() with.
-
-        That is the prompt's tokens and the arguments of the sampler; the seed is set.
-        """
-
-        def generate(tokens: list[int], **sampling: Any) -> None:
-            raise _ReadRequest(tokens, sampling)
-
-        self.generate = generate
-        try:
-            next(super()._create_completion(**request))
-        except _ReadRequest as read:
-            return read.args
-        finally:
-            del self.generate
-        raise AssertionError("llama_cpp answers without generating")
+        """What create_completion() and the like are made of. See completion.complete()."""
+        return self._requests.generate(lambda: complete(_Inside(self), request))
 
     def _check_token(self, token: int) -> None:
         self._check_tokens((token,))
@@ -645,18 +684,21 @@ class Llama(llama_cpp.Llama):
                 f" {self._n_ctx}; use a larger n_ctx or a shorter text"
             )
         # asked first: taking nothing back looks at all cells of a cache of llama.cpp's own
-        if self._n_cached() != self.n_tokens and not self._ctx.kv_cache_seq_rm(
-            -1, self.n_tokens, -1
+        n_cached = self._n_cached()
+        if n_cached < self.n_tokens or (
+            n_cached > self.n_tokens and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         ):
             tokens = self._input_ids.tolist() + tokens
             self._clear_cache()
         return tokens
 
-    @_one_thread
     def _eval_batch(self, batch: list[int], wanted: list[bool] | None = None) -> None:
         """wanted: the tokens whose logits are computed, None: the last, or all with logits_all."""
         n_past, n = self.n_tokens, len(batch)
         native.clear_errors()
+        native.computed()
+        # an interrupt may come at any time: the logits count, and n_tokens grows, at the very end
+        self._requires_eval = True
         if n == 1 and wanted is None:
             ids, native_batch = self._one
             ids[0] = batch[0]
@@ -703,8 +745,8 @@ class Llama(llama_cpp.Llama):
         return C.llama_memory_seq_pos_max(self._ctx.memory, 0) + 1
 
     def _clear_cache(self) -> None:
-        self.n_tokens = 0
         self._requires_eval = True
+        self.n_tokens = 0
         self._ctx.kv_cache_clear()
 
     def _rewind(self, tokens: list[int]) -> int:
@@ -717,11 +759,12 @@ class Llama(llama_cpp.Llama):
         if same == len(tokens) == self.n_tokens and not self._requires_eval:
             return same
         keep = min(same, len(tokens) - 1)
-        if keep > 0 and self._ctx.kv_cache_seq_rm(-1, keep, -1):
-            self.n_tokens = keep
+        if keep > 0:
             self._requires_eval = True
-            return keep
-        self.reset()
+            self.n_tokens = keep  # before the cache, which may hold more but not less
+            if self._ctx.kv_cache_seq_rm(-1, keep, -1):
+                return keep
+        self._reset()
         return 0
 
     def _common_prefix(self, tokens: list[int]) -> int:
@@ -770,8 +813,79 @@ class _Closed:
         raise RazorError("this Llama is closed; make a new one")
 
 
-class _ReadRequest(Exception):
-    """Leaves the base class where it would begin to generate."""
+class _Inside:
+    """A Llama as the request that owns it sees it: what it asks for belongs to that request.
+
+    instead: attributes that differ from those of the Llama.
+    """
+
+    _UNGUARDED = frozenset(
+        ("eval", "eval_logits", "generate", "load_state", "prefill", "reset", "save_state")
+    )
+
+    def __init__(self, llama: Llama, **instead: Any) -> None:
+        vars(self).update(_llama=llama, **instead)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sample":  # of the base class, which goes on with the sampler of its generate()
+            return functools.partial(llama_cpp.Llama.sample, self)
+        return getattr(self._llama, f"_{name}" if name in self._UNGUARDED else name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._llama, name, value)
+
+
+class _Sampler:
+    """A sampler of the library, and logits processors that run in Python before it.
+
+    The base class calls these from native code, which swallows what they raise.
+    """
+
+    def __init__(self, llama: Llama, sampler: Any, processors: Any) -> None:
+        if callable(processors) and not isinstance(processors, list):
+            processors = [processors]
+        self._llama = weakref.proxy(llama)
+        self._sampler, self._processors = sampler, list(processors or ())
+
+    def close(self) -> None:
+        self._sampler.close()
+
+    def sample(self, ctx: Any, idx: int = -1) -> int:
+        if not self._processors:
+            return self._sampler.sample(ctx, idx)
+        llama = self._llama
+        logits = np.ctypeslib.as_array(ctx.get_logits_ith(idx), shape=(llama._n_vocab,))
+        original = logits.copy()
+        changed = original.copy()
+        for processor in self._processors:
+            changed = _checked_logits(processor(llama._input_ids, changed), len(original))
+        llama._requires_eval = True  # while the library's logits are not the model's
+        logits[:] = changed
+        token = self._sampler.sample(ctx, idx)
+        logits[:] = original
+        llama._requires_eval = False
+        return token
+
+
+def _checked_logits(logits: Any, n_vocab: int) -> np.ndarray:
+    """Return what a logits processor gave back. Raises RazorError if these are no logits."""
+    try:
+        changed = np.asarray(logits, np.float32)
+    except (TypeError, ValueError):
+        changed = np.empty(0, np.float32)
+    if changed.shape != (n_vocab,):
+        found = type(logits).__name__
+        if isinstance(logits, np.ndarray):
+            found = f"an array of shape {list(logits.shape)}"
+        raise RazorError(
+            f"a logits processor returned {found}, expected an array of {n_vocab} numbers"
+        )
+    if np.isnan(changed).any() or changed.max() in (np.inf, -np.inf):
+        raise RazorError(
+            "a logits processor returned numbers that no token can be chosen by: one is NaN or"
+            " +inf, or all are -inf"
+        )
+    return changed
 
 
 def _resolve(

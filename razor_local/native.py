@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from ctypes import c_bool, c_char, c_char_p, c_int32, c_uint8, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from .errors import LibraryError, RazorError
 if TYPE_CHECKING:
     from .profile import Profile
 
-API_VERSION = 2  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 3  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local ('razor-local doctor' tells more)"
@@ -135,6 +133,9 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_razor_get_seq": ([c_void_p, c_int32, ctypes.POINTER(SeqStats)], c_bool),
     "llama_razor_get_buffer": ([c_void_p, c_uint32, ctypes.POINTER(BufferStats)], c_bool),
     "llama_razor_get_memory": ([c_void_p, c_uint32, ctypes.POINTER(Memory)], c_bool),
+    "llama_razor_log_keep": ([c_bool], None),
+    "llama_razor_log_clear": ([], None),
+    "llama_razor_log_get": ([c_char_p, c_int32], c_int32),
     "llama_razor_set_end_callback": ([ctypes.CFUNCTYPE(None, c_char_p)], None),
 }
 
@@ -273,7 +274,7 @@ def load() -> Native:
     _check_dependencies(lib, path)
     if lib.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
         lib.ggml_backend_load_all_from_path(os.fsencode(folder))
-    lib.llama_log_set(_on_log, None)
+    lib.llama_razor_log_keep(False)
     lib.llama_razor_set_end_callback(_on_end)
     _try_instead(bindings, lib)
     return Native(path=path, build=build, lib=lib)
@@ -298,7 +299,7 @@ def _try_instead(bindings: Any, lib: ctypes.CDLL) -> None:
 
 
 def _last_error_line() -> bytes:
-    return _errors[-1].encode() if _errors else b""
+    return "".join(error_lines()[-1:]).encode()
 
 
 def _raise_on(failure: int | None, what: str, why: Callable[[], bytes]) -> Callable[..., Any]:
@@ -417,51 +418,69 @@ def _check_dependencies(lib: ctypes.CDLL, path: Path) -> None:
 # The native log: errors are kept as the reason for exceptions, and all of it is shown if the Llama
 # created last is verbose. (The callback of the bindings takes warnings for errors and prints them.)
 
-_logger = logging.getLogger("llama-cpp-python")  # llama_cpp sets its level from verbose
-_LEVEL_ERROR, _LEVEL_CONT = 4, 5  # enum ggml_log_level
-_errors: deque[str] = deque(maxlen=8)
-_last_level = 0
 
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
-def _on_log(level: int, text: bytes | None, _user_data: int | None) -> None:
-    global _last_level
-    line = (text or b"").decode("utf-8", "replace")
-    if level != _LEVEL_CONT:
-        _last_level = level
-    if _last_level == _LEVEL_ERROR and line.strip(" .\n"):
-        _errors.append(line.strip())
-    if _logger.level == logging.DEBUG:
-        print(line, end="", flush=True, file=sys.stderr)
+def show_log(shown: bool) -> None:
+    """Let the library print its log to stderr from now on, or keep it quiet."""
+    load().lib.llama_razor_log_keep(shown)
 
 
 def clear_errors() -> None:
-    """Forgets the error lines of the native log."""
-    _errors.clear()
+    """Forget the error lines of the native log."""
+    load().lib.llama_razor_log_clear()
 
 
-def _copy_of_stderr() -> int | None:
-    try:
-        return os.dup(2)  # llama_cpp lets 2 be /dev/null while it loads a model
-    except OSError:
-        return None
+def error_lines() -> list[str]:
+    """Return the error lines of the native log since clear_errors(), oldest first, at most 8."""
+    buffer = ctypes.create_string_buffer(1 << 14)
+    load().lib.llama_razor_log_get(buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace").splitlines()
 
 
-_stderr = _copy_of_stderr()
 _ended = threading.Lock()
 
 
 @ctypes.CFUNCTYPE(None, c_char_p)
 def _on_end(sentence: bytes) -> None:
     """Called before an assertion of llama.cpp, or an uncaught exception, ends the process."""
-    if _stderr is None or not _ended.acquire(blocking=False):  # several threads may fail at once
+    if not _ended.acquire(blocking=False):  # several threads may fail at once
         return
     said = " ".join(sentence.decode("utf-8", "replace").split())
     said = "".join(c if c.isprintable() else "?" for c in said)
     line = f"Error: {said}; the model file is malformed, or this is a bug\n"
-    os.write(_stderr, line.encode())
+    with contextlib.suppress(OSError):  # stderr may be closed
+        os.write(2, line.encode())
 
 
-def error_lines() -> list[str]:
-    """Error lines of the native log since clear_errors(), oldest first, at most 8."""
-    return list(_errors)
+# The library's threads are not in a forked process, which would wait for them for ever.
+
+_has_computed = False
+_is_forked = False
+
+
+def computed() -> None:
+    """Remember that the library has started threads, or a GPU, in this process."""
+    global _has_computed
+    _has_computed = True
+
+
+def is_forked() -> bool:
+    """Return True in a process that was forked after computed()."""
+    return _is_forked
+
+
+def refuse_after_fork() -> None:
+    """Raise RazorError in a process that was forked after computed()."""
+    if _is_forked:
+        raise RazorError(
+            "this process was forked from one in which razor_local had computed, and has none of"
+            " its threads; start processes with multiprocessing's 'spawn' instead of 'fork'"
+        )
+
+
+def _after_fork() -> None:
+    global _is_forked
+    _is_forked = _has_computed
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

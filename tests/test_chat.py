@@ -44,8 +44,8 @@ class ScriptedModel:
     def is_special(self, token):
         return token in b"<>"
 
-    def set_seed(self, seed):
-        self.seed = seed
+    def request(self, make):
+        return make(self)
 
     def prefill(self, tokens, progress=None, stop=None):
         keep = 0
@@ -206,10 +206,9 @@ def test_sampling_reaches_the_model_and_seeds_differ_by_turn():
     sampling = Sampling(temp=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=0)
     model, chat = make(["ok\0"] * 2, sampling=sampling)
     list(chat.say("x"))
-    assert model.sampling == {"temp": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1}
-    assert model.seed == 0
+    assert model.sampling == {"temp": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 0}
     list(chat.say("x"))
-    assert model.seed == 1
+    assert model.sampling["seed"] == 1
 
 
 def test_without_turn_markers_the_whole_conversation_is_tokenized_again():
@@ -291,7 +290,7 @@ def test_cached_turns_answer_as_a_fresh_context_would(llama):
         for i, _piece in enumerate(chat.say(text_with(FACT, rng.randint(10, 120), turn))):
             if i == stop_at:
                 chat.stop()
-    tokens = chat._known_tokens
+    tokens = chat._known[1]
     llama.prefill(tokens)
     reused = llama.stats()
     again = [token for token, _ in zip(llama.generate(tokens, temp=0), range(8), strict=False)]
@@ -306,7 +305,7 @@ def test_stop_inside_the_computation_of_a_prompt(llama):
     chat = Chat(llama, chat_template(llama), sampling=GREEDY)
     llama.reset()
     calls = 0
-    original = llama.prefill
+    original = llama._prefill
 
     def prefill(tokens, progress, stop):
         def counting():
@@ -318,11 +317,11 @@ def test_stop_inside_the_computation_of_a_prompt(llama):
 
         return original(tokens, progress, counting)
 
-    llama.prefill = prefill
+    llama._prefill = prefill
     try:
         assert list(chat.say(f"{text_with(FACT)}\n\n{QUESTION}")) == []
     finally:
-        del llama.prefill
+        del llama._prefill
     assert chat.last.ended == "stopped" and chat.messages == []
     assert 0 < llama.n_tokens < chat.last.n_prompt, "the part that was evaluated should be kept"
     assert "48213" in "".join(chat.say(f"{text_with(FACT)}\n\n{QUESTION}"))

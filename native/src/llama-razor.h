@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 2
+#define LLAMA_RAZOR_API_VERSION 3
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, over a fold too (at most one block)
 
 // set to a value other than "" and "0": razor metadata and overrides are ignored, upstream's own cache runs
@@ -137,6 +137,13 @@ LLAMA_API bool llama_razor_get_buffer(const struct llama_context * ctx, uint32_t
 
 // i: 0 to the number of buffer types that the context uses, razor active or not
 LLAMA_API bool llama_razor_get_memory(const struct llama_context * ctx, uint32_t i, struct llama_razor_memory * memory);
+
+// The log of llama.cpp and ggml from now on: its last error lines are kept, and all of it is printed to stderr if print
+LLAMA_API void llama_razor_log_keep(bool print);
+LLAMA_API void llama_razor_log_clear(void);
+// The error lines since then, at most 8, the oldest first, with newlines between them, cut to size - 1 bytes and a zero.
+// returns their length
+LLAMA_API int32_t llama_razor_log_get(char * lines, int32_t size);
 
 // Upstream ends the process where an assertion fails or an exception is not caught. From now on callback gets one sentence
 // before that happens, in the thread where it does, and upstream's backtrace is left out.

@@ -1,0 +1,123 @@
+"""One request at a time: a call, or a generator from its first value until it ends or is closed.
+
+A request that an interrupt leaves at any bytecode must not block the next one, and Python code in
+__exit__ or finally can be interrupted before it does anything. So nothing has to be released here:
+a request holds a lock in a with statement, which C code releases, and is over when the lock is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any
+
+from . import native
+from .errors import RazorError
+
+_POLL_SECONDS = 0.005  # how often a waiting request looks whether it is next
+
+
+class _Request:
+    """held: locked while the request lasts. generator: a weak reference, None for a call."""
+
+    __slots__ = ("__weakref__", "generator", "held", "thread")
+
+    def __init__(self) -> None:
+        self.held = threading.Lock()
+        self.thread = threading.get_ident()
+        self.generator: Callable[[], Generator[Any, Any, Any] | None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return not self.held.locked() or (self.generator is not None and self.generator() is None)
+
+    @property
+    def is_suspended(self) -> bool:
+        """True for a generator that waits for its next value to be asked for."""
+        generator = self.generator() if self.generator is not None else None
+        return generator is not None and not generator.gi_running
+
+
+class Requests:
+    """The requests of one object, in the order of their arrival; the first one owns the object.
+
+    Args:
+        what: the object in an error message, such as "this Llama".
+        wait: True: a request waits for those before it. False: it is refused.
+    """
+
+    def __init__(self, what: str, wait: bool = False) -> None:
+        self._what, self._wait = what, wait
+        self._queue: deque[_Request] = deque()
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return function(*args, **kwargs), called as a request.
+
+        Raises:
+            RazorError: another request is not over, or this process was forked.
+        """
+        request = _Request()
+        with request.held:
+            self._enter(request)
+            return function(*args, **kwargs)
+
+    def generate(self, make: Callable[[], Generator[Any, Any, Any]]) -> Generator[Any, Any, Any]:
+        """Return a generator that begins a request, and then yields from make()."""
+        request = _Request()
+        generator = self._generate(request, make)
+        request.generator = weakref.ref(generator)
+        return generator
+
+    def is_running(self) -> bool:
+        """Return True while a request computes; an open generator between two values does not."""
+        owner = self._owner()
+        return owner is not None and not owner.is_suspended
+
+    def _generate(
+        self, request: _Request, make: Callable[[], Generator[Any, Any, Any]]
+    ) -> Generator[Any, Any, Any]:
+        request.thread = threading.get_ident()
+        with request.held:
+            self._enter(request)
+            return (yield from make())
+
+    def _enter(self, request: _Request) -> None:
+        native.refuse_after_fork()
+        self._queue.append(request)
+        while (owner := self._owner()) is not request:
+            if owner is None:  # a signal handler's request has tidied up meanwhile
+                self._queue.append(request)
+            elif not self._wait or owner.thread == request.thread:
+                raise RazorError(self._refusal(owner, request))
+            else:
+                time.sleep(_POLL_SECONDS)
+
+    def _owner(self) -> _Request | None:
+        """The first request that is not over. Forget those before it."""
+        for request in self._queue.copy():
+            if not request.is_over:
+                return request
+            try:
+                self._queue.remove(request)
+            except ValueError:  # another thread was faster
+                pass
+        return None
+
+    def _refusal(self, owner: _Request, request: _Request) -> str:
+        if owner.is_suspended:
+            return (
+                f"{self._what} is still answering an earlier request; exhaust or close() its"
+                " generator first, or make another one for this request"
+            )
+        if owner.thread == request.thread:
+            return (
+                f"{self._what} is computing and cannot be used from a callback or signal handler"
+                " that runs meanwhile; use it after the call has returned"
+            )
+        return (
+            f"another thread is using {self._what}; pass wait=True to wait for it, or make one for"
+            " each thread"
+        )
