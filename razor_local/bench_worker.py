@@ -90,7 +90,13 @@ class Side:
     window: int = 0
 
     def plan(self, shape: ModelShape, profile: Profile) -> Plan:
-        """Raises RazorError where a razor context would run a full cache."""
+        """Return the plan of the context.
+
+        With a retrieval share of 1 the razor side is a full cache with our attention.
+
+        Raises:
+            RazorError: a razor context would run a full cache though it has local heads.
+        """
         from .plan import make_plan
 
         plan = make_plan(
@@ -101,7 +107,7 @@ class Side:
             self.type_v,
             window=self.window or None,
         )
-        if self.razor and not plan.active:
+        if self.razor and not plan.active and not profile.flat().all():
             raise RazorError(
                 f"razor does nothing at {plan.n_ctx} tokens ({plan.why_inactive});"
                 " raise -c or set a smaller window with --window-min"

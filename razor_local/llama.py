@@ -85,13 +85,16 @@ class Memory:
     """What the KV cache takes. All sizes in bytes, allocated when the context was created.
 
     active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
-    reason). kv_bytes: sum of the backend buffers. kv_bytes_full: llama.cpp's own cache with the
-    same types. kv_bytes_full_f16: a full f16 cache, None where the model's cache is of a kind that
-    the plan does not describe. layers: empty where not active. n_tokens: in the cache now.
+    reason). own_attention: our attention runs where the cache lies in the host's memory, also on
+    llama.cpp's own cache; False: llama.cpp's. kv_bytes: sum of the backend buffers. kv_bytes_full:
+    llama.cpp's own cache with the same types. kv_bytes_full_f16: a full f16 cache, None where the
+    model's cache is of a kind that the plan does not describe. layers: empty where not active.
+    n_tokens: in the cache now.
     """
 
     active: bool
     why: str | None
+    own_attention: bool
     kv_bytes: int
     kv_bytes_full: int
     kv_bytes_full_f16: int | None
@@ -195,6 +198,7 @@ class Llama(llama_cpp.Llama):
             razor = False  # no weights, no cache
             n_ctx = 512 if n_ctx == "auto" else n_ctx
 
+        own_attention = razor is not False and not native.is_disabled()
         shape, profile, why = _resolve(
             model_path, razor, retrieval, window, sink_tokens, compensation
         )
@@ -226,7 +230,7 @@ class Llama(llama_cpp.Llama):
         native.show_log(verbose)
         native.clear_errors()
         refusal = None
-        with _native.override(native.make_params(profile)):
+        with _native.override(native.make_params(profile, own_attention)):
             try:
                 super().__init__(
                     model_path,
@@ -288,6 +292,7 @@ class Llama(llama_cpp.Llama):
         return Memory(
             active=bool(stats.active),
             why=self._why,
+            own_attention=bool(stats.own_attention),
             kv_bytes=stats.kv_bytes,
             kv_bytes_full=self._plan.kv_bytes_full if stats.active else stats.kv_bytes,
             kv_bytes_full_f16=self._plan.kv_bytes_full_f16 if self._plan else None,
@@ -898,7 +903,7 @@ def _resolve(
 ) -> tuple[ModelShape | None, Profile | None, str]:
     """Shape and profile of a model, and why there is no profile. Shape None: not understood."""
     overridden = not (retrieval is window is sink_tokens is compensation is None)
-    disabled = os.environ.get(native.DISABLE_ENV, "") not in ("", "0")
+    disabled = native.is_disabled()
     if razor is False or disabled:
         why = "razor=False" if razor is False else f"{native.DISABLE_ENV} is set"
         if overridden and not disabled:

@@ -43,6 +43,7 @@ class Params(ctypes.Structure):
         ("compensation", c_uint32),
         ("n_retrieval", c_uint32),
         ("retrieval", ctypes.POINTER(c_uint8)),
+        ("own_attention", c_uint32),
     ]
 
 
@@ -66,7 +67,7 @@ class Stats(ctypes.Structure):
         ("kv_bytes_retrieval", c_uint64),
         ("kv_bytes_local", c_uint64),
         ("n_buffers", c_uint32),
-        ("reserved", c_uint32),
+        ("own_attention", c_uint32),
     ]
 
 
@@ -221,9 +222,15 @@ class Native:
         return out
 
 
-def make_params(profile: Profile | None) -> Params:
-    """What override() takes for a profile; None switches razor off."""
-    params = Params(size=ctypes.sizeof(Params))
+def make_params(profile: Profile | None, own_attention: bool = False) -> Params:
+    """Return what override() takes.
+
+    Args:
+        profile: None switches razor off.
+        own_attention: with llama.cpp's own cache, in the host's memory, our attention runs; False:
+            llama.cpp's. With a profile it is ours.
+    """
+    params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
     if profile is None:
         return params  # enabled = 0
     heads = profile.flat()
@@ -235,6 +242,11 @@ def make_params(profile: Profile | None) -> Params:
     params.n_retrieval = heads.size
     params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
     return params
+
+
+def is_disabled() -> bool:
+    """Return True where the environment switches razor off."""
+    return os.environ.get(DISABLE_ENV, "") not in ("", "0")
 
 
 @cache

@@ -26,7 +26,7 @@ from native_build import ROOT, cache_dir
 
 CACHE, PLAN, RAZOR = "llama-kv-cache-razor.cpp", "llama-razor-plan.h", "llama-razor.cpp"
 ATTN, KERNEL = "llama-razor-attn.cpp", "llama-razor-attn-kernel.h"
-DEVICE = "llama-razor-device.cpp"
+DEVICE, FULL = "llama-razor-device.cpp", "llama-razor-full.cpp"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ BREAKS = [
           "test_f32_cache_equals_the_reference test_any_plan_equals_the_reference test_error_is_within_stocks_own test_single_token_decode_across_folds test_larger_blocks test_several_threads"),
     Break("mask-without-second-cell", CACHE, "rest > 0.0 ?", "false ?", "test_f32_cache_equals_the_reference"),
     Break("mask-without-sinks", CACHE, "p < std::min(plan.sink_tokens, step.pos0)", "p < 0", "test_window_that_holds_everything_equals_stock"),
+    # full caches
+    Break("full-other-head", ATTN, "op.by_token ? j : group.first_row", "op.by_token ? j % 2 : group.first_row", "test_an_f32_cache_equals_the_reference"),
+    Break("full-head-stride", ATTN, "task.v.row_bytes = v->nb[op.by_token ? 2 : 1];", "task.v.row_bytes = v->nb[1];", "test_an_f32_cache_equals_the_reference"),
+    Break("full-last-chunk-alone", KERNEL, "merge(m_all[i], l_all[i], o_all + i*d_v, m[i], l[i], o + i*d_v, d_v);\n                clear", "clear", "test_an_f32_cache_equals_the_reference"),
+    Break("full-always", RAZOR, "razor_override ? razor_override->own_attention :", "razor_override ? true :", "test_where_it_does_not_run test_razor_false_is_stock_to_the_bit"),
+    Break("full-two-sequences", RAZOR, "!razor_wants_own_attention(model) || !razor_unsupported(model, params, cparams).empty()", "!razor_wants_own_attention(model)", "test_where_it_does_not_run"),
     Break("mask-by-the-clock", CACHE, "float val = log(n_folded);", "float val = log(n_folded) + 1e-3f*(ggml_time_us() % 7);", "test_same_split_twice_is_bit_identical test_kv_offload_flag"),
     Break("fold-dropped", CACHE, "build_fold(g, layer, view_local(ctx0, layer, layer.v), layer.v_sum);", "", "test_f32_cache_equals_the_reference"),
     Break("fold-off-by-one", CACHE, "data[i] = plan.cell(step.fold_from + i);", "data[i] = plan.cell(step.fold_from + i + 1);", "test_f32_cache_equals_the_reference"),

@@ -57,6 +57,7 @@ class RazorParams(ctypes.Structure):
         ("compensation", ctypes.c_uint32),
         ("n_retrieval", ctypes.c_uint32),
         ("retrieval", ctypes.POINTER(ctypes.c_uint8)),
+        ("own_attention", ctypes.c_uint32),
     ]
 
 
@@ -78,7 +79,7 @@ class Stats(ctypes.Structure):
         ("kv_bytes_retrieval", ctypes.c_uint64),
         ("kv_bytes_local", ctypes.c_uint64),
         ("n_buffers", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("own_attention", ctypes.c_uint32),
     ]
 
 
@@ -125,6 +126,7 @@ class Override:
     window_divisor: int = 5
     compensation: bool = True
     enabled: bool = True
+    own_attention: bool = False  # with llama.cpp's own cache
 
 
 OFF = Override(enabled=False)
@@ -220,6 +222,7 @@ def raw_params(value: Override) -> RazorParams:
         )
         params.n_retrieval = len(value.retrieval)
         params.retrieval = mask
+    params.own_attention = value.own_attention
     return params
 
 

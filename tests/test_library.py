@@ -164,7 +164,7 @@ def test_library_and_code_of_different_versions(monkeypatch, library):
     import llama_cpp
 
     monkeypatch.setattr(native, "API_VERSION", 99)
-    with pytest.raises(LibraryError, match="speaks razor API version 2, this Python code 99"):
+    with pytest.raises(LibraryError, match="speaks razor API version 3, this Python code 99"):
         native.load.__wrapped__()
     monkeypatch.undo()
     monkeypatch.setattr(llama_cpp, "__version__", "0.3.35")

@@ -764,6 +764,22 @@ def test_a_plan_that_the_library_does_not_follow_is_noticed(monkeypatch):
     from razor_local import LibraryError
 
     make_params = native.make_params
-    monkeypatch.setattr(native, "make_params", lambda profile: make_params(None))  # razor off
+    monkeypatch.setattr(native, "make_params", lambda *_: make_params(None))  # razor off
     with pytest.raises(LibraryError, match="the plan says"):
         Llama(DEFAULT_MODEL, n_ctx=2048)
+
+
+def test_full_caches_on_cpus_have_our_attention(plain):
+    """The same request has the same answer, however its prompt is split."""
+    tokens = [i * i % 101 for i in range(400)]
+    for options, own in (({}, True), ({"razor": False}, False), ({"flash_attn": False}, False)):
+        with closing(Llama(plain, n_ctx=512, n_threads=1, **options)) as llama:
+            memory = llama.memory()
+            assert not memory.active and memory.own_attention == own
+            llama.eval(tokens)
+            whole = llama._last_logits().copy()
+            llama.prefill(tokens[:-1])
+            llama.eval(tokens[-1:])
+            if own:
+                np.testing.assert_array_equal(llama._last_logits(), whole)
+    assert Llama(DEFAULT_MODEL, n_ctx=2048).memory().own_attention

@@ -283,7 +283,58 @@ inline void softmax_row(float * s, const float * mask, float & m, float & l, flo
     l += reduce_sum(sum);
 }
 
+// sums over cells, relative to e^m, are added to others
+__attribute__((noinline)) void merge(float & m_all, float & l_all, float * o_all, float m, float l, const float * o, int d_v) {
+    if (m == -__builtin_inff()) {
+        return;
+    }
+
+    const float m_new = m_all > m ? m_all : m;
+    const float f_all = m_all == -__builtin_inff() ? 0.0f : exp_neg(splat(m_all - m_new))[0];
+    const float f     = exp_neg(splat(m - m_new))[0];
+
+    for (int d = 0; d < d_v; d += W) {
+        store(o_all + d, load(o_all + d)*f_all + load(o + d)*f);
+    }
+    l_all = l_all*f_all + l*f;
+    m_all = m_new;
+}
+
+void clear(float & m, float & l, float * o, int d_v) {
+    for (int d = 0; d < d_v; d += W) {
+        store(o + d, vf{});
+    }
+    m = -__builtin_inff();
+    l = 0.0f;
+}
+
+void divide(float * dst, const float * o, float l, int d_v) {
+    const float factor = l > 0.0f ? 1.0f/l : 0.0f;
+    for (int d = 0; d < d_v; d += W) {
+        store(dst + d, load(o + d)*factor);
+    }
+}
+
+void merge_parts(const razor_attn_task & t) {
+    const int d_v = t.d_v;
+
+    float m, l;
+    clear(m, l, t.out, d_v);
+
+    for (int64_t i = 0; i < t.n_parts; ++i) {
+        const float * part = t.parts + i*(d_v + 2);
+        merge(m, l, t.out, part[d_v], part[d_v + 1], part, d_v);
+    }
+
+    divide(t.out, t.out, l, d_v);
+}
+
 void attention(const razor_attn_task & t, float * scratch) {
+    if (t.parts) {
+        merge_parts(t);
+        return;
+    }
+
     const int n_gqa  = t.n_gqa;
     const int n_rows = t.n_tokens*n_gqa;
     const int d_k    = t.d_k;
@@ -301,19 +352,31 @@ void attention(const razor_attn_task & t, float * scratch) {
     float * m    = live + TC;
     float * l    = m    + n_rows;
 
+    // of all chunks before
+    float * o_all = l     + n_rows;
+    float * m_all = o_all + n_rows*d_v;
+    float * l_all = m_all + n_rows;
+
     for (int i = 0; i < n_rows; ++i) {
         const float * src = t.q + (i / n_gqa)*t.q_token + (i % n_gqa)*t.q_head;
         for (int d = 0; d < d_k; d += W) {
             store(q + i*d_k + d, load(src + d)*t.scale);
         }
-        for (int d = 0; d < d_v; d += W) {
-            store(o + i*d_v + d, vf{});
-        }
-        m[i] = -__builtin_inff();
-        l[i] = 0.0f;
+        clear(m[i], l[i], o + i*d_v, d_v);
+        clear(m_all[i], l_all[i], o_all + i*d_v, d_v);
     }
 
+    int64_t chunk_end = t.cell1 - t.cell0 > t.chunk ? t.cell0 + t.chunk : t.cell1;
+
     for (int64_t c0 = t.cell0; c0 < t.cell1; c0 += TC) {
+        if (c0 >= chunk_end) {
+            for (int i = 0; i < n_rows; ++i) {
+                merge(m_all[i], l_all[i], o_all + i*d_v, m[i], l[i], o + i*d_v, d_v);
+                clear(m[i], l[i], o + i*d_v, d_v);
+            }
+            chunk_end += t.chunk;
+        }
+
         const int n = t.cell1 - c0 < TC ? t.cell1 - c0 : TC;
 
         // the mask, and the cells that any token sees
@@ -373,13 +436,15 @@ void attention(const razor_attn_task & t, float * scratch) {
     for (int i = 0; i < n_rows; ++i) {
         float * dst = t.out + (i / n_gqa)*t.out_token + (i % n_gqa)*t.out_head;
 
-        const float factor = t.partial ? 1.0f : l[i] > 0.0f ? 1.0f/l[i] : 0.0f;
-        for (int d = 0; d < d_v; d += W) {
-            store(dst + d, load(o + i*d_v + d)*factor);
-        }
         if (t.partial) {
+            for (int d = 0; d < d_v; d += W) {
+                store(dst + d, load(o + i*d_v + d));
+            }
             dst[d_v + 0] = m[i];
             dst[d_v + 1] = l[i];
+        } else {
+            merge(m_all[i], l_all[i], o_all + i*d_v, m[i], l[i], o + i*d_v, d_v);
+            divide(dst, o_all + i*d_v, l_all[i], d_v);
         }
     }
 }

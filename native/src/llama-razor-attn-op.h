@@ -89,6 +89,11 @@ struct razor_attn {
 
     razor_attn_kernel kernel = nullptr;
 
+    // the rows of a token lie one after the other, and groups[0] has all heads:
+    //   k [d_k, n_head_kv, cells]
+    //   v [d_v, n_head_kv, cells]
+    bool by_token = false;
+
     head_group groups[2];
 
     int64_t n_gqa = 1;
@@ -107,7 +112,7 @@ struct razor_attn {
     std::atomic<int64_t> next = 0;
     std::atomic<int>     done = 0;
 
-    // scale, kernel, n_gqa and, of groups, heads, mask and rows are set
+    // scale, kernel, n_gqa and, of groups, heads, mask and (unless by_token) rows are set
     //   q [d_k, n_head, n_tokens]
     //   k [d_k, rows]
     //   v [d_v, rows]

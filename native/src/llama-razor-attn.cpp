@@ -121,9 +121,10 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
 
     razor_attn_rows_of(k->type, task.k);
     razor_attn_rows_of(v->type, task.v);
-    task.k.row_bytes = k->nb[1];
-    task.v.row_bytes = v->nb[1];
+    task.k.row_bytes = k->nb[op.by_token ? 2 : 1];
+    task.v.row_bytes = v->nb[op.by_token ? 2 : 1];
 
+    task.chunk     = CHUNK;
     task.partial   = op.n_chunks > 1;
     task.out_head  = task.partial ? op.n_chunks*op.partial_size() : op.d_v;
     task.out_token = task.out_head*op.n_head;
@@ -139,7 +140,7 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
         const int64_t j     = rest / op.n_blocks; // KV head of the group
 
         const int64_t token = block*op.block_tokens;
-        const int64_t row   = group.first_row + j*group.head_rows;
+        const int64_t row   = op.by_token ? j : group.first_row + j*group.head_rows;
         const int64_t head  = (*group.heads)[j]*op.n_gqa;
 
         const ggml_tensor * mask = dst->src[group.src_mask];
@@ -170,40 +171,16 @@ static void razor_attn_reduce(ggml_tensor * dst, int ith, int nth, void * userda
 
     const float * parts = (const float *) dst->src[0]->data;
 
-    const int64_t size = op.partial_size();
+    razor_attn_task task = {};
+
+    task.d_v = op.d_v;
 
     for (int64_t i = ith; i < op.n_tokens*op.n_head; i += nth) {
-        const int64_t n = op.head_chunks[i % op.n_head];
+        task.parts   = parts + i*op.n_chunks*op.partial_size();
+        task.n_parts = op.head_chunks[i % op.n_head];
+        task.out     = (float *) dst->data + i*op.d_v;
 
-        const float * src = parts + i*op.n_chunks*size;
-        float       * out = (float *) dst->data + i*op.d_v;
-
-        float m = -INFINITY;
-        for (int64_t j = 0; j < n; ++j) {
-            m = std::max(m, src[j*size + op.d_v]);
-        }
-
-        std::fill(out, out + op.d_v, 0.0f);
-
-        float l = 0.0f;
-        for (int64_t j = 0; j < n; ++j) {
-            const float * part = src + j*size;
-            if (part[op.d_v] == -INFINITY) {
-                continue;
-            }
-
-            const float factor = expf(part[op.d_v] - m);
-
-            l += factor*part[op.d_v + 1];
-            for (int64_t d = 0; d < op.d_v; ++d) {
-                out[d] += factor*part[d];
-            }
-        }
-
-        const float factor = l > 0.0f ? 1.0f/l : 0.0f;
-        for (int64_t d = 0; d < op.d_v; ++d) {
-            out[d] *= factor;
-        }
+        op.kernel(task, nullptr);
     }
 }
 

@@ -51,19 +51,24 @@ struct razor_attn_task {
 
     int64_t cell0;
     int64_t cell1;
+    int64_t chunk; // cells that are summed up before the sums are added, so that these do not depend on n_tokens
 
     // partial: the sum of e^(s - m)*v, then m, then the sum of e^(s - m); else divided
     float * out;
     int64_t out_token;
     int64_t out_head;
     bool    partial;
+
+    // instead of all this, unless it is nullptr: the partial results of one query head, [n_parts][d_v + 2], into out
+    const float * parts;
+    int64_t n_parts;
 };
 
 // floats that a task writes to before it is done
 inline size_t razor_attn_scratch(const razor_attn_task & t) {
     const size_t n_rows = (size_t) t.n_tokens*t.n_gqa;
 
-    return n_rows*(t.d_k + t.d_v + RAZOR_ATTN_TILE + 2) + (size_t) RAZOR_ATTN_TILE*(2*t.d_k + t.d_v + t.n_tokens + 1);
+    return n_rows*(t.d_k + 2*t.d_v + RAZOR_ATTN_TILE + 4) + (size_t) RAZOR_ATTN_TILE*(2*t.d_k + t.d_v + t.n_tokens + 1);
 }
 
 typedef void (*razor_attn_kernel)(const razor_attn_task & task, float * scratch);

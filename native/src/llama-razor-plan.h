@@ -26,6 +26,7 @@ struct llama_razor_profile {
     uint32_t window_divisor = 5;
     bool     compensation   = true;
     bool     alibi          = false; // of scopes per head, which cannot be run yet
+    bool     own_attention  = true;  // with upstream's own cache
 
     std::vector<uint8_t> retrieval; // 0/1 per KV head, layer-major
 };

@@ -8,6 +8,7 @@
 #include "llama-impl.h"
 #include "llama-kv-cache-razor.h"
 #include "llama-model.h"
+#include "llama-razor-full.h"
 
 #include "gguf.h"
 
@@ -251,7 +252,8 @@ bool llama_razor_set_override(const llama_razor_params * params) {
 
         auto res = std::make_unique<llama_razor_profile>();
 
-        res->enabled = params->enabled != 0;
+        res->enabled       = params->enabled != 0;
+        res->own_attention = params->own_attention != 0;
 
         if (res->enabled) {
             razor_check_range("sink_tokens",    params->sink_tokens,    0, RAZOR_MAX_SINK_TOKENS);
@@ -477,6 +479,14 @@ static std::unique_ptr<llama_razor_plan> razor_choose_plan(const llama_model & m
     return std::make_unique<llama_razor_plan>(std::move(plan));
 }
 
+static bool razor_wants_own_attention(const llama_model & model) {
+    if (razor_is_disabled()) {
+        return false;
+    }
+
+    return razor_override ? razor_override->own_attention : model.razor && model.razor->enabled;
+}
+
 llama_memory_i * llama_razor_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     llama_razor_error_set("");
 
@@ -485,7 +495,14 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
     razor_check_tensors(model, params, cparams, plan.get());
 
     if (!plan) {
-        return nullptr;
+        if (!razor_wants_own_attention(model) || !razor_unsupported(model, params, cparams).empty()) {
+            return nullptr;
+        }
+        try {
+            return llama_razor_create_full(model, params, cparams);
+        } catch (const std::runtime_error & err) {
+            razor_refuse(err.what());
+        }
     }
 
     razor_attn_kernel attn = nullptr;
@@ -582,6 +599,8 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
         }
     }
 
+    res.own_attention = dynamic_cast<const llama_kv_cache_full *>(memory) != nullptr;
+
     if (const auto * kv = razor_get(ctx)) {
         const auto & plan = kv->get_plan();
 
@@ -598,6 +617,7 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
 
         for (uint32_t il = 0; il < plan.local.size(); ++il) {
             const auto & layer = kv->get_layer(il);
+            res.own_attention |= layer.attn && ctx->get_cparams().flash_attn;
             for (const auto * t : { layer.k, layer.v, layer.k_sum, layer.v_sum }) {
                 res.kv_bytes_local += t ? ggml_nbytes(t) : 0;
             }

@@ -113,6 +113,7 @@ int main() {
             t.cell0 = rng() % n_kv;
             t.cell1 = n_kv;
             t.partial = rng() % 2;
+            t.chunk   = t.partial ? n_kv : (1 + rng() % 4)*RAZOR_ATTN_TILE;
             t.out = out.data(); t.out_head = d_v + 2; t.out_token = n_gqa*(d_v + 2);
 
             std::vector<float> scratch(razor_attn_scratch(t));
@@ -143,6 +144,31 @@ int main() {
                 }
                 if (t.partial && sum > 0.0) {
                     worst = fmax(worst, fabs(got[d_v] + log(got[d_v + 1]) - log(sum)));
+                }
+            }
+
+            // the same bits from one token and one chunk at a time
+            if (!t.partial) {
+                const int64_t n_parts = (t.cell1 - t.cell0 + t.chunk - 1)/t.chunk;
+                for (int r = 0; r < n_tokens*n_gqa; ++r) {
+                    std::vector<float> parts(n_parts*(d_v + 2)), one(d_v);
+                    razor_attn_task u = t;
+                    u.n_tokens = u.n_gqa = 1;
+                    u.q        = q.data() + r*d_k;
+                    u.mask     = mask.data() + r/n_gqa*n_kv;
+                    u.partial  = true;
+                    for (int64_t j = 0; j < n_parts; ++j) {
+                        u.cell0 = t.cell0 + j*t.chunk;
+                        u.cell1 = u.cell0 + t.chunk < t.cell1 ? u.cell0 + t.chunk : t.cell1;
+                        u.out   = parts.data() + j*(d_v + 2);
+                        kernel(u, scratch.data());
+                    }
+                    u.parts = parts.data(); u.n_parts = n_parts; u.out = one.data();
+                    kernel(u, nullptr);
+                    if (memcmp(one.data(), &out[r*(d_v + 2)], d_v*sizeof(float)) != 0) {
+                        printf("%s: a token alone has other sums\n", name);
+                        return 1;
+                    }
                 }
             }
         }

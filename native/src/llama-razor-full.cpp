@@ -1,0 +1,134 @@
+#include "llama-razor-full.h"
+
+#include "llama-razor-attn-op.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-graph.h"
+#include "llama-model.h"
+
+#include <numeric>
+
+//
+// llama_kv_cache_full
+//
+
+llama_kv_cache_full::llama_kv_cache_full(
+        const llama_model & model,
+     const llama_cparams  & cparams,
+                ggml_type   type_k,
+                ggml_type   type_v,
+        razor_attn_kernel   kernel) :
+    llama_kv_cache(model, model.hparams, type_k, type_v, !cparams.flash_attn, cparams.offload_kqv, cparams.kv_unified,
+            cparams.n_ctx_seq, cparams.n_seq_max, 1, model.hparams.n_swa, model.hparams.swa_type, nullptr, nullptr, nullptr, nullptr),
+    kernel(kernel) {
+}
+
+// as upstream, but for the class of the result
+llama_memory_context_ptr llama_kv_cache_full::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /* embd_all */) {
+    balloc.split_reset();
+
+    std::vector<llama_ubatch> ubatches;
+
+    for (auto ubatch = balloc.split_simple(n_ubatch); ubatch.n_tokens > 0; ubatch = balloc.split_simple(n_ubatch)) {
+        ubatches.push_back(std::move(ubatch)); // NOLINT
+    }
+
+    if (balloc.get_n_used() == balloc.get_n_tokens()) {
+        auto sinfos = prepare(ubatches);
+
+        if (!sinfos.empty()) {
+            return std::make_unique<llama_kv_cache_full_context>(this, std::move(sinfos), std::move(ubatches));
+        }
+    }
+
+    return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
+llama_memory_context_ptr llama_kv_cache_full::init_full() {
+    return std::make_unique<llama_kv_cache_full_context>(this);
+}
+
+llama_memory_i * llama_razor_create_full(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    const auto & hparams = model.hparams;
+
+    if (!cparams.flash_attn || cparams.auto_fa || hparams.attn_soft_cap || hparams.n_layer_nextn > 0) {
+        return nullptr;
+    }
+
+    bool any_host = false;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.n_head_kv(il) == 0) {
+            continue;
+        }
+        if (!razor_attn_supported(params.type_k, params.type_v, hparams.n_embd_head_k(il), hparams.n_embd_head_v(il))) {
+            return nullptr;
+        }
+        any_host = any_host || !cparams.offload_kqv || ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(model.dev_layer(il)));
+    }
+
+    const razor_attn_kernel kernel = razor_attn_choose();
+
+    return any_host && kernel ? new llama_kv_cache_full(model, cparams, params.type_k, params.type_v, kernel) : nullptr;
+}
+
+//
+// graph
+//
+
+// no input of the graph, but what lives as long as it does: the parameters of the operation of one layer
+class llm_graph_razor_attn : public llm_graph_input_i {
+public:
+    void set_input(const llama_ubatch * /* ubatch */) override {}
+
+    bool can_reuse(const llm_graph_params & /* params */) override { return true; } // upstream's inputs know
+
+    razor_attn attn;
+
+    std::vector<uint32_t> heads;
+};
+
+ggml_tensor * llama_razor_full_attn(
+        const llm_graph_context & g,
+        const llama_kv_cache_context * mctx,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * kq_b,
+        ggml_tensor * kq_mask,
+        ggml_tensor * sinks,
+              float   kq_scale) {
+    const auto * mctx_full = dynamic_cast<const llama_kv_cache_full_context *>(mctx);
+
+    if (!mctx_full || kq_b || sinks || g.cparams.training || !g.cparams.flash_attn || k->ne[3] != 1) {
+        return nullptr;
+    }
+    for (const ggml_tensor * t : { k, v }) {
+        ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+        if (!buffer || !ggml_backend_buffer_is_host(buffer)) {
+            return nullptr;
+        }
+    }
+
+    auto * input = static_cast<llm_graph_razor_attn *>(g.res->add_input(std::make_unique<llm_graph_razor_attn>()));
+
+    input->heads.resize(k->ne[1]);
+    std::iota(input->heads.begin(), input->heads.end(), 0);
+
+    razor_attn & attn = input->attn;
+
+    attn.scale    = kq_scale;
+    attn.kernel   = mctx_full->kernel;
+    attn.n_gqa    = q->ne[1]/k->ne[1];
+    attn.by_token = true;
+
+    attn.groups[0].heads = &input->heads;
+    attn.groups[0].mask  = kq_mask;
+
+    ggml_tensor * cur = attn.build(g.ctx0, q, k, v);
+
+    ggml_build_forward_expand(g.gf, cur);
+
+    return cur;
+}

@@ -1,0 +1,56 @@
+#pragma once
+
+// Upstream's own full cache with the attention of llama-razor-attn.h where it lies in the host's memory. What upstream
+// computes there depends on the number of tokens in a batch, and takes twice as long.
+
+#include "llama-kv-cache.h"
+#include "llama-razor-attn.h"
+
+struct llm_graph_context;
+
+class llama_kv_cache_full : public llama_kv_cache {
+public:
+    llama_kv_cache_full(
+            const llama_model & model,
+         const llama_cparams  & cparams,
+                    ggml_type   type_k,
+                    ggml_type   type_v,
+            razor_attn_kernel   kernel);
+
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    const razor_attn_kernel kernel;
+};
+
+class llama_kv_cache_full_context : public llama_kv_cache_context {
+public:
+    llama_kv_cache_full_context(llama_kv_cache_full * kv) : llama_kv_cache_context(kv), kernel(kv->kernel) {}
+
+    llama_kv_cache_full_context(llama_kv_cache_full * kv, slot_info_vec_t sinfos, std::vector<llama_ubatch> ubatches) :
+        llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches)), kernel(kv->kernel) {}
+
+    const razor_attn_kernel kernel;
+};
+
+// nullptr: the context is to have upstream's attention
+llama_memory_i * llama_razor_create_full(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// instead of llm_graph_context::build_attn_mha(), nullptr where upstream's attention is to run
+//   q [n_embd_head_k, n_head,    n_tokens]
+//   k [n_embd_head_k, n_head_kv, n_kv]
+//   v [n_embd_head_v, n_head_kv, n_kv]
+ggml_tensor * llama_razor_full_attn(
+        const llm_graph_context & g,
+        const llama_kv_cache_context * mctx,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * kq_b,
+        ggml_tensor * kq_mask,
+        ggml_tensor * sinks,
+              float   kq_scale);
