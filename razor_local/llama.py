@@ -28,6 +28,7 @@ from .errors import (
     UnsupportedError,
 )
 from .gguf_header import read_header
+from .hyper_parameters import check_overrides
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
 
@@ -792,8 +793,9 @@ def _resolve(
                 "retrieval, window, sink_tokens and compensation change a razor profile, which"
                 " razor=False switches off; leave one or the other out"
             )
+        header = read_header(model_path)
         try:
-            return shape_from_header(read_header(model_path)), None, why
+            return shape_from_header(header), None, why
         except (GGUFError, ProfileError):
             return None, None, why  # llama.cpp may know better
 
@@ -872,6 +874,7 @@ def _refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any])
             raise UnsupportedError(
                 f"{name} is {value!r}, expected a whole number from {low} to {high}{instead}"
             )
+    check_overrides(kwargs.get("kv_overrides"))
     lora = kwargs.get("lora_path")
     if lora is not None and not os.path.isfile(lora):
         raise UnsupportedError(f"lora_path is {lora!r}, which is no file; name a LoRA adapter")

@@ -14,6 +14,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import tiny_models
+from gguf_bytes import gguf
 from other_models import MODELS, make_other
 from test_chat import FACT, QUESTION, text_with
 
@@ -733,7 +734,7 @@ def test_quiet_by_default_and_the_native_log_if_verbose(capfd, tmp_path):
     with pytest.raises(RazorError):
         llama.eval([llama.n_vocab() + 5])
     broken = tmp_path / "broken.gguf"
-    broken.write_text("x")
+    broken.write_bytes(gguf([]))
     with pytest.raises(RazorError, match="could not be loaded: .*failed to load model"):
         Llama(broken, razor=False)
     llama.close()
