@@ -31,10 +31,10 @@ from .gguf_header import read_header
 from .hyper_parameters import check_overrides
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .templates import isolated_formatters
 
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
-import jinja2  # noqa: E402
 import llama_cpp  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
@@ -211,7 +211,8 @@ class Llama(llama_cpp.Llama):
 
         native.clear_errors()
         refusal = None
-        with _loading, _native.override(native.make_params(profile)):
+        override = _native.override(native.make_params(profile))
+        with _loading, override, isolated_formatters():
             try:
                 super().__init__(
                     model_path,
@@ -236,12 +237,6 @@ class Llama(llama_cpp.Llama):
                 self.close()
                 if refusal is None:
                     raise
-            except jinja2.TemplateError as error:
-                self.close()
-                refusal = GGUFError(
-                    f"{model_path}: the chat template in its metadata is malformed: {error}; mend"
-                    " tokenizer.chat_template, for example with gguf-new-metadata"
-                )
         if self._progress_error is not None:
             raise self._progress_error
         if refusal is not None:
