@@ -154,7 +154,7 @@ def read_other_heads(
         from .converters.scores import FORMAT, choose_heads, load_scores
 
         share = n_retrieval / max(sum(shape.n_head_kv), 1)
-        if start.startswith(b"PK") or f'"{FORMAT}"'.encode() in start:
+        if f'"{FORMAT}"'.encode() in start:
             scores = load_scores(path)
             _check_heads(path, scores.n_head_kv, shape)
             return choose_heads(scores, budget=share)

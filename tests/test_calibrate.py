@@ -530,7 +530,7 @@ def test_convert_finds_the_heads_and_keeps_all_scores(known, tmp_path):
 
 
 def test_scores_of_another_model_are_refused(known, tmp_path):
-    kept, other = tmp_path / "scores.npz", tmp_path / "other.gguf"
+    kept, other = tmp_path / "scores.json", tmp_path / "other.gguf"
     run("convert", known[0], "-o", tmp_path / "o.gguf", "--tokens", 16, "--save-scores", kept)
     known_heads.make_model(other, known_heads.place_heads(1))
     code, _, stderr = run("convert", other, "-o", tmp_path / "x.gguf", "--scores", kept)

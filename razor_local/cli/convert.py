@@ -77,9 +77,7 @@ NOT_FOR_ALIBI = (
 @click.option(
     "--scores", type=PATH, help="Head scores of an earlier --save-scores, instead of measuring."
 )
-@click.option(
-    "--save-scores", type=PATH, help="Keep the measured scores in this file (.json or .npz)."
-)
+@click.option("--save-scores", type=PATH, help="Keep the measured scores in this file (JSON).")
 @click.option(
     "--tokens",
     type=int,
