@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProfileError
+from ..input_file import open_input
 from ..profile import (
     MAX_CALIBRATION_BYTES,
     MAX_CALIBRATION_KEYS,
@@ -340,9 +341,7 @@ def save_scores(scores: Scores, path: str | os.PathLike[str]) -> Path:
 def load_scores(path: str | os.PathLike[str]) -> Scores:
     """Scores of a file that save_scores() wrote. Raises ProfileError (one sentence) or OSError."""
     path = Path(path)
-    if path.is_dir():
-        raise ProfileError(f"{path} is a folder, expected a file of scores")
-    with open(path, "rb") as file:
+    with open_input(path, "a file of scores", ProfileError) as file:
         raw = file.read(MAX_BYTES + 1)
     try:
         if len(raw) > MAX_BYTES:

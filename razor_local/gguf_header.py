@@ -25,6 +25,7 @@ import numpy as np
 
 from .errors import GGUFError
 from .hyper_parameters import find_fault
+from .input_file import open_input
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -189,9 +190,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     file cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        raise GGUFError(f"{path} is a folder, expected a GGUF file")
-    with open(path, "rb") as file:
+    with open_input(path, "a GGUF file", GGUFError) as file:
         size = os.fstat(file.fileno()).st_size
         return _Reader(path, file, size).header()
 

@@ -358,7 +358,7 @@ def test_a_context_too_short_for_facts_is_noted(book) -> None:
         (["needle", "--facts", "1"], "1 facts in a text"),
         (["ruler", "--tasks", "qa_1"], "'qa_1' is no task of RULER"),
         (["perplexity", "/nowhere.txt"], "/nowhere.txt: No such file"),
-        (["perplexity", str(DEFAULT_MODEL)], "is no text in UTF-8"),
+        (["perplexity", str(DEFAULT_MODEL)], "is not a text in UTF-8"),
         (["perplexity", __file__, "--stride", "100"], "the stride is 100 tokens"),
     ],
 )
