@@ -8,19 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_journal import damaged
 from test_llama import no_numbers
 
+from razor_local import RazorError
 from razor_local.bench_worker import ModelSetup
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.evals import run as run_module
 from razor_local.evals.perplexity import read_text
 from razor_local.evals.policies import make_policies
-from razor_local.evals.run import open_llama
+from razor_local.evals.report import Report, format_report
+from razor_local.evals.run import open_journal, open_llama
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify import kl_divergence
@@ -75,6 +79,38 @@ def test_razor_finds_what_the_full_cache_finds_and_streaming_does_not(needles) -
     assert rows["streaming-f16"]["difference"] == -1
     assert rows["streaming-f16"]["difference_high"] < -0.3
     assert found["missing"] == 0
+
+
+def reopened(path, lines) -> Report:
+    """What a run would report of a journal that it resumes."""
+    path.write_text("".join(lines))
+    head = json.loads(lines[0])
+    head.pop("kind", None)
+    with open_journal(path, head) as journal:
+        return Report(journal.head, journal.records)
+
+
+def test_every_beginning_of_a_journal_is_resumed(needles, tmp_path) -> None:
+    _, folder, _ = needles
+    lines = (folder / "run.jsonl").read_text().splitlines(keepends=True)
+    for n in range(1, len(lines) + 1):
+        assert len(reopened(tmp_path / "run.jsonl", lines[:n]).records) == n - 1
+
+
+def test_journals_with_wrong_fields_are_refused_or_shown(needles, tmp_path) -> None:
+    _, folder, _ = needles
+    lines = (folder / "run.jsonl").read_text().splitlines(keepends=True)
+    n_refused = 0
+    for changed in damaged(lines):
+        try:
+            found = reopened(tmp_path / "run.jsonl", changed)
+        except RazorError as error:
+            n_refused += 1
+            assert str(error).isprintable()
+        else:
+            for kind in ("md", "json"):
+                format_report(found, kind)
+    assert n_refused > 100
 
 
 def test_bytes_stand_beside_the_scores(needles) -> None:
@@ -298,6 +334,11 @@ def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
     assert found["rows"][0]["n"] == 255 + 2 * 128
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 2 + 3 * 2
+    for n in range(1, len(lines) + 1):
+        assert len(reopened(tmp_path / "again.jsonl", lines[:n]).records) == n - 1
+    for i, changed in enumerate(damaged(lines)):
+        with suppress(RazorError):
+            reopened(tmp_path / f"{i}.jsonl", changed)
     journal.write_text("".join(lines[:5]))
     again = report(*args, "--resume", journal, "--plot", tmp_path / "p.png", "--plot-curve",
                    tmp_path / "c.png")  # fmt: skip
