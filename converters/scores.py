@@ -318,11 +318,11 @@ def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
     )
 
 
-def save_scores(scores: Scores, path: str | os.PathLike[str]) -> Path:
+def save_scores(scores: Scores, path: str | os.PathLike[str], replace: bool = True) -> Path:
     """Write a file for load_scores().
 
-    The name appears when the file is complete; a file of that name is replaced. Raises RazorError,
-    OSError.
+    The name appears when the file is complete; a file of that name is replaced, or without replace
+    refused. Raises RazorError, OSError.
     """
     path = Path(path)
     head = {"format": FORMAT, "version": VERSION, "calibration": scores.calibration}
@@ -333,7 +333,7 @@ def save_scores(scores: Scores, path: str | os.PathLike[str]) -> Path:
         for name, a in arrays.items()
     }
     data = (json.dumps(head | lists, indent=1) + "\n").encode()
-    with new_file(path, len(data)) as file:
+    with new_file(path, len(data), replace) as file:
         file.write(data)
     return path
 
