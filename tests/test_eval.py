@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from test_journal import damaged
 from test_llama import no_numbers
 
-from razor_local import RazorError
+from razor_local import RazorError, safe_write
 from razor_local.bench_worker import ModelSetup
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
@@ -410,6 +410,17 @@ def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
     assert "Traceback" not in done.output and done.stdout == ""
     assert len(done.stderr.strip().splitlines()[-1]) < 400
     assert os.listdir(tmp_path) == []
+
+
+def test_a_report_that_cannot_be_written_goes_to_stdout(tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safe_write, "publish", full)
+    done = run(*NEEDLE, "--policies", "full", "-o", tmp_path / "run.md")
+    assert done.exit_code == 1 and list(tmp_path.iterdir()) == []
+    assert done.stdout.startswith("# razor-local eval needle")
+    assert done.stderr.splitlines()[-1] == f"Error: {tmp_path}/run.md: No space left on device"
 
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path, book) -> None:
