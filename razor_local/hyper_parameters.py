@@ -13,6 +13,7 @@ from typing import Any
 from .errors import UnsupportedError
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
+MAX_CONTEXT = 2**31 - 1  # the bindings take it for an int
 MAX_VOCAB = 2_000_000  # llama.cpp allocates this many tokens for a model without a vocabulary
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
@@ -21,6 +22,7 @@ _POSITIVE = ("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 _DIVISOR = ("1 or more", lambda value: value >= 1)
 _RANGES = {
+    "context_length": (f"0 to {MAX_CONTEXT}", lambda value: 0 <= value <= MAX_CONTEXT),
     "vocab_size": (f"0 to {MAX_VOCAB}", lambda value: 0 <= value <= MAX_VOCAB),
     "rope.freq_base": _POSITIVE,
     "rope.freq_base_swa": _POSITIVE,
@@ -99,7 +101,7 @@ def _expected(arch: str, key: str, value: Any) -> str | None:
     if key == "rope.scaling.type":
         known = value in ROPE_SCALING_TYPES
         return None if known else f"one of {', '.join(ROPE_SCALING_TYPES)}"
-    if isinstance(value, str):
+    if not isinstance(value, (int, float)):
         return None
     if not math.isfinite(value):
         return "a finite number"

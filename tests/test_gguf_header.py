@@ -250,6 +250,7 @@ HYPER_PARAMETERS = [
     ({"attention.scale": (F32, NAN)}, "llama.attention.scale is nan, expected a finite number"),
     ({"logit_scale": (F32, NAN)}, "llama.logit_scale is nan, expected a finite number"),
     ({"swiglu_clamp_exp": [1.0, NAN]}, "llama.swiglu_clamp_exp is nan, expected a finite number"),
+    ({"context_length": (U32, 2**31)}, "context_length is 2147483648, expected 0 to 2147483647"),
     ({"vocab_size": (U32, 2**32 - 1)}, "vocab_size is 4294967295, expected 0 to 2000000"),
     ({"rope.dimension_count": (U32, 31)}, "is 31, expected an even number up to the head size 32"),
     ({"rope.dimension_count": (U32, 34)}, "is 34, expected an even number up to the head size 32"),
