@@ -31,13 +31,15 @@ from .gguf_header import read_header
 from .hyper_parameters import check_overrides
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
-from .templates import isolated_formatters
+from .templates import isolate_formatters
 
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
 import llama_cpp  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402
 from llama_cpp.llama_tokenizer import LlamaTokenizer  # noqa: E402
+
+isolate_formatters()
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
@@ -211,8 +213,7 @@ class Llama(llama_cpp.Llama):
 
         native.clear_errors()
         refusal = None
-        override = _native.override(native.make_params(profile))
-        with _loading, override, isolated_formatters():
+        with _loading, _native.override(native.make_params(profile)):
             try:
                 super().__init__(
                     model_path,

@@ -15,8 +15,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
@@ -88,17 +87,15 @@ def _check_unicode(text: str, errors: str) -> None:
         ) from None
 
 
-@contextmanager
-def isolated_formatters() -> Iterator[None]:
-    """Within the block llama_cpp.Llama makes formatters whose templates are rendered by the child.
+def isolate_formatters() -> None:
+    """Let llama_cpp.Llama make formatters whose templates are rendered by the child.
 
     Its own compile every template of a file when the model is loaded, in this process.
     """
+    import llama_cpp
     from llama_cpp import llama_chat_format
 
-    original = llama_chat_format.Jinja2ChatFormatter
-
-    class IsolatedFormatter(original):
+    class IsolatedFormatter(llama_chat_format.Jinja2ChatFormatter):
         def __init__(
             self,
             template: str,
@@ -117,11 +114,15 @@ def isolated_formatters() -> Iterator[None]:
             _check_unicode(response.prompt, "strict")  # it is encoded so
             return response
 
-    llama_chat_format.Jinja2ChatFormatter = IsolatedFormatter
-    try:
-        yield
-    finally:
-        llama_chat_format.Jinja2ChatFormatter = original
+    class Formats:
+        """The module llama_chat_format, as llama_cpp.Llama sees it."""
+
+        Jinja2ChatFormatter = IsolatedFormatter
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(llama_chat_format, name)
+
+    llama_cpp.llama.llama_chat_format = Formats()
 
 
 class _Child:
