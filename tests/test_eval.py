@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -410,6 +411,18 @@ def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
     assert "Traceback" not in done.output and done.stdout == ""
     assert len(done.stderr.strip().splitlines()[-1]) < 400
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are Unicode there")
+@pytest.mark.parametrize("output", [True, False])
+def test_a_file_whose_name_is_not_utf8_is_reported(tmp_path, output) -> None:
+    text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
+    text.write_text("It was a fine day and they went out for a walk. " * 200)
+    args = ["perplexity", text, "-c", 256, "--windows", 1, "--policies", "full"]
+    done = run(*args, *(["-o", tmp_path / "run.md"] if output else []))
+    assert done.exit_code == 0, done.output
+    report = (tmp_path / "run.md").read_text("utf-8") if output else done.stdout
+    assert "- ?.txt: 1 windows" in report
 
 
 def test_a_report_that_cannot_be_written_goes_to_stdout(tmp_path, monkeypatch) -> None:

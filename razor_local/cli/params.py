@@ -98,6 +98,7 @@ def write_report(text: str, output: Path | None) -> None:
     """
     from ..bench_report import save_text
 
+    text = text.encode("utf-8", "replace").decode()  # names of files can be other bytes
     try:
         if output is not None:
             return save_text(text, output)
