@@ -131,7 +131,10 @@ class _Child:
     def __init__(self) -> None:
         self.parent = os.getpid()  # a forked copy of this process must not use the same pipes
         self.process = subprocess.Popen(
-            python_command("from razor_local.templates import serve; serve()"),
+            python_command(
+                "sys.path += sys.argv[1:]; from razor_local.templates import serve; serve()",
+                *filter(None, sys.path),  # the package may be in a folder that was added to it
+            ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -227,9 +230,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         if request["variables"] is None:
             return {"text": ""}
         what = "cannot be rendered"
-        text = template.render(
-            **request["variables"], raise_exception=_raise_exception, strftime_now=_strftime_now
-        )
+        functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        text = template.render(request["variables"] | functions)
         if len(text) <= MAX_TEXT:
             return {"text": text}
         reason = f"it makes a text of more than {MAX_TEXT} characters"

@@ -61,6 +61,10 @@ def test_what_templates_use(source, text):
     assert render(source, tools=[{"name": "é <x>"}], bos_token="<s>", functions=None) == text
 
 
+def test_functions_are_there_whatever_the_variables_are():
+    assert render("{{ strftime_now('x') }}", strftime_now="y", raise_exception="z") == "x"
+
+
 def test_the_current_date():
     assert render("{{ strftime_now('%Y') }}") == datetime.now().strftime("%Y")
 
