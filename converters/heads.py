@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProfileError
+from ..input_file import open_input
 from ..profile import (
     DEFAULT_COMPENSATION,
     DEFAULT_SINKS,
@@ -174,9 +175,7 @@ def choose_by_rank(values: np.ndarray, n: int) -> tuple[np.ndarray, int, int]:
 def parse_heads(path: str | os.PathLike[str]) -> HeadList:
     """Reads a head list of any kind. Raises ProfileError (one sentence), OSError."""
     path = Path(path)
-    if path.is_dir():
-        raise ProfileError(f"{path} is a folder, expected a head list")
-    with open(path, "rb") as file:
+    with open_input(path, "a head list", ProfileError) as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise ProfileError(f"{path} is larger than {MAX_BYTES >> 20} MiB, no head list is")

@@ -1,17 +1,14 @@
 """Head scores: how much each query head looks for repetitions, and the heads chosen by it.
 
-Scores are measured by calibrate.py, kept in a model's metadata or in a file (JSON or npz), and
-turned into retrieval heads by choose_heads(). docs/format.md describes the files.
+Scores are measured by calibrate.py, kept in a model's metadata or in a file (JSON), and turned
+into retrieval heads by choose_heads(). docs/format.md describes the files.
 """
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import math
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProfileError
+from ..input_file import open_input
 from ..profile import (
     MAX_CALIBRATION_BYTES,
     MAX_CALIBRATION_KEYS,
@@ -320,29 +318,22 @@ def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
     )
 
 
-def save_scores(scores: Scores, path: str | os.PathLike[str]) -> Path:
-    """Writes a file for load_scores(), npz if the name ends so, else JSON.
+def save_scores(scores: Scores, path: str | os.PathLike[str], replace: bool = True) -> Path:
+    """Write a file for load_scores().
 
-    Raises RazorError, OSError.
-
-    The name appears when the file is complete; a file of that name is replaced.
+    The name appears when the file is complete; a file of that name is replaced, or without replace
+    refused. Raises RazorError, OSError.
     """
     path = Path(path)
     head = {"format": FORMAT, "version": VERSION, "calibration": scores.calibration}
     arrays = {name: np.asarray(getattr(scores, name), kind) for name, kind in ARRAYS.items()}
-    if path.suffix.lower() == ".npz":
-        out = io.BytesIO()
-        head_bytes = np.frombuffer(json.dumps(head).encode(), np.uint8)
-        np.savez_compressed(out, head=head_bytes, **arrays)
-        data = out.getvalue()
-    else:
-        # the shortest decimals that read back as the same f32
-        lists = {
-            name: [int(v) if a.dtype.kind == "i" else float(str(v)) for v in a]
-            for name, a in arrays.items()
-        }
-        data = (json.dumps(head | lists, indent=1) + "\n").encode()
-    with new_file(path, len(data)) as file:
+    # the shortest decimals that read back as the same f32
+    lists = {
+        name: [int(v) if a.dtype.kind == "i" else float(str(v)) for v in a]
+        for name, a in arrays.items()
+    }
+    data = (json.dumps(head | lists, indent=1) + "\n").encode()
+    with new_file(path, len(data), replace) as file:
         file.write(data)
     return path
 
@@ -350,14 +341,12 @@ def save_scores(scores: Scores, path: str | os.PathLike[str]) -> Path:
 def load_scores(path: str | os.PathLike[str]) -> Scores:
     """Scores of a file that save_scores() wrote. Raises ProfileError (one sentence) or OSError."""
     path = Path(path)
-    if path.is_dir():
-        raise ProfileError(f"{path} is a folder, expected a file of scores")
-    with open(path, "rb") as file:
+    with open_input(path, "a file of scores", ProfileError) as file:
         raw = file.read(MAX_BYTES + 1)
     try:
         if len(raw) > MAX_BYTES:
             raise ProfileError(f"is larger than {MAX_BYTES >> 20} MiB, no file of scores is")
-        fields = _read_npz(raw) if raw.startswith(b"PK") else _read_json(raw)
+        fields = _read_json(raw)
         if fields.get("format") != FORMAT:
             raise ProfileError(
                 "is not a file of head scores; make one with 'razor-local convert --save-scores'"
@@ -380,58 +369,20 @@ def _read_json(raw: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError):
-        raise ProfileError("is neither JSON nor npz, expected a file of head scores") from None
+        raise ProfileError("is not JSON, expected a file of head scores") from None
     return fields if isinstance(fields, dict) else {}
-
-
-def _read_npz(raw: bytes) -> dict[str, Any]:
-    """The arrays of an npz file: np.load would allocate whatever size a damaged header names."""
-    arrays: dict[str, Any] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            for info in archive.infolist():
-                name = info.filename.removesuffix(".npy")
-                if name not in ("head", *ARRAYS):
-                    continue
-                if info.file_size > MAX_BYTES:
-                    raise ProfileError(f"{name} is larger than {MAX_BYTES >> 20} MiB")
-                arrays[name] = _read_npy(name, archive.read(info))
-    except ProfileError:
-        raise
-    except Exception as error:  # zipfile meets damage with a dozen types of exceptions
-        raise ProfileError(f"is a damaged npz file ({str(error)[:100]})") from None
-    head = arrays.pop("head", np.zeros(0, np.uint8))
-    return _read_json(head.astype(np.uint8).tobytes() or b"{}") | arrays
-
-
-def _read_npy(name: str, raw: bytes) -> np.ndarray:
-    """A one-dimensional array of numbers in .npy format 1.0."""
-    size = int.from_bytes(raw[8:10], "little")
-    body = raw[10 + size :]
-    try:
-        if raw[:8] != b"\x93NUMPY\x01\x00" or size > 4096:
-            raise ValueError
-        header = ast.literal_eval(raw[10 : 10 + size].decode("latin1").strip())
-        kind, shape = np.dtype(header["descr"]), header["shape"]
-        if kind.kind not in "iuf" or len(shape) != 1 or shape[0] * kind.itemsize != len(body):
-            raise ValueError
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-        raise ProfileError(f"{name} is not a one-dimensional array of numbers") from None
-    return np.frombuffer(body, kind)
 
 
 def _numbers(fields: dict[str, Any], name: str, kind: type) -> np.ndarray:
     values = fields.get(name)
-    if isinstance(values, list):
-        wanted = (int,) if kind is np.int64 else (int, float)
-        if not all(type(v) in wanted and abs(v) < 2**31 for v in values):
-            values = None  # nan too: it is not < 2**31
-        else:
-            values = np.array(values, kind)
-    if not isinstance(values, np.ndarray) or (kind is np.int64 and values.dtype.kind == "f"):
+    wanted = (int,) if kind is np.int64 else (int, float)
+    # nan is not below 2**31
+    if not isinstance(values, list) or not all(
+        type(v) in wanted and abs(v) < 2**31 for v in values
+    ):
         what = "whole numbers" if kind is np.int64 else "finite numbers"
         raise ProfileError(f"has no list '{name}' of {what}")
-    return values.astype(kind)
+    return np.array(values, kind)
 
 
 def group_max(

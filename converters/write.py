@@ -10,7 +10,6 @@ A file appears under its final name only when it is complete, on disk and verifi
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +44,13 @@ from ..profile import (
     read_sidecar,
     shape_from_header,
 )
-from ..safe_write import create_part, removed_if_terminated
+from ..safe_write import (
+    check_new_file,
+    check_room,
+    create_part,
+    publish,
+    removed_if_terminated,
+)
 
 CHUNK = 8 << 20
 SIDECAR_VERSION = 3  # GGUF version
@@ -110,7 +115,7 @@ def write_copy(
             _verify_with_gguf(copy)
 
     writers = [lambda dst: first.write(dst, done), *map(whole, parts[1:])]
-    _write_files(outs, writers, total + header.alignment, header.path, verify)
+    _write_files(outs, writers, total + header.alignment, header.path, verify, force)
     return outs[0]
 
 
@@ -185,7 +190,7 @@ def write_sidecar(
         _verify_with_gguf(sidecar)
 
     needed = sum(map(len, new)) + sum(e.end - e.start for e in kept) + 4096
-    _write_files([out], [write], needed, header.path, verify)
+    _write_files([out], [write], needed, header.path, verify, force)
     return out
 
 
@@ -286,15 +291,11 @@ def check_output(
     Raises ConvertError where they are not going to be written, GGUFError, OSError.
     """
     out = Path(out)
-    if not out.parent.is_dir():
-        raise ConvertError(f"the folder {out.parent} does not exist; make it first")
     parts = read_parts(read_header(model))
     outs = (out,) if sidecar else part_paths(out, len(parts))
+    n_bytes = 0 if sidecar else sum(part.file_size for part in parts)
     for path in outs:
-        if path.is_dir():
-            raise ConvertError(f"{path} is a folder, expected the name of the new file")
-        if path.exists() and not path.is_file():  # a device or a pipe: it would be replaced
-            raise ConvertError(f"{path} is no ordinary file; choose another name")
+        check_new_file(path, ConvertError)
         if path.exists() and any(os.path.samefile(path, part.path) for part in parts):
             raise ConvertError(
                 f"{path} is the model itself; a model is never changed in place, choose another"
@@ -302,6 +303,7 @@ def check_output(
             )
         if os.path.lexists(path) and not force:
             raise ConvertError(f"{path} exists; choose another name or pass --force")
+    check_room(outs[0], n_bytes, ConvertError)
     return outs
 
 
@@ -311,15 +313,14 @@ def _write_files(
     max_bytes: int,
     model: Path,
     verify: Callable[[list[Path]], None],
+    replace: bool,
 ) -> None:
-    """Temporary files beside outs, fsync, verify, rename. Leaves none behind when it fails."""
+    """Temporary files beside outs, fsync, verify, rename. Leaves none behind when it fails.
+
+    Without replace raises ConvertError where another process has made one of outs meanwhile.
+    """
     folder = outs[0].parent
-    free = shutil.disk_usage(folder).free
-    if free < max_bytes:
-        raise ConvertError(
-            f"{folder} has {free / 2**20:.0f} MiB free, {outs[0].name} needs"
-            f" {max_bytes / 2**20:.0f} MiB; free some space or write a sidecar"
-        )
+    check_room(outs[0], max_bytes, ConvertError)
     written: list[Path] = []
     try:
         with removed_if_terminated(written):
@@ -334,20 +335,26 @@ def _write_files(
                     mode = os.fstat(fd).st_mode & model.stat().st_mode & 0o666
                     os.chmod(part, mode | stat.S_IRUSR | stat.S_IWUSR)
             verify(written)
-            if len(outs) > 1:
+            if len(outs) > 1 and replace:
                 # A split model is opened by its first file. While the others are renamed there is
                 # none: what a crash leaves cannot be taken for a model.
                 outs[0].unlink(missing_ok=True)
                 _sync_folder(folder)
-                for i in range(1, len(outs)):
-                    os.replace(written[i], outs[i])
-                    written[i] = outs[i]
+            for i in range(1, len(outs)):
+                publish(written[i], outs[i], replace)
+                written[i] = outs[i]
+            if len(outs) > 1:
                 _sync_folder(folder)
-            os.replace(written[0], outs[0])
-    except BaseException:
+            publish(written[0], outs[0], replace)
+    except BaseException as error:
         for path in written:
             with suppress(OSError):
                 path.unlink()
+        if isinstance(error, FileExistsError):
+            raise ConvertError(
+                f"{error.filename} was made by another process meanwhile; choose another name or"
+                " pass --force"
+            ) from None
         raise
     _sync_folder(folder)
 

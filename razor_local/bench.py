@@ -256,7 +256,14 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
         cpu = (head.get("machine") or {}).get("cpu")  # its load may differ
         return {name: head.get(name) for name in names} | {"machine": cpu}
 
-    return Journal(path, head, "a benchmark", identity)
+    def check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Format the records, as is done when the run has ended."""
+        from .bench_report import FORMATS, Report, format_report
+
+        for kind in FORMATS:
+            format_report(Report(head, records), kind)
+
+    return Journal(path, head, "a benchmark", identity, check)
 
 
 def run_bench(

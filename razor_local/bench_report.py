@@ -16,6 +16,7 @@ from typing import Any
 
 from .bench import SHORT_PROMPT, SHORT_STEP, VERSION, median_ratio
 from .errors import RazorError
+from .input_file import open_input
 from .safe_write import new_file
 
 FORMATS = ("md", "json", "csv", "jsonl")
@@ -291,7 +292,7 @@ def _line(depths: Sequence[int], ms: Sequence[float]) -> dict[str, float]:
 def load_report(path: str | os.PathLike[str]) -> Report:
     """A run that was saved as JSON. Raises RazorError for another file, OSError."""
     path = Path(path)
-    with open(path, "rb") as file:
+    with open_input(path, "a saved run of bench") as file:
         raw = file.read(MAX_REPORT_BYTES + 1)
     try:
         if len(raw) > MAX_REPORT_BYTES:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ContextFullError, RazorError
+from .templates import Template
 
 if TYPE_CHECKING:
     from .llama import Llama, Prefill
@@ -84,11 +85,10 @@ class Turn:
 def chat_template(model: Llama) -> Callable[[list[Message]], str]:
     """The model's own chat template: renders messages up to where the answer begins.
 
-    Raises RazorError where the model has none; the function it returns, where the template refuses
-    the messages.
+    Raises RazorError where the model has none or a malformed one; the function it returns, where
+    the template refuses the messages.
     """
     from llama_cpp import llama_cpp as C
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     source = C.llama_model_chat_template(model.model, None)
     if source is None:
@@ -103,20 +103,15 @@ def chat_template(model: Llama) -> Callable[[list[Message]], str]:
         )
 
     bos, eos = model.token_bos(), model.token_eos()
-    try:
-        formatter = Jinja2ChatFormatter(
-            template=source.decode("utf-8", "replace"),
-            bos_token=text_of(bos) if bos >= 0 else "",
-            eos_token=text_of(eos) if eos >= 0 else "",
-        )
-    except Exception as error:  # jinja2.TemplateError, and whatever its extensions raise
-        raise RazorError(f"the model's chat template cannot be read: {error}") from error
+    template = Template(source.decode("utf-8", "replace"))
+    template.check()
+    tokens = {
+        "bos_token": text_of(bos) if bos >= 0 else "",
+        "eos_token": text_of(eos) if eos >= 0 else "",
+    }
 
     def render(messages: list[Message]) -> str:
-        try:
-            return formatter(messages=messages).prompt
-        except Exception as error:
-            raise RazorError(f"the model's chat template refuses this: {error}") from error
+        return template.render(messages=messages, add_generation_prompt=True, **tokens)
 
     return render
 

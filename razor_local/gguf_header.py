@@ -24,6 +24,8 @@ from typing import BinaryIO
 import numpy as np
 
 from .errors import GGUFError
+from .hyper_parameters import find_fault
+from .input_file import open_input
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -41,6 +43,7 @@ MAX_STRINGS = 2_000_000  # elements of all string arrays together; each costs a 
 MAX_TEXT_BYTES = 64 << 20  # key names and kept values together: up to four bytes of memory each
 MAX_METADATA_BYTES = 512 << 20
 MAX_ALIGNMENT = 1 << 20
+MAX_HYPER_PARAMETERS = 100_000  # numbers; each costs a step in Python
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 TYPE_NAMES = (
@@ -187,9 +190,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     file cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        raise GGUFError(f"{path} is a folder, expected a GGUF file")
-    with open(path, "rb") as file:
+    with open_input(path, "a GGUF file", GGUFError) as file:
         size = os.fstat(file.fileno()).st_size
         return _Reader(path, file, size).header()
 
@@ -312,6 +313,7 @@ class _Reader:
         table_end = self.pos
         data_start = -(-table_end // alignment) * alignment if rows else table_end
         tensors, data_end = self.place(rows, alignment, data_start)
+        self.check_hyper_parameters(entries)
         return Header(
             path=self.path,
             version=version,
@@ -448,3 +450,32 @@ class _Reader:
             tensors.append(Tensor(name, dims, kind, offset, nbytes))
             offset += -(-nbytes // alignment) * alignment
         return tuple(tensors), data_end
+
+    def check_hyper_parameters(self, entries: dict[str, Entry]) -> None:
+        """Refuse numbers with which llama.cpp would end the process, or compute nonsense."""
+        arch = entries.get("general.architecture")
+        if arch is None or not isinstance(arch.value, str):
+            return
+        prefix = f"{arch.value}."
+        values: dict[str, int | float | str | list[int | float]] = {}
+        left = MAX_HYPER_PARAMETERS
+        for key, entry in entries.items():
+            if not key.startswith(prefix):
+                continue
+            if entry.kind == ARRAY and entry.element in _NUMPY:
+                left -= entry.count
+                if left < 0:
+                    raise self.fail(
+                        f"its keys '{prefix}*' hold more than {MAX_HYPER_PARAMETERS}"
+                        " numbers, no real model's do"
+                    )
+                self.file.seek(entry.data)
+                raw = self.file.read(entry.end - entry.data)
+                if len(raw) != entry.end - entry.data:
+                    raise self.fail("the file shrank while it was being read")
+                values[key[len(prefix) :]] = np.frombuffer(raw, _NUMPY[entry.element]).tolist()
+            elif entry.value is not None:
+                values[key[len(prefix) :]] = entry.value
+        fault = find_fault(arch.value, values)
+        if fault is not None:
+            raise self.fail(f"{fault}; its metadata is damaged, get or convert the model again")

@@ -60,7 +60,7 @@ def read_parts(header: Header) -> tuple[Header, ...]:
             f" -00001-of-{n:05}.gguf and so on; give them their names back"
         )
     paths = part_paths(header.path, n)
-    missing = [path.name for path in paths if not path.is_file()]
+    missing = [path.name for path in paths if not path.exists()]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise bad(

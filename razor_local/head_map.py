@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import ProfileError
 from .gguf_header import MAGIC, read_header
+from .input_file import open_input
 from .picture import make_figure, save_figure
 from .profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
 
@@ -145,16 +146,14 @@ def read_other_heads(
     are no heads in the file, GGUFError, OSError.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ProfileError(f"{path} is a folder, expected a profile, a sidecar or a head list")
-    with open(path, "rb") as file:
+    with open_input(path, "a profile, a sidecar or a head list", ProfileError) as file:
         start = file.read(4096)
     if not start.startswith(MAGIC):
         from .converters.heads import parse_heads, profile_from_heads
         from .converters.scores import FORMAT, choose_heads, load_scores
 
         share = n_retrieval / max(sum(shape.n_head_kv), 1)
-        if start.startswith(b"PK") or f'"{FORMAT}"'.encode() in start:
+        if f'"{FORMAT}"'.encode() in start:
             scores = load_scores(path)
             _check_heads(path, scores.n_head_kv, shape)
             return choose_heads(scores, budget=share)

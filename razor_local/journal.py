@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,17 +17,29 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# what Python raises of data with other fields or types than expected
+WRONG = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError)
+
+Check = Callable[[dict[str, Any], list[dict[str, Any]]], object]
+
 
 class Journal:
     """Finished records of a run, in a file of JSON lines if path is not None.
 
-    The first line is the head. Each line ends with a checksum of itself. A last line that was cut
-    off, by a killed process, is forgotten. Where the system has locks, one journal at a time may
-    use the file, until it is closed, as it is at the end of a with block.
+    The first line is the head. A last line that was cut off, by a killed process, is forgotten.
+    Where the system has locks, one journal at a time may use the file, until it is closed, as it is
+    at the end of a with block. self.head is None while the run has not begun.
 
-    head None: the run has not begun. what: the kind of run, for errors. identity(head): by name
-    what has to be equal for a run to be resumed; of any dict, because a file may hold anything.
-    Raises RazorError for a file of another run, one that was changed and one in use, OSError.
+    Args:
+        path: the file
+        head: what the run is, for identity
+        what: the kind of run, for errors
+        identity: maps a head to the fields that must match before a run may be resumed. Accepts any
+            dict: files are untrusted.
+        check: given the head and the records of a file, raises any of WRONG where they are not what
+            such a run writes, for example because they cannot be formatted
+
+    Raises RazorError for a file of another run, one with wrong fields and one in use, OSError.
     """
 
     def __init__(
@@ -37,6 +48,9 @@ class Journal:
         head: dict[str, Any],
         what: str,
         identity: Callable[[dict[str, Any]], dict[str, Any]],
+        check: Callable[[dict[str, Any], list[dict[str, Any]]], object] = lambda head, records: (
+            None
+        ),
     ) -> None:
         self.path = path
         self.head: dict[str, Any] | None = None
@@ -48,7 +62,7 @@ class Journal:
         if path.exists():
             self._open(path)
             try:
-                self._take(path, head, what, identity)
+                self._take(path, head, what, identity, check)
             except BaseException:
                 self.close()
                 raise
@@ -86,6 +100,7 @@ class Journal:
         head: dict[str, Any],
         what: str,
         identity: Callable[[dict[str, Any]], dict[str, Any]],
+        check: Check | None,
     ) -> None:
         try:
             data = path.read_bytes()
@@ -94,7 +109,7 @@ class Journal:
             if found.pop("kind") != "head" or not all("kind" in record for record in records):
                 raise ValueError
             there = identity(found)
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        except WRONG:
             raise RazorError(f"{path} is no journal of {what}; name a new file") from None
         for name, here in identity(head).items():
             if json.loads(json.dumps(here)) != there[name]:
@@ -102,14 +117,14 @@ class Journal:
                     f"{path} is of a run with another {name}; resume it with the same command, code"
                     " and machine, or name a new file"
                 )
-        for i, record in enumerate([{"kind": "head"} | found, *records]):
-            check = record.pop("check", None)
-            if check != _checksum(record):
-                raise RazorError(
-                    f"{path} was changed in line {i + 1}, so what it holds is not what was"
-                    " measured; name a new file"
-                )
-        found.pop("check")
+        try:
+            if check is not None:
+                check(found, records)
+        except WRONG as error:
+            raise RazorError(
+                f"{path} does not hold what {what} writes, a field is missing or has a wrong value"
+                f" ({type(error).__name__}: {' '.join(str(error).split())[:80]}); name a new file"
+            ) from None
         self.head, self.records = found, records
         os.truncate(path, len(whole))
 
@@ -139,7 +154,7 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._file is not None
-        line = json.dumps(record | {"check": _checksum(record)}).encode() + b"\n"
+        line = json.dumps(record).encode() + b"\n"
         try:
             while line:
                 line = line[self._file.write(line) :]
@@ -147,7 +162,3 @@ class Journal:
         except OSError as error:
             error.filename = str(self.path)  # a full disk does not say which
             raise
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record).encode()):08x}"

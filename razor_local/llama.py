@@ -31,14 +31,15 @@ from .errors import (
     UnsupportedError,
 )
 from .gguf_header import read_header
+from .hyper_parameters import check_overrides
 from .ownership import Requests
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
 from .state import fingerprint, seal, unseal
+from .templates import isolate_formatters
 
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
-import jinja2  # noqa: E402
 import llama_cpp  # noqa: E402
 import llama_cpp._internals  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402
@@ -58,6 +59,8 @@ llama_cpp.llama.suppress_stdout_stderr = _Untouched
 llama_cpp._internals.suppress_stdout_stderr = _Untouched
 # a prompt that begins with BOS twice is run as it is; stderr belongs to the program
 warnings.filterwarnings("ignore", 'Detected duplicate leading "', RuntimeWarning)
+
+isolate_formatters()
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _ABORTED = 2  # llama_decode: stopped by the abort callback
@@ -255,12 +258,6 @@ class Llama(llama_cpp.Llama):
                 self.close()
                 if refusal is None:
                     raise
-            except jinja2.TemplateError as error:
-                self.close()
-                refusal = GGUFError(
-                    f"{model_path}: the chat template in its metadata is malformed: {error}; mend"
-                    " tokenizer.chat_template, for example with gguf-new-metadata"
-                )
         if self._loading is not None:
             self._loading.check()
         if refusal is not None:
@@ -911,8 +908,9 @@ def _resolve(
                 "retrieval, window, sink_tokens and compensation change a razor profile, which"
                 " razor=False switches off; leave one or the other out"
             )
+        header = read_header(model_path)
         try:
-            return shape_from_header(read_header(model_path)), None, why
+            return shape_from_header(header), None, why
         except (GGUFError, ProfileError):
             return None, None, why  # llama.cpp may know better
 
@@ -991,6 +989,7 @@ def _refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any])
             raise UnsupportedError(
                 f"{name} is {value!r}, expected a whole number from {low} to {high}{instead}"
             )
+    check_overrides(kwargs.get("kv_overrides"))
     lora = kwargs.get("lora_path")
     if lora is not None and not os.path.isfile(lora):
         raise UnsupportedError(f"lora_path is {lora!r}, which is no file; name a LoRA adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -16,28 +17,28 @@ from .errors import RazorError
 
 
 @contextmanager
-def new_file(path: str | os.PathLike[str], n_bytes: int = 0) -> Iterator[BinaryIO]:
-    """A binary file to write; it becomes path, replacing what was there, when the block ends well.
+def new_file(
+    path: str | os.PathLike[str], n_bytes: int = 0, replace: bool = True
+) -> Iterator[BinaryIO]:
+    """Yield a binary file to write; it becomes path when the block ends well.
 
-    n_bytes: how many are going to be written, as far as known. When the block raises, nothing is
-    left. Raises RazorError where path cannot be written to or the disk is too small, OSError.
+    When the block raises, nothing is left. Raises RazorError where path cannot be written to or the
+    disk is too small, OSError; without replace, FileExistsError where path exists by then.
+
+    Args:
+        path: the name of the complete file
+        n_bytes: how many are going to be written, as far as known
+        replace: whether to replace a file of that name
     """
     path = Path(path)
-    check_new_file(path)
-    folder = path.parent
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise RazorError(
-            f"{folder} has {free / 2**20:,.0f} MiB free, {path.name} needs"
-            f" {n_bytes / 2**20:,.0f} MiB; free some space"
-        )
+    check_new_file(path, n_bytes=n_bytes)
     fd, part = create_part(path)
     try:
         with open(fd, "wb") as file, removed_if_terminated([part]):
             yield file
             file.flush()
             os.fsync(fd)
-        os.replace(part, path)
+        publish(part, path, replace)
     except BaseException as error:
         with suppress(OSError):
             os.unlink(part)
@@ -61,6 +62,24 @@ def create_part(path: Path) -> tuple[int, Path]:
         except OSError as error:
             error.filename = str(path)
             raise
+
+
+def publish(part: Path, path: Path, replace: bool) -> None:
+    """Rename part to path. Without replace raise FileExistsError where path exists, even if another
+    process made it just now."""
+    if replace:
+        os.replace(part, path)
+        return
+    try:
+        os.link(part, path)  # unlike a rename it fails where the name is taken
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+    except (OSError, AttributeError, NotImplementedError):  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(part, path)
+    else:
+        os.unlink(part)
 
 
 @contextmanager
@@ -87,17 +106,45 @@ def removed_if_terminated(paths: list[Path]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def check_new_file(path: str | os.PathLike[str]) -> None:
-    """Raises RazorError where no file of that name can be made; for before a long computation."""
+def check_new_file(
+    path: str | os.PathLike[str], error: type[RazorError] = RazorError, n_bytes: int = 0
+) -> None:
+    """Raise error where no file of that name and size can be made; for before a long computation.
+
+    Raises OSError for a name that the system refuses.
+    """
     path = Path(path)
     if not path.parent.is_dir():
-        raise RazorError(f"the folder {path.parent} does not exist; make it first")
+        raise error(f"the folder {path.parent} does not exist; make it first")
+    with suppress(FileNotFoundError):
+        os.stat(path)  # a name that is too long, for example
     if path.is_dir():
-        raise RazorError(f"{path} is a folder, expected the name of a file")
+        raise error(f"{path} is a folder, expected the name of a file")
     if path.exists() and not path.is_file():  # a device or a pipe: it would be replaced by the file
-        raise RazorError(f"{path} is no ordinary file; choose another name")
-    if not os.access(path.parent, os.W_OK):
-        raise RazorError(f"the folder {path.parent} cannot be written to; choose another")
+        raise error(f"{path} is no ordinary file; choose another name")
+    try:
+        # permissions alone do not tell: root has them in /proc and on a disk that is read-only
+        fd, part = create_part(path)
+    except OSError as reason:
+        raise error(
+            f"the folder {path.parent} cannot be written to ({reason.strerror}); choose another"
+        ) from None
+    os.close(fd)
+    os.unlink(part)
+    check_room(path, n_bytes, error)
+
+
+def check_room(
+    path: str | os.PathLike[str], n_bytes: int, error: type[RazorError] = RazorError
+) -> None:
+    """Raise error where the disk of a new file has less than n_bytes free."""
+    path = Path(path)
+    free = shutil.disk_usage(path.parent).free
+    if free < n_bytes:
+        raise error(
+            f"{path.parent} has {free / 2**20:,.0f} MiB free, {path.name} needs"
+            f" {n_bytes / 2**20:,.0f} MiB; free some space"
+        )
 
 
 def check_outputs(

@@ -45,10 +45,12 @@ def read() -> tuple[tiny_models.TinySpec, dict[str, np.ndarray], np.ndarray]:
     return spec, weights, np.flatnonzero(normal).astype(np.int32)
 
 
-def write_variant(path: Path, template: str) -> Path:
-    """A copy with another chat template and without a profile."""
+def write_variant(path: Path, template: str, named: dict[str, str] | None = None) -> Path:
+    """A copy with another chat template, and others by name, and without a profile."""
     reader = GGUFReader(PATH)
     kv = _metadata(reader) | {"tokenizer.chat_template": (template, GGUFValueType.STRING)}
+    for name, text in (named or {}).items():
+        kv[f"tokenizer.chat_template.{name}"] = (text, GGUFValueType.STRING)
     tensors = [(t.name, t.data, t.tensor_type) for t in reader.tensors]
     return tiny_models.write_gguf(path, "llama", kv, tensors)
 

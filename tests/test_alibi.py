@@ -383,8 +383,8 @@ def test_which_models_have_alibi(tmp_path):
         assert alibi_max_bias(read_header(path), read_model_shape(path)) == expected
     for value in (math.nan, math.inf):
         path = write(tmp_path / "k.gguf", AlibiSpec("jais", max_bias=value))
-        with pytest.raises(ProfileError, match="max_alibi_bias is .*, expected a finite number"):
-            alibi_max_bias(read_header(path), read_model_shape(path))
+        with pytest.raises(GGUFError, match="max_alibi_bias is .*, expected a finite number"):
+            read_header(path)
 
 
 def test_slopes_of_almost_nothing_mean_the_whole_context(tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from stock import stock_lib_dir
+from test_journal import damaged
 from tiny_models import TinySpec, razor_kv
 
 from razor_local import bench as bench_module
@@ -40,6 +41,7 @@ from razor_local.bench_machine import (
     describe_machine,
     free_memory,
 )
+from razor_local.bench_report import Report, format_report
 from razor_local.bench_worker import Context, ModelSetup, Session, SessionContext, Side
 from razor_local.cli import main
 from razor_local.cli.bench import KINDS as CLI_KINDS
@@ -139,6 +141,31 @@ def test_run_is_resumed_without_measuring_again(measured, monkeypatch) -> None:
     assert done.exit_code == 0, done.output
     rows = list(csv.DictReader(io.StringIO((measured.folder / "again.csv").read_text())))
     assert [float(r["razor_ms"]) for r in rows] == [r["razor_ms"] for r in measured.report["rows"]]
+
+
+def test_journals_are_resumed_unless_their_fields_are_wrong(measured, tmp_path) -> None:
+    lines = (measured.folder / "run.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "run.jsonl"
+
+    def reopen(lines: list[str]) -> Report:
+        path.write_text("".join(lines))
+        head = json.loads(lines[0])
+        head.pop("kind", None)
+        with bench_module.open_journal(path, head) as journal:
+            return Report(journal.head, journal.records)
+
+    for n in range(1, len(lines) + 1):
+        assert len(reopen(lines[:n]).records) == n - 1
+    n_refused = 0
+    for changed in damaged(lines):
+        try:
+            found = reopen(changed)
+        except RazorError as error:
+            n_refused += 1
+            assert str(error).isprintable()
+        else:
+            format_report(found, "md")
+    assert n_refused > 100
 
 
 def test_only_what_is_missing_is_measured(measured, tmp_path) -> None:

@@ -8,9 +8,11 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -25,11 +27,12 @@ import reference
 import tiny_models
 from click.testing import CliRunner
 from razor_local.converters import calibrate as module
+from razor_local.converters import write as writer
 from razor_local.converters.calibrate import calibrate, draw_tokens, find_copies, plan_memory
 from razor_local.converters.scores import Scores, choose_heads, load_scores
 from razor_local.converters.write import write_copy
 
-from razor_local import Llama, native, probe
+from razor_local import Llama, native, probe, safe_write
 from razor_local.cli import main
 from razor_local.errors import ConvertError, ProfileError, RazorError, UnsupportedError
 from razor_local.profile import ModelShape, read_model_shape, read_profile, read_sidecar
@@ -530,7 +533,7 @@ def test_convert_finds_the_heads_and_keeps_all_scores(known, tmp_path):
 
 
 def test_scores_of_another_model_are_refused(known, tmp_path):
-    kept, other = tmp_path / "scores.npz", tmp_path / "other.gguf"
+    kept, other = tmp_path / "scores.json", tmp_path / "other.gguf"
     run("convert", known[0], "-o", tmp_path / "o.gguf", "--tokens", 16, "--save-scores", kept)
     known_heads.make_model(other, known_heads.place_heads(1))
     code, _, stderr = run("convert", other, "-o", tmp_path / "x.gguf", "--scores", kept)
@@ -578,6 +581,9 @@ def test_an_output_that_exists_is_refused_before_measuring(known, tmp_path, monk
         (["--save-scores", "MODEL"], "is the model itself"),
         (["--save-scores", "OUT"], "is named for two results; choose another name"),
         (["--save-scores", "KEPT"], "exists; choose another name or pass --force"),
+        (["--save-scores", "/proc/scores.json"], "the folder /proc cannot be written to"),
+        (["-o", "/proc/x.gguf"], "the folder /proc cannot be written to"),
+        (["-o", "x" * 300], "File name too long"),
     ],
 )
 def test_what_could_go_wrong_at_the_end_is_refused_at_the_start(
@@ -591,6 +597,70 @@ def test_what_could_go_wrong_at_the_end_is_refused_at_the_start(
     code, _, stderr = run("convert", known[0], "-o", tmp_path / "o.gguf", *args)
     assert code != 0 and text in stderr
     assert kept.read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_seen_before_measuring(known, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "calibrate", None)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    code, _, stderr = run("convert", known[0], "-o", tmp_path / "o.gguf")
+    assert code == 1 and "MiB free, o.gguf needs" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def kept_in(tmp_path, monkeypatch) -> Path:
+    """The folder of temporary files."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def failing_write(at: Path, monkeypatch) -> None:
+    """Makes writing the file at fail, as on a full disk."""
+    publish = safe_write.publish
+
+    def full(part: Path, path: Path, replace: bool) -> None:
+        if Path(path) == at:
+            raise OSError(28, "No space left on device")
+        publish(part, path, replace)
+
+    for place in (safe_write, writer):
+        monkeypatch.setattr(place, "publish", full)
+
+
+def test_scores_that_cannot_be_saved_are_kept_elsewhere(known, tmp_path, kept_in, monkeypatch):
+    out, wanted = tmp_path / "o.gguf", tmp_path / "scores.json"
+    failing_write(wanted, monkeypatch)
+    args = ("convert", known[0], "-o", out, "--tokens", 64, "--no-proof")
+    code, stdout, stderr = run(*args, "--save-scores", wanted)
+    (kept,) = kept_in.iterdir()
+    assert stderr == (
+        f"Note: {wanted} could not be written (No space left on device); the measured scores are in"
+        f" {kept}, for --scores.\n"
+    )
+    assert code == 1 and "KV heads are retrieval heads" in stdout  # the conversion went on
+    record = read_profile(out)
+    assert np.array_equal(load_scores(kept).induction, record.induction_score)
+    assert not wanted.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_scores_are_kept_when_the_copy_cannot_be_written(known, tmp_path, kept_in, monkeypatch):
+    out = tmp_path / "o.gguf"
+    failing_write(out, monkeypatch)
+    args = ("convert", known[0], "-o", out, "--no-proof")
+    code, stdout, stderr = run(*args, "--tokens", 64)
+    (kept,) = kept_in.iterdir()
+    assert (code, stdout) == (1, "") and not out.exists()
+    note, error = stderr.splitlines()
+    assert note == (
+        f"Note: the output could not be written; the measured scores are in {kept}, for --scores."
+    )
+    assert error.endswith("No space left on device")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "calibrate", None)
+    assert run(*args, "--scores", kept)[0] == 0
 
 
 def test_a_model_that_looks_for_nothing_gets_no_profile(tiny, tmp_path):

@@ -125,8 +125,9 @@ def test_what_llama_cpp_cannot_bear_is_one_sentence_too(tmp_path):
     struct.pack_into("<f", data, data.index(key) + len(key) + 4, -1.0)
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
+    unchecked = "import razor_local.gguf_header as h; h.find_fault = lambda arch, values: None"
     done = subprocess.run(
-        [sys.executable, "-c", MAIN, "chat", path],
+        [sys.executable, "-c", f"{unchecked}\n{MAIN}", "chat", path],
         input="x",
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -31,7 +32,7 @@ from gguf_bytes import (
 )
 from razor_local.converters import write as writer
 from razor_local.converters.heads import profile_from_heads
-from razor_local.converters.write import write_copy, write_sidecar
+from razor_local.converters.write import check_output, write_copy, write_sidecar
 from tiny_models import TinySpec, make_model, razor_kv
 
 from razor_local.cli import main
@@ -294,12 +295,50 @@ def test_full_disk_is_seen_before_writing(model, tmp_path, monkeypatch):
     size = model.stat().st_size
     out = tmp_path / "new" / "out.gguf"
     out.parent.mkdir()
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage(size, 0, size - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size, 0, size - 1))
     with pytest.raises(ConvertError, match="MiB free, out.gguf needs .* MiB; free some space"):
         write_copy(model, out, PROFILE)
     assert list(out.parent.iterdir()) == []
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage(size, 0, size + 4096))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size, 0, size + 4096))
     write_copy(model, out, PROFILE)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc here")
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_a_folder_without_files_is_seen_before_measuring(model, sidecar):
+    """Its permissions say that root may write to it."""
+    with pytest.raises(ConvertError, match="folder /proc cannot be written to .*choose another"):
+        check_output(model, "/proc/x.gguf", sidecar=sidecar)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("write", [write_copy, write_sidecar])
+def test_what_another_process_made_meanwhile_is_not_replaced(
+    model, tmp_path, monkeypatch, write, links
+):
+    out = tmp_path / "new" / "out.gguf"
+    out.parent.mkdir()
+    verify = writer._verify_with_gguf
+
+    def made(part) -> None:
+        verify(part)
+        out.write_text("theirs")
+
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(writer, "_verify_with_gguf", made)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(ConvertError, match="out.gguf was made by another process meanwhile"):
+        write(model, out, PROFILE)
+    assert out.read_text() == "theirs" and len(list(out.parent.iterdir())) == 1
+    write(model, out, PROFILE, force=True)
+    assert out.read_bytes()[:4] == b"GGUF" and len(list(out.parent.iterdir())) == 1
+    out.unlink()
+    monkeypatch.setattr(writer, "_verify_with_gguf", verify)
+    write(model, out, PROFILE)
+    assert len(list(out.parent.iterdir())) == 1
 
 
 def test_failures_while_writing_leave_nothing(model, tmp_path, monkeypatch):
@@ -557,7 +596,7 @@ def test_documentation_names_every_key_and_its_type(model, tmp_path):
 def test_file_is_on_disk_before_it_gets_its_name(model, tmp_path, monkeypatch):
     """A power cut must not leave an empty file under the final name."""
     steps = []
-    for name in ("fsync", "replace"):
+    for name in ("fsync", "link", "replace"):
         real = getattr(os, name)
 
         def call(*args, name=name, real=real):
@@ -566,4 +605,6 @@ def test_file_is_on_disk_before_it_gets_its_name(model, tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, name, call)
     write_copy(model, tmp_path / "out.gguf", PROFILE)
-    assert steps == ["fsync", "replace", "fsync"]  # the file, its new name, the folder
+    assert steps == ["fsync", "link", "fsync"]  # the file, its new name, the folder
+    write_copy(model, tmp_path / "out.gguf", PROFILE, force=True)
+    assert steps[3:] == ["fsync", "replace", "fsync"]

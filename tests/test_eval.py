@@ -8,19 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_journal import damaged
 from test_llama import no_numbers
 
+from razor_local import RazorError, safe_write
 from razor_local.bench_worker import ModelSetup
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.evals import run as run_module
 from razor_local.evals.perplexity import read_text
 from razor_local.evals.policies import make_policies
-from razor_local.evals.run import open_llama
+from razor_local.evals.report import Report, format_report
+from razor_local.evals.run import open_journal, open_llama
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify import kl_divergence
@@ -75,6 +80,38 @@ def test_razor_finds_what_the_full_cache_finds_and_streaming_does_not(needles) -
     assert rows["streaming-f16"]["difference"] == -1
     assert rows["streaming-f16"]["difference_high"] < -0.3
     assert found["missing"] == 0
+
+
+def reopened(path, lines) -> Report:
+    """What a run would report of a journal that it resumes."""
+    path.write_text("".join(lines))
+    head = json.loads(lines[0])
+    head.pop("kind", None)
+    with open_journal(path, head) as journal:
+        return Report(journal.head, journal.records)
+
+
+def test_every_beginning_of_a_journal_is_resumed(needles, tmp_path) -> None:
+    _, folder, _ = needles
+    lines = (folder / "run.jsonl").read_text().splitlines(keepends=True)
+    for n in range(1, len(lines) + 1):
+        assert len(reopened(tmp_path / "run.jsonl", lines[:n]).records) == n - 1
+
+
+def test_journals_with_wrong_fields_are_refused_or_shown(needles, tmp_path) -> None:
+    _, folder, _ = needles
+    lines = (folder / "run.jsonl").read_text().splitlines(keepends=True)
+    n_refused = 0
+    for changed in damaged(lines):
+        try:
+            found = reopened(tmp_path / "run.jsonl", changed)
+        except RazorError as error:
+            n_refused += 1
+            assert str(error).isprintable()
+        else:
+            for kind in ("md", "json"):
+                format_report(found, kind)
+    assert n_refused > 100
 
 
 def test_bytes_stand_beside_the_scores(needles) -> None:
@@ -298,6 +335,11 @@ def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
     assert found["rows"][0]["n"] == 255 + 2 * 128
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 2 + 3 * 2
+    for n in range(1, len(lines) + 1):
+        assert len(reopened(tmp_path / "again.jsonl", lines[:n]).records) == n - 1
+    for i, changed in enumerate(damaged(lines)):
+        with suppress(RazorError):
+            reopened(tmp_path / f"{i}.jsonl", changed)
     journal.write_text("".join(lines[:5]))
     again = report(*args, "--resume", journal, "--plot", tmp_path / "p.png", "--plot-curve",
                    tmp_path / "c.png")  # fmt: skip
@@ -358,7 +400,7 @@ def test_a_context_too_short_for_facts_is_noted(book) -> None:
         (["needle", "--facts", "1"], "1 facts in a text"),
         (["ruler", "--tasks", "qa_1"], "'qa_1' is no task of RULER"),
         (["perplexity", "/nowhere.txt"], "/nowhere.txt: No such file"),
-        (["perplexity", str(DEFAULT_MODEL)], "is no text in UTF-8"),
+        (["perplexity", str(DEFAULT_MODEL)], "is not a text in UTF-8"),
         (["perplexity", __file__, "--stride", "100"], "the stride is 100 tokens"),
     ],
 )
@@ -369,6 +411,29 @@ def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
     assert "Traceback" not in done.output and done.stdout == ""
     assert len(done.stderr.strip().splitlines()[-1]) < 400
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are Unicode there")
+@pytest.mark.parametrize("output", [True, False])
+def test_a_file_whose_name_is_not_utf8_is_reported(tmp_path, output) -> None:
+    text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
+    text.write_text("It was a fine day and they went out for a walk. " * 200)
+    args = ["perplexity", text, "-c", 256, "--windows", 1, "--policies", "full"]
+    done = run(*args, *(["-o", tmp_path / "run.md"] if output else []))
+    assert done.exit_code == 0, done.output
+    report = (tmp_path / "run.md").read_text("utf-8") if output else done.stdout
+    assert "- ?.txt: 1 windows" in report
+
+
+def test_a_report_that_cannot_be_written_goes_to_stdout(tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safe_write, "publish", full)
+    done = run(*NEEDLE, "--policies", "full", "-o", tmp_path / "run.md")
+    assert done.exit_code == 1 and list(tmp_path.iterdir()) == []
+    assert done.stdout.startswith("# razor-local eval needle")
+    assert done.stderr.splitlines()[-1] == f"Error: {tmp_path}/run.md: No space left on device"
 
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path, book) -> None:

@@ -119,6 +119,17 @@ def test_samples_are_drawn_by_the_seed(prompts, tmp_path) -> None:
     assert len(drawn[0]) == 5 and drawn[0] == sorted(drawn[0]) and drawn[0] != drawn[1]
 
 
+@pytest.mark.parametrize("field", ["context", "input", "answers", "_id"])
+def test_lone_surrogates_are_one_sentence(prompts, tmp_path, field) -> None:
+    item = {"context": "a", "input": "b", "answers": ["c"]}
+    item[field] = ["\ud800"] if field == "answers" else "\ud800"
+    (tmp_path / "qasper.jsonl").write_text(json.dumps(item) + "\n")
+    with pytest.raises(
+        RazorError, match="qasper.jsonl, line 1: expected valid Unicode, found a lo"
+    ):
+        LongBench(tmp_path, prompts, 1024)
+
+
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", '{"context": "a"}', '{"context": 1, "input": "", "answers": ["a"]}',

@@ -232,6 +232,87 @@ def test_malformed_file_is_one_sentence(tmp_path, case):
     assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < 400
 
 
+NAN, INF = float("nan"), float("inf")
+EXPERTS = {"expert_count": (U32, 8), "expert_used_count": (U32, 2)}
+
+# (keys of arch "llama" unless another is named, what the sentence says)
+HYPER_PARAMETERS = [
+    *(
+        ({f"attention.{key}_epsilon": (F32, value)}, f"is {value:g}, expected {expected}")
+        for key in ("layer_norm", "layer_norm_rms", "group_norm")
+        for value, expected in ((-1, "0 to 1"), (2, "0 to 1"), (NAN, "a fin"), (-INF, "a fin"))
+    ),
+    ({"rope.freq_base": (F32, 0)}, "llama.rope.freq_base is 0, expected above 0"),
+    ({"rope.freq_base_swa": (F32, -1)}, "llama.rope.freq_base_swa is -1, expected above 0"),
+    ({"rope.scaling.factor": (F32, -2)}, "llama.rope.scaling.factor is -2, expected 0 or more"),
+    ({"rope.scaling.type": (STRING, "x")}, "is 'x', expected one of none, linear, yarn, longrope"),
+    ({"rope.scaling.attn_factor": (F32, INF)}, "attn_factor is inf, expected a finite number"),
+    ({"attention.scale": (F32, NAN)}, "llama.attention.scale is nan, expected a finite number"),
+    ({"logit_scale": (F32, NAN)}, "llama.logit_scale is nan, expected a finite number"),
+    ({"swiglu_clamp_exp": [1.0, NAN]}, "llama.swiglu_clamp_exp is nan, expected a finite number"),
+    ({"context_length": (U32, 2**31)}, "context_length is 2147483648, expected 0 to 2147483647"),
+    ({"vocab_size": (U32, 2**32 - 1)}, "vocab_size is 4294967295, expected 0 to 2000000"),
+    ({"rope.dimension_count": (U32, 31)}, "is 31, expected an even number up to the head size 32"),
+    ({"rope.dimension_count": (U32, 34)}, "is 34, expected an even number up to the head size 32"),
+    (
+        {"rope.dimension_count_swa": (U32, 34)},
+        "dimension_count_swa is 34, expected an even number up to the head size 32",
+    ),
+    ({"expert_count": (U32, 4)}, "expert_used_count is 0, expected 1 to 4 (expert_count is 4)"),
+    ({"expert_used_count": (U32, 1)}, "expert_used_count is 1, expected 0 to 0"),
+    ({"expert_count": (U32, 513)}, "llama.expert_count is 513, expected 0 to 512"),
+    (EXPERTS | {"expert_group_count": (U32, 8)}, "is 8, expected less than expert_count (8)"),
+    (EXPERTS | {"expert_group_count": (U32, 3)}, "is 3, expected a divisor of expert_count (8)"),
+    (EXPERTS | {"expert_group_count": (U32, 4)}, "expert_group_used_count is 0, expected 1 to 3"),
+    ({"wkv.head_size": (U32, 0), "arch": "rwkv6"}, "rwkv6.wkv.head_size is 0, expected 1 or more"),
+    ({"ssm.group_count": (U32, 0), "arch": "mamba2"}, "group_count is 0, expected 1 or more"),
+    ({"rope.dimension_sections": [0] * 4, "arch": "qwen2vl"}, "is [0, 0, 0, 0], expected numbers"),
+    ({"rope.dimension_sections": [20, 20, 0, 0]}, "together at most the head size 32"),
+]  # fmt: skip
+
+
+def hyper_parameters(keys: dict) -> bytes:
+    keys = {"embedding_length": (U32, 128), "attention.head_count": (U32, 4)} | keys
+    arch = keys.pop("arch", "llama")
+    written = [kv("general.architecture", STRING, arch)]
+    for key, value in keys.items():
+        if isinstance(value, list):
+            kind = I32 if isinstance(value[0], int) else F32
+            written.append(kv_array(f"{arch}.{key}", kind, value))
+        else:
+            written.append(kv(f"{arch}.{key}", *value))
+    return gguf(written)
+
+
+@pytest.mark.parametrize(("keys", "says"), HYPER_PARAMETERS)
+def test_numbers_that_llama_cpp_cannot_compute_with_are_refused(keys, says, tmp_path):
+    with pytest.raises(GGUFError) as refused:
+        read_header(write(tmp_path / "m.gguf", hyper_parameters(dict(keys))))
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_unusual_numbers_of_real_models_are_read(tmp_path):
+    for keys in (
+        {"attention.layer_norm_rms_epsilon": (F32, 0)},
+        {"attention.head_count": (U32, 0), "ssm.time_step_rank": (U32, 8), "arch": "mamba"},
+        {"ssm.group_count": (U32, 0), "arch": "plamo2"},
+        {"rope.scaling.factor": (F32, 0), "rope.scaling.type": (STRING, "yarn")},
+        {"rope.dimension_sections": [0] * 4, "arch": "glm4"},
+        {"rope.dimension_sections": [8, 4, 4, 0], "arch": "qwen2vl"},
+        EXPERTS | {"expert_group_count": (U32, 4), "expert_group_used_count": (U32, 2)},
+        {"expert_count": (U32, 8), "expert_used_count": [0, 2]},
+        {"attention.key_length": (U32, 64), "rope.dimension_count": (U32, 64)},
+        {"rope.dimension_count": (U32, 0)},
+    ):
+        read_header(write(tmp_path / "m.gguf", hyper_parameters(dict(keys))))
+
+
+def test_many_hyper_parameters_cost_no_time(tmp_path):
+    path = write(tmp_path / "m.gguf", hyper_parameters({"x": [0] * 200_000}))
+    with pytest.raises(GGUFError, match="hold more than 100000 numbers"):
+        read_header(path)
+
+
 def test_crafted_counts_cost_no_memory(tmp_path):
     """A sparse file makes huge claims look possible; the caps hold all the same."""
     claims = {

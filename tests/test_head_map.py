@@ -178,18 +178,17 @@ def test_what_can_be_compared_with(folder, name, expected):
     assert [x.tolist() for x in read_other_heads(folder / name, shape, 3)] == expected
 
 
-@pytest.mark.parametrize("name", ["scores.json", "scores.npz"])
-def test_scores_can_be_compared_with(folder, tmp_path, name):
+def test_scores_can_be_compared_with(folder, tmp_path):
     shape = read_model_shape(folder / "plain.gguf")
     record = {"model_fingerprint": "0" * 64, "tokens": 2500}  # of another quantization
     induction = np.array([0, 0, 0.9, 0, 0.5, 0, 0, 0, 0.4, 0, 0, 0], np.float32)
     scores = Scores(np.zeros(12), induction, (4,) * 3, (2,) * 3, record)
-    path = save_scores(scores, tmp_path / name)
+    path = save_scores(scores, tmp_path / "scores.json")
     found = [x.tolist() for x in read_other_heads(path, shape, 3)]
     assert found == [[0, 1], [1, 0], [1, 0]]
     wide = Scores(np.zeros(4), np.zeros(4), (2,) * 2, (2,) * 2, record)
     with pytest.raises(ProfileError, match="only heads of one shape"):
-        read_other_heads(save_scores(wide, tmp_path / name), shape, 3)
+        read_other_heads(save_scores(wide, tmp_path / "scores.json"), shape, 3)
 
 
 def test_jaccard_against_sets():

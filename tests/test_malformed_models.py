@@ -58,8 +58,22 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "pre unknown": ({"pre": ("x", STR)}, "unknown pre-tokenizer type: 'x'"),
     "bos string": ({"bos_token_id": ("0", STR)}, "tokenizer.ggml.bos_token_id"),
     "no tokens for bytes": ({"model": ("llama", STR)}, "the text cannot be split into tokens"),
-    "experts without number": ({"llama.expert_count": (4, U32)}, "n_expert_used_max > 0) failed ("),
-    "rope scaling": ({"llama.rope.scaling.type": ("x", STR)}, "UNSPECIFIED) failed ("),
+    "experts without number": (
+        {"llama.expert_count": (4, U32)},
+        "llama.expert_used_count is 0, expected 1 to 4",
+    ),
+    "rope scaling": (
+        {"llama.rope.scaling.type": ("x", STR)},
+        "llama.rope.scaling.type is 'x', expected one of",
+    ),
+    "epsilon": (
+        {"llama.attention.layer_norm_rms_epsilon": (-1.0, F32)},
+        "llama.attention.layer_norm_rms_epsilon is -1, expected 0 to 1",
+    ),
+    "epsilon nan": (
+        {"llama.attention.layer_norm_rms_epsilon": (float("nan"), F32)},
+        "llama.attention.layer_norm_rms_epsilon is nan, expected a finite number",
+    ),
 }
 
 USE = """
@@ -114,6 +128,31 @@ def test_python_gets_exceptions_and_goes_on(tmp_path):
     for i, name in enumerate(MALFORMED):
         for line in lines[2 * i : 2 * i + 2]:
             assert MALFORMED[name][1] in line, name
+
+
+def test_every_command_refuses_a_bad_hyper_parameter(tmp_path):
+    path = make(tmp_path / "m.gguf", MALFORMED["epsilon"][0])
+    out = tmp_path / "out.gguf"
+    for command in (["convert", path, "-o", out], ["inspect", path], ["fit", path], ["chat", path]):
+        done = python(MAIN, *command, message="x")
+        assert done.returncode == 1 and done.stdout == ""
+        assert MALFORMED["epsilon"][1] in done.stderr and done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_overrides_of_metadata_are_checked(tmp_path):
+    code = """
+import sys
+from razor_local import Llama, RazorError
+try:
+    Llama(sys.argv[1], kv_overrides={"llama.attention.layer_norm_rms_epsilon": -1.0})("a")
+except RazorError as error:
+    print(error)
+"""
+    done = python(code, make(tmp_path / "m.gguf", {}))
+    assert (done.returncode, done.stderr) == (0, "")
+    says = "kv_overrides: llama.attention.layer_norm_rms_epsilon is -1.0, expected 0 to 1"
+    assert done.stdout.strip() == says
 
 
 def test_a_grammar_that_no_token_fits_is_an_exception(tmp_path):

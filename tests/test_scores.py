@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
-import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -251,7 +249,7 @@ def test_scores_of_another_model_are_refused():
 # -- files
 
 
-@pytest.mark.parametrize("name", ["s.json", "s.npz", "s"])
+@pytest.mark.parametrize("name", ["s.json", "s"])
 def test_round_trip_is_exact(tmp_path, name):
     s = random_scores(3, 2, 4)
     echo = s.echo.copy()
@@ -263,12 +261,6 @@ def test_round_trip_is_exact(tmp_path, name):
     assert read.induction.tobytes() == s.induction.tobytes()
     assert (read.n_head, read.n_head_kv, read.calibration) == (s.n_head, s.n_head_kv, RECORD)
     assert [p.name for p in tmp_path.iterdir()] == [name], "nothing else is left"
-
-
-def test_npz_is_one_that_numpy_reads(tmp_path):
-    s = random_scores(3, 2, 4)
-    with np.load(save_scores(s, tmp_path / "s.npz"), allow_pickle=False) as arrays:
-        assert np.array_equal(arrays["induction"], s.induction)
 
 
 def test_an_earlier_file_stays_when_writing_fails(tmp_path, monkeypatch):
@@ -345,66 +337,12 @@ def test_malformed_json(tmp_path, change):
 def test_other_files(tmp_path, raw):
     path = tmp_path / "s.json"
     path.write_bytes(raw)
-    with pytest.raises(ProfileError, match="is neither JSON|is not a file of head|damaged npz"):
+    with pytest.raises(ProfileError, match="is not JSON|is not a file of head"):
         load_scores(path)
 
 
-def npz(**changes: object) -> bytes:
-    """An npz file of GOOD, with some members replaced by arrays or bytes."""
-    head = {name: GOOD[name] for name in ("format", "version", "calibration")}
-    members = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
-    members |= {name: np.array(GOOD[name], np.float32) for name in ("echo", "induction")}
-    members |= {name: np.array(GOOD[name]) for name in ("n_head", "n_head_kv")}
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        for name, value in (members | changes).items():
-            raw = io.BytesIO()
-            if isinstance(value, bytes):
-                raw.write(value)
-            elif value is not None:
-                np.save(raw, value, allow_pickle=True)
-            if value is not None:
-                archive.writestr(f"{name}.npy", raw.getvalue())
-    return out.getvalue()
-
-
-def npy_header(text: str) -> bytes:
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"echo": None}, "has no list 'echo' of finite numbers"),
-        ({"head": None}, "is not a file of head scores"),
-        ({"echo": np.zeros((2, 2))}, "echo is not a one-dimensional array of numbers"),
-        ({"echo": np.array([{}] * 4, object)}, "echo is not a one-dimensional array of numbers"),
-        ({"echo": np.full(4, np.nan)}, "echo score 0 is nan"),
-        ({"n_head": np.float32([2, 2])}, "has no list 'n_head' of whole numbers"),
-        ({"echo": b"\x93NUMPY\x03\x00"}, "echo is not a one-dimensional array of numbers"),
-        (
-            {"echo": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (10**15,)}")},
-            "echo is not a one-dimensional array of numbers",
-        ),
-        (
-            {"echo": npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (99999999,)}")},
-            "echo is not a one-dimensional array of numbers",
-        ),
-    ],
-)
-def test_malformed_npz(tmp_path, changes, text):
-    path = tmp_path / "s.npz"
-    path.write_bytes(npz())
-    assert load_scores(path).n_head == (2, 2)
-    path.write_bytes(npz(**changes))
-    with pytest.raises(ProfileError) as error:
-        load_scores(path)
-    assert text in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["s.json", "s.npz"])
-def test_damaged_files_are_read_or_refused_but_never_crash(tmp_path, name):
-    good = save_scores(random_scores(2, 2, 2), tmp_path / name).read_bytes()
+def test_damaged_files_are_read_or_refused_but_never_crash(tmp_path):
+    good = save_scores(random_scores(2, 2, 2), tmp_path / "s.json").read_bytes()
     rng, path, n_refused = random.Random(0), tmp_path / "damaged", 0
     for _ in range(500):
         raw = bytearray(good[: rng.randint(0, len(good))] if rng.random() < 0.3 else good)
@@ -424,7 +362,4 @@ def test_a_large_file_is_refused_before_it_is_parsed(tmp_path):
     with open(path, "wb") as file:
         file.truncate((8 << 20) + 1)
     with pytest.raises(ProfileError, match="is larger than 8 MiB"):
-        load_scores(path)
-    path.write_bytes(npz(extra=b"0", echo=bytes(1 << 20)))
-    with pytest.raises(ProfileError, match="echo is not a one-dimensional"):
         load_scores(path)

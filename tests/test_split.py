@@ -276,7 +276,7 @@ def test_failures_leave_what_was_there(split, tmp_path, monkeypatch, step):
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        for name in ("replace", "fsync"):
+        for name in ("link", "fsync"):
             real = getattr(os, name)
             patch.setattr(os, name, lambda *a, real=real: fail(*a, real=real))
         write_copy(split, folder / "out.gguf", PROFILE)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup
+from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup, write_report
 
 if TYPE_CHECKING:
     from ..bench import Settings
@@ -133,7 +133,6 @@ def bench(
         format_report,
         load_report,
         plot_report,
-        save_text,
     )
     from ..safe_write import check_outputs
 
@@ -156,10 +155,7 @@ def bench(
     else:
         run = load_report(report) if report is not None else _measure(model, options)
         text = format_report(run, kind)
-    if output is None:
-        click.echo(text, nl=False)
-    else:
-        save_text(text, output)
+    write_report(text, output)
     for path in plots:
         plot_report(run, path)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,9 +80,7 @@ NOT_FOR_ALIBI = (
 @click.option(
     "--scores", type=PATH, help="Head scores of an earlier --save-scores, instead of measuring."
 )
-@click.option(
-    "--save-scores", type=PATH, help="Keep the measured scores in this file (.json or .npz)."
-)
+@click.option("--save-scores", type=PATH, help="Keep the measured scores in this file (JSON).")
 @click.option(
     "--tokens",
     type=int,
@@ -180,6 +181,7 @@ def convert(
     header = read_header(model)
     shape = shape_from_header(header)
     alibi = alibi_max_bias(header, shape) > 0
+    measured = _Measured()
     _check_method(shape, alibi, epsilon)
     texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
     check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"], *texts])
@@ -205,13 +207,16 @@ def convert(
         else:
             if measuring["save_scores"] is not None:
                 check_output(model, measuring["save_scores"], force, sidecar=True)
-            profile = _profile_from_scores(model, shape, measuring, options)
+            profile = _profile_from_scores(
+                model, shape, measuring | {"force": force}, options, measured
+            )
         profile = _prove(model, profile, measuring | {"heads": heads}, haystack)
-    if sidecar:
-        write_sidecar(model, output, profile, force)
-    else:
-        with _Bar(f"Writing {output.name}") as bar:
-            output = write_copy(model, output, profile, force, bar)
+    with measured.kept_if_it_fails():
+        if sidecar:
+            write_sidecar(model, output, profile, force)
+        else:
+            with _Bar(f"Writing {output.name}") as bar:
+                output = write_copy(model, output, profile, force, bar)
     if profile.scope is not None:
         from ..head_map import scope_line
 
@@ -224,6 +229,8 @@ def convert(
     proof = facts_line(profile)
     if proof is not None:
         click.echo(proof[0].upper() + proof[1:])
+    if measured.failed:
+        click.get_current_context().exit(1)
 
 
 def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
@@ -279,16 +286,69 @@ def _profile_from_weights(model: Path, epsilon: float | None) -> Profile:
         )
 
 
+class _Measured:
+    """Scores that took long to measure, and whether they are in a file.
+
+    failed: they could not be saved where the user asked for it.
+    """
+
+    scores: Scores | None = None
+    saved = False
+    failed = False
+
+    def save(self, path: Path, replace: bool) -> None:
+        """Save the scores; where that fails, elsewhere, because the conversion can go on."""
+        from ..converters.scores import save_scores
+        from ..errors import RazorError
+
+        try:
+            save_scores(self.scores, path, replace)
+            self.saved = True
+        except (RazorError, OSError) as error:
+            self.failed = True
+            reason = error.strerror if isinstance(error, OSError) else error
+            self._keep(f"{path} could not be written ({reason})")
+
+    @contextmanager
+    def kept_if_it_fails(self) -> Iterator[None]:
+        """Within the block an error leaves a file of the scores, if there is none yet."""
+        from ..errors import RazorError
+
+        try:
+            yield
+        except (RazorError, OSError):
+            if self.scores is not None and not self.saved:
+                self._keep("the output could not be written")
+            raise
+
+    def _keep(self, why: str) -> None:
+        import tempfile
+
+        from ..converters.scores import save_scores
+        from ..errors import RazorError
+
+        name = None
+        try:
+            fd, name = tempfile.mkstemp(prefix="razor-scores-", suffix=".json")
+            os.close(fd)
+            save_scores(self.scores, name)
+        except (RazorError, OSError):
+            if name is not None:
+                os.unlink(name)
+            click.echo(f"Note: {why}, so the measured scores are not kept in a file.", err=True)
+            return
+        self.saved = True
+        click.echo(f"Note: {why}; the measured scores are in {name}, for --scores.", err=True)
+
+
 def _profile_from_scores(
-    model: Path, shape: ModelShape, given: dict[str, Any], options: dict[str, Any]
+    model: Path,
+    shape: ModelShape,
+    given: dict[str, Any],
+    options: dict[str, Any],
+    measured: _Measured,
 ) -> Profile:
-    from ..converters.scores import (
-        ECHO,
-        INDUCTION,
-        load_scores,
-        profile_from_scores,
-        save_scores,
-    )
+    from ..converters.scores import ECHO, INDUCTION, load_scores, profile_from_scores
 
     shares = {n: given[n] for n in ("induction", "echo", "budget") if given[n] is not None}
     if given["select"] == "paper":
@@ -297,9 +357,9 @@ def _profile_from_scores(
         scores = load_scores(given["scores"])
         scores.check_model(shape)
     else:
-        scores = _measure(model, given)
+        scores = measured.scores = _measure(model, given)
         if given["save_scores"] is not None:
-            save_scores(scores, given["save_scores"])
+            measured.save(given["save_scores"], given["force"])
     return profile_from_scores(scores, **shares, **options)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError
-from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup
+from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup, write_report
 
 if TYPE_CHECKING:
     from ..evals.policies import Policy
@@ -489,12 +489,7 @@ class _Run:
             plot_curve(report, self.options["plot_curve"])
 
     def write(self, text: str) -> None:
-        from ..bench_report import save_text
-
-        if self.options["output"] is None:
-            click.echo(text, nl=False)
-        else:
-            save_text(text, self.options["output"])
+        write_report(text, self.options["output"])
 
 
 def _kind_of(output: Path | None) -> str:

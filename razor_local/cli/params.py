@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import RazorError
 from ..plan import KV_TYPES
 
 if TYPE_CHECKING:
@@ -88,6 +89,23 @@ class ListOf(click.ParamType):
         if isinstance(value, tuple):
             return value
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
+def write_report(text: str, output: Path | None) -> None:
+    """Write a report of what was measured to a file, or to stdout if output is None.
+
+    Where the file cannot be written the report goes to stdout, and the error is raised.
+    """
+    from ..bench_report import save_text
+
+    text = text.encode("utf-8", "replace").decode()  # names of files can be other bytes
+    try:
+        if output is not None:
+            return save_text(text, output)
+    except (RazorError, OSError):
+        click.echo(text, nl=False)
+        raise
+    click.echo(text, nl=False)
 
 
 def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:

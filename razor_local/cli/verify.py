@@ -93,15 +93,10 @@ def verify(
     square of the error over the group (rms), of its worst head, what is allowed, and what the full
     cache has; the largest error of any number, and what is allowed.
     """
-    from ..errors import RazorError
+    from ..input_file import read_text_file
     from ..verify import verify as run
 
-    content = None
-    if text is not None:
-        try:
-            content = text.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise RazorError(f"{text} is no text in UTF-8") from None
+    content = None if text is None else read_text_file(text)
     with _Bars() as bars:
         result = run(
             model,

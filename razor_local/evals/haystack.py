@@ -12,6 +12,7 @@ from random import Random
 from typing import Protocol
 
 from ..errors import RazorError
+from ..input_file import open_input
 
 # Whole sentences of these never name a person or a number, so that no fact can be mistaken.
 PEOPLE = (
@@ -103,7 +104,8 @@ class FolderText:
         files = sorted(folder.glob("*.txt"))
         texts = []
         for file in files:
-            raw = file.read_bytes()
+            with open_input(file, "a text file") as opened:
+                raw = opened.read()
             try:
                 text = raw.decode("utf-8-sig")
             except UnicodeDecodeError:

@@ -24,6 +24,7 @@ from random import Random
 from typing import Any
 
 from ..errors import RazorError, UnsupportedError
+from ..input_file import open_input
 from .questions import Prompts, Question, Sample, message
 
 MAX_LINE = 64 << 20  # bytes; the longest of LongBench has about 2 MB
@@ -230,13 +231,14 @@ def _find_files(folder: Path, names: Sequence[str] | None) -> dict[str, Path]:
 
 def _read(file: Path, digest: Any) -> list[dict[str, Any]]:
     items = []
-    with open(file, "rb") as lines:
+    with open_input(file, "a text file") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE), b""), 1):
             digest.update(line)
             if not line.strip():
                 continue
             try:
                 item = json.loads(line)
+                json.dumps(item, ensure_ascii=False).encode()  # lone surrogates cannot be encoded
                 good = (
                     isinstance(item["context"], str)
                     and isinstance(item["input"], str)
@@ -246,6 +248,11 @@ def _read(file: Path, digest: Any) -> list[dict[str, Any]]:
                     and isinstance(item.get("all_classes") or [], list)
                     and all(isinstance(text, str) for text in item.get("all_classes") or [])
                 )
+            except UnicodeEncodeError as error:
+                raise RazorError(
+                    f"{file}, line {number}: expected valid Unicode, found a lone surrogate"
+                    f" ({error.object[error.start]!a}); correct the text"
+                ) from None
             except (ValueError, LookupError, TypeError, RecursionError):
                 good = False
             if not good:

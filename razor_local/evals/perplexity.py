@@ -25,6 +25,7 @@ from ..bench_machine import free_memory
 from ..bench_report import markdown_table
 from ..bench_worker import ModelSetup
 from ..errors import RazorError
+from ..input_file import read_text_file
 from ..journal import Journal
 from ..picture import make_figure, save_figure
 from ..plan import padded_n_ctx
@@ -98,10 +99,7 @@ def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
     """A UTF-8 text file as the model's tokens. Raises RazorError, OSError."""
     from .questions import load_vocabulary
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RazorError(f"{path} is no text in UTF-8") from None
+    text = read_text_file(path)
     vocab = load_vocabulary(setup.model)
     plain, marked = (
         vocab.tokenize(text.encode(), add_bos=add_bos, special=False) for add_bos in (False, True)

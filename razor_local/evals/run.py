@@ -75,7 +75,21 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
         cpu = (head.get("machine") or {}).get("cpu")  # its load may differ
         return {name: head.get(name) for name in names} | {"machine": cpu}
 
-    return Journal(path, head, "an evaluation", identity)
+    def check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        """Format the records, as is done when the run has ended."""
+        from . import perplexity, report
+
+        if head["eval"] == "perplexity":
+            for kind in ("json", "md"):
+                perplexity.format_report(perplexity.PerplexityReport(head, records), kind)
+            return
+        for record in records:
+            if record["kind"] == "answer" and not 0 <= record["score"] <= 1:
+                raise ValueError(f"score {record['score']}")
+        for kind in ("json", "md"):
+            report.format_report(report.Report(head, records), kind)
+
+    return Journal(path, head, "an evaluation", identity, check)
 
 
 def run_questions(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import io
 import json
 import os
 import random
@@ -217,13 +216,6 @@ def seeds() -> Iterator[bytes]:
         "version": 1,
         "calibration": {"model_fingerprint": "0" * 64, "tokens": 5},
     }
-    npz = io.BytesIO()
-    kinds = {"echo": np.float32, "induction": np.float32}
-    np.savez(
-        npz,
-        head=np.frombuffer(json.dumps(head).encode(), np.uint8),
-        **{name: np.array(values, kinds.get(name, np.int64)) for name, values in arrays.items()},
-    )
     for target in (read_gguf, read_sparse_gguf, read_sidecar):
         for raw in ggufs:
             yield _input(target, raw)
@@ -232,7 +224,6 @@ def seeds() -> Iterator[bytes]:
     for text in (*tables, *map(json.dumps, objects)):
         yield _input(read_heads, text.encode())
     yield _input(read_scores, json.dumps(head | arrays).encode())
-    yield _input(read_scores, npz.getvalue())
 
 
 def _input(target: Callable[[Path, bytes], None], raw: bytes) -> bytes:

@@ -1,0 +1,294 @@
+"""Chat templates of model files, rendered in a process of their own.
+
+A template is a program that comes with the model. Jinja's sandbox keeps it from files and modules,
+but not from running forever or taking all memory, and neither does anything inside the process: one
+`9**(9**9)` or the text of a list nested in itself is a single call that cannot be interrupted. So a
+child process compiles and renders templates, with a limit of memory, and is killed when it takes
+too long. One child serves all templates; it starts with the first of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
+from typing import IO, Any
+
+from .child import python_command
+from .errors import GGUFError, RazorError
+
+MAX_SECONDS = 10.0  # real templates take milliseconds, the child a fraction of a second to start
+MAX_MEMORY = 1 << 30
+MAX_SOURCE = 1 << 20  # characters; the longest real templates have 30,000
+MAX_TEXT = 16 << 20  # characters of a rendered conversation
+MAX_REASON = 300  # characters of an error message, which a template can choose
+REFUSES = "refuses this"
+MEND = "mend tokenizer.chat_template, for example with gguf-new-metadata"
+
+_lock = threading.Lock()
+_child: _Child | None = None
+
+
+class Template:
+    """A chat template; nothing is compiled before it is used."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def check(self) -> None:
+        """Raise GGUFError where the template cannot be compiled."""
+        self._ask(None)
+
+    def render(self, **variables: Any) -> str:
+        """Return the text that the template makes of messages, bos_token and the like.
+
+        raise_exception and strftime_now are always there, whatever variables say.
+        Raises GGUFError for a template that cannot be compiled or takes too much time or memory,
+        RazorError for one that refuses the messages.
+        """
+        return self._ask({k: v for k, v in variables.items() if not callable(v)})
+
+    def _ask(self, variables: dict[str, Any] | None) -> str:
+        if len(self.source) > MAX_SOURCE:
+            raise GGUFError(
+                f"the model's chat template has {len(self.source)} characters, expected at most"
+                f" {MAX_SOURCE}; {MEND}"
+            )
+        try:
+            request = json.dumps({"source": self.source, "variables": variables})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RazorError(
+                f"the messages cannot be given to the chat template: {error}; use text, numbers,"
+                " lists and dictionaries"
+            ) from None
+        answer = _exchange(request.encode() + b"\n")
+        if "text" in answer:
+            _check_unicode(answer["text"], "surrogateescape")
+            return answer["text"]
+        sentence = f"the model's chat template {answer['what']}: {answer['reason']}"
+        if answer["what"] == REFUSES:
+            raise RazorError(sentence)
+        raise GGUFError(f"{sentence}; {MEND}")
+
+
+def _check_unicode(text: str, errors: str) -> None:
+    try:
+        text.encode("utf-8", errors)
+    except UnicodeEncodeError as error:
+        raise RazorError(
+            f"the rendered conversation is not valid Unicode: it holds {text[error.start]!a};"
+            " correct the messages or the model's chat template"
+        ) from None
+
+
+def isolate_formatters() -> None:
+    """Let llama_cpp.Llama make formatters whose templates are rendered by the child.
+
+    Its own compile every template of a file when the model is loaded, in this process.
+    """
+    import llama_cpp
+    from llama_cpp import llama_chat_format
+
+    class IsolatedFormatter(llama_chat_format.Jinja2ChatFormatter):
+        def __init__(
+            self,
+            template: str,
+            eos_token: str,
+            bos_token: str,
+            add_generation_prompt: bool = True,
+            stop_token_ids: list[int] | None = None,
+        ) -> None:
+            self.template, self.eos_token, self.bos_token = template, eos_token, bos_token
+            self.add_generation_prompt = add_generation_prompt
+            self.stop_token_ids = None if stop_token_ids is None else set(stop_token_ids)
+            self._environment = Template(template)
+
+        def __call__(self, **variables: Any) -> Any:
+            response = super().__call__(**variables)
+            _check_unicode(response.prompt, "strict")  # it is encoded so
+            return response
+
+    class Formats:
+        """The module llama_chat_format, as llama_cpp.Llama sees it."""
+
+        Jinja2ChatFormatter = IsolatedFormatter
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(llama_chat_format, name)
+
+    llama_cpp.llama.llama_chat_format = Formats()
+
+
+class _Child:
+    """The process that renders, and what is read from it."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()  # a forked copy of this process must not use the same pipes
+        self.process = subprocess.Popen(
+            python_command(
+                "sys.path += sys.argv[1:]; from razor_local.templates import serve; serve()",
+                *filter(None, sys.path),  # the package may be in a folder that was added to it
+            ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for this process
+        )
+
+    def usable(self) -> bool:
+        return self.parent == os.getpid() and self.process.poll() is None
+
+    def end(self) -> None:
+        if self.parent == os.getpid():
+            self.process.kill()
+            with suppress(OSError):  # what was written last may not have been read
+                self.process.communicate()
+
+
+def _exchange(request: bytes) -> dict[str, Any]:
+    """Send a request to the child, started if need be; return its answer."""
+    global _child
+    with _lock:
+        if _child is None or not _child.usable():
+            try:
+                _child = _Child()
+            except OSError as error:
+                raise RazorError(
+                    f"the process for chat templates cannot be started: {error}"
+                ) from error
+        expired = threading.Event()
+        process = _child.process
+
+        def expire() -> None:
+            expired.set()
+            process.kill()
+
+        timer = threading.Timer(MAX_SECONDS, expire)
+        timer.daemon = True
+        timer.start()
+        line = b""
+        try:
+            process.stdin.write(request)
+            process.stdin.flush()
+            line = process.stdout.readline(MAX_TEXT * 12)  # ASCII: 12 bytes for a rare character
+        except OSError:
+            pass  # the child has ended
+        except BaseException:  # such as KeyboardInterrupt: what comes next answers this request
+            _child.end()
+            raise
+        finally:
+            timer.cancel()
+        if line.endswith(b"\n") and not expired.is_set():
+            return json.loads(line)
+        _child.end()
+        code = process.returncode
+        _child = None
+    if expired.is_set():
+        what = f"takes more than {MAX_SECONDS:g} s"
+    else:
+        what = f"ended the process that renders it (exit code {code})"
+    raise GGUFError(f"the model's chat template {what}; {MEND}")
+
+
+@atexit.register
+def _end_child() -> None:
+    if _child is not None:
+        _child.end()
+
+
+# -- the child
+
+
+def serve(requests: IO[bytes] | None = None, answers: IO[bytes] | None = None) -> None:
+    """Answer requests, a line of JSON each, until there are no more."""
+    requests, answers = requests or sys.stdin.buffer, answers or sys.stdout.buffer
+    _limit_memory()
+    for line in requests:
+        answers.write(json.dumps(_answer(json.loads(line))).encode() + b"\n")
+        answers.flush()
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    what = "is malformed"
+    try:
+        template = _compile(request["source"])
+        if request["variables"] is None:
+            return {"text": ""}
+        what = "cannot be rendered"
+        functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        text = template.render(request["variables"] | functions)
+        if len(text) <= MAX_TEXT:
+            return {"text": text}
+        reason = f"it makes a text of more than {MAX_TEXT} characters"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except MemoryError:  # which Python's parser raises of deep nesting, too
+        reason = f"it takes more than {MAX_MEMORY >> 20} MiB of memory, or is nested too deeply"
+    except SyntaxError as error:  # Python's, of the code that Jinja made of the template
+        reason = error.msg
+    except Exception as error:
+        if what != "is malformed":
+            what = REFUSES
+        reason = str(error) or type(error).__name__
+    reason = " ".join(reason.split())[:MAX_REASON]
+    reason = "".join(c if c.isprintable() else "?" for c in reason)
+    return {"what": what, "reason": reason}
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str) -> Any:
+    """Return the jinja2.Template, in an environment like that of llama_cpp and Transformers."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class IgnoreGenerationTags(jinja2.ext.Extension):
+        """Lets the text between generation and endgeneration through."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            parser.stream.skip(1)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[IgnoreGenerationTags, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _tojson
+    return environment.from_string(source)
+
+
+def _tojson(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise ValueError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
