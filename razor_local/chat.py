@@ -28,6 +28,7 @@ class Model(Protocol):
 
     def n_ctx(self) -> int: ...
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
+    def mark_plain(self, messages: Any) -> Any: ...
     def piece(self, token: int) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
     def is_special(self, token: int) -> bool: ...
@@ -191,7 +192,7 @@ class Chat:
         """
         model, n_ctx = self.model, self.model.n_ctx()
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._render(messages)
+        prompt = self._render(model.mark_plain(messages))
         tokens = self._tokens_of(prompt)
         n_prompt, reserve = len(tokens), self.reserve
         if n_prompt + reserve > n_ctx:
@@ -240,7 +241,7 @@ class Chat:
             if answer or ended == "end":
                 content = "".join(said)
                 self.messages = [*messages, {"role": "assistant", "content": content}]
-                texts = ("".join(raw), content, content.strip())  # some templates strip
+                texts = model.mark_plain(["".join(raw), content, content.strip()])  # some strip
                 self._known_texts = tuple(prompt + text for text in dict.fromkeys(texts))
                 self._known_tokens = tokens + answer
             self.last = Turn(

@@ -30,6 +30,7 @@ from .errors import (
 from .gguf_header import read_header
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .prompts import PlainMessages
 
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
@@ -121,7 +122,7 @@ def _one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
     return alone
 
 
-class Llama(llama_cpp.Llama):
+class Llama(PlainMessages, llama_cpp.Llama):
     """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
 
     razor: True, use the profile in the model file, and llama.cpp's own cache where it has none; a

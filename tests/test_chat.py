@@ -35,6 +35,9 @@ class ScriptedModel:
         assert not add_bos and special
         return list(text)
 
+    def mark_plain(self, messages):
+        return messages
+
     def piece(self, token):
         return bytes([token])
 
