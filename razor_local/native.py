@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LibraryError, RazorError
+from .terminal import printable
 
 if TYPE_CHECKING:
     from .profile import Profile
@@ -432,7 +433,7 @@ def _on_log(level: int, text: bytes | None, _user_data: int | None) -> None:
     if _last_level == _LEVEL_ERROR and line.strip(" .\n"):
         _errors.append(line.strip())
     if _logger.level == logging.DEBUG:
-        print(line, end="", flush=True, file=sys.stderr)
+        print(printable(line), end="", flush=True, file=sys.stderr)
 
 
 def clear_errors() -> None:
@@ -457,8 +458,7 @@ def _on_end(sentence: bytes) -> None:
     if _stderr is None or not _ended.acquire(blocking=False):  # several threads may fail at once
         return
     said = " ".join(sentence.decode("utf-8", "replace").split())
-    said = "".join(c if c.isprintable() else "?" for c in said)
-    line = f"Error: {said}; the model file is malformed, or this is a bug\n"
+    line = f"Error: {printable(said)}; the model file is malformed, or this is a bug\n"
     os.write(_stderr, line.encode())
 
 

@@ -1,6 +1,7 @@
 """The terminal side of the commands: reading messages, pasted texts too, progress bars, tables.
 
-Messages and bars are written to stderr; stdout is for answers and tables.
+Messages and bars are written to stderr; stdout is for answers and tables. All text goes through
+printable(), because names in model files and generated text may hold codes that a terminal obeys.
 """
 
 from __future__ import annotations
@@ -23,12 +24,53 @@ WIDTH = 100  # columns that tables may take at least: a narrow terminal folds li
 BLOCK = '"""'  # begins and ends a message of several lines
 
 
-def table_console() -> Console:
-    """A console on stdout that prints what it is given, and cuts no column of a table."""
+# C0 and C1 controls, overrides of the writing direction, halves of surrogate pairs
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """Return text for a terminal to show: what it would obey is escaped, "\\x1b" for example.
+
+    Line breaks and tabs are kept, unless one_line says that the text is a name or a sentence.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        keep = not one_line and match[0] in "\n\t"
+        return match[0] if keep else match[0].encode("unicode_escape").decode("ascii")
+
+    return _UNPRINTABLE.sub(escape, text if one_line else text.replace("\r\n", "\n"))
+
+
+def is_dumb() -> bool:
+    """Whether the terminal understands no escape sequences at all."""
+    return os.environ.get("TERM", "") in ("dumb", "unknown")
+
+
+def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = False) -> None:
+    """Print text to stdout or stderr; dim where the terminal and NO_COLOR allow it."""
+    import click
+
+    text = printable(text)
+    if dim and not is_dumb() and not os.environ.get("NO_COLOR"):
+        text = click.style(text, dim=True)
+    click.echo(text, nl=nl, err=err)
+
+
+def make_console(**options: Any) -> Console:
+    """A rich Console that prints text as it is: no markup, and nothing that a terminal obeys."""
     from rich.console import Console
 
+    class PrintableConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Any:  # for cells of tables, too
+            return super().render_str(printable(text), **options)
+
+    return PrintableConsole(highlight=False, markup=False, **options)
+
+
+def table_console() -> Console:
+    """A console on stdout that prints what it is given, and cuts no column of a table."""
     width = max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
+    return make_console(soft_wrap=True, width=width)
 
 
 class MessageReader:
@@ -134,7 +176,6 @@ class ProgressBar:
 
     @staticmethod
     def _start() -> Any:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             Progress,
@@ -149,7 +190,9 @@ class ProgressBar:
             TaskProgressColumn(),
             TimeRemainingColumn(),
             # a copy of stderr: the bindings point file descriptor 2 elsewhere while loading
-            console=Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True),
+            console=make_console(
+                file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True
+            ),
             transient=True,
             auto_refresh=False,  # no thread beside the computation
             redirect_stdout=False,
@@ -178,16 +221,14 @@ class TimeLeft:
             self._bar = None
 
     def __call__(self, what: str, part: float, seconds_left: float | None) -> None:
+        what = printable(what, one_line=True)
         left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
         if not sys.stderr.isatty():
             if time.monotonic() - self._said >= 60:
                 self._said = time.monotonic()
-                print(
-                    f"{part:.0%}{', ' if left else ''}{left}: {what}", file=sys.stderr, flush=True
-                )
+                echo(f"{part:.0%}{', ' if left else ''}{left}: {what}", err=True)
             return
         if self._bar is None:
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
             self._bar = Progress(
@@ -195,7 +236,7 @@ class TimeLeft:
                 TaskProgressColumn(),
                 TextColumn("{task.fields[left]}"),
                 TextColumn("{task.description}", markup=False),
-                console=Console(stderr=True),
+                console=make_console(stderr=True),
                 transient=True,
                 auto_refresh=False,  # no thread beside the computation
             )

@@ -13,15 +13,16 @@ import sys
 import time
 from contextlib import contextmanager
 
+import embedded_model
 import pytest
 import tiny_models
 from click.testing import CliRunner
 from test_chat import FACT, QUESTION, text_with
 
-from razor_local import make_plan, read_model_shape, read_profile
+from razor_local import RazorError, make_plan, read_model_shape, read_profile
 from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
-from razor_local.terminal import MessageReader
+from razor_local.terminal import MessageReader, printable
 
 TEXT = text_with(FACT)
 PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 0)
@@ -305,6 +306,65 @@ def test_a_block_between_quotes_and_a_prompt_that_is_too_long():
         t.expect(">>>")
         t.send("\x04")
         assert t.wait()[0] == 0
+
+
+# -- what a terminal would obey --
+
+HOSTILE = "\x1b]0;title\x07\x9b2J\u202eevil"  # a title, an erased screen, text from right to left
+SHOWN = r"\x1b]0;title\x07\x9b2J\u202eevil"
+
+
+def test_printable_text():
+    assert printable("漢字 🙂\u200d é\u00a0\tx\n") == "漢字 🙂\u200d é\u00a0\tx\n"
+    assert printable(HOSTILE) == SHOWN and printable("a\r\nb\rc\udc80") == r"a" "\n" r"b\rc\udc80"
+    assert printable("a\nb\tc", one_line=True) == r"a\nb\tc"
+    assert str(RazorError(f"a\n{HOSTILE}")) == rf"a\n{SHOWN}"
+
+
+def hostile_model(path):
+    """The built-in model with codes in its name and in the error of its chat template."""
+    embedded_model.write_variant(path, "{{ raise_exception('no\x1b[2J') }}")
+    data = path.read_bytes()
+    key = b"general.name"
+    at = data.index(key) + len(key) + 4
+    (length,) = struct.unpack_from("<Q", data, at)
+    name = b"\x1b[2J\nn".ljust(length)
+    path.write_bytes(data[: at + 8] + name + data[at + 8 + length :])
+    return path
+
+
+def test_names_and_errors_of_a_model_move_no_cursor(tmp_path):
+    path = hostile_model(tmp_path / "model.gguf")
+    with terminal(str(path)) as t:
+        t.expect(r"\x1b[2J\nn")
+        t.expect(">>>")
+        t.send("x\r")
+        t.expect(r"refuses this: no\x1b[2J")
+        t.send("/exit\r")
+        assert t.wait()[0] == 0
+    error = run(path, message="x").stderr
+    assert error == "Error: the model's chat template refuses this: no\\x1b[2J\n"
+    for command in (["inspect"], ["fit", "--vram", "8GiB"]):
+        result = CliRunner().invoke(main, [*command, str(path)])
+        assert result.exit_code == 0 and r"\x1b[2J\nn" in result.output
+        assert "\x1b" not in result.output
+
+
+# an answer that would erase the screen
+ERASING = f"""
+from razor_local import llama
+piece = llama.Llama.piece
+llama.Llama.piece = lambda self, token: piece(self, token) + b"\\x1b[2J"
+{MAIN}
+"""
+
+
+def test_answers_are_printable_on_a_terminal_and_as_they_are_in_a_pipe(tmp_path):
+    with terminal("-n", "2", code=ERASING) as t:
+        t.expect(">>>")
+        t.send("hi\r")
+        assert r"\x1b[2J" in t.expect("MiB full")
+    assert piped("hi", tmp_path, ERASING).stdout.count("\x1b[2J") > 1
 
 
 # answers that go on until the context is full, slowly enough to be stopped

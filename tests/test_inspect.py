@@ -165,7 +165,7 @@ def test_a_name_cannot_control_the_terminal(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(small_model().replace(b"small", b"\x1b[2Jx"))
     _, stdout, _ = run("inspect", path)
-    assert lines(stdout)[0].startswith("model    ?[2Jx: llama")
+    assert lines(stdout)[0].startswith(r"model    \x1b[2Jx: llama")
 
 
 def test_features_that_razor_may_refuse_are_noted(tmp_path):

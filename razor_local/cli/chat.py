@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
+from ..terminal import echo, printable
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
 
 if TYPE_CHECKING:
@@ -217,10 +218,10 @@ def _answer(llama: Llama, conversation: Chat, text: str) -> None:
     with ProgressBar("reading the prompt") as bar, on_interrupt(conversation.stop):
         for piece in conversation.say(text, bar.update):
             bar.close()
-            click.echo(piece, nl=False)
+            _write(piece)
     turn = conversation.last
     if turn.n_answer:
-        click.echo()
+        echo()
     if turn.ended == "stopped":
         kept = "what was answered is kept" if turn.n_answer else "the message is not kept"
         _say(f"(stopped; {kept})")
@@ -229,6 +230,14 @@ def _answer(llama: Llama, conversation: Chat, text: str) -> None:
     elif turn.ended == "length":
         _say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
     _say(_numbers(llama, conversation))
+
+
+def _write(piece: str) -> None:
+    """Write a piece of an answer: printable on a terminal, as it is to a pipe or a file."""
+    if sys.stdout.isatty():
+        echo(piece, nl=False)
+    else:
+        click.echo(piece, nl=False, color=True)  # without it click takes escape sequences out
 
 
 def _command(llama: Llama, conversation: Chat, line: str) -> bool:
@@ -263,6 +272,7 @@ def _command(llama: Llama, conversation: Chat, line: str) -> bool:
 def _describe(llama: Llama) -> str:
     memory, plan = llama.memory(), llama.plan
     name = llama.metadata.get("general.name") or Path(llama.model_path).name
+    name = printable(name[:300], one_line=True)
     if not memory.active:
         return f"{name}, {memory.n_ctx} tokens; razor is off ({memory.why}); {_kv(memory)}"
     return (
@@ -314,4 +324,4 @@ def _mib(n_bytes: int) -> str:
 
 
 def _say(text: str) -> None:
-    click.secho(text, err=True, dim=True)
+    echo(text, err=True, dim=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..terminal import table_console
+from ..terminal import echo, printable, table_console
 from .params import KV_TYPE, Number
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def inspect(
         profile = with_budget(profile, shape, retrieval)
     feature = unsupported_feature(header, shape)
     if feature:
-        click.echo(
+        echo(
             f"Note: the model has {feature}; razor may be refused when it is run, and the bytes"
             " below are those of plain full attention in every layer.",
             err=True,
@@ -134,7 +134,7 @@ def inspect(
 
             compared = compare_heads(profile.retrieval, there).to_dict()
             described["comparison"] = {"with": str(compare)} | compared
-        click.echo(json.dumps(described, indent=2))
+        echo(json.dumps(described, indent=2))
     else:
         _print(shape, profile, plan)
 
@@ -215,12 +215,12 @@ def _print_heads(
         for line in map_lines(profile, shape, shades):
             console.print(line)
     if there is not None:
-        console.print(f"\nhere     {_printable(str(shape.path))}")
-        console.print(f"there    {_printable(str(compare))}\n")
+        console.print(f"\nhere     {printable(str(shape.path), one_line=True)}")
+        console.print(f"there    {printable(str(compare), one_line=True)}\n")
         for line in comparison_lines(profile.retrieval, there):
             console.print(line)
     if plot is not None:
-        console.print(f"\nplot     {_printable(str(plot))}")
+        console.print(f"\nplot     {printable(str(plot), one_line=True)}")
 
 
 def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
@@ -285,7 +285,7 @@ def _print_profile(console: Console, shape: ModelShape, profile: Profile | None)
         sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True)})
     )
     console.print(
-        f"model    {_printable(shape.name) or 'without a name'}: {shape.arch},"
+        f"model    {printable(shape.name[:300], one_line=True) or 'without a name'}: {shape.arch},"
         f" {shape.n_layer} layers, {heads} query/KV heads of size {shape.head_dim_k},"
         f" trained for {shape.n_ctx_train:,} tokens"
     )
@@ -294,7 +294,8 @@ def _print_profile(console: Console, shape: ModelShape, profile: Profile | None)
             "profile  none: every KV head keeps every token (razor-local convert adds one)"
         )
     elif profile.scope is not None:
-        epsilon = _printable(str(profile.calibration.get("epsilon", "an unknown epsilon")))
+        epsilon = str(profile.calibration.get("epsilon", "an unknown epsilon"))[:300]
+        epsilon = printable(epsilon, one_line=True)
         console.print(
             f"profile  ALiBi: attention beyond the scope of a KV head is at most {epsilon}"
         )
@@ -313,8 +314,3 @@ def _print_profile(console: Console, shape: ModelShape, profile: Profile | None)
 
 def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.2f}"
-
-
-def _printable(text: str) -> str:
-    """A model's name may hold anything, a terminal's control codes too."""
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
