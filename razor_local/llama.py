@@ -385,6 +385,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
             return super().generate(tokens, *args, stopping_criteria=criteria, **kwargs)
         return self._generate(list(tokens), **kwargs)
 
+    def n_ctx_train(self) -> int:
+        """Tokens of the context that the model was trained for."""
+        return self._model.n_ctx_train()
+
     def piece(self, token: int) -> bytes:
         """The bytes of a token, of any length; b"" for special tokens."""
         piece = self._pieces.get(token)

@@ -242,6 +242,7 @@ class Answerer:
             self._raw if sample.raw else self._render,
             max_tokens=sample.max_tokens,
             sampling=Sampling(temp=0, seed=0),
+            end_loops=False,  # what policies are compared by is the answer as the model gives it
         )
         answers = []
         for i, question in enumerate(sample.questions):
