@@ -100,7 +100,7 @@ def verify(
     content = None
     if text is not None:
         try:
-            content = text.read_text(encoding="utf-8")
+            content = text.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
             raise RazorError(f"{text} is no text in UTF-8") from None
     with _Bars() as bars:

@@ -99,7 +99,7 @@ def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
     from .questions import load_vocabulary
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise RazorError(f"{path} is no text in UTF-8") from None
     vocab = load_vocabulary(setup.model)
