@@ -173,7 +173,7 @@ def _profile(
     """What razor is planned with, and where that comes from."""
     from ..errors import ProfileError
     from ..fit import paper_profile
-    from ..profile import read_sidecar
+    from ..profile import no_profile, read_sidecar
 
     if dry.shape is None:
         if sidecar is not None or retrieval is not None:
@@ -182,10 +182,7 @@ def _profile(
     profile = dry.profile() if sidecar is None else read_sidecar(sidecar, dry.shape)
     if profile is None:
         if retrieval is not None:
-            raise ProfileError(
-                f"{dry.path} has no razor profile; make one with 'razor-local convert MODEL.gguf"
-                " -o OUT.gguf', or name one with --sidecar"
-            )
+            raise no_profile(dry.path)
         return paper_profile(dry.shape), "paper"
     if retrieval is not None:
         from ..converters.scores import with_budget

@@ -75,14 +75,15 @@ def inspect(
 
     Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
     """
-    from ..errors import ProfileError
     from ..gguf_header import read_header
     from ..plan import make_plan
     from ..profile import (
+        no_profile,
         profile_from_header,
         read_sidecar,
         shape_from_header,
         unsupported_feature,
+        why_not_converted,
     )
     from ..safe_write import check_outputs
 
@@ -94,10 +95,7 @@ def inspect(
     )
     looking = heads or compare is not None or plot is not None
     if profile is None and (retrieval is not None or looking):
-        raise ProfileError(
-            f"{file} has no razor profile; make one with 'razor-local convert MODEL.gguf -o"
-            " OUT.gguf', or name one with --sidecar"
-        )
+        raise no_profile(file)
     if retrieval is not None:
         from ..converters.scores import with_budget
 
@@ -118,6 +116,7 @@ def inspect(
         from ..head_map import plot_heads
 
         plot_heads(profile, shape, plot)
+    no_convert = why_not_converted(header, shape)
     if looking and not as_json:
         return _print_heads(shape, profile, heads, there, compare, plot)
     run = None if profile is None or profile.scope is not None else profile
@@ -136,7 +135,8 @@ def inspect(
             described["comparison"] = {"with": str(compare)} | compared
         echo(json.dumps(described, indent=2))
     else:
-        _print(shape, profile, plan)
+        _print_profile(table_console(), shape, profile, no_convert)
+        _print_plan(shape, profile, run, plan)
 
 
 def describe(shape: ModelShape, profile: Profile | None, plan: Plan) -> dict[str, Any]:
@@ -223,11 +223,13 @@ def _print_heads(
         console.print(f"\nplot     {printable(str(plot), one_line=True)}")
 
 
-def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
+def _print_plan(
+    shape: ModelShape, profile: Profile | None, run: Profile | None, plan: Plan
+) -> None:
+    """Print what the plan does and its bytes. run: the part of the profile that can be run."""
     from rich.table import Table
 
     console = table_console()
-    _print_profile(console, shape, profile)
     console.print(
         f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v},"
         f" flash attention {'on' if plan.flash_attn else 'off'}"
@@ -263,22 +265,41 @@ def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("KV cache")
-    table.add_column("MiB", justify="right")
-    table.add_column("this plan takes", justify="right")
-    table.add_row("this plan", _mib(plan.kv_bytes), "")
-    for kv_type in COMPARED:
-        full = _full_bytes(plan, kv_type)
-        if full is None:
-            table.add_row(f"full {kv_type}", "head size does not fit", "")
+    table.add_column("full MiB", justify="right")
+    if plan.active:
+        table.add_column("razor MiB", justify="right")
+        table.add_column("razor / full", justify="right")
+    for type_k, type_v in dict.fromkeys([(plan.type_k, plan.type_v), *((t, t) for t in COMPARED)]):
+        name = type_k if type_k == type_v else f"{type_k}/{type_v}"
+        name += " (this plan)" if (type_k, type_v) == (plan.type_k, plan.type_v) else ""
+        other = _with_types(shape, run, plan, type_k, type_v)
+        if isinstance(other, str):
+            table.add_row(name, other)
         else:
-            table.add_row(f"full {kv_type}", _mib(full), f"{plan.kv_bytes / max(full, 1):.1%}")
-    if (plan.type_k, plan.type_v) not in {(t, t) for t in COMPARED} or not plan.flash_attn:
-        table.add_row("full, same types", _mib(plan.kv_bytes_full), f"{plan.share:.1%}")
+            sizes = _mib(other.kv_bytes_full), _mib(other.kv_bytes), f"{other.share:.1%}"
+            table.add_row(name, *sizes[: len(table.columns) - 1])
     console.print()
     console.print(table)
 
 
-def _print_profile(console: Console, shape: ModelShape, profile: Profile | None) -> None:
+def _with_types(
+    shape: ModelShape, run: Profile | None, plan: Plan, type_k: str, type_v: str
+) -> Plan | str:
+    """The plan with other types of the KV cache, or why there is none."""
+    from ..errors import UnsupportedError
+    from ..plan import make_plan
+
+    if (type_k, type_v) == (plan.type_k, plan.type_v):
+        return plan
+    try:
+        return make_plan(shape, run, plan.n_ctx, type_k, type_v, plan.flash_attn)
+    except UnsupportedError:
+        return "needs flash attention" if _full_bytes(plan, type_v) else "head size does not fit"
+
+
+def _print_profile(
+    console: Console, shape: ModelShape, profile: Profile | None, no_convert: str | None = None
+) -> None:
     from ..profile import facts_line
 
     heads = " ".join(
@@ -290,8 +311,9 @@ def _print_profile(console: Console, shape: ModelShape, profile: Profile | None)
         f" trained for {shape.n_ctx_train:,} tokens"
     )
     if profile is None:
+        adds = "adds one" if no_convert is None else f"may refuse to add one: {no_convert}"
         console.print(
-            "profile  none: every KV head keeps every token (razor-local convert adds one)"
+            f"profile  none: every KV head keeps every token (razor-local convert {adds})"
         )
     elif profile.scope is not None:
         epsilon = str(profile.calibration.get("epsilon", "an unknown epsilon"))[:300]
