@@ -77,7 +77,7 @@ class ControlTexts:
         self._prefix = re.compile("|".join(map(re.escape, prefixes)) or "(?!)")
 
     def find(self, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Where they are in text[start:end], from left to right, the longest of each place."""
+        """Yield where they are in text[start:end], the longest one at each place."""
         done = start
         for match in self._prefix.finditer(text, start, end):
             at = match.start()
@@ -90,7 +90,7 @@ class ControlTexts:
                     break
 
     def mark(self, value: Any) -> Any:
-        """A copy of messages, or of a part of them, with the texts in all strings marked."""
+        """Return a copy of messages, or of a part of them, with the texts in all strings marked."""
         if isinstance(value, str):
             parts, done = [], 0
             for at, end in self.find(value, 0, len(value)):
@@ -104,31 +104,30 @@ class ControlTexts:
         return value
 
     def unmark(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
-        """A rendered prompt without marks, and where in it the marked texts are.
+        """Return a rendered prompt without marks, and where in it the marked texts are.
 
         Raises RazorError where a template has left a text with one of its marks.
         """
         parts: list[str] = []
-        plain: list[tuple[int, int]] = []
-        single: list[tuple[int, bool]] = []  # marks whose partner is gone: position, begins a text
-        begun: int | None = None
+        marks: list[tuple[int, bool]] = []  # position in the text, whether it is BEGIN
         length = done = 0
         for match in _MARK.finditer(prompt):
             parts.append(prompt[done : match.start()])
             length += len(parts[-1])
+            marks.append((length, match[0] == BEGIN))
             done = match.end()
-            if match[0] == BEGIN:
-                single += [] if begun is None else [(begun, True)]
-                begun = length
-            elif begun is not None and (parts[-1] in self.controls or begun == length):
-                plain += [(begun, length)] if begun < length else []
-                begun = None
-            else:
-                single += [(length, False)] if begun is None else [(begun, True), (length, False)]
-                begun = None
-        single += [] if begun is None else [(begun, True)]
         text = "".join([*parts, prompt[done:]])
-        for at, begins in single:
+
+        plain: list[tuple[int, int]] = []
+        marks.append((len(text), True))  # so that every mark has a next one
+        i = 0
+        while i < len(marks) - 1:
+            (at, begins), (end, begins_next) = marks[i : i + 2]
+            if begins and not begins_next and (at == end or text[at:end] in self.controls):
+                if at < end:  # else the template took the text out
+                    plain.append((at, end))
+                i += 2
+                continue
             for control in self.controls:
                 if text.startswith(control, at) if begins else text.endswith(control, 0, at):
                     raise RazorError(
@@ -136,10 +135,11 @@ class ControlTexts:
                         " message as a whole, but it changes what is around it; remove that text"
                         " from the message"
                     )
+            i += 1
         return text, plain
 
     def split(self, text: str, plain: Sequence[tuple[int, int]]) -> Iterator[int | str]:
-        """The control tokens of text and the ordinary text between them, as llama.cpp splits it.
+        """Yield the control tokens of text and the ordinary text between them, as llama.cpp does.
 
         What is in plain is ordinary text; those that llama.cpp reads as a token all the same are
         cut behind their first character.
@@ -178,8 +178,10 @@ class PlainMessages(_Base):
         return ControlTexts(self._model.vocab)
 
     def mark_plain(self, messages: Any) -> Any:
-        """Return a copy of messages for a template to render: tokenize() will read the texts of
-        control tokens in its strings as plain text."""
+        """Return a copy of messages for a template to render.
+
+        tokenize() reads the texts of control tokens in its strings as plain text.
+        """
         from llama_cpp.llama_tokenizer import LlamaTokenizer
 
         if type(self.tokenizer_) is not LlamaTokenizer:
