@@ -55,7 +55,9 @@ class ControlTexts:
         from llama_cpp import llama_cpp as C
 
         self.controls: dict[str, Control] = {}
-        for token in range(C.llama_vocab_n_tokens(vocab)):
+        # without a tokenizer there are no texts, and asking for one would end the process
+        has_texts = C.llama_vocab_type(vocab) != C.LLAMA_VOCAB_TYPE_NONE
+        for token in range(C.llama_vocab_n_tokens(vocab) if has_texts else 0):
             attr = C.llama_vocab_get_attr(vocab, token)
             control = attr & (C.LLAMA_TOKEN_ATTR_CONTROL | C.LLAMA_TOKEN_ATTR_UNKNOWN)
             if not control and not attr & C.LLAMA_TOKEN_ATTR_USER_DEFINED:
