@@ -60,15 +60,12 @@ class ModelSetup:
 
     def read(self) -> tuple[ModelShape, Profile]:
         """Raises RazorError (one sentence) where there is no profile or it cannot be changed so."""
-        from .profile import read_model_shape, read_profile, read_sidecar
+        from .profile import no_profile, read_model_shape, read_profile, read_sidecar
 
         shape = read_model_shape(self.model)
         profile = read_sidecar(self.sidecar, shape) if self.sidecar else read_profile(self.model)
         if profile is None:
-            raise RazorError(
-                f"{self.model} has no razor profile; make one with 'razor-local convert' or name"
-                " one with --sidecar"
-            )
+            raise no_profile(self.model)
         if self.retrieval is not None:
             from .converters.scores import with_budget
 

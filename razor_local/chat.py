@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
+LOOP_PERIOD = 16  # tokens of the longest period that counts as a loop
+LOOP_TOKENS = 256  # repeated before an answer is ended; rows of dashes or zeros are shorter
+
 
 class Model(Protocol):
     """What Chat needs of a razor_local.Llama."""
@@ -28,7 +32,9 @@ class Model(Protocol):
     n_tokens: int
 
     def n_ctx(self) -> int: ...
+    def n_ctx_train(self) -> int: ...
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
+    def mark_plain(self, messages: Any) -> Any: ...
     def piece(self, token: int) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
     def is_special(self, token: int) -> bool: ...
@@ -62,7 +68,8 @@ class Turn:
 
     n_prompt: the whole conversation before the answer, n_reused of it were in the cache already.
     ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
-    "stopped" (stop() or an interrupt; with n_answer 0 the message was taken back).
+    "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an interrupt; with
+    n_answer 0 the message was taken back).
     """
 
     n_prompt: int
@@ -80,6 +87,23 @@ class Turn:
     @property
     def answer_per_second(self) -> float:
         return self.n_answer / self.answer_seconds if self.answer_seconds else 0.0
+
+
+class Loop:
+    """Recognizes an answer that repeats a period of at most LOOP_PERIOD tokens without end."""
+
+    def __init__(self) -> None:
+        self._last: deque[int] = deque(maxlen=LOOP_PERIOD)  # the newest first
+        self._runs = [0] * LOOP_PERIOD  # tokens in a row that equal the one a period before
+
+    def add(self, token: int) -> bool:
+        """Add a token; return whether the last LOOP_TOKENS are repetitions of one period."""
+        found = False
+        for i, before in enumerate(self._last):
+            self._runs[i] = self._runs[i] + 1 if token == before else 0
+            found = found or self._runs[i] + i + 1 >= LOOP_TOKENS
+        self._last.appendleft(token)
+        return found
 
 
 def chat_template(model: Llama) -> Callable[[list[Message]], str]:
@@ -120,7 +144,8 @@ class Chat:
     """One conversation. messages may be read at any time, and is always valid to go on from.
 
     render: see chat_template. max_tokens: of an answer, None for as many as fit; also the room that
-    a prompt must leave (None: a sixteenth of the context, at most 256).
+    a prompt must leave (None: a sixteenth of the context, at most 256). end_loops: end an answer
+    that repeats itself without end, see Loop.
     """
 
     def __init__(
@@ -131,8 +156,10 @@ class Chat:
         system: str | None = None,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
+        end_loops: bool = True,
     ) -> None:
         self.model = model
+        self.end_loops = end_loops
         self.max_tokens = max_tokens
         self.sampling = sampling or Sampling()
         self.last: Turn | None = None
@@ -191,20 +218,25 @@ class Chat:
     ) -> Iterator[str]:
         n_ctx = model.n_ctx()
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._render(messages)
+        prompt = self._render(model.mark_plain(messages))
         tokens = self._tokens_of(prompt)
         n_prompt, reserve = len(tokens), self.reserve
         if n_prompt + reserve > n_ctx:
+            # a longer context than trained may be possible, but it answers nothing well
+            needed, trained = -(-(n_prompt + reserve) // 256) * 256, model.n_ctx_train()
+            advice = "shorten it, or clear the conversation"
+            if needed <= trained or not trained:
+                advice = f"shorten it, clear the conversation, or use a context of {needed} or more"
             raise ContextFullError(
                 f"the conversation with this message has {n_prompt} tokens and {reserve} are kept"
-                f" for the answer, the context holds {n_ctx}: shorten it, clear the conversation,"
-                f" or use a context of {-(-(n_prompt + reserve) // 256) * 256} or more"
+                f" for the answer, the context holds {n_ctx}: {advice}"
             )
         self._stopped = False
         started = time.perf_counter()
         prefill = model.prefill(tokens, progress, lambda: self._stopped)
         prefilled = time.perf_counter()
         ended = "stopped"
+        loop = Loop()
         answer: list[int] = []
         raw: list[str] = []
         said: list[str] = []
@@ -224,6 +256,9 @@ class Chat:
                     yield piece
                 if self._stopped:
                     break
+                if self.end_loops and loop.add(token):
+                    ended = "loop"
+                    break
                 if self.max_tokens and len(answer) >= self.max_tokens:
                     ended = "length"
                     break
@@ -240,7 +275,7 @@ class Chat:
             if answer or ended == "end":
                 content = "".join(said)
                 self.messages = [*messages, {"role": "assistant", "content": content}]
-                texts = ("".join(raw), content, content.strip())  # some templates strip
+                texts = model.mark_plain(["".join(raw), content, content.strip()])  # some strip
                 known = tuple(prompt + text for text in dict.fromkeys(texts))
                 self._known = (known, tokens + answer)
             self.last = Turn(

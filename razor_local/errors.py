@@ -1,8 +1,16 @@
 """Exceptions of razor_local. Each message says what was expected, what was found, what to do."""
 
+from .terminal import printable
+
 
 class RazorError(Exception):
-    """Base of every error that razor_local raises on purpose; the CLI prints it as one line."""
+    """Base of every error that razor_local raises on purpose; the CLI prints it as one line.
+
+    Messages quote files, templates and llama.cpp's log; what a terminal would obey is escaped.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), one_line=True)
 
 
 class GGUFError(RazorError, ValueError):

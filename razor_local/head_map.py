@@ -16,6 +16,7 @@ from .gguf_header import MAGIC, read_header
 from .input_file import open_input
 from .picture import make_figure, save_figure
 from .profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
+from .terminal import printable
 
 if TYPE_CHECKING:
     from .converters.scores import Cut
@@ -228,7 +229,7 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
     n_panels = len(panels) + bool(cuts)
     size = (1.5 + 4.5 * n_panels, 2 + 0.12 * shape.n_layer)
     figure = make_figure(path, size, "look at the map in the terminal with --heads")
-    figure.suptitle("".join(c if c.isprintable() else "?" for c in shape.name[:100]))
+    figure.suptitle(printable(shape.name[:100], one_line=True))
     all_axes = np.atleast_1d(figure.subplots(1, n_panels))
     for axes, (title, (layers, unit)) in zip(all_axes, panels.items(), strict=False):
         grid = np.full((len(layers), max(map(len, layers))), np.nan)

@@ -43,10 +43,10 @@ def open_input(
 
 
 def read_text_file(path: str | os.PathLike[str]) -> str:
-    """Return the content of a UTF-8 text file. Raises RazorError, OSError."""
+    """Return the content of a UTF-8 text file, without a BOM. Raises RazorError, OSError."""
     with open_input(path, "a text file") as file:
         data = file.read()
     try:
-        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
         raise RazorError(f"{Path(path)} is not a text in UTF-8") from None

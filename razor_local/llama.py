@@ -35,6 +35,7 @@ from .hyper_parameters import check_overrides
 from .ownership import Requests
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .prompts import PlainMessages
 from .state import fingerprint, seal, unseal
 from .templates import isolate_formatters
 
@@ -133,7 +134,7 @@ class Prefill(NamedTuple):
     complete: bool
 
 
-class Llama(llama_cpp.Llama):
+class Llama(PlainMessages, llama_cpp.Llama):
     """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
 
     razor: True, use the profile in the model file, and llama.cpp's own cache where it has none; a
@@ -379,12 +380,18 @@ class Llama(llama_cpp.Llama):
     def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         request = _CHAT.bind(self, *args, **kwargs).arguments
         request = read_chat_request(request, self.chat_handler is not None)
+        for name in ("messages", "functions", "tools"):
+            request[name] = self.mark_plain(request.get(name))
         try:
             return llama_cpp.Llama.create_chat_completion(**request)
         except RazorError:
             raise
         except Exception as error:  # whatever a template of a model file raises
             raise RazorError(f"the model's chat template refuses this: {error}") from error
+
+    def n_ctx_train(self) -> int:
+        """Tokens of the context that the model was trained for."""
+        return self._model.n_ctx_train()
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token, of any length; b"" for special tokens."""

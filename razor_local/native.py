@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import LibraryError, RazorError
+from .terminal import printable
 
 if TYPE_CHECKING:
     from .profile import Profile
@@ -457,8 +458,7 @@ def _on_end(sentence: bytes) -> None:
     if not _ended.acquire(blocking=False):  # several threads may fail at once
         return
     said = " ".join(sentence.decode("utf-8", "replace").split())
-    said = "".join(c if c.isprintable() else "?" for c in said)
-    line = f"Error: {said}; the model file is malformed, or this is a bug\n"
+    line = f"Error: {printable(said)}; the model file is malformed, or this is a bug\n"
     with contextlib.suppress(OSError):  # stderr may be closed
         os.write(2, line.encode())
 

@@ -58,6 +58,7 @@ UNSUPPORTED_KEYS = {
     "attention.causal": "non-causal attention (an encoder)",
     "rope.dimension_sections": "M-RoPE",
     "ssm.state_size": "recurrent layers",
+    "shortconv.l_cache": "recurrent layers",
 }
 
 # llama.cpp knows by these whether a model has ALiBi
@@ -366,6 +367,28 @@ def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
         if entry is not None and (entry.value == 0 if causal else entry.value != 0):
             return feature
     return "ALiBi" if alibi_max_bias(header, shape) else None
+
+
+def why_not_converted(header: Header, shape: ModelShape) -> str | None:
+    """Why razor-local convert may make no profile for this model; None where nothing is known."""
+    feature = unsupported_feature(header, shape)
+    if feature != "ALiBi":
+        return f"the model has {feature}" if feature else None
+    from .converters.alibi import LAYER_NORM, RMS_NORM
+
+    if shape.arch in LAYER_NORM + RMS_NORM:
+        return None
+    return f"the scopes of {shape.arch} models cannot be computed"
+
+
+def no_profile(path: str | os.PathLike[str]) -> ProfileError:
+    """The error for a model without a profile where one is needed: how to come by one."""
+    header = read_header(path)
+    why = why_not_converted(header, shape_from_header(header))
+    make = "make one with 'razor-local convert MODEL.gguf -o OUT.gguf', or"
+    if why is not None:
+        make = f"'razor-local convert' may refuse to make one ({why});"
+    return ProfileError(f"{path} has no razor profile; {make} name one with --sidecar")
 
 
 def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:

@@ -1,6 +1,7 @@
 """The terminal side of the commands: reading messages, pasted texts too, progress bars, tables.
 
-Messages and bars are written to stderr; stdout is for answers and tables.
+Messages and bars are written to stderr; stdout is for answers and tables. All text goes through
+printable(), because names in model files and generated text may hold codes that a terminal obeys.
 """
 
 from __future__ import annotations
@@ -23,12 +24,53 @@ WIDTH = 100  # columns that tables may take at least: a narrow terminal folds li
 BLOCK = '"""'  # begins and ends a message of several lines
 
 
-def table_console() -> Console:
-    """A console on stdout that prints what it is given, and cuts no column of a table."""
+# C0 and C1 controls, overrides of the writing direction, halves of surrogate pairs
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """Return text for a terminal to show: what it would obey is escaped, "\\x1b" for example.
+
+    Line breaks and tabs are kept, unless one_line says that the text is a name or a sentence.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        keep = not one_line and match[0] in "\n\t"
+        return match[0] if keep else match[0].encode("unicode_escape").decode("ascii")
+
+    return _UNPRINTABLE.sub(escape, text if one_line else text.replace("\r\n", "\n"))
+
+
+def is_dumb() -> bool:
+    """Whether the terminal understands no escape sequences at all."""
+    return os.environ.get("TERM", "") in ("dumb", "unknown")
+
+
+def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = False) -> None:
+    """Print text to stdout or stderr; dim where the terminal and NO_COLOR allow it."""
+    import click
+
+    text = printable(text)
+    if dim and not is_dumb() and not os.environ.get("NO_COLOR"):
+        text = click.style(text, dim=True)
+    click.echo(text, nl=nl, err=err)
+
+
+def make_console(**options: Any) -> Console:
+    """A rich Console that prints text as it is: no markup, and nothing that a terminal obeys."""
     from rich.console import Console
 
+    class PrintableConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Any:  # for cells of tables, too
+            return super().render_str(printable(text), **options)
+
+    return PrintableConsole(highlight=False, markup=False, **options)
+
+
+def table_console() -> Console:
+    """A console on stdout that prints what it is given, and cuts no column of a table."""
     width = max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
-    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
+    return make_console(soft_wrap=True, width=width)
 
 
 class MessageReader:
@@ -36,10 +78,19 @@ class MessageReader:
 
     A pasted text of several lines stands in the line as a short marker, whatever its size, so that
     a question can be typed behind it. Terminals without bracketed paste have blocks between two
-    lines of three double quotes. Alt-Enter begins another line.
+    lines of three double quotes. Alt-Enter begins another line. A terminal without escape
+    sequences (TERM=dumb) is read line by line.
+
+    Within its block the terminal marks what is pasted, during an answer too.
     """
 
     def __init__(self) -> None:
+        self._pastes: dict[str, str] = {}  # of all messages: the history names them again
+        self._session: Any = None
+        if not is_dumb():
+            self._start_session()
+
+    def _start_session(self) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.key_binding import KeyBindings
         from prompt_toolkit.keys import Keys
@@ -56,18 +107,59 @@ class MessageReader:
         def _newline(event: Any) -> None:
             event.current_buffer.insert_text("\n")
 
-        self._pastes: dict[str, str] = {}
-        self._n_pastes = 0
         output = create_output(stdout=sys.stderr)
         if isinstance(output, Vt100_Output):
             output.enable_cpr = False  # a prompt of one line need not ask where it stands
+        # prompt_toolkit asks for marks around pasted text at each prompt, and no more behind it
+        self._unmark_pastes = output.disable_bracketed_paste
+        output.disable_bracketed_paste = lambda: None
         self._session = PromptSession(key_bindings=keys, output=output, reserve_space_for_menu=0)
+
+    def __enter__(self) -> MessageReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._session is not None:
+            self._unmark_pastes()
+            self._session.output.flush()
+
+    @contextlib.contextmanager
+    def hold_input(self) -> Iterator[None]:
+        """Keep what is typed or pasted within the block for the next message, as it was entered.
+
+        A terminal that edits lines itself would end a message at each line break, show the marks
+        of a paste, and lose what is longer than its buffer.
+        """
+        try:
+            import termios
+
+            before = termios.tcgetattr(sys.stdin) if self._session is not None else None
+        except (ImportError, termios.error):
+            before = None
+        if before is None:
+            yield
+            return
+        during = [*before]
+        during[3] &= ~(termios.ICANON | termios.ECHO)  # Ctrl-C still interrupts
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, during)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+    def _read_line(self, prompt: str) -> str:
+        if self._session is not None:
+            return self._session.prompt(prompt)
+        print(prompt, end="", flush=True, file=sys.stderr)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
 
     def read(self) -> str | None:
         """The next message, None at the end of input. Raises KeyboardInterrupt for Ctrl-C."""
-        self._pastes.clear()
         try:
-            line = self._session.prompt(">>> ")
+            line = self._read_line(">>> ")
             if line.lstrip().startswith(BLOCK):
                 line = self._read_block(line.lstrip()[len(BLOCK) :])
         except EOFError:
@@ -77,7 +169,7 @@ class MessageReader:
     def _read_block(self, line: str) -> str:
         lines = [line]
         while not lines[-1].rstrip().endswith(BLOCK):
-            lines.append(self._session.prompt("... "))
+            lines.append(self._read_line("... "))
         lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
         return "\n".join(lines)
 
@@ -86,14 +178,13 @@ class MessageReader:
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
         if "\n" not in text:
             return text
-        self._n_pastes += 1
-        marker = f"[pasted text {self._n_pastes}: {text.count(chr(10)) + 1} lines]"
+        marker = f"[pasted text {len(self._pastes) + 1}: {text.count(chr(10)) + 1} lines]"
         self._pastes[marker] = text
         return marker
 
     def expand(self, line: str) -> str:
         """The line with the pasted texts in it, each set off by an empty line."""
-        if not self._pastes:
+        if not any(marker in line for marker in self._pastes):
             return line
         parts = re.split("(" + "|".join(map(re.escape, self._pastes)) + ")", line)
         texts = [self._pastes.get(part, part.strip(" ")) for part in parts]
@@ -103,7 +194,8 @@ class MessageReader:
 class ProgressBar:
     """One line of progress that vanishes when it is done.
 
-    Nothing where stderr is no terminal, or where all is done within half a second.
+    Nothing where stderr is not a terminal, or one that cannot move its cursor, and where all is
+    done within half a second.
     """
 
     def __init__(self, what: str) -> None:
@@ -115,7 +207,7 @@ class ProgressBar:
     def update(self, done: float, total: float) -> None:
         if self._bar is None:
             quick = time.monotonic() - self._created < 0.5
-            if quick or done >= total or not sys.stderr.isatty():
+            if quick or done >= total or not sys.stderr.isatty() or is_dumb():
                 return
             self._bar = self._start()
             self._task = self._bar.add_task(self._what, total=total)
@@ -134,7 +226,6 @@ class ProgressBar:
 
     @staticmethod
     def _start() -> Any:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             Progress,
@@ -149,7 +240,9 @@ class ProgressBar:
             TaskProgressColumn(),
             TimeRemainingColumn(),
             # a copy of stderr: the bindings point file descriptor 2 elsewhere while loading
-            console=Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True),
+            console=make_console(
+                file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True
+            ),
             transient=True,
             auto_refresh=False,  # no thread beside the computation
             redirect_stdout=False,
@@ -178,16 +271,14 @@ class TimeLeft:
             self._bar = None
 
     def __call__(self, what: str, part: float, seconds_left: float | None) -> None:
+        what = printable(what, one_line=True)
         left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or is_dumb():
             if time.monotonic() - self._said >= 60:
                 self._said = time.monotonic()
-                print(
-                    f"{part:.0%}{', ' if left else ''}{left}: {what}", file=sys.stderr, flush=True
-                )
+                echo(f"{part:.0%}{', ' if left else ''}{left}: {what}", err=True)
             return
         if self._bar is None:
-            from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
             self._bar = Progress(
@@ -195,7 +286,7 @@ class TimeLeft:
                 TaskProgressColumn(),
                 TextColumn("{task.fields[left]}"),
                 TextColumn("{task.description}", markup=False),
-                console=Console(stderr=True),
+                console=make_console(stderr=True),
                 transient=True,
                 auto_refresh=False,  # no thread beside the computation
             )

@@ -46,7 +46,14 @@ from .probe import (
     reason,
     vocabulary,
 )
-from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .profile import (
+    ModelShape,
+    Profile,
+    no_profile,
+    profile_from_header,
+    read_sidecar,
+    shape_from_header,
+)
 from .terminal import on_interrupt
 
 DEFAULT_N_CTX = 8192
@@ -408,10 +415,7 @@ def _plan(
 ) -> Plan:
     """An active plan. Raises ProfileError."""
     if profile is None:
-        raise ProfileError(
-            f"{path} has no razor profile, so there is nothing to verify; make one with"
-            " 'razor-local convert MODEL.gguf -o OUT.gguf', or name a --sidecar"
-        )
+        raise no_profile(path)
     n_ctx = n_ctx or min(DEFAULT_N_CTX, shape.n_ctx_train or DEFAULT_N_CTX)
     plan = make_plan(shape, profile, padded_n_ctx(shape, n_ctx), type_k, type_v, flash_attn)
     if not plan.active:

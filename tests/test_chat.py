@@ -35,6 +35,12 @@ class ScriptedModel:
         assert not add_bos and special
         return list(text)
 
+    def n_ctx_train(self):
+        return 1024
+
+    def mark_plain(self, messages):
+        return messages
+
     def piece(self, token):
         return bytes([token])
 
@@ -139,6 +145,38 @@ def test_the_last_token_that_fits_is_used(n_prompt):
     with pytest.raises(ContextFullError, match="has 61 tokens and 4 are kept"):
         list(chat.say("x" * (61 - len("<u:><a:"))))
     assert chat.n_used == 0 and chat.messages == []
+
+
+def test_a_refusal_proposes_no_context_beyond_the_training():
+    model, chat = make([], n_ctx=256)
+    with pytest.raises(ContextFullError, match="or use a context of 1024 or more$"):
+        list(chat.say("x" * 1000))
+    with pytest.raises(ContextFullError, match="holds 256: shorten it, or clear the conversation$"):
+        list(chat.say("x" * 1100))
+
+
+@pytest.mark.parametrize("period", ["7", "ab", "0123456789abcdef"])
+def test_an_answer_that_repeats_itself_without_end_is_ended(period):
+    model, chat = make(["Well: " + period * 300, "ok\0"], n_ctx=4096)
+    said = "".join(chat.say("x"))
+    assert chat.last.ended == "loop" and said == ("Well: " + period * 300)[: 6 + 256]
+    assert roles(chat)[-1] == ("assistant", said) and "".join(chat.say("y")) == "ok"
+    _, chat = make(["Well: " + period * 300], n_ctx=4096, end_loops=False, max_tokens=300)
+    assert len("".join(chat.say("x"))) == 300 and chat.last.ended == "length"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "-" * 255 + "\n" + "-" * 255,
+        "".join(f"| {i:4} | {i * i:8} |\n" for i in range(200)),
+        "0123456789abcdefg" * 40,
+        ("0," * 100 + "\n") * 10,
+    ],
+)
+def test_rows_and_tables_are_not_loops(answer):
+    _, chat = make([f"{answer}\0"], n_ctx=8192)
+    assert "".join(chat.say("x")) == answer and chat.last.ended == "end"
 
 
 def test_stopping_while_the_prompt_is_read_takes_the_message_back():

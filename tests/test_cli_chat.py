@@ -10,18 +10,20 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
+import embedded_model
 import pytest
 import tiny_models
 from click.testing import CliRunner
 from test_chat import FACT, QUESTION, text_with
 
-from razor_local import make_plan, read_model_shape, read_profile
+from razor_local import RazorError, make_plan, read_model_shape, read_profile
 from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
-from razor_local.terminal import MessageReader
+from razor_local.terminal import MessageReader, printable
 
 TEXT = text_with(FACT)
 PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 0)
@@ -182,12 +184,14 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 class Terminal:
     """A chat in a child process on a pseudo-terminal of 40 x 120."""
 
-    def __init__(self, *args: str, code: str = MAIN) -> None:
+    def __init__(self, *args: str, code: str = MAIN, **env: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.environ.update(TERM="xterm-256color", LINES="40", COLUMNS="120")
+            env = {"TERM": "xterm-256color", "LINES": "40", "COLUMNS": "120"} | env
+            os.environ.update(env)
             os.execv(sys.executable, [sys.executable, "-c", code, "chat", *args])
-        self.text = ""  # all output without escape sequences
+        self.raw = ""  # all output
+        self.text = ""  # without escape sequences
         self._seen = 0
 
     def expect(self, text: str, timeout: float = 60) -> str:
@@ -201,6 +205,7 @@ class Terminal:
             except OSError:
                 data = b""
             assert data, f"the process ended before {text!r}:\n{self.text[self._seen :]}"
+            self.raw += data.decode("utf-8", "replace")
             self.text += ANSI.sub("", data.decode("utf-8", "replace"))
         found = self.text[self._seen : at + len(text)]
         self._seen = at + len(text)
@@ -218,7 +223,7 @@ class Terminal:
             ready, _, _ = select.select([self.fd], [], [], 0.1)
             try:  # a terminal nobody reads from would block the child
                 if ready:
-                    os.read(self.fd, 65536)
+                    self.raw += os.read(self.fd, 65536).decode("utf-8", "replace")
             except OSError:
                 pass
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
@@ -235,8 +240,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*args: str, code: str = MAIN):
-    t = Terminal(*args, code=code)
+def terminal(*args: str, code: str = MAIN, **env: str):
+    t = Terminal(*args, code=code, **env)
     try:
         yield t
     finally:
@@ -308,6 +313,144 @@ def test_a_block_between_quotes_and_a_prompt_that_is_too_long():
         assert t.wait()[0] == 0
 
 
+UP = "\x1b[A"
+COUNTING = f"""
+from razor_local import chat
+say = chat.Chat.say
+def counting(self, text, progress=None):
+    print(f"<{{len(text)}} {{text[:20]!r}} {{len(text.splitlines())}} lines>")
+    yield from say(self, text, progress)
+chat.Chat.say = counting
+{MAIN}
+"""
+
+
+def test_a_recalled_message_has_its_pasted_text():
+    text = f"{FACT}\nSecond.\nThird."
+    sent = f"<{len(text) + 5} {text[:20]!r} 5 lines>"
+    with terminal(code=COUNTING) as t:
+        t.expect(">>>")
+        t.send(paste(text))
+        t.expect("3 lines]")
+        t.send("Q?\r")
+        t.expect(sent.replace(str(len(text) + 5), str(len(text) + 4)))
+        t.expect(">>>")
+        t.send(UP)
+        t.expect("3 lines]Q?")
+        t.send("\r")
+        t.expect(sent.replace(str(len(text) + 5), str(len(text) + 4)))
+
+
+def test_a_line_that_only_looks_like_a_command_is_a_message():
+    with terminal("-n", "1", code=COUNTING) as t:
+        for line in ("/usr/bin/ls is a path", "/exit code 3", "/etc", "/clear it all up", "//"):
+            t.expect(">>>")
+            t.send(f"{line}\r")
+            told = "there is no /etc" if line == "/etc" else f"<{len(line)} "
+            t.expect(told)
+        t.expect(">>>")
+        t.send("/exit\r")
+        assert t.wait()[0] == 0
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    assert "<2 'hi' 1 lines>" in piped("\ufeffhi", tmp_path, COUNTING).stdout
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
+def test_terminals_without_colors_or_escape_sequences(term):
+    """NO_COLOR leaves the sequences that move the cursor."""
+    with terminal(TERM=term, NO_COLOR="1") as t:
+        t.expect(">>>")
+        t.send('"""\r')
+        t.expect("...")
+        t.send(f'{FACT}\r{QUESTION}"""\r')
+        t.expect("The secret code of Marlow is 48213.\n")
+        t.expect(">>>")
+        t.send("\x03")
+        t.expect("/exit or Ctrl-D to leave")
+        t.expect(">>>")
+        t.send("\x04")
+        assert t.wait()[0] == 0
+        styles = set(re.findall(r"\x1b\[([0-9;]*)m", t.raw))
+        assert styles <= ({"", "0"} if term != "dumb" else set())
+        assert term != "dumb" or "\x1b" not in t.raw
+
+
+@pytest.mark.parametrize("module", ["click", "razor_local.cli.chat", "razor_local.llama"])
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path, module):
+    code = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *args):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from razor_local.__main__ import main; main()
+"""
+    done = piped("hi", tmp_path, code)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "\nAborted!\n")
+
+
+# -- what a terminal would obey --
+
+HOSTILE = "\x1b]0;title\x07\x9b2J\u202eevil"  # a title, an erased screen, text from right to left
+SHOWN = r"\x1b]0;title\x07\x9b2J\u202eevil"
+
+
+def test_printable_text():
+    assert printable("漢字 🙂\u200d é\u00a0\tx\n") == "漢字 🙂\u200d é\u00a0\tx\n"
+    assert printable(HOSTILE) == SHOWN and printable("a\r\nb\rc\udc80") == r"a" "\n" r"b\rc\udc80"
+    assert printable("a\nb\tc", one_line=True) == r"a\nb\tc"
+    assert str(RazorError(f"a\n{HOSTILE}")) == rf"a\n{SHOWN}"
+
+
+def hostile_model(path):
+    """The built-in model with codes in its name and in the error of its chat template."""
+    embedded_model.write_variant(path, "{{ raise_exception('no\x1b[2J') }}")
+    data = path.read_bytes()
+    key = b"general.name"
+    at = data.index(key) + len(key) + 4
+    (length,) = struct.unpack_from("<Q", data, at)
+    name = b"\x1b[2J\nn".ljust(length)
+    path.write_bytes(data[: at + 8] + name + data[at + 8 + length :])
+    return path
+
+
+def test_names_and_errors_of_a_model_move_no_cursor(tmp_path):
+    path = hostile_model(tmp_path / "model.gguf")
+    with terminal(str(path)) as t:
+        t.expect(r"\x1b[2J\nn")
+        t.expect(">>>")
+        t.send("x\r")
+        t.expect(r"refuses this: no\x1b[2J")
+        t.send("/exit\r")
+        assert t.wait()[0] == 0
+    error = run(path, message="x").stderr
+    assert error == "Error: the model's chat template refuses this: no\\x1b[2J\n"
+    for command in (["inspect"], ["fit", "--vram", "8GiB"]):
+        result = CliRunner().invoke(main, [*command, str(path)])
+        assert result.exit_code == 0 and r"\x1b[2J\nn" in result.output
+        assert "\x1b" not in result.output
+
+
+# an answer that would erase the screen
+ERASING = f"""
+from razor_local import llama
+piece = llama.Llama.piece
+llama.Llama.piece = lambda self, token: piece(self, token) + b"\\x1b[2J"
+{MAIN}
+"""
+
+
+def test_answers_are_printable_on_a_terminal_and_as_they_are_in_a_pipe(tmp_path):
+    with terminal("-n", "2", code=ERASING) as t:
+        t.expect(">>>")
+        t.send("hi\r")
+        assert r"\x1b[2J" in t.expect("MiB full")
+    assert piped("hi", tmp_path, ERASING).stdout.count("\x1b[2J") > 1
+
+
 # answers that go on until the context is full, slowly enough to be stopped
 ENDLESS = f"""
 import time
@@ -347,6 +490,26 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
         t.expect(">>>")
         t.send("/exit\r")
         assert t.wait()[0] == 0
+
+
+def test_what_is_pasted_during_an_answer_is_one_message():
+    text = "\n".join(f"Line {i}: {FACT}" for i in range(200))  # longer than a terminal's buffer
+    with terminal("-s", "7", "-n", "100", code=ENDLESS.replace(MAIN, COUNTING)) as t:
+        t.expect(">>>")
+        t.send(paste(f"{FACT}\n\n{QUESTION}") + "\r")
+        t.expect("48213.")
+        marked = t.raw.rfind("\x1b[?2004h") > t.raw.rfind("\x1b[?2004l")
+        pasted = paste(text) if marked else text  # as a terminal does it
+        writer = threading.Thread(target=t.send, args=(pasted + "\r",))
+        writer.start()  # it waits until the program reads
+        t.expect("MiB full")
+        t.expect(">>>")
+        t.expect("200 lines]")
+        t.expect(f"<{len(text)} {text[:20]!r} 200 lines>")
+        writer.join()
+        t.expect(">>>")
+        t.send("/exit\r")
+        assert t.wait()[0] == 0 and t.raw.rfind("\x1b[?2004h") < t.raw.rfind("\x1b[?2004l")
 
 
 SLOW_PREFILL = f"""

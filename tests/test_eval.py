@@ -454,3 +454,12 @@ def test_a_journal_of_another_kind_is_refused(tmp_path) -> None:
     done = run(*NEEDLE, "--policies", "full", "--resume", journal)
     assert done.exit_code == 1 and "is no journal of an evaluation" in done.output
     assert journal.read_text() == "notes\n"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path) -> None:
+    texts = [tmp_path / "plain.txt", tmp_path / "marked.txt"]
+    for path, encoding in zip(texts, ("utf-8", "utf-8-sig"), strict=True):
+        path.write_text("Call me Ishmael.", encoding=encoding)
+    setup = ModelSetup(str(DEFAULT_MODEL))
+    plain, marked = (read_text(setup, path).tokens.tolist() for path in texts)
+    assert plain == marked

@@ -7,6 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from gguf_bytes import U32, kv, kv_array, razor_keys, small_model
+from other_models import MODELS, make_other
 from razor_local.converters.write import write_sidecar
 from tiny_models import TinySpec, make_model, razor_kv
 
@@ -56,11 +57,10 @@ def test_a_model_with_a_profile(folder):
         "    1  ..                                     0/2  0.19",
         "    2  ##                                     2/2  1.00",
         "",
-        "KV cache    MiB  this plan takes",
-        "this plan  1.78",
-        "full f16   3.00            59.4%",
-        "full q8_0  1.59           111.9%",
-        "full q4_0  0.84           211.4%",
+        "KV cache         full MiB  razor MiB  razor / full",
+        "f16 (this plan)      3.00       1.78         59.4%",
+        "q8_0                 1.59       0.95         59.5%",
+        "q4_0                 0.84       0.50         59.6%",
     ]
 
 
@@ -74,11 +74,11 @@ def test_a_model_without_a_profile(folder):
         "plan     full cache: no profile",
     ]
     assert out[-5:] == [
-        "this plan         0.57",
-        "full f16          0.75            76.6%",
-        "full q8_0         0.40           144.1%",
-        "full q4_0         0.21           272.2%",
-        "full, same types  0.57           100.0%",
+        "KV cache              full MiB",
+        "q8_0/f16 (this plan)      0.57",
+        "f16                       0.75",
+        "q8_0                      0.40",
+        "q4_0                      0.21",
     ]
 
 
@@ -129,7 +129,7 @@ def test_head_size_that_quantized_types_do_not_fit(folder):
         " use f16\n"
     )
     _, stdout, _ = run("inspect", folder / "odd.gguf")
-    assert "full q8_0  head size does not fit" in stdout
+    assert "q8_0             head size does not fit" in stdout
     assert (
         json.loads(run("inspect", folder / "odd.gguf", "--json")[1])["kv_bytes_full_as"]["q4_0"]
         is None
@@ -165,7 +165,7 @@ def test_a_name_cannot_control_the_terminal(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(small_model().replace(b"small", b"\x1b[2Jx"))
     _, stdout, _ = run("inspect", path)
-    assert lines(stdout)[0].startswith("model    ?[2Jx: llama")
+    assert lines(stdout)[0].startswith(r"model    \x1b[2Jx: llama")
 
 
 def test_features_that_razor_may_refuse_are_noted(tmp_path):
@@ -173,6 +173,19 @@ def test_features_that_razor_may_refuse_are_noted(tmp_path):
     path.write_bytes(small_model([kv_array("llama.rope.dimension_sections", 5, [1, 2, 3, 0])]))
     code, stdout, stderr = run("inspect", path)
     assert code == 0 and stdout and stderr.startswith("Note: the model has M-RoPE;")
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_convert_is_offered_where_it_works(tmp_path, arch):
+    path = make_other(tmp_path / "m.gguf", arch)
+    inspected, out, _ = run("inspect", path)
+    offered = "razor-local convert adds one" in out
+    options = [] if arch == "mpt" else ["--budget", 0.5, "--no-proof"]
+    code, _, error = run("convert", path, "-o", tmp_path / "o.gguf", *options)
+    assert offered == (code == 0), error
+    if inspected == 0 and not offered:
+        assert "razor-local convert may refuse to add one: the model has" in out
+        assert "'razor-local convert' may refuse to make one" in run("inspect", path, "--heads")[2]
 
 
 def test_help_names_every_command_that_exists():

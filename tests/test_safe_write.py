@@ -12,8 +12,11 @@ from razor_local.converters.scores import profile_scores, save_scores
 from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import RazorError
+from razor_local.bench_report import save_text
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
+from razor_local.head_map import plot_heads
+from razor_local.journal import Journal
 from razor_local.profile import read_model_shape, read_profile
 from razor_local.safe_write import check_outputs, new_file
 
@@ -30,9 +33,14 @@ def test_outputs_follow_the_umask(tmp_path, umask, mode):
         save_scores(scores, tmp_path / "s.json")
         write_copy(model, tmp_path / "c.gguf", read_profile(model))
         write_sidecar(model, tmp_path / "side.gguf", read_profile(model))
+        save_text("x", tmp_path / "report.md")
+        plot_heads(read_profile(model), read_model_shape(model), tmp_path / "heads.svg")
+        with Journal(tmp_path / "run.jsonl", {"version": 1}, "a test", dict) as journal:
+            journal.begin({"version": 1})
     finally:
         os.umask(before)
-    for name in ("a.txt", "s.json", "c.gguf", "side.gguf"):
+    assert len(list(tmp_path.iterdir())) == 8
+    for name in sorted({path.name for path in tmp_path.iterdir()} - {"m.gguf"}):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode, name
 
 

@@ -40,7 +40,13 @@ static void razor_on_log(enum ggml_log_level level, const char * text, void * /*
     }
 
     if (razor_log_prints) {
-        fputs(text, stderr);
+        std::string shown = text; // names of a model file among it, which must not control a terminal
+        for (char & c : shown) {
+            if ((unsigned char) c < ' ' && c != '\n' && c != '\t') {
+                c = '?';
+            }
+        }
+        fputs(shown.c_str(), stderr);
         fflush(stderr);
     }
 }

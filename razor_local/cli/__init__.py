@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import RazorError
+from ..terminal import echo, printable
 
 # command: what it is for; the code is in the file of the same name, as a click command of that name
 COMMANDS = {
@@ -59,14 +60,18 @@ def _one_line() -> Iterator[None]:
         if error.errno == errno.EPIPE:
             raise  # click ends quietly when the reader of stdout has gone
         name = f"{error.filename}: " if error.filename else ""
-        raise click.ClickException(f"{name}{error.strerror or error}") from error
+        message = printable(f"{name}{error.strerror or error}", one_line=True)
+        raise click.ClickException(message) from error
+    except click.ClickException as error:  # quotes arguments, names of files among them
+        error.message = printable(error.message)
+        raise
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from importlib.metadata import version
 
-        click.echo(f"razor-local {version('razor-local')}")
+        echo(f"razor-local {version('razor-local')}")
         ctx.exit()
 
 

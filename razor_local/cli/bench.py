@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..terminal import echo
 from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup, write_report
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def bench(
             raise click.UsageError("--compare draws nothing; --plot is for one run")
         pair = [load_report(path) for path in compare]
         for line in differences(*pair):
-            click.echo(f"Note: the runs differ in {line}", err=True)
+            echo(f"Note: the runs differ in {line}", err=True)
         text = format_comparison(*pair, kind)
     else:
         run = load_report(report) if report is not None else _measure(model, options)
@@ -194,7 +195,7 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
         except KeyboardInterrupt:
             show.close()
             journal = options["resume"]
-            click.echo(
+            echo(
                 "Interrupted; nothing was kept, next time use --resume FILE."
                 if journal is None
                 else f"Interrupted; the same command goes on with what is in {journal}.",
@@ -261,5 +262,5 @@ def _make_shape(options: dict[str, Any]) -> Path:
             seed=options["seed"] or 0,
             progress=bar.update,
         )
-    click.echo(f"{path}: its weights are random, only its speed means anything", err=True)
+    echo(f"{path}: its weights are random, only its speed means anything", err=True)
     return path

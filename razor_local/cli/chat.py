@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
+from ..terminal import echo, printable
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ HELP = '''\
 
 Paste a text of several lines and type a question behind it; Enter sends both, with an empty line
 between them. If your terminal does not mark what is pasted, put the message between two lines
-of """. Alt-Enter begins another line. Ctrl-C stops an answer and keeps what was said.'''
+of """. Alt-Enter begins another line. Ctrl-C stops an answer and keeps what was said.
+Other lines that begin with a slash are messages.'''
 
 DEFAULT_MODEL_HINT = """\
 This is the small built-in model. It only answers questions about facts in a text, such as: paste
@@ -136,7 +139,7 @@ def chat(model: Path | None, **options: Any) -> None:
 
 def _read_stdin() -> str:
     try:
-        text = sys.stdin.buffer.read().decode("utf-8").strip("\r\n")
+        text = sys.stdin.buffer.read().decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         raise RazorError(f"stdin is not UTF-8 text (byte {error.start})") from error
     if not text.strip():
@@ -191,23 +194,32 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
 def _converse(llama: Llama, conversation: Chat) -> None:
     from ..terminal import MessageReader
 
-    reader = MessageReader()
-    while True:
-        try:
-            text = reader.read()
-        except KeyboardInterrupt:
-            _say("/exit or Ctrl-D to leave")
-            continue
-        if text is None:
-            return
-        try:
-            if text.startswith("/") and "\n" not in text:
-                if not _command(llama, conversation, text):
-                    return
-            elif text.strip():
-                _answer(llama, conversation, text)
-        except RazorError as error:
-            _say(f"Error: {error}")
+    with MessageReader() as reader:
+        while True:
+            try:
+                text = reader.read()
+            except KeyboardInterrupt:
+                _say("/exit or Ctrl-D to leave")
+                continue
+            if text is None:
+                return
+            try:
+                if _is_command(text):
+                    if not _command(llama, conversation, text):
+                        return
+                elif text.strip():
+                    with reader.hold_input():
+                        _answer(llama, conversation, text)
+            except RazorError as error:
+                _say(f"Error: {error}")
+
+
+def _is_command(text: str) -> bool:
+    """Whether a message is a command: a word behind a slash, and a text behind /system alone.
+
+    Anything else is sent: "/usr/bin/ls is a path" and "/exit code 3" are messages.
+    """
+    return re.fullmatch(r"/(system( .*)?|[A-Za-z?]+ *)", text) is not None
 
 
 def _answer(llama: Llama, conversation: Chat, text: str) -> None:
@@ -217,18 +229,28 @@ def _answer(llama: Llama, conversation: Chat, text: str) -> None:
     with ProgressBar("reading the prompt") as bar, on_interrupt(conversation.stop):
         for piece in conversation.say(text, bar.update):
             bar.close()
-            click.echo(piece, nl=False)
+            _write(piece)
     turn = conversation.last
     if turn.n_answer:
-        click.echo()
+        echo()
     if turn.ended == "stopped":
         kept = "what was answered is kept" if turn.n_answer else "the message is not kept"
         _say(f"(stopped; {kept})")
     elif turn.ended == "context":
         _say(f"(the context of {llama.n_ctx()} tokens is full: /clear, or start with a larger -c)")
+    elif turn.ended == "loop":
+        _say("(the answer was ended because it repeated itself without end)")
     elif turn.ended == "length":
         _say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
     _say(_numbers(llama, conversation))
+
+
+def _write(piece: str) -> None:
+    """Write a piece of an answer: printable on a terminal, as it is to a pipe or a file."""
+    if sys.stdout.isatty():
+        echo(piece, nl=False)
+    else:
+        click.echo(piece, nl=False, color=True)  # without it click takes escape sequences out
 
 
 def _command(llama: Llama, conversation: Chat, line: str) -> bool:
@@ -256,13 +278,17 @@ def _command(llama: Llama, conversation: Chat, line: str) -> bool:
             f" {conversation.reserve} kept for its answer"
         )
     else:
-        _say(f"Error: there is no /{name}; /help shows the commands")
+        _say(
+            f"Error: there is no /{name}; /help shows the commands, and a space in front of it"
+            " makes it a message"
+        )
     return True
 
 
 def _describe(llama: Llama) -> str:
     memory, plan = llama.memory(), llama.plan
     name = llama.metadata.get("general.name") or Path(llama.model_path).name
+    name = printable(name[:300], one_line=True)
     if not memory.active:
         return f"{name}, {memory.n_ctx} tokens; razor is off ({memory.why}); {_kv(memory)}"
     return (
@@ -314,4 +340,4 @@ def _mib(n_bytes: int) -> str:
 
 
 def _say(text: str) -> None:
-    click.secho(text, err=True, dim=True)
+    echo(text, err=True, dim=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..terminal import echo
 from .params import THREADS, Number, Size
 
 if TYPE_CHECKING:
@@ -193,14 +194,14 @@ def convert(
         haystack = FolderText(measuring["haystack"])
     feature = unsupported_feature(header, shape)
     if feature:
-        click.echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
+        echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
     if alibi:
         profile = _profile_from_weights(model, epsilon)
     else:
         if heads is not None:
             profile = profile_from_heads(heads, shape, budget=measuring["budget"], **options)
             if "ties" in profile.calibration:
-                click.echo(
+                echo(
                     f"Note: {profile.calibration['ties']} were taken, spread over the layers.",
                     err=True,
                 )
@@ -220,15 +221,15 @@ def convert(
     if profile.scope is not None:
         from ..head_map import scope_line
 
-        return click.echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
+        return echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
     n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
-    click.echo(
+    echo(
         f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
         f" ({n_retrieval / max(n_heads, 1):.1%})"
     )
     proof = facts_line(profile)
     if proof is not None:
-        click.echo(proof[0].upper() + proof[1:])
+        echo(proof[0].upper() + proof[1:])
     if measured.failed:
         click.get_current_context().exit(1)
 
@@ -335,10 +336,10 @@ class _Measured:
         except (RazorError, OSError):
             if name is not None:
                 os.unlink(name)
-            click.echo(f"Note: {why}, so the measured scores are not kept in a file.", err=True)
+            echo(f"Note: {why}, so the measured scores are not kept in a file.", err=True)
             return
         self.saved = True
-        click.echo(f"Note: {why}; the measured scores are in {name}, for --scores.", err=True)
+        echo(f"Note: {why}; the measured scores are in {name}, for --scores.", err=True)
 
 
 def _profile_from_scores(
@@ -407,10 +408,10 @@ def _prove(
         )
     if proof is None:
         if why != "--no-proof":
-            click.echo(f"Note: the heads were not tried on planted facts: {why}.", err=True)
+            echo(f"Note: the heads were not tried on planted facts: {why}.", err=True)
         return profile
     if not proof.conclusive:
-        click.echo(
+        echo(
             f"Note: the full cache itself finds only {proof.full.n_found} of"
             f" {len(proof.full.found)} planted facts, so they do not show whether these heads are"
             " the right ones; measure your task, for example with 'razor-local eval'.",
@@ -418,7 +419,7 @@ def _prove(
         )
     elif not proof.holds:
         more = "" if by_list else ", keep more of them with a larger budget (chat --retrieval 0.25)"
-        click.echo(
+        echo(
             f"Note: razor loses facts with these heads ({proof.razor.n_found} of"
             f" {len(proof.full.found)} found, {proof.full.n_found} with the full cache); measure"
             f" your task{more}, or run the full cache.",
@@ -456,16 +457,17 @@ class _Bar:
         if self.bar is None:
             if time.monotonic() - self.started < 2:
                 return
-            from rich.console import Console
             from rich.markup import escape
             from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+            from ..terminal import make_console
 
             self.bar = Progress(
                 escape(self.text),
                 BarColumn(),
                 DownloadColumn(),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=make_console(stderr=True),
                 transient=True,
             )
             self.task = self.bar.add_task(self.text, total=total)

@@ -15,6 +15,7 @@ import click
 
 from ..child import python_command
 from ..errors import LibraryError, RazorError
+from ..terminal import echo, printable
 
 REINSTALL = "reinstall razor-local, native/README.md tells how it is built"
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "numba", "click", "rich", "prompt_toolkit")
@@ -31,7 +32,7 @@ def doctor(as_json: bool) -> None:
     Exit code 1 if something is wrong.
     """
     report = examine()
-    click.echo(json.dumps(report, indent=2) if as_json else _text(report))
+    echo(json.dumps(report, indent=2) if as_json else _text(report))
     if report["problems"]:
         sys.exit(1)
 
@@ -204,6 +205,6 @@ def _text(report: dict[str, Any]) -> str:
         rows.append(("model", f"{Path(model['path']).name} ({model['name']}, {size}, {heads})"))
     for i, (name, value) in enumerate(report["environment"].items()):
         rows.append(("" if i else "environment", f"{name}={value}"))
-    lines = [f"{name:<12} {value}".rstrip() for name, value in rows]
+    lines = [f"{name:<12} {printable(value, one_line=True)}".rstrip() for name, value in rows]
     problems = [f"problem      {problem}" for problem in report["problems"]]
     return "\n".join([*lines, "", *(problems or ["everything is in order"])])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError
+from ..terminal import echo
 from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup, write_report
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
         try:
             run_facts(run.setup, run.shape, run.policies, n_ctx, journal, show)
         except RazorError as error:  # all windows are read
-            click.echo(f"Note: no facts were planted: {error}.", err=True)
+            echo(f"Note: no facts were planted: {error}.", err=True)
     assert journal.head is not None
     report = PerplexityReport(journal.head, journal.records)
     run.write(format_report(report, run.kind))
@@ -382,7 +383,7 @@ def longbench(folder: Path, model: Path | None, **options: Any) -> None:
                  for name, n in bench.left_out.items()]  # fmt: skip
         notes += [f"{n} texts of {name} were cut in the middle" for name, n in bench.n_cut.items()]
         for note in notes:
-            click.echo(f"Note: {note}", err=True)
+            echo(f"Note: {note}", err=True)
         described = {
             "tasks": bench.names,
             "samples": options["samples"],
@@ -435,7 +436,7 @@ class _Run:
             chosen = [n for i in range(6) if (n := 1024 << i) <= longest] or [longest]
         trained = self.shape.n_ctx_train
         if trained and chosen[-1] > trained:
-            click.echo(
+            echo(
                 f"Note: the model was trained for {trained:,} tokens, {chosen[-1]:,} goes beyond",
                 err=True,
             )
@@ -451,7 +452,7 @@ class _Run:
             except KeyboardInterrupt:
                 show.close()
                 journal = self.options["resume"]
-                click.echo(
+                echo(
                     "Interrupted; nothing was kept, next time use --resume FILE."
                     if journal is None
                     else f"Interrupted; the same command goes on with what is in {journal}.",

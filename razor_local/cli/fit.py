@@ -12,7 +12,7 @@ import click
 
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
-from ..terminal import table_console
+from ..terminal import echo, make_console, printable, table_console
 from .params import KV_TYPE, ContextSize, Number, Size
 
 if TYPE_CHECKING:
@@ -95,12 +95,11 @@ def fit(model: Path, **given: Any) -> None:
     Of a card in the table, and of the memory of this machine, 1 GiB is left for all else; what
     --vram and --ram name is used in full.
     """
-    from rich.console import Console
 
     from ..fit import MAX_N_CTX, ContextOptions, DryModel, make_candidates, no_room
 
     with (
-        Console(stderr=True).status("planning"),
+        make_console(stderr=True).status("planning"),
         DryModel(model, n_gpu_layers=given["n_gpu_layers"]) as dry,
     ):
         n_ctx = given["ctx_size"] if isinstance(given["ctx_size"], int) else None
@@ -131,7 +130,7 @@ def fit(model: Path, **given: Any) -> None:
             _plot(dry, runs, given["plot"], given["beyond"])
         report = _report(dry, profile, source, base, memories, candidates, found)
     if given["as_json"]:
-        return click.echo(json.dumps(report, indent=2))
+        return echo(json.dumps(report, indent=2))
     _print_head(report)
     if len(memories) > 1:
         _print_cards(report)
@@ -174,7 +173,7 @@ def _profile(
     """What razor is planned with, and where that comes from."""
     from ..errors import ProfileError
     from ..fit import paper_profile
-    from ..profile import read_sidecar
+    from ..profile import no_profile, read_sidecar
 
     if dry.shape is None:
         if sidecar is not None or retrieval is not None:
@@ -183,10 +182,7 @@ def _profile(
     profile = dry.profile() if sidecar is None else read_sidecar(sidecar, dry.shape)
     if profile is None:
         if retrieval is not None:
-            raise ProfileError(
-                f"{dry.path} has no razor profile; make one with 'razor-local convert MODEL.gguf"
-                " -o OUT.gguf', or name one with --sidecar"
-            )
+            raise no_profile(dry.path)
         return paper_profile(dry.shape), "paper"
     if retrieval is not None:
         from ..converters.scores import with_budget
@@ -252,7 +248,7 @@ def _report(
 
 def _print_head(report: dict[str, Any]) -> None:
     console, model, profile = table_console(), report["model"], report["profile"]
-    name = "".join(c if c.isprintable() else "?" for c in model["name"][:300])
+    name = printable(model["name"][:300], one_line=True)
     trained = model["n_ctx_train"]
     console.print(
         f"model    {name or 'without a name'}: {_mib(model['weights_bytes'])} MiB of weights,"
@@ -379,7 +375,7 @@ def _plot(dry: DryModel, runs: list[Candidate], path: Path, beyond: bool) -> Non
             axes.annotate(f"{card >> 30} GiB", (sizes[-1], card / 2**30), fontsize=7, ha="right")
     name = dry.shape.name if dry.shape else dry.path.name
     axes.set(
-        title="".join(c if c.isprintable() else "?" for c in name[:100]),
+        title=printable(name[:100], one_line=True),
         xlabel="context in tokens",
         ylabel="GiB of weights, KV cache and compute buffers",
         ylim=(0, None),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..terminal import table_console
+from ..terminal import echo, printable, table_console
 from .params import KV_TYPE, Number
 
 if TYPE_CHECKING:
@@ -75,14 +75,15 @@ def inspect(
 
     Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
     """
-    from ..errors import ProfileError
     from ..gguf_header import read_header
     from ..plan import make_plan
     from ..profile import (
+        no_profile,
         profile_from_header,
         read_sidecar,
         shape_from_header,
         unsupported_feature,
+        why_not_converted,
     )
     from ..safe_write import check_outputs
 
@@ -94,17 +95,14 @@ def inspect(
     )
     looking = heads or compare is not None or plot is not None
     if profile is None and (retrieval is not None or looking):
-        raise ProfileError(
-            f"{file} has no razor profile; make one with 'razor-local convert MODEL.gguf -o"
-            " OUT.gguf', or name one with --sidecar"
-        )
+        raise no_profile(file)
     if retrieval is not None:
         from ..converters.scores import with_budget
 
         profile = with_budget(profile, shape, retrieval)
     feature = unsupported_feature(header, shape)
     if feature:
-        click.echo(
+        echo(
             f"Note: the model has {feature}; razor may be refused when it is run, and the bytes"
             " below are those of plain full attention in every layer.",
             err=True,
@@ -118,6 +116,7 @@ def inspect(
         from ..head_map import plot_heads
 
         plot_heads(profile, shape, plot)
+    no_convert = why_not_converted(header, shape)
     if looking and not as_json:
         return _print_heads(shape, profile, heads, there, compare, plot)
     run = None if profile is None or profile.scope is not None else profile
@@ -134,9 +133,10 @@ def inspect(
 
             compared = compare_heads(profile.retrieval, there).to_dict()
             described["comparison"] = {"with": str(compare)} | compared
-        click.echo(json.dumps(described, indent=2))
+        echo(json.dumps(described, indent=2))
     else:
-        _print(shape, profile, plan)
+        _print_profile(table_console(), shape, profile, no_convert)
+        _print_plan(shape, profile, run, plan)
 
 
 def describe(shape: ModelShape, profile: Profile | None, plan: Plan) -> dict[str, Any]:
@@ -215,19 +215,21 @@ def _print_heads(
         for line in map_lines(profile, shape, shades):
             console.print(line)
     if there is not None:
-        console.print(f"\nhere     {_printable(str(shape.path))}")
-        console.print(f"there    {_printable(str(compare))}\n")
+        console.print(f"\nhere     {printable(str(shape.path), one_line=True)}")
+        console.print(f"there    {printable(str(compare), one_line=True)}\n")
         for line in comparison_lines(profile.retrieval, there):
             console.print(line)
     if plot is not None:
-        console.print(f"\nplot     {_printable(str(plot))}")
+        console.print(f"\nplot     {printable(str(plot), one_line=True)}")
 
 
-def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
+def _print_plan(
+    shape: ModelShape, profile: Profile | None, run: Profile | None, plan: Plan
+) -> None:
+    """Print what the plan does and its bytes. run: the part of the profile that can be run."""
     from rich.table import Table
 
     console = table_console()
-    _print_profile(console, shape, profile)
     console.print(
         f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v},"
         f" flash attention {'on' if plan.flash_attn else 'off'}"
@@ -263,38 +265,59 @@ def _print(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("KV cache")
-    table.add_column("MiB", justify="right")
-    table.add_column("this plan takes", justify="right")
-    table.add_row("this plan", _mib(plan.kv_bytes), "")
-    for kv_type in COMPARED:
-        full = _full_bytes(plan, kv_type)
-        if full is None:
-            table.add_row(f"full {kv_type}", "head size does not fit", "")
+    table.add_column("full MiB", justify="right")
+    if plan.active:
+        table.add_column("razor MiB", justify="right")
+        table.add_column("razor / full", justify="right")
+    for type_k, type_v in dict.fromkeys([(plan.type_k, plan.type_v), *((t, t) for t in COMPARED)]):
+        name = type_k if type_k == type_v else f"{type_k}/{type_v}"
+        name += " (this plan)" if (type_k, type_v) == (plan.type_k, plan.type_v) else ""
+        other = _with_types(shape, run, plan, type_k, type_v)
+        if isinstance(other, str):
+            table.add_row(name, other)
         else:
-            table.add_row(f"full {kv_type}", _mib(full), f"{plan.kv_bytes / max(full, 1):.1%}")
-    if (plan.type_k, plan.type_v) not in {(t, t) for t in COMPARED} or not plan.flash_attn:
-        table.add_row("full, same types", _mib(plan.kv_bytes_full), f"{plan.share:.1%}")
+            sizes = _mib(other.kv_bytes_full), _mib(other.kv_bytes), f"{other.share:.1%}"
+            table.add_row(name, *sizes[: len(table.columns) - 1])
     console.print()
     console.print(table)
 
 
-def _print_profile(console: Console, shape: ModelShape, profile: Profile | None) -> None:
+def _with_types(
+    shape: ModelShape, run: Profile | None, plan: Plan, type_k: str, type_v: str
+) -> Plan | str:
+    """The plan with other types of the KV cache, or why there is none."""
+    from ..errors import UnsupportedError
+    from ..plan import make_plan
+
+    if (type_k, type_v) == (plan.type_k, plan.type_v):
+        return plan
+    try:
+        return make_plan(shape, run, plan.n_ctx, type_k, type_v, plan.flash_attn)
+    except UnsupportedError:
+        return "needs flash attention" if _full_bytes(plan, type_v) else "head size does not fit"
+
+
+def _print_profile(
+    console: Console, shape: ModelShape, profile: Profile | None, no_convert: str | None = None
+) -> None:
     from ..profile import facts_line
 
     heads = " ".join(
         sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True)})
     )
     console.print(
-        f"model    {_printable(shape.name) or 'without a name'}: {shape.arch},"
+        f"model    {printable(shape.name[:300], one_line=True) or 'without a name'}: {shape.arch},"
         f" {shape.n_layer} layers, {heads} query/KV heads of size {shape.head_dim_k},"
         f" trained for {shape.n_ctx_train:,} tokens"
     )
     if profile is None:
+        adds = "adds one" if no_convert is None else f"may refuse to add one: {no_convert}"
         console.print(
-            "profile  none: every KV head keeps every token (razor-local convert adds one)"
+            f"profile  none: every KV head keeps every token (razor-local convert {adds})"
         )
     elif profile.scope is not None:
-        epsilon = _printable(str(profile.calibration.get("epsilon", "an unknown epsilon")))
+        epsilon = str(profile.calibration.get("epsilon", "an unknown epsilon"))[:300]
+        epsilon = printable(epsilon, one_line=True)
         console.print(
             f"profile  ALiBi: attention beyond the scope of a KV head is at most {epsilon}"
         )
@@ -313,8 +336,3 @@ def _print_profile(console: Console, shape: ModelShape, profile: Profile | None)
 
 def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.2f}"
-
-
-def _printable(text: str) -> str:
-    """A model's name may hold anything, a terminal's control codes too."""
-    return "".join(c if c.isprintable() else "?" for c in text[:300])

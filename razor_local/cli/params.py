@@ -11,6 +11,7 @@ import click
 
 from ..errors import RazorError
 from ..plan import KV_TYPES
+from ..terminal import echo
 
 if TYPE_CHECKING:
     from ..bench_worker import ModelSetup
@@ -103,9 +104,9 @@ def write_report(text: str, output: Path | None) -> None:
         if output is not None:
             return save_text(text, output)
     except (RazorError, OSError):
-        click.echo(text, nl=False)
+        echo(text, nl=False)
         raise
-    click.echo(text, nl=False)
+    echo(text, nl=False)
 
 
 def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..terminal import echo
 from .params import KV_TYPE, THREADS
 
 if TYPE_CHECKING:
@@ -116,13 +117,13 @@ def verify(
             progress=bars,
         )
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        echo(json.dumps(result.to_dict(), indent=2))
     else:
         _print(result)
     if not result.passed:
         raise click.ClickException(result.verdict.removeprefix("FAIL: "))
     if not as_json:
-        click.echo(result.verdict)
+        echo(result.verdict)
 
 
 class _Bars:
@@ -178,14 +179,14 @@ def _print(result: Verification) -> None:
     kl = result.kl
     if result.n_text > result.n_tokens:
         left_out = result.n_text - result.n_tokens
-        click.echo(f"\nThe last {left_out:,} tokens of the text were left out.", err=True)
-    click.echo(
+        echo(f"\nThe last {left_out:,} tokens of the text were left out.", err=True)
+    echo(
         f"\n{result.n_tokens:,} tokens, {result.n_folded:,} of them folded at the end (sinks"
         f" {plan.sink_tokens}, window {plan.window:,}, blocks of {plan.block}), flash attention"
         f" {'on' if plan.flash_attn else 'off'}, cache on {', '.join(result.buffers)};"
         f" {result.n_rows:,} rows compared in each layer"
     )
-    click.echo(
+    echo(
         f"KL divergence from the full cache: mean {kl.mean:.2e}, last eighth {kl.end:.2e}, largest"
         f" {kl.largest:.2e} nats; the same token first in {kl.same_top:.1%}"
     )

@@ -62,7 +62,7 @@ class Prompts:
 
     def __init__(self, model: str | os.PathLike[str]) -> None:
         self.model = load_vocabulary(model)
-        self.render = renderer(self.model)
+        self._render = renderer(self.model)
         self._bos = bos_text(self.model)
         self._count = lru_cache(1 << 16)(self._count_uncached)
 
@@ -73,6 +73,10 @@ class Prompts:
     def _count_uncached(self, text: str) -> int:
         return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
 
+    def render(self, messages: list[Message]) -> str:
+        """The prompt, with marks around the texts of control tokens in messages."""
+        return self._render(self.model.mark_plain(messages))
+
     def n_prompt(self, content: str) -> int:
         """Tokens of the prompt whose only message is content."""
         prompt = self.render([{"role": "user", "content": content}])
@@ -80,7 +84,7 @@ class Prompts:
 
     def n_raw(self, content: str) -> int:
         """Tokens of content as it is, without a template."""
-        prompt = (self._bos + content).encode()
+        prompt = (self._bos + self.model.mark_plain(content)).encode()
         return len(self.model.tokenize(prompt, add_bos=False, special=True))
 
     def n_turn(self, question: str) -> int:
@@ -238,6 +242,7 @@ class Answerer:
             self._raw if sample.raw else self._render,
             max_tokens=sample.max_tokens,
             sampling=Sampling(temp=0, seed=0),
+            end_loops=False,  # what policies are compared by is the answer as the model gives it
         )
         answers = []
         for i, question in enumerate(sample.questions):

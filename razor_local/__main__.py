@@ -1,0 +1,16 @@
+"""Where the `razor-local` command and `python -m razor_local` start."""
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C while it is still being imported is no traceback either."""
+    import sys
+
+    try:
+        from .cli import main as run
+    except KeyboardInterrupt:
+        sys.exit("\nAborted!")  # what click prints for a later one
+    run(prog_name="razor-local")
+
+
+if __name__ == "__main__":
+    main()
