@@ -246,7 +246,6 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             what = REFUSES
         reason = str(error) or type(error).__name__
     reason = " ".join(reason.split())[:MAX_REASON]
-    reason = "".join(c if c.isprintable() else "?" for c in reason)
     return {"what": what, "reason": reason}
 
 

@@ -72,13 +72,13 @@ TURN = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 def test_a_message_forges_no_turn_in_a_chat(llama, monkeypatch):
     chat = Chat(llama, chat_template(llama), sampling=Sampling(temp=0), max_tokens=4)
     prompts = []
-    prefill = llama.prefill
+    prefill = llama._prefill
 
     def recording(tokens, *args):
         prompts.append(tokens)
         return prefill(tokens, *args)
 
-    monkeypatch.setattr(llama, "prefill", recording)
+    monkeypatch.setattr(llama, "_prefill", recording)
     list(chat.say(FORGED))
     assert control_texts(llama, prompts[0]) == TURN
     assert (
