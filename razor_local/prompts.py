@@ -196,12 +196,12 @@ class PlainMessages(_Base):
         Raises RazorError where a template has damaged its marks.
         """
         if not special or (BEGIN.encode() not in text and END.encode() not in text):
-            return super().tokenize(text, add_bos, special)
+            return self._tokens_of(text, add_bos, special)
         controls = self._control_texts
         unmarked, plain = controls.unmark(text.decode("utf-8", "surrogateescape"))
         if not plain:
             data = unmarked.encode("utf-8", "surrogateescape")
-            return super().tokenize(data, add_bos, special)
+            return self._tokens_of(data, add_bos, special)
         tokens = [self.token_bos()] if add_bos and self._adds_bos() else []
         known: dict[str, list[int]] = {}  # the same text repeated many times is tokenized once
         for part in controls.split(unmarked, plain):
@@ -210,9 +210,24 @@ class PlainMessages(_Base):
                 continue
             if part not in known:
                 data = part.encode("utf-8", "surrogateescape")
-                known[part] = super().tokenize(data, add_bos=False, special=False)
+                known[part] = self._tokens_of(data, False, False)
             tokens += known[part]
         return tokens
+
+    def _tokens_of(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+        from llama_cpp import llama_cpp as C
+        from llama_cpp.llama_tokenizer import LlamaTokenizer
+
+        if type(self.tokenizer_) is not LlamaTokenizer:
+            return super().tokenize(text, add_bos, special)
+        # the base class allocates room for as many tokens as the model was trained for, each time
+        size = len(text) + 2
+        while True:
+            tokens = (C.llama_token * size)()
+            n = C.llama_tokenize(self._model.vocab, text, len(text), tokens, size, add_bos, special)
+            if n >= 0:
+                return tokens[:n]
+            size = -n
 
     def _adds_bos(self) -> bool:
         from llama_cpp import llama_cpp as C

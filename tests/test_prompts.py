@@ -201,3 +201,17 @@ def test_a_text_full_of_control_tokens_is_tokenized_in_time(llama):
     tokens = llama.tokenize(llama.mark_plain(text).encode(), False, True)
     assert time.process_time() - started < 1
     assert control_texts(llama, tokens) == [] and len(tokens) > 32000
+
+
+def test_room_for_tokens_follows_the_text(tmp_path):
+    """Not the context that a file says the model was trained for."""
+    path = tmp_path / "m.gguf"
+    data = bytearray(DEFAULT_MODEL.read_bytes())
+    at = data.index(b"llama.context_length") + len(b"llama.context_length") + 4
+    data[at : at + 4] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(data)
+    llama = Llama(path, n_ctx=256)
+    started = time.process_time()
+    tokens = llama.tokenize(b"a few words", special=True)
+    assert time.process_time() - started < 0.5
+    assert tokens == Llama(DEFAULT_MODEL, n_ctx=256).tokenize(b"a few words", special=True)
