@@ -174,3 +174,14 @@ def test_library_and_code_of_different_versions(monkeypatch, library):
         native.load.__wrapped__()
     monkeypatch.undo()
     assert native.load.__wrapped__() == library
+
+
+def test_llama_cpp_imported_after_razor_local(library):
+    """Without a library of its own it finds ours; the variable is not left behind."""
+    code = (
+        "import razor_local, llama_cpp, os, sys; print(llama_cpp.llama_cpp._lib._name);"
+        "print('LLAMA_CPP_LIB_PATH' in os.environ, 'razor_local.llama' in sys.modules);"
+        "from razor_local import Llama; print(Llama.__name__)"
+    )
+    result = run(code)
+    assert result.stdout == f"{library.path}\nFalse False\nLlama\n", result.stdout + result.stderr

@@ -785,3 +785,12 @@ def test_full_caches_on_cpus_have_our_attention(plain):
             if own:
                 np.testing.assert_allclose(llama._last_logits(), whole, rtol=0, atol=1e-5)
     assert Llama(DEFAULT_MODEL, n_ctx=2048).memory().own_attention
+
+
+def test_progress_may_print_while_a_model_loads(capfd):
+    printing = Thread(target=lambda: [print(f"beside {i}", flush=True) for i in range(200)])
+    printing.start()
+    Llama(DEFAULT_MODEL, n_ctx=256, progress=print)
+    printing.join()
+    said = capfd.readouterr().out.split("\n")
+    assert "1.0" in said and sum(line.startswith("beside") for line in said) == 200
