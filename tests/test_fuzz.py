@@ -55,12 +55,12 @@ def test_a_crash_a_hang_and_a_bad_message_are_noticed(monkeypatch):
             pass
 
     def message(path, data):
-        raise readers.errors.ProfileError("two\nlines")
+        raise readers.errors.ProfileError("")
 
     for target, error, text in (
         (crash, IndexError, "out of range"),
         (hang, AssertionError, "hang took 0.2 s"),
-        (message, AssertionError, "two.*lines"),
+        (message, AssertionError, "^''"),
     ):
         monkeypatch.setattr(readers, "SECONDS", 0.1 if target is hang else 100)
         monkeypatch.setattr(readers, "TARGETS", (target,))

@@ -111,8 +111,10 @@ def test_window_that_holds_everything_equals_stock(
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
 @pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
 def test_all_retrieval_heads_are_bit_identical_to_stock(
-    kv: str, flash_attn: bool, tiny, stock
+    kv: str, flash_attn: bool, tiny, stock, monkeypatch
 ) -> None:
+    """With llama.cpp's own attention; test_native_full.py has ours."""
+    monkeypatch.setenv("RAZOR_LOCAL_CPU_ATTENTION", "off")
     type_v = kv if flash_attn or kv in ("f32", "f16") else "f16"
     params = {"n_ctx": 1024, "type_k": kv, "type_v": type_v, "flash_attn": flash_attn}
     for spec in SPECS.values():
