@@ -21,13 +21,19 @@ from importlib.metadata import version
 import numpy as np
 
 from ..errors import ConvertError, GGUFError, UnsupportedError
-from ..gguf_header import F32, TENSOR_TYPES, Header, Tensor, read_header
-from ..gguf_split import read_parts
-from ..profile import MAX_WINDOW, ModelShape, Profile, alibi_max_bias, shape_from_header
+from ..gguf.header import F32, TENSOR_TYPES, Header, Tensor, read_header
+from ..gguf.split import read_parts
+from ..profile import (
+    LAYER_NORM,
+    MAX_WINDOW,
+    RMS_NORM,
+    ModelShape,
+    Profile,
+    alibi_max_bias,
+    shape_from_header,
+)
 
 DEFAULT_EPSILON = 0.001
-LAYER_NORM = ("bloom", "jais", "mpt")  # normalizes to mean 0, and may have a bias
-RMS_NORM = ("baichuan", "refact")
 SEARCH_STEPS = 8
 GOLDEN = (math.sqrt(5) - 1) / 2
 

@@ -34,11 +34,11 @@ from typing import Any
 import numpy as np
 
 from .. import native
+from ..common.interrupt import on_interrupt
 from ..errors import ConvertError, RazorError, UnsupportedError
-from ..probe import AttentionProbe, attention_context, load_model, vocabulary
+from ..native.probe import AttentionProbe, attention_context, load_model, vocabulary
 from ..profile import ModelShape, Profile, read_model_shape
-from ..terminal import on_interrupt
-from .scores import MIN_TOKENS, Scores
+from ..scores import MIN_TOKENS, Scores
 
 DEFAULT_TOKENS = 2500
 DEFAULT_REPEATS = 4
@@ -333,7 +333,7 @@ def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -
 
 def _work(path: Path, shape: ModelShape) -> Callable[[int, int], float]:
     """How much there is to compute for the positions [start, end), in multiplications."""
-    from ..gguf_header import read_header
+    from ..gguf.header import read_header
 
     tensors = read_header(path).tensors
     per_token = sum(math.prod(t.dims) for t in tensors if len(t.dims) > 1)

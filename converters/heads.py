@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from ..common.inputs import open_input
 from ..errors import ProfileError
-from ..input_file import open_input
 from ..profile import (
     DEFAULT_COMPENSATION,
     DEFAULT_SINKS,
@@ -37,7 +37,7 @@ from ..profile import (
     describe_heads,
     split_heads,
 )
-from .scores import FORMAT
+from ..scores import FORMAT
 
 MAX_BYTES = 8 << 20  # the published JSON files have up to 3 MB: hundreds of scores per head
 MAX_ENTRIES = 65_536  # of a JSON file; the largest models have 16,000 query heads

@@ -19,9 +19,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..common.files import check_new_file, check_room, create_part, publish, removed_if_terminated
 from ..errors import ConvertError, ProfileError
-from ..gguf_header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U32, Header, read_header
-from ..gguf_split import part_paths, read_parts
+from ..gguf.header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U32, Header, read_header
+from ..gguf.split import part_paths, read_parts
 from ..profile import (
     KEY_CALIBRATION_PREFIX,
     KEY_COMPENSATION,
@@ -43,13 +44,6 @@ from ..profile import (
     profile_from_header,
     read_sidecar,
     shape_from_header,
-)
-from ..safe_write import (
-    check_new_file,
-    check_room,
-    create_part,
-    publish,
-    removed_if_terminated,
 )
 
 CHUNK = 8 << 20

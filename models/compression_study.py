@@ -5,7 +5,7 @@
 Everything that the runtime cannot do is tried here first: folding during prefill against
 compressing after it, and other compensation tokens than the mean of eq. 4 (arXiv 2407.15891). The
 model (of llama architecture, with a profile) runs in numpy, F32, one text at a time; a local head
-attends to sinks, compensation tokens and the window, as in razor_local/reference.py.
+attends to sinks, compensation tokens and the window, as in razor_local/verify/reference.py.
 
 Two measures, each against the full cache of the same simulation:
 

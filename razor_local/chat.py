@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ContextFullError, RazorError
-from .templates import Template
+from .prompt.templates import Template
 
 if TYPE_CHECKING:
     from .llama import Llama, Prefill

@@ -1,6 +1,6 @@
 """Exceptions of razor_local. Each message says what was expected, what was found, what to do."""
 
-from .terminal import printable
+from .printable import printable
 
 
 class RazorError(Exception):

@@ -25,8 +25,8 @@ import numpy as np
 
 from . import native
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
-from .gguf_header import read_header
-from .gguf_split import read_parts
+from .gguf.header import read_header
+from .gguf.split import read_parts
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
 from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
 
@@ -438,7 +438,7 @@ def paper_profile(shape: ModelShape) -> Profile:
     layers. They only estimate the memory of a model without a profile: convert may choose more
     heads or fewer. How many there are decides the bytes, not which.
     """
-    from .converters.scores import ECHO, INDUCTION
+    from .scores import ECHO, INDUCTION
 
     total = sum(shape.n_head_kv)
     n = min(sum(math.ceil(share * total - 1e-9) for share in (INDUCTION, ECHO)), total)

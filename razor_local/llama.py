@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import native
-from .callbacks import Callback
 from .completion import complete, read_chat_request
 from .errors import (
     ContextFullError,
@@ -30,14 +29,15 @@ from .errors import (
     StateError,
     UnsupportedError,
 )
-from .gguf_header import read_header
-from .hyper_parameters import check_overrides
+from .gguf.header import read_header
+from .gguf.hyper_parameters import check_overrides
+from .native.callbacks import Callback
 from .ownership import Requests
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
-from .prompts import PlainMessages
+from .prompt.control_tokens import PlainMessages
+from .prompt.templates import isolate_formatters
 from .state import fingerprint, seal, unseal
-from .templates import isolate_formatters
 
 _native = native.load()  # before llama_cpp, which would load a library of its own
 
@@ -940,7 +940,7 @@ def _resolve(
         shape = shape_from_header(header)
         profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
     if retrieval is not None and profile is not None:
-        from .converters.scores import with_budget
+        from .scores import with_budget
 
         profile = with_budget(profile, shape, retrieval)
     return shape, profile, "the model file has no razor profile"

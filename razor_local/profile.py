@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import ProfileError
-from .gguf_header import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, Header, read_header
-from .gguf_split import read_parts
+from .gguf.header import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, Header, read_header
+from .gguf.split import read_parts
 
 VERSION = 1
 METHODS = ("rope", "alibi")  # profiles of the second can be made and looked at, not run
@@ -64,6 +64,10 @@ UNSUPPORTED_KEYS = {
 # llama.cpp knows by these whether a model has ALiBi
 ALIBI_ARCHS = ("bloom", "jina-bert-v2", "refact")  # always; baichuan with 40 layers (13B) too
 ALIBI_KEY_ARCHS = ("jais", "mpt")  # if attention.max_alibi_bias says so
+
+# architectures with ALiBi, by their norm before attention
+LAYER_NORM = ("bloom", "jais", "mpt")  # normalizes to mean 0, and may have a bias
+RMS_NORM = ("baichuan", "refact")
 
 
 @dataclass(frozen=True)
@@ -374,8 +378,6 @@ def why_not_converted(header: Header, shape: ModelShape) -> str | None:
     feature = unsupported_feature(header, shape)
     if feature != "ALiBi":
         return f"the model has {feature}" if feature else None
-    from .converters.alibi import LAYER_NORM, RMS_NORM
-
     if shape.arch in LAYER_NORM + RMS_NORM:
         return None
     return f"the scopes of {shape.arch} models cannot be computed"

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from .errors import StateError
-from .gguf_header import Header, read_header
-from .gguf_split import read_parts
+from .gguf.header import Header, read_header
+from .gguf.split import read_parts
 
 _MAGIC = b"rzrstat1"
 _SEAL = struct.Struct("<8s16sI16s")

@@ -12,7 +12,7 @@ import tiny_models
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
-from razor_local.gguf_header import read_header
+from razor_local.gguf.header import read_header
 from razor_local.profile import read_model_shape
 
 PATH = Path(str(files("razor_local") / "data" / "razor-default.gguf"))

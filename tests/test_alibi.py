@@ -23,13 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from razor_local.converters import alibi
 from razor_local.converters.alibi import alibi_slopes, head_scope, profile_from_weights
+from razor_local.converters.head_map import plot_heads, scope_line
 from razor_local.converters.write import write_copy, write_sidecar
 
-from razor_local import Llama, Profile, probe
+from razor_local import Llama, Profile
 from razor_local.cli import main
 from razor_local.errors import ConvertError, GGUFError, ProfileError, UnsupportedError
-from razor_local.gguf_header import read_header
-from razor_local.head_map import plot_heads, scope_line
+from razor_local.gguf.header import read_header
+from razor_local.native import probe
 from razor_local.plan import make_plan
 from razor_local.profile import (
     ModelShape,

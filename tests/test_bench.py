@@ -24,8 +24,10 @@ from stock import stock_lib_dir
 from test_journal import damaged
 from tiny_models import TinySpec, razor_kv
 
-from razor_local import bench as bench_module
-from razor_local.bench import (
+from razor_local.bench import run as bench_module
+from razor_local.bench.energy import EnergyMeter
+from razor_local.bench.report import Report, format_report
+from razor_local.bench.run import (
     Batch,
     Settings,
     _Measure,
@@ -34,18 +36,12 @@ from razor_local.bench import (
     run_bench,
     weights_bytes,
 )
-from razor_local.bench_machine import (
-    EnergyMeter,
-    describe_code,
-    describe_gpus,
-    describe_machine,
-    free_memory,
-)
-from razor_local.bench_report import Report, format_report
-from razor_local.bench_worker import Context, ModelSetup, Session, SessionContext, Side
+from razor_local.bench.worker import Context, Session, SessionContext, Side
 from razor_local.cli import main
 from razor_local.cli.bench import KINDS as CLI_KINDS
+from razor_local.common.machine import describe_code, describe_gpus, describe_machine, free_memory
 from razor_local.errors import RazorError
+from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import ModelShape, Profile
 
@@ -569,7 +565,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(tiny, monkeypatch, 
 
 def test_code_is_told_from_changed_code() -> None:
     code = describe_code()
-    root = Path(bench_module.__file__).parents[1]
+    root = Path(bench_module.__file__).parents[2]
     if not (root / ".git").exists():
         assert code["commit"] is None
         return

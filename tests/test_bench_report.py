@@ -19,8 +19,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from razor_local.bench import median_ratio
-from razor_local.bench_report import (
+from razor_local.bench.report import (
     FORMATS,
     Report,
     differences,
@@ -31,6 +30,7 @@ from razor_local.bench_report import (
     prompt_seconds,
     readme_block,
 )
+from razor_local.bench.run import median_ratio
 from razor_local.cli import main
 from razor_local.errors import RazorError, UnsupportedError
 

@@ -10,16 +10,10 @@ import signal
 import pytest
 from tiny_models import TinySpec, razor_kv
 
-from razor_local import bench_worker
-from razor_local.bench_worker import (
-    ModelSetup,
-    Session,
-    SessionContext,
-    Side,
-    Worker,
-    kept_bytes,
-)
+from razor_local.bench import worker as bench_worker
+from razor_local.bench.worker import Session, SessionContext, Side, Worker, kept_bytes
 from razor_local.errors import RazorError
+from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import Profile, read_model_shape
 

@@ -29,13 +29,15 @@ from click.testing import CliRunner
 from razor_local.converters import calibrate as module
 from razor_local.converters import write as writer
 from razor_local.converters.calibrate import calibrate, draw_tokens, find_copies, plan_memory
-from razor_local.converters.scores import Scores, choose_heads, load_scores
 from razor_local.converters.write import write_copy
 
-from razor_local import Llama, native, probe, safe_write
+from razor_local import Llama, native
 from razor_local.cli import main
+from razor_local.common import files as safe_write
 from razor_local.errors import ConvertError, ProfileError, RazorError, UnsupportedError
+from razor_local.native import probe
 from razor_local.profile import ModelShape, read_model_shape, read_profile, read_sidecar
+from razor_local.scores import Scores, choose_heads, load_scores
 
 DEFAULT_MODEL = embedded_model.PATH
 

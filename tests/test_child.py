@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from razor_local.child import python_command
 from razor_local.cli.params import DEFAULT_MODEL
+from razor_local.common.child import python_command
 
 MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
 

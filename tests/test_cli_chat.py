@@ -23,7 +23,8 @@ from test_chat import FACT, QUESTION, text_with
 from razor_local import RazorError, make_plan, read_model_shape, read_profile
 from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
-from razor_local.terminal import MessageReader, printable
+from razor_local.cli.terminal import MessageReader
+from razor_local.printable import printable
 
 TEXT = text_with(FACT)
 PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 0)
@@ -127,7 +128,7 @@ def test_what_llama_cpp_cannot_bear_is_one_sentence_too(tmp_path):
     struct.pack_into("<f", data, data.index(key) + len(key) + 4, -1.0)
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
-    unchecked = "import razor_local.gguf_header as h; h.find_fault = lambda arch, values: None"
+    unchecked = "import razor_local.gguf.header as h; h.find_fault = lambda arch, values: None"
     done = subprocess.run(
         [sys.executable, "-c", f"{unchecked}\n{MAIN}", "chat", path],
         input="x",

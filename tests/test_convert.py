@@ -37,7 +37,7 @@ from tiny_models import TinySpec, make_model, razor_kv
 
 from razor_local.cli import main
 from razor_local.errors import ConvertError, ProfileError
-from razor_local.gguf_header import read_header
+from razor_local.gguf.header import read_header
 from razor_local.profile import (
     Profile,
     read_model_shape,

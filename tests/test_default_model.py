@@ -11,7 +11,7 @@ from test_cli_chat import piped
 
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.questions import Prompts, fit_text
-from razor_local.gguf_header import ARRAY, STRING, read_header
+from razor_local.gguf.header import ARRAY, STRING, read_header
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
 

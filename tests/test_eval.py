@@ -17,18 +17,19 @@ from click.testing import CliRunner
 from test_journal import damaged
 from test_llama import no_numbers
 
-from razor_local import RazorError, safe_write
-from razor_local.bench_worker import ModelSetup
+from razor_local import RazorError
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
+from razor_local.common import files as safe_write
 from razor_local.evals import run as run_module
 from razor_local.evals.perplexity import read_text
 from razor_local.evals.policies import make_policies
 from razor_local.evals.report import Report, format_report
 from razor_local.evals.run import open_journal, open_llama
+from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
-from razor_local.verify import kl_divergence
+from razor_local.verify.run import kl_divergence
 
 NEEDLE = ["needle", "-c", "1k", "--depths", "20,60", "--kinds", "single", "--samples", "2", "-t", 1]
 WINDOW = ["--window-min", "128", "--window-divisor", "0"]  # the facts are all behind it

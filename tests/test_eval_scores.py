@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from razor_local.converters.write import write_copy
 
-from razor_local.bench_worker import ModelSetup
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
 from razor_local.evals import needle, ruler
@@ -26,6 +25,7 @@ from razor_local.evals.perplexity import (
 from razor_local.evals.policies import DEFAULT, make_policies
 from razor_local.evals.questions import Question, Sample
 from razor_local.evals.run import open_llama
+from razor_local.model_setup import ModelSetup
 from razor_local.profile import read_model_shape, read_profile
 
 SETUP = ModelSetup(str(DEFAULT_MODEL))

@@ -21,10 +21,10 @@ from other_models import make_other
 from tiny_models import TinySpec, make_model, make_split_model, model_kv, razor_kv
 
 from razor_local import Llama, Profile, RazorError, UnsupportedError, fit, make_plan, native
+from razor_local.bench.shapes import SHAPES, write_shape_model
 from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.fit import RAM, ContextOptions, DryModel, largest_fitting, paper_profile
-from razor_local.shapes import SHAPES, write_shape_model
 
 SPECS = {
     "llama": TinySpec("llama", 6, 4, 4, 64, n_embd=64, n_ff=96, n_vocab=512, n_ctx_train=8192),

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from test_bench import KV, QUICK, SPEC, _commit  # noqa: F401
 from test_bench_report import make_report, saved
 
+from razor_local.bench.shapes import VERSION
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
-from razor_local.shapes import VERSION
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 

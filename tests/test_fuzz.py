@@ -72,7 +72,8 @@ LARGE = """
 import resource, sys, time
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
-from razor_local.converters import heads, scores
+from razor_local import scores
+from razor_local.converters import heads
 from razor_local.errors import RazorError
 path, n = Path(sys.argv[1]), (8 << 20) - 100
 entries = b",".join(b'"%d-%d":1' % (i % 512, i // 512) for i in range(600_000))
@@ -138,9 +139,10 @@ def test_mutated_models():
 def test_what_a_model_must_not_do_is_noticed(tmp_path, monkeypatch, code, told):
     monkeypatch.setattr(model_files, "SECONDS", 0.2 if "sleep" in code else 10)
     bad = (
-        "import os, sys, time\nfrom razor_local import RazorError, gguf_header\n"
+        "import os, sys, time\nfrom razor_local import RazorError\n"
+        "from razor_local.gguf import header\n"
         f"def read_header(path):\n    {code}\n    raise RazorError('refused')\n"
-        "gguf_header.read_header = read_header\n"
+        "header.read_header = read_header\n"
     )
     (tmp_path / "sitecustomize.py").write_text(bad)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from tiny_models import TinySpec, make_model
 
 from razor_local.errors import GGUFError
-from razor_local.gguf_header import MAX_KEYS, MAX_STRINGS, MAX_TENSORS, TENSOR_TYPES, read_header
+from razor_local.gguf.header import MAX_KEYS, MAX_STRINGS, MAX_TENSORS, TENSOR_TYPES, read_header
 
 ONE_KEY = kv("a", U32, 1)
 HUGE = 2**63

@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf_bytes import F32, I32, U32, kv, kv_array, razor_keys, small_model
-from razor_local.converters.scores import Scores, save_scores
-from razor_local.converters.write import write_copy, write_sidecar
-from tiny_models import TinySpec, make_model
-
-from razor_local.cli import main
-from razor_local.errors import ProfileError, UnsupportedError
-from razor_local.head_map import (
+from razor_local.converters.head_map import (
     ASCII_SHADES,
     compare_heads,
     map_lines,
@@ -23,7 +17,13 @@ from razor_local.head_map import (
     query_head_scores,
     read_other_heads,
 )
+from razor_local.converters.write import write_copy, write_sidecar
+from tiny_models import TinySpec, make_model
+
+from razor_local.cli import main
+from razor_local.errors import ProfileError, UnsupportedError
 from razor_local.profile import Profile, read_model_shape, read_profile
+from razor_local.scores import Scores, save_scores
 
 MASK = (np.array([1, 0]), np.array([0, 0]), np.array([1, 1]))
 INDUCTION = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.39, 0, 0, 0, 0, 0.01], np.float32)

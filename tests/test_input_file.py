@@ -12,7 +12,7 @@ import pytest
 
 from razor_local import RazorError
 from razor_local.cli.params import DEFAULT_MODEL
-from razor_local.input_file import open_input, read_text_file
+from razor_local.common.inputs import open_input, read_text_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"

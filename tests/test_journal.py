@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from razor_local import RazorError
-from razor_local.journal import Journal
+from razor_local.common.journal import Journal
 
 HEAD = {"version": 1, "model": {"name": "é\u2028", "sizes": [1, 2.5, None]}}
 

@@ -32,7 +32,7 @@ from razor_local import (
     read_model_shape,
 )
 from razor_local.cli.chat import DEFAULT_MODEL
-from razor_local.gguf_header import read_header
+from razor_local.gguf.header import read_header
 from razor_local.llama import llama_cpp
 from razor_local.plan import KV_TYPES
 

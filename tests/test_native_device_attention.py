@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from razor_local.probe import Tensor
+from razor_local.native.probe import Tensor
 
 if runner.GPU_LAYERS == 0:
     pytest.skip("no layer is offloaded: tests/other_backend.py does it", allow_module_level=True)

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from razor_local.errors import GGUFError, ProfileError, RazorError
-from razor_local.gguf_header import read_header
+from razor_local.gguf.header import read_header
 from razor_local.profile import (
     KEY_FINGERPRINT,
     ModelShape,

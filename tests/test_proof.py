@@ -17,17 +17,16 @@ import reference
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from razor_local.converters import proof as module
 from razor_local.converters.calibrate import calibrate
-from razor_local.converters.proof import is_as_good, prove
-from razor_local.converters.scores import choose_heads
 
 from razor_local import Llama
 from razor_local.cli import main
 from razor_local.errors import RazorError, UnsupportedError
 from razor_local.evals import facts
+from razor_local.evals import proof as module
 from razor_local.evals.facts import Exam, Examiner, Outcome, make_exam
 from razor_local.evals.haystack import MadeText
+from razor_local.evals.proof import is_as_good, prove
 from razor_local.evals.questions import Prompts
 from razor_local.profile import (
     Profile,
@@ -37,6 +36,7 @@ from razor_local.profile import (
     read_sidecar,
     split_heads,
 )
+from razor_local.scores import choose_heads
 
 MODEL = embedded_model.PATH
 NO_PROFILE = Profile(())
@@ -362,7 +362,7 @@ def test_no_echo_and_no_induction_head_among_200(tmp_path):
 
 def test_no_profile_without_a_head(tmp_path, monkeypatch):
     """Planted facts that are found without any retrieval head name none."""
-    from razor_local.converters.scores import Scores, save_scores
+    from razor_local.scores import Scores, save_scores
 
     monkeypatch.setattr(module, "is_as_good", lambda *_: True)
     shape, zero = read_model_shape(MODEL), np.zeros(48, np.float32)
@@ -375,7 +375,7 @@ def test_no_profile_without_a_head(tmp_path, monkeypatch):
 
 
 def test_facts_of_other_heads_are_not_taken_over(tmp_path):
-    from razor_local.converters.scores import profile_from_scores, profile_scores
+    from razor_local.scores import profile_from_scores, profile_scores
 
     scores = profile_scores(read_profile(MODEL), read_model_shape(MODEL))
     assert scores.calibration["facts"] == 20
@@ -438,7 +438,7 @@ def test_a_list_that_loses_facts_is_written_with_a_note(tmp_path):
 
 def test_heads_that_the_scores_miss_are_added(tmp_path):
     """Scores that know of two of the four heads, as if the others did not stand out."""
-    from razor_local.converters.scores import Scores, save_scores
+    from razor_local.scores import Scores, save_scores
 
     shape, profile = read_model_shape(MODEL), read_profile(MODEL)
     induction = profile.induction_score.copy().reshape(6, 4, 2)

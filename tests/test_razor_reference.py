@@ -1,4 +1,4 @@
-"""razor_local.reference (numba) against plain float64 numpy, which is tests/reference.py."""
+"""razor_local.verify.reference (numba) against plain float64 numpy, which is tests/reference.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import reference as plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from razor_local import reference
 from razor_local.plan import KV_TYPES, fold_block
+from razor_local.verify import reference
 
 TOLERANCE = 2e-5  # F32 scores and weights; outputs are of order 1
 

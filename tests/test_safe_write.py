@@ -8,17 +8,17 @@ import stat
 
 import pytest
 from click.testing import CliRunner
-from razor_local.converters.scores import profile_scores, save_scores
+from razor_local.converters.head_map import plot_heads
 from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import RazorError
-from razor_local.bench_report import save_text
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
-from razor_local.head_map import plot_heads
-from razor_local.journal import Journal
+from razor_local.common.files import check_outputs, new_file
+from razor_local.common.journal import Journal
+from razor_local.common.markdown import save_text
 from razor_local.profile import read_model_shape, read_profile
-from razor_local.safe_write import check_outputs, new_file
+from razor_local.scores import profile_scores, save_scores
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from razor_local.converters.scores import (
+
+from razor_local.errors import ProfileError
+from razor_local.profile import ModelShape, Profile, split_heads
+from razor_local.scores import (
     FLOOR,
     MAX_SHARE,
     Scores,
@@ -24,9 +27,6 @@ from razor_local.converters.scores import (
     save_scores,
     with_budget,
 )
-
-from razor_local.errors import ProfileError
-from razor_local.profile import ModelShape, Profile, split_heads
 
 RECORD = {"model_fingerprint": "0" * 64, "tokens": 2500, "source": "test"}
 

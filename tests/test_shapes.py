@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from razor_local import Llama, safe_write, shapes
+from razor_local import Llama
+from razor_local.bench import shapes
+from razor_local.bench.shapes import SHAPES, Shape, cached_shape_model, is_random, write_shape_model
+from razor_local.common import files as safe_write
 from razor_local.errors import RazorError, UnsupportedError
-from razor_local.gguf_header import read_header
+from razor_local.gguf.header import read_header
 from razor_local.profile import Profile, read_model_shape, read_profile
-from razor_local.shapes import SHAPES, Shape, cached_shape_model, is_random, write_shape_model
 
 SMALL = Shape("qwen3", 2, 64, 4, 2, 32, 96, 200, 4096, 1e6, qk_norm=True)
 

@@ -13,10 +13,11 @@ from datetime import datetime
 import pytest
 from embedded_model import write_variant
 
-from razor_local import Chat, GGUFError, Llama, RazorError, templates
+from razor_local import Chat, GGUFError, Llama, RazorError
 from razor_local.chat import chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
-from razor_local.templates import Template
+from razor_local.prompt import templates
+from razor_local.prompt.templates import Template
 
 ASK = [{"role": "user", "content": "Hi"}]
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -208,7 +209,7 @@ def test_a_process_that_was_ended_is_started_again():
 
 def test_the_process_ends_with_this_one():
     code = """
-from razor_local import templates
+from razor_local.prompt import templates
 print(templates.Template("{{ 1 + 1 }}").render(), templates._child.process.pid)
 """
     done = subprocess.run(

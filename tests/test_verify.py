@@ -25,13 +25,14 @@ from hypothesis import strategies as st
 from razor_local.converters.write import write_copy, write_sidecar
 from tiny_models import TinySpec, model_kv, razor_kv, write_gguf
 
-from razor_local import native, reference
-from razor_local import verify as module
+from razor_local import native
 from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
 from razor_local.plan import KV_TYPES
 from razor_local.profile import read_model_shape, read_profile
-from razor_local.verify import Errors, compare_layer, kl_divergence, sample_positions, verify
+from razor_local.verify import reference
+from razor_local.verify import run as module
+from razor_local.verify.run import Errors, compare_layer, kl_divergence, sample_positions, verify
 
 DEFAULT = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
 SHAPE = read_model_shape(DEFAULT)

@@ -28,11 +28,11 @@ import click
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from razor_local import Llama
-from razor_local.bench_worker import random_state
+from razor_local.bench.shapes import SHAPES, cached_shape_model
+from razor_local.bench.worker import random_state
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.completion import TextStream
 from razor_local.llama import C, llama_cpp
-from razor_local.shapes import SHAPES, cached_shape_model
 
 HISTORIES = (0, 1000, 6000)
 PROMPT = [65, 66, 67]
@@ -44,6 +44,9 @@ class Stock(Llama):
 
     eval = llama_cpp.Llama.eval
     generate = llama_cpp.Llama.generate
+    sample = llama_cpp.Llama.sample
+    reset = llama_cpp.Llama.reset
+    _init_sampler = llama_cpp.Llama._init_sampler
     detokenize = llama_cpp.Llama.detokenize
     _create_completion = llama_cpp.Llama._create_completion
 

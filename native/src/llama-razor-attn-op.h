@@ -85,7 +85,7 @@ struct razor_attn {
         int     src_mask = 0;
     };
 
-    float scale; // the first: razor_local/verify.py reads it
+    float scale; // the first: razor_local/verify/ reads it
 
     razor_attn_kernel kernel = nullptr;
 

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from ..errors import RazorError
-from ..terminal import echo, printable
+from ..printable import printable
+from .terminal import echo
 
 # command: what it is for; the code is in the file of the same name, as a click command of that name
 COMMANDS = {

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..terminal import echo
 from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup, write_report
+from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..bench import Settings
-    from ..bench_report import Report
-    from ..bench_worker import ModelSetup
+    from ..bench.report import Report
+    from ..bench.run import Settings
+    from ..model_setup import ModelSetup
 
 PATH = click.Path(path_type=Path)
 # bench.KINDS, which numpy would have to be imported for
@@ -128,14 +128,14 @@ def bench(
     ratios of neighbours are what counts. Deep caches are filled with random rows (--real-prefill
     checks that), each in a context of its size.
     """
-    from ..bench_report import (
+    from ..bench.report import (
         differences,
         format_comparison,
         format_report,
         load_report,
         plot_report,
     )
-    from ..safe_write import check_outputs
+    from ..common.files import check_outputs
 
     kind = "json" if as_json else kind or _kind_of(output)
     sources = [model, options["shape"], report, compare or None]
@@ -168,16 +168,16 @@ def _kind_of(output: Path | None) -> str:
 
 def _check_pictures(paths: tuple[Path, ...]) -> None:
     """Refuses before the measuring what could not be drawn after it."""
-    from ..picture import make_figure
+    from ..common.figure import make_figure
 
     for path in paths:
         make_figure(path, (1, 1), "leave out --plot")
 
 
 def _measure(model: Path | None, options: dict[str, Any]) -> Report:
-    from ..bench import run_bench
-    from ..bench_report import Report
-    from ..terminal import TimeLeft
+    from ..bench.report import Report
+    from ..bench.run import run_bench
+    from .terminal import TimeLeft
 
     settings = _settings(options)
     setup = _setup(model, options)
@@ -206,7 +206,7 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from ..bench import Settings
+    from ..bench.run import Settings
 
     k, v, types = options["cache_type_k"], options["cache_type_v"], options["types"]
     if (k or v) and types:
@@ -250,8 +250,8 @@ def _gpu_layers(wanted: int) -> int:
 
 
 def _make_shape(options: dict[str, Any]) -> Path:
-    from ..shapes import cached_shape_model
-    from ..terminal import ProgressBar
+    from ..bench.shapes import cached_shape_model
+    from .terminal import ProgressBar
 
     share = options["retrieval"]
     with ProgressBar(f"Writing random weights in the shape of {options['shape']}") as bar:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
-from ..terminal import echo, printable
+from ..printable import printable
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
+from .terminal import echo
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -148,8 +149,9 @@ def _read_stdin() -> str:
 
 
 def _load(path: Path, options: dict[str, Any]) -> Llama:
+    from ..common.interrupt import on_interrupt
     from ..profile import read_model_shape
-    from ..terminal import ProgressBar, on_interrupt
+    from .terminal import ProgressBar
 
     n_ctx = options["ctx_size"]
     try:
@@ -192,7 +194,7 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
 
 
 def _converse(llama: Llama, conversation: Chat) -> None:
-    from ..terminal import MessageReader
+    from .terminal import MessageReader
 
     with MessageReader() as reader:
         while True:
@@ -224,7 +226,8 @@ def _is_command(text: str) -> bool:
 
 def _answer(llama: Llama, conversation: Chat, text: str) -> None:
     """Streams one answer to stdout, then one line of numbers to stderr."""
-    from ..terminal import ProgressBar, on_interrupt
+    from ..common.interrupt import on_interrupt
+    from .terminal import ProgressBar
 
     with ProgressBar("reading the prompt") as bar, on_interrupt(conversation.stop):
         for piece in conversation.say(text, bar.update):

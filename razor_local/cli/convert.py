@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..terminal import echo
 from .params import THREADS, Number, Size
+from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..converters.scores import Scores
     from ..evals.haystack import Haystack
     from ..profile import ModelShape, Profile
+    from ..scores import Scores
 
 PATH = click.Path(path_type=Path)
 
@@ -158,9 +158,10 @@ def convert(
     The tensors of the copy are byte-identical to the model's.
     """
     _check_options(heads, measuring)
+    from ..common.files import check_outputs
     from ..converters.heads import profile_from_heads
     from ..converters.write import check_output, write_copy, write_sidecar
-    from ..gguf_header import read_header
+    from ..gguf.header import read_header
     from ..profile import (
         MAX_WINDOW,
         Profile,
@@ -169,7 +170,6 @@ def convert(
         shape_from_header,
         unsupported_feature,
     )
-    from ..safe_write import check_outputs
 
     options = {
         "sink_tokens": sinks,
@@ -219,7 +219,7 @@ def convert(
             with _Bar(f"Writing {output.name}") as bar:
                 output = write_copy(model, output, profile, force, bar)
     if profile.scope is not None:
-        from ..head_map import scope_line
+        from ..converters.head_map import scope_line
 
         return echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
     n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
@@ -277,7 +277,7 @@ def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None
 
 def _profile_from_weights(model: Path, epsilon: float | None) -> Profile:
     from ..converters.alibi import DEFAULT_EPSILON, profile_from_weights
-    from ..terminal import TimeLeft
+    from .terminal import TimeLeft
 
     with TimeLeft() as show:
         return profile_from_weights(
@@ -299,8 +299,8 @@ class _Measured:
 
     def save(self, path: Path, replace: bool) -> None:
         """Save the scores; where that fails, elsewhere, because the conversion can go on."""
-        from ..converters.scores import save_scores
         from ..errors import RazorError
+        from ..scores import save_scores
 
         try:
             save_scores(self.scores, path, replace)
@@ -325,8 +325,8 @@ class _Measured:
     def _keep(self, why: str) -> None:
         import tempfile
 
-        from ..converters.scores import save_scores
         from ..errors import RazorError
+        from ..scores import save_scores
 
         name = None
         try:
@@ -349,7 +349,7 @@ def _profile_from_scores(
     options: dict[str, Any],
     measured: _Measured,
 ) -> Profile:
-    from ..converters.scores import ECHO, INDUCTION, load_scores, profile_from_scores
+    from ..scores import ECHO, INDUCTION, load_scores, profile_from_scores
 
     shares = {n: given[n] for n in ("induction", "echo", "budget") if given[n] is not None}
     if given["select"] == "paper":
@@ -379,8 +379,8 @@ def _prove(
     by_list = given["heads"] is not None
     proof, why = None, "--no-proof"
     if not given["no_proof"]:
-        from ..converters.proof import prove
-        from ..terminal import TimeLeft
+        from ..evals.proof import prove
+        from .terminal import TimeLeft
 
         names = {"threads": "n_threads", "n_gpu_layers": "n_gpu_layers"}
         options = {to: given[name] for name, to in names.items() if given[name] is not None}
@@ -432,7 +432,7 @@ def _prove(
 
 def _measure(model: Path, given: dict[str, Any]) -> Scores:
     from ..converters.calibrate import calibrate
-    from ..terminal import TimeLeft
+    from .terminal import TimeLeft
 
     names = {"threads": "n_threads"} | {
         name: name for name in ("tokens", "repeats", "seed", "max_memory", "n_gpu_layers")
@@ -460,7 +460,7 @@ class _Bar:
             from rich.markup import escape
             from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-            from ..terminal import make_console
+            from .terminal import make_console
 
             self.bar = Progress(
                 escape(self.text),

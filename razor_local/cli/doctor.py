@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
-from ..child import python_command
+from ..common.child import python_command
 from ..errors import LibraryError, RazorError
-from ..terminal import echo, printable
+from ..printable import printable
+from .terminal import echo
 
 REINSTALL = "reinstall razor-local, native/README.md tells how it is built"
 PACKAGES = ("llama-cpp-python", "gguf", "numpy", "numba", "click", "rich", "prompt_toolkit")

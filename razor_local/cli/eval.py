@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError
-from ..terminal import echo
 from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup, write_report
+from .terminal import echo
 
 if TYPE_CHECKING:
+    from ..common.journal import Journal
     from ..evals.policies import Policy
     from ..evals.questions import Sample
     from ..evals.report import Report
-    from ..journal import Journal
     from ..profile import ModelShape
-    from ..terminal import TimeLeft
+    from .terminal import TimeLeft
 
 PATH = click.Path(path_type=Path)
 MAX_LENGTH = 32768  # of the default lengths
@@ -402,8 +402,8 @@ class _Run:
         self, model: Path | None, options: dict[str, Any], texts: Iterable[Path] = ()
     ) -> None:
         """texts: files that are read, beside those named in options."""
+        from ..common.files import check_outputs
         from ..evals.policies import make_policies
-        from ..safe_write import check_outputs
 
         self.options = options
         output = options["output"]
@@ -424,7 +424,7 @@ class _Run:
 
     def _check_pictures(self) -> None:
         """Refuses before the run what could not be drawn after it."""
-        from ..picture import make_figure
+        from ..common.figure import make_figure
 
         for path in self.plots:
             make_figure(path, (1, 1), "leave out the plot")
@@ -444,7 +444,7 @@ class _Run:
 
     @contextmanager
     def progress(self) -> Iterator[TimeLeft]:
-        from ..terminal import TimeLeft
+        from .terminal import TimeLeft
 
         with TimeLeft() as show:
             try:

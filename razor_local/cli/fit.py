@@ -12,8 +12,9 @@ import click
 
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
-from ..terminal import echo, make_console, printable, table_console
+from ..printable import printable
 from .params import KV_TYPE, ContextSize, Number, Size
+from .terminal import echo, make_console, table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -185,7 +186,7 @@ def _profile(
             raise no_profile(dry.path)
         return paper_profile(dry.shape), "paper"
     if retrieval is not None:
-        from ..converters.scores import with_budget
+        from ..scores import with_budget
 
         profile = with_budget(profile, dry.shape, retrieval)
     return profile, "file" if sidecar is None else "sidecar"
@@ -347,8 +348,8 @@ def _mib(n_bytes: int) -> str:
 
 def _plot(dry: DryModel, runs: list[Candidate], path: Path, beyond: bool) -> None:
     """Draws the memory of each plan by context, and the cards."""
+    from ..common.figure import make_figure, save_figure
     from ..fit import CARDS, MAX_N_CTX
-    from ..picture import make_figure, save_figure
 
     figure = make_figure(path, (8, 5), "look at the numbers with --json")
     top = dry.n_ctx_train or 131072

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..terminal import echo, printable, table_console
+from ..printable import printable
 from .params import KV_TYPE, Number
+from .terminal import echo, table_console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +76,8 @@ def inspect(
 
     Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
     """
-    from ..gguf_header import read_header
+    from ..common.files import check_outputs
+    from ..gguf.header import read_header
     from ..plan import make_plan
     from ..profile import (
         no_profile,
@@ -85,7 +87,6 @@ def inspect(
         unsupported_feature,
         why_not_converted,
     )
-    from ..safe_write import check_outputs
 
     check_outputs([plot], [file, sidecar, compare])
     header = read_header(file)
@@ -97,7 +98,7 @@ def inspect(
     if profile is None and (retrieval is not None or looking):
         raise no_profile(file)
     if retrieval is not None:
-        from ..converters.scores import with_budget
+        from ..scores import with_budget
 
         profile = with_budget(profile, shape, retrieval)
     feature = unsupported_feature(header, shape)
@@ -109,11 +110,11 @@ def inspect(
         )
     there = None
     if compare is not None:
-        from ..head_map import read_other_heads
+        from ..converters.head_map import read_other_heads
 
         there = read_other_heads(compare, shape, int(profile.flat().sum()))
     if plot is not None:
-        from ..head_map import plot_heads
+        from ..converters.head_map import plot_heads
 
         plot_heads(profile, shape, plot)
     no_convert = why_not_converted(header, shape)
@@ -129,7 +130,7 @@ def inspect(
             described["scores"] = _scores(shape, profile)
             described["cuts"] = _cuts(shape, profile)
         if there is not None:
-            from ..head_map import compare_heads
+            from ..converters.head_map import compare_heads
 
             compared = compare_heads(profile.retrieval, there).to_dict()
             described["comparison"] = {"with": str(compare)} | compared
@@ -171,7 +172,7 @@ def describe(shape: ModelShape, profile: Profile | None, plan: Plan) -> dict[str
 
 def _scores(shape: ModelShape, profile: Profile) -> dict[str, list[list[float]]]:
     """Per layer and query head."""
-    from ..head_map import query_head_scores
+    from ..converters.head_map import query_head_scores
 
     found = query_head_scores(profile, shape)
     return {name: [layer.tolist() for layer in layers] for name, layers in found.items()}
@@ -179,7 +180,7 @@ def _scores(shape: ModelShape, profile: Profile) -> dict[str, list[list[float]]]
 
 def _cuts(shape: ModelShape, profile: Profile) -> dict[str, dict[str, float]]:
     """The cut of each score."""
-    from ..head_map import profile_cuts
+    from ..converters.head_map import profile_cuts
 
     return {name: asdict(cut) for name, cut in profile_cuts(profile, shape).items()}
 
@@ -201,7 +202,7 @@ def _print_heads(
     compare: Path | None,
     plot: Path | None,
 ) -> None:
-    from ..head_map import ASCII_SHADES, SHADES, comparison_lines, map_lines
+    from ..converters.head_map import ASCII_SHADES, SHADES, comparison_lines, map_lines
 
     console = table_console()
     _print_profile(console, shape, profile)
@@ -235,7 +236,7 @@ def _print_plan(
         f" flash attention {'on' if plan.flash_attn else 'off'}"
     )
     if profile is not None and profile.scope is not None:
-        from ..head_map import scope_line
+        from ..converters.head_map import scope_line
 
         console.print(f"scopes   {scope_line(profile, plan.n_ctx)}")
     if plan.active:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError
+from ..model_setup import DEFAULT_MODEL as DEFAULT_MODEL
 from ..plan import KV_TYPES
-from ..terminal import echo
+from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..bench_worker import ModelSetup
+    from ..model_setup import ModelSetup
 
-DEFAULT_MODEL = Path(__file__).parent.parent / "data" / "razor-default.gguf"  # built in
 MAX_TOKENS = 2**31 - 1024
 KV_TYPE = click.Choice(list(KV_TYPES))
 THREADS = click.IntRange(1, 512)  # ggml ends the process above it
@@ -97,7 +97,7 @@ def write_report(text: str, output: Path | None) -> None:
 
     Where the file cannot be written the report goes to stdout, and the error is raised.
     """
-    from ..bench_report import save_text
+    from ..common.markdown import save_text
 
     text = text.encode("utf-8", "replace").decode()  # names of files can be other bytes
     try:
@@ -112,8 +112,8 @@ def write_report(text: str, output: Path | None) -> None:
 def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
     """Of the options that bench and eval share: sidecar, retrieval, window_min, window_divisor,
     sinks, threads, n_gpu_layers."""
-    from ..bench_machine import n_cores
-    from ..bench_worker import ModelSetup
+    from ..common.machine import n_cores
+    from ..model_setup import ModelSetup
 
     return ModelSetup(
         model=str(model),

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..terminal import echo
 from .params import KV_TYPE, THREADS
+from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..terminal import ProgressBar
-    from ..verify import Verification
+    from ..verify.run import Verification
+    from .terminal import ProgressBar
 
 PATH = click.Path(path_type=Path)
 
@@ -94,8 +94,8 @@ def verify(
     square of the error over the group (rms), of its worst head, what is allowed, and what the full
     cache has; the largest error of any number, and what is allowed.
     """
-    from ..input_file import read_text_file
-    from ..verify import verify as run
+    from ..common.inputs import read_text_file
+    from ..verify.run import verify as run
 
     content = None if text is None else read_text_file(text)
     with _Bars() as bars:
@@ -137,7 +137,7 @@ class _Bars:
         return self
 
     def __call__(self, what: str, done: float, total: float) -> None:
-        from ..terminal import ProgressBar
+        from .terminal import ProgressBar
 
         if what != self._what:
             self.__exit__()
@@ -153,7 +153,7 @@ class _Bars:
 def _print(result: Verification) -> None:
     from rich.table import Table
 
-    from ..terminal import table_console
+    from .terminal import table_console
 
     plan = result.plan
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import native
+from ..common.interrupt import on_interrupt
+from ..common.progress import Progress
 from ..errors import RazorError, UnsupportedError
+from ..native.probe import AttentionProbe, attention_context, load_model, n_cpus, reason
 from ..plan import KV_TYPES, N_CTX_PAD
-from ..probe import AttentionProbe, attention_context, load_model, n_cpus, reason
 from ..profile import ModelShape, Profile
-from ..progress import Progress
-from ..terminal import on_interrupt
 from .haystack import Haystack
 from .needle import NAMES
 from .questions import Prompts, fit_text, message

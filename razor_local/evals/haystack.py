@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Protocol
 
+from ..common.inputs import open_input
 from ..errors import RazorError
-from ..input_file import open_input
 
 # Whole sentences of these never name a person or a number, so that no fact can be mistaken.
 PEOPLE = (

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..bench_machine import n_cores
-from ..bench_worker import ModelSetup
-from ..cli.params import DEFAULT_MODEL
+from ..common.machine import n_cores
 from ..errors import UnsupportedError
+from ..model_setup import DEFAULT_MODEL, ModelSetup
 from .perplexity import log_softmax
 from .policies import make_policies
 from .questions import bos_text, refuse_without_tokenizer, renderer

@@ -23,8 +23,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..common.inputs import open_input
 from ..errors import RazorError, UnsupportedError
-from ..input_file import open_input
 from .questions import Prompts, Question, Sample, message
 
 MAX_LINE = 64 << 20  # bytes; the longest of LongBench has about 2 MB

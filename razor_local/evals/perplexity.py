@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from ..bench_machine import free_memory
-from ..bench_report import markdown_table
-from ..bench_worker import ModelSetup
+from ..common.figure import make_figure, save_figure
+from ..common.inputs import read_text_file
+from ..common.journal import Journal
+from ..common.machine import free_memory
+from ..common.markdown import markdown_table
+from ..common.progress import Clock, Progress
 from ..errors import RazorError
-from ..input_file import read_text_file
-from ..journal import Journal
-from ..picture import make_figure, save_figure
+from ..model_setup import ModelSetup
 from ..plan import padded_n_ctx
 from ..profile import ModelShape
-from ..progress import Clock, Progress
 from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
 from .intervals import block_bootstrap

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bench_worker import ModelSetup
 from ..errors import RazorError, UnsupportedError
+from ..model_setup import ModelSetup
 from ..plan import KV_TYPES, Plan, make_plan, row_size
 from ..profile import ModelShape, Profile, read_model_shape, split_heads
 
@@ -142,7 +142,7 @@ def _profile(
         return None
     assert base is not None
     if budget is not None:
-        from ..converters.scores import with_budget
+        from ..scores import with_budget
 
         base = with_budget(base, shape, budget)
     if kind == "razor":
@@ -151,7 +151,7 @@ def _profile(
         return replace(base, compensation=False)
     flat = base.flat()
     if kind.startswith("heads="):
-        from ..head_map import read_other_heads
+        from ..converters.head_map import read_other_heads
 
         file = kind.removeprefix("heads=")
         return replace(base, retrieval=read_other_heads(file, shape, int(flat.sum())))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bench_report import markdown_table, one_line, short_tokens
-from ..picture import make_figure, save_figure
+from ..common.figure import make_figure, save_figure
+from ..common.markdown import markdown_table, one_line, short_tokens
 from .intervals import paired_difference, score_interval
 
 ALL = "all"  # the mean over all tasks

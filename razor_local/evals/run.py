@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..bench_machine import describe_code, describe_machine
-from ..bench_worker import ModelSetup
-from ..journal import Journal
+from ..common.interrupt import on_interrupt
+from ..common.journal import Journal
+from ..common.machine import describe_code, describe_machine
+from ..common.progress import Clock, Progress
+from ..model_setup import ModelSetup
 from ..plan import N_CTX_PAD
 from ..profile import ModelShape
-from ..progress import Clock, Progress
-from ..terminal import on_interrupt
 from .policies import Policy
 from .questions import Answerer, Sample
 

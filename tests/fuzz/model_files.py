@@ -152,7 +152,7 @@ def _change_a_value(rng: random.Random, data: bytearray) -> None:
 def read(path: Path) -> None:
     """The header, the profile, the plan, and fit."""
     from razor_local import fit
-    from razor_local.gguf_header import read_header
+    from razor_local.gguf.header import read_header
     from razor_local.plan import make_plan
     from razor_local.profile import profile_from_header, shape_from_header
 
@@ -264,7 +264,7 @@ def fuzz(
         seeds = []
         for path in write_seeds(Path(name)):
             raw = path.read_bytes()
-            from razor_local.gguf_header import read_header
+            from razor_local.gguf.header import read_header
 
             seeds.append((raw, read_header(path).data_start))
             for target in n:

@@ -43,10 +43,10 @@ def load() -> None:
     """Imports what is tested: later than this file, so that atheris can instrument it."""
     global np, errors, header, heads, plan, profile, scores, shape
     import numpy as np
-    from razor_local.converters import heads, scores
+    from razor_local.converters import heads
 
-    from razor_local import errors, plan, profile
-    from razor_local import gguf_header as header
+    from razor_local import errors, plan, profile, scores
+    from razor_local.gguf import header
 
     shape = profile.ModelShape("llama", 2, (4, 4), (2, 2), 32, 32, 4096, "small", "0" * 64)
 

@@ -23,9 +23,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .errors import GGUFError
+from ..common.inputs import open_input
+from ..errors import GGUFError
 from .hyper_parameters import find_fault
-from .input_file import open_input
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -19,11 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import LibraryError, RazorError
-from .terminal import printable
+from ..errors import LibraryError, RazorError
+from ..printable import printable
 
 if TYPE_CHECKING:
-    from .profile import Profile
+    from ..profile import Profile
 
 API_VERSION = 3  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)

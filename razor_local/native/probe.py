@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import native
-from .errors import LibraryError, RazorError, UnsupportedError
+from .. import native
+from ..errors import LibraryError, RazorError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .profile import ModelShape
+    from ..profile import ModelShape
 
 ATTENTION = b"kq_soft_max-"  # tensor name before the layer index; only without flash attention
 F32, I32, I64 = 0, 26, 27  # enum ggml_type

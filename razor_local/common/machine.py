@@ -7,12 +7,9 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-RAPL = Path("/sys/class/powercap")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -51,7 +48,7 @@ def describe_code() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None  # an installed package, even if it lies in someone else's repository
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty"]
@@ -86,7 +83,7 @@ def _meminfo(name: str) -> int | None:
 def describe_gpus(nvml: Any = None) -> list[dict[str, Any]]:
     """NVIDIA's GPUs by NVML: name, memory in bytes, version of the driver, the latest CUDA that it
     can run; None for what is not told. Empty without NVML."""
-    lib = nvml or _load_nvml()
+    lib = nvml or load_nvml()
     count, found = ctypes.c_uint(), []
     if lib is None or lib.nvmlInit_v2() or lib.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return []
@@ -124,84 +121,8 @@ class _NvmlMemory(ctypes.Structure):
 # -- energy
 
 
-class EnergyMeter:
-    """Energy of everything that tells: CPU packages by RAPL, NVIDIA GPUs by NVML.
-
-    It is the whole package's or board's, idle power and other programs included. sources: names,
-    empty where nothing tells.
-    """
-
-    def __init__(self, rapl: Path = RAPL, nvml: Any = None) -> None:
-        self._counters = [*_rapl_counters(rapl), *_nvml_counters(nvml or _load_nvml())]
-        self.sources = [counter.name for counter in self._counters]
-
-    def start(self) -> None:
-        self._began = time.perf_counter()
-        self._values = [counter.read() for counter in self._counters]
-
-    def stop(self) -> tuple[float, float]:
-        """Joules and seconds since start()."""
-        joules = 0.0
-        for counter, before in zip(self._counters, self._values, strict=True):
-            joules += (counter.read() - before) % counter.wraps_at * counter.joules
-        return joules, time.perf_counter() - self._began
-
-
-class _Rapl:
-    joules = 1e-6
-
-    def __init__(self, folder: Path) -> None:
-        self.name = (folder / "name").read_text().strip()
-        self.wraps_at = int((folder / "max_energy_range_uj").read_text()) + 1
-        self._file = folder / "energy_uj"
-        self.read()  # raises where only root may
-
-    def read(self) -> int:
-        return int(self._file.read_text())
-
-
-class _Nvml:
-    joules = 1e-3
-    wraps_at = 2**64
-
-    def __init__(self, lib: Any, index: int) -> None:
-        self._lib, self._device = lib, ctypes.c_void_p()
-        if lib.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(self._device)):
-            raise OSError(f"GPU {index} cannot be opened")
-        self.name = f"GPU {index}"
-        self.read()
-
-    def read(self) -> int:
-        millijoules = ctypes.c_ulonglong()
-        if self._lib.nvmlDeviceGetTotalEnergyConsumption(
-            self._device, ctypes.byref(millijoules)
-        ):  # fmt: skip
-            raise OSError(f"{self.name} does not tell its energy")
-        return millijoules.value
-
-
-def _rapl_counters(root: Path) -> list[_Rapl]:
-    found = []
-    # packages alone: what lies below them is part of them, or memory
-    for folder in sorted(root.glob("intel-rapl:*")):
-        if folder.name.count(":") == 1:
-            with suppress(OSError, ValueError):
-                found.append(_Rapl(folder))
-    return found
-
-
-def _load_nvml() -> Any:
+def load_nvml() -> Any:
     name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
     with suppress(OSError):
         return ctypes.CDLL(name)
     return None
-
-
-def _nvml_counters(lib: Any) -> list[_Nvml]:
-    count, found = ctypes.c_uint(), []
-    if lib is None or lib.nvmlInit_v2() or lib.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return []
-    for index in range(count.value):
-        with suppress(OSError):
-            found.append(_Nvml(lib, index))
-    return found

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import RazorError
+from ..errors import RazorError
 
 
 @contextmanager

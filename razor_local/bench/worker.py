@@ -26,53 +26,20 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from .bench_machine import free_memory
-from .child import python_command
-from .errors import RazorError
+from ..common.child import python_command
+from ..common.machine import free_memory
+from ..errors import RazorError
+from ..model_setup import ModelSetup
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .plan import Plan
-    from .profile import ModelShape, Profile
-
-
-@dataclass(frozen=True)
-class ModelSetup:
-    """A model and what a run changes of its profile. window_divisor 0: window_min alone decides.
-
-    lib: folder of a stock build, None for the package's own library.
-    """
-
-    model: str
-    sidecar: str | None = None
-    retrieval: float | None = None
-    window_min: int | None = None
-    window_divisor: int | None = None
-    sink_tokens: int | None = None
-    n_threads: int = 1
-    n_gpu_layers: int = 0
-    lib: str | None = None
-
-    def read(self) -> tuple[ModelShape, Profile]:
-        """Raises RazorError (one sentence) where there is no profile or it cannot be changed so."""
-        from .profile import no_profile, read_model_shape, read_profile, read_sidecar
-
-        shape = read_model_shape(self.model)
-        profile = read_sidecar(self.sidecar, shape) if self.sidecar else read_profile(self.model)
-        if profile is None:
-            raise no_profile(self.model)
-        if self.retrieval is not None:
-            from .converters.scores import with_budget
-
-            profile = with_budget(profile, shape, self.retrieval)
-        names = ("window_min", "window_divisor", "sink_tokens")
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return shape, replace(profile, **changes)
+    from ..plan import Plan
+    from ..profile import ModelShape, Profile
 
 
 @dataclass(frozen=True)
@@ -94,7 +61,7 @@ class Side:
         Raises:
             RazorError: a razor context would run a full cache though it has local heads.
         """
-        from .plan import make_plan
+        from ..plan import make_plan
 
         plan = make_plan(
             shape,
@@ -127,7 +94,7 @@ class Worker:
             env.setdefault("OMP_WAIT_POLICY", "passive")
         self._process = subprocess.Popen(
             python_command(
-                "from razor_local.bench_worker import main; main()", json.dumps(asdict(setup))
+                "from razor_local.bench.worker import main; main()", json.dumps(asdict(setup))
             ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -242,7 +209,7 @@ class Session:
         if setup.lib:
             os.environ["LLAMA_CPP_LIB_PATH"] = setup.lib
         else:
-            from .native import load
+            from ..native import load
 
             self.native = load()
         import llama_cpp
@@ -323,7 +290,7 @@ class SessionContext:
     """The context of one side."""
 
     def __init__(self, session: Session, side: Side) -> None:
-        from .plan import KV_TYPES
+        from ..plan import KV_TYPES
 
         self.session, self.api, self.native = session, session.api, session.native
         self.plan = side.plan(session.shape, session.profile)
@@ -341,7 +308,7 @@ class SessionContext:
             self.ctx = self.api.llama_init_from_model(session.model, params)
             self.logged = session.logged
         else:
-            from .native import make_params
+            from ..native import make_params
 
             profile = session.profile if side.razor else None
             if profile is not None and side.window:
@@ -600,7 +567,7 @@ _RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fin
 
 def local_rows(plan: Plan, n_tokens: int) -> int:
     """Rows of a local head's store that n_tokens occupy."""
-    from .plan import COMPENSATION_CELLS
+    from ..plan import COMPENSATION_CELLS
 
     if _frontier(plan, n_tokens) > plan.sink_tokens:
         return plan.cells
@@ -615,7 +582,7 @@ def _frontier(plan: Plan, n_tokens: int) -> int:
 
 def kept_bytes(plan: Plan, n_tokens: int) -> int:
     """Bytes of K and V that n_tokens occupy: what a decoded token's attention has to read."""
-    from .plan import row_size
+    from ..plan import row_size
 
     row = row_size(plan.type_k, plan.shape.head_dim_k) + row_size(
         plan.type_v, plan.shape.head_dim_v
@@ -634,7 +601,7 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) ->
     """
     import numpy as np
 
-    from .plan import KV_TYPES, row_size
+    from ..plan import KV_TYPES, row_size
 
     rng = np.random.default_rng(n_tokens)
 

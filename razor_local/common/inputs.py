@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import RazorError
+from ..errors import RazorError
 
 _KINDS = (
     (stat.S_ISDIR, "folder"),

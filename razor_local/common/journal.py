@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import RazorError
-from .safe_write import check_new_file
+from ..errors import RazorError
+from .files import check_new_file
 
 try:
     import fcntl

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import UnsupportedError
-from .safe_write import new_file
+from ..errors import UnsupportedError
+from .files import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ProfileError
-from .gguf_header import MAGIC, read_header
-from .input_file import open_input
-from .picture import make_figure, save_figure
-from .profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
-from .terminal import printable
+from ..common.figure import make_figure, save_figure
+from ..common.inputs import open_input
+from ..errors import ProfileError
+from ..gguf.header import MAGIC, read_header
+from ..printable import printable
+from ..profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
 
 if TYPE_CHECKING:
-    from .converters.scores import Cut
+    from ..scores import Cut
 
 SHADES = "·░▒▓█"
 ASCII_SHADES = ".-+*#"  # for terminals without the blocks
@@ -60,7 +60,7 @@ def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iter
 
 def profile_cuts(profile: Profile, shape: ModelShape) -> dict[str, Cut]:
     """The cut of each score, {} for a profile without scores."""
-    from .converters.scores import find_cuts, profile_scores
+    from ..scores import find_cuts, profile_scores
 
     if profile.echo_score is None or profile.induction_score is None:
         return {}
@@ -150,8 +150,8 @@ def read_other_heads(
     with open_input(path, "a profile, a sidecar or a head list", ProfileError) as file:
         start = file.read(4096)
     if not start.startswith(MAGIC):
-        from .converters.heads import parse_heads, profile_from_heads
-        from .converters.scores import FORMAT, choose_heads, load_scores
+        from ..scores import FORMAT, choose_heads, load_scores
+        from .heads import parse_heads, profile_from_heads
 
         share = n_retrieval / max(sum(shape.n_head_kv), 1)
         if f'"{FORMAT}"'.encode() in start:
@@ -252,7 +252,7 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
 
 def _plot_gaps(axes: Any, profile: Profile, shape: ModelShape, cuts: dict[str, Cut]) -> None:
     """Scores of the KV heads by rank, and where those that stand out end."""
-    from .converters.scores import group_max
+    from ..scores import group_max
 
     for name, layers in query_head_scores(profile, shape).items():
         values = group_max(np.concatenate(layers), shape.n_head, shape.n_head_kv)

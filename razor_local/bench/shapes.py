@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .converters.write import encode, profile_keys
-from .errors import UnsupportedError
-from .gguf_header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
-from .profile import Profile, split_heads
-from .safe_write import new_file
+from ..common.files import new_file
+from ..converters.write import encode, profile_keys
+from ..errors import UnsupportedError
+from ..gguf.header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
+from ..profile import Profile, split_heads
 
 VERSION = 2  # of the files in the cache: those of others are not used
 KEY_RANDOM = "razor_local.random_weights"

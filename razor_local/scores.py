@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ProfileError
-from ..input_file import open_input
-from ..profile import (
+from .common.files import new_file
+from .common.inputs import open_input
+from .errors import ProfileError
+from .profile import (
     MAX_CALIBRATION_BYTES,
     MAX_CALIBRATION_KEYS,
     MAX_HEADS,
@@ -28,7 +29,6 @@ from ..profile import (
     describe_heads,
     split_heads,
 )
-from ..safe_write import new_file
 
 MIN_TOKENS = 16  # of a measurement: with fewer every token is near every other
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import RazorError
+from ..errors import RazorError
 
 if TYPE_CHECKING:
     import llama_cpp

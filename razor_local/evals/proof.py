@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..common.progress import Progress
 from ..errors import UnsupportedError
-from ..evals.facts import ROOM, Examiner, Outcome, make_exam
-from ..evals.haystack import Haystack, MadeText
-from ..evals.questions import Prompts
 from ..plan import Plan, make_plan
 from ..profile import Profile, read_model_shape, split_heads
-from ..progress import Progress
-from .scores import group_max
+from ..scores import group_max
+from .facts import ROOM, Examiner, Outcome, make_exam
+from .haystack import Haystack, MadeText
+from .questions import Prompts
 
 N_TOKENS = 1024  # maximum length of a prompt
 WINDOW_DIVISOR = 3  # window = length of the prompt / 3; all facts are placed before it

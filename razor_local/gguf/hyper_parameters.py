@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import UnsupportedError
+from ..errors import UnsupportedError
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
 MAX_CONTEXT = 2**31 - 1  # the bindings take it for an int

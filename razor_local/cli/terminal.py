@@ -10,35 +10,18 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from ..printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 100  # columns that tables may take at least: a narrow terminal folds lines, and cuts none
 BLOCK = '"""'  # begins and ends a message of several lines
-
-
-# C0 and C1 controls, overrides of the writing direction, halves of surrogate pairs
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str, one_line: bool = False) -> str:
-    """Return text for a terminal to show: what it would obey is escaped, "\\x1b" for example.
-
-    Line breaks and tabs are kept, unless one_line says that the text is a name or a sentence.
-    """
-
-    def escape(match: re.Match[str]) -> str:
-        keep = not one_line and match[0] in "\n\t"
-        return match[0] if keep else match[0].encode("unicode_escape").decode("ascii")
-
-    return _UNPRINTABLE.sub(escape, text if one_line else text.replace("\r\n", "\n"))
 
 
 def is_dumb() -> bool:
@@ -299,24 +282,3 @@ def _minutes(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-@contextlib.contextmanager
-def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """Inside the block Ctrl-C calls action instead of raising; a second Ctrl-C raises as usual.
-
-    An exception in the middle of a native call or its callbacks would be lost or end half-way.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(_signal: int, _frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        action()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

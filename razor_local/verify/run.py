@@ -2,7 +2,7 @@
 
 The model runs as it always does, with the native cache, on any backend and any KV type. The eval
 callback hands over what goes into each layer's attention (queries, keys and values, after RoPE) and
-what comes out of it; razor_local.reference computes the same from the paper, with the heads as
+what comes out of it; reference.py computes the same from the paper, with the heads as
 Python reads them from the file. The library is not asked what it does, that is measured: also
 which KV heads' keys it stores for the whole context, by comparing what is written into each cache
 with the keys of all heads.
@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from . import native, reference
-from .errors import ProfileError, RazorError, UnsupportedError
-from .gguf_header import read_header
-from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
-from .probe import (
+from .. import native
+from ..common.interrupt import on_interrupt
+from ..errors import ProfileError, RazorError, UnsupportedError
+from ..gguf.header import read_header
+from ..native.probe import (
     F32,
     CustomParams,
     Tensor,
@@ -46,7 +46,8 @@ from .probe import (
     reason,
     vocabulary,
 )
-from .profile import (
+from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
+from ..profile import (
     ModelShape,
     Profile,
     no_profile,
@@ -54,7 +55,7 @@ from .profile import (
     read_sidecar,
     shape_from_header,
 )
-from .terminal import on_interrupt
+from . import reference
 
 DEFAULT_N_CTX = 8192
 DEFAULT_ROWS = 1024
@@ -442,7 +443,7 @@ def _tokens(
             raise RazorError(f"the text has {n_text:,} tokens, {wanted:,} were asked for")
         tokens = tokens[:wanted]
     else:
-        from .converters.calibrate import draw_tokens
+        from ..converters.calibrate import draw_tokens
 
         # the last tokens, decoded one by one, go over the edge of a block
         wanted = n_tokens or min(

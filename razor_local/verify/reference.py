@@ -176,7 +176,7 @@ def rotation_sizes(
     K: the largest 64 * 2^i that divides the head size; V: 64; both only if the type is quantized
     and the head size a multiple of 64.
     """
-    from .plan import KV_TYPES
+    from ..plan import KV_TYPES
 
     size_k = size_v = None
     if KV_TYPES[type_k].block > 1 and head_dim_k % 64 == 0:

@@ -20,8 +20,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
-from .child import python_command
-from .errors import GGUFError, RazorError
+from ..common.child import python_command
+from ..errors import GGUFError, RazorError
 
 MAX_SECONDS = 10.0  # real templates take milliseconds, the child a fraction of a second to start
 MAX_MEMORY = 1 << 30
@@ -132,7 +132,7 @@ class _Child:
         self.parent = os.getpid()  # a forked copy of this process must not use the same pipes
         self.process = subprocess.Popen(
             python_command(
-                "sys.path += sys.argv[1:]; from razor_local.templates import serve; serve()",
+                "sys.path += sys.argv[1:]; from razor_local.prompt.templates import serve; serve()",
                 *filter(None, sys.path),  # the package may be in a folder that was added to it
             ),
             stdin=subprocess.PIPE,

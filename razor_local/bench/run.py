@@ -16,7 +16,7 @@ A context is as large as its depth needs, as a user would set it: the window of 
 the context, so a small depth in a large context has another plan. Settings.n_ctx fixes one size for
 all depths instead.
 
-Every finished measurement is a record, a dict of plain numbers; bench_report.py makes figures of
+Every finished measurement is a record, a dict of plain numbers; report.py makes figures of
 them.
 """
 
@@ -33,22 +33,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .bench_machine import (
-    EnergyMeter,
-    describe_code,
-    describe_gpus,
-    describe_machine,
-    free_memory,
-)
-from .bench_worker import READ_CAP, Context, ModelSetup, Side, Worker, kept_bytes
-from .errors import RazorError
-from .gguf_header import read_header
-from .gguf_split import read_parts
-from .journal import Journal
-from .plan import MAX_N_CTX, N_CTX_PAD, Plan
-from .profile import ModelShape, Profile
-from .progress import Clock, Progress
+from ..common.journal import Journal
+from ..common.machine import describe_code, describe_gpus, describe_machine, free_memory
+from ..common.progress import Clock, Progress
+from ..errors import RazorError
+from ..gguf.header import read_header
+from ..gguf.split import read_parts
+from ..model_setup import ModelSetup
+from ..plan import MAX_N_CTX, N_CTX_PAD, Plan
+from ..profile import ModelShape, Profile
+from .energy import EnergyMeter
 from .shapes import is_random
+from .worker import READ_CAP, Context, Side, Worker, kept_bytes
 
 VERSION = 1  # of the records
 MIN_DEPTH = 8192  # smaller depths are measured in a context for this one: razor starts at about 4k
@@ -258,7 +254,7 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
 
     def check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Format the records, as is done when the run has ended."""
-        from .bench_report import FORMATS, Report, format_report
+        from .report import FORMATS, Report, format_report
 
         for kind in FORMATS:
             format_report(Report(head, records), kind)

@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .bench import SHORT_PROMPT, SHORT_STEP, VERSION, median_ratio
-from .errors import RazorError
-from .input_file import open_input
-from .safe_write import new_file
+from ..common.inputs import open_input
+from ..common.markdown import markdown_table, one_line, short_tokens
+from ..errors import RazorError
+from .run import SHORT_PROMPT, SHORT_STEP, VERSION, median_ratio
 
 FORMATS = ("md", "json", "csv", "jsonl")
 MAX_REPORT_BYTES = 64 << 20
@@ -328,12 +328,6 @@ def format_report(report: Report, kind: str) -> str:
     if kind == "csv":
         return _csv(report.rows)
     return "\n".join(_markdown(report)) + "\n"
-
-
-def save_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Replaces the file when all is written."""
-    with new_file(path) as file:
-        file.write(text.encode())
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -669,20 +663,8 @@ def format_comparison(here: Report, there: Report, kind: str) -> str:
 # -- cells
 
 
-def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(titles)} |",
-        f"|{'|'.join(['---'] + ['---:'] * (len(titles) - 1))}|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-
-
 def _kv(row: dict[str, Any]) -> str:
     return row["type_k"] if row["type_k"] == row["type_v"] else f"{row['type_k']}/{row['type_v']}"
-
-
-def one_line(text: str) -> str:
-    return "".join(c if c.isprintable() and c not in "|`<>" else "?" for c in text[:200])
 
 
 def _number(value: float | None) -> str:
@@ -691,10 +673,6 @@ def _number(value: float | None) -> str:
         return ""
     digits = next((n for limit, n in ((1, 3), (100, 2), (1000, 1)) if abs(value) < limit), 0)
     return f"{value:,.{digits}f}"
-
-
-def short_tokens(n_tokens: int) -> str:
-    return f"{n_tokens / 1024:.3g}k" if n_tokens >= 1024 else str(n_tokens)
 
 
 def _count(value: int | None) -> str:
@@ -727,7 +705,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
 
     Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
     """
-    from .picture import make_figure, save_figure
+    from ..common.figure import make_figure, save_figure
 
     fits = report.fits
     figure = make_figure(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .errors import GGUFError
-from .gguf_header import I32, MAX_TENSORS, U16, Header, read_header
+from ..errors import GGUFError
+from .header import I32, MAX_TENSORS, U16, Header, read_header
 
 KEY_NO = "split.no"
 KEY_COUNT = "split.count"

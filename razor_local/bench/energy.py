@@ -1,0 +1,89 @@
+"""Energy meters of CPUs and GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..common.machine import load_nvml
+
+RAPL = Path("/sys/class/powercap")
+
+
+class EnergyMeter:
+    """Energy of everything that tells: CPU packages by RAPL, NVIDIA GPUs by NVML.
+
+    It is the whole package's or board's, idle power and other programs included. sources: names,
+    empty where nothing tells.
+    """
+
+    def __init__(self, rapl: Path = RAPL, nvml: Any = None) -> None:
+        self._counters = [*_rapl_counters(rapl), *_nvml_counters(nvml or load_nvml())]
+        self.sources = [counter.name for counter in self._counters]
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+        self._values = [counter.read() for counter in self._counters]
+
+    def stop(self) -> tuple[float, float]:
+        """Joules and seconds since start()."""
+        joules = 0.0
+        for counter, before in zip(self._counters, self._values, strict=True):
+            joules += (counter.read() - before) % counter.wraps_at * counter.joules
+        return joules, time.perf_counter() - self._began
+
+
+class _Rapl:
+    joules = 1e-6
+
+    def __init__(self, folder: Path) -> None:
+        self.name = (folder / "name").read_text().strip()
+        self.wraps_at = int((folder / "max_energy_range_uj").read_text()) + 1
+        self._file = folder / "energy_uj"
+        self.read()  # raises where only root may
+
+    def read(self) -> int:
+        return int(self._file.read_text())
+
+
+class _Nvml:
+    joules = 1e-3
+    wraps_at = 2**64
+
+    def __init__(self, lib: Any, index: int) -> None:
+        self._lib, self._device = lib, ctypes.c_void_p()
+        if lib.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(self._device)):
+            raise OSError(f"GPU {index} cannot be opened")
+        self.name = f"GPU {index}"
+        self.read()
+
+    def read(self) -> int:
+        millijoules = ctypes.c_ulonglong()
+        if self._lib.nvmlDeviceGetTotalEnergyConsumption(
+            self._device, ctypes.byref(millijoules)
+        ):  # fmt: skip
+            raise OSError(f"{self.name} does not tell its energy")
+        return millijoules.value
+
+
+def _rapl_counters(root: Path) -> list[_Rapl]:
+    found = []
+    # packages alone: what lies below them is part of them, or memory
+    for folder in sorted(root.glob("intel-rapl:*")):
+        if folder.name.count(":") == 1:
+            with suppress(OSError, ValueError):
+                found.append(_Rapl(folder))
+    return found
+
+
+def _nvml_counters(lib: Any) -> list[_Nvml]:
+    count, found = ctypes.c_uint(), []
+    if lib is None or lib.nvmlInit_v2() or lib.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return []
+    for index in range(count.value):
+        with suppress(OSError):
+            found.append(_Nvml(lib, index))
+    return found

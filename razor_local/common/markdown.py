@@ -1,0 +1,30 @@
+"""Reports in Markdown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from .files import new_file
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(titles)} |",
+        f"|{'|'.join(['---'] + ['---:'] * (len(titles) - 1))}|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def one_line(text: str) -> str:
+    return "".join(c if c.isprintable() and c not in "|`<>" else "?" for c in text[:200])
+
+
+def short_tokens(n_tokens: int) -> str:
+    return f"{n_tokens / 1024:.3g}k" if n_tokens >= 1024 else str(n_tokens)
+
+
+def save_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Replaces the file when all is written."""
+    with new_file(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,1 @@
+"""The check of a real model against the reference."""
