@@ -191,7 +191,7 @@ def rotation_sizes(
 
 @cache
 def _hadamard(size: int) -> np.ndarray:
-    matrix = np.ones((1, 1))
+    matrix: np.ndarray = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return (matrix / math.sqrt(size)).astype(np.float32)
