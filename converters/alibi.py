@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 
@@ -102,8 +103,8 @@ def alibi_slopes(n_head: int, max_bias: float) -> np.ndarray:
     if n_head == 0:
         return np.zeros(0, np.float32)
     n = 1 << (n_head.bit_length() - 1)  # the largest power of two <= n_head
-    m0 = np.power(np.float32(2), np.float32(-max_bias / n))
-    m1 = np.power(np.float32(2), np.float32(-max_bias / 2 / n))
+    m0: np.float32 = np.power(np.float32(2), np.float32(-max_bias / n))
+    m1: np.float32 = np.power(np.float32(2), np.float32(-max_bias / 2 / n))
     h = np.arange(n_head)
     exponents = np.where(h < n, h + 1, 2 * (h - n) + 1).astype(np.float32)
     return np.power(np.where(h < n, m0, m1).astype(np.float32), exponents)
@@ -132,7 +133,8 @@ def head_scope(logit_range: float, slope: float, epsilon: float) -> int:
 
 def linear_range(u: np.ndarray, v: np.ndarray, f: np.ndarray, radius2: float) -> float:
     """Bound for plain projections: their maximum, up to the search. g cancels out."""
-    r = np.linalg.qr(np.concatenate([u, v]).T, mode="r")  # u, v in an orthonormal basis of both
+    # u, v in an orthonormal basis of both; numpy's types do not know that this is an array
+    r: Any = np.linalg.qr(np.concatenate([u, v]).T, mode="r")
     r_u, r_v = r[:, : len(u)], r[:, len(u) :]
     return _largest_difference(radius2 * (r_u @ r_v.T), math.sqrt(radius2) * (r_v @ f))
 
@@ -215,7 +217,9 @@ class _Attention:
                 f" of {', '.join(sorted(LAYER_NORM + RMS_NORM))}; razor stays off for this model"
             )
         self.path, self.shape = header.path, shape
-        self.n_embd = int(header.entries[f"{shape.arch}.embedding_length"].value)
+        n_embd = header.entries[f"{shape.arch}.embedding_length"].value
+        assert isinstance(n_embd, int)  # shape_from_header() has checked it
+        self.n_embd = n_embd
         self.tensors = {t.name: (part, t) for part in read_parts(header) for t in part.tensors}
         # jais was trained with another scale
         self.scale = shape.head_dim_k ** (-1 if shape.arch == "jais" else -0.5)

@@ -148,7 +148,7 @@ def draw_tokens(usable: np.ndarray, n: int, seed: int) -> np.ndarray:
     if len(usable) < 3:
         raise ConvertError(f"the vocabulary has {len(usable)} ordinary tokens, too few to repeat")
     rng = np.random.default_rng(seed)
-    text = np.empty(0, np.int32)
+    text: np.ndarray = np.empty(0, np.int32)
     while len(text) < n:
         block = rng.permutation(usable)[: n - len(text)].astype(np.int32)
         seam = len(text) and block[0] == text[-1]

@@ -88,6 +88,7 @@ def _shade(value: float, top: float, shades: str) -> str:
 
 def scope_line(profile: Profile, n_ctx: int) -> str:
     """What the scopes of an ALiBi profile mean in a context of n_ctx tokens."""
+    assert profile.scope is not None  # the method is "alibi"
     scopes = np.concatenate(profile.scope)
     local = scopes[(scopes > 0) & (scopes < n_ctx)]
     if not len(local):
@@ -153,7 +154,7 @@ def read_other_heads(
         from ..scores import FORMAT, choose_heads, load_scores
         from .heads import parse_heads, profile_from_heads
 
-        share = n_retrieval / max(sum(shape.n_head_kv), 1)
+        share: float | None = n_retrieval / max(sum(shape.n_head_kv), 1)
         if f'"{FORMAT}"'.encode() in start:
             scores = load_scores(path)
             _check_heads(path, scores.n_head_kv, shape)

@@ -213,6 +213,7 @@ def profile_keys(profile: Profile) -> list[bytes]:
 def encode(key: str, kind: int, value: int | str | bool) -> bytes:
     """One key with a u32, bool or string value, as GGUF stores it."""
     if kind == STRING:
+        assert isinstance(value, str)
         raw = _string(value)
     else:
         raw = struct.pack("<?" if kind == BOOL else "<I", value)

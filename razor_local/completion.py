@@ -12,7 +12,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
@@ -114,7 +114,7 @@ def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
 
 def read_stops(stop: str | Iterable[str] | None) -> list[bytes]:
     """Return the stop strings of a request. Raises RazorError if they are none."""
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    stops: Iterable[Any] = [] if stop is None else [stop] if isinstance(stop, str) else stop
     try:
         stops = list(stops)
     except TypeError:
@@ -166,7 +166,7 @@ def _read_message(message: Any) -> dict[str, Any]:
     content = message.get("content")
     what = f"the content of the {message['role']} message"
     if isinstance(content, list):
-        texts = [
+        texts: list[Any] = [
             part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
             for part in content
         ]
@@ -284,7 +284,7 @@ def _read_prompt(llama: Any, request: dict[str, Any]) -> tuple[list[int], dict[s
         raise RazorError(f"seed is {seed!r}, expected a whole number or None")
     if seed is None and llama._seed in _ANY_SEED:
         seed = secrets.randbits(31)
-    reader = _Reader(llama)
+    reader: Any = _Reader(llama)  # stands for a Llama
     logprobs = None  # read here; the base class would want logits_all=True
     try:
         next(Llama._create_completion(reader, **request | {"seed": seed, "logprobs": logprobs}))
@@ -340,6 +340,7 @@ def _piece_reader(llama: Any, prompt: list[int]) -> Callable[[int], bytes]:
     return piece
 
 
+@final
 class _Logprobs:
     """The log probabilities of the tokens that were not given out yet, in OpenAI's form.
 

@@ -296,7 +296,7 @@ class DryModel:
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
         need = Need(n_ctx, active, why, places)
-        if active and plan.kv_bytes != need.kv:
+        if active and plan and plan.kv_bytes != need.kv:
             raise LibraryError(
                 f"the library would allocate {need.kv} bytes of KV cache, the plan says"
                 f" {plan.kv_bytes}: library and Python code do not belong together; reinstall"

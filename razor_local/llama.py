@@ -46,7 +46,7 @@ import llama_cpp._internals  # noqa: E402
 from llama_cpp import llama_cpp as C  # noqa: E402
 
 
-class _Untouched(nullcontext):  # type: ignore[type-arg]
+class _Untouched(nullcontext):
     """In place of what sends stdout and stderr of all threads to /dev/null while a model loads.
 
     The native log goes to native.py, so there is nothing to hide.
@@ -56,8 +56,9 @@ class _Untouched(nullcontext):  # type: ignore[type-arg]
         super().__init__()
 
 
-llama_cpp.llama.suppress_stdout_stderr = _Untouched
-llama_cpp._internals.suppress_stdout_stderr = _Untouched
+# the classes of that name are replaced
+llama_cpp.llama.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
+llama_cpp._internals.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
 # a prompt that begins with BOS twice is run as it is; stderr belongs to the program
 warnings.filterwarnings("ignore", 'Detected duplicate leading "', RuntimeWarning)
 
@@ -233,7 +234,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             native.computed()
         native.show_log(verbose)
         native.clear_errors()
-        refusal = None
+        refusal: RazorError | None = None
         with _native.override(native.make_params(profile, own_attention)):
             try:
                 super().__init__(
@@ -280,7 +281,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def memory(self) -> Memory:
         """What the KV cache takes, from the native library's own count."""
         stats = _native.stats(self.ctx)
-        layers = ()
+        layers: tuple[LayerMemory, ...] = ()
         if stats.active:
             rows = [_native.layer(self.ctx, il) for il in range(stats.n_layer)]
             layers = tuple(
@@ -292,7 +293,9 @@ class Llama(PlainMessages, llama_cpp.Llama):
             why=self._why,
             own_attention=bool(stats.own_attention),
             kv_bytes=stats.kv_bytes,
-            kv_bytes_full=self._plan.kv_bytes_full if stats.active else stats.kv_bytes,
+            kv_bytes_full=(
+                self._plan.kv_bytes_full if self._plan and stats.active else stats.kv_bytes
+            ),
             kv_bytes_full_f16=self._plan.kv_bytes_full_f16 if self._plan else None,
             layers=layers,
             n_tokens=self.n_tokens,
@@ -320,7 +323,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         """
         self._request(self._eval, tokens)
 
-    def eval_logits(
+    # the base class has a property of this name, of the logits that logits_all=True keeps
+    def eval_logits(  # type: ignore[override]
         self, tokens: Sequence[int], wanted: Sequence[bool] | None = None
     ) -> Iterator[np.ndarray]:
         """The same, batch by batch, with the logits behind each token: f32 [n, n_vocab].
@@ -356,7 +360,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         return self._requests.generate(lambda: self._generate(tokens, *args, **kwargs))
 
     @functools.wraps(llama_cpp.Llama.sample)
-    def sample(self, *args: Any, **kwargs: Any) -> int:
+    def sample(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]  # by wraps()
         return self._request(self._sample, *args, **kwargs)
 
     def reset(self) -> None:
@@ -364,20 +368,21 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._request(self._reset)
 
     @functools.wraps(llama_cpp.Llama.embed)
-    def embed(self, *args: Any, **kwargs: Any) -> Any:
+    def embed(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # by wraps()
         return self._request(llama_cpp.Llama.embed, _Inside(self), *args, **kwargs)
 
-    def request(
-        self, make: Callable[[Llama], Generator[Any, Any, Any]]
-    ) -> Generator[Any, Any, Any]:
+    def request(self, make: Callable[[Llama], Iterator[Any]]) -> Generator[Any, Any, Any]:
         """Run a generator as one request: nobody else uses the model until it is over.
 
         make(llama) returns the generator; it uses the model through its argument only.
         """
-        return self._requests.generate(lambda: make(_Inside(self)))
+        inside: Any = _Inside(self)
+        return self._requests.generate(lambda: make(inside))
 
     @functools.wraps(llama_cpp.Llama.create_chat_completion)
-    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
+    def create_chat_completion(  # type: ignore[override]  # by wraps()
+        self, *args: Any, **kwargs: Any
+    ) -> Any:
         request = _CHAT.bind(self, *args, **kwargs).arguments
         request = read_chat_request(request, self.chat_handler is not None)
         for name in ("messages", "functions", "tools"):
@@ -473,6 +478,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             )
 
     def _goes_on_loading(self, part: float) -> bool:
+        assert self._progress is not None
         if self._progress(part) is False:
             raise RazorError(f"loading {self.model_path} was stopped: progress() returned False")
         return True
@@ -519,7 +525,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
                 " n_ctx or a shorter text"
             )
         keep = self._rewind(tokens)
-        asked = Callback(lambda _data: bool(stop()), on_error=True)
+        asked = Callback(lambda _data: stop is not None and bool(stop()), on_error=True)
         self._abort_callback = C.ggml_abort_callback(
             asked.call
         )  # lives as long as it may be called
@@ -549,7 +555,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         options = dict(_GENERATE.bind(self, tokens, *args, **kwargs).arguments)
         del options["self"], options["tokens"]
         if self.draft_model is not None:
-            yield from llama_cpp.Llama.generate(_Inside(self), tokens, **options)
+            inside: Any = _Inside(self)
+            yield from llama_cpp.Llama.generate(inside, tokens, **options)
             return
         tokens, reset = list(tokens), options.pop("reset", True)
         criteria = options.pop("stopping_criteria", None)
@@ -599,7 +606,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def _init_sampler(
         self, *args: Any, logits_processor: Any = None, seed: int | None = None, **kwargs: Any
     ) -> _Sampler:
-        base = _Inside(self, _seed=self._seed if seed is None else seed)
+        base: Any = _Inside(self, _seed=self._seed if seed is None else seed)
         sampler = llama_cpp.Llama._init_sampler(base, *args, **kwargs)
         return _Sampler(self, sampler, logits_processor)
 
@@ -657,7 +664,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
             self._state_fingerprint = fingerprint(self.model_path, options)
         return self._state_fingerprint
 
-    def _create_completion(self, **request: Any) -> Iterator[dict[str, Any]]:
+    # the base class passes all arguments by name
+    def _create_completion(  # type: ignore[override]
+        self, **request: Any
+    ) -> Iterator[dict[str, Any]]:
         """What create_completion() and the like are made of. See completion.complete()."""
         return self._requests.generate(lambda: complete(_Inside(self), request))
 
@@ -697,7 +707,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if n_cached < self.n_tokens or (
             n_cached > self.n_tokens and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         ):
-            tokens = self._input_ids.tolist() + tokens
+            tokens = [*self._input_ids.tolist(), *tokens]
             self._clear_cache()
         return tokens
 
@@ -837,7 +847,8 @@ class _Inside:
 
     def __getattr__(self, name: str) -> Any:
         if name == "sample":  # of the base class, which goes on with the sampler of its generate()
-            return functools.partial(llama_cpp.Llama.sample, self)
+            inside: Any = self
+            return functools.partial(llama_cpp.Llama.sample, inside)
         return getattr(self._llama, f"_{name}" if name in self._UNGUARDED else name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -853,7 +864,7 @@ class _Sampler:
     def __init__(self, llama: Llama, sampler: Any, processors: Any) -> None:
         if callable(processors) and not isinstance(processors, list):
             processors = [processors]
-        self._llama = weakref.proxy(llama)
+        self._llama: Any = weakref.proxy(llama)
         self._sampler, self._processors = sampler, list(processors or ())
 
     def close(self) -> None:
@@ -939,7 +950,7 @@ def _resolve(
     else:
         shape = shape_from_header(header)
         profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
-    if retrieval is not None and profile is not None:
+    if retrieval is not None and profile is not None and shape is not None:
         from .scores import with_budget
 
         profile = with_budget(profile, shape, retrieval)
@@ -988,7 +999,7 @@ def _refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any])
         ("n_threads", 0, _MAX_THREADS, " or None"),
         ("n_threads_batch", 0, _MAX_THREADS, " or None"),
     ):
-        value = numbers.get(name)
+        value: Any = numbers.get(name)
         if value is None and (name not in numbers or instead == " or None"):
             continue
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

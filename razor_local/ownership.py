@@ -11,7 +11,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from types import GeneratorType
 from typing import Any
 
 from . import native
@@ -38,7 +39,7 @@ class _Request:
     def is_suspended(self) -> bool:
         """True for a generator that waits for its next value to be asked for."""
         generator = self.generator() if self.generator is not None else None
-        return generator is not None and not generator.gi_running
+        return isinstance(generator, GeneratorType) and not generator.gi_running
 
 
 class Requests:
@@ -64,7 +65,7 @@ class Requests:
             self._enter(request)
             return function(*args, **kwargs)
 
-    def generate(self, make: Callable[[], Generator[Any, Any, Any]]) -> Generator[Any, Any, Any]:
+    def generate(self, make: Callable[[], Iterator[Any]]) -> Generator[Any, Any, Any]:
         """Return a generator that begins a request, and then yields from make()."""
         request = _Request()
         generator = self._generate(request, make)
@@ -77,7 +78,7 @@ class Requests:
         return owner is not None and not owner.is_suspended
 
     def _generate(
-        self, request: _Request, make: Callable[[], Generator[Any, Any, Any]]
+        self, request: _Request, make: Callable[[], Iterator[Any]]
     ) -> Generator[Any, Any, Any]:
         request.thread = threading.get_ident()
         with request.held:

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -183,7 +184,7 @@ class Profile:
         self, window: int | None, sink_tokens: int | None, compensation: bool | None
     ) -> Profile:
         """A copy with the options that are not None; a window applies to every context size."""
-        changes: dict[str, object] = {}
+        changes: dict[str, Any] = {}
         if window is not None:
             _check_range("window", window, 1, MAX_WINDOW)
             changes.update(window_min=window, window_divisor=0)
@@ -220,7 +221,7 @@ def facts_line(profile: Profile) -> str | None:
     """
     record = profile.calibration
     n, found, full = (record.get(k) for k in ("facts", "facts_found", "facts_found_full"))
-    if not all(isinstance(value, int) for value in (n, found, full)):
+    if not (isinstance(n, int) and isinstance(found, int) and isinstance(full, int)):
         return None
     if not max(found, full, 1) <= n:
         return None
@@ -319,9 +320,13 @@ def shape_from_header(header: Header) -> ModelShape:
             if entry.count != n_layer_all:
                 raise bad(f"{key} has {entry.count} elements for {n_layer_all} layers")
             element = I32 if entry.element == I32 else U32
-            values = [int(n) for n in header.array(key, element, MAX_LAYERS)]
+            array = header.array(key, element, MAX_LAYERS)
+            assert array is not None  # the key is there
+            values = [int(n) for n in array]
         else:
-            values = [int(header.number(key, (U32, I32, U16)))] * n_layer_all
+            number = header.number(key, (U32, I32, U16))
+            assert number is not None
+            values = [int(number)] * n_layer_all
         for n in values:
             if not 0 <= n <= MAX_HEADS:
                 raise bad(f"{key} holds {n}, expected 0 to {MAX_HEADS}")
@@ -402,7 +407,7 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
     def bad(text: str) -> ProfileError:
         return ProfileError(f"{header.path}: {text}")
 
-    def required(key: str, kind: int) -> int | str:
+    def required(key: str, kind: int) -> Any:  # str for STRING, int for the others
         value = header.string(key, 64) if kind == STRING else header.number(key, (kind,))
         if value is None:
             raise bad(f"has razor metadata without {key}; convert the model again")
@@ -480,9 +485,11 @@ def model_fingerprint(parts: Sequence[Header]) -> str:
         "attention.head_count_kv", "attention.key_length", "attention.value_length",
     ):  # fmt: skip
         entry = header.entries.get(f"{arch}.{key}")
-        value = "" if entry is None else entry.value
+        value: object = "" if entry is None else entry.value
         if entry is not None and entry.kind == ARRAY and entry.element in (U32, I32):
-            value = header.array(entry.key, entry.element, MAX_LAYERS).tolist()
+            array = header.array(entry.key, entry.element, MAX_LAYERS)
+            assert array is not None  # the key is there
+            value = array.tolist()
         digest.update(f"{key}={value}\0".encode())
     tensors = [(part, tensor) for part in parts for tensor in part.tensors]
     for _, tensor in tensors:
@@ -511,12 +518,14 @@ def _calibration(header: Header) -> dict[str, str | int]:
     record: dict[str, str | int] = {}
     for key in keys:
         entry = header.entries[key]
+        value: int | float | str | None
         if entry.kind == STRING:
             value = header.string(key, MAX_CALIBRATION_BYTES)
         elif entry.kind == U32:
             value = entry.value
         else:
             raise ProfileError(f"key '{key[:80]}' should be string or u32, found {entry.type_name}")
+        assert isinstance(value, (str, int))
         record[key.removeprefix(KEY_CALIBRATION_PREFIX)] = value
     return record
 

@@ -117,7 +117,7 @@ class Scores:
         if self.calibration["model_fingerprint"] != shape.fingerprint:
             raise ProfileError(
                 "the scores were measured on another model file (fingerprint"
-                f" {self.calibration['model_fingerprint'][:12]}, this one is"
+                f" {str(self.calibration['model_fingerprint'])[:12]}, this one is"
                 f" {shape.fingerprint[:12]}); measure this one, another quantization may have"
                 " other heads"
             )
@@ -256,6 +256,7 @@ def profile_from_scores(
         ProfileError: as choose_heads() and Profile do.
     """
     heads = choose_heads(scores, induction=induction, echo=echo, budget=budget)
+    record: dict[str, str | int]
     if budget is not None:
         record = {"select": "budget", "budget": f"{budget:g}"}
     elif induction is not None or echo is not None:
@@ -359,7 +360,9 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
         record = fields.get("calibration")
         if not isinstance(record, dict):
             raise ProfileError("has no calibration record")
-        arrays = {name: _numbers(fields, name, kind) for name, kind in ARRAYS.items()}
+        arrays: dict[str, Any] = {
+            name: _numbers(fields, name, kind) for name, kind in ARRAYS.items()
+        }
         return Scores(calibration=record, **arrays)
     except ProfileError as error:
         raise ProfileError(f"{path}: {error}") from None

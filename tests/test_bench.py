@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGUFValueType
 from stock import stock_lib_dir
 from test_journal import damaged
 from tiny_models import TinySpec, razor_kv
@@ -481,6 +482,12 @@ def test_weights_that_a_token_reads(tiny) -> None:
     blocks = layers * (2 * d * n_q + 2 * d * n_kv + 3 * d * ff + 2 * d) + d
     # the table of token embeddings is the output head, or one row of it is read
     assert weights_bytes(tied) == weights_bytes(untied) == (blocks + 128 * d) * 4
+    # experts of which a number for each layer is used: all of them are counted
+    some = {
+        "llama.expert_count": (8, GGUFValueType.UINT32),
+        "llama.expert_used_count": ([2, 2, 2], GGUFValueType.ARRAY),
+    }
+    assert weights_bytes(tiny(TinySpec("llama", 3, 4, 2, 64), some)) == weights_bytes(untied)
 
 
 # -- refused

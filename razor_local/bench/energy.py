@@ -21,7 +21,10 @@ class EnergyMeter:
     """
 
     def __init__(self, rapl: Path = RAPL, nvml: Any = None) -> None:
-        self._counters = [*_rapl_counters(rapl), *_nvml_counters(nvml or load_nvml())]
+        self._counters: list[_Rapl | _Nvml] = [
+            *_rapl_counters(rapl),
+            *_nvml_counters(nvml or load_nvml()),
+        ]
         self.sources = [counter.name for counter in self._counters]
 
     def start(self) -> None:

@@ -88,12 +88,13 @@ class Report:
                 if batch is None
                 else batch["tokens"] / statistics.median(batch["ms"][side]) * 1e3
             )
-        ratio = (None,) * 3
+        ratio: tuple[float | None, ...] = (None,) * 3
         if batch is not None:
             ratio = median_ratio(batch["ms"]["full"], batch["ms"]["razor"])
         for name, value in zip(("", "_q1", "_q3"), ratio, strict=True):
             row[f"prefill_ratio{name}"] = value
-        how, seconds = None, dict.fromkeys(SIDES[:2])
+        how: str | None = None
+        seconds: dict[str, Any] = dict.fromkeys(SIDES[:2])
         if depth == 0:
             how = "measured"  # a prompt of one token
             seconds = {side: row_ms / 1e3 for side, row_ms in _medians(decode["ms"]).items()}
@@ -268,7 +269,7 @@ def prompt_seconds(points: Sequence[dict[str, Any]], side: str, n_tokens: int) -
     return sum((b - a) * (at(a) + at(b)) / 2 for a, b in pairwise(corners))
 
 
-def _line(depths: Sequence[int], ms: Sequence[float]) -> dict[str, float]:
+def _line(depths: Sequence[int], ms: Sequence[float]) -> dict[str, Any]:
     """Least squares of the relative errors, for times that differ by a factor of thirty."""
     weights = [1 / t**2 for t in ms]
     total = sum(weights)

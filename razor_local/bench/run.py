@@ -226,7 +226,7 @@ def _fit_batch(
 ) -> list[Batch]:
     """Decoding over depth in one context with a window that does not change and is full from
     FIT_FROM on: a line whose slope is the share of the retrieval heads."""
-    depths = []
+    depths: list[int] = []
     while FIT_FROM << len(depths) <= deepest:
         depths.append(FIT_FROM << len(depths))
     if len(depths) < 3:
@@ -366,7 +366,9 @@ def weights_bytes(model: str | os.PathLike[str]) -> int:
     count, used = (
         header.entries.get(f"{arch}.{key}") for key in ("expert_count", "expert_used_count")
     )
-    share = used.value / count.value if count and used and count.value else 1.0
+    share = 1.0
+    if count and used and isinstance(count.value, int) and isinstance(used.value, int):
+        share = used.value / count.value if count.value else 1.0
     return round(sum(n * (share if "_exps" in name else 1.0) for name, n in tensors.items()))
 
 

@@ -64,7 +64,8 @@ def _one_line() -> Iterator[None]:
         message = printable(f"{name}{error.strerror or error}", one_line=True)
         raise click.ClickException(message) from error
     except click.ClickException as error:  # quotes arguments, names of files among them
-        error.message = printable(error.message)
+        # click's types call it final, its code does not
+        error.message = printable(error.message)  # type: ignore[misc]
         raise
 
 

@@ -149,10 +149,10 @@ def bench(
     if compare:
         if plots:
             raise click.UsageError("--compare draws nothing; --plot is for one run")
-        pair = [load_report(path) for path in compare]
-        for line in differences(*pair):
+        here, there = (load_report(path) for path in compare)
+        for line in differences(here, there):
             echo(f"Note: the runs differ in {line}", err=True)
-        text = format_comparison(*pair, kind)
+        text = format_comparison(here, there, kind)
     else:
         run = load_report(report) if report is not None else _measure(model, options)
         text = format_report(run, kind)

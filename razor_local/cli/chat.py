@@ -15,7 +15,7 @@ from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
 from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..chat import Chat
+    from ..chat import Chat, Turn
     from ..llama import Llama
 
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
@@ -102,7 +102,8 @@ def chat(model: Path | None, **options: Any) -> None:
             "stdin or stdout is closed; chat reads from one and writes to the other"
         )
     piped = None if sys.stdin.isatty() else _read_stdin()
-    sys.stdout.reconfigure(errors="replace")  # a locale that cannot show a character
+    # a locale may not have every character; sys.stdout has more methods than any TextIO
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
     llama = _load(model or DEFAULT_MODEL, options)
 
@@ -123,13 +124,14 @@ def chat(model: Path | None, **options: Any) -> None:
     )
     if piped is not None:
         _answer(llama, conversation, piped)
-        if conversation.last.ended == "stopped":
+        if conversation.last is not None and conversation.last.ended == "stopped":
             sys.exit(130)
         return
     _say(_describe(llama))
     from ..profile import facts_line
 
-    facts = facts_line(llama.profile) if llama.memory().active else None
+    profile = llama.profile if llama.memory().active else None
+    facts = None if profile is None else facts_line(profile)
     if facts is not None:
         _say(facts)
     if model is None:
@@ -234,6 +236,7 @@ def _answer(llama: Llama, conversation: Chat, text: str) -> None:
             bar.close()
             _write(piece)
     turn = conversation.last
+    assert turn is not None  # say() has answered
     if turn.n_answer:
         echo()
     if turn.ended == "stopped":
@@ -245,7 +248,7 @@ def _answer(llama: Llama, conversation: Chat, text: str) -> None:
         _say("(the answer was ended because it repeated itself without end)")
     elif turn.ended == "length":
         _say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
-    _say(_numbers(llama, conversation))
+    _say(_numbers(llama, conversation, turn))
 
 
 def _write(piece: str) -> None:
@@ -292,7 +295,7 @@ def _describe(llama: Llama) -> str:
     memory, plan = llama.memory(), llama.plan
     name = llama.metadata.get("general.name") or Path(llama.model_path).name
     name = printable(name[:300], one_line=True)
-    if not memory.active:
+    if not memory.active or plan is None:
         return f"{name}, {memory.n_ctx} tokens; razor is off ({memory.why}); {_kv(memory)}"
     return (
         f"{name}, {memory.n_ctx} tokens; {plan.retrieval_kv_heads} of {plan.kv_heads} KV heads keep"
@@ -303,7 +306,7 @@ def _describe(llama: Llama) -> str:
 def _stats(llama: Llama, conversation: Chat) -> str:
     memory, plan = llama.memory(), llama.plan
     lines = [_describe(llama)]
-    if memory.active:
+    if memory.active and plan is not None:
         seq = llama.stats()
         lines.append(
             f"cache: {seq.n_tokens} tokens, {seq.n_folded} of them folded in local heads"
@@ -313,7 +316,7 @@ def _stats(llama: Llama, conversation: Chat) -> str:
         sizes = ", ".join(f"{t} {_mib(plan.kv_bytes_full_as(t))}" for t in _full_types(plan))
         lines.append(f"full cache of {memory.n_ctx} tokens: {sizes}")
     if conversation.last is not None:
-        lines.append(_numbers(llama, conversation))
+        lines.append(_numbers(llama, conversation, conversation.last))
     return "\n".join(lines)
 
 
@@ -322,8 +325,8 @@ def _full_types(plan: Any) -> list[str]:
     return ["f16", *(quantized if plan.shape.head_dim_v % 32 == 0 else [])]
 
 
-def _numbers(llama: Llama, conversation: Chat) -> str:
-    turn, memory = conversation.last, llama.memory()
+def _numbers(llama: Llama, conversation: Chat, turn: Turn) -> str:
+    memory = llama.memory()
     prompt = f"{turn.n_evaluated} new tokens, {turn.prompt_per_second:.1f} tok/s"
     return (
         f"prompt {prompt} | answer {turn.n_answer} tokens, {turn.answer_per_second:.1f} tok/s"

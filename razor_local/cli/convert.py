@@ -17,6 +17,8 @@ from .params import THREADS, Number, Size
 from .terminal import echo
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from ..evals.haystack import Haystack
     from ..profile import ModelShape, Profile
     from ..scores import Scores
@@ -171,7 +173,7 @@ def convert(
         unsupported_feature,
     )
 
-    options = {
+    options: dict[str, Any] = {
         "sink_tokens": sinks,
         "window_min": window_min,
         "window_divisor": window_divisor,
@@ -302,6 +304,7 @@ class _Measured:
         from ..errors import RazorError
         from ..scores import save_scores
 
+        assert self.scores is not None  # they are measured before they are saved
         try:
             save_scores(self.scores, path, replace)
             self.saved = True
@@ -328,6 +331,7 @@ class _Measured:
         from ..errors import RazorError
         from ..scores import save_scores
 
+        assert self.scores is not None
         name = None
         try:
             fd, name = tempfile.mkstemp(prefix="razor-scores-", suffix=".json")
@@ -448,7 +452,7 @@ class _Bar:
     def __init__(self, text: str) -> None:
         self.text = text
         self.started = time.monotonic()
-        self.bar = None
+        self.bar: Progress | None = None
 
     def __enter__(self) -> _Bar:
         return self

@@ -211,6 +211,7 @@ def _report(
 
     heads = [] if profile is None else profile.flat().tolist()
     devices = {name: device_memory(name) for name in dry.devices()}
+    columns: list[Memory | None] = [*memories] or [None]
     return {
         "model": {
             "path": str(dry.path),
@@ -237,7 +238,7 @@ def _report(
                 "refused": c.refused,
                 "needs": [
                     described(need, memory)
-                    for need, memory in zip(found[c.name], memories or [None], strict=True)
+                    for need, memory in zip(found[c.name], columns, strict=True)
                 ]
                 if c.name in found
                 else [],

@@ -97,7 +97,7 @@ def inspect(
     looking = heads or compare is not None or plot is not None
     if profile is None and (retrieval is not None or looking):
         raise no_profile(file)
-    if retrieval is not None:
+    if retrieval is not None and profile is not None:
         from ..scores import with_budget
 
         profile = with_budget(profile, shape, retrieval)
@@ -109,16 +109,16 @@ def inspect(
             err=True,
         )
     there = None
-    if compare is not None:
+    if compare is not None and profile is not None:
         from ..converters.head_map import read_other_heads
 
         there = read_other_heads(compare, shape, int(profile.flat().sum()))
-    if plot is not None:
+    if plot is not None and profile is not None:
         from ..converters.head_map import plot_heads
 
         plot_heads(profile, shape, plot)
     no_convert = why_not_converted(header, shape)
-    if looking and not as_json:
+    if looking and profile is not None and not as_json:
         return _print_heads(shape, profile, heads, there, compare, plot)
     run = None if profile is None or profile.scope is not None else profile
     plan = make_plan(shape, run, ctx_size, cache_type_k, cache_type_v, not no_flash_attn)
@@ -126,10 +126,10 @@ def inspect(
         plan = replace(plan, why_inactive="ALiBi scopes cannot be run yet")
     if as_json:
         described = describe(shape, profile, plan)
-        if heads:
+        if heads and profile is not None:
             described["scores"] = _scores(shape, profile)
             described["cuts"] = _cuts(shape, profile)
-        if there is not None:
+        if there is not None and profile is not None:
             from ..converters.head_map import compare_heads
 
             compared = compare_heads(profile.retrieval, there).to_dict()
@@ -254,7 +254,7 @@ def _print_plan(
     layers.add_column("retrieval", justify="right")
     layers.add_column("MiB", justify="right")
     for layer in plan.layers:
-        row = profile.retrieval[layer.il] if plan.active else [1] * layer.n_head_kv
+        row = profile.retrieval[layer.il] if profile and plan.active else [1] * layer.n_head_kv
         layers.add_row(
             str(layer.il),
             "".join("#" if head else "." for head in row),

@@ -95,7 +95,7 @@ class MessageReader:
             output.enable_cpr = False  # a prompt of one line need not ask where it stands
         # prompt_toolkit asks for marks around pasted text at each prompt, and no more behind it
         self._unmark_pastes = output.disable_bracketed_paste
-        output.disable_bracketed_paste = lambda: None
+        output.disable_bracketed_paste = lambda: None  # type: ignore[method-assign]
         self._session = PromptSession(key_bindings=keys, output=output, reserve_space_for_menu=0)
 
     def __enter__(self) -> MessageReader:

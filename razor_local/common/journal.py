@@ -15,7 +15,7 @@ from .files import check_new_file
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # what Python raises of data with other fields or types than expected
 WRONG = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError)

@@ -268,7 +268,7 @@ def _chosen(
     items: list[dict[str, Any]], n_samples: int | None, seed: str
 ) -> list[tuple[int, dict[str, Any]]]:
     """At most n_samples with their places in the file, in its order."""
-    indices = range(len(items))
+    indices: Sequence[int] = range(len(items))
     if n_samples is not None and n_samples < len(items):
         indices = sorted(Random(seed).sample(indices, n_samples))
     return [(i, items[i]) for i in indices]

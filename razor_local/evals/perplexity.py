@@ -371,7 +371,7 @@ def position_buckets(n_ctx: int) -> list[tuple[int, int]]:
 def _figures(
     windows: Sequence[dict[str, Any]], low: int, high: int, seed: int
 ) -> dict[str, Any] | None:
-    chosen = {name: [] for name in ("n", "nll", "full_nll", "kl", "same")}
+    chosen: dict[str, list[float]] = {name: [] for name in ("n", "nll", "full_nll", "kl", "same")}
     for window in windows:
         for name, values in chosen.items():
             values += window[name][low // BLOCK : -(-high // BLOCK)]

@@ -174,8 +174,9 @@ def fit_text(
     attempt = 0
     while best is None or attempt < N_FIT:
         attempt += 1
-        chosen, counts, ended = [], [], True
-        total = 0
+        chosen: list[str] = []
+        counts: list[int] = []
+        ended, total = True, 0
         for piece in pieces():
             n = prompts.count(piece)
             if len(chosen) > MAX_PIECES + total:
@@ -202,6 +203,7 @@ def fit_text(
         if 0 <= missing <= max((*counts, 16)):
             break
         budget = max((total if missing < 0 else budget) + missing, 0)
+    assert best is not None  # a text that fits ends the loop, no other one does
     return best
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,8 @@ def head_lines(head: dict[str, Any]) -> Iterator[str]:
     yield f"# razor-local eval {head['eval']}: {one_line(model['name'] or model['file'])}"
     yield ""
     yield f"- {one_line(head['machine']['cpu'])}, seed {head['settings']['seed']}"
-    heads = {p["retrieval_kv_heads"] for p in head["policies"] if p["series"].startswith("razor")}
-    heads = sorted(n for n in heads if n is not None)
+    counts = {p["retrieval_kv_heads"] for p in head["policies"] if p["series"].startswith("razor")}
+    heads = sorted(n for n in counts if n is not None)
     if heads:
         numbers = ", ".join(map(str, heads))
         yield f"- {numbers} of {model['kv_heads']} KV heads are retrieval heads with razor"
@@ -186,8 +186,8 @@ def _markdown(report: Report) -> Iterator[str]:
                 )
         counts: dict[str, int] = {}
         for task in tasks:
-            found = [by_key[length, p, task]["n"] for p in policies if (length, p, task) in by_key]
-            counts[task] = max(found, default=0)
+            n_each = [by_key[length, p, task]["n"] for p in policies if (length, p, task) in by_key]
+            counts[task] = max(n_each, default=0)
         same = len({n for task, n in counts.items() if task != ALL}) == 1
         titles = tasks if same else [f"{task}, n = {n}" for task, n in counts.items()]
         yield ""
@@ -300,7 +300,7 @@ def plot_curve(report: Report, path: str | os.PathLike[str]) -> Path:
 
 def draw_curves(
     head: dict[str, Any],
-    panels: dict[str, Iterable[tuple[str, int, float, float, float]]],
+    panels: Mapping[str, Iterable[tuple[str, int, float, float, float]]],
     label: str,
     path: str | os.PathLike[str],
     log: bool = False,

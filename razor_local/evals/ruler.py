@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from random import Random
+from typing import Any
 
 from ..errors import RazorError
 from .haystack import Haystack
@@ -328,13 +329,13 @@ def _frequent_words(room: _Room, rng: Random) -> tuple[str, Question, int]:
 def _zipf_counts(n: int) -> list[int]:
     """How often the words of rank 1, 2 and so on stand among about n, as long as it is once."""
     first = n / sum(rank**-FWE_ALPHA for rank in range(1, 2001))
-    counts = []
+    counts: list[int] = []
     while (times := round(first * (len(counts) + 1) ** -FWE_ALPHA)) and len(counts) < 2000:
         counts.append(times)
     return counts
 
 
-def _task(**options: object) -> Callable[[_Room, Random], tuple[str, Question, int]]:
+def _task(**options: Any) -> Callable[[_Room, Random], tuple[str, Question, int]]:
     return lambda room, rng: _niah(room, rng, **options)
 
 

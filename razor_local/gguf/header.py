@@ -402,6 +402,7 @@ class _Reader:
         if entry.kind != U32:
             raise self.fail(f"key 'general.alignment' should be u32, found {entry.type_name}")
         n = entry.value
+        assert isinstance(n, int)
         if n == 0 or n & (n - 1) or n > MAX_ALIGNMENT:
             raise self.fail(f"the alignment {n} is not a power of two up to {MAX_ALIGNMENT}")
         return n

@@ -42,7 +42,7 @@ def read_parts(header: Header) -> tuple[Header, ...]:
     def bad(text: str) -> GGUFError:
         return GGUFError(f"{header.path}: {text}")
 
-    n = header.number(KEY_COUNT, (U16,)) or 1
+    n = int(header.number(KEY_COUNT, (U16,)) or 1)
     if n == 1:
         return (header,)
     if n > MAX_PARTS:

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 ATTENTION = b"kq_soft_max-"  # tensor name before the layer index; only without flash attention
 F32, I32, I64 = 0, 26, 27  # enum ggml_type
-_DTYPES = {F32: np.dtype(np.float32), I32: np.dtype(np.int32), I64: np.dtype(np.int64)}
+_DTYPES: dict[int, np.dtype[Any]] = {
+    F32: np.dtype(np.float32),
+    I32: np.dtype(np.int32),
+    I64: np.dtype(np.int64),
+}
 
 
 class Tensor(ctypes.Structure):
@@ -186,9 +190,9 @@ class AttentionProbe:
         data = self.lib.ggml_get_data(pointer)
         buffer = None if on_host else np.empty((n_rows, n_kv), np.float32)
         for ih in range(n_head):
-            if on_host:
+            if buffer is None:
                 raw = (ctypes.c_float * (n_kv * n_rows)).from_address(data + ih * size)
-                head = np.ctypeslib.as_array(raw).reshape(n_rows, n_kv)
+                head: np.ndarray = np.ctypeslib.as_array(raw).reshape(n_rows, n_kv)
             else:
                 head = buffer
                 self.lib.ggml_backend_tensor_get(pointer, head.ctypes.data, ih * size, size)

@@ -107,7 +107,8 @@ def isolate_formatters() -> None:
             self.template, self.eos_token, self.bos_token = template, eos_token, bos_token
             self.add_generation_prompt = add_generation_prompt
             self.stop_token_ids = None if stop_token_ids is None else set(stop_token_ids)
-            self._environment = Template(template)
+            # all that the base class does with it is render()
+            self._environment = Template(template)  # type: ignore[assignment]
 
         def __call__(self, **variables: Any) -> Any:
             response = super().__call__(**variables)
@@ -122,7 +123,7 @@ def isolate_formatters() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(llama_chat_format, name)
 
-    llama_cpp.llama.llama_chat_format = Formats()
+    llama_cpp.llama.llama_chat_format = Formats()  # type: ignore[assignment]
 
 
 class _Child:
@@ -164,6 +165,7 @@ def _exchange(request: bytes) -> dict[str, Any]:
                 ) from error
         expired = threading.Event()
         process = _child.process
+        assert process.stdin is not None and process.stdout is not None  # they are pipes
 
         def expire() -> None:
             expired.set()

@@ -80,6 +80,7 @@ def attention(
     first = np.zeros((n_kv, n_rows), np.int64)
     sinks = np.zeros((n_kv, n_rows), np.int64)
     comp = np.full((n_kv, n_rows), -1, np.int64)
+    comp_log: np.ndarray | list[float]
     comp_k, comp_v, comp_log = (np.zeros((0, n_kv, d_k)), np.zeros((0, n_kv, v.shape[2])), [])
     if scopes is not None:
         for head, scope in enumerate(np.asarray(scopes, np.int64)):
@@ -190,7 +191,7 @@ def rotation_sizes(
 
 @cache
 def _hadamard(size: int) -> np.ndarray:
-    matrix = np.ones((1, 1))
+    matrix: np.ndarray = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return (matrix / math.sqrt(size)).astype(np.float32)
@@ -235,6 +236,9 @@ def _attend(
         keys = np.empty((d_k, TILE), np.float32)
         score = np.empty(TILE, np.float32)
 
+        low: Any
+        high: Any
+        n_sinks: Any
         low, high, n_sinks = positions[end - 1], np.int64(0), np.int64(0)
         for r in range(start, end):
             low = min(low, first[kv, r])
@@ -319,7 +323,7 @@ def _kernel() -> Callable[..., np.ndarray]:
 
     prange = numba.prange
     # products may be fused and sums reordered, but -inf and NaN mean what they say
-    options = {"parallel": True, "fastmath": {"contract", "reassoc"}}
+    options: dict[str, Any] = {"parallel": True, "fastmath": {"contract", "reassoc"}}
     try:
         return numba.njit(cache=True, **options)(_attend)
     except RuntimeError:  # no folder to keep the code in

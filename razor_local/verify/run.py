@@ -20,7 +20,7 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ctypes import c_float
 from dataclasses import asdict, dataclass
@@ -743,7 +743,7 @@ def _which(same: np.ndarray) -> int | None:
     return int(np.argmax(same)) if same.sum() == 1 else None
 
 
-def _names(heads: list[int | None]) -> str:
+def _names(heads: Sequence[int | None]) -> str:
     return ", ".join("?" if head is None else str(head) for head in heads) or "none"
 
 
@@ -901,4 +901,5 @@ def _excess(group: GroupResult) -> tuple[float, float]:
         group.errors.worst_rms / group.limit_rms,
         group.errors.largest / group.limit_largest,
     )
-    return tuple(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
+    rms, largest = (math.inf if math.isnan(ratio) else ratio for ratio in ratios)
+    return rms, largest
