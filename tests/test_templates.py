@@ -184,6 +184,18 @@ def test_lone_surrogates_in_messages_are_one_sentence(llama):
 # -- the process
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_child_that_is_stopped_is_waited_for(monkeypatch):
+    """Its own time counts: a machine may sleep, or be busy with others."""
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.5)
+    assert render("{{ 1 }}") == "1"
+    pid = templates._child.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(1.5, os.kill, (pid, signal.SIGCONT)).start()
+    assert render("{{ 2 }}") == "2"
+    assert templates._child.process.pid == pid
+
+
 def test_threads_share_the_process():
     texts = {}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from typing import IO, Any
 from ..common.child import python_command
 from ..errors import GGUFError, RazorError
 
-MAX_SECONDS = 10.0  # real templates take milliseconds, the child a fraction of a second to start
+MAX_SECONDS = 10.0  # of CPU time; real templates take milliseconds
+MAX_WAIT_SECONDS = 60.0  # for a child that sleeps, or a busy machine
 MAX_MEMORY = 1 << 30
 MAX_SOURCE = 1 << 20  # characters; the longest real templates have 30,000
 MAX_TEXT = 16 << 20  # characters of a rendered conversation
@@ -61,7 +63,9 @@ class Template:
                 f" {MAX_SOURCE}; {MEND}"
             )
         try:
-            request = json.dumps({"source": self.source, "variables": variables})
+            request = json.dumps(
+                {"source": self.source, "variables": variables, "seconds": MAX_SECONDS}
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise RazorError(
                 f"the messages cannot be given to the chat template: {error}; use text, numbers,"
@@ -171,7 +175,7 @@ def _exchange(request: bytes) -> dict[str, Any]:
             expired.set()
             process.kill()
 
-        timer = threading.Timer(MAX_SECONDS, expire)
+        timer = threading.Timer(MAX_WAIT_SECONDS, expire)
         timer.daemon = True
         timer.start()
         line = b""
@@ -191,7 +195,7 @@ def _exchange(request: bytes) -> dict[str, Any]:
         _child.end()
         code = process.returncode
         _child = None
-    if expired.is_set():
+    if expired.is_set() or code == -getattr(signal, "SIGPROF", code + 1):
         what = f"takes more than {MAX_SECONDS:g} s"
     else:
         what = f"ended the process that renders it (exit code {code})"
@@ -212,8 +216,17 @@ def serve(requests: IO[bytes] | None = None, answers: IO[bytes] | None = None) -
     requests, answers = requests or sys.stdin.buffer, answers or sys.stdout.buffer
     _limit_memory()
     for line in requests:
-        answers.write(json.dumps(_answer(json.loads(line))).encode() + b"\n")
+        request = json.loads(line)
+        _limit_time(request["seconds"])
+        answers.write(json.dumps(_answer(request)).encode() + b"\n")
+        _limit_time(0)
         answers.flush()
+
+
+def _limit_time(seconds: float) -> None:
+    """End this process with SIGPROF after so much CPU time; 0: do not."""
+    if hasattr(signal, "setitimer"):  # not on Windows, where the parent's longer time counts
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit_memory() -> None:
