@@ -140,8 +140,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     razor: True, use the profile in the model file, and llama.cpp's own cache where it has none; a
         path, the profile of that sidecar; a Profile; False, llama.cpp's own cache.
-    retrieval: another budget than the profile's, the share of KV heads that keep every token; they
-        are chosen by the scores in the profile.
+    budget: the share of KV heads that keep every token, instead of the profile's; they are chosen
+        by the scores in the profile. retrieval is an alias.
     window, sink_tokens (tokens), compensation: instead of the profile's.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
     progress: called while the model loads with the part done (0 to 1); False stops loading.
@@ -167,6 +167,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         model_path: str | os.PathLike[str],
         *,
         razor: bool | str | os.PathLike[str] | Profile = True,
+        budget: float | None = None,
         retrieval: float | None = None,
         window: int | None = None,
         sink_tokens: int | None = None,
@@ -180,9 +181,15 @@ class Llama(PlainMessages, llama_cpp.Llama):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
+        if retrieval is not None:
+            if budget is not None:
+                raise UnsupportedError(
+                    "budget and retrieval are the same option; pass budget alone"
+                )
+            budget = retrieval
         self._razor_args = {
             "razor": razor,
-            "retrieval": retrieval,
+            "budget": budget,
             "window": window,
             "sink_tokens": sink_tokens,
             "compensation": compensation,
@@ -204,9 +211,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             n_ctx = 512 if n_ctx == "auto" else n_ctx
 
         own_attention = razor is not False and not native.is_disabled()
-        shape, profile, why = _resolve(
-            model_path, razor, retrieval, window, sink_tokens, compensation
-        )
+        shape, profile, why = _resolve(model_path, razor, budget, window, sink_tokens, compensation)
         if isinstance(n_ctx, str):
             options = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
             run = profile and profile.with_options(window, sink_tokens, compensation)
@@ -911,19 +916,19 @@ def _checked_logits(logits: Any, n_vocab: int) -> np.ndarray:
 def _resolve(
     model_path: str,
     razor: bool | str | os.PathLike[str] | Profile,
-    retrieval: float | None,
+    budget: float | None,
     window: int | None,
     sink_tokens: int | None,
     compensation: bool | None,
 ) -> tuple[ModelShape | None, Profile | None, str]:
     """Shape and profile of a model, and why there is no profile. Shape None: not understood."""
-    overridden = not (retrieval is window is sink_tokens is compensation is None)
+    overridden = not (budget is window is sink_tokens is compensation is None)
     disabled = native.is_disabled()
     if razor is False or disabled:
         why = "razor=False" if razor is False else f"{native.DISABLE_ENV} is set"
         if overridden and not disabled:
             raise ProfileError(
-                "retrieval, window, sink_tokens and compensation change a razor profile, which"
+                "budget, window, sink_tokens and compensation change a razor profile, which"
                 " razor=False switches off; leave one or the other out"
             )
         header = read_header(model_path)
@@ -943,17 +948,17 @@ def _resolve(
         profile = profile_from_header(header, shape) if shape else None
         if profile is None and overridden:
             raise ProfileError(
-                f"{model_path} has no razor profile that retrieval, window, sink_tokens or"
+                f"{model_path} has no razor profile that budget, window, sink_tokens or"
                 " compensation could change; make one with 'razor-local convert MODEL.gguf -o"
                 " OUT.gguf', or pass razor=SIDECAR"
             )
     else:
         shape = shape_from_header(header)
         profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
-    if retrieval is not None and profile is not None and shape is not None:
+    if budget is not None and profile is not None and shape is not None:
         from .scores import with_budget
 
-        profile = with_budget(profile, shape, retrieval)
+        profile = with_budget(profile, shape, budget)
     return shape, profile, "the model file has no razor profile"
 
 

@@ -794,3 +794,12 @@ def test_progress_may_print_while_a_model_loads(capfd):
     printing.join()
     said = capfd.readouterr().out.split("\n")
     assert "1.0" in said and sum(line.startswith("beside") for line in said) == 200
+
+
+def test_retrieval_is_an_alias_of_budget():
+    plans = [
+        Llama(DEFAULT_MODEL, n_ctx=2048, **{name: 0.5}).plan for name in ("budget", "retrieval")
+    ]
+    assert plans[0] == plans[1] and plans[0].retrieval_kv_heads == 12
+    with pytest.raises(UnsupportedError, match="are the same option; pass budget alone"):
+        Llama(DEFAULT_MODEL, budget=0.5, retrieval=0.5)

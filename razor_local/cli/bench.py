@@ -63,12 +63,14 @@ Examples:
 )  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--retrieval", type=Number(0, 1), metavar="SHARE",
+    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
     help="Share of retrieval heads instead of the profile's; with --shape: [default: 0.15]",
 )  # fmt: skip
 @click.option("--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens.")
 @click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's.")
-@click.option("--sinks", type=int, metavar="N", help="Instead of the profile's.")
+@click.option(
+    "--sink-tokens", "--sinks", "sinks", type=int, metavar="N", help="Instead of the profile's."
+)
 @click.option(
     "--shape", metavar="NAME",
     help="Instead of MODEL: random weights in this shape, kept in the cache folder of the user.",
@@ -233,7 +235,7 @@ def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
         if options["sidecar"]:
             raise click.UsageError("--sidecar belongs to MODEL, not to --shape")
         # its retrieval heads are in the file
-        return model_setup(_make_shape(options), options | {"retrieval": None})
+        return model_setup(_make_shape(options), options | {"budget": None})
     if options["quant"] or options["seed"] is not None:
         raise click.UsageError("--quant and --seed belong to --shape")
     return model_setup(model, options)
@@ -253,7 +255,7 @@ def _make_shape(options: dict[str, Any]) -> Path:
     from ..bench.shapes import cached_shape_model
     from .terminal import ProgressBar
 
-    share = options["retrieval"]
+    share = options["budget"]
     with ProgressBar(f"Writing random weights in the shape of {options['shape']}") as bar:
         path = cached_shape_model(
             options["shape"],

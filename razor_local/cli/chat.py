@@ -81,7 +81,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     help="Razor profile of the model, if it is not in the model file.",
 )  # fmt: skip
 @click.option(
-    "--retrieval", type=Number(0, 1), metavar="SHARE",
+    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
 )  # fmt: skip
 @click.option("--razor/--no-razor", default=True, help="RazorAttention.  [default: on]")
@@ -93,8 +93,8 @@ def chat(model: Path | None, **options: Any) -> None:
     """Chat with MODEL.gguf, or with the small built-in model."""
     if options["sidecar"] and not options["razor"]:
         raise click.UsageError("--sidecar and --no-razor exclude each other")
-    if options["retrieval"] is not None and not options["razor"]:
-        raise click.UsageError("--retrieval and --no-razor exclude each other")
+    if options["budget"] is not None and not options["razor"]:
+        raise click.UsageError("--budget and --no-razor exclude each other")
     if options["predict"] == 0 or options["predict"] < -1:
         raise click.UsageError("--predict is a number of tokens, or -1")
     if sys.stdin is None or sys.stdout is None:
@@ -177,7 +177,7 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
             return Llama(
                 path,
                 razor=options["sidecar"] or options["razor"],
-                retrieval=options["retrieval"],
+                budget=options["budget"],
                 progress=progress,
                 n_ctx=n_ctx,
                 n_gpu_layers=options["n_gpu_layers"],

@@ -122,7 +122,9 @@ NOT_FOR_ALIBI = (
     help="ALiBi models: attention beyond a head's scope is at most this.  [default: 0.001]",
 )
 @click.option("--sidecar", is_flag=True, help="Write the profile alone, without the model.")
-@click.option("--sinks", type=int, default=4, show_default=True, help="Sink tokens.")
+@click.option(
+    "--sink-tokens", "--sinks", "sinks", type=int, default=4, show_default=True, help="Sink tokens."
+)
 @click.option(
     "--window-min", type=int, default=4000, show_default=True, help="Smallest window, in tokens."
 )
@@ -422,7 +424,7 @@ def _prove(
             err=True,
         )
     elif not proof.holds:
-        more = "" if by_list else ", keep more of them with a larger budget (chat --retrieval 0.25)"
+        more = "" if by_list else ", keep more of them with a larger budget (chat --budget 0.25)"
         echo(
             f"Note: razor loses facts with these heads ({proof.razor.n_found} of"
             f" {len(proof.full.found)} found, {proof.full.n_found} with the full cache); measure"

@@ -71,14 +71,16 @@ _MODEL_OPTIONS = (
     ),
     click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own."),
     click.option(
-        "--retrieval", type=Number(0, 1), metavar="SHARE",
+        "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
         help="Share of retrieval heads instead of the profile's.",
     ),
     click.option(
         "--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens."
     ),
     click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's."),
-    click.option("--sinks", type=int, metavar="N", help="Instead of the profile's."),
+    click.option(
+        "--sink-tokens", "--sinks", "sinks", type=int, metavar="N", help="Instead of the profile's.",
+    ),
     click.option(
         "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, show_default=True,
         metavar="N", help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",

@@ -79,7 +79,7 @@ class Memory:
 )
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--retrieval", type=Number(0, 1), metavar="SHARE",
+    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
 )  # fmt: skip
 @click.option("--beyond", is_flag=True, help="Search beyond the trained length, too.")
@@ -105,7 +105,7 @@ def fit(model: Path, **given: Any) -> None:
     ):
         n_ctx = given["ctx_size"] if isinstance(given["ctx_size"], int) else None
         memories = _memories(dry, given)
-        profile, source = _profile(dry, given["sidecar"], given["retrieval"])
+        profile, source = _profile(dry, given["sidecar"], given["budget"])
         base = ContextOptions(
             flash_attn=given["flash_attn"] == "on",
             n_batch=given["batch_size"],
@@ -169,7 +169,7 @@ def _types(given: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _profile(
-    dry: DryModel, sidecar: Path | None, retrieval: float | None
+    dry: DryModel, sidecar: Path | None, budget: float | None
 ) -> tuple[Profile | None, str | None]:
     """What razor is planned with, and where that comes from."""
     from ..errors import ProfileError
@@ -177,18 +177,18 @@ def _profile(
     from ..profile import no_profile, read_sidecar
 
     if dry.shape is None:
-        if sidecar is not None or retrieval is not None:
+        if sidecar is not None or budget is not None:
             raise ProfileError(f"{dry.path} is no model that razor can run")
         return None, None
     profile = dry.profile() if sidecar is None else read_sidecar(sidecar, dry.shape)
     if profile is None:
-        if retrieval is not None:
+        if budget is not None:
             raise no_profile(dry.path)
         return paper_profile(dry.shape), "paper"
-    if retrieval is not None:
+    if budget is not None:
         from ..scores import with_budget
 
-        profile = with_budget(profile, dry.shape, retrieval)
+        profile = with_budget(profile, dry.shape, budget)
     return profile, "file" if sidecar is None else "sidecar"
 
 

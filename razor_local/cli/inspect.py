@@ -48,7 +48,7 @@ Examples:
 )  # fmt: skip
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--retrieval", type=Number(0, 1), metavar="SHARE",
+    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
     help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
 )  # fmt: skip
 @click.option("--no-flash-attn", is_flag=True, help="Plan for a context without flash attention.")
@@ -65,7 +65,7 @@ def inspect(
     cache_type_k: str,
     cache_type_v: str,
     sidecar: Path | None,
-    retrieval: float | None,
+    budget: float | None,
     no_flash_attn: bool,
     heads: bool,
     compare: Path | None,
@@ -95,12 +95,12 @@ def inspect(
         profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
     )
     looking = heads or compare is not None or plot is not None
-    if profile is None and (retrieval is not None or looking):
+    if profile is None and (budget is not None or looking):
         raise no_profile(file)
-    if retrieval is not None and profile is not None:
+    if budget is not None and profile is not None:
         from ..scores import with_budget
 
-        profile = with_budget(profile, shape, retrieval)
+        profile = with_budget(profile, shape, budget)
     feature = unsupported_feature(header, shape)
     if feature:
         echo(

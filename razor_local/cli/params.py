@@ -110,7 +110,7 @@ def write_report(text: str, output: Path | None) -> None:
 
 
 def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
-    """Of the options that bench and eval share: sidecar, retrieval, window_min, window_divisor,
+    """Of the options that bench and eval share: sidecar, budget, window_min, window_divisor,
     sinks, threads, n_gpu_layers."""
     from ..common.machine import n_cores
     from ..model_setup import ModelSetup
@@ -118,7 +118,7 @@ def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
     return ModelSetup(
         model=str(model),
         sidecar=str(options["sidecar"]) if options["sidecar"] else None,
-        retrieval=options["retrieval"],
+        retrieval=options["budget"],
         window_min=options["window_min"],
         window_divisor=options["window_divisor"],
         sink_tokens=options["sinks"],
