@@ -79,8 +79,9 @@ _MODEL_OPTIONS = (
     ),
     click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's."),
     click.option(
-        "--sink-tokens", "--sinks", "sinks", type=int, metavar="N", help="Instead of the profile's.",
-    ),
+        "--sink-tokens", "--sinks", "sinks", type=int, metavar="N",
+        help="Instead of the profile's.",
+    ),  # fmt: skip
     click.option(
         "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, show_default=True,
         metavar="N", help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
