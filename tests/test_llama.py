@@ -792,8 +792,8 @@ def test_progress_may_print_while_a_model_loads(capfd):
     printing.start()
     Llama(DEFAULT_MODEL, n_ctx=256, progress=print)
     printing.join()
-    said = capfd.readouterr().out.split("\n")
-    assert "1.0" in said and sum(line.startswith("beside") for line in said) == 200
+    said = capfd.readouterr().out  # lines of two threads may share a line
+    assert "1.0" in said and said.count("beside ") == 200
 
 
 def test_retrieval_is_an_alias_of_budget():
