@@ -231,3 +231,34 @@ print(templates.Template("{{ 1 + 1 }}").render(), templates._child.process.pid)
     if os.name != "nt":
         with pytest.raises(ProcessLookupError):
             os.kill(int(done.stdout.split()[1]), 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_an_interrupt_at_any_line_leaves_a_process_that_answers():
+    """Of subprocess, too, whose locks an exception can leave locked."""
+    source = "{{ messages[0].content }}"
+    for n in range(0, 400, 7):
+        left = [n]
+
+        def trace(frame, event, _arg, left=left):
+            if (
+                "templates.py" in frame.f_code.co_filename
+                or "subprocess" in frame.f_code.co_filename
+            ):
+                if event == "line":
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise KeyboardInterrupt
+                return trace
+            return trace
+
+        sys.settrace(trace)
+        try:
+            render(source)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        if left[0] > 0:
+            break
+        assert render(source) == "Hi"

@@ -134,6 +134,7 @@ class _Child:
     """The process that renders, and what is read from it."""
 
     def __init__(self) -> None:
+        self.ended = False
         self.parent = os.getpid()  # a forked copy of this process must not use the same pipes
         self.process = subprocess.Popen(
             python_command(
@@ -146,60 +147,87 @@ class _Child:
             start_new_session=True,  # Ctrl-C is for this process
         )
 
-    def usable(self) -> bool:
-        return self.parent == os.getpid() and self.process.poll() is None
+    def end(self) -> int | None:
+        """Kill the process; return its exit code, None if nobody knows it.
 
-    def end(self) -> None:
-        if self.parent == os.getpid():
-            self.process.kill()
+        Popen.poll() and wait() hold a lock of Python's, which an interrupt can leave locked for
+        ever. os.waitpid() needs none.
+        """
+        if self.ended or self.parent != os.getpid():
+            return None
+        self.ended = True
+        with suppress(OSError):
+            os.kill(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        for pipe in (self.process.stdin, self.process.stdout):
             with suppress(OSError):  # what was written last may not have been read
-                self.process.communicate()
+                if pipe is not None:
+                    pipe.close()
+        if os.name == "nt":
+            return self.process.wait()
+        code = None
+        with suppress(ChildProcessError):  # somebody else has waited for it
+            code = os.waitstatus_to_exitcode(os.waitpid(self.process.pid, 0)[1])
+        self.process.returncode = 0 if code is None else code
+        return code
 
 
 def _exchange(request: bytes) -> dict[str, Any]:
     """Send a request to the child, started if need be; return its answer."""
-    global _child
     with _lock:
-        if _child is None or not _child.usable():
-            try:
-                _child = _Child()
-            except OSError as error:
-                raise RazorError(
-                    f"the process for chat templates cannot be started: {error}"
-                ) from error
+        child = _send(request) or _send(request)  # a child may have ended since its last answer
+        if child is None:
+            raise RazorError("the process for chat templates ends when it is started")
         expired = threading.Event()
-        process = _child.process
-        assert process.stdin is not None and process.stdout is not None  # they are pipes
 
         def expire() -> None:
             expired.set()
-            process.kill()
+            with suppress(OSError):
+                os.kill(child.process.pid, signal.SIGTERM)
 
         timer = threading.Timer(MAX_WAIT_SECONDS, expire)
         timer.daemon = True
         timer.start()
+        assert child.process.stdout is not None  # a pipe
         line = b""
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            line = process.stdout.readline(MAX_TEXT * 12)  # ASCII: 12 bytes for a rare character
-        except OSError:
-            pass  # the child has ended
+            line = child.process.stdout.readline(MAX_TEXT * 12)  # 12 bytes for a rare character
         except BaseException:  # such as KeyboardInterrupt: what comes next answers this request
-            _child.end()
+            child.end()
             raise
         finally:
             timer.cancel()
         if line.endswith(b"\n") and not expired.is_set():
             return json.loads(line)
-        _child.end()
-        code = process.returncode
-        _child = None
-    if expired.is_set() or code == -getattr(signal, "SIGPROF", code + 1):
+        code = child.end()
+    if expired.is_set() or (code is not None and code == -getattr(signal, "SIGPROF", 0)):
         what = f"takes more than {MAX_SECONDS:g} s"
     else:
         what = f"ended the process that renders it (exit code {code})"
     raise GGUFError(f"the model's chat template {what}; {MEND}")
+
+
+def _send(request: bytes) -> _Child | None:
+    """Write a request to the child, started if need be; return None if it has ended."""
+    global _child
+    if _child is None or _child.ended or _child.parent != os.getpid():
+        try:
+            _child = _Child()
+        except OSError as error:
+            raise RazorError(
+                f"the process for chat templates cannot be started: {error}"
+            ) from error
+    stdin = _child.process.stdin
+    assert stdin is not None  # a pipe
+    try:
+        stdin.write(request)
+        stdin.flush()
+    except OSError:
+        _child.end()
+        return None
+    except BaseException:
+        _child.end()
+        raise
+    return _child
 
 
 @atexit.register
