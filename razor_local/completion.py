@@ -12,11 +12,12 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, final
 
 import numpy as np
 
-from .errors import ContextFullError, RazorError
+from .errors import ContextFullError, RazorError, StateError
 
 _ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
 
@@ -83,7 +84,7 @@ def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
         text.add(piece)
         if text.stopped():
             finish_reason = "stop"
-            end = next(answer.index(stop) for stop in stops if stop in answer)
+            end = min(answer.index(stop) for stop in stops if stop in answer)
             break
         for part, n in text.ready():
             if stream:
@@ -150,8 +151,12 @@ def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, A
     chosen = (
         choice["function"]["name"] if isinstance(choice, dict) and "function" in choice else None
     )
-    for tool in request.get("tools") or ():
-        if isinstance(tool, dict) and tool.get("function", {}).get("name") == chosen is not None:
+    tools = [tool for tool in request.get("tools") or () if isinstance(tool, dict)]
+    names = [tool.get("function", {}).get("name") for tool in tools]
+    if chosen is not None and tools and chosen not in names:
+        raise RazorError(f"tool_choice names {chosen!r}, expected one of the tools {names}")
+    for tool in tools:
+        if tool.get("function", {}).get("name") == chosen is not None:
             # llama_cpp answers with any JSON where it cannot convert the schema
             _grammar_of(f"parameters of {chosen!r}", tool["function"].get("parameters"))
     return request
@@ -260,6 +265,11 @@ class _Reader:
 
     def set_seed(self, seed: int) -> None:
         vars(self)["read_seed"] = seed
+
+    def load_state(self, state: Any) -> None:
+        """Load a state of set_cache(); one of another context counts as not found."""
+        with suppress(StateError):
+            self._llama.load_state(state)
 
     def generate(self, tokens: list[int], **options: Any) -> None:
         raise _Read(tokens, options)

@@ -372,9 +372,17 @@ class Llama(PlainMessages, llama_cpp.Llama):
         """Forget all tokens. The next request evaluates its own from the start."""
         self._request(self._reset)
 
-    @functools.wraps(llama_cpp.Llama.embed)
-    def embed(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # by wraps()
-        return self._request(llama_cpp.Llama.embed, _Inside(self), *args, **kwargs)
+    def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        """As the base class. Raises RazorError for a text without tokens."""
+        if not self.context_params.embeddings:
+            raise UnsupportedError("embed() needs a Llama that was made with embedding=True")
+        for text in [input] if isinstance(input, str) else input:
+            if not isinstance(text, str) or not self.tokenize(text.encode()):
+                # the base class writes outside of its batch for a text without tokens
+                raise RazorError(
+                    f"{text!r} cannot be embedded, expected a text with a token or more"
+                )
+        return self._request(llama_cpp.Llama.embed, _Inside(self), input, *args, **kwargs)
 
     def request(self, make: Callable[[Llama], Iterator[Any]]) -> Generator[Any, Any, Any]:
         """Run a generator as one request: nobody else uses the model until it is over.
@@ -392,12 +400,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         request = read_chat_request(request, self.chat_handler is not None)
         for name in ("messages", "functions", "tools"):
             request[name] = self.mark_plain(request.get(name))
-        try:
-            return llama_cpp.Llama.create_chat_completion(**request)
-        except RazorError:
-            raise
-        except Exception as error:  # whatever a template of a model file raises
-            raise RazorError(f"the model's chat template refuses this: {error}") from error
+        return llama_cpp.Llama.create_chat_completion(**request)
 
     def n_ctx_train(self) -> int:
         """Tokens of the context that the model was trained for."""

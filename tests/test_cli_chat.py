@@ -600,3 +600,11 @@ def test_a_marker_inside_a_pasted_text_is_left_alone(reader):
     marker = reader.add_paste("x [pasted text 2: 2 lines]\ny")
     other = reader.add_paste("p\nq")
     assert reader.expand(f"{other} {marker}") == "p\nq\n\nx [pasted text 2: 2 lines]\ny"
+
+
+def test_stdin_that_never_ends_is_refused(monkeypatch):
+    import razor_local.cli.chat as module
+
+    monkeypatch.setattr(module, "MAX_STDIN", 1 << 20)
+    done = CliRunner().invoke(main, ["chat"], input="y\n" * (1 << 20))
+    assert done.exit_code == 1 and "stdin has more than 1 MiB, more than any context" in done.output

@@ -699,3 +699,115 @@ def test_a_wrong_logit_and_a_wrong_token_are_noticed(monkeypatch):
     monkeypatch.setattr(Llama, "_after_cached", lambda self, tokens: list(tokens))
     with pytest.raises(api.Finding):
         api.run(2000, seed=1)
+
+
+# -- what strangers found
+
+
+def test_the_earliest_stop_ends_an_answer(llama):
+    for stop in (["48", "code", "e"], ["e", "code", "48"], [" c", "The s", "he"]):
+        options = {"temperature": 0, "max_tokens": 12, "stop": stop}
+        whole = llama.create_completion(PROMPT, **options)["choices"][0]["text"]
+        assert text_of(llama.create_completion(PROMPT, stream=True, **options)) == whole
+        assert not any(one in whole for one in stop)
+
+
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [TimeoutError("late"), ValueError("x"), Cancelled(), OSError()])
+def test_what_is_raised_during_a_chat_arrives_as_it_is(llama, error):
+    def fails(ids, logits):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        llama.create_chat_completion(
+            MESSAGES, logits_processor=llama_cpp.LogitsProcessorList([fails])
+        )
+    assert caught.value is error
+    assert not isinstance(caught.value, RazorError)
+
+
+def test_an_alarm_while_a_template_is_rendered_arrives():
+    def handler(*_):
+        raise TimeoutError("late")
+
+    with closing(Llama(DEFAULT_MODEL, n_ctx=1024, n_threads=1)) as llama:
+        expected = llama.create_chat_completion(MESSAGES, temperature=0, max_tokens=4)["choices"]
+        before = signal.signal(signal.SIGALRM, handler)
+        try:
+            for i in range(40):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.0002 * i)
+                    llama.create_chat_completion(MESSAGES, temperature=0, max_tokens=4)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except TimeoutError:
+                    pass
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        found = llama.create_chat_completion(MESSAGES, temperature=0, max_tokens=4)["choices"]
+        assert found == expected
+
+
+def test_a_signal_handler_that_renders_another_template_is_refused(llama):
+    from razor_local.prompt import templates
+
+    told = []
+    with closing(Llama(DEFAULT_MODEL, n_ctx=256)) as other:
+        slow = templates.Template(
+            "{% for i in range(90000) %}{% for j in range(9) %}{% endfor %}{% endfor %}x"
+        )
+        assert slow.render(messages=[]) == "x"
+
+        def handler(*_):
+            try:
+                other.create_chat_completion([{"role": "user", "content": "hi"}], max_tokens=1)
+            except RazorError as error:
+                told.append(str(error))
+
+        before = signal.signal(signal.SIGALRM, handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            assert slow.render(messages=[]) == "x"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert told and "a signal handler cannot use a chat template" in told[0]
+
+
+def test_a_text_without_tokens_is_not_embedded():
+    with closing(Llama(DEFAULT_MODEL, n_ctx=256, razor=False, embedding=True)) as llama:
+        good = llama.embed("hello")
+        for texts in ("", ["", "hello"], ["hello", "", "world"], [None]):
+            with pytest.raises(
+                RazorError, match="cannot be embedded, expected a text with a token"
+            ):
+                llama.embed(texts)
+            with pytest.raises(RazorError, match="cannot be embedded"):
+                llama.create_embedding(texts)
+        assert llama.embed("hello") == good
+    with closing(Llama(DEFAULT_MODEL, n_ctx=256)) as llama:
+        with pytest.raises(RazorError, match="needs a Llama that was made with embedding=True"):
+            llama.embed("hello")
+
+
+def test_a_kept_answer_of_another_context_is_not_found():
+    cache = llama_cpp.LlamaRAMCache()
+    answers = []
+    for options in ({"n_ctx": 2048}, {"n_ctx": 1536}, {"n_ctx": 2048, "razor": False}):
+        with closing(Llama(DEFAULT_MODEL, n_threads=1, **options)) as llama:
+            llama.set_cache(cache)
+            answers.append(answer(llama, PROMPT, n=5))
+    assert len(set(answers)) == 1
+
+
+def test_a_tool_that_is_not_there_is_refused(llama):
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    with pytest.raises(RazorError, match="tool_choice names 'g', expected one of the tools"):
+        llama.create_chat_completion(
+            MESSAGES,
+            tools=[{"type": "function", "function": tool}],
+            tool_choice={"type": "function", "function": {"name": "g"}},
+        )

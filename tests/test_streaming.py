@@ -103,7 +103,11 @@ def test_same_seed_same_answer(both, prompt, sampling, stops) -> None:
         )
         other = st.tuples(cut, st.sampled_from(["", "#", "the"])).map("".join)
         sampling["stop"] = stops.draw(st.lists(other, max_size=3))
-        assert answer(ours, prompt, **sampling) == answer(theirs, prompt, **sampling)
+        found, expected = (answer(m, prompt, **sampling) for m in both)
+        if found[0]["text"] != expected[0]["text"]:  # llama_cpp ends at the first stop of the list
+            assert expected[0]["text"].startswith(found[0]["text"]) and len(sampling["stop"]) > 1
+        else:
+            assert found == expected
     streamed, expected = (answer(m, prompt, stream=True, **sampling) for m in both)
     assert streamed[1:] == expected[1:] and streamed[0][-1] == expected[0][-1]
     if text_of(streamed[0]) == text_of(expected[0]):  # (bytes that are no text: other "" chunks)
@@ -444,8 +448,7 @@ def test_chunks_are_those_of_llama_cpp(scripted, script, stops, max_tokens) -> N
     assert text_of(chunks) == text
     whole, usage, *_ = answer(ours, "a", stop=stops, max_tokens=max_tokens)
     assert usage["completion_tokens"] <= max_tokens
-    if whole["finish_reason"] == "length" or not stops:
-        assert whole["text"] == text
+    assert whole["text"] == text
     if n != n_expected:  # llama_cpp waits for the rest of a character, and looks at nothing else
         assert n < n_expected and not used.isascii()
         return
@@ -453,10 +456,14 @@ def test_chunks_are_those_of_llama_cpp(scripted, script, stops, max_tokens) -> N
     if text_of(chunks) != text_of(expected):
         # lost by llama_cpp: characters in parts when the stream ends, or behind a damaged one
         assert not used.isascii() and len(text_of(expected)) < len(text_of(chunks))
-    elif used.decode("utf-8", "ignore").encode() == used:
-        assert chunks == expected
-    # and not streamed, it is the same text
-    assert (whole, usage) == answer(theirs, "a", stop=stops, max_tokens=max_tokens)[:2]
+    elif used.decode("utf-8", "ignore").encode() == used:  # (empty chunks before a stop aside)
+        kept = [[c for (c,) in cs if c["text"] or c["finish_reason"]] for cs in (chunks, expected)]
+        assert kept[0] == kept[1]
+    # and not streamed, it is the same text, but llama_cpp ends at the first stop of the list
+    theirs_whole, theirs_usage, *_ = answer(theirs, "a", stop=stops, max_tokens=max_tokens)
+    assert usage == theirs_usage
+    if sum(stop.encode() in used for stop in stops) < 2:
+        assert whole == theirs_whole
 
 
 def n_until_the_end(tokens, pieces, stops, max_tokens) -> tuple[int, bytes]:

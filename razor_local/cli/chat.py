@@ -33,6 +33,7 @@ between them. If your terminal does not mark what is pasted, put the message bet
 of """. Alt-Enter begins another line. Ctrl-C stops an answer and keeps what was said.
 Other lines that begin with a slash are messages.'''
 
+MAX_STDIN = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB of text
 DEFAULT_MODEL_HINT = """\
 This is the small built-in model. It only answers questions about facts in a text, such as: paste
 a text with "The secret code of Marlow is 48213." somewhere in it, then ask
@@ -141,8 +142,13 @@ def chat(model: Path | None, **options: Any) -> None:
 
 
 def _read_stdin() -> str:
+    data = sys.stdin.buffer.read(MAX_STDIN + 1)
+    if len(data) > MAX_STDIN:
+        raise RazorError(
+            f"stdin has more than {MAX_STDIN >> 20} MiB, more than any context holds; pipe in less"
+        )
     try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig").strip("\r\n")
+        text = data.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         raise RazorError(f"stdin is not UTF-8 text (byte {error.start})") from error
     if not text.strip():

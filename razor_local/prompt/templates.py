@@ -12,10 +12,12 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
@@ -35,6 +37,7 @@ MEND = "mend tokenizer.chat_template, for example with gguf-new-metadata"
 
 _lock = threading.Lock()
 _child: _Child | None = None
+_renders = 0  # the thread that holds _lock, if any does
 
 
 class Template:
@@ -147,6 +150,21 @@ class _Child:
             start_new_session=True,  # Ctrl-C is for this process
         )
 
+    def read_line(self) -> tuple[bytes, bool]:
+        """Return an answer, cut off if the process ends or MAX_WAIT_SECONDS pass (then True)."""
+        assert self.process.stdout is not None  # a pipe
+        fd, ends = self.process.stdout.fileno(), time.monotonic() + MAX_WAIT_SECONDS
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            left = max(ends - time.monotonic(), 0)
+            if os.name != "nt" and not select.select([fd], [], [], left)[0]:
+                return bytes(line), True
+            part = os.read(fd, 1 << 20)
+            if not part or len(line) > MAX_TEXT * 12:  # ASCII: 12 bytes for a rare character
+                break
+            line += part
+        return bytes(line), False
+
     def end(self) -> int | None:
         """Kill the process; return its exit code, None if nobody knows it.
 
@@ -173,33 +191,23 @@ class _Child:
 
 def _exchange(request: bytes) -> dict[str, Any]:
     """Send a request to the child, started if need be; return its answer."""
+    global _renders
+    if _lock.locked() and _renders == threading.get_ident():
+        raise RazorError("a signal handler cannot use a chat template while its thread renders one")
     with _lock:
+        _renders = threading.get_ident()
         child = _send(request) or _send(request)  # a child may have ended since its last answer
         if child is None:
             raise RazorError("the process for chat templates ends when it is started")
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            with suppress(OSError):
-                os.kill(child.process.pid, signal.SIGTERM)
-
-        timer = threading.Timer(MAX_WAIT_SECONDS, expire)
-        timer.daemon = True
-        timer.start()
-        assert child.process.stdout is not None  # a pipe
-        line = b""
         try:
-            line = child.process.stdout.readline(MAX_TEXT * 12)  # 12 bytes for a rare character
+            line, expired = child.read_line()
         except BaseException:  # such as KeyboardInterrupt: what comes next answers this request
             child.end()
             raise
-        finally:
-            timer.cancel()
-        if line.endswith(b"\n") and not expired.is_set():
+        if line.endswith(b"\n"):
             return json.loads(line)
         code = child.end()
-    if expired.is_set() or (code is not None and code == -getattr(signal, "SIGPROF", 0)):
+    if expired or (code is not None and code == -getattr(signal, "SIGPROF", 0)):
         what = f"takes more than {MAX_SECONDS:g} s"
     else:
         what = f"ended the process that renders it (exit code {code})"
@@ -212,6 +220,8 @@ def _send(request: bytes) -> _Child | None:
     if _child is None or _child.ended or _child.parent != os.getpid():
         try:
             _child = _Child()
+        except TimeoutError:  # of a signal handler
+            raise
         except OSError as error:
             raise RazorError(
                 f"the process for chat templates cannot be started: {error}"
@@ -221,7 +231,7 @@ def _send(request: bytes) -> _Child | None:
     try:
         stdin.write(request)
         stdin.flush()
-    except OSError:
+    except BrokenPipeError:
         _child.end()
         return None
     except BaseException:
