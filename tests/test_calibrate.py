@@ -728,7 +728,7 @@ def unscored(tmp_path_factory) -> Path:
 
 
 def test_a_budget_needs_scores_and_razor(known, converted, unscored):
-    with pytest.raises(ProfileError, match="has no razor profile that retrieval"):
+    with pytest.raises(ProfileError, match="has no razor profile that budget"):
         Llama(known[0], retrieval=0.5)
     with pytest.raises(ProfileError, match="leave one or the other out"):
         Llama(converted, razor=False, retrieval=0.5)
@@ -750,7 +750,7 @@ def test_chat_takes_a_budget(converted, unscored):
     command = [sys.executable, "-c", CONVERT, "chat"]
     for model, args, text in (
         (unscored, ["--retrieval", "0.5"], "holds no head scores"),
-        (converted, ["--retrieval", "0.5", "--no-razor"], "--retrieval and --no-razor exclude"),
+        (converted, ["--retrieval", "0.5", "--no-razor"], "--budget and --no-razor exclude"),
     ):
         done = subprocess.run(
             [*command, model, *args], input="hello", capture_output=True, text=True,

@@ -373,7 +373,11 @@ class Fuzzer:
         found = [next(run) for _ in range(n)]
         run.close()
         if bias is None and found != expected:
-            self.fail("the same request has another answer")
+            # a prompt in other batches rounds otherwise, which may decide between two tokens
+            i = next(i for i in range(n) if found[i] != expected[i])
+            logits = self.reference(tokens + expected[:i])
+            if abs(logits[found[i]] - logits[expected[i]]) > 2 * TOLERANCE:
+                self.fail("the same request has another answer")
         if bias:
             self.llama._check_tokens(list(bias))
         self.expected = tokens + found[:-1]
