@@ -2,7 +2,7 @@
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C while it is still being imported is no traceback either."""
+    """Run the command line. Ctrl-C during its imports prints no traceback."""
     import sys
 
     try:

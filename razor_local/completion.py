@@ -131,7 +131,7 @@ def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, A
 
     Args:
         request: all arguments by name.
-        reads_parts: True if messages may have parts that are no text, such as images.
+        reads_parts: True if messages may contain parts other than text, such as images.
 
     Raises:
         RazorError: an argument is not understood, or contradicts another one.
@@ -294,7 +294,7 @@ def _read_prompt(llama: Any, request: dict[str, Any]) -> tuple[list[int], dict[s
         raise RazorError(f"seed is {seed!r}, expected a whole number or None")
     if seed is None and llama._seed in _ANY_SEED:
         seed = secrets.randbits(31)
-    reader: Any = _Reader(llama)  # stands for a Llama
+    reader: Any = _Reader(llama)  # used in place of a Llama
     logprobs = None  # read here; the base class would want logits_all=True
     try:
         next(Llama._create_completion(reader, **request | {"seed": seed, "logprobs": logprobs}))
@@ -340,7 +340,7 @@ def _piece_reader(llama: Any, prompt: list[int]) -> Callable[[int], bytes]:
 
     if type(llama.tokenizer_) is LlamaTokenizer:
         return llama.piece
-    before = list(prompt)  # a tokenizer of another library looks at what stands before
+    before = list(prompt)  # tokenizers of other libraries need the tokens before
 
     def piece(token: int) -> bytes:
         found = llama.detokenize([token], prev_tokens=before)
@@ -352,9 +352,9 @@ def _piece_reader(llama: Any, prompt: list[int]) -> Callable[[int], bytes]:
 
 @final
 class _Logprobs:
-    """The log probabilities of the tokens that were not given out yet, in OpenAI's form.
+    """Collect log probabilities of tokens that are not yet returned, in OpenAI's format.
 
-    n_top: the likeliest tokens that are told for each. offset: characters before the first token.
+    n_top: most likely tokens to report at each position. offset: characters before the first token.
     """
 
     def __init__(self, llama: Any, n_top: int, offset: int) -> None:
@@ -363,7 +363,7 @@ class _Logprobs:
         self._told: list[tuple[str, int, float | None, dict[str, float] | None] | None] = []
 
     def add_prompt(self, tokens: list[int]) -> None:
-        """Evaluate the prompt, and tell its tokens but a leading BOS. The first has none."""
+        """Evaluate the prompt and add its tokens, except a leading BOS. The first has none."""
         llama = self._llama
         llama.reset()
         first = 1 if tokens[:1] == [llama.token_bos()] else 0

@@ -90,11 +90,11 @@ class Memory:
     """What the KV cache takes. All sizes in bytes, allocated when the context was created.
 
     active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
-    reason). own_attention: our attention runs where the cache lies in the host's memory, also on
-    llama.cpp's own cache; False: llama.cpp's. kv_bytes: sum of the backend buffers. kv_bytes_full:
-    llama.cpp's own cache with the same types. kv_bytes_full_f16: a full f16 cache, None where the
-    model's cache is of a kind that the plan does not describe. layers: empty where not active.
-    n_tokens: in the cache now.
+    reason). own_attention: layers whose cache is in host memory run our attention, also with
+    llama.cpp's full cache; False: llama.cpp's attention. kv_bytes: sum of the backend buffers.
+    kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a full f16 cache,
+    None where the model's cache is of a kind that the plan does not describe. layers: empty where
+    not active. n_tokens: in the cache now.
     """
 
     active: bool
@@ -459,7 +459,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if self._requests.is_running():
             vars(self).update(kept)
             raise RazorError("this Llama is computing; close it after the call has returned")
-        self._requests = Requests("this Llama")  # later requests are told that it is closed
+        self._requests = Requests("this Llama")  # so that later requests report that it is closed
         if native.is_forked():  # the threads of the library are not in this process
             self._stack.pop_all()
         super().close()
@@ -896,7 +896,7 @@ class _Sampler:
 
 
 def _checked_logits(logits: Any, n_vocab: int) -> np.ndarray:
-    """Return what a logits processor gave back. Raises RazorError if these are no logits."""
+    """Return the logits of a logits processor. Raises RazorError unless they are valid."""
     try:
         changed = np.asarray(logits, np.float32)
     except (TypeError, ValueError):

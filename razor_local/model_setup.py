@@ -31,7 +31,7 @@ class ModelSetup:
     lib: str | None = None
 
     def read(self) -> tuple[ModelShape, Profile]:
-        """Raises RazorError (one sentence) where there is no profile or it cannot be changed so."""
+        """Return shape and profile. Raises RazorError without a profile that can change so."""
         from .profile import no_profile, read_model_shape, read_profile, read_sidecar
 
         shape = read_model_shape(self.model)

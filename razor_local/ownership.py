@@ -43,7 +43,7 @@ class _Request:
 
 
 class Requests:
-    """The requests of one object, in the order of their arrival; the first one owns the object.
+    """Queue the requests of one object. The first live request owns the object.
 
     Args:
         what: the object in an error message, such as "this Llama".

@@ -1,7 +1,7 @@
 #pragma once
 
-// Upstream's own full cache with the attention of llama-razor-attn.h where it lies in the host's memory. What upstream
-// computes there depends on the number of tokens in a batch, and takes twice as long.
+// Upstream's full KV cache with the attention kernel of llama-razor-attn.h, for layers whose cache is in host memory.
+// Upstream's kernel rounds differently for each batch size, and is slower in deep caches.
 
 #include "llama-kv-cache.h"
 #include "llama-razor-attn.h"

@@ -49,7 +49,7 @@ struct llama_razor_params {
     uint32_t compensation;    // 0/1
     uint32_t n_retrieval;     // length of retrieval; 0: the mask of the model's metadata
     const uint8_t * retrieval; // 0/1 per KV head, layer-major
-    uint32_t own_attention;   // 1: with upstream's own cache, our attention where the cache lies in the host's memory
+    uint32_t own_attention;   // 1: run our attention on upstream's full cache, for layers in host memory
 };
 
 // of a whole context
@@ -70,7 +70,7 @@ struct llama_razor_stats {
     uint64_t kv_bytes_retrieval; // of their tensors
     uint64_t kv_bytes_local;  // likewise, accumulators included
     uint32_t n_buffers;       // see llama_razor_get_buffer
-    uint32_t own_attention;   // 1: our attention runs where the cache lies in the host's memory; set where not active too
+    uint32_t own_attention;   // 1: layers in host memory run our attention; also set when razor is not active
 };
 
 struct llama_razor_layer_stats {

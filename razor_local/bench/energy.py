@@ -14,10 +14,10 @@ RAPL = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """Energy of everything that tells: CPU packages by RAPL, NVIDIA GPUs by NVML.
+    """Measure the energy of CPU packages (RAPL) and NVIDIA GPUs (NVML).
 
     It is the whole package's or board's, idle power and other programs included. sources: names,
-    empty where nothing tells.
+    empty without such counters.
     """
 
     def __init__(self, rapl: Path = RAPL, nvml: Any = None) -> None:

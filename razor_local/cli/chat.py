@@ -225,7 +225,7 @@ def _converse(llama: Llama, conversation: Chat) -> None:
 
 
 def _is_command(text: str) -> bool:
-    """Whether a message is a command: a word behind a slash, and a text behind /system alone.
+    """Return True if a message is a command: a slash and one word; only /system takes a text.
 
     Anything else is sent: "/usr/bin/ls is a path" and "/exit code 3" are messages.
     """

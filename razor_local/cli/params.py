@@ -110,8 +110,12 @@ def write_report(text: str, output: Path | None) -> None:
 
 
 def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
-    """Of the options that bench and eval share: sidecar, budget, window_min, window_divisor,
-    sinks, threads, n_gpu_layers."""
+    """Return the setup of a model.
+
+    Args:
+        options: sidecar, budget, window_min, window_divisor, sinks, threads and n_gpu_layers, which
+            bench and eval share.
+    """
     from ..common.machine import n_cores
     from ..model_setup import ModelSetup
 

@@ -25,7 +25,7 @@ BLOCK = '"""'  # begins and ends a message of several lines
 
 
 def is_dumb() -> bool:
-    """Whether the terminal understands no escape sequences at all."""
+    """Return True if the terminal does not support escape sequences."""
     return os.environ.get("TERM", "") in ("dumb", "unknown")
 
 
@@ -222,10 +222,7 @@ class ProgressBar:
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
-            # a copy of stderr: the bindings point file descriptor 2 elsewhere while loading
-            console=make_console(
-                file=os.fdopen(os.dup(sys.stderr.fileno()), "w"), force_terminal=True
-            ),
+            console=make_console(stderr=True, force_terminal=True),
             transient=True,
             auto_refresh=False,  # no thread beside the computation
             redirect_stdout=False,

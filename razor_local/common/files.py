@@ -123,7 +123,7 @@ def check_new_file(
     if path.exists() and not path.is_file():  # a device or a pipe: it would be replaced by the file
         raise error(f"{path} is no ordinary file; choose another name")
     try:
-        # permissions alone do not tell: root has them in /proc and on a disk that is read-only
+        # permissions are not enough: root has them in /proc and on read-only disks
         fd, part = create_part(path)
     except OSError as reason:
         raise error(

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Callback:
-    """A callable for ctypes; after an exception it only returns on_error.
+    """Make a function callable by native code, and keep what it raises.
 
     Args:
         function: called with all arguments of the native callback in a tuple.

@@ -1,7 +1,7 @@
 """Messages are plain text: only the chat template writes control tokens.
 
-A template renders its own text and the messages into one string, in which a message that contains
-"<|im_end|>" could not be told from the end of a turn. So such texts in messages are put between two
+A template renders its own text and the messages into one string, where "<|im_end|>" in a message
+looks like the end of a turn. So such texts in messages are put between two
 marks before the template renders them. tokenize() takes the marks out and reads what stands between
 them as ordinary text. A conversation without such texts has no marks and is tokenized by llama.cpp
 as it is.
@@ -55,7 +55,7 @@ class ControlTexts:
         from llama_cpp import llama_cpp as C
 
         self.controls: dict[str, Control] = {}
-        # without a tokenizer there are no texts, and asking for one would end the process
+        # a model without a tokenizer has no texts; asking for one would end the process
         has_texts = C.llama_vocab_type(vocab) != C.LLAMA_VOCAB_TYPE_NONE
         for token in range(C.llama_vocab_n_tokens(vocab) if has_texts else 0):
             attr = C.llama_vocab_get_attr(vocab, token)
