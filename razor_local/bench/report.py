@@ -29,7 +29,7 @@ class Report:
     """A run: what was measured on what (head), the raw records, and the figures made of them.
 
     rows: one dict per KV types and depth; the fields are those of the CSV, None where nothing was
-    measured. memory, folds, fits, checks, energy: dicts in the order of the records.
+    measured. memory, folds, checks, energy: dicts in the order of the records.
     """
 
     head: dict[str, Any]
@@ -43,7 +43,7 @@ class Report:
         return [self._row(record) for record in found]
 
     def _row(self, decode: dict[str, Any]) -> dict[str, Any]:
-        same = [r for r in self.records if _types(r) == _types(decode) and r["window"] == 0]
+        same = [r for r in self.records if _types(r) == _types(decode)]
         ms = decode["ms"]
         row: dict[str, Any] = {
             name: decode[name] for name in ("type_k", "type_v", "depth", "n_ctx")
@@ -137,39 +137,6 @@ class Report:
         return found
 
     @property
-    def fits(self) -> list[dict[str, Any]]:
-        """Lines through the decode times over depth, in one context with a window that stays.
-
-        slope_ratio: razor's slope over the full cache's, to compare with the share of retrieval
-        heads.
-        """
-        found = []
-        records = [r for r in self.records if r["kind"] == "fit"]
-        for types in dict.fromkeys(map(_types, records)):
-            some = sorted((r for r in records if _types(r) == types), key=lambda r: r["depth"])
-            if len(some) < 3:
-                continue
-            depths = [r["depth"] + 1 for r in some]  # decoded behind one token more
-            lines = {
-                side: _line(depths, [statistics.median(r["ms"][side]) for r in some])
-                for side in SIDES[:2]
-            }
-            found.append(
-                {
-                    "type_k": types[0],
-                    "type_v": types[1],
-                    "n_ctx": some[0]["n_ctx"],
-                    "window": some[0]["window"],
-                    "depths": [r["depth"] for r in some],
-                    "slope_ratio": lines["razor"]["us_per_token"] / lines["full"]["us_per_token"],
-                    "retrieval_share": self.head["model"]["retrieval_kv_heads"]
-                    / self.head["model"]["kv_heads"],
-                }
-                | lines
-            )
-        return found
-
-    @property
     def checks(self) -> list[dict[str, Any]]:
         """Real prefills: the full cache's time over the side's, their time under the integrated
         one, and decode times on random caches over those on real ones (medians)."""
@@ -177,7 +144,7 @@ class Report:
         for record in self.records:
             if record["kind"] != "real_prefill":
                 continue
-            same = [r for r in self.records if _types(r) == _types(record) and r["window"] == 0]
+            same = [r for r in self.records if _types(r) == _types(record)]
             points = _points(same, record["n_ctx"])
             for side in SIDES[:2]:
                 integrated = prompt_seconds(points, side, record["depth"]) if points else None
@@ -219,7 +186,6 @@ class Report:
             "head": self.head,
             "rows": self.rows,
             "folds": self.folds,
-            "fits": self.fits,
             "checks": self.checks,
             "energy": self.energy,
             "records": self.records,
@@ -267,24 +233,6 @@ def prompt_seconds(points: Sequence[dict[str, Any]], side: str, n_tokens: int) -
 
     corners = sorted({0.0, float(n_tokens), *(x for x, _ in known if x < n_tokens)})
     return sum((b - a) * (at(a) + at(b)) / 2 for a, b in pairwise(corners))
-
-
-def _line(depths: Sequence[int], ms: Sequence[float]) -> dict[str, Any]:
-    """Least squares of the relative errors, for times that differ by a factor of thirty."""
-    weights = [1 / t**2 for t in ms]
-    total = sum(weights)
-    x = sum(w * d for w, d in zip(weights, depths, strict=True)) / total
-    y = sum(w * t for w, t in zip(weights, ms, strict=True)) / total
-    above = sum(w * (d - x) * (t - y) for w, d, t in zip(weights, depths, ms, strict=True))
-    slope = above / sum(w * (d - x) ** 2 for w, d in zip(weights, depths, strict=True))
-    start = y - slope * x
-    errors = [(start + slope * d) / t - 1 for d, t in zip(depths, ms, strict=True)]
-    return {
-        "ms_at_0": start,
-        "us_per_token": slope * 1e3,
-        "largest_error": max(map(abs, errors)),
-        "ms": list(ms),
-    }
 
 
 # -- files
@@ -398,28 +346,6 @@ def _markdown(report: Report) -> Iterable[str]:
                     _times(f["longest_fold_ratio"]),
                 ]
                 for f in report.folds
-            ],
-        )  # fmt: skip
-    for fit in report.fits:
-        yield ""
-        yield "## Decode time over context"
-        yield ""
-        yield (
-            f"{_kv(fit)}, {fit['depths'][0]:,} to {fit['depths'][-1]:,} tokens in one context of"
-            f" {fit['n_ctx']:,} with a window of {fit['window']:,}. Razor's line has"
-            f" {fit['slope_ratio']:.3f} of the full cache's slope;"
-            f" {fit['retrieval_share']:.3f} of the KV heads are retrieval heads."
-        )
-        yield ""
-        yield from markdown_table(
-            ["", "ms at 0", "µs per token in the cache", "largest error of the line",
-             *(f"ms at {depth:,}" for depth in fit["depths"])],
-            [
-                [
-                    side, _number(fit[side]["ms_at_0"]), f"{fit[side]['us_per_token']:.3f}",
-                    f"{fit[side]['largest_error']:.1%}", *map(_number, fit[side]["ms"]),
-                ]
-                for side in SIDES[:2]
             ],
         )  # fmt: skip
     if report.checks:
@@ -702,19 +628,16 @@ def _mib(value: int | None) -> str:
 
 
 def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
-    """KV memory, decode speed and time to the first token over the context, and the fit.
+    """KV memory, decode speed and time to the first token over the context.
 
     Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
     """
     from ..common.figure import make_figure, save_figure
 
-    fits = report.fits
-    figure = make_figure(
-        path, (5.0 * (4 if fits else 3), 4.5), "look at the tables in the Markdown report"
-    )
+    figure = make_figure(path, (15.0, 4.5), "look at the tables in the Markdown report")
     from matplotlib.ticker import NullLocator
 
-    axes = figure.subplots(1, 4 if fits else 3)
+    axes = figure.subplots(1, 3)
     name = report.head["model"]["name"] or report.head["model"]["file"]
     figure.suptitle(f"{one_line(name)}, {one_line(report.head['machine']['cpu'])}")
     rows = report.rows
@@ -737,7 +660,7 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
         ("n_ctx", "depth", "depth"),
         ("KV cache", "decoding", "time to the first token"),
         ("MiB", "tokens/s", "s"),
-        strict=False,
+        strict=True,
     ):
         ticks = sorted({row[x] for row in rows})
         ax.set(title=title, xlabel="context" if x == "n_ctx" else "tokens", ylabel=label)
@@ -745,19 +668,6 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
         ax.set_xscale("symlog", linthresh=512, base=2)  # linear from 0 to 512
         ax.set_xticks(ticks, [short_tokens(tick) for tick in ticks], rotation=45)
         ax.xaxis.set_minor_locator(NullLocator())
-    for fit in fits:
-        for side, style in (("razor", "o"), ("full", "x")):
-            line = fit[side]
-            (dots,) = axes[3].plot(fit["depths"], line["ms"], style, label=side)
-            ends = [0, fit["depths"][-1]]
-            axes[3].plot(
-                ends, [line["ms_at_0"] + line["us_per_token"] / 1e3 * x for x in ends],
-                "-", color=dots.get_color(), linewidth=1,
-            )  # fmt: skip
-        axes[3].set(
-            title=f"decode time, window {fit['window']:,}: slopes {fit['slope_ratio']:.2f}",
-            xlabel="tokens in the cache", ylabel="ms",
-        )  # fmt: skip
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")

@@ -66,9 +66,7 @@ SMALL_CHUNKS = (16, 4)  # with the others a token's attention costs the same in 
 SHORT_PROMPT = 512  # tokens that are prefilled for real
 ENERGY_SECONDS = 2.0  # of decoding per side, or --seconds if that is less
 # of steps, in the order in which a batch makes them; the real prefill leaves other rows behind
-KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "fit", "real_prefill")
-FIT_FROM = 4096  # tokens
-FIT_WINDOW = 2048  # at most: the window of the fit has to be full at FIT_FROM
+KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "real_prefill")
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,6 @@ class Settings:
     max_pairs: int = 100
     seconds: float = 15.0
     real_prefill: int | None = None
-    fit: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,6 @@ class Step:
             "prefill": 17 + d / 2000,
             "fold": 12.0,
             "energy": 6.0,
-            "fit": 2 + d / 4000,
             "real_prefill": 20 + d / 15,
         }[self.kind]
 
@@ -130,7 +126,6 @@ class Batch:
             "type_k": razor.type_k,
             "type_v": razor.type_v,
             "n_ctx": razor.n_ctx,
-            "window": razor.window,
             "depth": step.depth,
             "side": step.side,
         }
@@ -175,8 +170,6 @@ def make_batches(
             if real:
                 steps += [Step("real_prefill", real)]
             batches.append(Batch(sides, tuple(steps)))
-    if settings.fit:
-        batches += _fit_batch(settings, shape, profile, max(groups), max(settings.depths))
     return batches
 
 
@@ -195,8 +188,8 @@ def _context_size(settings: Settings, shape: ModelShape, depth: int) -> int:
     return n_ctx
 
 
-def _sides(types: tuple[str, str], n_ctx: int, window: int = 0) -> tuple[Side, ...]:
-    sides = [Side("razor", True, *types, n_ctx, window), Side("full", False, *types, n_ctx)]
+def _sides(types: tuple[str, str], n_ctx: int) -> tuple[Side, ...]:
+    sides = [Side("razor", True, *types, n_ctx), Side("full", False, *types, n_ctx)]
     if types != ("f16", "f16"):
         sides.append(Side("full_f16", False, "f16", "f16", n_ctx))
     return tuple(sides)
@@ -219,22 +212,6 @@ def _real_tokens(settings: Settings, sizes: Collection[int], n_ctx: int, fills: 
             " tokens; choose fewer"
         )
     return real if real <= n_ctx - CHUNKS[-1] else 0
-
-
-def _fit_batch(
-    settings: Settings, shape: ModelShape, profile: Profile, n_ctx: int, deepest: int
-) -> list[Batch]:
-    """Decoding over depth in one context with a window that does not change and is full from
-    FIT_FROM on: a line whose slope is the share of the retrieval heads."""
-    depths: list[int] = []
-    while FIT_FROM << len(depths) <= deepest:
-        depths.append(FIT_FROM << len(depths))
-    if len(depths) < 3:
-        return []  # any two points are on a line
-    window = min(profile.window_min, FIT_WINDOW)
-    sides = _sides(settings.types[0], n_ctx, window)[:2]
-    sides[0].plan(shape, profile)
-    return [Batch(sides, tuple(Step("fit", depth) for depth in depths))]
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -516,11 +493,6 @@ class _Measure:
             c.side.name: c.worker.ask("read_seconds", needed[c.side.name]) * 1e3 for c in contexts
         }
         return turns | {"read_bytes": needed, "read_ms": read}
-
-    def fit(self, contexts: list[Context], depth: int) -> dict[str, Any]:
-        self._fill(contexts, depth)
-        what = f"decoding at {depth:,} with a fixed window"
-        return self._steps(contexts, what, self.settings.seconds / 3)
 
     def _fill(self, contexts: list[Context], depth: int) -> None:
         for context in contexts:

@@ -44,14 +44,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the contexts that are compared. window: instead of the profile's, 0: the profile's."""
+    """One of the contexts that are compared."""
 
     name: str  # razor, full, full_f16
     razor: bool
     type_k: str
     type_v: str
     n_ctx: int
-    window: int = 0
 
     def plan(self, shape: ModelShape, profile: Profile) -> Plan:
         """Return the plan of the context.
@@ -63,14 +62,8 @@ class Side:
         """
         from ..plan import make_plan
 
-        plan = make_plan(
-            shape,
-            profile if self.razor else None,
-            self.n_ctx,
-            self.type_k,
-            self.type_v,
-            window=self.window or None,
-        )
+        run = profile if self.razor else None
+        plan = make_plan(shape, run, self.n_ctx, self.type_k, self.type_v)
         if self.razor and not plan.active and not profile.flat().all():
             raise RazorError(
                 f"razor does nothing at {plan.n_ctx} tokens ({plan.why_inactive});"
@@ -310,10 +303,7 @@ class SessionContext:
         else:
             from ..native import make_params
 
-            profile = session.profile if side.razor else None
-            if profile is not None and side.window:
-                profile = profile.with_options(side.window, None, None)
-            with self.native.override(make_params(profile)):
+            with self.native.override(make_params(session.profile if side.razor else None)):
                 self.ctx = self.api.llama_init_from_model(session.model, params)
         if not self.ctx:
             raise RazorError(

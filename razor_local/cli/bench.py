@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 # bench.KINDS, which numpy would have to be imported for
-KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "fit", "real_prefill")
+KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "real_prefill")
 
 EPILOG = """
 \b
@@ -90,7 +90,6 @@ Examples:
     "--only", type=ListOf(click.Choice(KINDS), "kind,..."), metavar="KIND,...",
     help=f"Of {', '.join(KINDS)}: leave out the others, until --resume without this.",
 )  # fmt: skip
-@click.option("--no-fit", is_flag=True, help="Leave out the line of decode time over context.")
 @click.option(
     "--stock-lib", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder with the libllama of a stock build for the full caches.  [default: the package's]",
@@ -225,7 +224,6 @@ def _settings(options: dict[str, Any]) -> Settings:
         max_pairs=options["pairs"],
         seconds=options["seconds"],
         real_prefill=options["real_prefill"],
-        fit=not options["no_fit"],
         **changes,
     )
 
