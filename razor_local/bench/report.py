@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import statistics
@@ -14,12 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..common.compact_json import compact_json
 from ..common.inputs import open_input
 from ..common.markdown import markdown_table, one_line, short_tokens
 from ..errors import RazorError
 from .run import SHORT_PROMPT, SHORT_STEP, VERSION, median_ratio
 
-FORMATS = ("md", "json", "csv", "jsonl")
+FORMATS = ("md", "json")
 MAX_REPORT_BYTES = 64 << 20
 SIDES = ("razor", "full", "full_f16")
 
@@ -28,8 +27,8 @@ SIDES = ("razor", "full", "full_f16")
 class Report:
     """A run: what was measured on what (head), the raw records, and the figures made of them.
 
-    rows: one dict per KV types and depth; the fields are those of the CSV, None where nothing was
-    measured. memory, folds, checks, energy: dicts in the order of the records.
+    rows: one dict per KV types and depth; None where nothing was measured. folds, checks, energy:
+    dicts in the order of the records.
     """
 
     head: dict[str, Any]
@@ -271,20 +270,8 @@ def load_report(path: str | os.PathLike[str]) -> Report:
 def format_report(report: Report, kind: str) -> str:
     """The report as one of FORMATS, with a line end."""
     if kind == "json":
-        return json.dumps(report.to_dict(), indent=1) + "\n"
-    if kind == "jsonl":
-        return "".join(json.dumps(row) + "\n" for row in report.rows)
-    if kind == "csv":
-        return _csv(report.rows)
+        return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else ["depth"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 # -- Markdown
@@ -549,12 +536,7 @@ def format_comparison(here: Report, there: Report, kind: str) -> str:
     if not rows:
         raise RazorError("the two runs have no KV type and depth in common to compare")
     if kind == "json":
-        found = {"differences": differences(here, there), "rows": rows}
-        return json.dumps(found, indent=1) + "\n"
-    if kind == "jsonl":
-        return "".join(json.dumps(row) + "\n" for row in rows)
-    if kind == "csv":
-        return _csv(rows)
+        return compact_json({"differences": differences(here, there), "rows": rows})
     columns = {
         "razor decode tok/s": "razor_tok_s",
         "full decode tok/s": "full_tok_s",

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup, write_report
+from .params import (
+    KV_TYPE,
+    THREADS,
+    ListOf,
+    Number,
+    Tokens,
+    model_setup,
+    report_kind,
+    write_report,
+)
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -98,12 +107,11 @@ Examples:
     "--resume", type=PATH, metavar="JOURNAL",
     help="Keep finished measurements in this file, and leave out what is in it.",
 )  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
-    "--format", "kind", type=click.Choice(["md", "json", "csv", "jsonl"]),
-    help="Of the report.  [default: by the name of --output, or md]",
+    "-o", "--output", type=PATH,
+    help="Write the report to this file, not to stdout; as JSON if its name ends in .json.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
-@click.option("-o", "--output", type=PATH, help="Write the report to this file, not to stdout.")
 @click.option(
     "--plot", "plots", type=PATH, multiple=True, metavar="PICTURE",
     help="Draw memory and speed over context (.png, .svg, .pdf); can be repeated.",
@@ -115,7 +123,6 @@ Examples:
 )  # fmt: skip
 def bench(
     model: Path | None,
-    kind: str | None,
     as_json: bool,
     output: Path | None,
     plots: tuple[Path, ...],
@@ -138,7 +145,7 @@ def bench(
     )
     from ..common.files import check_outputs
 
-    kind = "json" if as_json else kind or _kind_of(output)
+    kind = report_kind(as_json, output)
     sources = [model, options["shape"], report, compare or None]
     if sum(source is not None for source in sources) != 1:
         raise click.UsageError("expected one of MODEL, --shape, --report and --compare")
@@ -160,11 +167,6 @@ def bench(
     write_report(text, output)
     for path in plots:
         plot_report(run, path)
-
-
-def _kind_of(output: Path | None) -> str:
-    kind = "" if output is None else output.suffix.lower()[1:]
-    return kind if kind in ("json", "csv", "jsonl") else "md"
 
 
 def _check_pictures(paths: tuple[Path, ...]) -> None:
