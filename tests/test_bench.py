@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pynvml
 import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType
@@ -575,11 +576,10 @@ def test_code_is_told_from_changed_code() -> None:
 def test_machine_is_described() -> None:
     machine = describe_machine()
     assert machine["cpu"] and 1 <= machine["cores"] <= (os.cpu_count() or 1)
-    free = free_memory()
-    assert free is None or 0 < free < machine["memory_total"]
+    assert 0 < free_memory() < machine["memory_total"]
 
 
-def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path) -> None:
+def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path, monkeypatch) -> None:
     for name, label in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core")):
         folder = tmp_path / name
         folder.mkdir()
@@ -587,7 +587,8 @@ def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path) -> None
         (folder / "max_energy_range_uj").write_text("9999999\n")
         (folder / "energy_uj").write_text("9000000\n")
     (tmp_path / "intel-rapl:1").mkdir()  # without files: as good as forbidden
-    meter = EnergyMeter(tmp_path, nvml=_Nvml(None))
+    fake_nvml(monkeypatch, None)
+    meter = EnergyMeter(tmp_path)
     assert meter.sources == ["package-0"]
     meter.start()
     (tmp_path / "intel-rapl:0/energy_uj").write_text("500000\n")
@@ -595,59 +596,55 @@ def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path) -> None
     assert joules == pytest.approx(1.5) and seconds > 0
 
 
-def test_energy_of_gpus_is_read(tmp_path) -> None:
-    nvml = _Nvml([7_000, 100])
-    meter = EnergyMeter(tmp_path, nvml=nvml)
+def test_energy_of_gpus_is_read(tmp_path, monkeypatch) -> None:
+    millijoules = [7_000, 100]
+    fake_nvml(monkeypatch, millijoules)
+    meter = EnergyMeter(tmp_path)
     assert meter.sources == ["GPU 0", "GPU 1"]
     meter.start()
-    nvml.millijoules = [9_500, 600]
+    millijoules[:] = [9_500, 600]
     assert meter.stop()[0] == pytest.approx(3.0)
-    assert EnergyMeter(tmp_path, nvml=_Nvml(None)).sources == []
+    millijoules[1] = None  # as of a GPU that has no counter
+    assert EnergyMeter(tmp_path).sources == ["GPU 0"]
+    with pytest.raises(OSError, match="GPU 1 does not report its energy .Not Supported"):
+        meter.stop()
+    fake_nvml(monkeypatch, None)
+    assert EnergyMeter(tmp_path).sources == []
 
 
-def test_gpus_are_described() -> None:
-    gpus = describe_gpus(_Nvml([1, 2]))
-    assert gpus[1] == {
-        "name": "NVIDIA No. 2", "memory_total": 80 << 30, "driver": "550.54.15", "cuda": "12.4",
-    }  # fmt: skip
-    assert len(gpus) == 2 and describe_gpus(_Nvml(None)) == []
+def test_gpus_are_described(monkeypatch) -> None:
+    fake_nvml(monkeypatch, [1, 2])
+    gpu = {"name": "NVIDIA", "memory_total": 80 << 30, "driver": "550.54.15", "cuda": "12.4"}
+    assert describe_gpus() == [gpu, gpu]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", unsupported)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", unsupported)
+    assert describe_gpus()[0] == gpu | {"name": None, "cuda": None}
+    fake_nvml(monkeypatch, None)
+    assert describe_gpus() == []
 
 
-class _Nvml:
-    """The calls of NVML that the meter makes, as its documentation describes them."""
+def unsupported(*_: object) -> None:
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-    def __init__(self, millijoules) -> None:
-        self.millijoules = millijoules
 
-    def nvmlInit_v2(self) -> int:
-        return 0 if self.millijoules else 9  # NVML_ERROR_DRIVER_NOT_LOADED
+def fake_nvml(monkeypatch, millijoules: list[int | None] | None) -> None:
+    """As many GPUs as there are numbers, which are their energy; None: no driver."""
 
-    def nvmlDeviceGetCount_v2(self, count) -> int:
-        count._obj.value = len(self.millijoules)
-        return 0
+    def init() -> None:
+        if millijoules is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
-        handle._obj.value = index + 1
-        return 0
+    def energy(gpu: int) -> int:
+        return unsupported() if millijoules[gpu] is None else millijoules[gpu]
 
-    def nvmlSystemGetDriverVersion(self, text, length) -> int:
-        assert length >= 80  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
-        text.value = b"550.54.15"
-        return 0
-
-    def nvmlSystemGetCudaDriverVersion_v2(self, version) -> int:
-        version._obj.value = 12040
-        return 0
-
-    def nvmlDeviceGetName(self, handle, text, length) -> int:
-        assert length >= 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
-        text.value = b"NVIDIA No. %d" % handle.value
-        return 0
-
-    def nvmlDeviceGetMemoryInfo(self, handle, memory) -> int:
-        memory._obj.total = 80 << 30
-        return 0
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, energy) -> int:
-        energy._obj.value = self.millijoules[handle.value - 1]
-        return 0
+    for name, function in {
+        "nvmlInit": init,
+        "nvmlDeviceGetCount": lambda: len(millijoules),
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda gpu: "NVIDIA",
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(total=80 << 30),
+        "nvmlDeviceGetTotalEnergyConsumption": energy,
+        "nvmlSystemGetDriverVersion": lambda: "550.54.15",
+        "nvmlSystemGetCudaDriverVersion_v2": lambda: 12040,
+    }.items():
+        monkeypatch.setattr(pynvml, name, function)

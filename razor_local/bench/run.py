@@ -352,9 +352,6 @@ def weights_bytes(model: str | os.PathLike[str]) -> int:
 def _check_memory(
     setup: ModelSetup, batch: Batch, shape: ModelShape, profile: Profile, model_bytes: int
 ) -> None:
-    free = free_memory()
-    if free is None:
-        return
     plans = [side.plan(shape, profile) for side in batch.sides]
     deepest = max(step.depth for step in batch.steps)
     states = [kept_bytes(plan, plan.n_ctx if plan.active else deepest) for plan in plans]
@@ -364,6 +361,7 @@ def _check_memory(
         beside = min(READ_CAP, max(states) + model_bytes)
         needed = max(needed, beside + (512 << 20))
         needed += model_bytes + sum(plan.kv_bytes for plan in plans)
+    free = free_memory()
     if needed > free:
         raise RazorError(
             f"{plans[0].type_k}/{plans[0].type_v} against full caches of {plans[0].n_ctx:,} tokens"

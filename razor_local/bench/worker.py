@@ -270,8 +270,7 @@ class Session:
             self._state = None  # before there is another
             self._state = (plan, depth, random_state(plan, depth, saved, self.setup.n_threads))
         state = self._state[2]
-        free = free_memory()
-        if not self.setup.n_gpu_layers or (free is not None and free < state.nbytes):
+        if not self.setup.n_gpu_layers or free_memory() < state.nbytes:
             self._state = None
         return state
 
@@ -533,7 +532,10 @@ class _Ggml:
 
 
 def _peak_rss() -> int | None:
-    """Linux tells, and lets the peak start anew; elsewhere it would hold what filling took."""
+    """Bytes that this process had at most since the last reset; None where it cannot be reset.
+
+    psutil has no peak that can start anew; without that it would include what filling took.
+    """
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -210,7 +210,7 @@ def _groups(
     def size(policy: Policy) -> int:
         return policy.plan(shape, n_ctx).kv_bytes + N_BATCH * n_vocab * 4 + BESIDE
 
-    free = free_memory() or 0
+    free = free_memory()
     if n_gpu_layers and C.llama_supports_gpu_offload():
         free = 0
     groups: list[list[Policy]] = [[]]
