@@ -25,20 +25,14 @@ from test_journal import damaged
 from tiny_models import TinySpec, razor_kv
 
 from razor_local.bench import run as bench_module
+from razor_local.bench.batches import Batch, Settings, Side, make_batches
 from razor_local.bench.energy import EnergyMeter
-from razor_local.bench.report import Report, format_report
-from razor_local.bench.run import (
-    Batch,
-    Settings,
-    _Measure,
-    make_batches,
-    open_journal,
-    run_bench,
-    weights_bytes,
-)
-from razor_local.bench.worker import Context, Session, SessionContext, Side
+from razor_local.bench.figures import Report
+from razor_local.bench.measure import Measure
+from razor_local.bench.report import format_report
+from razor_local.bench.run import open_journal, run_bench, weights_bytes
+from razor_local.bench.worker import Context, Session, SessionContext
 from razor_local.cli import main
-from razor_local.cli.bench import KINDS as CLI_KINDS
 from razor_local.common.machine import describe_code, describe_gpus, describe_machine, free_memory
 from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
@@ -179,7 +173,6 @@ def test_only_what_is_missing_is_measured(measured, tmp_path) -> None:
 
 
 def test_kinds_can_be_measured_one_after_the_other(tiny, tmp_path) -> None:
-    assert CLI_KINDS == bench_module.KINDS
     journal = tmp_path / "run.jsonl"
     args = [tiny(SPEC, KV), "-d", "0,1k", "-c", "2048", "--types", "q8_0,f16", *QUICK]
     args += ["--real-prefill", "--resume", journal, "--json"]
@@ -295,11 +288,11 @@ class _FakeContext:
         return 0.01 + n_tokens * (self.depth - n_tokens / 2) / 1e5
 
 
-def _fake_measure(settings: Settings, type_kv: str) -> tuple[_Measure, list[_FakeContext]]:
+def _fake_measure(settings: Settings, type_kv: str) -> tuple[Measure, list[_FakeContext]]:
     sides = [Side(name, name == "razor", type_kv, type_kv, 131_072) for name in ("razor", "full")]
     clock = SimpleNamespace(show=lambda what: None)
     plans = {side.name: side.plan(SHAPE, PROFILE) for side in sides}
-    measure = _Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
+    measure = Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
     return measure, [_FakeContext(side) for side in sides]
 
 
@@ -371,7 +364,7 @@ def test_batches_of_prefill_are_whole_blocks_that_fold(tiny, monkeypatch, depth)
     plans = {side.name: side.plan(session.shape, session.profile) for side in sides}
     clock = SimpleNamespace(show=lambda what: None)
     settings = Settings(seconds=100.0, max_pairs=5)  # whole batches however slow the machine is
-    measure = _Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
+    measure = Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
     seen = []
     append = SessionContext.append
 

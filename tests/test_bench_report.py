@@ -17,18 +17,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from razor_local.bench.report import (
-    FORMATS,
-    Report,
-    differences,
-    format_comparison,
-    format_report,
-    load_report,
-    plot_report,
-    prompt_seconds,
-    readme_block,
-)
-from razor_local.bench.run import median_ratio
+from razor_local.bench.compare import differences, format_comparison
+from razor_local.bench.figures import Report, median_ratio, prompt_seconds
+from razor_local.bench.plot import plot_report
+from razor_local.bench.report import FORMATS, format_report, readme_block
+from razor_local.bench.saved import load_report
 from razor_local.cli import main
 from razor_local.errors import RazorError, UnsupportedError
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..bench.batches import KINDS
 from .params import (
     KV_TYPE,
     THREADS,
@@ -21,13 +22,11 @@ from .params import (
 from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..bench.report import Report
-    from ..bench.run import Settings
+    from ..bench.batches import Settings
+    from ..bench.figures import Report
     from ..model_setup import ModelSetup
 
 PATH = click.Path(path_type=Path)
-# bench.KINDS, which numpy would have to be imported for
-KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "real_prefill")
 
 EPILOG = """
 \b
@@ -136,13 +135,10 @@ def bench(
     ratios of neighbours are what counts. Deep caches are filled with random rows (--real-prefill
     checks that), each in a context of its size.
     """
-    from ..bench.report import (
-        differences,
-        format_comparison,
-        format_report,
-        load_report,
-        plot_report,
-    )
+    from ..bench.compare import differences, format_comparison
+    from ..bench.plot import plot_report
+    from ..bench.report import format_report
+    from ..bench.saved import load_report
     from ..common.files import check_outputs
 
     kind = report_kind(as_json, output)
@@ -178,7 +174,7 @@ def _check_pictures(paths: tuple[Path, ...]) -> None:
 
 
 def _measure(model: Path | None, options: dict[str, Any]) -> Report:
-    from ..bench.report import Report
+    from ..bench.figures import Report
     from ..bench.run import run_bench
     from .terminal import TimeLeft
 
@@ -209,7 +205,7 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from ..bench.run import Settings
+    from ..bench.batches import Settings
 
     k, v, types = options["cache_type_k"], options["cache_type_v"], options["types"]
     if (k or v) and types:
