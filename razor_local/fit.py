@@ -244,6 +244,34 @@ class DryModel:
         n = largest_fitting(room, n_max, self._needs[options])
         return self.need(n, options) if n else None
 
+    def flash_attention(self, type_k: str = "f16", type_v: str = "f16") -> bool:
+        """Return whether llama.cpp's "auto" turns flash attention on.
+
+        It does if V is quantized, which needs it, or the device of every layer can run it. Raises
+        UnsupportedError.
+        """
+        if KV_TYPES[type_v].block > 1:
+            return True
+        params = C.llama_context_default_params()
+        params.n_ctx = N_CTX_PAD
+        params.type_k, params.type_v = KV_TYPES[type_k].ggml_id, KV_TYPES[type_v].ggml_id
+        params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_AUTO
+        lines: list[bytes] = []
+        keep = C.llama_log_callback(lambda level, text, data: lines.append(text))
+        before, data = C.llama_log_callback(), c_void_p()
+        C.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+        native.clear_errors()
+        C.llama_log_set(keep, None)  # no function reports it
+        try:
+            with _native.override(native.make_params(None)):
+                context = C.llama_init_from_model(self._model, params)
+        finally:
+            C.llama_log_set(before, data)
+        if not context:
+            raise UnsupportedError(f"{self.path} cannot be planned: {_reason()}")
+        C.llama_free(context)
+        return any(b"Flash Attention enabled" in line for line in lines)
+
     def padded(self, n_ctx: int) -> int:
         """n_ctx as need() rounds it. Raises UnsupportedError."""
         n_ctx = n_ctx or self.n_ctx_train

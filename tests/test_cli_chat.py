@@ -64,6 +64,7 @@ def test_the_line_of_numbers_is_the_plan():
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 0, "q8_0", "q8_0").kv_bytes / 2**20
     assert "48213" in quantized.stdout and f"of {full:.1f} MiB full" in quantized.stderr
     assert "48213" in run("-fa", "off").stdout
+    assert "48213" in run("-fa", "auto").stdout
     assert "/1024 |" in run("-c", "1000").stderr
 
 

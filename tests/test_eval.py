@@ -277,7 +277,7 @@ def book(tmp_path_factory):
 
 
 def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
-    args = ["perplexity", book, "-c", 512, "--windows", 1, "-t", 1, "--sinks", 2,
+    args = ["perplexity", "--text", book, "-c", 512, "--windows", 1, "-t", 1, "--sinks", 2,
             "--window-min", 64, "--window-divisor", 0]  # fmt: skip
     found = report(*args, "--policies", "full,razor,streaming,full-q4_0")
     rows = {row["policy"]: row for row in found["rows"]}
@@ -329,7 +329,7 @@ def run_window(book):
 
 
 def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
-    args = ["perplexity", book, "-c", 256, "--stride", 128, "--windows", 3, "-t", 1,
+    args = ["perplexity", "--text", book, "-c", 256, "--stride", 128, "--windows", 3, "-t", 1,
             "--policies", "full,full-q8_0"]  # fmt: skip
     journal = tmp_path / "run.jsonl"
     found = report(*args, "--resume", journal)
@@ -353,8 +353,8 @@ def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
 
 def test_perplexity_shows_planted_facts_beside_the_divergence(book, tmp_path, monkeypatch) -> None:
     journal = tmp_path / "run.jsonl"
-    args = ["perplexity", book, "-c", 1024, "--windows", 1, "--policies", "full,razor,local",
-            "--window-min", 256, "--window-divisor", 0, "--resume", journal]  # fmt: skip
+    args = ["perplexity", "--text", book, "-c", 1024, "--windows", 1, "--resume", journal]
+    args += ["--policies", "full,razor,local", "--window-min", 256, "--window-divisor", 0]
     rows = {row["policy"]: row for row in report(*args)["rows"]}
     found = {name: row["facts_found"] for name, row in rows.items()}
     assert {row["facts_asked"] for row in rows.values()} == {20}
@@ -374,7 +374,7 @@ def test_perplexity_shows_planted_facts_beside_the_divergence(book, tmp_path, mo
 
 
 def test_a_context_too_short_for_facts_is_noted(book) -> None:
-    result = run("perplexity", book, "-c", 256, "--windows", 1, "--policies", "full")
+    result = run("perplexity", "--text", book, "-c", 256, "--windows", 1, "--policies", "full")
     assert result.exit_code == 0
     assert result.stderr == (
         "Note: no facts were planted: a text of 128 tokens is too short to plant facts in,"
@@ -400,9 +400,10 @@ def test_a_context_too_short_for_facts_is_noted(book) -> None:
         (["needle", "--budget", "2"], "not in the range"),
         (["needle", "--facts", "1"], "1 facts in a text"),
         (["ruler", "--tasks", "qa_1"], "'qa_1' is no task of RULER"),
-        (["perplexity", "/nowhere.txt"], "/nowhere.txt: No such file"),
-        (["perplexity", str(DEFAULT_MODEL)], "is not a text in UTF-8"),
-        (["perplexity", __file__, "--stride", "100"], "the stride is 100 tokens"),
+        (["perplexity"], "Missing option '--text'"),
+        (["perplexity", "--text", "/nowhere.txt"], "/nowhere.txt: No such file"),
+        (["perplexity", "--text", str(DEFAULT_MODEL)], "is not a text in UTF-8"),
+        (["perplexity", "--text", __file__, "--stride", "100"], "the stride is 100 tokens"),
     ],
 )
 def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
@@ -419,7 +420,7 @@ def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
 def test_a_file_whose_name_is_not_utf8_is_reported(tmp_path, output) -> None:
     text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
     text.write_text("It was a fine day and they went out for a walk. " * 200)
-    args = ["perplexity", text, "-c", 256, "--windows", 1, "--policies", "full"]
+    args = ["perplexity", "--text", text, "-c", 256, "--windows", 1, "--policies", "full"]
     done = run(*args, *(["-o", tmp_path / "run.md"] if output else []))
     assert done.exit_code == 0, done.output
     report = (tmp_path / "run.md").read_text("utf-8") if output else done.stdout
@@ -439,9 +440,8 @@ def test_a_report_that_cannot_be_written_goes_to_stdout(tmp_path, monkeypatch) -
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path, book) -> None:
     model = no_numbers(tmp_path / "model.gguf")
-    done = run(
-        "perplexity", book, model, "-c", 512, "--windows", 1, "--policies", "razor", "--json"
-    )
+    args = ["perplexity", model, "--text", book, "-c", 512, "--windows", 1, "--policies", "razor"]
+    done = run(*args, "--json")
     assert done.exit_code == 1 and done.stdout == ""
     assert "full-f16 computes logits that are not numbers within tokens 0 to 256" in done.stderr
 

@@ -30,7 +30,7 @@ def write(folder, name, *items) -> None:
 
 
 def run(*args: object):
-    return CliRunner().invoke(main, ["eval", "longbench", *map(str, args)])
+    return CliRunner().invoke(main, ["eval", "longbench", "--data", *map(str, args)])
 
 
 @pytest.mark.parametrize(

@@ -416,6 +416,31 @@ def test_available_memory(tmp_path, monkeypatch):
         assert fit.available_ram() > 5000000
 
 
+def test_flash_attention_is_on_where_llama_cpp_turns_it_on(files, monkeypatch):
+    command = ["inspect", str(files["llama"]), "--json", "-fa"]
+
+    def inspected(choice: str) -> str:
+        return CliRunner().invoke(main, [*command, choice]).stdout
+
+    with DryModel(files["llama"]) as dry:
+        assert dry.flash_attention() and dry.flash_attention("q8_0", "q8_0")
+        assert json.loads(inspected("auto"))["flash_attn"] and inspected("auto") == inspected("on")
+        make = fit.C.llama_init_from_model
+
+        def without(model: int, params: object) -> int:  # as on a device that cannot run it
+            params.flash_attn_type = fit.C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            return make(model, params)
+
+        monkeypatch.setattr(fit.C, "llama_init_from_model", without)
+        assert not dry.flash_attention() and dry.flash_attention("f16", "q8_0")
+        assert inspected("auto") == inspected("off") != inspected("on")
+        monkeypatch.setattr(fit.C, "llama_init_from_model", lambda model, params: None)
+        with pytest.raises(UnsupportedError, match="llama.gguf cannot be planned"):
+            dry.flash_attention()
+    monkeypatch.undo()
+    assert run(files["llama"], "-c", "512", "-fa", "auto") == run(files["llama"], "-c", "512")
+
+
 # -- the command
 
 

@@ -27,10 +27,10 @@ COMMANDS = [
     (["convert", MODEL, "-o", "out.gguf", "--scores", PIPE], "a file of scores"),
     (["convert", MODEL, "-o", "out.gguf", "--heads", PIPE], "a head list"),
     (["bench", "--compare", PIPE, PIPE], "a saved run of bench"),
-    (["eval", "perplexity", PIPE], "a text file"),
+    (["eval", "perplexity", "--text", PIPE], "a text file"),
     (["eval", "needle", "--haystack", "texts"], "a text file"),
     (["eval", "needle", "--policies", f"heads={PIPE}"], "a profile, a sidecar or a head list"),
-    (["eval", "longbench", "bench"], "a text file"),
+    (["eval", "longbench", "--data", "bench"], "a text file"),
     (["verify", PIPE], "a GGUF file"),
     (["verify", MODEL, "--text", PIPE], "a text file"),
 ]

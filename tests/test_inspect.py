@@ -137,7 +137,7 @@ def test_head_size_that_quantized_types_do_not_fit(folder):
 
 
 def test_quantized_v_needs_flash_attention(folder):
-    code, stdout, stderr = run("inspect", folder / "razor.gguf", "-ctv", "q8_0", "--no-flash-attn")
+    code, stdout, stderr = run("inspect", folder / "razor.gguf", "-ctv", "q8_0", "-fa", "off")
     assert (code, stdout) == (1, "")
     assert stderr == (
         "Error: a quantized V cache (q8_0) needs flash attention; switch it on or use f16 for V\n"

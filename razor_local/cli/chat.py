@@ -11,7 +11,15 @@ import click
 
 from ..errors import ProfileError, RazorError
 from ..printable import printable
-from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
+from .params import (
+    DEFAULT_MODEL,
+    FLASH_ATTN,
+    KV_TYPE,
+    THREADS,
+    ContextSize,
+    Number,
+    flash_attention,
+)
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -45,7 +53,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     epilog="With a pipe on stdin the whole of it is one message: the answer goes to stdout. "
     "Example: cat text.txt question.txt | razor-local chat",
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL.gguf]")
+@click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]")
 @click.option(
     "-c", "--ctx-size", type=ContextSize(), metavar="N",
     help="Context size in tokens, 0: as trained, auto: the largest for the memory that is free."
@@ -66,9 +74,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
 )  # fmt: skip
 @click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
-@click.option(
-    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
-)
+@FLASH_ATTN
 @click.option("-s", "--seed", type=int, default=-1, metavar="N", help="-1: random.")
 @click.option(
     "--temp", type=Number(0), metavar="T",
@@ -91,7 +97,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     help="Tokens of an answer at most, -1: until it ends.",
 )  # fmt: skip
 def chat(model: Path | None, **options: Any) -> None:
-    """Chat with MODEL.gguf, or with the small built-in model."""
+    """Chat with MODEL, or with the small built-in model."""
     if options["sidecar"] and not options["razor"]:
         raise click.UsageError("--sidecar and --no-razor exclude each other")
     if options["budget"] is not None and not options["razor"]:
@@ -193,7 +199,13 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
                 n_ubatch=options["ubatch_size"],
                 type_k=options["cache_type_k"],
                 type_v=options["cache_type_v"],
-                flash_attn=options["flash_attn"] == "on",
+                flash_attn=flash_attention(
+                    options["flash_attn"],
+                    path,
+                    options["cache_type_k"],
+                    options["cache_type_v"],
+                    options["n_gpu_layers"],
+                ),
             )
     except RazorError:
         if interrupted:

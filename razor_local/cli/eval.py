@@ -256,15 +256,16 @@ def ruler(model: Path | None, **options: Any) -> None:
 PERPLEXITY_EPILOG = """
 \b
 Examples:
-  razor-local eval perplexity book.txt
-  razor-local eval perplexity book.txt model-razor.gguf -c 16k --windows 4 --plot positions.png
-  razor-local eval perplexity book.txt model-razor.gguf --budget 0.05,0.1,0.2 --plot-curve kl.png
+  razor-local eval perplexity --text book.txt
+  razor-local eval perplexity model-razor.gguf --text book.txt -c 16k --plot positions.png
+  razor-local eval perplexity model-razor.gguf --text book.txt --budget 0.05,0.1,0.2 \\
+      --plot-curve kl.png
 """
 
 
 @eval.command(epilog=PERPLEXITY_EPILOG)
-@click.argument("text", type=PATH)
 @click.argument("model", type=PATH, required=False)
+@click.option("--text", type=PATH, required=True, metavar="FILE", help="Text to read, in UTF-8.")
 @click.option(
     "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
     help="Tokens of a window of the text.  [default: as trained, at most 8k]",
@@ -281,12 +282,12 @@ Examples:
     help="Draw the KL divergence by position (.png, .svg, .pdf).",
 )  # fmt: skip
 @_CURVE
-def perplexity(text: Path, model: Path | None, **options: Any) -> None:
+def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     """Perplexity and KL divergence on a text, and planted facts beside them.
 
-    TEXT is a file in UTF-8; the divergence is from the full f16 cache, by position in the context.
-    Neither shows whether facts are lost, so each policy is also asked for facts that are planted in
-    a second text, which fills the context.
+    The divergence is from the full f16 cache, by position in the context. Neither shows whether
+    facts are lost, so each policy is also asked for facts that are planted in a second text, which
+    fills the context.
     """
     from ..evals.perplexity import (
         PerplexityReport,
@@ -339,22 +340,25 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
 LONGBENCH_EPILOG = """
 \b
 Examples:
-  razor-local eval longbench LongBench/data model-razor.gguf -c 32k --resume run.jsonl
-  razor-local eval longbench LongBench/data model-razor.gguf --datasets hotpotqa,qasper -c 8k \\
-      --cut-middle --samples 50
+  razor-local eval longbench model-razor.gguf --data LongBench/data -c 32k --resume run.jsonl
+  razor-local eval longbench model-razor.gguf --data LongBench/data -c 8k --cut-middle \\
+      --datasets hotpotqa,qasper --samples 50
 """
 
 
 @eval.command(epilog=LONGBENCH_EPILOG)
-@click.argument("folder", type=PATH, metavar="DIR")
 @click.argument("model", type=PATH, required=False)
+@click.option(
+    "--data", "folder", type=PATH, required=True, metavar="DIR",
+    help="Folder with LongBench's .jsonl files.",
+)  # fmt: skip
 @click.option(
     "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
     help="Context of all questions.  [default: as trained, at most 32k]",
 )  # fmt: skip
 @click.option(
     "--datasets", type=ListOf(click.STRING, "name,..."), metavar="NAME,...",
-    help="Data sets to run.  [default: all files in DIR that belong to LongBench]",
+    help="Data sets to run.  [default: all files there that belong to LongBench]",
 )  # fmt: skip
 @click.option(
     "--samples", type=click.IntRange(1), metavar="N",
@@ -367,10 +371,10 @@ Examples:
 @_options(_MODEL_OPTIONS)
 @_HEAT
 @_CURVE
-def longbench(folder: Path, model: Path | None, **options: Any) -> None:
+def longbench(model: Path | None, folder: Path, **options: Any) -> None:
     """LongBench, from files that you have.
 
-    DIR holds its .jsonl files. Some metrics need libraries: pip install razor-local[eval].
+    Some metrics need libraries: pip install razor-local[eval].
     """
     from ..evals.longbench import LongBench
     from ..evals.questions import Prompts

@@ -13,7 +13,7 @@ import click
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
 from ..printable import printable
-from .params import KV_TYPE, ContextSize, Number, Size
+from .params import FLASH_ATTN, KV_TYPE, ContextSize, Number, Size
 from .terminal import echo, make_console, table_console
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Memory:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH, metavar="MODEL.gguf")
+@click.argument("model", type=PATH)
 @click.option(
     "-c", "--ctx-size", type=ContextSize(), metavar="N",
     help="Tell the memory for this context: tokens, 0: as trained, auto: what fits this machine.",
@@ -74,9 +74,7 @@ class Memory:
     "-ctk", "--cache-type-k", type=KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
 )
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="[default: as -ctk]")
-@click.option(
-    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
-)
+@FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
     "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
@@ -88,7 +86,7 @@ class Memory:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(model: Path, **given: Any) -> None:
-    """Show which context of MODEL.gguf fits which memory, with a full cache and with razor.
+    """Show which context of MODEL fits which memory, with a full cache and with razor.
 
     Headers alone are read. Weights, KV cache and compute buffers are counted as this build of
     llama.cpp would allocate them. A model without a profile is planned with the paper's shares.
@@ -106,8 +104,11 @@ def fit(model: Path, **given: Any) -> None:
         n_ctx = given["ctx_size"] if isinstance(given["ctx_size"], int) else None
         memories = _memories(dry, given)
         profile, source = _profile(dry, given["sidecar"], given["budget"])
+        flash_attn = given["flash_attn"] == "on"
+        if given["flash_attn"] == "auto":
+            flash_attn = dry.flash_attention(*_types(given)[0])
         base = ContextOptions(
-            flash_attn=given["flash_attn"] == "on",
+            flash_attn=flash_attn,
             n_batch=given["batch_size"],
             n_ubatch=given["ubatch_size"],
         )

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2**31 - 1024
 KV_TYPE = click.Choice(list(KV_TYPES))
 THREADS = click.IntRange(1, 512)  # ggml ends the process above it
+FLASH_ATTN = click.option(
+    "-fa", "--flash-attn", type=click.Choice(["on", "off", "auto"]), default="on",
+    show_default=True, help="Flash attention; auto: if the device of every layer can run it.",
+)  # fmt: skip
 
 
 class Size(click.ParamType):
@@ -90,6 +94,23 @@ class ListOf(click.ParamType):
         if isinstance(value, tuple):
             return value
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
+def flash_attention(
+    choice: str, model: Path, type_k: str, type_v: str, n_gpu_layers: int = -1
+) -> bool:
+    """Return whether a context uses flash attention, given the value of FLASH_ATTN.
+
+    Raises:
+        RazorError: the choice is auto, and llama.cpp refuses the model.
+        OSError: as RazorError.
+    """
+    if choice != "auto":
+        return choice == "on"
+    from ..fit import DryModel
+
+    with DryModel(model, n_gpu_layers=n_gpu_layers) as dry:
+        return dry.flash_attention(type_k, type_v)
 
 
 def report_kind(as_json: bool, output: Path | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .params import KV_TYPE, THREADS
+from .params import FLASH_ATTN, KV_TYPE, THREADS, flash_attention
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 )
 @click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
-@click.option(
-    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
-)
+@FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
@@ -109,7 +107,7 @@ def verify(
             sidecar=sidecar,
             type_k=cache_type_k,
             type_v=cache_type_v,
-            flash_attn=flash_attn == "on",
+            flash_attn=flash_attention(flash_attn, model, cache_type_k, cache_type_v, n_gpu_layers),
             n_batch=batch_size,
             n_ubatch=min(ubatch_size, batch_size),
             n_threads=threads,
