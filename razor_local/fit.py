@@ -37,7 +37,7 @@ from llama_cpp import llama_cpp as C  # noqa: E402
 
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
-MAX_N_CTX = 2**22  # planning takes some 100 bytes per token
+MAX_DRY_RUN = 2**22  # tokens: a dry run takes some 100 bytes for each
 CARDS = tuple(n * 2**30 for n in (8, 12, 16, 24, 32, 48))  # memory of common graphics cards
 
 
@@ -229,10 +229,10 @@ class DryModel:
         """The largest context that fits, a multiple of 256; None if not even 256 tokens do.
 
         limits: see Need.room. n_max: tokens, not searched beyond (0: as trained, where the model
-        says that, else MAX_N_CTX). Raises as need().
+        says that, else MAX_DRY_RUN). Raises as need().
         """
         options = options or ContextOptions()
-        n_max = self.padded(min(n_max or self.n_ctx_train or MAX_N_CTX, MAX_N_CTX))
+        n_max = self.padded(min(n_max or self.n_ctx_train or MAX_DRY_RUN, MAX_DRY_RUN))
         self.need(N_CTX_PAD, options)  # what is refused here is refused at any size
 
         def room(n: int) -> float:
@@ -275,9 +275,9 @@ class DryModel:
     def padded(self, n_ctx: int) -> int:
         """n_ctx as need() rounds it. Raises UnsupportedError."""
         n_ctx = n_ctx or self.n_ctx_train
-        if not 0 < n_ctx <= MAX_N_CTX:
+        if not 0 < n_ctx <= MAX_DRY_RUN:
             raise UnsupportedError(
-                f"a context of {n_ctx} tokens cannot be planned, expected 1 to {MAX_N_CTX:,}"
+                f"a context of {n_ctx} tokens cannot be planned, expected 1 to {MAX_DRY_RUN:,}"
             )
         return -(-n_ctx // N_CTX_PAD) * N_CTX_PAD
 

@@ -95,7 +95,7 @@ def fit(model: Path, **given: Any) -> None:
     --vram and --ram name is used in full.
     """
 
-    from ..fit import MAX_N_CTX, ContextOptions, DryModel, make_candidates, no_room
+    from ..fit import MAX_DRY_RUN, ContextOptions, DryModel, make_candidates, no_room
 
     with (
         make_console(stderr=True).status("planning"),
@@ -119,7 +119,7 @@ def fit(model: Path, **given: Any) -> None:
             profile = source = None
         if not runs:
             raise RazorError(candidates[0].refused)
-        n_max = MAX_N_CTX if given["beyond"] else 0
+        n_max = MAX_DRY_RUN if given["beyond"] else 0
         found: dict[str, list[Need | None]] = {
             c.name: [dry.need(n_ctx, c.options)]
             if n_ctx is not None
@@ -351,11 +351,11 @@ def _mib(n_bytes: int) -> str:
 def _plot(dry: DryModel, runs: list[Candidate], path: Path, beyond: bool) -> None:
     """Draws the memory of each plan by context, and the cards."""
     from ..common.figure import make_figure, save_figure
-    from ..fit import CARDS, MAX_N_CTX
+    from ..fit import CARDS, MAX_DRY_RUN
 
     figure = make_figure(path, (8, 5), "look at the numbers with --json")
     top = dry.n_ctx_train or 131072
-    top = dry.padded(min(8 * top if beyond else top, MAX_N_CTX))
+    top = dry.padded(min(8 * top if beyond else top, MAX_DRY_RUN))
     sizes = sorted({dry.padded(max(round(top * i / 16), 1)) for i in range(17)})
     axes = figure.add_subplot()
 

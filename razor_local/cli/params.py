@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError
+from ..gguf.hyper_parameters import MAX_N_CTX
 from ..model_setup import DEFAULT_MODEL as DEFAULT_MODEL
 from ..plan import KV_TYPES
 from .terminal import echo
@@ -17,7 +18,6 @@ from .terminal import echo
 if TYPE_CHECKING:
     from ..model_setup import ModelSetup
 
-MAX_TOKENS = 2**31 - 1024
 KV_TYPE = click.Choice(list(KV_TYPES))
 THREADS = click.IntRange(1, 512)  # ggml ends the process above it
 FLASH_ATTN = click.option(
@@ -65,7 +65,7 @@ class Tokens(click.ParamType):
             return value
         match = re.fullmatch(r"(\d{1,10})([kKmM]?)", value.strip())
         n = -1 if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
-        if not 0 <= n <= MAX_TOKENS:
+        if not 0 <= n <= MAX_N_CTX:
             self.fail(
                 f"{value!r} is not a number of tokens, expected one like 512 or 32k", param, ctx
             )
