@@ -23,23 +23,44 @@ inline vf   splat(float x)          { return x - vf{}; }
 
 inline vf select(vi mask, vf a, vf b) { return (vf) (((vi) a & mask) | ((vi) b & ~mask)); }
 inline vf max(vf a, vf b)             { return select(a > b, a, b); }
+inline vf min(vf a, vf b)             { return select(a < b, a, b); }
 
+#if defined(__clang__)
+#define RAZOR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RAZOR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
+#if RAZOR_LANES == 16
+#define RAZOR_ZIP_LO 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RAZOR_ZIP_HI 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif RAZOR_LANES == 8
+#define RAZOR_ZIP_LO 0, 8, 1, 9, 2, 10, 3, 11
+#define RAZOR_ZIP_HI 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RAZOR_ZIP_LO 0, 4, 1, 5
+#define RAZOR_ZIP_HI 2, 6, 3, 7
+#endif
+
+// after log2(W) steps of zipping a vector with itself each lane has met all others
 inline float reduce_max(vf x) {
-    float res = x[0];
-    for (int i = 1; i < W; ++i) {
-        res = x[i] > res ? x[i] : res;
+#pragma GCC unroll 4
+    for (int step = 1; step < W; step *= 2) {
+        x = max(RAZOR_SHUFFLE(x, x, RAZOR_ZIP_LO), RAZOR_SHUFFLE(x, x, RAZOR_ZIP_HI));
     }
 
-    return res;
+    return x[0];
 }
 
+inline float reduce_min(vf x) { return -reduce_max(-x); }
+
 inline float reduce_sum(vf x) {
-    float res = x[0];
-    for (int i = 1; i < W; ++i) {
-        res += x[i];
+#pragma GCC unroll 4
+    for (int step = 1; step < W; step *= 2) {
+        x = RAZOR_SHUFFLE(x, x, RAZOR_ZIP_LO) + RAZOR_SHUFFLE(x, x, RAZOR_ZIP_HI);
     }
 
-    return res;
+    return x[0];
 }
 
 // e^x for x <= 0, 0 below the normal numbers
@@ -71,20 +92,35 @@ inline vf exp_neg(vf x) {
 // rows -> F32
 //
 
-void rows_f16(const char * src, float * dst, int n) {
-    for (int i = 0; i < n; i += W) {
-        store(dst + i, RAZOR_LOAD_F16((const uint16_t *) src + i));
-    }
-}
+// W elements of a row, for types whose elements are stored one by one
+struct row_f32 {
+    static constexpr int bytes = 4;
+    static vf load(const char * src, int i) { return ::load((const float *) src + i); }
+};
 
-void rows_bf16(const char * src, float * dst, int n) {
-    for (int i = 0; i < n; i += W) {
-        store(dst + i, (vf) (RAZOR_LOAD_U16((const uint16_t *) src + i) << 16));
+struct row_f16 {
+    static constexpr int bytes = 2;
+    static vf load(const char * src, int i) { return RAZOR_LOAD_F16((const uint16_t *) src + i); }
+};
+
+struct row_bf16 {
+    static constexpr int bytes = 2;
+    static vf load(const char * src, int i) { return (vf) (RAZOR_LOAD_U16((const uint16_t *) src + i) << 16); }
+};
+
+// f(row_...) for these types; returns false for the others, whose rows have to be converted as a whole
+template<typename F>
+inline bool read_in_place(razor_attn_format format, const F & f) {
+    switch (format) {
+        case RAZOR_ROWS_F32:  f(row_f32  {}); return true;
+        case RAZOR_ROWS_F16:  f(row_f16  {}); return true;
+        case RAZOR_ROWS_BF16: f(row_bf16 {}); return true;
+        default: return false;
     }
 }
 
 // blocks of 32: an F16 factor, then bytes
-void rows_q8_0(const char * src, float * dst, int n) {
+inline void rows_q8_0(const char * src, float * dst, int n) {
     for (int i = 0; i < n; i += 32, src += 34) {
         const float d = RAZOR_F16((const uint16_t *) src);
         for (int j = 0; j < 32; j += W) {
@@ -94,7 +130,7 @@ void rows_q8_0(const char * src, float * dst, int n) {
 }
 
 // blocks of 32: an F16 factor, then 16 bytes with two numbers each, the first half and the second
-void rows_q4_0(const char * src, float * dst, int n) {
+inline void rows_q4_0(const char * src, float * dst, int n) {
     for (int i = 0; i < n; i += 32, src += 18) {
         const float d = RAZOR_F16((const uint16_t *) src);
         for (int j = 0; j < 16; j += W) {
@@ -105,20 +141,36 @@ void rows_q4_0(const char * src, float * dst, int n) {
     }
 }
 
-void rows_f32(const char * src, float * dst, int n) {
-    for (int i = 0; i < n; i += W) {
-        store(dst + i, load((const float *) src + i));
+inline void read_row(const razor_attn_rows & rows, const char * src, float * dst, int n) {
+    const auto read = [&](auto row) {
+        for (int i = 0; i < n; i += W) {
+            store(dst + i, row.load(src, i));
+        }
+    };
+    if (read_in_place(rows.format, read)) {
+        return;
+    }
+
+    switch (rows.format) {
+        case RAZOR_ROWS_Q8_0: rows_q8_0(src, dst, n); break;
+        case RAZOR_ROWS_Q4_0: rows_q4_0(src, dst, n); break;
+        default: rows.to_float(src, dst, n); break;
     }
 }
 
-inline void read_row(const razor_attn_rows & rows, const char * src, float * dst, int n) {
-    switch (rows.format) {
-        case RAZOR_ROWS_F32:  rows_f32 (src, dst, n); break;
-        case RAZOR_ROWS_F16:  rows_f16 (src, dst, n); break;
-        case RAZOR_ROWS_BF16: rows_bf16(src, dst, n); break;
-        case RAZOR_ROWS_Q8_0: rows_q8_0(src, dst, n); break;
-        case RAZOR_ROWS_Q4_0: rows_q4_0(src, dst, n); break;
-        case RAZOR_ROWS_FUNC: rows.to_float(src, dst, n); break;
+// n_rows from cell c0 on; the rows of cells that no token sees may hold anything
+inline void read_rows(const razor_attn_rows & rows, int64_t c0, int n_rows, const float * live, float * dst, int n) {
+    const char * src = rows.data + c0*rows.row_bytes;
+
+    for (int c = 0; c < n_rows; ++c, src += rows.row_bytes, dst += n) {
+        if (live[c] != -__builtin_inff()) {
+            __builtin_prefetch(src + TC*rows.row_bytes);
+            read_row(rows, src, dst, n);
+        } else {
+            for (int d = 0; d < n; d += W) {
+                store(dst + d, vf{});
+            }
+        }
     }
 }
 
@@ -126,31 +178,20 @@ inline void read_row(const razor_attn_rows & rows, const char * src, float * dst
 // transpose
 //
 
-#if defined(__clang__)
-#define RAZOR_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define RAZOR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
-#endif
-
-#if RAZOR_LANES == 16
-#define RAZOR_ZIP_LO 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define RAZOR_ZIP_HI 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif RAZOR_LANES == 8
-#define RAZOR_ZIP_LO 0, 8, 1, 9, 2, 10, 3, 11
-#define RAZOR_ZIP_HI 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define RAZOR_ZIP_LO 0, 4, 1, 5
-#define RAZOR_ZIP_HI 2, 6, 3, 7
-#endif
-
 // [W][n] -> [n][W] in columns of a matrix with rows of ld
-inline void transpose(const float * src, int n, float * dst, int ld) {
+//
+// ahead: bytes from each row to one that is needed soon, 0: none
+template<typename row>
+inline void transpose(const char * src, size_t row_bytes, int n, float * dst, int ld, size_t ahead) {
     for (int i = 0; i < n; i += W) {
         vf a[W], b[W];
 
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {
-            a[j] = load(src + j*n + i);
+            a[j] = row::load(src + j*row_bytes, i);
+            if (ahead && i*row::bytes % 64 == 0) {
+                __builtin_prefetch(src + j*row_bytes + ahead + i*row::bytes);
+            }
         }
 
         // what is W/2 apart is zipped log2(W) times
@@ -178,9 +219,12 @@ inline void transpose(const float * src, int n, float * dst, int ld) {
 // products
 //
 
-// C [MR, NV*W] = A [MR, n] * B [n, NV*W], or added to C
-template<int MR, int NV>
-inline void product_block(int n, const float * a, int lda, const float * b, int ldb, float * c, int ldc, bool add) {
+// The hardware does not prefetch many short rows, so the loops that read rows of a cache prefetch those of the next tile: a
+// few at a time, because more than a core can wait for would stall it.
+
+// C [MR, NV*W] = A [MR, n] * B [n, NV*W], or added to C; B starts at column col of rows of ldb bytes
+template<typename row_b, int MR, int NV>
+inline void product_block(int n, const float * a, int lda, const char * b, size_t ldb, int col, float * c, int ldc, bool add, size_t ahead) {
     vf acc[MR][NV];
 
 #pragma GCC unroll 4
@@ -196,7 +240,13 @@ inline void product_block(int n, const float * a, int lda, const float * b, int 
 
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) {
-            row[j] = load(b + j*W);
+            row[j] = row_b::load(b, col + j*W);
+        }
+        if (ahead) {
+#pragma GCC unroll 4
+            for (int j = 0; j < NV*W*row_b::bytes; j += 64) {
+                __builtin_prefetch(b + ahead + col*row_b::bytes + j);
+            }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < MR; ++i) {
@@ -217,29 +267,30 @@ inline void product_block(int n, const float * a, int lda, const float * b, int 
     }
 }
 
-template<int NV>
-inline void product_columns(int rows, int n, const float * a, int lda, const float * b, int ldb, float * c, int ldc, bool add) {
+template<typename row_b, int NV>
+inline void product_columns(int rows, int n, const float * a, int lda, const char * b, size_t ldb, int col, float * c, int ldc, bool add, size_t ahead) {
     int i = 0;
     for (; i + 4 <= rows; i += 4) {
-        product_block<4, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add);
+        product_block<row_b, 4, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead);
     }
     switch (rows - i) {
-        case 3: product_block<3, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add); break;
-        case 2: product_block<2, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add); break;
-        case 1: product_block<1, NV>(n, a + i*lda, lda, b, ldb, c + i*ldc, ldc, add); break;
+        case 3: product_block<row_b, 3, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead); break;
+        case 2: product_block<row_b, 2, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead); break;
+        case 1: product_block<row_b, 1, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead); break;
     }
 }
 
-// C [rows, columns] = A [rows, n] * B [n, columns]
-inline void product(int rows, int columns, int n, const float * a, int lda, const float * b, int ldb, float * c, int ldc, bool add) {
+// C [rows, columns] = A [rows, n] * B [n, columns], or added to C
+template<typename row_b>
+inline void product(int rows, int columns, int n, const float * a, int lda, const char * b, size_t ldb, float * c, int ldc, bool add, size_t ahead) {
     constexpr int NV = RAZOR_REGISTERS >= 32 ? 4 : 2;
 
     int j = 0;
     for (; j + NV*W <= columns; j += NV*W) {
-        product_columns<NV>(rows, n, a, lda, b + j, ldb, c + j, ldc, add);
+        product_columns<row_b, NV>(rows, n, a, lda, b, ldb, j, c + j, ldc, add, ahead);
     }
     for (; j < columns; j += W) {
-        product_columns<1>(rows, n, a, lda, b + j, ldb, c + j, ldc, add);
+        product_columns<row_b, 1>(rows, n, a, lda, b, ldb, j, c + j, ldc, add, ahead);
     }
 }
 
@@ -343,9 +394,9 @@ void attention(const razor_attn_task & t, float * scratch) {
     // see razor_attn_scratch()
     float * q    = scratch;
     float * k    = q    + n_rows*d_k;
-    float * kt   = k    + TC*d_k;
-    float * v    = kt   + TC*d_k;
-    float * s    = v    + TC*d_v;
+    float * kt   = k    + W*d_k;
+    float * v    = kt; // after K
+    float * s    = kt   + TC*(d_k > d_v ? d_k : d_v);
     float * o    = s    + n_rows*TC;
     float * mask = o    + n_rows*d_v;
     float * live = mask + t.n_tokens*TC;
@@ -380,7 +431,8 @@ void attention(const razor_attn_task & t, float * scratch) {
         const int n = t.cell1 - c0 < TC ? t.cell1 - c0 : TC;
 
         // the mask, and the cells that any token sees
-        vf any = splat(-__builtin_inff());
+        vf any   = splat(-__builtin_inff());
+        vf worst = splat(0.0f);
         for (int c = 0; c < TC; c += W) {
             vf all = splat(-__builtin_inff());
             for (int i = 0; i < t.n_tokens; ++i) {
@@ -400,37 +452,40 @@ void attention(const razor_attn_task & t, float * scratch) {
                 all = max(all, x);
             }
             store(live + c, all);
-            any = max(any, all);
+            any   = max(any, all);
+            worst = min(worst, all);
         }
         if (reduce_max(any) == -__builtin_inff()) {
             continue;
         }
 
-        // rows that nobody sees may hold anything
-        for (int c = 0; c < TC; ++c) {
-            if (live[c] != -__builtin_inff()) {
-                read_row(t.k, t.k.data + (c0 + c)*t.k.row_bytes, k + c*d_k, d_k);
-                read_row(t.v, t.v.data + (c0 + c)*t.v.row_bytes, v + c*d_v, d_v);
-            } else {
-                for (int d = 0; d < d_k; d += W) {
-                    store(k + c*d_k + d, vf{});
-                }
-                for (int d = 0; d < d_v; d += W) {
-                    store(v + c*d_v + d, vf{});
-                }
+        // all rows of the tile may be read
+        const bool whole = reduce_min(worst) > -__builtin_inff();
+
+        for (int c = 0; c < TC; c += W) {
+            const bool in_place = whole && read_in_place(t.k.format, [&](auto row) {
+                transpose<decltype(row)>(t.k.data + (c0 + c)*t.k.row_bytes, t.k.row_bytes, d_k, kt + c, TC, TC*t.k.row_bytes);
+            });
+            if (!in_place) {
+                read_rows(t.k, c0 + c, W, live + c, k, d_k);
+                transpose<row_f32>((const char *) k, d_k*sizeof(float), d_k, kt + c, TC, 0);
             }
         }
-        for (int c = 0; c < TC; c += W) {
-            transpose(k + c*d_k, d_k, kt + c, TC);
-        }
 
-        product(n_rows, TC, d_k, q, d_k, kt, TC, s, TC, false);
+        product<row_f32>(n_rows, TC, d_k, q, d_k, (const char *) kt, TC*sizeof(float), s, TC, false, 0);
 
         for (int i = 0; i < n_rows; ++i) {
             softmax_row(s + i*TC, mask + (i / n_gqa)*TC, m[i], l[i], o + i*d_v, d_v);
         }
 
-        product(n_rows, d_v, TC, s, TC, v, d_v, o, d_v, true);
+        // rows that are read once or twice need not be stored as F32
+        const bool in_place = whole && n_rows <= 8 && read_in_place(t.v.format, [&](auto row) {
+            product<decltype(row)>(n_rows, d_v, TC, s, TC, t.v.data + c0*t.v.row_bytes, t.v.row_bytes, o, d_v, true, TC*t.v.row_bytes);
+        });
+        if (!in_place) {
+            read_rows(t.v, c0, TC, live, v, d_v);
+            product<row_f32>(n_rows, d_v, TC, s, TC, (const char *) v, d_v*sizeof(float), o, d_v, true, 0);
+        }
     }
 
     for (int i = 0; i < n_rows; ++i) {

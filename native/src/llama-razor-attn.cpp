@@ -134,10 +134,19 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
 
         int64_t rest = i - (&group == &op.groups[0] ? 0 : op.groups[0].n_tasks);
 
-        const int64_t chunk = rest % group.n_chunks;
-        rest /= group.n_chunks;
-        const int64_t block = rest % op.n_blocks;
-        const int64_t j     = rest / op.n_blocks; // KV head of the group
+        // which chunk, which block of tokens, which KV head of the group; rows of heads that lie together are read together
+        int64_t chunk, block, j;
+        if (op.by_token && group.n_chunks > 1) {
+            const int64_t n_heads = group.heads->size();
+            j     = rest % n_heads;
+            chunk = rest / n_heads;
+            block = 0;
+        } else {
+            chunk = rest % group.n_chunks;
+            rest /= group.n_chunks;
+            block = rest % op.n_blocks;
+            j     = rest / op.n_blocks;
+        }
 
         const int64_t token = block*op.block_tokens;
         const int64_t row   = op.by_token ? j : group.first_row + j*group.head_rows;

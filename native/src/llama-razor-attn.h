@@ -8,7 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define RAZOR_ATTN_TILE 64 // cells that are looked at together
+#define RAZOR_ATTN_TILE  64 // cells that are processed together
+#define RAZOR_ATTN_LANES 16 // floats of the longest vector
 
 enum razor_attn_format {
     RAZOR_ROWS_F32,
@@ -68,7 +69,9 @@ struct razor_attn_task {
 inline size_t razor_attn_scratch(const razor_attn_task & t) {
     const size_t n_rows = (size_t) t.n_tokens*t.n_gqa;
 
-    return n_rows*(t.d_k + 2*t.d_v + RAZOR_ATTN_TILE + 4) + (size_t) RAZOR_ATTN_TILE*(2*t.d_k + t.d_v + t.n_tokens + 1);
+    const size_t d = t.d_k > t.d_v ? t.d_k : t.d_v;
+
+    return n_rows*(t.d_k + 2*t.d_v + RAZOR_ATTN_TILE + 4) + RAZOR_ATTN_LANES*t.d_k + RAZOR_ATTN_TILE*(d + t.n_tokens + 1);
 }
 
 typedef void (*razor_attn_kernel)(const razor_attn_task & task, float * scratch);
