@@ -1,4 +1,5 @@
-// The attention kernels of native/src against plain loops in double precision, on the CPU this is compiled for (tests/neon.py)
+// The attention kernels of native/src/cpu against plain loops in double precision, on the CPU this is compiled for.
+// Compiled and run by tests/test_attention_kernels.py.
 
 #include "llama-razor-attn.h"
 

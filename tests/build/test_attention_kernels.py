@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.native_build import ROOT
 
-SOURCES = ROOT / "native/src"
+SOURCES = ROOT / "native/src/cpu"
 X86 = {"avx512": ["-mavx512f", "-mfma", "-mf16c"], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

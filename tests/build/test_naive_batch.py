@@ -26,6 +26,12 @@ DESELECTED = {
 }
 
 
+def test_breaks_fit_the_sources() -> None:
+    import broken_builds
+
+    broken_builds.check_table()
+
+
 @pytest.mark.slow
 def test_native_tests_pass_with_naive_batches(tmp_path: Path) -> None:
     from tests.tools import broken_builds

@@ -1,4 +1,4 @@
-"""Attention on CPUs (native/src/llama-razor-attn*): every compiled kernel against float64.
+"""Attention on CPUs (native/src/cpu/): every compiled kernel against float64.
 
 The other native tests run what the CPU at hand has best; here are the others, and what is cut into
 tasks for threads.

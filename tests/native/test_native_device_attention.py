@@ -1,4 +1,4 @@
-"""The operations of devices (native/src/ggml-razor.*) alone, without a model.
+"""The operations of devices (native/src/ggml-razor.h) alone, without a model.
 
 Attention of one token, of a batch, and folds against float64, storing against ggml's own operation.
 

@@ -24,9 +24,11 @@ from pathlib import Path
 from tests.support import native_build
 from tests.support.native_build import ROOT, cache_dir
 
-CACHE, PLAN, RAZOR = "llama-kv-cache-razor.cpp", "llama-razor-plan.h", "llama-razor.cpp"
-ATTN, KERNEL = "llama-razor-attn.cpp", "llama-razor-attn-kernel.h"
-DEVICE, FULL = "llama-razor-device.cpp", "llama-razor-full.cpp"
+SOURCES = ROOT / "native/src"
+RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-razor-device.cpp"
+PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
+CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
+ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
 
 
 @dataclass(frozen=True)
@@ -45,44 +47,44 @@ class Break:
 # give it to CPUs, for batches in place of their own attention, where naive_batch.h computes what it says.
 # test_naive_batch.py runs the native tests so.
 NAIVE = [
-    (DEVICE, "static void razor_no_device(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {",
-     '#include "naive_batch.h"\n\nstatic void razor_no_device(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {\n    if (naive_batch(dst, ith, nth)) {\n        return;\n    }\n'),
+    (DEVICE, "static void razor_device_abort(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {",
+     '#include "naive_batch.h"\n\nstatic void razor_device_abort(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {\n    if (naive_batch(dst, ith, nth)) {\n        return;\n    }\n'),
     (CACHE, "layer.device_batch = layer.device &&",
      "layer.device_batch = (cparams.flash_attn && ggml_backend_buft_is_host(buft) && !hparams_model.attn_soft_cap && n_retrieval + n_local <= GGML_RAZOR_ATTN_MAX_KV) || layer.device &&"),
-    (CACHE, "layer.attn    ? attn.build  ", "layer.attn && (n_tokens == 1 || !layer.device_batch) ? attn.build  "),
+    (GRAPH, "layer.attn    ? attn.build(", "layer.attn && (n_tokens == 1 || !layer.device_batch) ? attn.build("),
 ]  # fmt: skip
 
 BREAKS = [
     # attention and folds
-    Break("mask-without-log-n", CACHE, "const double n_folded = step.frontier - plan.sink_tokens;", "const double n_folded = 1;",
+    Break("mask-without-log-n", GRAPH, "const double n_folded = step.frontier - plan.sink_tokens;", "const double n_folded = 1;",
           "test_f32_cache_equals_the_reference test_any_plan_equals_the_reference test_error_is_within_stocks_own test_single_token_decode_across_folds test_larger_blocks test_several_threads"),
-    Break("mask-without-second-cell", CACHE, "rest > 0.0 ?", "false ?", "test_f32_cache_equals_the_reference"),
-    Break("mask-without-sinks", CACHE, "p < std::min(plan.sink_tokens, step.pos0)", "p < 0", "test_window_that_holds_everything_equals_stock"),
+    Break("mask-without-second-cell", GRAPH, "rest > 0.0 ?", "false ?", "test_f32_cache_equals_the_reference"),
+    Break("mask-without-sinks", GRAPH, "p < std::min(plan.sink_tokens, step.pos0)", "p < 0", "test_window_that_holds_everything_equals_stock"),
     # full caches
     Break("full-other-head", ATTN, "op.by_token ? j : group.first_row", "op.by_token ? 0*j : group.first_row", "test_an_f32_cache_equals_the_reference test_the_error_is_within_stocks_own test_removals_in_the_middle_and_shifts"),
     Break("full-head-stride", ATTN, "task.v.row_bytes = v->nb[op.by_token ? 2 : 1];", "task.v.row_bytes = v->nb[1];", "test_an_f32_cache_equals_the_reference"),
     Break("full-last-chunk-alone", KERNEL, "merge(m_all[i], l_all[i], o_all + i*d_v, m[i], l[i], o + i*d_v, d_v);\n                clear", "clear", "test_an_f32_cache_equals_the_reference test_the_attention_of_a_token_does_not_depend_on_its_batch"),
-    Break("full-always", RAZOR, "razor_override ? razor_override->own_attention :", "razor_override ? true :", "test_where_it_does_not_run test_razor_false_is_stock_to_the_bit"),
-    Break("full-not-by-metadata", RAZOR, "model.razor && model.razor->enabled;", "false;", "test_a_model_whose_plan_saves_nothing_runs_it"),
-    Break("full-two-sequences", RAZOR, "!razor_wants_own_attention(model) || !razor_unsupported(model, params, cparams).empty()", "!razor_wants_own_attention(model)", "test_where_it_does_not_run"),
-    Break("mask-by-the-clock", CACHE, "float val = log(n_folded);", "float val = log(n_folded) + 1e-3f*(ggml_time_us() % 7);", "test_same_split_twice_is_bit_identical test_kv_offload_flag"),
-    Break("fold-dropped", CACHE, "build_fold(g, layer, view_local(ctx0, layer, layer.v), layer.v_sum);", "", "test_f32_cache_equals_the_reference"),
-    Break("fold-off-by-one", CACHE, "data[i] = plan.cell(step.fold_from + i);", "data[i] = plan.cell(step.fold_from + i + 1);", "test_f32_cache_equals_the_reference"),
-    Break("fold-starts-from-old-sum", CACHE, "step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot", "1 - step.slot", "test_emptied_cache_starts_from_zero"),
-    Break("frontier-late", PLAN, "start - window > sink_tokens ? start - window", "start - window > sink_tokens ? start - window - 1", "test_f32_cache_equals_the_reference"),
-    Break("head-flipped", RAZOR, "(mask[i++] ? retrieval : local).push_back(h);", "((mask[i] != 0) != (i == 1) ? retrieval : local).push_back(h); i++;", "test_f32_cache_equals_the_reference"),
-    Break("heads-not-gathered", CACHE, "order.identity    = retrieval_first || order.local_first;", "", "test_f32_cache_equals_the_reference"),
-    Break("rows-of-other-heads", CACHE, "data[order.local[j]] = first + first_local + j*plan.cells + cell;", "data[order.local[j]] = first + first_local + (order.local.size() - 1 - j)*plan.cells + cell;", "test_f32_cache_equals_the_reference"),
-    Break("transposed-rows-of-other-heads", CACHE, "data_v[i_kv] = h;", "data_v[i_kv] = i_kv;", "test_f32_cache_equals_the_reference"),
-    Break("heads-out-not-gathered", CACHE, "data_out[h*n_gqa + j]    = i_kv*n_gqa + j;", "data_out[h*n_gqa + j]    = h*n_gqa + j;", "test_f32_cache_equals_the_reference"),
+    Break("full-always", PLAN, "asked ? asked->own_attention :", "asked ? true :", "test_where_it_does_not_run test_razor_false_is_stock_to_the_bit"),
+    Break("full-not-by-metadata", PLAN, "model.razor && model.razor->enabled;", "false;", "test_a_model_whose_plan_saves_nothing_runs_it"),
+    Break("full-two-sequences", PLAN, "!razor_wants_own_attention(model) || !razor_plan_find_unsupported(model, params, cparams).empty()", "!razor_wants_own_attention(model)", "test_where_it_does_not_run"),
+    Break("mask-by-the-clock", GRAPH, "float val = log(n_folded);", "float val = log(n_folded) + 1e-3f*(ggml_time_us() % 7);", "test_same_split_twice_is_bit_identical test_kv_offload_flag"),
+    Break("fold-dropped", GRAPH, "build_fold(g, layer, view_local(ctx0, layer, layer.v), layer.v_sum);", "", "test_f32_cache_equals_the_reference"),
+    Break("fold-off-by-one", GRAPH, "data[i] = plan.cell(step.fold_from + i);", "data[i] = plan.cell(step.fold_from + i + 1);", "test_f32_cache_equals_the_reference"),
+    Break("fold-starts-from-old-sum", GRAPH, "step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot", "1 - step.slot", "test_emptied_cache_starts_from_zero"),
+    Break("frontier-late", FRONTIER, "start - window > sink_tokens ? start - window", "start - window > sink_tokens ? start - window - 1", "test_f32_cache_equals_the_reference"),
+    Break("head-flipped", PLAN, "(mask[i++] ? retrieval : local).push_back(h);", "((mask[i] != 0) != (i == 1) ? retrieval : local).push_back(h); i++;", "test_f32_cache_equals_the_reference"),
+    Break("heads-not-gathered", GRAPH, "order.identity    = retrieval_first || order.local_first;", "", "test_f32_cache_equals_the_reference"),
+    Break("rows-of-other-heads", GRAPH, "data[order.local[j]] = first + first_local + j*plan.cells + cell;", "data[order.local[j]] = first + first_local + (order.local.size() - 1 - j)*plan.cells + cell;", "test_f32_cache_equals_the_reference"),
+    Break("transposed-rows-of-other-heads", GRAPH, "data_v[i_kv] = h;", "data_v[i_kv] = i_kv;", "test_f32_cache_equals_the_reference"),
+    Break("heads-out-not-gathered", GRAPH, "data_out[h*n_gqa + j]    = i_kv*n_gqa + j;", "data_out[h*n_gqa + j]    = h*n_gqa + j;", "test_f32_cache_equals_the_reference"),
     Break("ubatch-crosses-folds", CACHE, "std::min(n_ubatch, plan.frontier_end(pos) - pos)", "n_ubatch", "test_ubatch_size test_random_splits"),
-    Break("copies-before-the-store", CACHE, "    if (!ggml_is_contiguous(cur)) {", "    if (true) {", "test_nodes_added_per_layer test_layers_of_retrieval_heads_add_none"),
-    Break("copies-in-the-fold", CACHE, "cur = ggml_mul(ctx0, cur, fold_inv);", "cur = ggml_mul(ctx0, ggml_cont(ctx0, cur), fold_inv);", "test_nodes_of_a_fold"),
+    Break("copies-before-the-store", GRAPH, "    if (!ggml_is_contiguous(cur)) {", "    if (true) {", "test_nodes_added_per_layer test_layers_of_retrieval_heads_add_none"),
+    Break("copies-in-the-fold", GRAPH, "cur = ggml_mul(ctx0, cur, fold_inv);", "cur = ggml_mul(ctx0, ggml_cont(ctx0, cur), fold_inv);", "test_nodes_of_a_fold"),
     # attention on CPUs
-    Break("attention-of-the-other-mask", CACHE, "attn.groups[1].mask      = mask;", "attn.groups[1].mask      = inp.get_kq_mask();", "test_each_kernel_equals_the_reference"),
-    Break("attention-of-the-wrong-rows", CACHE, "attn.groups[1].head_rows = plan.cells;", "attn.groups[1].head_rows = plan.cells - 1;", "test_each_kernel_equals_the_reference"),
+    Break("attention-of-the-other-mask", GRAPH, "attn.groups[1].mask      = mask;", "attn.groups[1].mask      = inp.get_kq_mask();", "test_each_kernel_equals_the_reference"),
+    Break("attention-of-the-wrong-rows", GRAPH, "attn.groups[1].head_rows = plan.cells;", "attn.groups[1].head_rows = plan.cells - 1;", "test_each_kernel_equals_the_reference"),
     Break("heads-in-the-order-of-groups", ATTN, "(*group.heads)[j]*op.n_gqa", "(&group == &op.groups[0] ? j : j + (int64_t) op.groups[0].heads->size())*op.n_gqa", "test_each_kernel_equals_the_reference"),
-    Break("parts-not-weighted", ATTN, "expf(part[op.d_v] - m)", "1.0f", "test_any_shape_and_any_cut_into_tasks"),
+    Break("parts-not-weighted", KERNEL, "const float f     = exp_neg(splat(m - m_new))[0];", "const float f     = 1.0f;", "test_any_shape_and_any_cut_into_tasks"),
     Break("part-lost", ATTN, "group.n_chunks = (group.n_kv + chunk - 1)/chunk;", "group.n_chunks = std::max<int64_t>(1, group.n_kv/chunk);", "test_any_shape_and_any_cut_into_tasks"),
     Break("tasks-once-only", ATTN, "next.store(0, std::memory_order_relaxed);", "", "test_each_kernel_equals_the_reference test_several_threads"),
     Break("larger-scores-not-noticed", KERNEL, "l *= scale;", "", "test_each_kernel_equals_the_reference"),
@@ -90,16 +92,16 @@ BREAKS = [
     Break("nibbles-exchanged", KERNEL, "convertvector((x & 15) - 8, vf)", "convertvector((x >> 4) - 8, vf)", "test_error_of_each_kernel"),
     Break("any-kernel-name", ATTN, 'if (wanted.empty() || wanted == "off") {', "if (true) {", "test_an_unknown_kernel_is_refused"),
     Break("any-choice-for-devices", DEVICE, 'if (wanted.empty() || wanted == "on" || wanted == "ampere") {', "if (true) {", "test_an_unknown_choice_for_devices_is_refused"),
-    Break("rows-of-64-bits", CACHE, "any_device ? GGML_TYPE_I64 : GGML_TYPE_I32", "GGML_TYPE_I64", "test_rows_are_of_a_type_that_backends_copy"),
-    Break("attention-of-more-nodes", CACHE, "attn.build       (g.ctx0, q_cur, layer.k, layer.v)", "ggml_cont(g.ctx0, attn.build(g.ctx0, q_cur, layer.k, layer.v))", "test_nodes_added_per_layer_on_cpus"),
+    Break("rows-of-64-bits", GRAPH, "any_device ? GGML_TYPE_I64 : GGML_TYPE_I32", "GGML_TYPE_I64", "test_rows_are_of_a_type_that_backends_copy"),
+    Break("attention-of-more-nodes", GRAPH, "attn.build(g.ctx0, q_cur, layer.k, layer.v)", "ggml_cont(g.ctx0, attn.build(g.ctx0, q_cur, layer.k, layer.v))", "test_nodes_added_per_layer_on_cpus"),
     # attention of a batch. That a bias or the end of the cells keeps a tile from being seen whole changes nothing: the
     # cells of the other compensation token are in that tile, and there are 256*n cells
-    Break("device-batch-sees-the-next-token", CACHE, "since_full[j] = std::max<int64_t>(i, 0);", "since_full[j] = std::max<int64_t>(i - 1, 0);", "test_f32_cache_equals_the_reference", naive=True),
-    Break("device-batch-sees-its-end", CACHE, "since[plan.cell(step.pos0 + i)] = i;", "since[plan.cell(step.pos0 + i)] = 0;", "test_f32_cache_equals_the_reference", naive=True),
-    Break("device-batch-sees-hidden-cells", CACHE, "since[j] = seen ? 0 : GGML_RAZOR_NEVER;", "since[j] = 0;", "test_f32_cache_equals_the_reference", naive=True),
-    Break("device-batch-without-log-n", CACHE, "bias[j]  = seen ? bias[j] : 0.0f;", "bias[j]  = 0.0f;", "test_f32_cache_equals_the_reference", naive=True),
-    Break("device-batch-tiles-of-fewer-cells", CACHE, "for (uint32_t j = first; j < end; ++j) {", "for (uint32_t j = first; j + 1 < end; ++j) {", "test_f32_cache_equals_the_reference", naive=True),
-    Break("device-batch-tiles-always-seen-whole", CACHE, "bias && bias[j] != 0.0f ? GGML_RAZOR_NEVER : since[j]", "0", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-sees-the-next-token", GRAPH, "since_full[j] = std::max<int64_t>(i, 0);", "since_full[j] = std::max<int64_t>(i - 1, 0);", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-sees-its-end", GRAPH, "since[plan.cell(step.pos0 + i)] = i;", "since[plan.cell(step.pos0 + i)] = 0;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-sees-hidden-cells", GRAPH, "since[j] = seen ? 0 : GGML_RAZOR_NEVER;", "since[j] = 0;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-without-log-n", GRAPH, "bias[j]  = seen ? bias[j] : 0.0f;", "bias[j]  = 0.0f;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-tiles-of-fewer-cells", GRAPH, "for (uint32_t j = first; j < end; ++j) {", "for (uint32_t j = first; j + 1 < end; ++j) {", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-tiles-always-seen-whole", GRAPH, "bias && bias[j] != 0.0f ? GGML_RAZOR_NEVER : since[j]", "0", "test_f32_cache_equals_the_reference", naive=True),
     Break("device-batch-of-other-rows", DEVICE, "params.cells  = attn.groups[1].head_rows;", "params.cells  = attn.groups[1].head_rows - 1;", "test_f32_cache_equals_the_reference", naive=True),
     Break("device-batch-of-other-heads", DEVICE, "for (const uint32_t h : *attn.groups[0].heads) {", "for (const uint32_t h : *attn.groups[1].heads) {", "test_f32_cache_equals_the_reference", naive=True),
     # rollback, abort
@@ -124,23 +126,23 @@ BREAKS = [
           "test_bytes_at_long_contexts test_bytes_of_masks test_bytes_of_other_types test_bytes_where_cells_are_rounded_up test_bytes_of_mixed_types_and_no_offload test_resident_memory_agrees"),
     Break("bytes-not-counted", RAZOR, "res.kv_bytes += size;", "res.kv_bytes += size/2;", "test_full_cache test_context_size_is_padded_alike"),
     Break("folded-miscounted", RAZOR, "res.n_folded   = res.frontier - kv->get_plan().sink_tokens;", "res.n_folded   = res.frontier;", "test_sequence_statistics"),
-    Break("active-without-saving", RAZOR, "if (!any_local || plan.cells >= plan.n_ctx) {", "if (false) {", "test_window_that_saves_nothing test_window_that_saves_nothing_is_bit_identical_to_stock test_all_retrieval_heads_are_bit_identical_to_stock"),
-    Break("nothing-saved-not-noticed", RAZOR, "|| plan.cells >= plan.n_ctx", "|| plan.cells + 256 >= plan.n_ctx", "test_least_that_is_saved"),
+    Break("active-without-saving", PLAN, "if (!any_local || plan.cells >= plan.n_ctx) {", "if (false) {", "test_window_that_saves_nothing test_window_that_saves_nothing_is_bit_identical_to_stock test_all_retrieval_heads_are_bit_identical_to_stock"),
+    Break("nothing-saved-not-noticed", PLAN, "|| plan.cells >= plan.n_ctx", "|| plan.cells + 256 >= plan.n_ctx", "test_least_that_is_saved"),
     # stock behaviour
-    Break("razor-without-metadata", RAZOR, "    if (!any) {\n        return nullptr;\n    }", "    if (!any) {\n        auto res = std::make_shared<llama_razor_profile>();\n        res->window_min = 32;\n        res->window_divisor = 0;\n        res->retrieval.resize(razor_n_kv_heads(hparams));\n        return res;\n    }",
+    Break("razor-without-metadata", PROFILE, "    if (!any) {\n        return nullptr;\n    }", "    if (!any) {\n        auto res = std::make_shared<llama_razor_profile>();\n        res->window_min = 32;\n        res->window_divisor = 0;\n        res->retrieval.resize(llama_razor_n_kv_heads(hparams));\n        return res;\n    }",
           "test_supported_arch_without_metadata test_other_arch_without_metadata test_two_sequences_without_metadata test_rollback_and_state_without_metadata"),
-    Break("switch-ignored", RAZOR, 'return env && strcmp(env, "") != 0 && strcmp(env, "0") != 0;', "(void) env; return false;", "test_environment_switch test_switched_off_malformed_metadata_is_not_read"),
-    Break("switch-stuck", RAZOR, 'return env && strcmp(env, "") != 0 && strcmp(env, "0") != 0;', "(void) env; return true;", "test_environment_switch_not_set test_metadata_and_override_are_the_same"),
-    Break("off-ignored", RAZOR, "if (!profile || !profile->enabled) {", "if (!profile) {", "test_override_off"),
-    Break("override-kept", RAZOR, "        razor_override.reset();", "", "test_override_is_dropped"),
+    Break("switch-ignored", PROFILE, 'return env && strcmp(env, "") != 0 && strcmp(env, "0") != 0;', "(void) env; return false;", "test_environment_switch test_switched_off_malformed_metadata_is_not_read"),
+    Break("switch-stuck", PROFILE, 'return env && strcmp(env, "") != 0 && strcmp(env, "0") != 0;', "(void) env; return true;", "test_environment_switch_not_set test_metadata_and_override_are_the_same"),
+    Break("off-ignored", PLAN, "if (!profile || !profile->enabled) {", "if (!profile) {", "test_override_off"),
+    Break("override-kept", PROFILE, "        razor_override.reset();", "", "test_override_is_dropped"),
     # refusals
-    Break("types-unchecked", RAZOR, "    if (found != expected) {", "    if (false) {", "test_malformed_metadata test_huge_mask test_flipped_bits"),
-    Break("keys-not-seen", RAZOR, '"razor.", 6) == 0', '"razor.version", 13) == 0', "test_only_an_unknown_razor_key"),
-    Break("too-strict", RAZOR, "    if (val < min || val > max) {", "    if (val <= min || val > max) {", "test_valid_metadata_is_accepted"),
-    Break("ranges-unchecked", RAZOR, "    if (val < min || val > max) {", "    if (false) {", "test_bad_override test_malformed_metadata"),
-    Break("version-unchecked", RAZOR, "    if (version != RAZOR_VERSION) {", "    if (false) {", "test_malformed_metadata"),
-    Break("unsupported-accepted", RAZOR, "    if (!unsupported.empty()) {", "    if (false) {", "test_unsupported_architecture test_unsupported_context"),
-    Break("supported-refused", RAZOR, "if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) ", "if (hparams.swa_type == LLAMA_SWA_TYPE_NONE) ", "test_supported_but_untested_architecture_runs"),
+    Break("types-unchecked", PROFILE, "    if (found != expected) {", "    if (false) {", "test_malformed_metadata test_huge_mask test_flipped_bits"),
+    Break("keys-not-seen", PROFILE, '"razor.", 6) == 0', '"razor.version", 13) == 0', "test_only_an_unknown_razor_key"),
+    Break("too-strict", PROFILE, "    if (val < min || val > max) {", "    if (val <= min || val > max) {", "test_valid_metadata_is_accepted"),
+    Break("ranges-unchecked", PROFILE, "    if (val < min || val > max) {", "    if (false) {", "test_bad_override test_malformed_metadata"),
+    Break("version-unchecked", PROFILE, "    if (version != RAZOR_VERSION) {", "    if (false) {", "test_malformed_metadata"),
+    Break("unsupported-accepted", PLAN, "    if (!unsupported.empty()) {", "    if (false) {", "test_unsupported_architecture test_unsupported_context"),
+    Break("supported-refused", PLAN, "if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) ", "if (hparams.swa_type == LLAMA_SWA_TYPE_NONE) ", "test_supported_but_untested_architecture_runs"),
     Break("non-causal-accepted", CACHE, "    if (!cparams.causal_attn) {", "    if (false) {", "test_non_causal_attention_after_creation"),
     Break("sizes-unchecked", RAZOR, "if (stats->size != sizeof(T)) {", "if (false) {", "test_struct_sizes_are_checked"),
     Break("other-api-version", RAZOR, "return LLAMA_RAZOR_API_VERSION;", "return 99;", "test_version_and_build_info"),
@@ -162,7 +164,10 @@ NO_BREAK = {
 
 
 def check_table() -> None:
-    """Every native test function that needs no device is in BREAKS or in NO_BREAK."""
+    """Every text occurs once in its file; every native test function that needs no device is in
+    BREAKS or in NO_BREAK."""
+    for file, old, new in [*NAIVE, *((b.file, b.old, b.new) for b in BREAKS)]:
+        replace_once(file, (SOURCES / file).read_text(), old, new)
     named = {test for broken in BREAKS for test in broken.tests.split()} | set(NO_BREAK)
     for path in sorted((ROOT / "tests/native").glob("test_native_*.py")):
         if path.name.startswith("test_native_device"):
@@ -197,16 +202,24 @@ def copy_sources(tree: Path, changes: Iterable[tuple[str, str, str]] = ()) -> No
         for file in [ROOT / "CMakeLists.txt", *(ROOT / "native").rglob("*")]
         if file.is_file()
     }
-    src = Path("native/src")
+    src = SOURCES.relative_to(ROOT)
     texts[src / "naive_batch.h"] = (ROOT / "tests/tools/naive_batch.h").read_text()
     for file, old, new in changes:
-        times = texts[src / file].count(old)
-        if times != 1:
-            raise SystemExit(f"this text stands {times} times in {file}, expected once:\n{old}")
-        texts[src / file] = texts[src / file].replace(old, new)
+        texts[src / file] = replace_once(file, texts[src / file], old, new)
+    for path in (tree / "native").rglob("*"):  # CMake would compile a file that was moved since
+        if path.is_file() and path.relative_to(tree) not in texts:
+            path.unlink()
     for name, text in texts.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         write_if_changed(tree / name, text)
+
+
+def replace_once(file: str, text: str, old: str, new: str) -> str:
+    if text.count(old) != 1:
+        raise SystemExit(
+            f"this text occurs {text.count(old)} times in {file}, expected once:\n{old}"
+        )
+    return text.replace(old, new)
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ static constexpr int64_t ROWS = 64;
 static constexpr int64_t CHUNK = 512;
 
 // those that were compiled and that this CPU has, the best first
-static std::vector<std::pair<const char *, razor_attn_kernel>> razor_attn_kernels() {
+static std::vector<std::pair<const char *, razor_attn_kernel>> razor_attn_get_kernels() {
     std::vector<std::pair<const char *, razor_attn_kernel>> res;
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -34,11 +34,11 @@ static std::vector<std::pair<const char *, razor_attn_kernel>> razor_attn_kernel
     return res;
 }
 
-razor_attn_kernel razor_attn_choose() {
+razor_attn_kernel razor_attn_choose_kernel() {
     const char * env = getenv(RAZOR_ATTN_ENV);
 
     const std::string wanted  = env ? env : "";
-    const auto        kernels = razor_attn_kernels();
+    const auto        kernels = razor_attn_get_kernels();
 
     std::string names = "off";
     for (const auto & [name, kernel] : kernels) {
@@ -54,7 +54,7 @@ razor_attn_kernel razor_attn_choose() {
     throw std::runtime_error(RAZOR_ATTN_ENV " is '" + wanted.substr(0, 32) + "', expected one of: " + names + "; correct or unset it");
 }
 
-static bool razor_attn_rows_of(ggml_type type, razor_attn_rows & rows) {
+static bool razor_attn_get_rows(ggml_type type, razor_attn_rows & rows) {
     rows.to_float = nullptr;
 
     switch (type) {
@@ -75,7 +75,7 @@ static bool razor_attn_rows_of(ggml_type type, razor_attn_rows & rows) {
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v) {
     razor_attn_rows rows;
 
-    return d_k % 16 == 0 && d_v % 16 == 0 && razor_attn_rows_of(type_k, rows) && razor_attn_rows_of(type_v, rows);
+    return d_k % 16 == 0 && d_v % 16 == 0 && razor_attn_get_rows(type_k, rows) && razor_attn_get_rows(type_v, rows);
 }
 
 // tasks are taken in turn; whoever is the last to find none makes it ready for the next time
@@ -92,7 +92,7 @@ void razor_attn::leave(int n_threads) {
     }
 }
 
-static float * razor_attn_memory(size_t n) {
+static float * razor_attn_get_scratch(size_t n) {
     static thread_local std::vector<float> memory;
 
     if (memory.size() < n + 16) {
@@ -119,8 +119,8 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
     task.q_token = q->nb[2]/sizeof(float);
     task.q_head  = q->nb[1]/sizeof(float);
 
-    razor_attn_rows_of(k->type, task.k);
-    razor_attn_rows_of(v->type, task.v);
+    razor_attn_get_rows(k->type, task.k);
+    razor_attn_get_rows(v->type, task.v);
     task.k.row_bytes = k->nb[op.by_token ? 2 : 1];
     task.v.row_bytes = v->nb[op.by_token ? 2 : 1];
 
@@ -168,7 +168,7 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
 
         task.out = (float *) dst->data + token*task.out_token + head*task.out_head + chunk*op.partial_size();
 
-        op.kernel(task, razor_attn_memory(razor_attn_scratch(task)));
+        op.kernel(task, razor_attn_get_scratch(razor_attn_scratch(task)));
     }
 
     op.leave(nth);

@@ -9,7 +9,7 @@
 // ranges share are added up by a second kernel. There is no mask: each cell says which token is the first to see it, and only
 // tiles that some tokens see and others do not are looked at cell by cell.
 
-#include "ggml-razor.h"
+#include "../ggml-razor.h"
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

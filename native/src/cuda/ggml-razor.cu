@@ -8,7 +8,7 @@
 
 #include "ggml-razor.cuh"
 #include "ggml-razor-batch.cuh"
-#include "ggml-razor.h"
+#include "../ggml-razor.h"
 
 #include "ggml-cuda/common.cuh"
 
