@@ -10,7 +10,8 @@ import reference
 import runner
 from tiny_models import TinySpec
 
-from razor_local.native.probe import I32, Tensor
+from razor_local.native.structs import Tensor
+from razor_local.native.tensors import I32
 
 ENVS = ("RAZOR_LOCAL_CPU_ATTENTION", "RAZOR_LOCAL_DEVICE_ATTENTION")
 N_LAYER = 4
