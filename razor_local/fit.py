@@ -27,6 +27,7 @@ from . import native
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.split import read_parts
+from .native.models import new_context
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
 from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
 
@@ -184,11 +185,10 @@ class DryModel:
                 )
             self._tensor_split = (ctypes.c_float * n_max)(*tensor_split)
             params.tensor_split = self._tensor_split
-        native.clear_errors()
-        with _native.override(native.make_params(None)):  # resets the last error
-            self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
-            if not self._model:
-                raise RazorError(f"{self.path} cannot be planned: {_reason()}")
+        _native.clear_errors()
+        self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise RazorError(f"{self.path} cannot be planned: {_native.reason()}")
         self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
         self._needs: dict[ContextOptions, dict[int, Need]] = {}
 
@@ -282,16 +282,15 @@ class DryModel:
         for name in ("op_offload", "swa_full"):
             if getattr(options, name) is not None:
                 setattr(params, name, getattr(options, name))
-        native.clear_errors()
-        with _native.override(native.make_params(options.profile)):
-            context = C.llama_init_from_model(self._model, params)
-            if not context:
-                raise UnsupportedError(f"{self.path} cannot be planned: {_reason()}")
-        try:
+
+        def failed(why: str) -> RazorError:
+            return UnsupportedError(f"{self.path} cannot be planned: {why}")
+
+        assert self._model is not None
+        override = native.make_params(options.profile)
+        with new_context(_native, C, self._model, params, override, failed) as context:
             active = bool(_native.stats(context).active)
             places = _places(_native.memory(context))
-        finally:
-            C.llama_free(context)
         why = plan.why_inactive if plan else None
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
@@ -511,11 +510,3 @@ def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:
             name, old.weights + m.weights, old.kv + m.cache, old.compute + m.compute
         )
     return tuple(found.values())
-
-
-def _reason() -> str:
-    return (
-        _native.last_error()
-        or "; ".join(native.error_lines()[-2:])
-        or "the native library gives no reason"
-    )

@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from ..common.child import python_command
 from ..common.machine import free_memory
 from ..errors import RazorError
 from ..model_setup import ModelSetup
+from ..native.structs import InitParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -241,7 +242,7 @@ class Session:
             self.logged.setdefault(what, {})[device] = round(float(mebibytes) * 2**20)
 
     def reason(self) -> str:
-        return (self.native and self.native.last_error()) or "llama.cpp gave no reason"
+        return self.native.reason() if self.native else "llama.cpp gives no reason"
 
     def answer(self, command: str, *args: Any) -> Any:
         """The answer to one command of Worker or Context."""
@@ -417,12 +418,6 @@ class SessionContext:
         return sum(m.weights + m.cache + m.compute for m in buffers)
 
 
-class _InitParams(ctypes.Structure):
-    """struct ggml_init_params"""
-
-    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
-
-
 # "llama_kv_cache:      CUDA0 KV buffer size =   512.00 MiB"
 BUFFER_SIZE = re.compile(r": +(\S+) +(model|KV|compute) buffer size = +([\d.]+) MiB")
 _DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
@@ -453,7 +448,7 @@ class _Ggml:
             ("ggml_backend_buffer_clear", [c_void_p, ctypes.c_uint8], None),
             ("ggml_backend_buffer_free", [c_void_p], None),
             ("ggml_backend_graph_compute", [c_void_p, c_void_p], c_int),
-            ("ggml_init", [_InitParams], c_void_p),
+            ("ggml_init", [InitParams], c_void_p),
             ("ggml_free", [c_void_p], None),
             ("ggml_new_tensor_2d", [c_void_p, c_int, c_int64, c_int64], c_void_p),
             ("ggml_mul_mat", [c_void_p, c_void_p, c_void_p], c_void_p),
@@ -511,7 +506,7 @@ class _Ggml:
         device = devices.get(_GPU if gpu else _CPU, devices[_CPU])
         graph_bytes = 4 << 20
         backend = lib.ggml_backend_dev_init(device, None)
-        ctx = lib.ggml_init(_InitParams(graph_bytes, None, True))
+        ctx = lib.ggml_init(InitParams(graph_bytes, None, True))
         buffer = None
         try:
             set_threads = lib.ggml_backend_reg_get_proc_address(

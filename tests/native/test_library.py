@@ -163,7 +163,7 @@ def test_libraries_in_the_current_folder_are_not_loaded(tmp_path, library):
 def test_library_and_code_of_different_versions(monkeypatch, library):
     import llama_cpp
 
-    monkeypatch.setattr(native, "API_VERSION", 99)
+    monkeypatch.setattr(native.library, "API_VERSION", 99)
     with pytest.raises(LibraryError, match="speaks razor API version 3, this Python code 99"):
         native.load.__wrapped__()
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from razor_local.native.probe import Tensor
+from razor_local.native.structs import InitParams, Tensor
 from tests.support import runner
 
 if runner.GPU_LAYERS == 0:
@@ -32,10 +32,6 @@ OFFSET = 24  # ggml-razor.h
 ATTENTION, STORE, FOLD, BATCH = 0x525A4154, 0x525A5354, 0x525A464F, 0x525A4241
 TILE, NEVER = 128, 2**31 - 1
 GPU = 1
-
-
-class InitParams(ctypes.Structure):
-    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -171,10 +169,3 @@ def test_razor_false_is_stock_to_the_bit(tiny, stock) -> None:
         runner.logits(tiny(spec), tokens, runner.OFF, **params),
         stock(runner.logits, tiny(spec), tokens, **params),
     )
-
-
-def test_sizes_of_the_structures() -> None:
-    from razor_local import native
-
-    assert ctypes.sizeof(native.Params) == ctypes.sizeof(runner.RazorParams)
-    assert ctypes.sizeof(native.Stats) == ctypes.sizeof(runner.Stats)

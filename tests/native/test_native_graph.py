@@ -7,7 +7,8 @@ import ctypes
 
 import pytest
 
-from razor_local.native.probe import I32, Tensor
+from razor_local.native.structs import Tensor
+from razor_local.native.tensors import I32
 from tests.support import reference, runner
 from tests.support.tiny_models import TinySpec
 

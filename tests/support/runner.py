@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from razor_local.native.structs import BufferStats, LayerStats, Params, SeqStats, Stats
 from tests.support.native_build import ROOT
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
@@ -42,78 +43,6 @@ GPU_LAYERS = _gpu_layers()
 
 class LoadError(Exception):
     """A model or context was refused; the text is llama_razor_last_error(), "" in stock."""
-
-
-# the structs of llama-razor.h
-
-
-class RazorParams(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("enabled", ctypes.c_uint32),
-        ("sink_tokens", ctypes.c_uint32),
-        ("window", ctypes.c_uint32),
-        ("window_min", ctypes.c_uint32),
-        ("window_divisor", ctypes.c_uint32),
-        ("compensation", ctypes.c_uint32),
-        ("n_retrieval", ctypes.c_uint32),
-        ("retrieval", ctypes.POINTER(ctypes.c_uint8)),
-        ("own_attention", ctypes.c_uint32),
-    ]
-
-
-class Stats(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("active", ctypes.c_uint32),
-        ("n_ctx", ctypes.c_uint32),
-        ("n_layer", ctypes.c_uint32),
-        ("n_stream", ctypes.c_uint32),
-        ("sink_tokens", ctypes.c_uint32),
-        ("window", ctypes.c_uint32),
-        ("block", ctypes.c_uint32),
-        ("cells", ctypes.c_uint32),
-        ("compensation", ctypes.c_uint32),
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
-        ("kv_bytes", ctypes.c_uint64),
-        ("kv_bytes_retrieval", ctypes.c_uint64),
-        ("kv_bytes_local", ctypes.c_uint64),
-        ("n_buffers", ctypes.c_uint32),
-        ("own_attention", ctypes.c_uint32),
-    ]
-
-
-class LayerStats(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("n_head_kv", ctypes.c_uint32),
-        ("n_retrieval", ctypes.c_uint32),
-        ("n_local", ctypes.c_uint32),
-        ("bytes_k", ctypes.c_uint64),
-        ("bytes_v", ctypes.c_uint64),
-        ("bytes_sums", ctypes.c_uint64),
-    ]
-
-
-class SeqStats(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("n_tokens", ctypes.c_uint32),
-        ("frontier", ctypes.c_uint32),
-        ("n_folded", ctypes.c_uint32),
-        ("n_rollback", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
-    ]
-
-
-class BufferStats(ctypes.Structure):
-    _fields_ = [
-        ("size", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
-        ("bytes", ctypes.c_uint64),
-        ("name", ctypes.c_char * 64),
-    ]
 
 
 @dataclass(frozen=True)
@@ -177,13 +106,12 @@ def _log(level: int, text: bytes, data: Any) -> None:
 @functools.cache
 def razor_api() -> ctypes.CDLL:
     """The library with the prototypes of llama-razor.h set. AttributeError: a stock library."""
-    # a handle of its own: razor_local.native declares the same functions with its own structs
-    lib = ctypes.CDLL(bindings()._lib._name)
+    lib = bindings()._lib
     ctx, u32 = ctypes.c_void_p, ctypes.c_uint32
     for name, args, result in (
         ("api_version", [], u32),
         ("build_info", [], ctypes.c_char_p),
-        ("set_override", [ctypes.POINTER(RazorParams)], ctypes.c_bool),
+        ("set_override", [ctypes.POINTER(Params)], ctypes.c_bool),
         ("last_error", [], ctypes.c_char_p),
         ("model_layers", [ctypes.c_void_p, ctypes.POINTER(u32), u32], u32),
         ("get_stats", [ctx, ctypes.POINTER(Stats)], ctypes.c_bool),
@@ -206,10 +134,10 @@ def last_error() -> str:
     return razor_api().llama_razor_last_error().decode() if is_patched() else ""
 
 
-def raw_params(value: Override) -> RazorParams:
+def raw_params(value: Override) -> Params:
     """The C struct of an Override; keeps its mask alive."""
-    params = RazorParams(
-        ctypes.sizeof(RazorParams),
+    params = Params(
+        ctypes.sizeof(Params),
         value.enabled,
         value.sink_tokens,
         value.window,

@@ -24,7 +24,7 @@ from razor_local import Llama, Profile
 from razor_local.cli import main
 from razor_local.errors import ConvertError, GGUFError, ProfileError, UnsupportedError
 from razor_local.gguf.header import read_header
-from razor_local.native import probe
+from razor_local.native import tensors
 from razor_local.plan import make_plan
 from razor_local.profile import (
     ModelShape,
@@ -240,7 +240,7 @@ def test_scope_of_a_head():
 def measured(path: Path, tokens: list[int], n_ctx: int = 1024) -> list[np.ndarray]:
     """Attention after softmax of each layer: f32 [n_head, n_tokens, n_tokens], by llama.cpp."""
     C = runner.bindings()
-    probe.bind(C._lib)
+    tensors.bind(C._lib)
     found: dict[int, np.ndarray] = {}
 
     def on_eval(tensor: int, ask: bool, _data: int | None) -> bool:
@@ -248,7 +248,7 @@ def measured(path: Path, tokens: list[int], n_ctx: int = 1024) -> list[np.ndarra
         if not name.startswith(b"kq_soft_max-"):
             return False
         if not ask:
-            rows = probe.read(C._lib, tensor)[0][:, : len(tokens), : len(tokens)]
+            rows = tensors.read(C._lib, tensor)[0][:, : len(tokens), : len(tokens)]
             found[int(name.split(b"-")[1])] = rows
         return True
 
