@@ -16,7 +16,6 @@ Two measures, each against the full cache of the same simulation:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -583,6 +582,7 @@ def main() -> None:
     from rich.progress import track
 
     from razor_local.cli.params import DEFAULT_MODEL, Tokens
+    from razor_local.common.compact_json import compact_json
     from razor_local.errors import RazorError
 
     existing = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -619,7 +619,7 @@ def main() -> None:
             done = pool.map(measure, texts)
             progress = track(done, "simulating", len(texts), console=Console(stderr=True))
             found = report(setting, texts, list(progress))
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        output.write_text(compact_json(found), encoding="utf-8")
         print(table(found))
 
     run()

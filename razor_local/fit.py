@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from . import native
+from .common.machine import free_memory
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.split import read_parts
@@ -449,17 +450,11 @@ def paper_profile(shape: ModelShape) -> Profile:
 def available_ram() -> int:
     """Bytes of memory that this process can still get without swapping.
 
-    What Linux calls available (free, and caches that can be dropped), or what is left of the limit
-    of a control group (a container) if that is less; elsewhere what ggml reports.
+    What the system calls available (free, and caches that can be dropped), or what is left of the
+    limit of a control group (a container) if that is less.
     """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return device_memory("CPU")[0]
     left = [_cgroup_left(*files) for files in _CGROUP_FILES]
-    return min([free, *(n for n in left if n is not None)])
+    return min([free_memory(), *(n for n in left if n is not None)])
 
 
 # of versions 2 and 1: limit, usage, statistics

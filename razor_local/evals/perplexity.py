@@ -10,7 +10,6 @@ for planted facts (facts.py), in a context of the same size.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.compact_json import compact_json
 from ..common.figure import make_figure, save_figure
 from ..common.inputs import read_text_file
 from ..common.journal import Journal
@@ -210,7 +210,7 @@ def _groups(
     def size(policy: Policy) -> int:
         return policy.plan(shape, n_ctx).kv_bytes + N_BATCH * n_vocab * 4 + BESIDE
 
-    free = free_memory() or 0
+    free = free_memory()
     if n_gpu_layers and C.llama_supports_gpu_offload():
         free = 0
     groups: list[list[Policy]] = [[]]
@@ -396,7 +396,7 @@ def _figures(
 def format_report(report: PerplexityReport, kind: str) -> str:
     """As "json" or "md", with a line end."""
     if kind == "json":
-        return json.dumps(report.to_dict(), indent=1) + "\n"
+        return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.compact_json import compact_json
 from ..common.figure import make_figure, save_figure
 from ..common.markdown import markdown_table, one_line, short_tokens
 from .intervals import paired_difference, score_interval
@@ -134,7 +134,7 @@ def _cache(record: dict[str, Any]) -> dict[str, Any]:
 def format_report(report: Report, kind: str) -> str:
     """As "json" or "md", with a line end."""
     if kind == "json":
-        return json.dumps(report.to_dict(), indent=1) + "\n"
+        return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
 
 

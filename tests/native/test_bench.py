@@ -4,8 +4,6 @@ resumed, and what it refuses. How fast anything is, is not tested.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import signal
@@ -18,25 +16,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pynvml
 import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType
 
 from razor_local.bench import run as bench_module
+from razor_local.bench.batches import Batch, Settings, Side, make_batches
 from razor_local.bench.energy import EnergyMeter
-from razor_local.bench.report import Report, format_report
-from razor_local.bench.run import (
-    Batch,
-    Settings,
-    _Measure,
-    make_batches,
-    open_journal,
-    run_bench,
-    weights_bytes,
-)
-from razor_local.bench.worker import Context, Session, SessionContext, Side
+from razor_local.bench.figures import Report
+from razor_local.bench.measure import Measure
+from razor_local.bench.report import format_report
+from razor_local.bench.run import open_journal, run_bench, weights_bytes
+from razor_local.bench.worker import Context, Session, SessionContext
 from razor_local.cli import main
-from razor_local.cli.bench import KINDS as CLI_KINDS
 from razor_local.common.machine import describe_code, describe_gpus, describe_machine, free_memory
 from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
@@ -134,10 +127,9 @@ def test_run_is_resumed_without_measuring_again(measured, monkeypatch) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(bench_module, "Worker", refuse)
-    done = run(*measured.args, "--format", "csv", "-o", measured.folder / "again.csv")
+    done = run(*measured.args, "-o", measured.folder / "again.json")
     assert done.exit_code == 0, done.output
-    rows = list(csv.DictReader(io.StringIO((measured.folder / "again.csv").read_text())))
-    assert [float(r["razor_ms"]) for r in rows] == [r["razor_ms"] for r in measured.report["rows"]]
+    assert json.loads((measured.folder / "again.json").read_text()) == measured.report
 
 
 def test_journals_are_resumed_unless_their_fields_are_wrong(measured, tmp_path) -> None:
@@ -181,7 +173,6 @@ def test_only_what_is_missing_is_measured(measured, tmp_path) -> None:
 
 
 def test_kinds_can_be_measured_one_after_the_other(tiny, tmp_path) -> None:
-    assert CLI_KINDS == bench_module.KINDS
     journal = tmp_path / "run.jsonl"
     args = [tiny(SPEC, KV), "-d", "0,1k", "-c", "2048", "--types", "q8_0,f16", *QUICK]
     args += ["--real-prefill", "--resume", journal, "--json"]
@@ -297,11 +288,11 @@ class _FakeContext:
         return 0.01 + n_tokens * (self.depth - n_tokens / 2) / 1e5
 
 
-def _fake_measure(settings: Settings, type_kv: str) -> tuple[_Measure, list[_FakeContext]]:
+def _fake_measure(settings: Settings, type_kv: str) -> tuple[Measure, list[_FakeContext]]:
     sides = [Side(name, name == "razor", type_kv, type_kv, 131_072) for name in ("razor", "full")]
     clock = SimpleNamespace(show=lambda what: None)
     plans = {side.name: side.plan(SHAPE, PROFILE) for side in sides}
-    measure = _Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
+    measure = Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
     return measure, [_FakeContext(side) for side in sides]
 
 
@@ -373,7 +364,7 @@ def test_batches_of_prefill_are_whole_blocks_that_fold(tiny, monkeypatch, depth)
     plans = {side.name: side.plan(session.shape, session.profile) for side in sides}
     clock = SimpleNamespace(show=lambda what: None)
     settings = Settings(seconds=100.0, max_pairs=5)  # whole batches however slow the machine is
-    measure = _Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
+    measure = Measure(Batch(tuple(sides), ()), plans, 0, None, settings, None, clock)
     seen = []
     append = SessionContext.append
 
@@ -385,7 +376,7 @@ def test_batches_of_prefill_are_whole_blocks_that_fold(tiny, monkeypatch, depth)
         seen.append((self.plan.active, at, n_tokens, after - before))
         return took
 
-    measure.fit(contexts, depth)
+    measure._fill(contexts, depth)
     assert contexts[0].depth == contexts[1].depth == (depth + 1 if depth else 0)
     monkeypatch.setattr(SessionContext, "append", watch)
     found = measure.prefill(contexts, depth)
@@ -413,7 +404,7 @@ def test_prefill_is_measured_where_blocks_begin(n_ctx, window) -> None:
     settings = Settings(tuple(depths), n_ctx=n_ctx, types=(("f16", "f16"),), real_prefill=0)
     if n_ctx and make_plan(SHAPE, profile, n_ctx).why_inactive:
         pytest.skip("razor does nothing in so small a context")
-    for batch in make_batches(replace(settings, fit=False), SHAPE, profile):
+    for batch in make_batches(settings, SHAPE, profile):
         plan = batch.sides[0].plan(SHAPE, profile)
         points = [step.depth for step in batch.steps if step.kind == "prefill"]
         assert points and all(at % 512 == 0 and at + 256 <= plan.n_ctx for at in points)
@@ -425,11 +416,8 @@ def test_prefill_is_measured_where_blocks_begin(n_ctx, window) -> None:
 def test_contexts_are_as_large_as_their_depths_need() -> None:
     settings = Settings(depths=(131072, 0, 512, 8192, 32768))
     batches = make_batches(settings, SHAPE, PROFILE)
-    sizes = [(b.sides[0].n_ctx, b.sides[0].type_k, b.sides[0].window) for b in batches]
-    assert sizes == [
-        *((n_ctx, t, 0) for n_ctx in (8704, 33280, 131584) for t in ("f16", "q8_0", "q4_0")),
-        (131584, "f16", 2048),
-    ]
+    sizes = [(b.sides[0].n_ctx, b.sides[0].type_k) for b in batches]
+    assert sizes == [(n_ctx, t) for n_ctx in (8704, 33280, 131584) for t in ("f16", "q8_0", "q4_0")]
     small = [(s.kind, s.depth) for s in batches[0].steps]
     assert [d for kind, d in small if kind == "decode"] == [0, 512, 8192]
     assert ("prompt", 512) in small and ("prompt", 8192) not in small
@@ -437,7 +425,6 @@ def test_contexts_are_as_large_as_their_depths_need() -> None:
     assert [d for kind, d in small if kind == "prefill"] == [0, 4608, 8192]
     large = [(s.kind, s.depth) for s in batches[6].steps]
     assert [d for kind, d in large if kind == "prefill"] == [27136, 131072]
-    assert [s.depth for s in batches[-1].steps] == [4096 << i for i in range(6)]
     assert [s.name for s in batches[0].sides] == ["razor", "full"]
     assert [s.name for s in batches[1].sides] == ["razor", "full", "full_f16"]
     keys = [tuple(b.key(s).values()) for b in batches for s in b.steps]
@@ -446,9 +433,7 @@ def test_contexts_are_as_large_as_their_depths_need() -> None:
 
 def test_real_prefill_is_made_in_every_context_that_holds_it() -> None:
     def real(n_tokens: int | None, **changes) -> list[tuple[int, str, int]]:
-        settings = Settings(
-            depths=(0, 8192, 32768, 131072), real_prefill=n_tokens, fit=False, **changes
-        )
+        settings = Settings(depths=(0, 8192, 32768, 131072), real_prefill=n_tokens, **changes)
         found = []
         for batch in make_batches(settings, SHAPE, PROFILE):
             side = batch.sides[0]
@@ -470,7 +455,7 @@ def test_real_prefill_is_made_in_every_context_that_holds_it() -> None:
 
 
 def test_one_context_for_all_depths() -> None:
-    settings = Settings(depths=(0, 8192), n_ctx=32000, types=(("f16", "q8_0"),), fit=False)
+    settings = Settings(depths=(0, 8192), n_ctx=32000, types=(("f16", "q8_0"),))
     (batch,) = make_batches(settings, SHAPE, PROFILE, energy=True)
     assert batch.sides[0].n_ctx == 32000 and batch.sides[2].type_v == "f16"
     assert [s.kind for s in batch.steps].count("energy") == 1
@@ -547,7 +532,7 @@ def test_memory_that_is_not_to_be_had_is_one_sentence(tiny, tmp_path, gibibytes)
         f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({n}, {n}));"
         "from razor_local.cli import main; main()"
     )
-    args = ["-d", "500k", "-c", "512k", "--types", "f32", "--no-fit", "-t", "1"]
+    args = ["-d", "500k", "-c", "512k", "--types", "f32", "-t", "1"]
     done = subprocess.run(
         [sys.executable, "-c", code, "bench", tiny(SPEC, KV), *args],
         capture_output=True, text=True, cwd=tmp_path,
@@ -584,11 +569,10 @@ def test_code_is_told_from_changed_code() -> None:
 def test_machine_is_described() -> None:
     machine = describe_machine()
     assert machine["cpu"] and 1 <= machine["cores"] <= (os.cpu_count() or 1)
-    free = free_memory()
-    assert free is None or 0 < free < machine["memory_total"]
+    assert 0 < free_memory() < machine["memory_total"]
 
 
-def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path) -> None:
+def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path, monkeypatch) -> None:
     for name, label in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core")):
         folder = tmp_path / name
         folder.mkdir()
@@ -596,7 +580,8 @@ def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path) -> None
         (folder / "max_energy_range_uj").write_text("9999999\n")
         (folder / "energy_uj").write_text("9000000\n")
     (tmp_path / "intel-rapl:1").mkdir()  # without files: as good as forbidden
-    meter = EnergyMeter(tmp_path, nvml=_Nvml(None))
+    fake_nvml(monkeypatch, None)
+    meter = EnergyMeter(tmp_path)
     assert meter.sources == ["package-0"]
     meter.start()
     (tmp_path / "intel-rapl:0/energy_uj").write_text("500000\n")
@@ -604,59 +589,55 @@ def test_energy_of_cpu_packages_is_read_over_their_wrap_around(tmp_path) -> None
     assert joules == pytest.approx(1.5) and seconds > 0
 
 
-def test_energy_of_gpus_is_read(tmp_path) -> None:
-    nvml = _Nvml([7_000, 100])
-    meter = EnergyMeter(tmp_path, nvml=nvml)
+def test_energy_of_gpus_is_read(tmp_path, monkeypatch) -> None:
+    millijoules = [7_000, 100]
+    fake_nvml(monkeypatch, millijoules)
+    meter = EnergyMeter(tmp_path)
     assert meter.sources == ["GPU 0", "GPU 1"]
     meter.start()
-    nvml.millijoules = [9_500, 600]
+    millijoules[:] = [9_500, 600]
     assert meter.stop()[0] == pytest.approx(3.0)
-    assert EnergyMeter(tmp_path, nvml=_Nvml(None)).sources == []
+    millijoules[1] = None  # as of a GPU that has no counter
+    assert EnergyMeter(tmp_path).sources == ["GPU 0"]
+    with pytest.raises(OSError, match="GPU 1 does not report its energy .Not Supported"):
+        meter.stop()
+    fake_nvml(monkeypatch, None)
+    assert EnergyMeter(tmp_path).sources == []
 
 
-def test_gpus_are_described() -> None:
-    gpus = describe_gpus(_Nvml([1, 2]))
-    assert gpus[1] == {
-        "name": "NVIDIA No. 2", "memory_total": 80 << 30, "driver": "550.54.15", "cuda": "12.4",
-    }  # fmt: skip
-    assert len(gpus) == 2 and describe_gpus(_Nvml(None)) == []
+def test_gpus_are_described(monkeypatch) -> None:
+    fake_nvml(monkeypatch, [1, 2])
+    gpu = {"name": "NVIDIA", "memory_total": 80 << 30, "driver": "550.54.15", "cuda": "12.4"}
+    assert describe_gpus() == [gpu, gpu]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", unsupported)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", unsupported)
+    assert describe_gpus()[0] == gpu | {"name": None, "cuda": None}
+    fake_nvml(monkeypatch, None)
+    assert describe_gpus() == []
 
 
-class _Nvml:
-    """The calls of NVML that the meter makes, as its documentation describes them."""
+def unsupported(*_: object) -> None:
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-    def __init__(self, millijoules) -> None:
-        self.millijoules = millijoules
 
-    def nvmlInit_v2(self) -> int:
-        return 0 if self.millijoules else 9  # NVML_ERROR_DRIVER_NOT_LOADED
+def fake_nvml(monkeypatch, millijoules: list[int | None] | None) -> None:
+    """As many GPUs as there are numbers, which are their energy; None: no driver."""
 
-    def nvmlDeviceGetCount_v2(self, count) -> int:
-        count._obj.value = len(self.millijoules)
-        return 0
+    def init() -> None:
+        if millijoules is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index, handle) -> int:
-        handle._obj.value = index + 1
-        return 0
+    def energy(gpu: int) -> int:
+        return unsupported() if millijoules[gpu] is None else millijoules[gpu]
 
-    def nvmlSystemGetDriverVersion(self, text, length) -> int:
-        assert length >= 80  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
-        text.value = b"550.54.15"
-        return 0
-
-    def nvmlSystemGetCudaDriverVersion_v2(self, version) -> int:
-        version._obj.value = 12040
-        return 0
-
-    def nvmlDeviceGetName(self, handle, text, length) -> int:
-        assert length >= 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
-        text.value = b"NVIDIA No. %d" % handle.value
-        return 0
-
-    def nvmlDeviceGetMemoryInfo(self, handle, memory) -> int:
-        memory._obj.total = 80 << 30
-        return 0
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle, energy) -> int:
-        energy._obj.value = self.millijoules[handle.value - 1]
-        return 0
+    for name, function in {
+        "nvmlInit": init,
+        "nvmlDeviceGetCount": lambda: len(millijoules),
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda gpu: "NVIDIA",
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(total=80 << 30),
+        "nvmlDeviceGetTotalEnergyConsumption": energy,
+        "nvmlSystemGetDriverVersion": lambda: "550.54.15",
+        "nvmlSystemGetCudaDriverVersion_v2": lambda: 12040,
+    }.items():
+        monkeypatch.setattr(pynvml, name, function)

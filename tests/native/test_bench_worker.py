@@ -9,8 +9,11 @@ import signal
 
 import pytest
 
+from razor_local.bench import random_cache
 from razor_local.bench import worker as bench_worker
-from razor_local.bench.worker import Session, SessionContext, Side, Worker, kept_bytes
+from razor_local.bench.batches import Side
+from razor_local.bench.random_cache import kept_bytes, random_state
+from razor_local.bench.worker import Session, SessionContext, Worker
 from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
@@ -127,9 +130,9 @@ def test_large_states_are_written_by_threads(tiny, monkeypatch) -> None:
     plan = make_plan(
         read_model_shape(tiny(SPEC, KV)), Profile(MASK, window_min=100, window_divisor=0), 4096
     )
-    one = bench_worker.random_state(plan, 4000, bytes(24))
-    monkeypatch.setattr(bench_worker, "PARALLEL_FROM", 0)
-    assert (bench_worker.random_state(plan, 4000, bytes(24), 3) == one).all()
+    one = random_state(plan, 4000, bytes(24))
+    monkeypatch.setattr(random_cache, "PARALLEL_FROM", 0)
+    assert (random_state(plan, 4000, bytes(24), 3) == one).all()
 
 
 def test_buffers_are_read_from_the_log_of_a_stock_build() -> None:

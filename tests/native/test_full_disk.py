@@ -70,7 +70,7 @@ def test_report_and_picture(disk, tmp_path, option, name) -> None:
     fill(disk)
     path = saved(make_report(), tmp_path / "saved.json")
     out = ["-o", tmp_path / "out"] if option == "--plot" else []
-    kind = ["--format", "json"] if option == "-o" else []
+    kind = ["--json"] if option == "-o" else []
     code, stdout, stderr = run("bench", "--report", path, option, disk / name, *out, *kind)
     assert code == 1 and bool(stdout) == (option == "-o")  # what was measured is not lost
     assert stderr == f"Error: {disk / name}: No space left on device\n"

@@ -5,8 +5,6 @@ plots, the README's table.
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import json
 import re
 import runpy
@@ -19,18 +17,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from razor_local.bench.report import (
-    FORMATS,
-    Report,
-    differences,
-    format_comparison,
-    format_report,
-    load_report,
-    plot_report,
-    prompt_seconds,
-    readme_block,
-)
-from razor_local.bench.run import median_ratio
+from razor_local.bench.compare import differences, format_comparison
+from razor_local.bench.figures import Report, median_ratio, prompt_seconds
+from razor_local.bench.plot import plot_report
+from razor_local.bench.report import FORMATS, format_report, readme_block
+from razor_local.bench.saved import load_report
 from razor_local.cli import main
 from razor_local.errors import RazorError, UnsupportedError
 
@@ -60,11 +51,11 @@ HEAD = {
 }  # fmt: skip
 
 
-def record(kind: str, depth: int, types=("f16", "f16"), side="", window=0, **fields) -> dict:
-    n_ctx = 33280 if depth > 8192 or kind == "fit" else 8704
+def record(kind: str, depth: int, types=("f16", "f16"), side="", **fields) -> dict:
+    n_ctx = 33280 if depth > 8192 else 8704
     return {
-        "kind": kind, "type_k": types[0], "type_v": types[1], "n_ctx": n_ctx, "window": window,
-        "depth": depth, "side": side,
+        "kind": kind, "type_k": types[0], "type_v": types[1], "n_ctx": n_ctx, "depth": depth,
+        "side": side,
     } | fields  # fmt: skip
 
 
@@ -99,9 +90,6 @@ def make_report() -> Report:
         records.append(record("fold", 8192, types, start=1, ms=ms, folds_at=[2]))
         energy = {"razor": {"tokens": 4, "joules": 20.0, "seconds": 0.5}}
         records.append(record("energy", 8192, types, energy=energy))
-    for depth in (4096, 8192, 16384, 32768):
-        ms = both([5 + 0.001 * (depth + 1)] * 3, [5 + 0.008 * (depth + 1)] * 3)
-        records.append(record("fit", depth, window=1000, ms=ms))
     real = {
         "seconds": both(6.0, 12.0),
         "ms": both([10.0], [20.0]),
@@ -167,17 +155,6 @@ def test_integral_of_a_line_is_exact(depths, n_tokens, start, slope) -> None:
     assert prompt_seconds(points, "razor", n_tokens) == pytest.approx(want, rel=1e-6)
 
 
-def test_line_is_found_and_its_slopes_compared() -> None:
-    (fit,) = make_report().fits
-    assert fit["slope_ratio"] == pytest.approx(1 / 8) and fit["retrieval_share"] == 0.15
-    assert fit["razor"]["ms_at_0"] == pytest.approx(5)
-    assert fit["full"]["us_per_token"] == pytest.approx(8)
-    assert fit["full"]["largest_error"] < 1e-9
-    bent = make_report()
-    bent.records[-2]["ms"]["razor"] = [100.0]
-    assert bent.fits[0]["razor"]["largest_error"] > 0.1
-
-
 def test_longest_step_and_energy_and_check() -> None:
     report = make_report()
     fold = report.folds[0]
@@ -223,25 +200,27 @@ def test_steps_in_a_row_are_told() -> None:
 
 def test_formats(tmp_path) -> None:
     report = make_report()
-    rows = list(csv.DictReader(io.StringIO(format_report(report, "csv"))))
-    lines = [json.loads(line) for line in format_report(report, "jsonl").splitlines()]
-    full = json.loads(format_report(report, "json"))
-    assert len(rows) == len(lines) == 8 and full["rows"] == lines
-    assert float(rows[7]["razor_ms"]) == lines[7]["razor_ms"] == 11
-    assert rows[0]["decode_ratio_full_f16"] == ""
+    text = format_report(report, "json")
+    full = json.loads(text)
+    assert full["rows"] == report.rows and len(full["rows"]) == 8
+    assert full["rows"][7]["razor_ms"] == 11 and full["rows"][0]["decode_ratio_full_f16"] is None
     assert load_report(saved(report, tmp_path / "run.json")) == report
+    lines = text.splitlines()  # a record each
+    start = lines.index('"records":[') + 1
+    records = [json.loads(line.rstrip(",")) for line in lines[start : start + len(report.records)]]
+    assert records == report.records
 
 
 def test_markdown_says_what_it_is_and_is_a_table() -> None:
     text = format_report(make_report(), "md")
     for said in (
         "random rows", "The weights are random", "integrated", "A CPU", "commit 0123456789ab",
-        "llama.cpp of llama-cpp-python 1.2.3", "0.125 of the full cache's slope", "J per token",
+        "llama.cpp of llama-cpp-python 1.2.3", "J per token",
         "3 of 20 KV heads",
     ):  # fmt: skip
         assert said in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
-    assert len(tables) == 7
+    assert len(tables) == 6
     for table in tables:
         lines = table.splitlines()
         assert len(lines) > 2 and len({line.count("|") for line in lines}) == 1
@@ -267,8 +246,8 @@ def test_command_shows_a_saved_run(tmp_path) -> None:
     done = CliRunner().invoke(main, ["bench", "--report", str(path), "-o", str(out)])
     assert done.exit_code == 0 and done.output == ""
     assert out.read_text() == format_report(make_report(), "md")
-    done = CliRunner().invoke(main, ["bench", "--report", str(path), "--format", "csv"])
-    assert done.stdout == format_report(make_report(), "csv")
+    done = CliRunner().invoke(main, ["bench", "--report", str(path), "--json"])
+    assert done.stdout == format_report(make_report(), "json")
 
 
 @pytest.mark.parametrize(
