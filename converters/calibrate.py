@@ -37,7 +37,8 @@ from .. import native
 from ..common.interrupt import on_interrupt
 from ..errors import ConvertError, RazorError, UnsupportedError
 from ..gguf.hyper_parameters import MAX_N_CTX
-from ..native.probe import AttentionProbe, attention_context, load_model, vocabulary
+from ..native.models import load_model, vocabulary
+from ..native.probe import AttentionProbe, attention_context
 from ..profile import ModelShape, Profile, read_model_shape
 from ..scores import MIN_TOKENS, Scores
 
@@ -99,10 +100,9 @@ def calibrate(
     probe = _Probe(lib.lib, C, shape, progress)
     with ExitStack() as stack:
         stack.enter_context(on_interrupt(probe.interrupt))
-        with lib.override(native.make_params(None)):  # resets the last error
-            model = stack.enter_context(
-                load_model(lib, C, model_path, n_gpu_layers, probe.load_callback, probe.check)
-            )
+        model = stack.enter_context(
+            load_model(lib, C, model_path, n_gpu_layers, probe.load_callback, probe.check)
+        )
         _check_supported(lib, C, model, shape)
         bos, usable = vocabulary(C, model)
         n_tokens = _n_tokens(tokens, repeats, len(bos), shape)
@@ -121,7 +121,7 @@ def calibrate(
             if code != 0:
                 raise RazorError(
                     f"computing tokens {start} to {start + len(part)} of {model_path} failed"
-                    f" ({'; '.join(native.error_lines()[-2:]) or f'llama_decode {code}'})"
+                    f" ({lib.reason(f'llama_decode {code}')})"
                 )
     return Scores(
         **probe.scores(),

@@ -16,6 +16,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from ctypes import c_char_p, c_size_t, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from .common.machine import free_memory
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.split import read_parts
+from .native.models import new_context
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
 from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
 
@@ -185,11 +187,10 @@ class DryModel:
                 )
             self._tensor_split = (ctypes.c_float * n_max)(*tensor_split)
             params.tensor_split = self._tensor_split
-        native.clear_errors()
-        with _native.override(native.make_params(None)):  # resets the last error
-            self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
-            if not self._model:
-                raise RazorError(f"{self.path} cannot be planned: {_reason()}")
+        _native.clear_errors()
+        self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise RazorError(f"{self.path} cannot be planned: {_native.reason()}")
         self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
         self._needs: dict[ContextOptions, dict[int, Need]] = {}
 
@@ -257,19 +258,20 @@ class DryModel:
         params.type_k, params.type_v = KV_TYPES[type_k].ggml_id, KV_TYPES[type_v].ggml_id
         params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_AUTO
         lines: list[bytes] = []
-        keep = C.llama_log_callback(lambda level, text, data: lines.append(text))
         before, data = C.llama_log_callback(), c_void_p()
         C.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-        native.clear_errors()
-        C.llama_log_set(keep, None)  # no function reports it
+
+        def log(level: int, text: bytes, _: Any) -> None:
+            lines.append(text)
+            before(level, text, data)
+
+        callback = C.llama_log_callback(log)
+        C.llama_log_set(callback, None)  # no function reports it
         try:
-            with _native.override(native.make_params(None)):
-                context = C.llama_init_from_model(self._model, params)
+            with self._context(params, None):
+                pass
         finally:
             C.llama_log_set(before, data)
-        if not context:
-            raise UnsupportedError(f"{self.path} cannot be planned: {_reason()}")
-        C.llama_free(context)
         return any(b"Flash Attention enabled" in line for line in lines)
 
     def padded(self, n_ctx: int) -> int:
@@ -311,16 +313,9 @@ class DryModel:
         for name in ("op_offload", "swa_full"):
             if getattr(options, name) is not None:
                 setattr(params, name, getattr(options, name))
-        native.clear_errors()
-        with _native.override(native.make_params(options.profile)):
-            context = C.llama_init_from_model(self._model, params)
-            if not context:
-                raise UnsupportedError(f"{self.path} cannot be planned: {_reason()}")
-        try:
+        with self._context(params, options.profile) as context:
             active = bool(_native.stats(context).active)
             places = _places(_native.memory(context))
-        finally:
-            C.llama_free(context)
         why = plan.why_inactive if plan else None
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
@@ -332,6 +327,14 @@ class DryModel:
                 " razor-local"
             )
         return need
+
+    def _context(self, params: Any, profile: Profile | None) -> AbstractContextManager[int]:
+        def failed(why: str) -> RazorError:
+            return UnsupportedError(f"{self.path} cannot be planned: {why}")
+
+        assert self._model is not None
+        override = native.make_params(profile)
+        return new_context(_native, C, self._model, params, override, failed)
 
     def _plan(self, n_ctx: int, options: ContextOptions) -> Plan | None:
         if options.profile is None:
@@ -534,11 +537,3 @@ def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:
             name, old.weights + m.weights, old.kv + m.cache, old.compute + m.compute
         )
     return tuple(found.values())
-
-
-def _reason() -> str:
-    return (
-        _native.last_error()
-        or "; ".join(native.error_lines()[-2:])
-        or "the native library gives no reason"
-    )

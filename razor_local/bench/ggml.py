@@ -5,20 +5,15 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
 from ..errors import RazorError
+from ..native.structs import InitParams
 
 _DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
 _CPU, _GPU = 0, 1
 READ_CAP = 1 << 30  # bytes that read_seconds() really reads; more take in proportion
-
-
-class _InitParams(ctypes.Structure):
-    """struct ggml_init_params"""
-
-    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 class Ggml:
@@ -44,7 +39,7 @@ class Ggml:
             ("ggml_backend_buffer_clear", [c_void_p, ctypes.c_uint8], None),
             ("ggml_backend_buffer_free", [c_void_p], None),
             ("ggml_backend_graph_compute", [c_void_p, c_void_p], c_int),
-            ("ggml_init", [_InitParams], c_void_p),
+            ("ggml_init", [InitParams], c_void_p),
             ("ggml_free", [c_void_p], None),
             ("ggml_new_tensor_2d", [c_void_p, c_int, c_int64, c_int64], c_void_p),
             ("ggml_mul_mat", [c_void_p, c_void_p, c_void_p], c_void_p),
@@ -102,7 +97,7 @@ class Ggml:
         device = devices.get(_GPU if gpu else _CPU, devices[_CPU])
         graph_bytes = 4 << 20
         backend = lib.ggml_backend_dev_init(device, None)
-        ctx = lib.ggml_init(_InitParams(graph_bytes, None, True))
+        ctx = lib.ggml_init(InitParams(graph_bytes, None, True))
         buffer = None
         try:
             set_threads = lib.ggml_backend_reg_get_proc_address(

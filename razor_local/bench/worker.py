@@ -205,7 +205,7 @@ class Session:
             self.logged.setdefault(what, {})[device] = round(float(mebibytes) * 2**20)
 
     def reason(self) -> str:
-        return (self.native and self.native.last_error()) or "llama.cpp gave no reason"
+        return self.native.reason() if self.native else "llama.cpp gives no reason"
 
     def answer(self, command: str, *args: Any) -> Any:
         """The answer to one command of Worker or Context."""

@@ -20,8 +20,8 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from ctypes import c_float
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,20 +32,12 @@ import numpy as np
 
 from .. import native
 from ..common.interrupt import on_interrupt
+from ..common.machine import n_cores
 from ..errors import ProfileError, RazorError, UnsupportedError
 from ..gguf.header import read_header
-from ..native.probe import (
-    F32,
-    CustomParams,
-    Tensor,
-    bind,
-    check_layout,
-    load_model,
-    n_cpus,
-    read,
-    reason,
-    vocabulary,
-)
+from ..native.models import load_model, new_context, vocabulary
+from ..native.structs import CustomParams, Tensor
+from ..native.tensors import F32, bind, check_layout, read
 from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from ..profile import (
     ModelShape,
@@ -263,7 +255,6 @@ def verify(
     control = _Control(C)
     with ExitStack() as stack:
         stack.enter_context(on_interrupt(control.interrupt))
-        lib.lib.llama_razor_set_override(None)  # resets the last error
         model = stack.enter_context(
             load_model(lib, C, model_path, n_gpu_layers, control.load_callback, control.check)
         )
@@ -276,7 +267,7 @@ def verify(
             capture = _Capture(lib.lib, C, shape, plan, positions, control)
             ctx = stack.enter_context(
                 _context(
-                    lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cpus()
+                    lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cores()
                 )
             )
             sides.append((ctx, capture))
@@ -758,7 +749,6 @@ def _rotations(plan: Plan) -> tuple[int | None, int | None]:
     return reference.rotation_sizes(plan.type_k, plan.type_v, shape.head_dim_k, shape.head_dim_v)
 
 
-@contextmanager
 def _context(
     lib: native.Native,
     C: Any,
@@ -769,7 +759,7 @@ def _context(
     n_batch: int,
     n_ubatch: int,
     n_threads: int,
-) -> Iterator[int]:
+) -> AbstractContextManager[int]:
     """A context (a pointer) whose attention is captured. override None: as the file says."""
     params = C.llama_context_default_params()
     params.n_ctx = plan.n_ctx
@@ -783,18 +773,11 @@ def _context(
     params.cb_eval = capture.eval_callback
     params.abort_callback = capture.control.abort_callback
     params.no_perf = True
-    native.clear_errors()
-    with ExitStack() as stack:
-        if override is not None:
-            stack.enter_context(lib.override(override))
-        ctx = C.llama_init_from_model(model, params)
-        why = reason(lib)
-    if not ctx:
-        raise UnsupportedError(f"no context of {plan.n_ctx} tokens could be created: {why}")
-    try:
-        yield ctx
-    finally:
-        C.llama_free(ctx)
+
+    def failed(why: str) -> RazorError:
+        return UnsupportedError(f"no context of {plan.n_ctx} tokens could be created: {why}")
+
+    return new_context(lib, C, model, params, override, failed)
 
 
 def _run(
@@ -864,7 +847,7 @@ def _decode(
             batch.token[i], batch.pos[i] = int(tokens[i]), start + i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             batch.logits[i] = bool(wanted[i])
-        native.clear_errors()
+        lib.clear_errors()
         code = C.llama_decode(ctx, batch)
         C.llama_synchronize(ctx)
     finally:
@@ -872,7 +855,7 @@ def _decode(
     control.check()
     if code != 0:
         raise RazorError(
-            f"computing tokens {start} to {start + n} failed ({reason(lib)}, llama_decode {code})"
+            f"computing tokens {start} to {start + n} failed ({lib.reason()}, llama_decode {code})"
         )
 
 
