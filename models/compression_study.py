@@ -556,15 +556,16 @@ def report(setting: Setting, texts: Sequence[Text], results: Sequence[Result]) -
 
 def table(found: dict) -> str:
     lines = [
-        f"# {found['model']}, simulated",
+        f"# Simulated compression of {found['model']}",
         "",
         f"- {found['retrieval_heads']} of {found['kv_heads']} KV heads are retrieval heads;"
-        f" {found['n_ctx']:,} tokens, window {found['window']:,}, folded by {found['block']}",
-        f"- {found['books']} slices of a book, KL over the last {TAIL} tokens;"
-        f" {found['answers']} answers of the full cache; KL in nats, 95 % bootstrap intervals",
+        f" {found['n_ctx']:,} tokens, window {found['window']:,}, blocks of {found['block']}",
+        f"- {found['books']} slices of a book, KL over their last {TAIL} tokens;"
+        f" {found['answers']} correct answers of the full cache; KL in nats with 95 % bootstrap"
+        " intervals",
         "",
     ]
-    lines += ["| policy | KL, book | KL, answers | answers kept |", "|---|---|---|---|"]
+    lines += ["| policy | KL on the book | KL on answers | answers kept |", "|---|---|---|---|"]
     for row in found["rows"]:
         cells = [row["policy"]["name"]]
         for name in ("kl_books", "kl_answers"):

@@ -405,9 +405,9 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
     yield from head_lines(report.head)
     yield (
         f"- {settings['text']}: {settings['n_windows']:,} windows of {settings['n_ctx']:,} tokens,"
-        f" one every {settings['stride']:,}; the text has {settings['n_tokens']:,} tokens"
+        f" one every {settings['stride']:,} tokens, from a text of {settings['n_tokens']:,} tokens"
     )
-    yield "- against a full f16 cache; 95 % confidence intervals; KL divergence in nats"
+    yield "- compared with a full f16 cache; 95 % confidence intervals; KL divergence in nats"
     if any(r["kind"] == "facts" for r in report.records):
         yield (
             "- planted facts: 20 questions about a second text that fills the context, every fact"
@@ -419,8 +419,8 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
     yield ""
     rows = report.rows
     yield from markdown_table(
-        ["policy", "KV bytes", "of full f16", "planted facts found", "perplexity", "over full",
-         "KL divergence", "same token first, %", "tokens"],
+        ["policy", "KV bytes", "share of full f16", "planted facts found", "perplexity",
+         "ratio to full", "KL divergence", "same top token, %", "tokens"],
         [
             [
                 r["policy"], f"{r['kv_bytes']:,}", share(r["share"]),

@@ -27,7 +27,7 @@ DESELECTED = {
 
 
 def test_breaks_fit_the_sources() -> None:
-    import broken_builds
+    from tests.tools import broken_builds
 
     broken_builds.check_table()
 

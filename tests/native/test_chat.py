@@ -328,7 +328,7 @@ def test_cached_turns_answer_as_a_fresh_context_would(llama):
         for i, _piece in enumerate(chat.say(text_with(FACT, rng.randint(10, 120), turn))):
             if i == stop_at:
                 chat.stop()
-    tokens = chat._known[1]
+    tokens = chat._known.tokens
     llama.prefill(tokens)
     reused = llama.stats()
     again = [token for token, _ in zip(llama.generate(tokens, temp=0), range(8), strict=False)]

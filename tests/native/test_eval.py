@@ -187,11 +187,11 @@ def test_markdown_has_policies_side_by_side() -> None:
                "single,reworded")  # fmt: skip
     assert done.exit_code == 0, done.output
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert tables[0] == ("| policy | KV bytes | of full f16 | single | reworded | all |")
+    assert tables[0] == ("| policy | KV bytes | share of full f16 | single | reworded | all |")
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 1024).kv_bytes
     assert tables[2].startswith(f"| full-f16 | {full:,} | 1.000 | 100.0 (34.2 to 100.0) |")
     assert tables[4] == "| difference from full-f16 | single | reworded | all |"
-    assert "## 1,024 tokens\n\n2 samples each, 4 in all\n" in done.stdout
+    assert "## 1,024 tokens\n\n2 samples per task, 4 in total\n" in done.stdout
     assert "Measured" in done.stdout
 
 
@@ -201,7 +201,7 @@ def test_a_full_cache_is_not_called_razor() -> None:
     assert done.exit_code == 0, done.output
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 1024).kv_bytes
     assert f"| razor-f16\\* | {full:,} | 1.000 |" in done.stdout
-    assert "razor does nothing in so small a context" in done.stdout
+    assert "razor would save nothing in this context" in done.stdout
 
 
 def test_several_questions_follow_each_other_in_one_conversation() -> None:

@@ -89,7 +89,7 @@ def test_journal(disk, tiny) -> None:
     """What was measured before is kept, and the run goes on from it."""
     fill(disk, room=8192)  # two pages
     journal = disk / "run.jsonl"
-    args = ["bench", tiny(SPEC, KV), "-d", "0,400,800", "-c", "1024"]
+    args = ["bench", tiny(SPEC, KV), "-d", "0,200,400,600,800", "-c", "1024"]
     args += ["--types", "f16,q8_0", *QUICK, "-r", "90", "--resume", journal]
     code, stdout, stderr = run(*args)
     assert (code, stdout) == (1, "")
