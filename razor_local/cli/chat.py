@@ -46,47 +46,78 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
 )
 @click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]")
 @click.option(
-    "-c", "--ctx-size", type=ContextSize(), metavar="N",
+    "-c",
+    "--ctx-size",
+    type=ContextSize(),
+    metavar="N",
     help="Context size in tokens, 0: as trained, auto: the largest for the memory that is free."
     "  [default: as trained, at most 32768]",
-)  # fmt: skip
+)
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    metavar="N",
+    show_default=True,
     help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
-)  # fmt: skip
+)
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
 @click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-b",
+    "--batch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per step.",
-)  # fmt: skip
+)
 @click.option(
-    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-ub",
+    "--ubatch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per computation.",
-)  # fmt: skip
+)
 @click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
 @FLASH_ATTN
 @click.option("-s", "--seed", type=int, default=-1, metavar="N", help="-1: random.")
 @click.option(
-    "--temp", type=Number(0), metavar="T",
+    "--temp",
+    type=Number(0),
+    metavar="T",
     help="Temperature, 0: always the most likely token.  [default: 0.8, built-in model 0]",
-)  # fmt: skip
+)
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True)
 @click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
-    "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
+    "--sidecar",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
     help="Razor profile of the model, if it is not in the model file.",
-)  # fmt: skip
+)
 @click.option(
-    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+    "--budget",
+    "--retrieval",
+    "budget",
+    type=Number(0, 1),
+    metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
-)  # fmt: skip
+)
 @click.option("--razor/--no-razor", default=True, help="RazorAttention.  [default: on]")
 @click.option(
-    "-n", "--predict", type=int, default=-1, metavar="N", show_default=True,
+    "-n",
+    "--predict",
+    type=int,
+    default=-1,
+    metavar="N",
+    show_default=True,
     help="Tokens of an answer at most, -1: until it ends.",
-)  # fmt: skip
+)
 def chat(model: Path | None, **options: Any) -> None:
     """Chat with MODEL, or with the small built-in model."""
     if options["sidecar"] and not options["razor"]:

@@ -47,29 +47,49 @@ class Memory:
 @click.command(epilog=EPILOG)
 @click.argument("model", type=PATH)
 @click.option(
-    "-c", "--ctx-size", type=ContextSize(), metavar="N",
+    "-c",
+    "--ctx-size",
+    type=ContextSize(),
+    metavar="N",
     help="Tell the memory for this context: tokens, 0: as trained, auto: what fits this machine.",
-)  # fmt: skip
+)
 @click.option(
-    "--vram", type=Size(), metavar="SIZE",
+    "--vram",
+    type=Size(),
+    metavar="SIZE",
     help="Memory of the graphics card that may be used, such as 8GiB (of each, if there are"
     " several).",
-)  # fmt: skip
+)
 @click.option(
     "--ram", type=Size(), metavar="SIZE", help="Memory of the machine itself that may be used."
 )
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    metavar="N",
+    show_default=True,
     help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
-)  # fmt: skip
+)
 @click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-b",
+    "--batch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per step.",
-)  # fmt: skip
+)
 @click.option(
-    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-ub",
+    "--ubatch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per computation.",
-)  # fmt: skip
+)
 @click.option(
     "-ctk", "--cache-type-k", type=KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
 )
@@ -77,9 +97,13 @@ class Memory:
 @FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+    "--budget",
+    "--retrieval",
+    "budget",
+    type=Number(0, 1),
+    metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
-)  # fmt: skip
+)
 @click.option("--beyond", is_flag=True, help="Search beyond the trained length, too.")
 @click.option(
     "--plot", type=PATH, metavar="PICTURE", help="Draw memory by context (.png, .svg, .pdf)."

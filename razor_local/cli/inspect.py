@@ -39,24 +39,38 @@ Examples:
     "-c", "--ctx-size", type=int, default=0, help="Context in tokens. [default: the model's own]"
 )
 @click.option(
-    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True,
+    "-ctk",
+    "--cache-type-k",
+    type=KV_TYPE,
+    default="f16",
+    show_default=True,
     help="Type of the K cache.",
-)  # fmt: skip
+)
 @click.option(
-    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True,
+    "-ctv",
+    "--cache-type-v",
+    type=KV_TYPE,
+    default="f16",
+    show_default=True,
     help="Type of the V cache.",
-)  # fmt: skip
+)
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+    "--budget",
+    "--retrieval",
+    "budget",
+    type=Number(0, 1),
+    metavar="SHARE",
     help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
-)  # fmt: skip
+)
 @FLASH_ATTN
 @click.option("--heads", is_flag=True, help="Show a map of the heads and their scores instead.")
 @click.option(
-    "--compare", type=PATH, metavar="OTHER",
+    "--compare",
+    type=PATH,
+    metavar="OTHER",
     help="Compare the heads with those of another profile, sidecar or head list.",
-)  # fmt: skip
+)
 @click.option("--plot", type=PATH, metavar="PICTURE", help="Draw the heads (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(

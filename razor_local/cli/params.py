@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 KV_TYPE = click.Choice(list(KV_TYPES))
 THREADS = click.IntRange(1, 512)  # ggml ends the process above it
 FLASH_ATTN = click.option(
-    "-fa", "--flash-attn", type=click.Choice(["on", "off", "auto"]), default="on",
-    show_default=True, help="Flash attention; auto: if the device of every layer can run it.",
-)  # fmt: skip
+    "-fa",
+    "--flash-attn",
+    type=click.Choice(["on", "off", "auto"]),
+    default="on",
+    show_default=True,
+    help="Flash attention; auto: if the device of every layer can run it.",
+)
 
 
 class Size(click.ParamType):

@@ -33,26 +33,47 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 @click.command(epilog=EPILOG)
 @click.argument("model", type=PATH)
 @click.option(
-    "-c", "--ctx-size", type=click.IntRange(min=0), default=0, metavar="N",
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
     help="Context in tokens. [default: 8192, or the trained length if that is less]",
-)  # fmt: skip
+)
 @click.option(
-    "-n", "--tokens", type=click.IntRange(min=0), default=0, metavar="N",
+    "-n",
+    "--tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
     help="Tokens to run. [default: enough for four folds, or the whole text]",
-)  # fmt: skip
+)
 @click.option("--text", type=PATH, help="Run this text file instead of random tokens.")
 @click.option(
-    "-s", "--seed", type=click.IntRange(min=0), default=0, show_default=True,
+    "-s",
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
     help="Of the random tokens, and of the choice of the rows.",
-)  # fmt: skip
+)
 @click.option(
-    "--rows", type=click.IntRange(min=0), default=1024, show_default=True, metavar="N",
+    "--rows",
+    type=click.IntRange(min=0),
+    default=1024,
+    show_default=True,
+    metavar="N",
     help="Tokens whose attention is compared in each layer, spread over the text; 0: all.",
-)  # fmt: skip
+)
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True,
-    metavar="N", help="Layers on the GPU; -1: all, as chat does; 0: checks the CPU.",
-)  # fmt: skip
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(min=-1),
+    default=-1,
+    show_default=True,
+    metavar="N",
+    help="Layers on the GPU; -1: all, as chat does; 0: checks the CPU.",
+)
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
 @click.option(
     "-b", "--batch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"

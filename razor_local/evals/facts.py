@@ -307,10 +307,14 @@ class Examiner:
             stack.enter_context(on_interrupt(probe.interrupt))
             self._model = stack.enter_context(
                 load_model(
-                    self._lib, self._C, self._path, self._n_gpu_layers, probe.load_callback,
+                    self._lib,
+                    self._C,
+                    self._path,
+                    self._n_gpu_layers,
+                    probe.load_callback,
                     probe.check,
                 )
-            )  # fmt: skip
+            )
             self._probe = probe
             self._stack = stack.pop_all()
         return self
@@ -327,9 +331,16 @@ class Examiner:
         """
         probe = self._probe
         with attention_context(
-            self._lib, self._C, self._model, self._path, self._exam.n_ctx, N_UBATCH,
-            self._n_threads, probe, self._exam.n_outputs,
-        ) as ctx:  # fmt: skip
+            self._lib,
+            self._C,
+            self._model,
+            self._path,
+            self._exam.n_ctx,
+            N_UBATCH,
+            self._n_threads,
+            probe,
+            self._exam.n_outputs,
+        ) as ctx:
             outcome = self._take(ctx, "planting facts: the full cache", read_attention=True)
         per_query_head = np.concatenate(probe.sums) / len(self._exam.questions)
         if not np.isfinite(per_query_head).all():
