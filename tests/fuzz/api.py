@@ -32,8 +32,14 @@ from tests.support.tiny_models import TinySpec, make_model
 N_CTX = 768
 SPEC = TinySpec(n_layer=2, n_vocab=64, sharpness=1.0, seed=3)
 TOLERANCE = 0.1  # the attention of llama.cpp rounds by the number of rows; logits are near 8
-OPTIONS = {"n_ctx": N_CTX, "n_batch": 128, "n_threads": 1, "n_threads_batch": 1, "type_k": "f32",
-           "type_v": "f32"}  # fmt: skip
+OPTIONS = {
+    "n_ctx": N_CTX,
+    "n_batch": 128,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "type_k": "f32",
+    "type_v": "f32",
+}
 
 
 class Interrupt(BaseException):

@@ -535,9 +535,11 @@ def test_memory_that_is_not_to_be_had_is_one_sentence(tiny, tmp_path, gibibytes)
     args = ["-d", "500k", "-c", "512k", "--types", "f32", "-t", "1"]
     done = subprocess.run(
         [sys.executable, "-c", code, "bench", tiny(SPEC, KV), *args],
-        capture_output=True, text=True, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert "memory" in done.stderr and done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

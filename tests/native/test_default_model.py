@@ -37,8 +37,10 @@ def test_it_is_small_and_complete(header):
 def test_razor_is_active_at_its_own_length():
     shape, profile = read_model_shape(PATH), read_profile(PATH)
     assert [layer.tolist() for layer in profile.retrieval] == [
-        [0, 0, 0, 0], [1, 1, 1, 1], *[[0, 0, 0, 0]] * 4,
-    ]  # fmt: skip
+        [0, 0, 0, 0],
+        [1, 1, 1, 1],
+        *[[0, 0, 0, 0]] * 4,
+    ]
     plan = make_plan(shape, profile, 0)
     assert plan.active and plan.n_ctx == 8192 and plan.window == 1024
     assert plan.share <= 0.35

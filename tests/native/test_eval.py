@@ -183,8 +183,9 @@ def test_ctrl_c_keeps_whole_answers(tmp_path) -> None:
 
 
 def test_markdown_has_policies_side_by_side() -> None:
-    done = run(*NEEDLE, *WINDOW, "--samples", 1, "--policies", "full,razor", "--kinds",
-               "single,reworded")  # fmt: skip
+    done = run(
+        *NEEDLE, *WINDOW, "--samples", 1, "--policies", "full,razor", "--kinds", "single,reworded"
+    )
     assert done.exit_code == 0, done.output
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert tables[0] == ("| policy | KV bytes | share of full f16 | single | reworded | all |")
@@ -196,8 +197,9 @@ def test_markdown_has_policies_side_by_side() -> None:
 
 
 def test_a_full_cache_is_not_called_razor() -> None:
-    done = run(*NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full,razor",
-               "--window-min", 1000)  # fmt: skip
+    done = run(
+        *NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full,razor", "--window-min", 1000
+    )
     assert done.exit_code == 0, done.output
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 1024).kv_bytes
     assert f"| razor-f16\\* | {full:,} | 1.000 |" in done.stdout
@@ -217,8 +219,9 @@ def test_several_questions_follow_each_other_in_one_conversation() -> None:
 
 def test_haystack_of_a_folder(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("It was a fine day. We went out. " * 400)
-    found = report(*NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full", "--haystack",
-                   tmp_path)  # fmt: skip
+    found = report(
+        *NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full", "--haystack", tmp_path
+    )
     assert found["head"]["settings"]["haystack"] == tmp_path.name
     assert found["rows"][0]["score"] in (0, 1)
 
@@ -316,9 +319,7 @@ def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
     assert rows["full-f16"]["kl"] == 0 and rows["full-f16"]["ratio"] == 1
     assert rows["streaming-f16"]["kl"] > rows["razor-f16"]["kl"] > 1e-6
     assert rows["full-q4_0"]["kl"] > 1e-4
-    positions = {
-        (r["policy"], r["from_position"]): r["kl"] for r in found["by_position"]
-    }  # fmt: skip
+    positions = {(r["policy"], r["from_position"]): r["kl"] for r in found["by_position"]}
     assert positions["streaming-f16", 256] > positions["streaming-f16", 0]
 
 
@@ -342,8 +343,9 @@ def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
         with suppress(RazorError):
             reopened(tmp_path / f"{i}.jsonl", changed)
     journal.write_text("".join(lines[:5]))
-    again = report(*args, "--resume", journal, "--plot", tmp_path / "p.png", "--plot-curve",
-                   tmp_path / "c.png")  # fmt: skip
+    again = report(
+        *args, "--resume", journal, "--plot", tmp_path / "p.png", "--plot-curve", tmp_path / "c.png"
+    )
     assert again == found
     assert (tmp_path / "p.png").exists() and (tmp_path / "c.png").exists()
     text = run(*args, "--resume", journal).stdout

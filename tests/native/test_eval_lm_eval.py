@@ -138,9 +138,12 @@ def test_a_task_of_the_harness_tells_razor_from_streaming(tasks, razor) -> None:
     found = {}
     for model in (razor, RazorLM(policy="streaming", **OPTIONS)):
         results = simple_evaluate(
-            model, tasks=list(TASKS), task_manager=manager, apply_chat_template=True,
+            model,
+            tasks=list(TASKS),
+            task_manager=manager,
+            apply_chat_template=True,
             bootstrap_iters=0,
-        )["results"]  # fmt: skip
+        )["results"]
         found[model.get_model_info()["kv_bytes"]] = results
     streaming, whole = (found[n] for n in sorted(found))
     assert whole["code_answer"]["exact_match,none"] == 1

@@ -63,8 +63,12 @@ def test_the_embedded_model_passes(type_k: str, type_v: str, flash_attn: bool) -
     result = verify(DEFAULT, type_k=type_k, type_v=type_v, flash_attn=flash_attn, **QUICK)
     assert result.passed and result.verdict.startswith("pass"), result.verdict
     kept = [int(sum(layer)) for layer in read_profile(DEFAULT).retrieval]
-    groups = [(il, group, n) for il, n_kept in enumerate(kept)
-              for group, n in (("retrieval", n_kept), ("local", 4 - n_kept)) if n]  # fmt: skip
+    groups = [
+        (il, group, n)
+        for il, n_kept in enumerate(kept)
+        for group, n in (("retrieval", n_kept), ("local", 4 - n_kept))
+        if n
+    ]
     assert [(g.il, g.group, g.kv_heads) for g in result.groups] == groups
     assert (result.n_tokens, result.n_rows, result.n_folded) == (450, 450, 448 - 256 - 4)
     assert result.buffers == ("CPU",)
@@ -215,9 +219,10 @@ def test_any_flipped_head_is_found_where_keys_are_stored(il: int, head: int, see
 def test_a_flipped_head_fails_by_its_output_too(il: int, head: int, seen) -> None:
     _, razor, full, _, plan = seen[1][il]
     failed = [
-        g for g in compare_layer(il, razor, full, flipped(il, head).retrieval[il], plan)
+        g
+        for g in compare_layer(il, razor, full, flipped(il, head).retrieval[il], plan)
         if not g.passed
-    ]  # fmt: skip
+    ]
     assert {g.errors.worst_head * 4 // razor.q.shape[1] for g in failed} == {head}
 
 

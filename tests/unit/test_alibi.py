@@ -149,10 +149,15 @@ def test_scopes_hold(tmp_path_factory, arch, epsilon, seed, clamp, qk_norm, max_
     n_kv = options["n_head"] if arch != "refact" else 1
     mpt = arch == "mpt"
     spec = AlibiSpec(
-        arch, n_head_kv=n_kv, seed=seed, clamp=clamp if mpt else 0, qk_norm=mpt and qk_norm,
-        max_bias=max_bias if arch in alibi_models.HAS_KEY else 8.0, fused=arch != "refact",
+        arch,
+        n_head_kv=n_kv,
+        seed=seed,
+        clamp=clamp if mpt else 0,
+        qk_norm=mpt and qk_norm,
+        max_bias=max_bias if arch in alibi_models.HAS_KEY else 8.0,
+        fused=arch != "refact",
         **options,
-    )  # fmt: skip
+    )
     path = write(tmp_path_factory.mktemp("any") / "m.gguf", spec)
     weights, rng = read_weights(path), np.random.default_rng(seed)
     for ih, scope in enumerate(own_scopes(path, spec, 0, epsilon)):
@@ -166,9 +171,12 @@ def test_scopes_hold(tmp_path_factory, arch, epsilon, seed, clamp, qk_norm, max_
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 6), n=st.integers(1, 14), seed=st.integers(0, 10**6),
-    constant=st.sampled_from([0.0, 1e-9, 1.0, 50.0]), twin=st.sampled_from([0, 1, -1]),
-)  # fmt: skip
+    rows=st.integers(1, 6),
+    n=st.integers(1, 14),
+    seed=st.integers(0, 10**6),
+    constant=st.sampled_from([0.0, 1e-9, 1.0, 50.0]),
+    twin=st.sampled_from([0, 1, -1]),
+)
 def test_linear_range_is_the_maximum(rows, n, seed, constant, twin):
     """Never below a value that random and climbing vectors reach, also with fewer inputs than
     rows, equal projections, opposite ones, and none at all."""
@@ -379,9 +387,14 @@ def test_which_models_have_alibi(tmp_path):
     # a key that llama.cpp reads of two architectures alone
     assert bias("llama", kv("llama.attention.max_alibi_bias", F32, 8.0)) == 0
     for arch, n_layer, expected in (
-        ("refact", 32, 8), ("jina-bert-v2", 12, 8), ("baichuan", 40, 8), ("baichuan", 32, 0),
-        ("mpt", 32, 0), ("jais", 24, 0), ("falcon", 40, 0),
-    ):  # fmt: skip
+        ("refact", 32, 8),
+        ("jina-bert-v2", 12, 8),
+        ("baichuan", 40, 8),
+        ("baichuan", 32, 0),
+        ("mpt", 32, 0),
+        ("jais", 24, 0),
+        ("falcon", 40, 0),
+    ):
         shape = ModelShape(arch, n_layer, (2,) * n_layer, (2,) * n_layer, 8, 8, 512)
         assert alibi_max_bias(read_header(tmp_path / "m"), shape) == expected
     for value, expected in ((8.0, 8), (2.5, 2.5), (0.0, 0), (-1.0, 0)):
@@ -590,9 +603,10 @@ def test_convert_to_a_sidecar_and_another_epsilon(converted, tmp_path):
     assert code == 0, stderr
     profile = read_sidecar(tmp_path / "side.gguf", read_model_shape(model))
     assert profile.calibration["epsilon"] == "0.05"
-    nearer, default = np.concatenate(profile.scope), np.concatenate(
-        read_profile(converted / "out.gguf").scope
-    )  # fmt: skip
+    nearer, default = (
+        np.concatenate(profile.scope),
+        np.concatenate(read_profile(converted / "out.gguf").scope),
+    )
     assert (nearer <= default).all() and (nearer < default).any()
     code, stdout, _ = run("inspect", model, "--sidecar", tmp_path / "side.gguf")
     assert code == 0 and "attention beyond the scope of a KV head is at most 0.05" in stdout

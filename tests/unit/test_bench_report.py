@@ -54,9 +54,13 @@ HEAD = {
 def record(kind: str, depth: int, types=("f16", "f16"), side="", **fields) -> dict:
     n_ctx = 33280 if depth > 8192 else 8704
     return {
-        "kind": kind, "type_k": types[0], "type_v": types[1], "n_ctx": n_ctx, "depth": depth,
+        "kind": kind,
+        "type_k": types[0],
+        "type_v": types[1],
+        "n_ctx": n_ctx,
+        "depth": depth,
         "side": side,
-    } | fields  # fmt: skip
+    } | fields
 
 
 def both(razor: list[float], full: list[float], **others: list[float]) -> dict:
@@ -72,11 +76,14 @@ def make_report() -> Report:
         for depth in (0, 512, 8192, 32768):
             records.append(
                 record(
-                    "decode", depth, types,
+                    "decode",
+                    depth,
+                    types,
                     ms=both([10.0, 11.0, 12.0], [20.0, 33.0, 48.0], **more),
-                    read_bytes=both(1, 2), read_ms=both(5.0, 11.0),
+                    read_bytes=both(1, 2),
+                    read_ms=both(5.0, 11.0),
                 )
-            )  # fmt: skip
+            )
         records.append(record("prompt", 512, types, tokens=512, ms=both([500.0], [750.0])))
         for depth in (0, 8192, 32768):
             middle = depth + 50
@@ -177,8 +184,9 @@ def test_real_prefill_of_a_row_is_its_time_to_the_first_token() -> None:
     assert row["prefill_at"] == 32768  # its speed is still that of a batch
     assert rows["q8_0", 32768]["first_token"] == rows["f16", 8192]["first_token"] == "integrated"
     assert [(c["side"], c["n_ctx"]) for c in report.checks[2:]] == [
-        ("razor", 33280), ("full", 33280)
-    ]  # fmt: skip
+        ("razor", 33280),
+        ("full", 33280),
+    ]
     text = format_report(report, "md")
     assert "| f16 | razor | 32,768 | 33,280 | 6.00 s | 2.00x |" in text
     assert "| f16 | full | 32,768 | 33,280 | 12.00 s |  |" in text
@@ -214,10 +222,15 @@ def test_formats(tmp_path) -> None:
 def test_markdown_says_what_it_is_and_is_a_table() -> None:
     text = format_report(make_report(), "md")
     for said in (
-        "random rows", "The weights are random", "integrated", "A CPU", "commit 0123456789ab",
-        "llama.cpp of llama-cpp-python 1.2.3", "J per token",
+        "random rows",
+        "The weights are random",
+        "integrated",
+        "A CPU",
+        "commit 0123456789ab",
+        "llama.cpp of llama-cpp-python 1.2.3",
+        "J per token",
         "3 of 20 KV heads",
-    ):  # fmt: skip
+    ):
         assert said in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
     assert len(tables) == 6

@@ -171,8 +171,9 @@ def test_alignments_versions_and_key_order(tmp_path, alignment, version):
     assert header.version == version and header.data_start % alignment == 0
     assert len(raw) % alignment == 0
     assert [raw[header.data_start + t.offset :][: t.nbytes] for t in header.tensors] == [
-        bytes(range(12)), bytes(range(20, 25)),
-    ]  # fmt: skip
+        bytes(range(12)),
+        bytes(range(20, 25)),
+    ]
     assert other_keys(out) == other_keys(model)
 
 
@@ -218,8 +219,11 @@ def test_sidecar(model, tmp_path):
     assert read.flat().tolist() == [1, 0, 0, 0, 0, 1] and read.calibration == {"seed": 3}
     alone = read_model_shape(out)
     assert (alone.n_head_kv, alone.n_head, alone.head_dim_k, alone.name) == (
-        shape.n_head_kv, shape.n_head, shape.head_dim_k, shape.name,
-    )  # fmt: skip
+        shape.n_head_kv,
+        shape.n_head,
+        shape.head_dim_k,
+        shape.name,
+    )
     other = make_model(tmp_path / "other.gguf", TinySpec(seed=1))
     with pytest.raises(ProfileError, match="sidecar of another model file"):
         read_sidecar(out, read_model_shape(other))

@@ -36,9 +36,13 @@ SETUP = ModelSetup(str(DEFAULT_MODEL))
 @pytest.mark.parametrize(
     ("right", "n", "low", "high"),
     # Newcombe, Statist. Med. 17 (1998) 857, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-     (1, 29, 0.0061, 0.1718)],
-)  # fmt: skip
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
 def test_wilson_has_the_published_values(right, n, low, high) -> None:
     assert wilson(right / n, n) == pytest.approx((low, high), abs=5e-5)
 
@@ -180,9 +184,13 @@ def test_budgets_take_the_heads_with_the_best_scores(tmp_path) -> None:
     shape, policies = make_policies(setup, ["full", "razor-q8_0"], [0.01, 0.1, 0.5, 1.0])
     n = sum(shape.n_head_kv)
     assert [(p.name, p.budget) for p in policies] == [
-        ("full-f16", None), ("razor-q8_0", None), ("razor-q8_0@0.01", 0.01),
-        ("razor-q8_0@0.1", 0.1), ("razor-q8_0@0.5", 0.5), ("razor-q8_0@1", 1.0),
-    ]  # fmt: skip
+        ("full-f16", None),
+        ("razor-q8_0", None),
+        ("razor-q8_0@0.01", 0.01),
+        ("razor-q8_0@0.1", 0.1),
+        ("razor-q8_0@0.5", 0.5),
+        ("razor-q8_0@1", 1.0),
+    ]
     counts = [int(p.profile.flat().sum()) for p in policies[1:]]
     assert counts == [counts[0], *(math.ceil(n * share) for share in (0.01, 0.1, 0.5, 1.0))]
     assert policies[2].profile.flat()[5] == 1  # the highest score

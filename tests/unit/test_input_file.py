@@ -50,8 +50,12 @@ def test_a_named_pipe_is_refused(args, expected, folder) -> None:
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-c", MAIN, *args],
-        input="x", capture_output=True, text=True, cwd=folder, timeout=60,
-    )  # fmt: skip
+        input="x",
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].endswith(f" is a named pipe, expected {expected}")
     assert "Traceback" not in done.stderr and sorted(folder.rglob("*")) == before
@@ -60,8 +64,12 @@ def test_a_named_pipe_is_refused(args, expected, folder) -> None:
 def test_a_journal_that_is_a_named_pipe_is_refused(folder) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MAIN, "eval", "needle", "--resume", PIPE],
-        input="x", capture_output=True, text=True, cwd=folder, timeout=60,
-    )  # fmt: skip
+        input="x",
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+    )
     assert done.returncode == 1 and "PIPE is no ordinary file" in done.stderr
 
 

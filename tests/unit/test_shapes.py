@@ -129,8 +129,10 @@ def test_disk_that_fills_up_while_it_is_written_leaves_nothing(tmp_path) -> None
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code, "bench", "--shape", "30m"],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "30m-q4_0-5heads-seed0.gguf: File too large" in done.stderr
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -44,8 +44,9 @@ def tensor_bytes(*paths: Path) -> dict[str, bytes]:
 
 def test_names():
     assert [p.name for p in part_paths(Path("a/m.gguf"), 2)] == [
-        "m-00001-of-00002.gguf", "m-00002-of-00002.gguf",
-    ]  # fmt: skip
+        "m-00001-of-00002.gguf",
+        "m-00002-of-00002.gguf",
+    ]
     assert part_paths(Path("a/m-00001-of-00002.gguf"), 2) == part_paths(Path("a/m.gguf"), 2)
     assert part_paths(Path("a/m.gguf"), 1) == (Path("a/m.gguf"),)
 
@@ -180,7 +181,7 @@ def split_keys(no: int, count: int = 2, tensors: int = 3) -> list[bytes]:
         ([kv("split.count", U32, 2)], [], "b", "'split.count' should be u16, found u32"),
         (split_keys(0, 60000), [], "b", "one of 60000 files of a split model, expected at most"),
     ],
-)  # fmt: skip
+)
 def test_files_that_do_not_belong_together(tmp_path, first, second, name, text):
     with pytest.raises(GGUFError, match=text):
         read_model_shape(parts(tmp_path, first, second, name=name))
