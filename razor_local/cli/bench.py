@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup, write_report
+from .params import (
+    DEFAULT_MODEL,
+    KV_TYPE,
+    THREADS,
+    ListOf,
+    Number,
+    Tokens,
+    model_argument,
+    model_setup,
+    write_report,
+)
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -33,7 +43,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option(
     "-d", "--depth", "depths", type=ListOf(Tokens(), "tokens,..."), multiple=True,
     help="Tokens in the cache, for example 0,8k,32k; can be repeated.  [default: 0,8k,32k]",
@@ -141,8 +151,10 @@ def bench(
 
     kind = "json" if as_json else kind or _kind_of(output)
     sources = [model, options["shape"], report, compare or None]
-    if sum(source is not None for source in sources) != 1:
+    given = sum(source is not None for source in sources)
+    if given > 1:
         raise click.UsageError("expected one of MODEL, --shape, --report and --compare")
+    model = model if given else DEFAULT_MODEL
     check_outputs(
         [options["resume"], output, *plots], [model, options["sidecar"], report, *(compare or ())]
     )

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError
-from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup, write_report
+from .params import (
+    DEFAULT_MODEL,
+    THREADS,
+    ListOf,
+    Number,
+    Tokens,
+    model_argument,
+    model_setup,
+    write_report,
+)
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -137,7 +146,7 @@ Examples:
 
 
 @eval.command(epilog=NEEDLE_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @_LENGTHS
 @click.option(
     "--depths", type=ListOf(Number(0, 100), "percent,..."), default="0,25,50,75,100",
@@ -201,7 +210,7 @@ Examples:
 
 
 @eval.command(epilog=RULER_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @_LENGTHS
 @click.option(
     "--tasks", type=ListOf(click.STRING, "task,..."), metavar="TASK,...",
@@ -256,7 +265,7 @@ Examples:
 
 @eval.command(epilog=PERPLEXITY_EPILOG)
 @click.argument("text", type=PATH)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option(
     "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
     help="Tokens of a window of the text.  [default: as trained, at most 8k]",
@@ -339,7 +348,7 @@ Examples:
 
 @eval.command(epilog=LONGBENCH_EPILOG)
 @click.argument("folder", type=PATH, metavar="DIR")
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option(
     "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
     help="Context of all questions.  [default: as trained, at most 32k]",

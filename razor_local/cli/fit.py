@@ -13,7 +13,7 @@ import click
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
 from ..printable import printable
-from .params import KV_TYPE, ContextSize, Number, Size
+from .params import DEFAULT_MODEL, KV_TYPE, ContextSize, Number, Size, model_argument
 from .terminal import echo, make_console, table_console
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Memory:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH, metavar="MODEL.gguf")
+@model_argument(DEFAULT_MODEL)
 @click.option(
     "-c", "--ctx-size", type=ContextSize(), metavar="N",
     help="Tell the memory for this context: tokens, 0: as trained, auto: what fits this machine.",
@@ -88,7 +88,7 @@ class Memory:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(model: Path, **given: Any) -> None:
-    """Show which context of MODEL.gguf fits which memory, with a full cache and with razor.
+    """Show which context of MODEL fits which memory, with a full cache and with razor.
 
     Headers alone are read. Weights, KV cache and compute buffers are counted as this build of
     llama.cpp would allocate them. A model without a profile is planned with the paper's shares.

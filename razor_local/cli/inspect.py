@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..printable import printable
-from .params import KV_TYPE, Number
+from .params import DEFAULT_MODEL, KV_TYPE, Number, model_argument
 from .terminal import echo, table_console
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("file", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option(
     "-c", "--ctx-size", type=int, default=0, help="Context in tokens. [default: the model's own]"
 )
@@ -60,7 +60,7 @@ Examples:
 @click.option("--plot", type=PATH, metavar="PICTURE", help="Draw the heads (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
-    file: Path,
+    model: Path,
     ctx_size: int,
     cache_type_k: str,
     cache_type_v: str,
@@ -72,7 +72,7 @@ def inspect(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Show which KV heads of FILE (a GGUF) keep everything, and the bytes of its KV cache.
+    """Show which KV heads of MODEL keep everything, and the bytes of its KV cache.
 
     Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
     """
@@ -88,15 +88,15 @@ def inspect(
         why_not_converted,
     )
 
-    check_outputs([plot], [file, sidecar, compare])
-    header = read_header(file)
+    check_outputs([plot], [model, sidecar, compare])
+    header = read_header(model)
     shape = shape_from_header(header)
     profile = (
         profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
     )
     looking = heads or compare is not None or plot is not None
     if profile is None and (budget is not None or looking):
-        raise no_profile(file)
+        raise no_profile(model)
     if budget is not None and profile is not None:
         from ..scores import with_budget
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .params import KV_TYPE, THREADS
+from .params import DEFAULT_MODEL, KV_TYPE, THREADS, model_argument
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option(
     "-c", "--ctx-size", type=click.IntRange(min=0), default=0, metavar="N",
     help="Context in tokens. [default: 8192, or the trained length if that is less]",
