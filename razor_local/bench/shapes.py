@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..common.files import new_file
+from ..common.files import cache_folder, new_file
 from ..converters.write import encode, profile_keys
 from ..errors import UnsupportedError
 from ..gguf.header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
@@ -153,17 +152,6 @@ def scattered_heads(
 def is_random(header: Header) -> bool:
     """Whether the file says that its weights are random."""
     return KEY_RANDOM in header.entries
-
-
-def cache_folder() -> Path:
-    """razor_local's folder in the user's cache, the one that the build uses."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "razor_local"
 
 
 # -- the file

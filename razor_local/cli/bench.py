@@ -10,11 +10,13 @@ import click
 
 from ..bench.batches import KINDS
 from .params import (
+    DEFAULT_MODEL,
     KV_TYPE,
     THREADS,
     ListOf,
     Number,
     Tokens,
+    model_argument,
     model_setup,
     report_kind,
     write_report,
@@ -41,7 +43,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option(
     "-d",
     "--depth",
@@ -186,8 +188,10 @@ def bench(
 
     kind = report_kind(as_json, output)
     sources = [model, options["shape"], report, compare or None]
-    if sum(source is not None for source in sources) != 1:
+    given = sum(source is not None for source in sources)
+    if given > 1:
         raise click.UsageError("expected one of MODEL, --shape, --report and --compare")
+    model = model if given else DEFAULT_MODEL
     check_outputs(
         [options["resume"], output, *plots], [model, options["sidecar"], report, *(compare or ())]
     )

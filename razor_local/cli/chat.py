@@ -20,6 +20,7 @@ from .params import (
     ContextSize,
     Number,
     flash_attention,
+    model_argument,
 )
 from .terminal import echo, say
 
@@ -36,7 +37,7 @@ MAX_STDIN = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB 
 DEFAULT_MODEL_HINT = """\
 This is the small built-in model. It only answers questions about facts in a text, such as: paste
 a text with "The secret code of Marlow is 48213." somewhere in it, then ask
-"What is the secret code of Marlow?". Start with 'razor-local chat MODEL.gguf' for a real model."""
+"What is the secret code of Marlow?". Start with 'razor-local chat MODEL' for a real model."""
 
 
 @click.command(
@@ -44,7 +45,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     epilog="With a pipe on stdin the whole of it is one message: the answer goes to stdout. "
     "Example: cat text.txt question.txt | razor-local chat",
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]")
+@model_argument()
 @click.option(
     "-c",
     "--ctx-size",
@@ -119,7 +120,10 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     help="Tokens of an answer at most, -1: until it ends.",
 )
 def chat(model: Path | None, **options: Any) -> None:
-    """Chat with MODEL, or with the small built-in model."""
+    """Chat with MODEL, or with the small built-in model.
+
+    MODEL is a GGUF file, or a name such as llama3.2:1b ('razor-local models search' shows them).
+    """
     if options["sidecar"] and not options["razor"]:
         raise click.UsageError("--sidecar and --no-razor exclude each other")
     if options["budget"] is not None and not options["razor"]:

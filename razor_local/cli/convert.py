@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import THREADS, Number, Size
+from .params import DEFAULT_MODEL, THREADS, Number, Size, model_argument
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ NOT_FOR_ALIBI = (
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option("-o", "--output", type=PATH, required=True, help="File to write.")
 @click.option(
     "--heads",

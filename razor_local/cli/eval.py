@@ -17,6 +17,7 @@ from .params import (
     ListOf,
     Number,
     Tokens,
+    model_argument,
     model_setup,
     report_kind,
     write_report,
@@ -187,7 +188,7 @@ Examples:
 
 
 @eval.command(epilog=NEEDLE_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @_LENGTHS
 @click.option(
     "--depths",
@@ -264,7 +265,7 @@ Examples:
 
 
 @eval.command(epilog=RULER_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @_LENGTHS
 @click.option(
     "--tasks",
@@ -325,7 +326,7 @@ Examples:
 
 
 @eval.command(epilog=PERPLEXITY_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option("--text", type=PATH, required=True, metavar="FILE", help="Text to read, in UTF-8.")
 @click.option(
     "-c",
@@ -416,7 +417,7 @@ Examples:
 
 
 @eval.command(epilog=LONGBENCH_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option(
     "--data",
     "folder",

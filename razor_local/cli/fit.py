@@ -13,7 +13,7 @@ import click
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
 from ..printable import printable
-from .params import FLASH_ATTN, KV_TYPE, ContextSize, Number, Size
+from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, ContextSize, Number, Size, model_argument
 from .terminal import echo, make_console, table_console
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Memory:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option(
     "-c",
     "--ctx-size",

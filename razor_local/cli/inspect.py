@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..printable import printable
-from .params import FLASH_ATTN, KV_TYPE, Number, flash_attention
+from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, Number, flash_attention, model_argument
 from .terminal import echo, table_console
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option(
     "-c", "--ctx-size", type=int, default=0, help="Context in tokens. [default: the model's own]"
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .params import FLASH_ATTN, KV_TYPE, THREADS, flash_attention
+from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, THREADS, flash_attention, model_argument
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option(
     "-c",
     "--ctx-size",

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import RazorError
+
+
+def cache_folder() -> Path:
+    """razor_local's folder in the user's cache, the one that the build uses."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "razor_local"
 
 
 @contextmanager

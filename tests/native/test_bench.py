@@ -490,7 +490,6 @@ def test_weights_that_a_token_reads(tiny) -> None:
         (("MODEL", "--types", "f16,q9"), "'q9' is not one of"),
         (("MODEL", "--types", "f16", "-ctk", "q8_0"), "--types and -ctk, -ctv exclude"),
         (("MODEL", "--shape", "30m"), "expected one of MODEL, --shape"),
-        ((), "expected one of MODEL, --shape"),
         (("--shape", "llama-9"), "no shape is called 'llama-9'; there are 30m, llama-3.2-1b"),
         (("MODEL", "--seed", "3"), "belong to --shape"),
         (("MODEL", "-o", "no/where/x.json"), "the folder no/where does not exist"),

@@ -16,7 +16,10 @@ from razor_local.cli import COMMANDS
 from razor_local.cli.chat import DEFAULT_MODEL
 from tests.support.native_build import ROOT
 
-SLOW = {"numpy", "llama_cpp", "numba", "matplotlib", "gguf", "rich", "prompt_toolkit", "jinja2"}
+SLOW = {
+    "numpy", "llama_cpp", "numba", "matplotlib", "gguf", "rich", "prompt_toolkit", "jinja2",
+    "huggingface_hub", "httpx2",
+}  # fmt: skip
 CALL = "from razor_local.cli import main; main({!r}, standalone_mode=False)"
 LLAMA = "from razor_local import Llama"
 RUN = f"{LLAMA}\nnext(Llama({str(DEFAULT_MODEL)!r}).create_completion('a', stream=True))"
@@ -51,8 +54,8 @@ def test_slow_packages_are_loaded_where_they_are_used(code, allowed, tmp_path) -
 
 
 ROOMS = (
-    "printable", "errors", "common", "gguf", "plan", "profile", "scores", "model_setup", "state",
-    "prompt", "completion", "chat", "native", "bindings", "ownership", "fit", "llama",
+    "printable", "errors", "common", "gguf", "plan", "profile", "scores", "model_setup", "models",
+    "state", "prompt", "completion", "chat", "native", "bindings", "ownership", "fit", "llama",
     "converters", "evals", "bench", "verify", "cli", "__main__",
 )  # fmt: skip
 
