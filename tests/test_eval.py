@@ -29,7 +29,7 @@ from razor_local.evals.run import open_journal, open_llama
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
-from razor_local.verify.run import kl_divergence
+from razor_local.verify.compare import kl_divergence
 
 NEEDLE = ["needle", "-c", "1k", "--depths", "20,60", "--kinds", "single", "--samples", "2", "-t", 1]
 WINDOW = ["--window-min", "128", "--window-divisor", "0"]  # the facts are all behind it

@@ -12,7 +12,7 @@ from .params import KV_TYPE, THREADS
 from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..verify.run import Verification
+    from ..verify.result import Verification
     from .terminal import ProgressBar
 
 PATH = click.Path(path_type=Path)
