@@ -29,13 +29,10 @@ from .common.machine import free_memory
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.split import read_parts
+from .native.loaded import C, library
 from .native.models import new_context
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
 from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
-
-_native = native.load()  # before llama_cpp, which would load a library of its own
-
-from llama_cpp import llama_cpp as C  # noqa: E402
 
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
@@ -187,10 +184,10 @@ class DryModel:
                 )
             self._tensor_split = (ctypes.c_float * n_max)(*tensor_split)
             params.tensor_split = self._tensor_split
-        _native.clear_errors()
+        library.clear_errors()
         self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
-            raise RazorError(f"{self.path} cannot be planned: {_native.reason()}")
+            raise RazorError(f"{self.path} cannot be planned: {library.reason()}")
         self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
         self._needs: dict[ContextOptions, dict[int, Need]] = {}
 
@@ -314,8 +311,8 @@ class DryModel:
             if getattr(options, name) is not None:
                 setattr(params, name, getattr(options, name))
         with self._context(params, options.profile) as context:
-            active = bool(_native.stats(context).active)
-            places = _places(_native.memory(context))
+            active = bool(library.stats(context).active)
+            places = _places(library.memory(context))
         why = plan.why_inactive if plan else None
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
@@ -334,7 +331,7 @@ class DryModel:
 
         assert self._model is not None
         override = native.make_params(profile)
-        return new_context(_native, C, self._model, params, override, failed)
+        return new_context(library, C, self._model, params, override, failed)
 
     def _plan(self, n_ctx: int, options: ContextOptions) -> Plan | None:
         if options.profile is None:
@@ -514,7 +511,7 @@ def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
 
 def device_memory(name: str) -> tuple[int, int]:
     """Bytes free and in total of a ggml device such as "CUDA0", (0, 0) if it does not tell."""
-    lib = _native.lib
+    lib = library.lib
     find, ask = lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_memory
     find.argtypes, find.restype = [c_char_p], c_void_p
     ask.argtypes = [c_void_p, ctypes.POINTER(c_size_t), ctypes.POINTER(c_size_t)]

@@ -12,7 +12,7 @@ from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, THREADS, flash_attention
 from .terminal import echo
 
 if TYPE_CHECKING:
-    from ..verify.run import Verification
+    from ..verify.result import Verification
     from .terminal import ProgressBar
 
 PATH = click.Path(path_type=Path)

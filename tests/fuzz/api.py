@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from razor_local import ContextFullError, Llama, RazorError
+from razor_local.evaluation import clear_cache, n_cached
 from razor_local.llama import llama_cpp
 from razor_local.profile import Profile
 from tests.support.tiny_models import TinySpec, make_model
@@ -169,7 +170,7 @@ class Fuzzer:
         found, expected = logits_of(self.llama, tokens), self.reference(tokens)
         if not np.allclose(found, expected, rtol=0, atol=TOLERANCE):
             self.fail(f"logits after {len(tokens)} tokens differ by {abs(found - expected).max()}")
-        if self.held() != tokens or self.llama._n_cached() != len(tokens):
+        if self.held() != tokens or n_cached(self.llama) != len(tokens):
             self.fail("the cache does not hold the tokens")
 
     def reference(self, tokens: list[int]) -> np.ndarray:
@@ -178,7 +179,7 @@ class Fuzzer:
             if len(self.cached) > 200:
                 self.cached.clear()
             self.fresh.reset()
-            self.fresh._clear_cache()
+            clear_cache(self.fresh)
             self.cached[key] = logits_of(self.fresh, tokens)
         return self.cached[key]
 

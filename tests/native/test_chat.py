@@ -339,13 +339,13 @@ def test_cached_turns_answer_as_a_fresh_context_would(llama):
     assert reused.n_tokens == len(tokens)
 
 
-def test_stop_inside_the_computation_of_a_prompt(llama):
+def test_stop_inside_the_computation_of_a_prompt(llama, monkeypatch):
     chat = Chat(llama, chat_template(llama), sampling=GREEDY)
     llama.reset()
     calls = 0
-    original = llama._prefill
+    original = Llama._UNGUARDED["prefill"]
 
-    def prefill(tokens, progress, stop):
+    def prefill(llama, tokens, progress, stop):
         def counting():
             nonlocal calls
             calls += 1
@@ -353,13 +353,11 @@ def test_stop_inside_the_computation_of_a_prompt(llama):
                 chat.stop()
             return stop()
 
-        return original(tokens, progress, counting)
+        return original(llama, tokens, progress, counting)
 
-    llama._prefill = prefill
-    try:
+    with monkeypatch.context() as patch:
+        patch.setitem(Llama._UNGUARDED, "prefill", prefill)
         assert list(chat.say(f"{text_with(FACT)}\n\n{QUESTION}")) == []
-    finally:
-        del llama._prefill
     assert chat.last.ended == "stopped" and chat.messages == []
     assert 0 < llama.n_tokens < chat.last.n_prompt, "the part that was evaluated should be kept"
     assert "48213" in "".join(chat.say(f"{text_with(FACT)}\n\n{QUESTION}"))

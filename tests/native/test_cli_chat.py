@@ -515,12 +515,12 @@ def test_what_is_pasted_during_an_answer_is_one_message():
 
 SLOW_PREFILL = f"""
 import time
-from razor_local import llama
-eval_batch = llama.Llama._eval_batch
-def slowly(self, batch):
+from razor_local import evaluation
+eval_batch = evaluation.eval_batch
+def slowly(llama, batch):
     time.sleep(0.1)
-    eval_batch(self, batch)
-llama.Llama._eval_batch = slowly
+    eval_batch(llama, batch)
+evaluation.eval_batch = slowly
 {MAIN}
 """
 

@@ -27,7 +27,7 @@ from razor_local.evals.run import open_journal, open_llama
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
-from razor_local.verify.run import kl_divergence
+from razor_local.verify.compare import kl_divergence
 from tests.native.test_llama import no_numbers
 from tests.unit.test_journal import damaged
 

@@ -23,6 +23,7 @@ from razor_local import (
     RazorError,
     StateError,
     UnsupportedError,
+    evaluation,
     make_plan,
     native,
     read_model_shape,
@@ -606,7 +607,7 @@ def test_a_refused_batch_is_an_error_with_the_librarys_reason(llama):
     llama.reset()
     llama.eval(prompt(llama, 20))
     with pytest.raises(RazorError, match="llama_decode|invalid token|failed"):
-        llama._eval_batch([llama.n_vocab() + 5])  # what eval() does not let through
+        evaluation.eval_batch(llama, [llama.n_vocab() + 5])  # what eval() does not let through
     assert llama.n_tokens == llama.stats().n_tokens == 20
     llama.eval([1])
 
