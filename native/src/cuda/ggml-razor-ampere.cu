@@ -1,20 +1,20 @@
-// Attention of a batch on GPUs of compute capability 8.0 and later.
+// attention of a batch for compute capability 8.0 and later, with mma.sync and cp.async
 //
-// Four warps have 32 query rows each, so that what they read of K and V from shared memory serves two matrix instructions. Values
-// are loaded while scores are computed, and the next keys while values are added up.
+// each of four warps has 32 query rows, so that a fragment of K or V from shared memory is used for two mma instructions
+// V is loaded while Q*K is computed, the next tile of K while P*V is computed
 
 #include "ggml-razor-batch.cuh"
 
-#pragma nv_diag_suppress 177 // in code for older devices nothing of this is called
+#pragma nv_diag_suppress 177 // unused functions: the kernel is empty for older architectures
 
 static constexpr int N_WARPS = 4;
 
 //
-// instructions
+// PTX instructions
 //
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-// four matrices of 8 x 8; p: this lane's row of one of them
+// load four 8x8 matrices, p is the address of the row of this lane
 static __device__ __forceinline__ void ldmatrix_x4(uint32_t (&x)[4], void * p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(ggml_cuda_cvta_generic_to_shared(p)) : "memory");
@@ -39,7 +39,7 @@ static __device__ __forceinline__ void mma_m16n8k16(uint32_t * d, const uint32_t
 }
 #endif
 
-// BLOCK_N cells are looked at together
+// BLOCK_N is the number of cells of an iteration, a tile or a part of it
 template <int D, int BLOCK_N>
 struct razor_ampere_smem {
     half q[D/SWIZZLE_WIDTH][BLOCK_M][SWIZZLE_WIDTH];
@@ -47,7 +47,7 @@ struct razor_ampere_smem {
     half v[D/SWIZZLE_WIDTH][BLOCK_N][SWIZZLE_WIDTH];
 };
 
-// f16_acc: of the products with values, of BLOCK_N cells each, in F16
+// f16_acc: accumulate P*V in F16 over BLOCK_N cells
 template <int D, int BLOCK_N, bool f16_acc>
 static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM) razor_ampere_kernel(const __grid_constant__ razor_batch_args args) {
 #if __CUDA_ARCH__ >= 800
@@ -55,7 +55,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
 
     auto & smem = *(razor_ampere_smem<D, BLOCK_N> *) smem_raw;
 
-    constexpr int N_PARTS = GGML_RAZOR_TILE/BLOCK_N; // of a tile
+    constexpr int N_PARTS = GGML_RAZOR_TILE/BLOCK_N; // iterations per tile
 
     const int block = blockIdx.x % args.n_blocks;
     const int range = blockIdx.x / args.n_blocks;
@@ -65,12 +65,13 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
 
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    const int row  = 32*warp + lane/4; // of the first of four
+    const int row  = 32*warp + lane/4; // first of four rows
 
     razor_batch_acc<D, BLOCK_N, 2> acc;
 
     acc.init_tokens(args, block, row);
 
+    // 1. for each segment of the range
     const int begin = razor_batch_range_begin(args, range);
     const int end   = razor_batch_range_begin(args, range + 1);
 
@@ -97,7 +98,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
             }
         };
 
-        // the first from there that some of the tokens see
+        // return the first tile from there on that any token of the block sees
         auto next_tile = [&](int tile) {
             while (tile < segment.end && args.tiles[segment.tiles + tile].x > t_last) {
                 ++tile;
@@ -105,13 +106,14 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
             return tile;
         };
 
-        __syncthreads(); // the segment before is done with shared memory
+        // 2. load Q and the first part of K
+        __syncthreads(); // all warps are done with the shared memory of the previous segment
         razor_batch_load_q<D>(smem.q, args, head_kv, block, 0, BLOCK_M, threadIdx.x, N_WARPS*32);
 
         acc.reset();
 
         int tile = next_tile(segment.first);
-        int t    = 0; // part of it
+        int t    = 0; // part of the tile
         if (tile < segment.end) {
             load(smem.k, args.k, tile*GGML_RAZOR_TILE);
         }
@@ -125,10 +127,12 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
                 tile = next_tile(tile + 1);
             }
 
+            // 3. wait for K, start to load V
             cp_async_wait_all();
-            __syncthreads(); // keys are there, and the values before are used
+            __syncthreads(); // all warps are done with the previous V
             load(smem.v, args.v, cell);
 
+            // 4. S = Q*K^T
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -159,12 +163,14 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
                 }
             }
 
+            // 5. wait for V, start to load the next part of K
             cp_async_wait_all();
-            __syncthreads(); // values are there, and keys are used
+            __syncthreads(); // all warps are done with K
             if (tile < segment.end) {
                 load(smem.k, args.k, tile*GGML_RAZOR_TILE + t*BLOCK_N);
             }
 
+            // 6. softmax
             if (masked) {
                 acc.apply_mask(args, segment, cell);
             }
@@ -176,6 +182,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
             }
             acc.convert_p();
 
+            // 7. O += P*V
 #pragma unroll
             for (int j = 0; j < D/16; ++j) {
                 uint32_t o_f16[2][2][2] = {};
@@ -216,11 +223,12 @@ static __global__ void __launch_bounds__(N_WARPS*32, RAZOR_AMPERE_BLOCKS_PER_SM)
             }
         }
 
+        // 8. write the output or a partial result
         acc.store(args, head_kv, block, row, whole, part);
     }
 #else
     (void) args;
-    __trap(); // compiled for other devices, too, but never run there
+    __trap(); // never launched on older devices
 #endif
 }
 
@@ -232,7 +240,7 @@ template <int D, int BLOCK_N, bool f16_acc>
 static void razor_ampere_launch(const razor_batch_args & args, cudaStream_t stream) {
     const int bytes = sizeof(razor_ampere_smem<D, BLOCK_N>);
 
-    // an error shows when it is launched
+    // if this fails, so does the launch
     cudaFuncSetAttribute(razor_ampere_kernel<D, BLOCK_N, f16_acc>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 
     razor_ampere_kernel<D, BLOCK_N, f16_acc><<<args.n_blocks*args.n_ranges, N_WARPS*32, bytes, stream>>>(args);
@@ -248,7 +256,7 @@ void razor_ampere_attn(const razor_batch_args & args, int d, bool f16_acc, cudaS
             razor_ampere_launch<64, 64, false>(args, stream);
         }
     } else if (f16_acc) {
-        razor_ampere_launch<128, 32, true> (args, stream); // two fit into 100 KiB of shared memory
+        razor_ampere_launch<128, 32, true> (args, stream); // two thread blocks fit into 100 KiB of shared memory
     } else {
         razor_ampere_launch<128, 64, false>(args, stream);
     }

@@ -1,22 +1,22 @@
-// Attention of a batch on GPUs of compute capability 9.0, with their matrix instructions (wgmma) and copy engine (TMA).
+// attention of a batch for compute capability 9.0, with wgmma and TMA
 //
-// A block has one warp that loads and eight that compute, in two groups of 64 query rows each. Scores of a tile are computed
-// while the values of the tile before are added up (as FlashAttention-3, arXiv 2407.08608, does).
+// a thread block has a producer, which loads tiles with TMA, and two consumer warpgroups of 64 query rows each
+// a consumer computes Q*K of a tile while P*V of the previous tile runs, as in FlashAttention-3 (arXiv 2407.08608)
 
 #include "ggml-razor-batch.cuh"
 
 #include <cuda.h>
 
-#pragma nv_diag_suppress 177 // in code for other devices nothing of this is called
+#pragma nv_diag_suppress 177 // unused functions: the kernel is empty for other architectures
 
 static constexpr int BLOCK_N        = GGML_RAZOR_TILE;
 static constexpr int WARPGROUP_M    = 64;                  // query rows of a warpgroup
-static constexpr int WARPGROUP_SIZE = 128;                 // threads that issue matrix instructions together
-static constexpr int N_CONSUMERS    = BLOCK_M/WARPGROUP_M; // warpgroups
-static constexpr int N_STAGES       = 2;                   // tiles of K, and of V, that are loaded ahead
+static constexpr int WARPGROUP_SIZE = 128;                 // threads
+static constexpr int N_CONSUMERS    = BLOCK_M/WARPGROUP_M; // consumer warpgroups
+static constexpr int N_STAGES       = 2;                   // tiles of K and of V in shared memory
 
 //
-// instructions
+// PTX instructions
 //
 
 static __device__ __forceinline__ void mbarrier_init(uint64_t * bar, int n) {
@@ -27,7 +27,7 @@ static __device__ __forceinline__ void mbarrier_arrive(uint64_t * bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(ggml_cuda_cvta_generic_to_shared(bar)) : "memory");
 }
 
-// and bytes that the copy engine will have written
+// the phase also waits for TMA to write this number of bytes
 static __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t * bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(ggml_cuda_cvta_generic_to_shared(bar)), "r"(bytes) : "memory");
 }
@@ -44,13 +44,15 @@ static __device__ __forceinline__ void mbarrier_wait_parity(uint64_t * bar, int 
         "}\n" :: "r"(ggml_cuda_cvta_generic_to_shared(bar)), "r"(phase) : "memory");
 }
 
+// load a box of a tensor into shared memory
 static __device__ __forceinline__ void tma_load_2d(void * dst, const CUtensorMap * map, int column, int row, uint64_t * bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         :: "r"(ggml_cuda_cvta_generic_to_shared(dst)), "l"((uint64_t) map), "r"(column), "r"(row), "r"(ggml_cuda_cvta_generic_to_shared(bar)) : "memory");
 }
 
-// rows of 128 bytes in swizzled groups of 8; `chunk` bytes to the next columns where the rows are the products' inner dimension
+// matrix descriptor for 128-byte swizzled rows, with a stride of 1024 bytes between groups of 8 rows
+// chunk: leading dimension byte offset, between groups of SWIZZLE_WIDTH columns; only used if the matrix is transposed
 static __device__ __forceinline__ uint64_t make_smem_desc(void * p, int chunk) {
     return (uint64_t) (ggml_cuda_cvta_generic_to_shared(p) >> 4 & 0x3fff) | (uint64_t) (chunk >> 4) << 16 | (uint64_t) (1024 >> 4) << 32 | 1ull << 62;
 }
@@ -96,7 +98,7 @@ static __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmm
 template <int n>
 static __device__ __forceinline__ void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory"); }
 
-// a barrier of n threads, which some wait for and others only arrive at
+// barrier for n threads: those that wait plus those that only arrive
 template <int n>
 static __device__ __forceinline__ void named_barrier_sync(int id) { asm volatile("bar.sync %0, %1;" :: "r"(id), "n"(n) : "memory"); }
 
@@ -112,7 +114,7 @@ static __device__ __forceinline__ void setmaxnreg_dec() { asm volatile("setmaxnr
 template <int n>
 static __device__ __forceinline__ void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n)); }
 
-// keeps the compiler from moving a use of the registers across
+// keep the compiler from moving accesses to these registers across
 template <int n>
 static __device__ __forceinline__ void warpgroup_fence_operand(float (&x)[n]) {
 #pragma unroll
@@ -140,10 +142,10 @@ struct razor_hopper_smem {
     uint64_t v_full [N_STAGES];
     uint64_t v_empty[N_STAGES];
 
-    int2 tile[N_STAGES]; // first cell, -1: the segment has no more; whether each cell has to be looked at
+    int2 tile[N_STAGES]; // first cell, or -1 at the end of a segment; 1 if the tile has to be masked
 };
 
-// the tiles that come through one of the two queues
+// position in the stages of K or V, the phase flips each time all stages were used
 struct pipeline_state {
     int stage = 0;
     int phase = 0;
@@ -157,7 +159,7 @@ struct pipeline_state {
 };
 
 //
-// the warp that loads
+// producer: one thread, which loads the visible tiles of all segments
 //
 
 template <int D>
@@ -191,6 +193,7 @@ static __device__ void razor_hopper_producer(
 
             const int cell = i*BLOCK_N;
 
+            // 1. K, as soon as the stage is free
             mbarrier_wait_parity(&smem.k_empty[pipe_k.stage], pipe_k.phase ^ 1);
             smem.tile[pipe_k.stage] = make_int2(cell, tile.y > t_first);
             mbarrier_arrive_expect_tx(&smem.k_full[pipe_k.stage], sizeof(smem.k[0]));
@@ -199,6 +202,7 @@ static __device__ void razor_hopper_producer(
             }
             pipe_k.advance();
 
+            // 2. V
             mbarrier_wait_parity(&smem.v_empty[pipe_v.stage], pipe_v.phase ^ 1);
             mbarrier_arrive_expect_tx(&smem.v_full[pipe_v.stage], sizeof(smem.v[0]));
             for (int c = 0; c < D/SWIZZLE_WIDTH; ++c) {
@@ -207,6 +211,7 @@ static __device__ void razor_hopper_producer(
             pipe_v.advance();
         }
 
+        // 3. end of the segment
         mbarrier_wait_parity(&smem.k_empty[pipe_k.stage], pipe_k.phase ^ 1);
         smem.tile[pipe_k.stage] = make_int2(-1, 0);
         mbarrier_arrive(&smem.k_full[pipe_k.stage]);
@@ -215,10 +220,10 @@ static __device__ void razor_hopper_producer(
 }
 
 //
-// the warps that compute
+// consumers
 //
 
-// s = q x k^T, without waiting
+// start S = Q*K^T
 template <int D>
 static __device__ __forceinline__ void wgmma_qk(float (&s)[BLOCK_N/2], half (*q)[BLOCK_M][SWIZZLE_WIDTH], int row, half (*k)[BLOCK_N][SWIZZLE_WIDTH]) {
 #pragma unroll
@@ -227,7 +232,7 @@ static __device__ __forceinline__ void wgmma_qk(float (&s)[BLOCK_N/2], half (*q)
     }
 }
 
-// o += p x v, without waiting
+// start O += P*V
 template <int D>
 static __device__ __forceinline__ void wgmma_pv(float (&o)[D/2], const uint32_t (&p)[BLOCK_N/4], half (*v)[BLOCK_N][SWIZZLE_WIDTH]) {
 #pragma unroll
@@ -249,7 +254,7 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
     const int group  = threadIdx.x/WARPGROUP_SIZE - 1;
     const int thread = threadIdx.x % WARPGROUP_SIZE;
     const int lane   = threadIdx.x % 32;
-    const int row    = WARPGROUP_M*group + thread/32*16 + lane/4; // of the first of the two
+    const int row    = WARPGROUP_M*group + thread/32*16 + lane/4; // first of two rows
 
     razor_batch_acc<D, BLOCK_N, 1> acc;
 
@@ -258,14 +263,14 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
     pipeline_state pipe_k;
     pipeline_state pipe_v;
 
-    // how many warps are done with a tile counts, and each waits for its own products alone
+    // each warp releases a stage when its own wgmma instructions are complete
     auto release = [&](uint64_t * empty) {
         if (lane == 0) {
             mbarrier_arrive(empty);
         }
     };
 
-    // the two groups issue their products in turn, so that each has the other's time for its powers
+    // the warpgroups issue wgmma instructions in turn, so that one computes exponentials while the tensor cores run for the other
     auto wait_turn = [&] {
         named_barrier_sync<N_CONSUMERS*WARPGROUP_SIZE>(3 + group);
     };
@@ -277,6 +282,7 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
         pass_turn();
     }
 
+    // 1. for each segment of the range
     const int begin = razor_batch_range_begin(args, range);
     const int end   = razor_batch_range_begin(args, range + 1);
 
@@ -289,13 +295,15 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
 
         at += segment.end - segment.first;
 
-        named_barrier_sync<WARPGROUP_SIZE>(1 + group); // the queries before are read
+        // 2. load Q
+        named_barrier_sync<WARPGROUP_SIZE>(1 + group); // the previous Q is no longer read
         razor_batch_load_q<D>(smem.q, args, head_kv, block, WARPGROUP_M*group, WARPGROUP_M, thread, WARPGROUP_SIZE);
         fence_proxy_async();
         named_barrier_sync<WARPGROUP_SIZE>(1 + group);
 
         acc.reset();
 
+        // 3. first tile: S = Q*K^T and softmax
         mbarrier_wait_parity(&smem.k_full[pipe_k.stage], pipe_k.phase);
         int2 tile = smem.tile[pipe_k.stage];
 
@@ -326,6 +334,7 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
                     break;
                 }
 
+                // 4. next tile: start S = Q*K^T, then O += P*V of the previous tile
                 wait_turn();
                 warpgroup_fence_operand(acc.s[0]);
                 warpgroup_fence_operand(acc.o[0]);
@@ -339,6 +348,7 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
                 wgmma_commit_group();
                 pass_turn();
 
+                // 5. softmax of S while P*V is running
                 wgmma_wait_group<1>();
                 warpgroup_fence_operand(acc.s[0]);
                 release(&smem.k_empty[pipe_k.stage]);
@@ -349,6 +359,7 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
                 }
                 acc.online_softmax(scale_o);
 
+                // 6. rescale O
                 wgmma_wait_group<0>();
                 warpgroup_fence_operand(acc.o[0]);
                 warpgroup_fence_operand(acc.p[0]);
@@ -359,6 +370,7 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
                 acc.convert_p();
             }
 
+            // 7. O += P*V of the last tile
             warpgroup_fence_operand(acc.o[0]);
             warpgroup_fence_operand(acc.p[0]);
             wgmma_fence();
@@ -371,9 +383,10 @@ static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const 
             pipe_v.advance();
         }
 
-        release(&smem.k_empty[pipe_k.stage]); // of the end of the segment
+        release(&smem.k_empty[pipe_k.stage]); // end of the segment
         pipe_k.advance();
 
+        // 8. write the output or a partial result
         acc.store(args, head_kv, block, row, whole, part);
     }
 }
@@ -386,6 +399,7 @@ static __global__ void __launch_bounds__((1 + N_CONSUMERS)*WARPGROUP_SIZE, 1) ra
 
     auto & smem = *(razor_hopper_smem<D> *) smem_raw;
 
+    // 1. initialize the barriers
     if (threadIdx.x == 0) {
         for (int i = 0; i < N_STAGES; ++i) {
             mbarrier_init(&smem.k_full [i], 1);
@@ -397,7 +411,7 @@ static __global__ void __launch_bounds__((1 + N_CONSUMERS)*WARPGROUP_SIZE, 1) ra
     }
     __syncthreads();
 
-    // registers go from those that load to those that compute
+    // 2. the producer gives registers to the consumers
     if (threadIdx.x < WARPGROUP_SIZE) {
         setmaxnreg_dec<24>();
         if (threadIdx.x == 0) {
@@ -409,7 +423,7 @@ static __global__ void __launch_bounds__((1 + N_CONSUMERS)*WARPGROUP_SIZE, 1) ra
     }
 #else
     (void) k_map, (void) v_map, (void) args;
-    __trap(); // compiled for other devices, too, but never run there
+    __trap(); // never launched on other devices
 #endif
 }
 
@@ -452,7 +466,7 @@ static bool razor_hopper_launch(const razor_batch_args & args, cudaStream_t stre
 
     const int bytes = sizeof(razor_hopper_smem<D>);
 
-    // an error shows when it is launched
+    // if this fails, so does the launch
     cudaFuncSetAttribute(razor_hopper_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 
     razor_hopper_kernel<D><<<args.n_blocks*args.n_ranges, (1 + N_CONSUMERS)*WARPGROUP_SIZE, bytes, stream>>>(k_map, v_map, args);

@@ -1,10 +1,12 @@
-// Storing K and V, folding, and attention, on CUDA: each in one launch for all heads of a layer. Of attention, that of one token
-// is here, that of a batch in ggml-razor-hopper.cu and ggml-razor-ampere.cu.
+// the operations of ggml-razor.h on CUDA, each of them one launch for all heads of a layer: storing, folding and the attention of one
+// token; the attention of a batch is in ggml-razor-hopper.cu and ggml-razor-ampere.cu
 //
-// Upstream's operations would need one launch to store K and one to store V, ten each to fold, one attention for each group of
-// heads, and others to gather queries and outputs. Decoding waits for memory, so each row of K and V is read once for all query heads of its KV head,
-// products and sums are F32, and tiles of cells that the token does not see are not read. The cells of a head are cut into
-// chunks, as many as fill the device; a second kernel adds up where a head has more than one.
+// with upstream's operations, storing would be two launches, folding twenty, and attention one for each group of heads, plus those
+// that gather the queries and outputs
+//
+// decode is memory-bound: each row of K and V is loaded once for all query heads of its KV head, products and sums are F32, and tiles
+// that the token does not see are not loaded
+// the cells of a head are split so that all thread blocks run at the same time, a second kernel combines the partial results
 
 #include "ggml-razor.cuh"
 #include "ggml-razor-batch.cuh"
@@ -17,20 +19,20 @@
 #include <cstring>
 
 static constexpr int N_WARPS         = 8;
-static constexpr int TILE            = 32;         // cells that a warp looks at together: one for each lane
-static constexpr int SMALL_TILE      = 8;          // the same where there are so few that the warps would have none
-static constexpr int SMALL_MAX_CELLS = N_WARPS*32; // cells up to which they are few: one for each thread
-static constexpr int SPLIT_MIN_CELLS = 512;        // cells up to which a head is not cut: a second launch would take longer
-static constexpr int PREFETCH        = 8;          // loads of a lane before the first is used
+static constexpr int TILE            = 32;         // cells of a warp's tile, one per lane
+static constexpr int SMALL_TILE      = 8;          // tile width when there are too few cells to give every warp a full tile
+static constexpr int SMALL_MAX_CELLS = N_WARPS*32; // largest number of cells for SMALL_TILE, one per thread
+static constexpr int SPLIT_MIN_CELLS = 512;        // heads are only split if they have more cells: a second launch takes time
+static constexpr int PREFETCH        = 8;          // loads of a lane in flight
 
 struct razor_attn_args {
-    const float * q; // [n_head], q_head floats apart
+    const float * q; // [n_head][d], stride in floats
     int64_t       q_head;
-    bool          q_aligned; // to 4 floats
+    bool          q_aligned; // all rows are aligned to 16 bytes
 
     const char * k;
     const char * v;
-    int64_t      k_row; // bytes
+    int64_t      k_row; // stride in bytes
     int64_t      v_row;
 
     // retrieval heads, local heads
@@ -38,23 +40,23 @@ struct razor_attn_args {
     int64_t      first_row[2];
     int64_t      head_rows[2];
     int          n_kv[2];
-    int          n_splits[2]; // of each head
-    int          n_blocks;    // of the retrieval heads
-    int          n_retrieval; // KV heads
+    int          n_splits[2]; // splits of each head
+    int          n_blocks;    // thread blocks of the retrieval heads
+    int          n_retrieval; // retrieval heads
 
     int   split_cells;
     int   n_gqa;
-    float scale; // for powers of 2
+    float scale; // times log2(e)
 
-    float  * out;  // [n_head][max n_splits][d]
-    float2 * meta; // [n_head][max n_splits] maximum and sum of powers; nullptr: one split, which is divided
+    float  * out;  // [n_head][max_splits][d]
+    float2 * meta; // [n_head][max_splits] maximum and sum of the exponentials, nullptr if out is the output
     int      max_splits;
 
     uint8_t heads[GGML_RAZOR_ATTN_MAX_KV]; // KV heads, retrieval heads first
 };
 
 //
-// rows: each lane loads 8 numbers of one
+// rows: each lane loads 8 elements of a row
 //
 
 template <ggml_type type> struct razor_row;
@@ -66,7 +68,7 @@ struct razor_row_16_bits {
         raw = ((const uint4 *) row)[part];
     }
 
-    // the i-th number's place in the row
+    // return the index of the i-th element in the row
     static __device__ int index(int part, int i) { return 8*part + i; }
 };
 
@@ -131,7 +133,7 @@ template <> struct razor_row<GGML_TYPE_Q4_0> {
         raw[1] = block[1 + 2*(part % 4) + 1];
     }
 
-    // a byte has numbers i and i + 16 of its block
+    // a byte has the elements i and i + 16 of its block
     __device__ void get(float (&res)[8]) const {
         const float    f = __half2float(__ushort_as_half(d));
         const uint32_t u = raw[0] | (uint32_t) raw[1] << 16;
@@ -149,7 +151,7 @@ template <> struct razor_row<GGML_TYPE_Q4_0> {
 // kernels
 //
 
-// v[g] summed over n_lanes neighbours; lane l has the sum of g = l/(n_lanes/G) of them, in v[0]
+// sum v[g] over n_lanes neighboring lanes, the result for g is v[0] of the lanes l with l/(n_lanes/G) == g
 template <int G, int n_lanes>
 static __device__ __forceinline__ void warp_reduce_sum_heads(float (&v)[G], int lane) {
     static_assert(G <= n_lanes, "more heads than lanes");
@@ -171,11 +173,13 @@ static __device__ __forceinline__ void warp_reduce_sum_heads(float (&v)[G], int 
     }
 }
 
-// grid: chunks of heads, query heads/G; G query heads of one KV head at once, T cells of a warp
+// attention of one token over one split of a KV head
+// G is the number of query heads, which share the rows of K and V, T the number of cells of a warp's tile
+// grid: splits of all KV heads, query heads of a KV head/G
 template <int D, ggml_type type, int G, int T>
 static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_split(const razor_attn_args args) {
     constexpr int LANES_PER_ROW = D/8;
-    constexpr int ROWS_PER_STEP = 32/LANES_PER_ROW; // of a warp at once
+    constexpr int ROWS_PER_STEP = 32/LANES_PER_ROW; // rows that a warp loads at a time
     constexpr int STEPS         = T/ROWS_PER_STEP;
     constexpr int UNROLL        = STEPS < PREFETCH ? STEPS : PREFETCH;
 
@@ -184,6 +188,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
     __shared__ float s_sum [N_WARPS][G];
     __shared__ float s_out [N_WARPS][G][D];
 
+    // 1. find the KV head and its cells
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int part = lane % LANES_PER_ROW;
@@ -193,7 +198,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
 
     const int n_splits = args.n_splits[group];
     const int n_kv     = args.n_kv[group];
-    const int j        = block/n_splits; // head of the group
+    const int j        = block/n_splits; // index in the group
     const int split    = block - j*n_splits;
 
     const int head_kv = args.heads[group ? args.n_retrieval + j : j];
@@ -211,6 +216,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
 
     ggml_cuda_pdl_sync();
 
+    // 2. load q into registers, 8 elements per lane
     float q[G][8];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
@@ -233,7 +239,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
 
     float out[G][8] = {};
     float row_max[G];
-    float row_sum[G]; // of this lane's cells
+    float row_sum[G]; // sum over the cells of this lane
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         row_max[g] = -INFINITY;
@@ -247,8 +253,9 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
         }
     };
 
-    // m: the mask of this lane's cell, for powers of 2
+    // m: mask of the cell of this lane, times log2(e)
     auto attend = [&](int tile, float m) {
+        // 3. scores
         razor_row<type> rows_v[UNROLL];
         if (STEPS == UNROLL && T < TILE) {
             load(rows_v, v, args.v_row, tile, 0);
@@ -282,7 +289,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
 
 #pragma unroll
         for (int g = 0; g < G; ++g) {
-            // a masked cell can hold anything
+            // 4. softmax, the score of a masked cell can be NaN
             const float s = m > -INFINITY ? s_tile[warp][lane % T][g] + m : -INFINITY;
 
             const float max_new = fmaxf(warp_reduce_max(s), row_max[g]);
@@ -302,6 +309,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
         }
         __syncwarp();
 
+        // 5. add the values
 #pragma unroll
         for (int step0 = 0; step0 < STEPS; step0 += UNROLL) {
             if (STEPS != UNROLL || T == TILE) {
@@ -324,6 +332,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
         __syncwarp();
     };
 
+    // 6. run 3 to 5 for each tile that the token sees
     if (T == TILE) {
         for (int tile = cell0 + warp*T; tile < cell1; tile += N_WARPS*T) {
             const float m = tile + lane < cell1 ? RAZOR_LOG2E*__half2float(mask[tile + lane]) : -INFINITY;
@@ -332,8 +341,8 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
             }
         }
     } else {
-        // the tiles that are seen, in turn to the warps
-        constexpr int TILES = 32/T; // of a warp's cells
+        // the warps take visible tiles in turn
+        constexpr int TILES = 32/T; // tiles per 32 cells
 
         __shared__ float    s_mask[SMALL_MAX_CELLS];
         __shared__ uint32_t s_seen[N_WARPS];
@@ -357,8 +366,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
         }
     }
 
-    // the rows of a warp, then the warps
-
+    // 7. reduce over the lanes of each warp
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         row_sum[g] = warp_reduce_sum(row_sum[g]);
@@ -379,6 +387,7 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
     }
     __syncthreads();
 
+    // 8. combine the warps and write the output or a partial result
     for (int i = threadIdx.x; i < n_heads*D; i += N_WARPS*32) {
         const int g = i/D;
         const int d = i%D;
@@ -411,7 +420,8 @@ static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_s
     }
 }
 
-// grid: query heads; threads: (d, slices of the chunks)
+// combine the partial results of a query head
+// grid: query heads; block: (d, slices of the splits)
 template <int D>
 static __global__ void razor_attn_combine(
         const float * parts, const float2 * meta, float * dst, int max_splits, int n_splits0, int n_splits1, uint64_t retrieval, int n_gqa) {
@@ -432,12 +442,14 @@ static __global__ void razor_attn_combine(
 
     ggml_cuda_pdl_sync();
 
+    // 1. maximum over all splits
     float m = -INFINITY;
     for (int i = lane; i < n; i += 32) {
         m = fmaxf(m, meta[i].x);
     }
     m = warp_reduce_max(m);
 
+    // 2. weighted sum of each slice
     float o = 0.0f;
     float l = 0.0f;
 #pragma unroll 8
@@ -454,6 +466,7 @@ static __global__ void razor_attn_combine(
     }
     __syncthreads();
 
+    // 3. add the slices and write the output
     if (slice == 0) {
         for (int i = 1; i < SLICES; ++i) {
             o += s_out[i][d];
@@ -463,10 +476,10 @@ static __global__ void razor_attn_combine(
     }
 }
 
-// the d-th number of a row, as ggml rounds it; by all lanes of a warp, one after the other
+// store the d-th element of a row, rounded as by ggml; each lane of a warp stores one of 32 consecutive elements
 template <ggml_type type>
 static __device__ __forceinline__ void razor_store_element(char * row, int d, float x) {
-    const int i = d % 32; // in a block of 32
+    const int i = d % 32; // index in the quantized block
 
     if (type == GGML_TYPE_F16) {
         ((half *) row)[d] = __float2half(x);
@@ -482,7 +495,7 @@ static __device__ __forceinline__ void razor_store_element(char * row, int d, fl
         }
         block->qs[i] = roundf(x*inverse);
     } else if (type == GGML_TYPE_Q4_0) {
-        // the number that is furthest from 0, the first of such
+        // the first element with the largest absolute value
         float vmax = x;
         int   imax = i;
 #pragma unroll
@@ -530,7 +543,7 @@ static __device__ __forceinline__ float razor_load_element(const char * row, int
     return __half2float(block->d)*((block->qs[d % 16] >> (d % 32 < 16 ? 0 : 4) & 0xf) - 8);
 }
 
-// grid: rows of all heads and tokens, K and V; a thread for each number
+// grid: rows of all heads and tokens, K and V; block: d
 template <ggml_type type>
 static __global__ void razor_store_rows(
         const float * k_cur, const float * v_cur, char * k, char * v, const int64_t * rows, int64_t k_row, int64_t v_row) {
@@ -545,7 +558,7 @@ static __global__ void razor_store_rows(
 }
 
 struct razor_fold_args {
-    char *  rows[2]; // of the first local head, K and V
+    char *  rows[2]; // K and V, first row of the local heads
     int64_t row_bytes[2];
     float * sums[2]; // [slots][n_local][d]
     int64_t head_rows;
@@ -560,7 +573,7 @@ struct razor_fold_args {
     const float *   inverse;
 };
 
-// grid: local heads, K and V; threads: (d, slices of the rows)
+// grid: local heads, K and V; block: (d, slices of the rows)
 template <int D, ggml_type type>
 static __global__ void razor_fold_rows(const razor_fold_args args) {
     constexpr int SLICES = 1024/D;
@@ -578,6 +591,7 @@ static __global__ void razor_fold_rows(const razor_fold_args args) {
 
     ggml_cuda_pdl_sync();
 
+    // 1. sum the rows to fold
     float sum = 0.0f;
 #pragma unroll 8
     for (int i = slice; i < args.n_fold; i += SLICES) {
@@ -591,6 +605,7 @@ static __global__ void razor_fold_rows(const razor_fold_args args) {
         return;
     }
 
+    // 2. add the previous sum
     sum = sums[(int64_t) args.slot_src[0]*gridDim.x*D];
     for (int i = 0; i < SLICES; ++i) {
         sum += s_sum[i][d];
@@ -598,13 +613,14 @@ static __global__ void razor_fold_rows(const razor_fold_args args) {
 
     sums[args.slot_dst[0]*gridDim.x*D] = sum;
 
+    // 3. store the mean
     for (int i = 0; i < args.n_means; ++i) {
         razor_store_element<type>(rows + args.means[i]*row_bytes, d, sum*args.inverse[0]);
     }
 }
 
 struct razor_to_f16_args {
-    const char * rows[2]; // of K, of V
+    const char * rows[2]; // K and V
     int64_t      row_bytes[2];
     half       * out[2];
 
@@ -615,11 +631,12 @@ struct razor_to_f16_args {
     int64_t first_row[2];
 };
 
-// the rows that a batch looks at, one after the other
+// convert the rows that a batch attends to, the result is contiguous
+// grid: rows, K and V
 template <int D, ggml_type type>
 static __global__ void __launch_bounds__(N_WARPS*32) razor_to_f16(const razor_to_f16_args args) {
     constexpr int LANES_PER_ROW = D/8;
-    constexpr int ROWS_PER_STEP = N_WARPS*32/LANES_PER_ROW; // of the threads at once
+    constexpr int ROWS_PER_STEP = N_WARPS*32/LANES_PER_ROW; // rows that a thread block loads at a time
 
     const int n_retrieval = args.n_heads[0]*args.n_kv[0];
     const int n_rows      = n_retrieval + args.n_heads[1]*args.n_kv[1];
@@ -629,18 +646,20 @@ static __global__ void __launch_bounds__(N_WARPS*32) razor_to_f16(const razor_to
 
     ggml_cuda_pdl_sync();
 
+    // 1. load
     razor_row<type> rows[PREFETCH];
 #pragma unroll
     for (int i = 0; i < PREFETCH; ++i) {
         const int row   = min(first + i*ROWS_PER_STEP, n_rows - 1);
         const int group = row < n_retrieval ? 0 : 1;
         const int at    = row - (group == 0 ? 0 : n_retrieval);
-        const int head  = at/args.n_kv[group]; // of the group
+        const int head  = at/args.n_kv[group]; // index in the group
         const int cell  = at - head*args.n_kv[group];
 
         rows[i].load(args.rows[blockIdx.y] + (args.first_row[group] + head*args.head_rows[group] + cell)*args.row_bytes[blockIdx.y], part);
     }
 
+    // 2. convert and store
 #pragma unroll
     for (int i = 0; i < PREFETCH; ++i) {
         const int row = first + i*ROWS_PER_STEP;
@@ -689,14 +708,14 @@ static bool razor_attn_supported(const ggml_tensor * op, const ggml_razor_attn_p
     return razor_supported(op->src[1], op->src[2]) && params.n_head_kv <= GGML_RAZOR_ATTN_MAX_KV && op->src[0]->ne[1] % params.n_head_kv == 0;
 }
 
-// the attention of a batch
+// return true if the device supports the attention of a batch
 static bool razor_batch_supported(int device) {
     const int cc = ggml_cuda_info().devices[device].cc;
 
     return GGML_CUDA_CC_IS_NVIDIA(cc) && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
 }
 
-// by instructions of compute capability 9.0 alone
+// return true if the kernel for compute capability 9.0 should be used
 static bool razor_use_hopper(int device) {
 #ifdef GGML_CUDA_RAZOR_HOPPER
     const char * env = getenv(GGML_RAZOR_DEVICE_ENV);
@@ -708,7 +727,7 @@ static bool razor_use_hopper(int device) {
 #endif
 }
 
-// sums of products in F32 take twice as long as in F16 where GPUs are made for graphics
+// return true if the device accumulates in F32 at half the speed of F16, as graphics GPUs do
 static bool razor_use_f16_acc(int device) {
     const int cc = ggml_cuda_info().devices[device].cc;
 
@@ -740,7 +759,7 @@ bool ggml_cuda_razor_supported(int device, const ggml_tensor * op) {
 template <int D, ggml_type type, int G>
 static void razor_attn_launch(ggml_backend_cuda_context & ctx, razor_attn_args & args, const ggml_razor_attn_params & params, float * dst) {
     const int n_heads[2] = { args.n_retrieval, params.n_head_kv - args.n_retrieval };
-    const int n_parts    = (args.n_gqa + G - 1)/G; // of the query heads of a KV head
+    const int n_parts    = (args.n_gqa + G - 1)/G; // groups of G query heads of a KV head
     const int n_head     = params.n_head_kv*args.n_gqa;
 
     int n_tiles[2];
@@ -750,11 +769,12 @@ static void razor_attn_launch(ggml_backend_cuda_context & ctx, razor_attn_args &
         max_tiles  = std::max(max_tiles, n_tiles[i]);
     }
 
-    // chunks that are computed at once: a few more would take as long again
+    // number of thread blocks that the device runs at the same time: a few more would take twice the time
     const int n_resident = ggml_cuda_info().devices[ctx.device].nsm*(G < 8 ? 2 : 1);
 
     auto n_blocks = [&](int group, int tiles) { return n_heads[group]*((n_tiles[group] + tiles - 1)/tiles); };
 
+    // 1. find the smallest split for which all thread blocks run at the same time
     int tiles = max_tiles;
     if (max_tiles*TILE > SPLIT_MIN_CELLS) {
         const int64_t total = (int64_t) n_heads[0]*n_tiles[0] + (int64_t) n_heads[1]*n_tiles[1];
@@ -773,6 +793,7 @@ static void razor_attn_launch(ggml_backend_cuda_context & ctx, razor_attn_args &
         args.max_splits  = std::max(args.max_splits, args.n_splits[i]);
     }
 
+    // 2. allocate the partial results
     cudaStream_t stream = ctx.stream();
 
     ggml_cuda_pool_alloc<float>  parts(ctx.pool());
@@ -786,6 +807,7 @@ static void razor_attn_launch(ggml_backend_cuda_context & ctx, razor_attn_args &
         args.meta = nullptr;
     }
 
+    // 3. launch
     const dim3 grid(args.n_blocks + n_blocks(1, tiles), n_parts, 1);
 
     const ggml_cuda_kernel_launch_params launch(grid, dim3(N_WARPS*32, 1, 1), (size_t) 0, stream);
@@ -830,7 +852,8 @@ static void razor_attn_switch_type(ggml_backend_cuda_context & ctx, razor_attn_a
     }
 }
 
-// KV heads, retrieval heads first; returns how many these are
+// store the KV heads, retrieval heads first
+// return the number of retrieval heads
 static int razor_order_heads(const ggml_razor_attn_params & params, uint8_t * heads) {
     int n           = 0;
     int n_retrieval = 0;
@@ -918,6 +941,7 @@ static void razor_attn_batch(ggml_backend_cuda_context & ctx, const ggml_razor_a
     GGML_ASSERT(dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst));
     GGML_ASSERT(bias->type == GGML_TYPE_F32 && tiles->type == GGML_TYPE_I32);
 
+    // 1. describe the operands
     const int d = k->ne[0];
 
     razor_batch_args args = {};
@@ -958,6 +982,7 @@ static void razor_attn_batch(ggml_backend_cuda_context & ctx, const ggml_razor_a
     ggml_cuda_pool_alloc<float>  parts(ctx.pool());
     ggml_cuda_pool_alloc<float2> meta (ctx.pool());
 
+    // 2. convert K and V to F16
     if (k->type != GGML_TYPE_F16) {
         const int64_t n_rows = (int64_t) args.n_heads[0]*args.n_kv[0] + (int64_t) args.n_heads[1]*args.n_kv[1];
 
@@ -993,6 +1018,7 @@ static void razor_attn_batch(ggml_backend_cuda_context & ctx, const ggml_razor_a
         args.n_rows       = n_rows;
     }
 
+    // 3. divide the work and launch
     const bool hopper  = razor_use_hopper(ctx.device);
     const int  n_parts = razor_batch_schedule(args, ggml_cuda_info().devices[ctx.device].nsm*(hopper ? 1 : RAZOR_AMPERE_BLOCKS_PER_SM));
 
