@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,28 +34,19 @@ from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import ModelShape, Profile
+from tests.support.bench import KV, QUICK, SPEC
+from tests.support.journals import damaged
 from tests.support.stock import stock_lib_dir
-from tests.support.tiny_models import TinySpec, razor_kv
-from tests.unit.test_journal import damaged
+from tests.support.tiny_models import TinySpec
 
-SPEC = TinySpec("llama", 3, 4, 2, 64, n_ctx_train=4096)
-MASK = ((0, 0), (1, 0), (1, 1))
-KV = razor_kv(MASK, window_min=100, window_divisor=0)
 SHAPE = ModelShape("llama", 16, (32,) * 16, (8,) * 16, 64, 64, 131072)
+pytestmark = pytest.mark.usefixtures("same_commit")
+
 PROFILE = Profile(tuple(np.eye(8, dtype=np.uint8)[il % 8] for il in range(16)))
-QUICK = ["-r", "3", "--seconds", "0.05", "-t", "2"]
 
 
 def run(*args: str):
     return CliRunner().invoke(main, ["bench", *map(str, args)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _commit() -> Iterator[None]:
-    """Someone may commit while the tests run, and a journal of another commit is refused."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_module, "describe_code", lambda: {"version": "1", "commit": "abc"})
-        yield
 
 
 @pytest.fixture(scope="module")

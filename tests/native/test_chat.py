@@ -10,6 +10,7 @@ from razor_local import ContextFullError, Llama, RazorError
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.llama import Prefill
+from tests.support.texts import FACT, QUESTION, text_with
 
 GREEDY = Sampling(temp=0)
 
@@ -287,19 +288,6 @@ def llama():
     model = Llama(DEFAULT_MODEL, n_ctx=2048)
     yield model
     model.close()
-
-
-WORDS = "the sea was calm and a small boat lay near the old stone pier while men spoke".split()
-
-
-def text_with(fact, n_words=400, seed=0):
-    rng = random.Random(seed)
-    words = [rng.choice(WORDS) for _ in range(n_words)]
-    return f"{' '.join(words[: n_words // 3])}. {fact} {' '.join(words[n_words // 3 :])}."
-
-
-FACT = "The secret code of Marlow is 48213."
-QUESTION = "What is the secret code of Marlow?"
 
 
 def test_the_built_in_model_finds_a_fact_with_razor_active(llama):

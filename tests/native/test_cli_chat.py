@@ -22,23 +22,17 @@ from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.cli.terminal import MessageReader
 from razor_local.printable import printable
-from tests.native.test_chat import FACT, QUESTION, text_with
 from tests.support import embedded_model, tiny_models
+from tests.support.cli import MAIN, piped
+from tests.support.texts import FACT, QUESTION, text_with
 
 TEXT = text_with(FACT)
 PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 0)
 FULL = f"{PLAN.kv_bytes_full / 2**20:.1f} MiB"
-MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
 
 
 def run(*args: str, message: str | bytes = f"{TEXT}\n\n{QUESTION}\n"):
     return CliRunner().invoke(main, ["chat", *map(str, args)], input=message)
-
-
-def piped(message: str, cwd, code: str = MAIN) -> subprocess.CompletedProcess:
-    """chat in a process of its own, in a folder."""
-    command = [sys.executable, "-c", code, "chat"]
-    return subprocess.run(command, input=message, capture_output=True, text=True, cwd=cwd)
 
 
 # -- piped --

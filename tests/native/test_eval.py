@@ -28,8 +28,8 @@ from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify.compare import kl_divergence
-from tests.native.test_llama import no_numbers
-from tests.unit.test_journal import damaged
+from tests.support.embedded_model import model_with_scores, no_numbers
+from tests.support.journals import damaged
 
 NEEDLE = ["needle", "-c", "1k", "--depths", "20,60", "--kinds", "single", "--samples", "2", "-t", 1]
 WINDOW = ["--window-min", "128", "--window-divisor", "0"]  # the facts are all behind it
@@ -249,7 +249,6 @@ def test_ruler_runs_and_scores_each_task(tmp_path) -> None:
 
 
 def test_budgets_become_a_curve(tmp_path) -> None:
-    from tests.unit.test_eval_scores import model_with_scores
 
     model = model_with_scores(tmp_path)
     found = report(

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from razor_local.errors import UnsupportedError
 from razor_local.evals.lm_eval import RazorLM
-from tests.native.test_chat import FACT, text_with
+from tests.support.texts import FACT, text_with
 
 TEXT = text_with(FACT)
 OPTIONS = dict(n_ctx=2048, n_threads=1, window_min=128, window_divisor=0)

@@ -21,7 +21,7 @@ from razor_local import ContextFullError, Llama, RazorError, StateError, evaluat
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.llama import llama_cpp
-from tests.native.test_chat import FACT, QUESTION, text_with
+from tests.support.texts import FACT, QUESTION, text_with
 
 PROMPT = f"{text_with(FACT, 12)}\n\n{QUESTION}"
 MESSAGES = [{"role": "user", "content": PROMPT}]

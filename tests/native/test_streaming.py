@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from razor_local import Llama, RazorError
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.llama import llama_cpp
-from tests.native.test_chat import FACT, QUESTION, text_with
+from tests.support.texts import FACT, QUESTION, text_with
 from tests.support.tiny_models import TinySpec, make_model
 
 LOOPS = ("eval", "generate", "sample", "reset", "_init_sampler", "_create_completion")

@@ -280,9 +280,7 @@ def changed_files(stock: Tree, patched: Tree) -> list[str]:
 
 def unpack_python_tests(folder: Path) -> Path:
     """llama-cpp-python's own tests from the pinned sdist, with the file they open by its path."""
-    from tests.build.test_build import pin
-
-    version, _ = pin()
+    version, _ = native_build.pin()
     name = f"llama_cpp_python-{version}"
     sdist = os.environ.get("RAZOR_LOCAL_SDIST") or native_build.cache_dir() / f"{name}.tar.gz"
     shutil.rmtree(folder, ignore_errors=True)

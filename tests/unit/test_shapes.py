@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from razor_local import Llama
 from razor_local.bench import shapes
 from razor_local.bench.shapes import SHAPES, Shape, cached_shape_model, is_random, write_shape_model
 from razor_local.common import files as safe_write
@@ -77,16 +76,6 @@ def test_profile_of_ones_own(tmp_path) -> None:
     found = read_profile(write_shape_model(tmp_path / "m.gguf", SMALL, profile=profile))
     assert found.flat().tolist() == [1, 0, 0, 0]
     assert (found.window_min, found.window_divisor) == (256, 0)
-
-
-def test_file_can_be_run(tmp_path) -> None:
-    path = write_shape_model(tmp_path / "m.gguf", SMALL, retrieval=0.5)
-    llama = Llama(path, n_ctx=512, window=64, razor=True, logits_all=False)
-    assert llama.plan.active
-    llama.eval([1, 2, 3])
-    logits = np.array(llama._ctx.get_logits()[: SMALL.n_vocab])
-    assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
-    llama.close()
 
 
 def test_cached_file_is_not_written_again(tmp_path, monkeypatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,30 +100,6 @@ def test_sidecar_of_a_split_model(split, tmp_path):
     last.write_bytes(raw)
     with pytest.raises(ProfileError, match="sidecar of another model file"):
         read_sidecar(tmp_path / "s.gguf", read_model_shape(split))
-
-
-def test_llama_cpp_runs_the_copy(split, tmp_path):
-    """The split copy, the split model with a sidecar and a copy in one file: the same logits."""
-    from razor_local import Llama
-
-    profile = replace(PROFILE, window_min=64, window_divisor=0)
-    one = make_model(tmp_path / "one.gguf", TinySpec())
-    side = write_sidecar(split, tmp_path / "side.gguf", profile)
-    results = []
-    for path, razor in (
-        (write_copy(one, tmp_path / "one-razor.gguf", profile), True),
-        (write_copy(split, tmp_path / "out.gguf", profile), True),
-        (split, side),
-    ):
-        llama = Llama(path, n_ctx=1024, razor=razor, n_threads=1)
-        assert llama.plan.active
-        llama.eval([7 * i % 120 + 1 for i in range(600)])
-        logits = np.ctypeslib.as_array(llama._ctx.get_logits_ith(-1), (llama.n_vocab(),)).copy()
-        results.append(logits)
-        llama.close()
-    assert results[0].std() > 0.1
-    np.testing.assert_array_equal(results[1], results[0])
-    np.testing.assert_array_equal(results[2], results[0])
 
 
 # -- refusals

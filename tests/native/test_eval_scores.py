@@ -27,6 +27,7 @@ from razor_local.evals.questions import Question, Sample
 from razor_local.evals.run import open_llama
 from razor_local.model_setup import ModelSetup
 from razor_local.profile import read_model_shape, read_profile
+from tests.support.embedded_model import model_with_scores
 
 SETUP = ModelSetup(str(DEFAULT_MODEL))
 
@@ -198,23 +199,6 @@ def test_budgets_take_the_heads_with_the_best_scores(tmp_path) -> None:
     # the same heads are not measured twice
     shares = (0.1 / n, 0.9 / n)
     assert len(make_policies(setup, [f"razor@{share:.6f}" for share in shares])[1]) == 1
-
-
-def model_with_scores(folder):
-    """A copy of the built-in model in whose profile KV head 5 has the highest score."""
-    from razor_local.converters.write import write_copy
-
-    profile, shape = read_profile(DEFAULT_MODEL), read_model_shape(DEFAULT_MODEL)
-    n = sum(shape.n_head)
-    scores = np.linspace(0.1, 0.4, n, dtype=np.float32)
-    scores[5 * n // sum(shape.n_head_kv)] = 0.9
-    path = folder / "scored.gguf"
-    write_copy(
-        DEFAULT_MODEL,
-        path,
-        replace(profile, induction_score=scores, echo_score=np.zeros(n, np.float32)),
-    )
-    return path
 
 
 def test_a_head_list_is_a_policy(tmp_path) -> None:
