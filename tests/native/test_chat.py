@@ -9,86 +9,10 @@ import pytest
 from razor_local import ContextFullError, Llama, RazorError
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
-from razor_local.llama import Prefill
+from tests.support.scripted_model import ScriptedModel, make, render, roles
 from tests.support.texts import FACT, QUESTION, text_with
 
 GREEDY = Sampling(temp=0)
-
-
-class ScriptedModel:
-    """Bytes are tokens, "<" and ">" are special; answers come from a list, b"\\0" ends them."""
-
-    def __init__(self, answers, n_ctx=200):
-        self.answers = [list(answer) for answer in answers]
-        self._n_ctx = n_ctx
-        self.cache: list[int] = []
-        self.n_evaluated = 0
-        self.stop_after = None  # tokens of a prefill
-
-    @property
-    def n_tokens(self):
-        return len(self.cache)
-
-    def n_ctx(self):
-        return self._n_ctx
-
-    def tokenize(self, text, add_bos=True, special=False):
-        assert not add_bos and special
-        return list(text)
-
-    def n_ctx_train(self):
-        return 1024
-
-    def mark_plain(self, messages):
-        return messages
-
-    def piece(self, token):
-        return bytes([token])
-
-    def is_end(self, token):
-        return token == 0
-
-    def is_special(self, token):
-        return token in b"<>"
-
-    def request(self, make):
-        return make(self)
-
-    def prefill(self, tokens, progress=None, stop=None):
-        keep = 0
-        while keep < min(len(tokens) - 1, len(self.cache)) and tokens[keep] == self.cache[keep]:
-            keep += 1
-        self.cache = tokens[:keep]
-        while len(self.cache) < len(tokens):
-            if stop():
-                return Prefill(keep, len(self.cache) - keep, False)
-            self.cache.append(tokens[len(self.cache)])
-            if progress:
-                progress(len(self.cache), len(tokens))
-        return Prefill(keep, len(tokens) - keep, True)
-
-    def generate(self, tokens, **sampling):
-        self.sampling = sampling
-        assert self.cache == list(tokens), "generate() must find the prompt evaluated"
-        for token in self.answers.pop(0):
-            yield token
-            assert len(self.cache) < self._n_ctx, "a token was evaluated beyond the context"
-            self.cache.append(token)
-
-
-def render(messages):
-    turns = "".join(f"<{m['role'][0]}:{m['content']}>" for m in messages)
-    return turns + "<a:"
-
-
-def make(answers, **kwargs):
-    n_ctx = kwargs.pop("n_ctx", 200)
-    model = ScriptedModel([a if isinstance(a, bytes) else a.encode() for a in answers], n_ctx)
-    return model, Chat(model, render, **kwargs)
-
-
-def roles(chat):
-    return [(m["role"], m["content"]) for m in chat.messages]
 
 
 def test_a_turn_streams_and_is_remembered():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from test_chat import FACT, QUESTION
-from test_cli_chat import MAIN, paste, terminal
+from tests.support.cli import MAIN
+from tests.support.terminal import paste, terminal
+from tests.support.texts import FACT, QUESTION
 
 OTHER = FACT.replace("48213", "90517")
 

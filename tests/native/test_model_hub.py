@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import CHUNK, COMMIT, Hub, Repo, command, environment, run, wait_for
-from test_full_disk import disk  # noqa: F401
-from tiny_models import TinySpec, make_split_model
 
 from razor_local.model_setup import DEFAULT_MODEL
+from tests.support.hub_server import CHUNK, COMMIT, Hub, Repo, command, environment, run, wait_for
+from tests.support.tiny_models import TinySpec, make_split_model
 
 MODEL = DEFAULT_MODEL.read_bytes()
 SHA256 = hashlib.sha256(MODEL).hexdigest()
@@ -290,7 +289,7 @@ def test_no_network_and_offline(hub, tmp_path) -> None:
         assert done.returncode == 0 and done.stderr == ""
 
 
-def test_full_disk(hub, disk) -> None:  # noqa: F811
+def test_full_disk(hub, disk) -> None:
     """Refused before it begins; and where the disk fills up meanwhile, what arrived is kept."""
     line = one_line(run(hub, disk, "models", "pull", NAME))
     assert line == (

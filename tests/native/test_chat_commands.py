@@ -6,11 +6,11 @@ import random
 from functools import partial
 
 import pytest
-from test_chat import ScriptedModel, make, render, roles
 
 from razor_local import ContextFullError, RazorError
 from razor_local.chat import Chat, Sampling
 from razor_local.cli.chat_commands import COMMANDS, parse
+from tests.support.scripted_model import ScriptedModel, make, render, roles
 
 
 @pytest.mark.parametrize(

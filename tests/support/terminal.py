@@ -1,0 +1,87 @@
+"""A chat on a pseudo-terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from contextlib import contextmanager
+
+from tests.support.cli import MAIN
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
+
+
+class Terminal:
+    """A chat in a child process on a pseudo-terminal of 40 x 120."""
+
+    def __init__(self, *args: str, code: str = MAIN, **env: str) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            env = {"TERM": "xterm-256color", "LINES": "40", "COLUMNS": "120"} | env
+            os.environ.update(env)
+            os.execv(sys.executable, [sys.executable, "-c", code, "chat", *args])
+        self.raw = ""  # all output
+        self.text = ""  # without escape sequences
+        self._seen = 0
+
+    def expect(self, text: str, timeout: float = 60) -> str:
+        """Output from the last expected text to this one."""
+        end = time.monotonic() + timeout
+        while (at := self.text.find(text, self._seen)) < 0:
+            ready, _, _ = select.select([self.fd], [], [], max(0, end - time.monotonic()))
+            assert ready, f"no {text!r} in {timeout} s, got:\n{self.text[self._seen :]}"
+            try:
+                data = os.read(self.fd, 65536)
+            except OSError:
+                data = b""
+            assert data, f"the process ended before {text!r}:\n{self.text[self._seen :]}"
+            self.raw += data.decode("utf-8", "replace")
+            self.text += ANSI.sub("", data.decode("utf-8", "replace"))
+        found = self.text[self._seen : at + len(text)]
+        self._seen = at + len(text)
+        return found
+
+    def send(self, text: str) -> None:
+        data = text.encode()
+        while data:
+            data = data[os.write(self.fd, data) :]
+
+    def wait(self) -> tuple[int, float]:
+        """Exit code and CPU seconds of the child."""
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            ready, _, _ = select.select([self.fd], [], [], 0.1)
+            try:  # a terminal nobody reads from would block the child
+                if ready:
+                    self.raw += os.read(self.fd, 65536).decode("utf-8", "replace")
+            except OSError:
+                pass
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        raise AssertionError("the process does not end")
+
+    def close(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+
+@contextmanager
+def terminal(*args: str, code: str = MAIN, **env: str):
+    t = Terminal(*args, code=code, **env)
+    try:
+        yield t
+    finally:
+        t.close()
+
+
+def paste(text: str) -> str:
+    return f"\x1b[200~{text}\x1b[201~"
