@@ -24,15 +24,8 @@ import numpy as np
 from ..errors import ConvertError, GGUFError, UnsupportedError
 from ..gguf.header import F32, TENSOR_TYPES, Header, Tensor, read_header
 from ..gguf.split import read_parts
-from ..profile import (
-    LAYER_NORM,
-    MAX_WINDOW,
-    RMS_NORM,
-    ModelShape,
-    Profile,
-    alibi_max_bias,
-    shape_from_header,
-)
+from ..model_shape import LAYER_NORM, RMS_NORM, ModelShape, alibi_max_bias, shape_from_header
+from ..profile import MAX_WINDOW, Profile
 
 DEFAULT_EPSILON = 0.001
 SEARCH_STEPS = 8

@@ -36,9 +36,11 @@ import numpy as np
 from .. import native
 from ..common.interrupt import on_interrupt
 from ..errors import ConvertError, RazorError, UnsupportedError
+from ..model_file import read_model_shape
+from ..model_shape import ModelShape
 from ..native.models import load_model, vocabulary
 from ..native.probe import AttentionProbe, attention_context
-from ..profile import ModelShape, Profile, read_model_shape
+from ..profile import Profile
 from ..scores import MIN_TOKENS, Scores
 
 DEFAULT_TOKENS = 2500

@@ -15,8 +15,9 @@ from ..common.figure import make_figure, save_figure
 from ..common.inputs import open_input
 from ..errors import ProfileError
 from ..gguf.header import MAGIC, read_header
+from ..model_shape import ModelShape, describe_heads, shape_from_header
 from ..printable import printable
-from ..profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
+from ..profile import Profile, profile_from_header
 
 if TYPE_CHECKING:
     from ..scores import Cut

@@ -23,6 +23,7 @@ from ..common.files import check_new_file, check_room, create_part, publish, rem
 from ..errors import ConvertError, ProfileError
 from ..gguf.header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U32, Header, read_header
 from ..gguf.split import part_paths, read_parts
+from ..model_shape import ModelShape, model_fingerprint, shape_from_header
 from ..profile import (
     KEY_CALIBRATION_PREFIX,
     KEY_COMPENSATION,
@@ -38,12 +39,9 @@ from ..profile import (
     KEY_WINDOW_DIVISOR,
     KEY_WINDOW_MIN,
     VERSION,
-    ModelShape,
     Profile,
-    model_fingerprint,
     profile_from_header,
     read_sidecar,
-    shape_from_header,
 )
 
 CHUNK = 8 << 20

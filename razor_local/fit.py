@@ -27,10 +27,11 @@ from . import native
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.split import read_parts
+from .model_shape import ModelShape, shape_from_header
 from .native.loaded import C, library
 from .native.models import new_context
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
-from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
+from .profile import Profile, profile_from_header, split_heads
 
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target

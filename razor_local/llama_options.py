@@ -13,9 +13,10 @@ from . import native
 from .errors import GGUFError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.hyper_parameters import check_overrides
+from .model_shape import ModelShape, shape_from_header
 from .native.loaded import C, llama_cpp
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
-from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .profile import Profile, profile_from_header, read_sidecar
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it

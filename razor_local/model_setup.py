@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .profile import ModelShape, Profile
+    from .model_shape import ModelShape
+    from .profile import Profile
 
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "razor-default.gguf"  # built in
@@ -32,12 +33,13 @@ class ModelSetup:
 
     def read(self) -> tuple[ModelShape, Profile]:
         """Return shape and profile. Raises RazorError without a profile that can change so."""
-        from .profile import no_profile, read_model_shape, read_profile, read_sidecar
+        from .model_file import ModelFile, read_model_shape, read_profile
+        from .profile import read_sidecar
 
         shape = read_model_shape(self.model)
         profile = read_sidecar(self.sidecar, shape) if self.sidecar else read_profile(self.model)
         if profile is None:
-            raise no_profile(self.model)
+            raise ModelFile(self.model).no_profile()
         if self.retrieval is not None:
             from .scores import with_budget
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import UnsupportedError
 
 if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
-    from .profile import ModelShape, Profile
+    from .model_shape import ModelShape
+    from .profile import Profile
 
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values

@@ -13,7 +13,7 @@ from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
 
 from razor_local.gguf.header import read_header
-from razor_local.profile import read_model_shape
+from razor_local.model_file import read_model_shape
 
 PATH = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
 

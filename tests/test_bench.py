@@ -43,8 +43,9 @@ from razor_local.cli.bench import KINDS as CLI_KINDS
 from razor_local.common.machine import describe_code, describe_gpus, describe_machine, free_memory
 from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
+from razor_local.model_shape import ModelShape
 from razor_local.plan import make_plan
-from razor_local.profile import ModelShape, Profile
+from razor_local.profile import Profile
 
 SPEC = TinySpec("llama", 3, 4, 2, 64, n_ctx_train=4096)
 MASK = ((0, 0), (1, 0), (1, 1))

@@ -13,9 +13,10 @@ from tiny_models import TinySpec, razor_kv
 from razor_local.bench import worker as bench_worker
 from razor_local.bench.worker import Session, SessionContext, Side, Worker, kept_bytes
 from razor_local.errors import RazorError
+from razor_local.model_file import read_model_shape
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
-from razor_local.profile import Profile, read_model_shape
+from razor_local.profile import Profile
 
 SPEC = TinySpec("llama", 3, 4, 2, 64, n_ctx_train=4096)
 MASK = ((0, 0), (1, 0), (1, 1))

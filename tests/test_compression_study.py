@@ -14,7 +14,7 @@ from tiny_models import TinySpec, make_model, razor_kv
 
 from razor_local import Llama
 from razor_local.errors import UnsupportedError
-from razor_local.profile import read_profile
+from razor_local.model_file import read_profile
 
 MODELS = Path(__file__).parent.parent / "models"
 N_CTX = 768

@@ -38,12 +38,8 @@ from tiny_models import TinySpec, make_model, razor_kv
 from razor_local.cli import main
 from razor_local.errors import ConvertError, ProfileError
 from razor_local.gguf.header import read_header
-from razor_local.profile import (
-    Profile,
-    read_model_shape,
-    read_profile,
-    read_sidecar,
-)
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile, read_sidecar
 
 HEADS = "1\t0\n0\t0\n0\t1\n"  # of the tiny model: 3 layers x 2 KV heads
 PROFILE = Profile((np.array([1, 0]), np.array([0, 0]), np.array([0, 1])), calibration={"seed": 3})

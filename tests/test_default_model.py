@@ -12,8 +12,8 @@ from test_cli_chat import piped
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.questions import Prompts, fit_text
 from razor_local.gguf.header import ARRAY, STRING, read_header
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.plan import make_plan
-from razor_local.profile import read_model_shape, read_profile
 
 PATH = files("razor_local") / "data" / "razor-default.gguf"
 

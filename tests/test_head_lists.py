@@ -19,7 +19,8 @@ from razor_local.converters.write import write_copy
 from tiny_models import TinySpec, make_model
 
 from razor_local.errors import ProfileError
-from razor_local.profile import ModelShape, read_model_shape, read_profile
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.model_shape import ModelShape
 
 # a folder of published head lists (*.tsv, *.json, in folders of any depth), for those who have one
 PUBLISHED = os.environ.get("RAZOR_HEAD_LISTS")

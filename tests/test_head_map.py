@@ -22,7 +22,8 @@ from tiny_models import TinySpec, make_model
 
 from razor_local.cli import main
 from razor_local.errors import ProfileError, UnsupportedError
-from razor_local.profile import Profile, read_model_shape, read_profile
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile
 from razor_local.scores import Scores, save_scores
 
 MASK = (np.array([1, 0]), np.array([0, 0]), np.array([1, 1]))

@@ -12,8 +12,8 @@ from razor_local.converters.write import write_sidecar
 from tiny_models import TinySpec, make_model, razor_kv
 
 from razor_local.cli import main
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.plan import make_plan
-from razor_local.profile import read_model_shape, read_profile
 
 MASK = [[1, 0], [0, 0], [1, 1]]
 

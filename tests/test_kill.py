@@ -20,7 +20,7 @@ from gguf_bytes import STRING, U32, gguf, kv, tensor
 from tiny_models import TinySpec, make_split_model
 
 from razor_local.errors import RazorError
-from razor_local.profile import read_profile
+from razor_local.model_file import read_profile
 
 # One process that has imported everything forks the converters, so that a kill costs no start.
 SERVER = """

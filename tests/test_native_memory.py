@@ -11,8 +11,9 @@ import reference
 import runner
 from tiny_models import TinySpec
 
+from razor_local.model_file import read_model_shape
 from razor_local.plan import make_plan
-from razor_local.profile import Profile, read_model_shape
+from razor_local.profile import Profile
 
 # 20 KV heads in 5 layers, 3 of them (15 %) retrieval heads
 SPEC = TinySpec("llama", 5, 4, 4, 64, n_embd=32, n_ff=32, n_vocab=32, seed=31)

@@ -31,16 +31,9 @@ from hypothesis import strategies as st
 
 from razor_local.errors import GGUFError, ProfileError, RazorError
 from razor_local.gguf.header import read_header
-from razor_local.profile import (
-    KEY_FINGERPRINT,
-    ModelShape,
-    Profile,
-    describe_heads,
-    read_model_shape,
-    read_profile,
-    read_sidecar,
-    unsupported_feature,
-)
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.model_shape import ModelShape, describe_heads, unsupported_feature
+from razor_local.profile import KEY_FINGERPRINT, Profile, read_sidecar
 
 HEADS = [1, 0, 0, 1]  # of small_model: 2 layers x 2 KV heads
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from razor_local.errors import ProfileError
-from razor_local.profile import ModelShape, Profile, split_heads
+from razor_local.model_shape import ModelShape
+from razor_local.profile import Profile, split_heads
 from razor_local.scores import (
     FLOOR,
     MAX_SHARE,

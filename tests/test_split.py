@@ -18,7 +18,8 @@ from tiny_models import TinySpec, make_model, make_split_model
 from razor_local.errors import ConvertError, GGUFError, ProfileError
 from razor_local.gguf.header import read_header
 from razor_local.gguf.split import part_paths, read_parts
-from razor_local.profile import Profile, read_model_shape, read_profile, read_sidecar
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile, read_sidecar
 
 PROFILE = Profile((np.array([1, 0]), np.array([0, 0]), np.array([0, 1])), calibration={"seed": 3})
 OTHER = Profile((np.array([0, 0]), np.array([1, 1]), np.array([0, 0])))

@@ -28,8 +28,8 @@ from tiny_models import TinySpec, model_kv, razor_kv, write_gguf
 from razor_local import native
 from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.plan import KV_TYPES
-from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify import compare as compare_module
 from razor_local.verify import reference
 from razor_local.verify import run as module

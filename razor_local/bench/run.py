@@ -40,8 +40,9 @@ from ..errors import RazorError
 from ..gguf.header import read_header
 from ..gguf.split import read_parts
 from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
 from ..plan import MAX_N_CTX, N_CTX_PAD, Plan
-from ..profile import ModelShape, Profile
+from ..profile import Profile
 from .energy import EnergyMeter
 from .shapes import is_random
 from .worker import READ_CAP, Context, Side, Worker, kept_bytes

@@ -39,8 +39,9 @@ from ..native.structs import InitParams
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..model_shape import ModelShape
     from ..plan import Plan
-    from ..profile import ModelShape, Profile
+    from ..profile import Profile
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _read_stdin() -> str:
 
 def _load(path: Path, options: dict[str, Any]) -> Llama:
     from ..common.interrupt import on_interrupt
-    from ..profile import read_model_shape
+    from ..model_file import read_model_shape
     from .terminal import ProgressBar
 
     n_ctx = options["ctx_size"]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..evals.haystack import Haystack
-    from ..profile import ModelShape, Profile
+    from ..model_shape import ModelShape
+    from ..profile import Profile
     from ..scores import Scores
 
 PATH = click.Path(path_type=Path)
@@ -166,14 +167,8 @@ def convert(
     from ..converters.heads import profile_from_heads
     from ..converters.write import check_output, write_copy, write_sidecar
     from ..gguf.header import read_header
-    from ..profile import (
-        MAX_WINDOW,
-        Profile,
-        alibi_max_bias,
-        facts_line,
-        shape_from_header,
-        unsupported_feature,
-    )
+    from ..model_shape import alibi_max_bias, shape_from_header, unsupported_feature
+    from ..profile import MAX_WINDOW, Profile, facts_line
 
     options: dict[str, Any] = {
         "sink_tokens": sinks,

@@ -147,7 +147,7 @@ def probe() -> None:
 
 
 def _default_model(problems: list[str]) -> dict[str, Any] | None:
-    from ..profile import read_model_shape, read_profile
+    from ..model_file import read_model_shape, read_profile
     from .chat import DEFAULT_MODEL
 
     try:

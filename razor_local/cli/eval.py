@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..evals.policies import Policy
     from ..evals.questions import Sample
     from ..evals.report import Report
-    from ..profile import ModelShape
+    from ..model_shape import ModelShape
     from .terminal import TimeLeft
 
 PATH = click.Path(path_type=Path)

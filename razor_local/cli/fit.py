@@ -174,7 +174,8 @@ def _profile(
     """What razor is planned with, and where that comes from."""
     from ..errors import ProfileError
     from ..fit import paper_profile
-    from ..profile import no_profile, read_sidecar
+    from ..model_file import ModelFile
+    from ..profile import read_sidecar
 
     if dry.shape is None:
         if sidecar is not None or budget is not None:
@@ -183,7 +184,7 @@ def _profile(
     profile = dry.profile() if sidecar is None else read_sidecar(sidecar, dry.shape)
     if profile is None:
         if budget is not None:
-            raise no_profile(dry.path)
+            raise ModelFile(dry.path).no_profile()
         return paper_profile(dry.shape), "paper"
     if budget is not None:
         from ..scores import with_budget

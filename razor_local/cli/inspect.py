@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from ..model_shape import ModelShape
     from ..plan import Plan
-    from ..profile import ModelShape, Profile
+    from ..profile import Profile
 
 PATH = click.Path(path_type=Path)
 COMPARED = ("f16", "q8_0", "q4_0")
@@ -78,15 +79,10 @@ def inspect(
     """
     from ..common.files import check_outputs
     from ..gguf.header import read_header
+    from ..model_file import ModelFile
+    from ..model_shape import shape_from_header, unsupported_feature, why_not_converted
     from ..plan import make_plan
-    from ..profile import (
-        no_profile,
-        profile_from_header,
-        read_sidecar,
-        shape_from_header,
-        unsupported_feature,
-        why_not_converted,
-    )
+    from ..profile import profile_from_header, read_sidecar
 
     check_outputs([plot], [file, sidecar, compare])
     header = read_header(file)
@@ -96,7 +92,7 @@ def inspect(
     )
     looking = heads or compare is not None or plot is not None
     if profile is None and (budget is not None or looking):
-        raise no_profile(file)
+        raise ModelFile(file).no_profile()
     if budget is not None and profile is not None:
         from ..scores import with_budget
 

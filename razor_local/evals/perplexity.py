@@ -29,8 +29,8 @@ from ..common.markdown import markdown_table
 from ..common.progress import Clock, Progress
 from ..errors import RazorError
 from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
 from ..plan import padded_n_ctx
-from ..profile import ModelShape
 from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
 from .intervals import block_bootstrap

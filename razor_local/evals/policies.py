@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import RazorError, UnsupportedError
+from ..model_file import read_model_shape
 from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
 from ..plan import KV_TYPES, Plan, make_plan, row_size
-from ..profile import ModelShape, Profile, read_model_shape, split_heads
+from ..profile import Profile, split_heads
 
 KINDS = ("full", "razor", "razor-no-comp", "local", "streaming", "random-heads", "heads=FILE")
 DEFAULT = (

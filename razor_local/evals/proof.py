@@ -23,8 +23,9 @@ import numpy as np
 
 from ..common.progress import Progress
 from ..errors import UnsupportedError
+from ..model_file import read_model_shape
 from ..plan import Plan, make_plan
-from ..profile import Profile, read_model_shape, split_heads
+from ..profile import Profile, split_heads
 from ..scores import group_max
 from .facts import ROOM, Examiner, Outcome, make_exam
 from .haystack import Haystack, MadeText

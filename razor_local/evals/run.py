@@ -15,8 +15,8 @@ from ..common.journal import Journal
 from ..common.machine import describe_code, describe_machine
 from ..common.progress import Clock, Progress
 from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
 from ..plan import N_CTX_PAD
-from ..profile import ModelShape
 from .policies import Policy
 from .questions import Answerer, Sample
 

@@ -30,17 +30,12 @@ from ..common.interrupt import on_interrupt
 from ..common.machine import n_cores
 from ..errors import ProfileError, RazorError, UnsupportedError
 from ..gguf.header import read_header
+from ..model_file import ModelFile
+from ..model_shape import ModelShape, shape_from_header
 from ..native.models import load_model, new_context, vocabulary
 from ..native.tensors import bind
 from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
-from ..profile import (
-    ModelShape,
-    Profile,
-    no_profile,
-    profile_from_header,
-    read_sidecar,
-    shape_from_header,
-)
+from ..profile import Profile, profile_from_header, read_sidecar
 from . import reference
 from .capture import Capture
 from .compare import compare_layer, kl_divergence
@@ -187,7 +182,7 @@ def _plan(
 ) -> Plan:
     """An active plan. Raises ProfileError."""
     if profile is None:
-        raise no_profile(path)
+        raise ModelFile(path).no_profile()
     n_ctx = n_ctx or min(DEFAULT_N_CTX, shape.n_ctx_train or DEFAULT_N_CTX)
     plan = make_plan(shape, profile, padded_n_ctx(shape, n_ctx), type_k, type_v, flash_attn)
     if not plan.active:
