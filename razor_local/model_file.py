@@ -46,15 +46,20 @@ class ModelFile(os.PathLike[str]):
         return profile_from_header(self.header, self.shape)
 
     def choose_profile(
-        self, sidecar: str | os.PathLike[str] | None = None, budget: float | None = None
+        self,
+        other: str | os.PathLike[str] | Profile | None = None,
+        budget: float | None = None,
     ) -> Profile | None:
-        """Return the profile to run the model with, None without any.
+        """Return the profile to run the model with, None without any. Raises as profile does.
 
         Args:
-            sidecar: file with the profile, instead of the one in the model file.
-            budget: share of retrieval heads, instead of the profile's.
+            other: a sidecar, or a Profile, instead of the profile in the model file.
+            budget: the share of retrieval heads, instead of the profile's.
         """
-        profile = self.profile if sidecar is None else read_sidecar(sidecar, self.shape)
+        if other is None:
+            profile = self.profile
+        else:
+            profile = other if isinstance(other, Profile) else read_sidecar(other, self.shape)
         if profile is not None and budget is not None:
             from .scores import with_budget
 

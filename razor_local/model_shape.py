@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from .errors import ProfileError
@@ -43,8 +44,7 @@ class ModelShape:
 
     n_layer leaves out next-token-prediction layers, which the context's own cache does not hold.
     n_head, n_head_kv: query and KV heads per layer [n_layer]. head_dim_k, head_dim_v: elements.
-    n_ctx_train: tokens. fingerprint: sha256 (hex) of what makes the model itself, see
-    model_fingerprint.
+    n_ctx_train: tokens. parts: the headers of the model's files, () for a shape without a model.
     """
 
     arch: str
@@ -55,8 +55,17 @@ class ModelShape:
     head_dim_v: int
     n_ctx_train: int
     name: str = ""
-    fingerprint: str = ""
-    path: Path | None = None
+    parts: tuple[Header, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def path(self) -> Path | None:
+        """The model file, or the first of its files."""
+        return self.parts[0].path if self.parts else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See model_fingerprint(). Data are read when this is asked for; "" without a model."""
+        return model_fingerprint(self.parts) if self.parts else ""
 
 
 def describe_heads(heads: tuple[int, ...], kind: str = "KV") -> str:
@@ -139,8 +148,7 @@ def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:
         head_dim_v=size("attention.value_length", head_dim, 1, MAX_HEAD_DIM),
         n_ctx_train=size("context_length", 0, 0, 2**31 - 1),
         name=header.string("general.name") or "",
-        fingerprint=model_fingerprint(parts),
-        path=header.path,
+        parts=parts,
     )
 
 

@@ -198,7 +198,12 @@ def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
 
     Raises ProfileError where the file is no sidecar, or one of another model.
     """
-    header = read_header(path)
+    return sidecar_from_header(read_header(path), shape)
+
+
+def sidecar_from_header(header: Header, shape: ModelShape) -> Profile:
+    """The same, of a header that was read already."""
+    path = header.path
     fingerprint = header.string(KEY_FINGERPRINT)
     if fingerprint is None:
         raise ProfileError(

@@ -67,8 +67,7 @@ def query_head_scopes(spec: AlibiSpec, profile: Profile) -> np.ndarray:
 
 def own_scopes(path: Path, spec: AlibiSpec, il: int, epsilon: float = EPSILON) -> list[int]:
     """Of the query heads of a layer, each by itself."""
-    header = read_header(path)
-    found = alibi._Attention(header, shape_from_header(header))
+    found = alibi._Attention(read_model_shape(path))
     ranges = [r for ih in range(spec.n_head_kv) for r in found.logit_ranges(il, ih)]
     slopes = alibi_slopes(spec.n_head, spec.max_bias)
     return [head_scope(r, s, epsilon) for r, s in zip(ranges, slopes, strict=True)]

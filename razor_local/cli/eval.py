@@ -179,7 +179,7 @@ def needle(model: Path | None, **options: Any) -> None:
     )
     haystack = _haystack(options)
     with run.progress() as show:
-        samples = make_samples(settings, haystack, Prompts(run.setup.model), _making(show))
+        samples = make_samples(settings, haystack, Prompts(run.setup.file), _making(show))
         described = {
             "tasks": settings.kinds,
             "depths": settings.depths,
@@ -235,7 +235,7 @@ def ruler(model: Path | None, **options: Any) -> None:
     )
     haystack = _haystack(options)
     with run.progress() as show:
-        samples = make_samples(settings, haystack, Prompts(run.setup.model), _making(show))
+        samples = make_samples(settings, haystack, Prompts(run.setup.file), _making(show))
         described = {
             "tasks": settings.tasks,
             "samples": settings.samples,
@@ -374,7 +374,7 @@ def longbench(folder: Path, model: Path | None, **options: Any) -> None:
     with run.progress() as show:
         bench = LongBench(
             folder,
-            Prompts(run.setup.model),
+            Prompts(run.setup.file),
             n_ctx,
             names=tuple(dict.fromkeys(options["datasets"])) if options["datasets"] else None,
             n_samples=options["samples"],

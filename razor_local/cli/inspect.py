@@ -78,26 +78,17 @@ def inspect(
     Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
     """
     from ..common.files import check_outputs
-    from ..gguf.header import read_header
     from ..model_file import ModelFile
-    from ..model_shape import shape_from_header, unsupported_feature, why_not_converted
+    from ..model_shape import unsupported_feature, why_not_converted
     from ..plan import make_plan
-    from ..profile import profile_from_header, read_sidecar
 
     check_outputs([plot], [file, sidecar, compare])
-    header = read_header(file)
-    shape = shape_from_header(header)
-    profile = (
-        profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
-    )
+    model = ModelFile(file)
+    shape, profile = model.shape, model.choose_profile(sidecar, budget)
     looking = heads or compare is not None or plot is not None
     if profile is None and (budget is not None or looking):
-        raise ModelFile(file).no_profile()
-    if budget is not None and profile is not None:
-        from ..scores import with_budget
-
-        profile = with_budget(profile, shape, budget)
-    feature = unsupported_feature(header, shape)
+        raise model.no_profile()
+    feature = unsupported_feature(model.header, shape)
     if feature:
         echo(
             f"Note: the model has {feature}; razor may be refused when it is run, and the bytes"
@@ -113,7 +104,7 @@ def inspect(
         from ..converters.head_map import plot_heads
 
         plot_heads(profile, shape, plot)
-    no_convert = why_not_converted(header, shape)
+    no_convert = why_not_converted(model.header, shape)
     if looking and profile is not None and not as_json:
         return _print_heads(shape, profile, heads, there, compare, plot)
     run = None if profile is None or profile.scope is not None else profile

@@ -160,7 +160,7 @@ def open_llama(setup: ModelSetup, policy: Policy, n_ctx: int, **options: Any) ->
     from ..llama import Llama
 
     return Llama(
-        setup.model,
+        setup.file,
         n_ctx=-(-n_ctx // N_CTX_PAD) * N_CTX_PAD,
         n_threads=setup.n_threads,
         n_threads_batch=setup.n_threads,
