@@ -22,17 +22,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConvertError, GGUFError, UnsupportedError
-from ..gguf.header import F32, TENSOR_TYPES, Header, Tensor, read_header
-from ..gguf.split import read_parts
-from ..profile import (
-    LAYER_NORM,
-    MAX_WINDOW,
-    RMS_NORM,
-    ModelShape,
-    Profile,
-    alibi_max_bias,
-    shape_from_header,
-)
+from ..gguf.header import F32, TENSOR_TYPES, Header, Tensor
+from ..model_file import open_model
+from ..model_shape import LAYER_NORM, RMS_NORM, ModelShape, alibi_max_bias
+from ..profile import MAX_WINDOW, Profile
 
 DEFAULT_EPSILON = 0.001
 SEARCH_STEPS = 8
@@ -59,14 +52,14 @@ def profile_from_weights(
     """
     if not 0 < epsilon < 1:
         raise ConvertError(f"epsilon is {epsilon:g}, expected a number between 0 and 1")
-    header = read_header(model_path)
-    shape = shape_from_header(header)
+    model = open_model(model_path)
+    header, shape = model.header, model.shape
     max_bias = alibi_max_bias(header, shape)
     if not max_bias:
         raise ConvertError(
             f"{header.path} ({shape.arch}) has no ALiBi; its heads are measured instead"
         )
-    attention = _Attention(header, shape)
+    attention = _Attention(shape)
     scopes, started, done = [], time.monotonic(), 0
     for il, n_kv in enumerate(shape.n_head_kv):
         slopes = alibi_slopes(shape.n_head[il], max_bias)
@@ -213,7 +206,8 @@ def normalized_range(
 class _Attention:
     """The attention weights of a model in a file, as llama.cpp's build_qkv() uses them."""
 
-    def __init__(self, header: Header, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape) -> None:
+        header = shape.parts[0]
         if shape.arch not in LAYER_NORM + RMS_NORM:
             raise UnsupportedError(
                 f"{header.path}: the scopes of {shape.arch} models cannot be computed, only those"
@@ -223,7 +217,7 @@ class _Attention:
         n_embd = header.entries[f"{shape.arch}.embedding_length"].value
         assert isinstance(n_embd, int)  # shape_from_header() has checked it
         self.n_embd = n_embd
-        self.tensors = {t.name: (part, t) for part in read_parts(header) for t in part.tensors}
+        self.tensors = {t.name: (part, t) for part in shape.parts for t in part.tensors}
         # jais was trained with another scale
         self.scale = shape.head_dim_k ** (-1 if shape.arch == "jais" else -0.5)
         clamp = header.number("mpt.attention.clamp_kqv", (F32,)) if shape.arch == "mpt" else None

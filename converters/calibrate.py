@@ -23,12 +23,11 @@ import ctypes
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,13 @@ import numpy as np
 from .. import native
 from ..common.interrupt import on_interrupt
 from ..errors import ConvertError, RazorError, UnsupportedError
+from ..gguf.header import Tensor
 from ..gguf.hyper_parameters import MAX_N_CTX
+from ..model_file import open_model
+from ..model_shape import ModelShape
 from ..native.models import load_model, vocabulary
 from ..native.probe import AttentionProbe, attention_context
-from ..profile import ModelShape, Profile, read_model_shape
+from ..profile import Profile
 from ..scores import MIN_TOKENS, Scores
 
 DEFAULT_TOKENS = 2500
@@ -87,8 +89,8 @@ def calibrate(
     UnsupportedError (a model that cannot have a razor cache), ConvertError (too much text or too
     little memory), GGUFError, ProfileError, RazorError, OSError.
     """
-    model_path = Path(model_path)
-    shape = read_model_shape(model_path)
+    file = open_model(model_path)
+    model_path, shape = file.path, file.shape
     if repeats < 2:
         raise ConvertError(f"{repeats} is no number of repeats, expected 2 or more")
     if not 0 <= seed < 2**32:
@@ -108,7 +110,7 @@ def calibrate(
         n_tokens = _n_tokens(tokens, repeats, len(bos), shape)
         text = np.concatenate([bos, np.tile(draw_tokens(usable, n_tokens, seed), repeats)])
         memory = plan_memory(shape, len(text), max_memory)
-        probe.start(text, len(bos) + n_tokens, _work(model_path, shape))
+        probe.start(text, len(bos) + n_tokens, _work(file.header.tensors, shape))
         ctx = stack.enter_context(
             attention_context(
                 lib, C, model, model_path, len(text), memory.n_ubatch, n_threads, probe
@@ -331,11 +333,8 @@ def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -
     return n
 
 
-def _work(path: Path, shape: ModelShape) -> Callable[[int, int], float]:
+def _work(tensors: Iterable[Tensor], shape: ModelShape) -> Callable[[int, int], float]:
     """How much there is to compute for the positions [start, end), in multiplications."""
-    from ..gguf.header import read_header
-
-    tensors = read_header(path).tensors
     per_token = sum(math.prod(t.dims) for t in tensors if len(t.dims) > 1)
     heads = sum(q for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True) if kv)
     # attention takes several times as long per multiplication as products with weights

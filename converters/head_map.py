@@ -14,9 +14,11 @@ import numpy as np
 from ..common.figure import make_figure, save_figure
 from ..common.inputs import open_input
 from ..errors import ProfileError
-from ..gguf.header import MAGIC, read_header
+from ..gguf.header import MAGIC
+from ..model_file import ModelFile
+from ..model_shape import ModelShape, describe_heads
 from ..printable import printable
-from ..profile import ModelShape, Profile, describe_heads, profile_from_header, shape_from_header
+from ..profile import Profile
 
 if TYPE_CHECKING:
     from ..scores import Cut
@@ -162,13 +164,11 @@ def read_other_heads(
         if parse_heads(path).kind == "heads":
             share = None
         return profile_from_heads(path, shape, budget=share).retrieval
-    header = read_header(path)
-    other = shape_from_header(header)
-    _check_heads(path, other.n_head_kv, shape)
-    profile = profile_from_header(header, other)
-    if profile is None:
+    other = ModelFile(path)
+    _check_heads(path, other.shape.n_head_kv, shape)
+    if other.profile is None:
         raise ProfileError(f"{path} has no razor profile to compare with")
-    return profile.retrieval
+    return other.profile.retrieval
 
 
 def _check_heads(path: Path, n_head_kv: tuple[int, ...], shape: ModelShape) -> None:

@@ -25,16 +25,13 @@ import numpy as np
 
 from ..common.inputs import open_input
 from ..errors import ProfileError
+from ..model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
 from ..profile import (
     DEFAULT_COMPENSATION,
     DEFAULT_SINKS,
     DEFAULT_WINDOW_DIVISOR,
     DEFAULT_WINDOW_MIN,
-    MAX_HEADS,
-    MAX_LAYERS,
-    ModelShape,
     Profile,
-    describe_heads,
     split_heads,
 )
 from ..scores import FORMAT

@@ -22,7 +22,9 @@ import numpy as np
 from ..common.files import check_new_file, check_room, create_part, publish, removed_if_terminated
 from ..errors import ConvertError, ProfileError
 from ..gguf.header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U32, Header, read_header
-from ..gguf.split import part_paths, read_parts
+from ..gguf.split import part_paths
+from ..model_file import ModelFile, open_model
+from ..model_shape import model_fingerprint
 from ..profile import (
     KEY_CALIBRATION_PREFIX,
     KEY_COMPENSATION,
@@ -38,12 +40,9 @@ from ..profile import (
     KEY_WINDOW_DIVISOR,
     KEY_WINDOW_MIN,
     VERSION,
-    ModelShape,
     Profile,
-    model_fingerprint,
     profile_from_header,
-    read_sidecar,
-    shape_from_header,
+    sidecar_from_header,
 )
 
 CHUNK = 8 << 20
@@ -78,9 +77,10 @@ def write_copy(
     raised, Ctrl-C included, out is as it was before; only a split output that is overwritten can be
     lost when the process ends between two renames.
     """
-    parts, shape = _checked(model, profile)
+    model = open_model(model)
+    _check_model(model, profile)
     outs = check_output(model, out, force)
-    header = parts[0]
+    header, parts, shape = model.header, model.parts, model.shape
     new = profile_keys(profile)
     first = _FirstFile(header, new)
     total = first.size + sum(part.file_size for part in parts[1:])
@@ -105,7 +105,7 @@ def write_copy(
         for copy, part, start in zip(copies, parts, starts, strict=True):
             if copy.tensors != part.tensors or copy.data_start != start:
                 raise ConvertError(f"{outs[0]}: the tensor table of the copy is not the model's")
-        _verify_profile(copies[0], shape, profile)
+        _verify_profile(copies[0], profile_from_header(copies[0], shape), profile)
         if model_fingerprint(copies) != shape.fingerprint:
             raise ConvertError(
                 f"{outs[0]}: the tensors of the copy are not the model's; check the disk"
@@ -170,9 +170,10 @@ def write_sidecar(
 
     Returns its path; raises as write_copy does.
     """
-    parts, shape = _checked(model, profile)
+    model = open_model(model)
+    _check_model(model, profile)
     check_output(model, out, force, sidecar=True)
-    header, out = parts[0], Path(out)
+    header, shape, out = model.header, model.shape, Path(out)
     names = ["general.architecture", "general.name", *(f"{shape.arch}.{k}" for k in SHAPE_KEYS)]
     kept = [header.entries[name] for name in names if name in header.entries]
     new = [*profile_keys(profile), encode(KEY_FINGERPRINT, STRING, shape.fingerprint)]
@@ -186,9 +187,8 @@ def write_sidecar(
             dst.write(key)
 
     def verify(paths: list[Path]) -> None:
-        read_sidecar(paths[0], shape)
         sidecar = read_header(paths[0])
-        _verify_profile(sidecar, shape, profile)
+        _verify_profile(sidecar, sidecar_from_header(sidecar, shape), profile)
         _verify_with_gguf(sidecar)
 
     needed = sum(map(len, new)) + sum(e.end - e.start for e in kept) + 4096
@@ -269,18 +269,13 @@ def _copy(
             done(len(chunk))
 
 
-def _checked(
-    model: str | os.PathLike[str], profile: Profile
-) -> tuple[tuple[Header, ...], ModelShape]:
-    """Headers of the model's files and its shape; the profile fits it and there are tensors."""
-    header = read_header(model)
-    parts, shape = read_parts(header), shape_from_header(header)
-    profile.check_shape(shape)
-    if not any(part.tensors for part in parts):
+def _check_model(model: ModelFile, profile: Profile) -> None:
+    """Raise ProfileError unless the profile fits the model, ConvertError unless it has tensors."""
+    profile.check_shape(model.shape)
+    if not any(part.tensors for part in model.parts):
         raise ConvertError(
-            f"{header.path} has no tensors; it is not a model but a sidecar or a vocabulary"
+            f"{model} has no tensors; it is not a model but a sidecar or a vocabulary"
         )
-    return parts, shape
 
 
 def check_output(
@@ -294,7 +289,7 @@ def check_output(
     Raises ConvertError where they are not going to be written, GGUFError, OSError.
     """
     out = Path(out)
-    parts = read_parts(read_header(model))
+    parts = open_model(model).parts
     outs = (out,) if sidecar else part_paths(out, len(parts))
     n_bytes = 0 if sidecar else sum(part.file_size for part in parts)
     for path in outs:
@@ -372,8 +367,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
-def _verify_profile(header: Header, shape: ModelShape, profile: Profile) -> None:
-    read = profile_from_header(header, shape)
+def _verify_profile(header: Header, read: Profile | None, profile: Profile) -> None:
     if read is None or profile_keys(read) != profile_keys(profile):
         raise ProfileError(f"{header.path}: the profile reads back differently; check the disk")
 

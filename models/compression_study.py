@@ -498,8 +498,8 @@ def book_texts(setting: Setting, book: Path, count: int) -> Iterator[Text]:
 
 def read_setting(model: Path, n_ctx: int, ablation: bool = False) -> Setting:
     from razor_local.errors import UnsupportedError
+    from razor_local.model_file import read_model_shape, read_profile
     from razor_local.plan import make_plan
-    from razor_local.profile import read_model_shape, read_profile
 
     shape, profile = read_model_shape(model), read_profile(model)
     if shape.arch != "llama":

@@ -27,12 +27,12 @@ import numpy as np
 from . import native
 from .common.machine import free_memory
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
-from .gguf.header import read_header
-from .gguf.split import read_parts
+from .model_file import open_model
+from .model_shape import ModelShape
 from .native.loaded import C, library
 from .native.models import new_context
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
-from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
+from .profile import Profile, split_heads
 
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
@@ -146,7 +146,8 @@ class DryModel:
 
     n_gpu_layers: -1 for all; without a device in the build it does nothing. split_mode, main_gpu,
     tensor_split: as in llama_cpp.Llama.
-    shape: None for a model whose cache a plan does not describe. n_ctx_train: tokens, 0 if unknown.
+    file: the model file. shape: None for a model whose cache a plan does not describe.
+    n_ctx_train: tokens, 0 if unknown.
     Raises GGUFError, RazorError where llama.cpp refuses the model, OSError.
     """
 
@@ -160,16 +161,15 @@ class DryModel:
         tensor_split: Sequence[float] | None = None,
     ) -> None:
         self._model: int | None = None
-        self.path = Path(path)
+        self.file = open_model(path)
+        self.path = self.file.path
         if split_mode == C.LLAMA_SPLIT_MODE_TENSOR:
             raise UnsupportedError("split mode 'tensor' cannot be planned; plan with 'layer'")
-        header = read_header(self.path)
-        read_parts(header)
+        _ = self.file.parts  # of a split model all files have to be there
         try:
-            self.shape: ModelShape | None = shape_from_header(header)
+            self.shape: ModelShape | None = self.file.shape
         except ProfileError:
             self.shape = None
-        self._header = header
         C.llama_backend_init()
         params = C.llama_model_default_params()
         params.no_alloc = True
@@ -190,10 +190,6 @@ class DryModel:
             raise RazorError(f"{self.path} cannot be planned: {library.reason()}")
         self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
         self._needs: dict[ContextOptions, dict[int, Need]] = {}
-
-    def profile(self) -> Profile | None:
-        """The profile in the file, None without one. Raises ProfileError, GGUFError."""
-        return profile_from_header(self._header, self.shape) if self.shape else None
 
     def close(self) -> None:
         if self._model:

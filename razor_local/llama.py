@@ -19,6 +19,7 @@ from .errors import GGUFError, LibraryError, RazorError, UnsupportedError
 from .evaluation import Prefill
 from .llama_options import choose_cache, refuse_arguments, type_name
 from .memory import Memory, SequenceStats, read_memory, read_sequence
+from .model_file import open_model
 from .native.callbacks import Callback
 from .native.loaded import C, library, llama_cpp
 from .ownership import Closed, Inside, Requests
@@ -130,14 +131,15 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._ends: dict[int, bool] = {}  # likewise
         self._state_fingerprint: bytes | None = None
         self._abort_callback: Any = None  # of prefill(); lives as long as it may be called
-        model_path = os.fspath(model_path)
-        refuse_arguments(model_path, n_ctx, kwargs)
+        refuse_arguments(os.fspath(model_path), n_ctx, kwargs)
         type_k, type_v = type_name(type_k), type_name(type_v)
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
             n_ctx = 512 if n_ctx == "auto" else n_ctx
+        self._file = open_model(model_path)
+        model_path = os.fspath(model_path)
         cache = choose_cache(
-            model_path, razor, budget, window, sink_tokens, compensation, n_ctx, type_k, type_v,
+            self._file, razor, budget, window, sink_tokens, compensation, n_ctx, type_k, type_v,
             flash_attn, kwargs,
         )  # fmt: skip
         self._plan, self._profile, self._why = cache.plan, cache.profile, cache.why

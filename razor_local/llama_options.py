@@ -11,11 +11,12 @@ import numpy as np
 
 from . import native
 from .errors import GGUFError, ProfileError, RazorError, UnsupportedError
-from .gguf.header import read_header
 from .gguf.hyper_parameters import check_overrides
+from .model_file import ModelFile
+from .model_shape import ModelShape
 from .native.loaded import C, llama_cpp
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
-from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .profile import KEY_PREFIX, Profile
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it
@@ -88,7 +89,7 @@ def type_name(kv_type: int | str | None) -> str:
 
 
 def choose_cache(
-    model_path: str,
+    file: ModelFile,
     razor: bool | str | os.PathLike[str] | Profile,
     budget: float | None,
     window: int | None,
@@ -110,11 +111,11 @@ def choose_cache(
         UnsupportedError: razor cannot run the model, or has none of the options.
         RazorError: the cache is larger than the memory.
     """
-    shape, profile, why = _read(model_path, razor, budget, window, sink_tokens, compensation)
+    shape, profile, why = _read(file, razor, budget, window, sink_tokens, compensation)
     own_attention = razor is not False and not native.is_disabled()
     if isinstance(n_ctx, str):
         options = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **others}
-        n_ctx = _auto_n_ctx(model_path, n_ctx, profile, options)
+        n_ctx = _auto_n_ctx(file, n_ctx, profile, options)
     if shape is None:
         return CacheChoice(profile, None, why, own_attention, n_ctx)
     n_ctx = padded_n_ctx(shape, n_ctx)
@@ -128,7 +129,7 @@ def choose_cache(
 
 
 def _read(
-    model_path: str,
+    file: ModelFile,
     razor: bool | str | os.PathLike[str] | Profile,
     budget: float | None,
     window: int | None,
@@ -145,41 +146,35 @@ def _read(
                 "budget, window, sink_tokens and compensation change a razor profile, which"
                 " razor=False switches off; leave one or the other out"
             )
-        header = read_header(model_path)
         try:
-            return shape_from_header(header), None, why
+            return file.shape, None, why
         except (GGUFError, ProfileError):
             return None, None, why  # llama.cpp may know better
 
-    header = read_header(model_path)
+    no_profile = "the model file has no razor profile"
     if razor is True:
         try:
-            shape = shape_from_header(header)
+            shape = file.shape
         except ProfileError:
-            if any(key.startswith("razor.") for key in header.entries):
+            if any(key.startswith(KEY_PREFIX) for key in file.header.entries):
                 raise
             shape = None
-        profile = profile_from_header(header, shape) if shape else None
-        if profile is None and overridden:
+        if overridden and (shape is None or file.profile is None):
             raise ProfileError(
-                f"{model_path} has no razor profile that budget, window, sink_tokens or"
+                f"{file} has no razor profile that budget, window, sink_tokens or"
                 " compensation could change; make one with 'razor-local convert MODEL.gguf -o"
                 " OUT.gguf', or pass razor=SIDECAR"
             )
-    else:
-        shape = shape_from_header(header)
-        profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
-    if budget is not None and profile is not None and shape is not None:
-        from .scores import with_budget
-
-        profile = with_budget(profile, shape, budget)
+        if shape is None:
+            return None, None, no_profile
+    profile = file.choose_profile(None if razor is True else razor, budget)
     if profile is not None:
         profile = profile.with_options(window, sink_tokens, compensation)
-    return shape, profile, "the model file has no razor profile"
+    return file.shape, profile, no_profile
 
 
 def _auto_n_ctx(
-    model_path: str, n_ctx: str, profile: Profile | None, options: dict[str, Any]
+    file: ModelFile, n_ctx: str, profile: Profile | None, options: dict[str, Any]
 ) -> int:
     from .fit import ContextOptions, auto_n_ctx
 
@@ -193,7 +188,7 @@ def _auto_n_ctx(
 
     names = [f.name for f in fields(ContextOptions) if f.name != "profile"]
     return auto_n_ctx(
-        model_path,
+        file,
         ContextOptions(profile=profile, **chosen(*names)),
         # the base class's own default is 0
         **{"n_gpu_layers": 0} | chosen("n_gpu_layers", "split_mode", "main_gpu", "tensor_split"),

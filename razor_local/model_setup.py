@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .profile import ModelShape, Profile
+    from .model_file import ModelFile
+    from .model_shape import ModelShape
+    from .profile import Profile
 
 
 DEFAULT_MODEL = Path(__file__).parent / "data" / "razor-default.gguf"  # built in
@@ -30,18 +33,18 @@ class ModelSetup:
     n_gpu_layers: int = 0
     lib: str | None = None
 
+    @cached_property
+    def file(self) -> ModelFile:
+        """The model file, which is read once. Raises GGUFError, OSError."""
+        from .model_file import ModelFile
+
+        return ModelFile(self.model)
+
     def read(self) -> tuple[ModelShape, Profile]:
         """Return shape and profile. Raises RazorError without a profile that can change so."""
-        from .profile import no_profile, read_model_shape, read_profile, read_sidecar
-
-        shape = read_model_shape(self.model)
-        profile = read_sidecar(self.sidecar, shape) if self.sidecar else read_profile(self.model)
+        profile = self.file.choose_profile(self.sidecar, self.retrieval)
         if profile is None:
-            raise no_profile(self.model)
-        if self.retrieval is not None:
-            from .scores import with_budget
-
-            profile = with_budget(profile, shape, self.retrieval)
+            raise self.file.no_profile()
         names = ("window_min", "window_divisor", "sink_tokens")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return shape, replace(profile, **changes)
+        return self.file.shape, replace(profile, **changes)

@@ -13,7 +13,8 @@ from .errors import UnsupportedError
 from .gguf.hyper_parameters import MAX_N_CTX
 
 if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
-    from .profile import ModelShape, Profile
+    from .model_shape import ModelShape
+    from .profile import Profile
 
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values

@@ -1,4 +1,4 @@
-"""What is known of a model's KV heads: shape of the model, and its razor profile.
+"""The razor profile of a model: which KV heads keep everything, and what goes with them.
 
 Read from the `razor.*` metadata of a GGUF, or from a sidecar (a GGUF without tensors). Every key's
 type, element type, count and range is checked here, before any library sees the file.
@@ -7,20 +7,16 @@ docs/format.md describes each key.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import ProfileError
-from .gguf.header import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, Header, read_header
-from .gguf.split import read_parts
+from .gguf.header import BOOL, F32, STRING, U8, U32, Header, read_header
+from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
 
 VERSION = 1
 METHODS = ("rope", "alibi")  # profiles of the second can be made and looked at, not run
@@ -31,9 +27,6 @@ DEFAULT_COMPENSATION = True
 
 MAX_SINKS = 4096
 MAX_WINDOW = 2**30
-MAX_LAYERS = 512  # llama.cpp's own limit
-MAX_HEADS = 4096  # per layer
-MAX_HEAD_DIM = 8192
 MAX_CALIBRATION_KEYS = 64
 MAX_CALIBRATION_BYTES = 4096
 
@@ -52,45 +45,6 @@ KEY_HEAD_PREFIX = "razor.head."
 HEAD_KEYS = (KEY_RETRIEVAL, KEY_ECHO, KEY_INDUCTION, KEY_SCOPE)
 KEY_CALIBRATION_PREFIX = "razor.calibration."
 KEY_FINGERPRINT = "razor.model.fingerprint"  # in sidecars only
-
-UNSUPPORTED_KEYS = {
-    "attention.kv_lora_rank": "multi-head latent attention (MLA)",
-    "attention.sliding_window": "sliding window attention",
-    "attention.causal": "non-causal attention (an encoder)",
-    "rope.dimension_sections": "M-RoPE",
-    "ssm.state_size": "recurrent layers",
-    "shortconv.l_cache": "recurrent layers",
-}
-
-# llama.cpp knows by these whether a model has ALiBi
-ALIBI_ARCHS = ("bloom", "jina-bert-v2", "refact")  # always; baichuan with 40 layers (13B) too
-ALIBI_KEY_ARCHS = ("jais", "mpt")  # if attention.max_alibi_bias says so
-
-# architectures with ALiBi, by their norm before attention
-LAYER_NORM = ("bloom", "jais", "mpt")  # normalizes to mean 0, and may have a bias
-RMS_NORM = ("baichuan", "refact")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The attention shape of a model, as far as the KV cache depends on it.
-
-    n_layer leaves out next-token-prediction layers, which the context's own cache does not hold.
-    n_head, n_head_kv: query and KV heads per layer [n_layer]. head_dim_k, head_dim_v: elements.
-    n_ctx_train: tokens. fingerprint: sha256 (hex) of what makes the model itself, see
-    model_fingerprint.
-    """
-
-    arch: str
-    n_layer: int
-    n_head: tuple[int, ...]
-    n_head_kv: tuple[int, ...]
-    head_dim_k: int
-    head_dim_v: int
-    n_ctx_train: int
-    name: str = ""
-    fingerprint: str = ""
-    path: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,30 +193,17 @@ def facts_line(profile: Profile) -> str | None:
     return line
 
 
-def describe_heads(heads: tuple[int, ...], kind: str = "KV") -> str:
-    """For example "32 layers x 8 KV heads"; heads: number of heads per layer."""
-    low, high = min(heads, default=0), max(heads, default=0)
-    count = str(low) if low == high else f"{low} to {high}"
-    return f"{len(heads)} layers x {count} {kind} heads"
-
-
-def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """Shape of a model file. Raises GGUFError or ProfileError (one sentence), or OSError."""
-    return shape_from_header(read_header(path))
-
-
-def read_profile(path: str | os.PathLike[str]) -> Profile | None:
-    """Profile in a model file, None where it has no razor keys. Raises as profile_from_header."""
-    header = read_header(path)
-    return profile_from_header(header, shape_from_header(header))
-
-
 def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
     """Profile in a sidecar of the model with this shape.
 
     Raises ProfileError where the file is no sidecar, or one of another model.
     """
-    header = read_header(path)
+    return sidecar_from_header(read_header(path), shape)
+
+
+def sidecar_from_header(header: Header, shape: ModelShape) -> Profile:
+    """The same, of a header that was read already."""
+    path = header.path
     fingerprint = header.string(KEY_FINGERPRINT)
     if fingerprint is None:
         raise ProfileError(
@@ -280,122 +221,6 @@ def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
     if profile is None:
         raise ProfileError(f"{path} has no {KEY_RETRIEVAL}; make the sidecar again")
     return profile
-
-
-def shape_from_header(header: Header) -> ModelShape:
-    """ModelShape of a header that was read already. Raises GGUFError, ProfileError or OSError.
-
-    The other files of a split model are read for it.
-    """
-
-    def bad(text: str) -> ProfileError:
-        return ProfileError(f"{header.path}: {text}")
-
-    parts = read_parts(header)  # first: a later file of a split model has no other metadata
-    arch = header.string("general.architecture", 256)
-    if not arch or not arch.isprintable():
-        raise bad("has no general.architecture, so it is no language model that can be run")
-
-    def size(key: str, default: int | None, low: int, high: int) -> int:
-        value = header.number(f"{arch}.{key}", (U32, I32, U16))
-        if value is None:
-            if default is None:
-                raise bad(f"has no {arch}.{key}, so it is no language model that can be run")
-            return default
-        if not low <= value <= high:
-            raise bad(f"{arch}.{key} is {value}, expected {low} to {high}")
-        return int(value)
-
-    n_layer_all = size("block_count", None, 1, MAX_LAYERS)
-    n_nextn = size("nextn_predict_layers", 0, 0, n_layer_all)
-    # upstream keeps such layers where a model consists of nothing else
-    n_layer = n_layer_all - n_nextn or n_layer_all
-
-    def heads(key: str) -> tuple[int, ...] | None:
-        key = f"{arch}.{key}"
-        entry = header.entries.get(key)
-        if entry is None:
-            return None
-        if entry.kind == ARRAY:
-            if entry.count != n_layer_all:
-                raise bad(f"{key} has {entry.count} elements for {n_layer_all} layers")
-            element = I32 if entry.element == I32 else U32
-            array = header.array(key, element, MAX_LAYERS)
-            assert array is not None  # the key is there
-            values = [int(n) for n in array]
-        else:
-            number = header.number(key, (U32, I32, U16))
-            assert number is not None
-            values = [int(number)] * n_layer_all
-        for n in values:
-            if not 0 <= n <= MAX_HEADS:
-                raise bad(f"{key} holds {n}, expected 0 to {MAX_HEADS}")
-        return tuple(values[:n_layer])
-
-    n_head = heads("attention.head_count")
-    if n_head is None or not any(n_head):
-        raise bad(f"has no {arch}.attention.head_count: a model without attention has no KV cache")
-    n_head_kv = heads("attention.head_count_kv") or n_head
-    for il, (q, kv) in enumerate(zip(n_head, n_head_kv, strict=True)):
-        if kv and (not q or q % kv):
-            raise bad(f"layer {il} has {q} query heads, not a multiple of its {kv} KV heads")
-    n_embd = size("embedding_length", None, 1, 2**24)
-    head_dim = n_embd // n_head[0] if n_head[0] else 0
-    return ModelShape(
-        arch=arch,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_head_kv=n_head_kv,
-        head_dim_k=size("attention.key_length", head_dim, 1, MAX_HEAD_DIM),
-        head_dim_v=size("attention.value_length", head_dim, 1, MAX_HEAD_DIM),
-        n_ctx_train=size("context_length", 0, 0, 2**31 - 1),
-        name=header.string("general.name") or "",
-        fingerprint=model_fingerprint(parts),
-        path=header.path,
-    )
-
-
-def alibi_max_bias(header: Header, shape: ModelShape) -> float:
-    """max_alibi_bias as llama.cpp sets it for the model, by architecture; 0: it has no ALiBi."""
-    if shape.arch in ALIBI_KEY_ARCHS:
-        bias = header.number(f"{shape.arch}.attention.max_alibi_bias", (F32,)) or 0.0
-        return max(float(bias), 0.0)
-    always = shape.arch in ALIBI_ARCHS or (shape.arch == "baichuan" and shape.n_layer == 40)
-    return 8.0 if always else 0.0
-
-
-def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
-    """What in the metadata lets the native library refuse razor for this model, None if nothing.
-
-    The library decides by architecture when a context is created; this is for the tools that never
-    load it.
-    """
-    for key, feature in UNSUPPORTED_KEYS.items():
-        entry = header.entries.get(f"{shape.arch}.{key}")
-        causal = key == "attention.causal"
-        if entry is not None and (entry.value == 0 if causal else entry.value != 0):
-            return feature
-    return "ALiBi" if alibi_max_bias(header, shape) else None
-
-
-def why_not_converted(header: Header, shape: ModelShape) -> str | None:
-    """Why razor-local convert may make no profile for this model; None where nothing is known."""
-    feature = unsupported_feature(header, shape)
-    if feature != "ALiBi":
-        return f"the model has {feature}" if feature else None
-    if shape.arch in LAYER_NORM + RMS_NORM:
-        return None
-    return f"the scopes of {shape.arch} models cannot be computed"
-
-
-def no_profile(path: str | os.PathLike[str]) -> ProfileError:
-    """The error for a model without a profile where one is needed: how to come by one."""
-    header = read_header(path)
-    why = why_not_converted(header, shape_from_header(header))
-    make = "make one with 'razor-local convert MODEL.gguf -o OUT.gguf', or"
-    if why is not None:
-        make = f"'razor-local convert' may refuse to make one ({why});"
-    return ProfileError(f"{path} has no razor profile; {make} name one with --sidecar")
 
 
 def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
@@ -465,52 +290,6 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
 def split_heads(flat: np.ndarray, n_head_kv: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     """Layer-major [sum of n_head_kv] into one array [n_head_kv] per layer."""
     return tuple(np.split(flat, np.cumsum(n_head_kv)[:-1]))
-
-
-def model_fingerprint(parts: Sequence[Header]) -> str:
-    """sha256 (hex) that tells model files apart, for sidecars.
-
-    parts: the headers of the model's files, usually one. Over the architecture and attention shape,
-    the tensor tables (names, types, shapes, offsets relative to the data section) and a sample of
-    the data: 1 KiB from the middle of up to 512 tensors. It does not depend on the files' names, on
-    razor keys or on the metadata's size; another quantization or fine-tune of the same model has
-    another fingerprint.
-    """
-    header = parts[0]
-    digest = hashlib.sha256(b"razor fingerprint 1\0")
-    arch = header.string("general.architecture", 256) or ""
-    digest.update(arch.encode() + b"\0")
-    for key in (
-        "block_count",
-        "nextn_predict_layers",
-        "embedding_length",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-    ):
-        entry = header.entries.get(f"{arch}.{key}")
-        value: object = "" if entry is None else entry.value
-        if entry is not None and entry.kind == ARRAY and entry.element in (U32, I32):
-            array = header.array(entry.key, entry.element, MAX_LAYERS)
-            assert array is not None  # the key is there
-            value = array.tolist()
-        digest.update(f"{key}={value}\0".encode())
-    tensors = [(part, tensor) for part in parts for tensor in part.tensors]
-    for _, tensor in tensors:
-        name = tensor.name.encode()
-        digest.update(struct.pack("<I", len(name)) + name)
-        digest.update(struct.pack(f"<I{len(tensor.dims)}Q", len(tensor.dims), *tensor.dims))
-        digest.update(struct.pack("<IQ", tensor.kind, tensor.offset))
-    sampled = tensors[:: max(1, -(-len(tensors) // 512))]
-    for part in parts:
-        with open(part.path, "rb") as file:
-            for owner, tensor in sampled:
-                if owner is part:
-                    n = min(tensor.nbytes, 1024)
-                    file.seek(part.data_start + tensor.offset + (tensor.nbytes - n) // 2)
-                    digest.update(file.read(n))
-    return digest.hexdigest()
 
 
 def _calibration(header: Header) -> dict[str, str | int]:

@@ -19,16 +19,8 @@ import numpy as np
 from .common.files import new_file
 from .common.inputs import open_input
 from .errors import ProfileError
-from .profile import (
-    MAX_CALIBRATION_BYTES,
-    MAX_CALIBRATION_KEYS,
-    MAX_HEADS,
-    MAX_LAYERS,
-    ModelShape,
-    Profile,
-    describe_heads,
-    split_heads,
-)
+from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
+from .profile import MAX_CALIBRATION_BYTES, MAX_CALIBRATION_KEYS, Profile, split_heads
 
 MIN_TOKENS = 16  # of a measurement: with fewer every token is near every other
 

@@ -7,7 +7,6 @@ options that decide what the cache holds, u32 tokens, 16 bytes digest of all thi
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from ctypes import c_uint8
 from pathlib import Path
@@ -17,8 +16,7 @@ import numpy as np
 
 from .errors import StateError
 from .evaluation import clear_cache, n_cached
-from .gguf.header import Header, read_header
-from .gguf.split import read_parts
+from .gguf.header import Header
 from .native.loaded import C, library, llama_cpp
 
 if TYPE_CHECKING:
@@ -84,7 +82,7 @@ def _fingerprint_of(llama: Llama) -> bytes:
             params.yarn_beta_slow, params.yarn_orig_ctx, llama.lora_scale, llama.kv_overrides,
             llama.lora_path and hashlib.blake2b(Path(llama.lora_path).read_bytes()).digest(),
         )  # fmt: skip
-        llama._state_fingerprint = fingerprint(llama.model_path, options)
+        llama._state_fingerprint = fingerprint(llama._file.parts, options)
     return llama._state_fingerprint
 
 
@@ -128,18 +126,20 @@ def unseal(sealed: bytes, n_tokens: int, input_ids: np.ndarray, fingerprint: byt
     return data
 
 
-def fingerprint(model_path: str | os.PathLike[str], options: tuple[Any, ...]) -> bytes:
+def fingerprint(parts: tuple[Header, ...], options: tuple[Any, ...]) -> bytes:
     """Return 16 bytes that differ where weights, hyper-parameters or options do.
 
     Of the weights of each file, 128 samples of 4 KiB count, so that a large model is not read
     again. A profile and the texts in the metadata do not count.
 
+    Args:
+        parts: the headers of the model's files.
+
     Raises:
-        GGUFError, OSError: the file cannot be read any more.
+        OSError: a file cannot be read any more.
     """
     digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
-    first = read_header(model_path)
-    for header in read_parts(first):
+    for header in parts:
         _add_file(digest, header)
     return digest.digest()
 

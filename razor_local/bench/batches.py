@@ -19,8 +19,9 @@ from ..gguf.hyper_parameters import MAX_N_CTX
 from ..plan import N_CTX_PAD, make_plan
 
 if TYPE_CHECKING:  # it imports numpy, and --help names KINDS
+    from ..model_shape import ModelShape
     from ..plan import Plan
-    from ..profile import ModelShape, Profile
+    from ..profile import Profile
 
 MIN_DEPTH = 8192  # smaller depths are measured in a context for this one: razor starts at about 4k
 ROOM = 512  # tokens that a context is larger than its depth: a batch of prefill

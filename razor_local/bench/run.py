@@ -25,7 +25,8 @@ from ..errors import RazorError
 from ..gguf.header import read_header
 from ..gguf.split import read_parts
 from ..model_setup import ModelSetup
-from ..profile import ModelShape, Profile
+from ..model_shape import ModelShape
+from ..profile import Profile
 from .batches import KINDS, Batch, Settings, Side, Step, make_batches
 from .energy import EnergyMeter
 from .figures import VERSION, Report

@@ -190,12 +190,12 @@ def _read_stdin() -> str:
 
 def _load(path: Path, options: dict[str, Any]) -> Llama:
     from ..common.interrupt import on_interrupt
-    from ..profile import read_model_shape
+    from ..model_file import ModelFile
     from .terminal import ProgressBar
 
-    n_ctx = options["ctx_size"]
+    n_ctx, model = options["ctx_size"], ModelFile(path)
     try:
-        trained = read_model_shape(path).n_ctx_train
+        trained = model.shape.n_ctx_train
     except ProfileError:  # not a shape that a plan describes; llama.cpp may know better
         trained = 0
     if n_ctx is None:
@@ -213,7 +213,7 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
                 return not interrupted
 
             return Llama(
-                path,
+                model,
                 razor=options["sidecar"] or options["razor"],
                 budget=options["budget"],
                 progress=progress,

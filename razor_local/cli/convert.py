@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..evals.haystack import Haystack
-    from ..profile import ModelShape, Profile
+    from ..model_file import ModelFile
+    from ..model_shape import ModelShape
+    from ..profile import Profile
     from ..scores import Scores
 
 PATH = click.Path(path_type=Path)
@@ -165,15 +167,9 @@ def convert(
     from ..common.files import check_outputs
     from ..converters.heads import profile_from_heads
     from ..converters.write import check_output, write_copy, write_sidecar
-    from ..gguf.header import read_header
-    from ..profile import (
-        MAX_WINDOW,
-        Profile,
-        alibi_max_bias,
-        facts_line,
-        shape_from_header,
-        unsupported_feature,
-    )
+    from ..model_file import ModelFile
+    from ..model_shape import alibi_max_bias, unsupported_feature
+    from ..profile import MAX_WINDOW, Profile, facts_line
 
     options: dict[str, Any] = {
         "sink_tokens": sinks,
@@ -183,24 +179,24 @@ def convert(
     }
     # all that can be refused is refused before anything is measured
     Profile(retrieval=(), **options)
-    header = read_header(model)
-    shape = shape_from_header(header)
-    alibi = alibi_max_bias(header, shape) > 0
+    file = ModelFile(model)
+    shape = file.shape
+    alibi = alibi_max_bias(file.header, shape) > 0
     measured = _Measured()
     _check_method(shape, alibi, epsilon)
     texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
     check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"], *texts])
-    check_output(model, output, force, sidecar)
+    check_output(file, output, force, sidecar)
     haystack = None
     if measuring["haystack"] is not None:
         from ..evals.haystack import FolderText
 
         haystack = FolderText(measuring["haystack"])
-    feature = unsupported_feature(header, shape)
+    feature = unsupported_feature(file.header, shape)
     if feature:
         echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
     if alibi:
-        profile = _profile_from_weights(model, epsilon)
+        profile = _profile_from_weights(file, epsilon)
     else:
         if heads is not None:
             profile = profile_from_heads(heads, shape, budget=measuring["budget"], **options)
@@ -211,17 +207,15 @@ def convert(
                 )
         else:
             if measuring["save_scores"] is not None:
-                check_output(model, measuring["save_scores"], force, sidecar=True)
-            profile = _profile_from_scores(
-                model, shape, measuring | {"force": force}, options, measured
-            )
-        profile = _prove(model, profile, measuring | {"heads": heads}, haystack)
+                check_output(file, measuring["save_scores"], force, sidecar=True)
+            profile = _profile_from_scores(file, measuring | {"force": force}, options, measured)
+        profile = _prove(file, profile, measuring | {"heads": heads}, haystack)
     with measured.kept_if_it_fails():
         if sidecar:
-            write_sidecar(model, output, profile, force)
+            write_sidecar(file, output, profile, force)
         else:
             with _Bar(f"Writing {output.name}") as bar:
-                output = write_copy(model, output, profile, force, bar)
+                output = write_copy(file, output, profile, force, bar)
     if profile.scope is not None:
         from ..converters.head_map import scope_line
 
@@ -279,7 +273,7 @@ def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None
             )
 
 
-def _profile_from_weights(model: Path, epsilon: float | None) -> Profile:
+def _profile_from_weights(model: ModelFile, epsilon: float | None) -> Profile:
     from ..converters.alibi import DEFAULT_EPSILON, profile_from_weights
     from .terminal import TimeLeft
 
@@ -349,8 +343,7 @@ class _Measured:
 
 
 def _profile_from_scores(
-    model: Path,
-    shape: ModelShape,
+    model: ModelFile,
     given: dict[str, Any],
     options: dict[str, Any],
     measured: _Measured,
@@ -362,7 +355,7 @@ def _profile_from_scores(
         shares = {"induction": INDUCTION, "echo": ECHO} | shares
     if given["scores"] is not None:
         scores = load_scores(given["scores"])
-        scores.check_model(shape)
+        scores.check_model(model.shape)
     else:
         scores = measured.scores = _measure(model, given)
         if given["save_scores"] is not None:
@@ -371,7 +364,7 @@ def _profile_from_scores(
 
 
 def _prove(
-    model: Path, profile: Profile, given: dict[str, Any], haystack: Haystack | None
+    model: ModelFile, profile: Profile, given: dict[str, Any], haystack: Haystack | None
 ) -> Profile:
     """Plant facts, change heads that were chosen by score if they lose some, record the outcome.
 
@@ -436,7 +429,7 @@ def _prove(
     )
 
 
-def _measure(model: Path, given: dict[str, Any]) -> Scores:
+def _measure(model: ModelFile, given: dict[str, Any]) -> Scores:
     from ..converters.calibrate import calibrate
     from .terminal import TimeLeft
 

@@ -158,11 +158,12 @@ def probe() -> None:
 
 
 def _default_model(problems: list[str]) -> dict[str, Any] | None:
-    from ..profile import read_model_shape, read_profile
+    from ..model_file import ModelFile
     from .chat import DEFAULT_MODEL
 
     try:
-        shape, profile = read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL)
+        model = ModelFile(DEFAULT_MODEL)
+        shape, profile = model.shape, model.profile
     except FileNotFoundError:
         problems.append(f"the built-in model is missing ({DEFAULT_MODEL}); {REINSTALL}")
         return None

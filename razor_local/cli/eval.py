@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..evals.policies import Policy
     from ..evals.questions import Sample
     from ..evals.report import Report
-    from ..profile import ModelShape
+    from ..model_shape import ModelShape
     from .terminal import TimeLeft
 
 PATH = click.Path(path_type=Path)
@@ -243,7 +243,7 @@ def needle(model: Path | None, **options: Any) -> None:
     )
     haystack = _haystack(options)
     with run.progress() as show:
-        samples = make_samples(settings, haystack, Prompts(run.setup.model), _making(show))
+        samples = make_samples(settings, haystack, Prompts(run.setup.file), _making(show))
         described = {
             "tasks": settings.kinds,
             "depths": settings.depths,
@@ -305,7 +305,7 @@ def ruler(model: Path | None, **options: Any) -> None:
     )
     haystack = _haystack(options)
     with run.progress() as show:
-        samples = make_samples(settings, haystack, Prompts(run.setup.model), _making(show))
+        samples = make_samples(settings, haystack, Prompts(run.setup.file), _making(show))
         described = {
             "tasks": settings.tasks,
             "samples": settings.samples,
@@ -469,7 +469,7 @@ def longbench(model: Path | None, folder: Path, **options: Any) -> None:
     with run.progress() as show:
         bench = LongBench(
             folder,
-            Prompts(run.setup.model),
+            Prompts(run.setup.file),
             n_ctx,
             names=tuple(dict.fromkeys(options["datasets"])) if options["datasets"] else None,
             n_samples=options["samples"],

@@ -199,21 +199,16 @@ def _profile(
     """What razor is planned with, and where that comes from."""
     from ..errors import ProfileError
     from ..fit import paper_profile
-    from ..profile import no_profile, read_sidecar
 
     if dry.shape is None:
         if sidecar is not None or budget is not None:
             raise ProfileError(f"{dry.path} is no model that razor can run")
         return None, None
-    profile = dry.profile() if sidecar is None else read_sidecar(sidecar, dry.shape)
+    profile = dry.file.choose_profile(sidecar, budget)
     if profile is None:
         if budget is not None:
-            raise no_profile(dry.path)
+            raise dry.file.no_profile()
         return paper_profile(dry.shape), "paper"
-    if budget is not None:
-        from ..scores import with_budget
-
-        profile = with_budget(profile, dry.shape, budget)
     return profile, "file" if sidecar is None else "sidecar"
 
 

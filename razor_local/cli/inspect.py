@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from ..model_shape import ModelShape
     from ..plan import Plan
-    from ..profile import ModelShape, Profile
+    from ..profile import Profile
 
 PATH = click.Path(path_type=Path)
 COMPARED = ("f16", "q8_0", "q4_0")
@@ -91,31 +92,17 @@ def inspect(
     Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
     """
     from ..common.files import check_outputs
-    from ..gguf.header import read_header
+    from ..model_file import ModelFile
+    from ..model_shape import unsupported_feature, why_not_converted
     from ..plan import make_plan
-    from ..profile import (
-        no_profile,
-        profile_from_header,
-        read_sidecar,
-        shape_from_header,
-        unsupported_feature,
-        why_not_converted,
-    )
 
     check_outputs([plot], [model, sidecar, compare])
-    header = read_header(model)
-    shape = shape_from_header(header)
-    profile = (
-        profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
-    )
+    opened = ModelFile(model)
+    shape, profile = opened.shape, opened.choose_profile(sidecar, budget)
     looking = heads or compare is not None or plot is not None
     if profile is None and (budget is not None or looking):
-        raise no_profile(model)
-    if budget is not None and profile is not None:
-        from ..scores import with_budget
-
-        profile = with_budget(profile, shape, budget)
-    feature = unsupported_feature(header, shape)
+        raise opened.no_profile()
+    feature = unsupported_feature(opened.header, shape)
     if feature:
         echo(
             f"Note: the model has {feature}; razor may be refused when it is run, and the bytes"
@@ -131,7 +118,7 @@ def inspect(
         from ..converters.head_map import plot_heads
 
         plot_heads(profile, shape, plot)
-    no_convert = why_not_converted(header, shape)
+    no_convert = why_not_converted(opened.header, shape)
     if looking and profile is not None and not as_json:
         return _print_heads(shape, profile, heads, there, compare, plot)
     run = None if profile is None or profile.scope is not None else profile

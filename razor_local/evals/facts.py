@@ -25,10 +25,11 @@ from ..common.interrupt import on_interrupt
 from ..common.machine import n_cores
 from ..common.progress import Progress
 from ..errors import RazorError, UnsupportedError
+from ..model_shape import ModelShape
 from ..native.models import load_model, new_context
 from ..native.probe import AttentionProbe, attention_context
 from ..plan import KV_TYPES, N_CTX_PAD
-from ..profile import ModelShape, Profile
+from ..profile import Profile
 from .haystack import Haystack
 from .needle import NAMES
 from .questions import Prompts, fit_text, message

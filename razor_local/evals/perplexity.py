@@ -29,8 +29,8 @@ from ..common.markdown import markdown_table
 from ..common.progress import Clock, Progress
 from ..errors import RazorError
 from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
 from ..plan import padded_n_ctx
-from ..profile import ModelShape
 from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
 from .intervals import block_bootstrap
@@ -100,7 +100,7 @@ def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
     from .questions import load_vocabulary
 
     text = read_text_file(path)
-    vocab = load_vocabulary(setup.model)
+    vocab = load_vocabulary(setup.file)
     plain, marked = (
         vocab.tokenize(text.encode(), add_bos=add_bos, special=False) for add_bos in (False, True)
     )
@@ -181,7 +181,7 @@ def run_facts(
     plans = [policy.plan(shape, n_ctx) for policy in policies]
     reach = max((p.window + p.block for p in plans if p.active), default=n_tokens // 3)
     sinks = max((p.sink_tokens for p in plans if p.active), default=0)
-    exam = make_exam(Prompts(setup.model), MadeText(), n_tokens, reach, sinks)
+    exam = make_exam(Prompts(setup.file), MadeText(), n_tokens, reach, sinks)
     with Examiner(
         Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress
     ) as examiner:

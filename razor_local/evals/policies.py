@@ -23,8 +23,9 @@ import numpy as np
 
 from ..errors import RazorError, UnsupportedError
 from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
 from ..plan import KV_TYPES, Plan, make_plan, row_size
-from ..profile import ModelShape, Profile, read_model_shape, split_heads
+from ..profile import Profile, split_heads
 
 KINDS = ("full", "razor", "razor-no-comp", "local", "streaming", "random-heads", "heads=FILE")
 DEFAULT = (
@@ -71,7 +72,7 @@ def make_policies(
     out. seed: of the random heads. Raises RazorError for unknown names, ProfileError where a policy
     needs a profile or scores that the model does not have, UnsupportedError, OSError.
     """
-    shape = read_model_shape(setup.model)
+    shape = setup.file.shape
     if names is None:
         chosen = DEFAULT_FOR_BUDGETS if budgets else DEFAULT
         names = [name for name in chosen if _fits(shape, _split(name)[1])]

@@ -17,14 +17,14 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from ..common.progress import Progress
 from ..errors import UnsupportedError
+from ..model_file import open_model
 from ..plan import Plan, make_plan
-from ..profile import Profile, read_model_shape, split_heads
+from ..profile import Profile, split_heads
 from ..scores import group_max
 from .facts import ROOM, Examiner, Outcome, make_exam
 from .haystack import Haystack, MadeText
@@ -123,8 +123,8 @@ def prove(
         KeyboardInterrupt: Ctrl-C, between two operations of the computation.
         RazorError, GGUFError, OSError.
     """
-    model_path = Path(model_path)
-    shape = read_model_shape(model_path)
+    model = open_model(model_path)
+    shape = model.shape
     n_tokens = min(N_TOKENS, (shape.n_ctx_train or N_TOKENS + ROOM) - ROOM)
     base = replace(profile, window_min=max(n_tokens // WINDOW_DIVISOR, 1), window_divisor=0)
     plan = make_plan(shape, base, n_tokens + ROOM, "f16", "f16")
@@ -133,13 +133,13 @@ def prove(
             f"a context of {plan.n_ctx:,} tokens drops nothing ({plan.why_inactive})"
         )
     exam = make_exam(
-        Prompts(model_path),
+        Prompts(model),
         haystack or MadeText(),
         n_tokens,
         base.window_min + plan.block,
         base.sink_tokens,
     )
-    with Examiner(model_path, shape, exam, n_threads, n_gpu_layers, progress) as examiner:
+    with Examiner(model.path, shape, exam, n_threads, n_gpu_layers, progress) as examiner:
         full, per_query_head = examiner.full()
         fact_scores = group_max(per_query_head, shape.n_head, shape.n_head_kv)
 

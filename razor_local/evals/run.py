@@ -15,8 +15,8 @@ from ..common.journal import Journal
 from ..common.machine import describe_code, describe_machine
 from ..common.progress import Clock, Progress
 from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
 from ..plan import N_CTX_PAD
-from ..profile import ModelShape
 from .policies import Policy
 from .questions import Answerer, Sample
 
@@ -160,7 +160,7 @@ def open_llama(setup: ModelSetup, policy: Policy, n_ctx: int, **options: Any) ->
     from ..llama import Llama
 
     return Llama(
-        setup.model,
+        setup.file,
         n_ctx=-(-n_ctx // N_CTX_PAD) * N_CTX_PAD,
         n_threads=setup.n_threads,
         n_threads_batch=setup.n_threads,

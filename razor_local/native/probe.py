@@ -23,7 +23,7 @@ from .structs import Tensor
 from .tensors import F32, bind
 
 if TYPE_CHECKING:
-    from ..profile import ModelShape
+    from ..model_shape import ModelShape
 
 ATTENTION = b"kq_soft_max-"  # tensor name before the layer index; only without flash attention
 

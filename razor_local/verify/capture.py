@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UnsupportedError
+from ..model_shape import ModelShape
 from ..native.structs import CustomParams, Tensor
 from ..native.tensors import F32, check_layout, read
 from ..plan import Plan
-from ..profile import ModelShape, Profile
+from ..profile import Profile
 from . import reference
 
 if TYPE_CHECKING:

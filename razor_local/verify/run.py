@@ -20,7 +20,6 @@ import ctypes
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,18 +28,12 @@ from .. import native
 from ..common.interrupt import on_interrupt
 from ..common.machine import n_cores
 from ..errors import ProfileError, RazorError, UnsupportedError
-from ..gguf.header import read_header
+from ..model_file import open_model
+from ..model_shape import ModelShape
 from ..native.models import load_model, new_context, vocabulary
 from ..native.tensors import bind
 from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
-from ..profile import (
-    ModelShape,
-    Profile,
-    no_profile,
-    profile_from_header,
-    read_sidecar,
-    shape_from_header,
-)
+from ..profile import Profile
 from . import reference
 from .capture import Capture
 from .compare import compare_layer, kl_divergence
@@ -84,14 +77,12 @@ def verify(
     be seen), ProfileError (no profile, a plan that is not active, nothing would be folded),
     GGUFError, RazorError, OSError.
     """
-    model_path = Path(model_path)
-    header = read_header(model_path)
-    shape = shape_from_header(header)
-    profile = (
-        profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
-    )
-    plan = _plan(model_path, shape, profile, n_ctx, type_k, type_v, flash_attn)
-    assert profile is not None
+    file = open_model(model_path)
+    model_path, shape = file.path, file.shape
+    profile = file.choose_profile(sidecar)
+    if profile is None:
+        raise file.no_profile()
+    plan = _plan(shape, profile, n_ctx, type_k, type_v, flash_attn)
     if n_ubatch > n_batch or n_batch < 1 or n_ubatch < 1:
         raise RazorError(
             f"the batch is {n_batch} and the ubatch {n_ubatch} tokens, expected 1 to the batch for"
@@ -177,17 +168,9 @@ def first_fold(plan: Plan) -> int:
 
 
 def _plan(
-    path: Path,
-    shape: ModelShape,
-    profile: Profile | None,
-    n_ctx: int,
-    type_k: str,
-    type_v: str,
-    flash_attn: bool,
+    shape: ModelShape, profile: Profile, n_ctx: int, type_k: str, type_v: str, flash_attn: bool
 ) -> Plan:
     """An active plan. Raises ProfileError."""
-    if profile is None:
-        raise no_profile(path)
     n_ctx = n_ctx or min(DEFAULT_N_CTX, shape.n_ctx_train or DEFAULT_N_CTX)
     plan = make_plan(shape, profile, padded_n_ctx(shape, n_ctx), type_k, type_v, flash_attn)
     if not plan.active:

@@ -152,8 +152,9 @@ def read(path: Path) -> None:
     """The header, the profile, the plan, and fit."""
     from razor_local import fit
     from razor_local.gguf.header import read_header
+    from razor_local.model_shape import shape_from_header
     from razor_local.plan import make_plan
-    from razor_local.profile import profile_from_header, shape_from_header
+    from razor_local.profile import profile_from_header
 
     header = read_header(path)
     shape = shape_from_header(header)

@@ -53,14 +53,15 @@ SPARSE = 700 << 20  # bytes: a claim of any size that the header's limits allow 
 
 def load() -> None:
     """Imports what is tested: later than this file, so that atheris can instrument it."""
-    global np, errors, header, heads, plan, profile, scores, shape
+    global np, errors, header, heads, model_file, model_shape, plan, profile, scores, shape
     import numpy as np
     from razor_local.converters import heads
 
-    from razor_local import errors, plan, profile, scores
+    from razor_local import errors, model_file, model_shape, plan, profile, scores
     from razor_local.gguf import header
 
-    shape = profile.ModelShape("llama", 2, (4, 4), (2, 2), 32, 32, 4096, "small", "0" * 64)
+    shape = model_shape.ModelShape("llama", 2, (4, 4), (2, 2), 32, 32, 4096, "small")
+    vars(shape)["fingerprint"] = "0" * 64  # there is no file to compute it from
 
 
 # -- what is done with an input; its first byte says which of these
@@ -95,8 +96,8 @@ def _use(path: Path) -> None:
 
 
 def _plan(h: object) -> None:
-    found = profile.shape_from_header(h)
-    profile.unsupported_feature(h, found)
+    found = model_shape.shape_from_header(h)
+    model_shape.unsupported_feature(h, found)
     for n_ctx in (0, 32768):
         _expect_errors(
             lambda n: plan.make_plan(found, profile.profile_from_header(h, found), n).to_dict(),
@@ -116,7 +117,7 @@ def read_split(path: Path, data: bytes) -> None:
     first = path.with_name("m-00001-of-00002.gguf")
     first.write_bytes(data[:at])
     path.with_name("m-00002-of-00002.gguf").write_bytes(data[at:])
-    profile.read_model_shape(first)
+    model_file.read_model_shape(first)
 
 
 def read_heads(path: Path, data: bytes) -> None:
@@ -129,7 +130,7 @@ def read_heads(path: Path, data: bytes) -> None:
         assert all(np.isfinite(layer).all() for layer in found.layers)
     mask = heads.read_heads(
         path,
-        profile.ModelShape("llama", len(n), n, n, 32, 32, 4096),
+        model_shape.ModelShape("llama", len(n), n, n, 32, 32, 4096),
         None if found.kind == "heads" else 0.5,
     )
     assert tuple(map(len, mask)) == n

@@ -12,9 +12,9 @@ from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import Llama
 from razor_local.errors import ProfileError, UnsupportedError
+from razor_local.model_file import read_model_shape
 from razor_local.native import tensors
 from razor_local.plan import make_plan
-from razor_local.profile import read_model_shape
 from tests.support import alibi_models, other_models, runner, tiny_models
 from tests.support.alibi_models import AlibiSpec, adversary, make_weights, write
 from tests.support.alibi_scopes import (

@@ -32,8 +32,9 @@ from razor_local.cli import main
 from razor_local.common.machine import describe_code, describe_gpus, describe_machine, free_memory
 from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
+from razor_local.model_shape import ModelShape
 from razor_local.plan import make_plan
-from razor_local.profile import ModelShape, Profile
+from razor_local.profile import Profile
 from tests.support.bench import KV, QUICK, SPEC
 from tests.support.journals import damaged
 from tests.support.stock import stock_lib_dir

@@ -15,9 +15,10 @@ from razor_local.bench.batches import Side
 from razor_local.bench.random_cache import kept_bytes, random_state
 from razor_local.bench.worker import Session, SessionContext, Worker
 from razor_local.errors import RazorError
+from razor_local.model_file import read_model_shape
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
-from razor_local.profile import Profile, read_model_shape
+from razor_local.profile import Profile
 from tests.support.bench import KV, MASK, SPEC
 
 

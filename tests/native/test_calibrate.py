@@ -30,8 +30,10 @@ from razor_local import Llama, native
 from razor_local.cli import main
 from razor_local.common import files as safe_write
 from razor_local.errors import ConvertError, ProfileError, RazorError, UnsupportedError
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.model_shape import ModelShape
 from razor_local.native import probe
-from razor_local.profile import ModelShape, read_model_shape, read_profile, read_sidecar
+from razor_local.profile import read_sidecar
 from razor_local.scores import Scores, choose_heads, load_scores
 from tests.support import embedded_model, known_heads, other_models, reference, tiny_models
 

@@ -13,7 +13,7 @@ import pytest
 
 from razor_local import Llama
 from razor_local.errors import UnsupportedError
-from razor_local.profile import read_profile
+from razor_local.model_file import read_profile
 from tests.support.tiny_models import TinySpec, make_model, razor_kv
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from razor_local.cli import main
-from razor_local.profile import read_model_shape, read_profile, read_sidecar
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import read_sidecar
 from tests.support.alibi_models import AlibiSpec, write
 from tests.support.gguf_bytes import U32, kv, small_model
 from tests.support.other_models import MODELS, make_other

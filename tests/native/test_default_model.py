@@ -12,8 +12,8 @@ from razor_local import Llama
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.questions import Prompts, fit_text
 from razor_local.gguf.header import ARRAY, STRING, read_header
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.plan import make_plan
-from razor_local.profile import read_model_shape, read_profile
 from tests.support.cli import piped
 
 PATH = files("razor_local") / "data" / "razor-default.gguf"

@@ -24,9 +24,9 @@ from razor_local.evals.perplexity import read_text
 from razor_local.evals.policies import make_policies
 from razor_local.evals.report import Report, format_report
 from razor_local.evals.run import open_journal, open_llama
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
-from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify.compare import kl_divergence
 from tests.support.embedded_model import model_with_scores, no_numbers
 from tests.support.journals import damaged

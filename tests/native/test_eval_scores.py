@@ -25,8 +25,8 @@ from razor_local.evals.perplexity import (
 from razor_local.evals.policies import DEFAULT, make_policies
 from razor_local.evals.questions import Question, Sample
 from razor_local.evals.run import open_llama
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.model_setup import ModelSetup
-from razor_local.profile import read_model_shape, read_profile
 from tests.support.embedded_model import model_with_scores
 
 SETUP = ModelSetup(str(DEFAULT_MODEL))

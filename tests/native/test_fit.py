@@ -404,7 +404,7 @@ def test_chat_auto(monkeypatch):
     with DryModel(DEFAULT_MODEL) as dry:
         if dry.devices():
             pytest.skip("this build has a device")
-        options = ContextOptions(dry.profile())
+        options = ContextOptions(dry.file.profile)
         leave(monkeypatch, dry.need(1280, options).total)
     result = CliRunner().invoke(main, ["chat", "-c", "auto", "-n", "1"], input="hello")
     assert result.exit_code == 0 and "/1280 |" in result.stderr

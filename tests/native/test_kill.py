@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from razor_local.errors import RazorError
-from razor_local.profile import read_profile
+from razor_local.model_file import read_profile
 from tests.support.gguf_bytes import STRING, U32, gguf, kv, tensor
 from tests.support.tiny_models import TinySpec, make_split_model
 

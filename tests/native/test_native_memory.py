@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from razor_local.model_file import read_model_shape
 from razor_local.plan import make_plan
-from razor_local.profile import Profile, read_model_shape
+from razor_local.profile import Profile
 from tests.support import reference, runner
 from tests.support.tiny_models import TinySpec
 

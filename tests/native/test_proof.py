@@ -25,14 +25,8 @@ from razor_local.evals.facts import Exam, Examiner, Outcome, make_exam
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.proof import is_as_good, prove
 from razor_local.evals.questions import Prompts
-from razor_local.profile import (
-    Profile,
-    facts_line,
-    read_model_shape,
-    read_profile,
-    read_sidecar,
-    split_heads,
-)
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile, facts_line, read_sidecar, split_heads
 from razor_local.scores import choose_heads
 from tests.support import embedded_model, known_heads, reference
 

@@ -17,7 +17,7 @@ from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.common.files import check_outputs, new_file
 from razor_local.common.journal import Journal
 from razor_local.common.markdown import save_text
-from razor_local.profile import read_model_shape, read_profile
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.scores import profile_scores, save_scores
 
 

@@ -27,8 +27,8 @@ from razor_local.converters.write import write_copy, write_sidecar
 from razor_local import native
 from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
+from razor_local.model_file import ModelFile, read_model_shape, read_profile
 from razor_local.plan import KV_TYPES
-from razor_local.profile import read_model_shape, read_profile
 from razor_local.verify import compare as compare_module
 from razor_local.verify import reference
 from razor_local.verify import run as module
@@ -244,7 +244,8 @@ def test_heads_stored_in_another_order_are_found(seen) -> None:
 
 def test_a_file_with_another_mask_than_the_reference_fails(monkeypatch) -> None:
     """The library reads the file, the reference is given another profile."""
-    monkeypatch.setattr(module, "profile_from_header", lambda header, shape: flipped(2, 1))
+    other = flipped(2, 1)
+    monkeypatch.setattr(ModelFile, "profile", property(lambda _: other))
     result = verify(MIXED, **QUICK)
     assert not result.passed
     assert result.verdict == (

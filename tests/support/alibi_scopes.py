@@ -10,7 +10,8 @@ from razor_local.converters import alibi
 from razor_local.converters.alibi import alibi_slopes, head_scope
 
 from razor_local.gguf.header import read_header
-from razor_local.profile import Profile, shape_from_header
+from razor_local.model_shape import shape_from_header
+from razor_local.profile import Profile
 from tests.support.alibi_models import AlibiSpec
 
 EPSILON = 0.001

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 from razor_local.converters.write import write_copy
 
 from razor_local.gguf.header import read_header
-from razor_local.profile import read_model_shape, read_profile
+from razor_local.model_file import read_model_shape, read_profile
 from tests.support import known_heads, tiny_models
 
 PATH = Path(str(files("razor_local") / "data" / "razor-default.gguf"))

@@ -24,15 +24,14 @@ from razor_local import Profile
 from razor_local.cli import main
 from razor_local.errors import ConvertError, GGUFError, ProfileError, UnsupportedError
 from razor_local.gguf.header import read_header
-from razor_local.profile import (
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.model_shape import (
     ModelShape,
     alibi_max_bias,
-    read_model_shape,
-    read_profile,
-    read_sidecar,
     shape_from_header,
     unsupported_feature,
 )
+from razor_local.profile import read_sidecar
 from tests.support import alibi_models, tiny_models
 from tests.support.alibi_models import (
     RMS,

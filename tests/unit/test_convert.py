@@ -22,12 +22,8 @@ from razor_local.converters.write import check_output, write_copy, write_sidecar
 from razor_local.cli import main
 from razor_local.errors import ConvertError, ProfileError
 from razor_local.gguf.header import read_header
-from razor_local.profile import (
-    Profile,
-    read_model_shape,
-    read_profile,
-    read_sidecar,
-)
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile, read_sidecar
 from tests.support.gguf_bytes import (
     F32,
     STRING,

@@ -18,7 +18,8 @@ from razor_local.converters.heads import (
 from razor_local.converters.write import write_copy
 
 from razor_local.errors import ProfileError
-from razor_local.profile import ModelShape, read_model_shape, read_profile
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.model_shape import ModelShape
 from tests.support.tiny_models import TinySpec, make_model
 
 # a folder of published head lists (*.tsv, *.json, in folders of any depth), for those who have one

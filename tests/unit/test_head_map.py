@@ -20,7 +20,8 @@ from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local.cli import main
 from razor_local.errors import ProfileError, UnsupportedError
-from razor_local.profile import Profile, read_model_shape, read_profile
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile
 from razor_local.scores import Scores, save_scores
 from tests.support.gguf_bytes import F32, I32, U32, kv, kv_array, razor_keys, small_model
 from tests.support.tiny_models import TinySpec, make_model

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from razor_local.converters.write import write_sidecar
 
 from razor_local.cli import main
+from razor_local.model_file import read_model_shape, read_profile
 from razor_local.plan import make_plan
-from razor_local.profile import read_model_shape, read_profile
 from tests.support.gguf_bytes import U32, kv, kv_array, razor_keys, small_model
 from tests.support.tiny_models import TinySpec, make_model, razor_kv
 

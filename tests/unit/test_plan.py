@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from razor_local.errors import ProfileError, UnsupportedError
+from razor_local.model_shape import ModelShape
 from razor_local.plan import KV_TYPES, SLACK, fold_block, make_plan, row_size
-from razor_local.profile import ModelShape, Profile
+from razor_local.profile import Profile
 
 
 def shape(n_head_kv: tuple[int, ...], d_k: int = 128, d_v: int = 128, n_ctx_train: int = 8192):

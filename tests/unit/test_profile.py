@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 
 from razor_local.errors import GGUFError, ProfileError, RazorError
 from razor_local.gguf.header import read_header
-from razor_local.profile import (
-    KEY_FINGERPRINT,
-    ModelShape,
-    Profile,
-    describe_heads,
-    read_model_shape,
-    read_profile,
-    read_sidecar,
-    unsupported_feature,
-)
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.model_shape import ModelShape, describe_heads, unsupported_feature
+from razor_local.profile import KEY_FINGERPRINT, Profile, read_sidecar
 from tests.support.gguf_bytes import (
     BOOL,
     F32,

@@ -17,7 +17,8 @@ from razor_local.bench.shapes import SHAPES, Shape, cached_shape_model, is_rando
 from razor_local.common import files as safe_write
 from razor_local.errors import RazorError, UnsupportedError
 from razor_local.gguf.header import read_header
-from razor_local.profile import Profile, read_model_shape, read_profile
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile
 
 SMALL = Shape("qwen3", 2, 64, 4, 2, 32, 96, 200, 4096, 1e6, qk_norm=True)
 

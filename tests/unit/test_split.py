@@ -15,7 +15,8 @@ from razor_local.converters.write import write_copy, write_sidecar
 from razor_local.errors import ConvertError, GGUFError, ProfileError
 from razor_local.gguf.header import read_header
 from razor_local.gguf.split import part_paths, read_parts
-from razor_local.profile import Profile, read_model_shape, read_profile, read_sidecar
+from razor_local.model_file import read_model_shape, read_profile
+from razor_local.profile import Profile, read_sidecar
 from tests.support.gguf_bytes import I32, U16, U32, gguf, kv, small_model, tensor
 from tests.support.tiny_models import TinySpec, make_model, make_split_model
 
@@ -57,7 +58,7 @@ def test_a_split_model_is_read_as_one(split, tmp_path):
     assert tensor_bytes(*(p.path for p in parts)) == tensor_bytes(one)
     shape, whole = read_model_shape(split), read_model_shape(one)
     assert (shape.n_head_kv, shape.head_dim_k) == (whole.n_head_kv, whole.head_dim_k)
-    # the bytes of every file count
+    fingerprint = shape.fingerprint  # the bytes of every file count
     for part in parts:
         if not part.tensors:
             continue
@@ -65,9 +66,9 @@ def test_a_split_model_is_read_as_one(split, tmp_path):
         raw[part.data_start + part.tensors[0].nbytes // 2] ^= 1
         before = part.path.read_bytes()
         part.path.write_bytes(raw)
-        assert read_model_shape(split).fingerprint != shape.fingerprint
+        assert read_model_shape(split).fingerprint != fingerprint
         part.path.write_bytes(before)
-    assert read_model_shape(split).fingerprint == shape.fingerprint
+    assert read_model_shape(split).fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("name", ["out.gguf", "out-00001-of-{:05}.gguf"])

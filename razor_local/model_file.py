@@ -1,0 +1,90 @@
+"""A model file: its header is read once, what follows from it when it is asked for."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from .errors import ProfileError
+from .gguf.header import Header, read_header
+from .gguf.split import read_parts
+from .model_shape import ModelShape, shape_from_parts, why_not_converted
+from .profile import Profile, profile_from_header, read_sidecar
+
+
+class ModelFile(os.PathLike[str]):
+    """A model file, or the first file of a split model, whose header was read and checked.
+
+    This is a path: a function that takes the path of a model takes a ModelFile too, and does not
+    read the header again. Raises GGUFError, OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.header = read_header(self.path)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def parts(self) -> tuple[Header, ...]:
+        """The headers of all files of the model. Raises GGUFError, OSError."""
+        return read_parts(self.header)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Raises GGUFError or ProfileError (one sentence), OSError."""
+        return shape_from_parts(self.parts)
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The profile in the file, None where it has no razor keys. Raises as shape does."""
+        return profile_from_header(self.header, self.shape)
+
+    def choose_profile(
+        self,
+        other: str | os.PathLike[str] | Profile | None = None,
+        budget: float | None = None,
+    ) -> Profile | None:
+        """Return the profile to run the model with, None without any. Raises as profile does.
+
+        Args:
+            other: a sidecar, or a Profile, instead of the profile in the model file.
+            budget: the share of retrieval heads, instead of the profile's.
+        """
+        if other is None:
+            profile = self.profile
+        else:
+            profile = other if isinstance(other, Profile) else read_sidecar(other, self.shape)
+        if profile is not None and budget is not None:
+            from .scores import with_budget
+
+            profile = with_budget(profile, self.shape, budget)
+        return profile
+
+    def no_profile(self) -> ProfileError:
+        """Return the error where a profile is needed and there is none: how to come by one."""
+        why = why_not_converted(self.header, self.shape)
+        make = "make one with 'razor-local convert MODEL.gguf -o OUT.gguf', or"
+        if why is not None:
+            make = f"'razor-local convert' may refuse to make one ({why});"
+        return ProfileError(f"{self} has no razor profile; {make} name one with --sidecar")
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Return the ModelFile of a path. One that is a ModelFile already is not read again."""
+    return path if isinstance(path, ModelFile) else ModelFile(path)
+
+
+def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """Shape of a model file. Raises GGUFError or ProfileError (one sentence), or OSError."""
+    return open_model(path).shape
+
+
+def read_profile(path: str | os.PathLike[str]) -> Profile | None:
+    """Profile in a model file, None where it has no razor keys. Raises as profile_from_header."""
+    return open_model(path).profile

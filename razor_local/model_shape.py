@@ -1,0 +1,226 @@
+"""The attention shape of a model, as its metadata has it, and what razor cannot run of it.
+
+Every key's type, count and range is checked here, before any library sees the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .errors import ProfileError
+from .gguf.header import ARRAY, F32, I32, U16, U32, Header
+from .gguf.split import read_parts
+
+MAX_LAYERS = 512  # llama.cpp's own limit
+MAX_HEADS = 4096  # per layer
+MAX_HEAD_DIM = 8192
+
+UNSUPPORTED_KEYS = {
+    "attention.kv_lora_rank": "multi-head latent attention (MLA)",
+    "attention.sliding_window": "sliding window attention",
+    "attention.causal": "non-causal attention (an encoder)",
+    "rope.dimension_sections": "M-RoPE",
+    "ssm.state_size": "recurrent layers",
+    "shortconv.l_cache": "recurrent layers",
+}
+
+# llama.cpp knows by these whether a model has ALiBi
+ALIBI_ARCHS = ("bloom", "jina-bert-v2", "refact")  # always; baichuan with 40 layers (13B) too
+ALIBI_KEY_ARCHS = ("jais", "mpt")  # if attention.max_alibi_bias says so
+
+# architectures with ALiBi, by their norm before attention
+LAYER_NORM = ("bloom", "jais", "mpt")  # normalizes to mean 0, and may have a bias
+RMS_NORM = ("baichuan", "refact")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The attention shape of a model, as far as the KV cache depends on it.
+
+    n_layer leaves out next-token-prediction layers, which the context's own cache does not hold.
+    n_head, n_head_kv: query and KV heads per layer [n_layer]. head_dim_k, head_dim_v: elements.
+    n_ctx_train: tokens. parts: the headers of the model's files, () for a shape without a model.
+    """
+
+    arch: str
+    n_layer: int
+    n_head: tuple[int, ...]
+    n_head_kv: tuple[int, ...]
+    head_dim_k: int
+    head_dim_v: int
+    n_ctx_train: int
+    name: str = ""
+    parts: tuple[Header, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def path(self) -> Path | None:
+        """The model file, or the first of its files."""
+        return self.parts[0].path if self.parts else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See model_fingerprint(). Data are read when this is asked for; "" without a model."""
+        return model_fingerprint(self.parts) if self.parts else ""
+
+
+def describe_heads(heads: tuple[int, ...], kind: str = "KV") -> str:
+    """For example "32 layers x 8 KV heads"; heads: number of heads per layer."""
+    low, high = min(heads, default=0), max(heads, default=0)
+    count = str(low) if low == high else f"{low} to {high}"
+    return f"{len(heads)} layers x {count} {kind} heads"
+
+
+def shape_from_header(header: Header) -> ModelShape:
+    """ModelShape of a header that was read already. Raises GGUFError, ProfileError or OSError.
+
+    The other files of a split model are read for it.
+    """
+    return shape_from_parts(read_parts(header))
+
+
+def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:
+    """ModelShape of the headers of all files of a model. Raises GGUFError or ProfileError."""
+    header = parts[0]
+
+    def bad(text: str) -> ProfileError:
+        return ProfileError(f"{header.path}: {text}")
+
+    arch = header.string("general.architecture", 256)
+    if not arch or not arch.isprintable():
+        raise bad("has no general.architecture, so it is no language model that can be run")
+
+    def size(key: str, default: int | None, low: int, high: int) -> int:
+        value = header.number(f"{arch}.{key}", (U32, I32, U16))
+        if value is None:
+            if default is None:
+                raise bad(f"has no {arch}.{key}, so it is no language model that can be run")
+            return default
+        if not low <= value <= high:
+            raise bad(f"{arch}.{key} is {value}, expected {low} to {high}")
+        return int(value)
+
+    n_layer_all = size("block_count", None, 1, MAX_LAYERS)
+    n_nextn = size("nextn_predict_layers", 0, 0, n_layer_all)
+    # upstream keeps such layers where a model consists of nothing else
+    n_layer = n_layer_all - n_nextn or n_layer_all
+
+    def heads(key: str) -> tuple[int, ...] | None:
+        key = f"{arch}.{key}"
+        entry = header.entries.get(key)
+        if entry is None:
+            return None
+        if entry.kind == ARRAY:
+            if entry.count != n_layer_all:
+                raise bad(f"{key} has {entry.count} elements for {n_layer_all} layers")
+            element = I32 if entry.element == I32 else U32
+            array = header.array(key, element, MAX_LAYERS)
+            assert array is not None  # the key is there
+            values = [int(n) for n in array]
+        else:
+            number = header.number(key, (U32, I32, U16))
+            assert number is not None
+            values = [int(number)] * n_layer_all
+        for n in values:
+            if not 0 <= n <= MAX_HEADS:
+                raise bad(f"{key} holds {n}, expected 0 to {MAX_HEADS}")
+        return tuple(values[:n_layer])
+
+    n_head = heads("attention.head_count")
+    if n_head is None or not any(n_head):
+        raise bad(f"has no {arch}.attention.head_count: a model without attention has no KV cache")
+    n_head_kv = heads("attention.head_count_kv") or n_head
+    for il, (q, kv) in enumerate(zip(n_head, n_head_kv, strict=True)):
+        if kv and (not q or q % kv):
+            raise bad(f"layer {il} has {q} query heads, not a multiple of its {kv} KV heads")
+    n_embd = size("embedding_length", None, 1, 2**24)
+    head_dim = n_embd // n_head[0] if n_head[0] else 0
+    return ModelShape(
+        arch=arch,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim_k=size("attention.key_length", head_dim, 1, MAX_HEAD_DIM),
+        head_dim_v=size("attention.value_length", head_dim, 1, MAX_HEAD_DIM),
+        n_ctx_train=size("context_length", 0, 0, 2**31 - 1),
+        name=header.string("general.name") or "",
+        parts=parts,
+    )
+
+
+def alibi_max_bias(header: Header, shape: ModelShape) -> float:
+    """max_alibi_bias as llama.cpp sets it for the model, by architecture; 0: it has no ALiBi."""
+    if shape.arch in ALIBI_KEY_ARCHS:
+        bias = header.number(f"{shape.arch}.attention.max_alibi_bias", (F32,)) or 0.0
+        return max(float(bias), 0.0)
+    always = shape.arch in ALIBI_ARCHS or (shape.arch == "baichuan" and shape.n_layer == 40)
+    return 8.0 if always else 0.0
+
+
+def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
+    """What in the metadata lets the native library refuse razor for this model, None if nothing.
+
+    The library decides by architecture when a context is created; this is for the tools that never
+    load it.
+    """
+    for key, feature in UNSUPPORTED_KEYS.items():
+        entry = header.entries.get(f"{shape.arch}.{key}")
+        causal = key == "attention.causal"
+        if entry is not None and (entry.value == 0 if causal else entry.value != 0):
+            return feature
+    return "ALiBi" if alibi_max_bias(header, shape) else None
+
+
+def why_not_converted(header: Header, shape: ModelShape) -> str | None:
+    """Why razor-local convert may make no profile for this model; None where nothing is known."""
+    feature = unsupported_feature(header, shape)
+    if feature != "ALiBi":
+        return f"the model has {feature}" if feature else None
+    if shape.arch in LAYER_NORM + RMS_NORM:
+        return None
+    return f"the scopes of {shape.arch} models cannot be computed"
+
+
+def model_fingerprint(parts: Sequence[Header]) -> str:
+    """sha256 (hex) that tells model files apart, for sidecars.
+
+    parts: the headers of the model's files, usually one. Over the architecture and attention shape,
+    the tensor tables (names, types, shapes, offsets relative to the data section) and a sample of
+    the data: 1 KiB from the middle of up to 512 tensors. It does not depend on the files' names, on
+    razor keys or on the metadata's size; another quantization or fine-tune of the same model has
+    another fingerprint.
+    """
+    header = parts[0]
+    digest = hashlib.sha256(b"razor fingerprint 1\0")
+    arch = header.string("general.architecture", 256) or ""
+    digest.update(arch.encode() + b"\0")
+    for key in (
+        "block_count", "nextn_predict_layers", "embedding_length", "attention.head_count",
+        "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    ):  # fmt: skip
+        entry = header.entries.get(f"{arch}.{key}")
+        value: object = "" if entry is None else entry.value
+        if entry is not None and entry.kind == ARRAY and entry.element in (U32, I32):
+            array = header.array(entry.key, entry.element, MAX_LAYERS)
+            assert array is not None  # the key is there
+            value = array.tolist()
+        digest.update(f"{key}={value}\0".encode())
+    tensors = [(part, tensor) for part in parts for tensor in part.tensors]
+    for _, tensor in tensors:
+        name = tensor.name.encode()
+        digest.update(struct.pack("<I", len(name)) + name)
+        digest.update(struct.pack(f"<I{len(tensor.dims)}Q", len(tensor.dims), *tensor.dims))
+        digest.update(struct.pack("<IQ", tensor.kind, tensor.offset))
+    sampled = tensors[:: max(1, -(-len(tensors) // 512))]
+    for part in parts:
+        with open(part.path, "rb") as file:
+            for owner, tensor in sampled:
+                if owner is part:
+                    n = min(tensor.nbytes, 1024)
+                    file.seek(part.data_start + tensor.offset + (tensor.nbytes - n) // 2)
+                    digest.update(file.read(n))
+    return digest.hexdigest()
