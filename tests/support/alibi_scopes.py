@@ -9,8 +9,7 @@ import numpy as np
 from razor_local.converters import alibi
 from razor_local.converters.alibi import alibi_slopes, head_scope
 
-from razor_local.gguf.header import read_header
-from razor_local.model_shape import shape_from_header
+from razor_local.model_file import read_model_shape
 from razor_local.profile import Profile
 from tests.support.alibi_models import AlibiSpec
 
@@ -34,8 +33,7 @@ def query_head_scopes(spec: AlibiSpec, profile: Profile) -> np.ndarray:
 
 def own_scopes(path: Path, spec: AlibiSpec, il: int, epsilon: float = EPSILON) -> list[int]:
     """Of the query heads of a layer, each by itself."""
-    header = read_header(path)
-    found = alibi._Attention(header, shape_from_header(header))
+    found = alibi._Attention(read_model_shape(path))
     ranges = [r for ih in range(spec.n_head_kv) for r in found.logit_ranges(il, ih)]
     slopes = alibi_slopes(spec.n_head, spec.max_bias)
     return [head_scope(r, s, epsilon) for r, s in zip(ranges, slopes, strict=True)]
