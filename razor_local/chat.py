@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .common.progress import Progress, Stop
 from .errors import ContextFullError, RazorError
 from .prompt.templates import Template
 
@@ -41,8 +42,8 @@ class Model(Protocol):
     def prefill(
         self,
         tokens: Sequence[int],
-        progress: Callable[[int, int], object] | None = ...,
-        stop: Callable[[], bool] | None = ...,
+        progress: Progress | None = ...,
+        stop: Stop | None = ...,
     ) -> Prefill: ...
     def generate(self, tokens: Sequence[int], **sampling: Any) -> Iterable[int]: ...
     def request(self, make: Callable[[Model], Iterator[str]]) -> Iterator[str]: ...
@@ -68,7 +69,7 @@ class Turn:
 
     n_prompt: the whole conversation before the answer, n_reused of it were in the cache already.
     ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
-    "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an interrupt; with
+    "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an exception; with
     n_answer 0 the message was taken back).
     """
 
@@ -164,7 +165,6 @@ class Chat:
         self.sampling = sampling or Sampling()
         self.last: Turn | None = None
         self._render = render
-        self._stopped = False
         self._seed = secrets.randbits(31) if self.sampling.seed is None else self.sampling.seed
         self._n_turns = 0
         # the conversation up to its last answer as a template may write it, and its tokens
@@ -193,28 +193,26 @@ class Chat:
         self.messages = [m for m in self.messages if m["role"] == "system"]
         self._known = ((), [])
 
-    def stop(self) -> None:
-        """Ends the turn that is running, from a signal handler or another thread."""
-        self._stopped = True
-
     @property
     def n_used(self) -> int:
         """Tokens of the context that the conversation takes so far, as of its last answer."""
         return len(self._known[1])
 
-    def say(self, text: str, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
+    def say(
+        self, text: str, progress: Progress | None = None, stop: Stop | None = None
+    ) -> Iterator[str]:
         """Adds a user message and streams the answer in pieces of text; then last tells of it.
 
-        progress(n_done, n_prompt), in tokens, while the prompt is evaluated. The message and the
-        answer enter the conversation together: a turn stopped before its first token leaves no
-        trace, one stopped later keeps what was answered.
+        progress is called, in tokens, while the prompt is evaluated. Where stop() is true the turn
+        ends. The message and the answer enter the conversation together: a turn stopped before its
+        first token leaves no trace, one stopped later keeps what was answered.
         Raises ContextFullError for a prompt that does not fit, with the conversation unchanged, and
         RazorError while the model serves another request.
         """
-        return self.model.request(lambda model: self._say(model, text, progress))
+        return self.model.request(lambda model: self._say(model, text, progress, stop))
 
     def _say(
-        self, model: Model, text: str, progress: Callable[[int, int], object] | None
+        self, model: Model, text: str, progress: Progress | None, stop: Stop | None
     ) -> Iterator[str]:
         n_ctx = model.n_ctx()
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -231,9 +229,8 @@ class Chat:
                 f"the conversation with this message has {n_prompt} tokens and {reserve} are kept"
                 f" for the answer, the context holds {n_ctx}: {advice}"
             )
-        self._stopped = False
         started = time.perf_counter()
-        prefill = model.prefill(tokens, progress, lambda: self._stopped)
+        prefill = model.prefill(tokens, progress, stop)
         prefilled = time.perf_counter()
         ended = "stopped"
         loop = Loop()
@@ -254,7 +251,7 @@ class Chat:
                 if piece:
                     said.append(piece)
                     yield piece
-                if self._stopped:
+                if stop is not None and stop():
                     break
                 if self.end_loops and loop.add(token):
                     ended = "loop"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import native
+from .common.progress import Progress, Stop, silent
 from .completion import complete, read_chat_request
 from .errors import (
     ContextFullError,
@@ -144,7 +145,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         by the scores in the profile. retrieval is an alias.
     window, sink_tokens (tokens), compensation: instead of the profile's.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
-    progress: called while the model loads with the part done (0 to 1); False stops loading.
+    progress: called while the model loads with the part done (0 to 1); False stops loading. This
+        is llama.cpp's own form; progress= elsewhere is a common.progress.Progress.
     wait: a request that comes while another is not over: True, waits for it; False, is refused.
 
     n_ctx: tokens, rounded up to a multiple of 256; 0, as trained; "auto", the largest up to the
@@ -342,14 +344,15 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def prefill(
         self,
         tokens: Sequence[int],
-        progress: Callable[[int, int], object] | None = None,
-        stop: Callable[[], bool] | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
     ) -> Prefill:
         """Brings the cache to exactly these tokens, reusing what it already holds of them.
 
-        progress(n_done, n_tokens) is called after each batch. stop() is asked often, from inside
-        the computation where the backend allows it; once it is true, evaluation ends and the cache
-        keeps a valid beginning of tokens. generate(tokens) then samples without evaluating again.
+        progress(n_done, n_tokens, label) is called before each batch and at the end. stop() is
+        asked often, from inside the computation where the backend allows it; once it is true,
+        evaluation ends and the cache keeps a valid beginning of tokens. generate(tokens) then
+        samples without evaluating again.
         Raises as eval(), and what progress() or stop() raises.
         """
         return self._request(self._prefill, tokens, progress, stop)
@@ -521,10 +524,11 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def _prefill(
         self,
         tokens: Sequence[int],
-        progress: Callable[[int, int], object] | None = None,
-        stop: Callable[[], bool] | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
     ) -> Prefill:
         tokens = list(tokens)
+        report = progress or silent
         if not tokens:
             raise RazorError("there is nothing to evaluate: the prompt has no tokens")
         if len(tokens) > self._n_ctx:
@@ -543,14 +547,14 @@ class Llama(PlainMessages, llama_cpp.Llama):
             while self.n_tokens < len(tokens):
                 if stop is not None and stop():
                     return Prefill(keep, self.n_tokens - keep, False)
+                report(self.n_tokens, len(tokens), "reading the prompt")
                 try:
                     self._eval(tokens[self.n_tokens : self.n_tokens + self.n_batch])
                 except _AbortedError:
                     asked.check()
                     return Prefill(keep, max(self.n_tokens - keep, 0), False)
                 asked.check()
-                if progress is not None:
-                    progress(self.n_tokens, len(tokens))
+            report(self.n_tokens, len(tokens), "reading the prompt")
         finally:
             if stop is not None:
                 C.llama_set_abort_callback(self._ctx.ctx, _NO_CALLBACK, None)

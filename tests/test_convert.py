@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -542,22 +541,6 @@ def test_command_notes_what_razor_may_not_run(heads, tmp_path):
     model.write_bytes(small_model([kv("llama.attention.sliding_window", U32, 512)], n_layer=3))
     code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--heads", heads)
     assert code == 0 and stderr.startswith("Note: the model has sliding window attention;")
-
-
-def test_progress_bar_appears_after_two_seconds(monkeypatch):
-    import rich.progress
-
-    from razor_local.cli.convert import _Bar
-
-    started = []
-    monkeypatch.setattr(rich.progress.Progress, "start", lambda self: started.append(time.time()))
-    with _Bar("Writing [x]") as bar:
-        bar(1, 10)
-        assert not started
-        bar.started -= 2
-        bar(2, 10)
-        bar(3, 10)
-        assert len(started) == 1 and bar.bar.tasks[0].completed == 3
 
 
 def test_unknown_array_types_are_copied(tmp_path):

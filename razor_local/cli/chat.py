@@ -11,8 +11,9 @@ import click
 
 from ..errors import ProfileError, RazorError
 from ..printable import printable
+from .interrupt import stop_on_interrupt
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
-from .terminal import echo
+from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
     from ..chat import Chat, Turn
@@ -157,9 +158,8 @@ def _read_stdin() -> str:
 
 
 def _load(path: Path, options: dict[str, Any]) -> Llama:
-    from ..common.interrupt import on_interrupt
+    from ..common.progress import check_stop
     from ..profile import read_model_shape
-    from .terminal import ProgressBar
 
     n_ctx = options["ctx_size"]
     try:
@@ -172,33 +172,28 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
         _say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
     from ..llama import Llama
 
-    interrupted: list[bool] = []
-    try:
-        with ProgressBar("loading") as bar, on_interrupt(lambda: interrupted.append(True)):
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
 
-            def progress(part: float) -> bool:
-                bar.update(part, 1)
-                return not interrupted
+        def progress(part: float) -> None:
+            bar(part, 1.0, "loading the model")
+            check_stop(stop)
 
-            return Llama(
-                path,
-                razor=options["sidecar"] or options["razor"],
-                budget=options["budget"],
-                progress=progress,
-                n_ctx=n_ctx,
-                n_gpu_layers=options["n_gpu_layers"],
-                n_threads=options["threads"],
-                n_threads_batch=options["threads"],
-                n_batch=options["batch_size"],
-                n_ubatch=options["ubatch_size"],
-                type_k=options["cache_type_k"],
-                type_v=options["cache_type_v"],
-                flash_attn=options["flash_attn"] == "on",
-            )
-    except RazorError:
-        if interrupted:
-            raise click.Abort() from None
-        raise
+        progress(0.0)
+        return Llama(
+            path,
+            razor=options["sidecar"] or options["razor"],
+            budget=options["budget"],
+            progress=progress,
+            n_ctx=n_ctx,
+            n_gpu_layers=options["n_gpu_layers"],
+            n_threads=options["threads"],
+            n_threads_batch=options["threads"],
+            n_batch=options["batch_size"],
+            n_ubatch=options["ubatch_size"],
+            type_k=options["cache_type_k"],
+            type_v=options["cache_type_v"],
+            flash_attn=options["flash_attn"] == "on",
+        )
 
 
 def _converse(llama: Llama, conversation: Chat) -> None:
@@ -234,11 +229,8 @@ def _is_command(text: str) -> bool:
 
 def _answer(llama: Llama, conversation: Chat, text: str) -> None:
     """Streams one answer to stdout, then one line of numbers to stderr."""
-    from ..common.interrupt import on_interrupt
-    from .terminal import ProgressBar
-
-    with ProgressBar("reading the prompt") as bar, on_interrupt(conversation.stop):
-        for piece in conversation.say(text, bar.update):
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
+        for piece in conversation.say(text, bar, stop):
             bar.close()
             _write(piece)
     turn = conversation.last

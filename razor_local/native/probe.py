@@ -10,14 +10,16 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import c_bool, c_char, c_char_p, c_int8, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_bool, c_char, c_char_p, c_float, c_int8, c_int32, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import native
-from ..errors import LibraryError, RazorError, UnsupportedError
+from ..common.progress import Progress, Stop, silent
+from ..errors import LibraryError, RazorError, Stopped, UnsupportedError
+from .callbacks import Callback
 
 if TYPE_CHECKING:
     from ..profile import ModelShape
@@ -96,26 +98,106 @@ def read(lib: ctypes.CDLL, pointer: int) -> np.ndarray:
     ).copy()
 
 
-class AttentionProbe:
-    """Reads the attention of a running model head by head, and stops the model if asked to.
+class Control:
+    """The callbacks of a model and its contexts, which end what it does if stop() is true.
 
-    A subclass overrides on_head() and optionally on_layer(). Nothing may be raised into native
-    code: errors are kept and raised by check().
+    Nothing may be raised into native code: what a callback raises ends it too, and is kept.
+
+    Attributes:
+        progress: reports the loading of the model, too.
+        load_callback, abort_callback: for the parameters of the model and of its contexts.
+    """
+
+    def __init__(self, C: Any, progress: Progress | None, stop: Stop | None) -> None:
+        self.C, self.progress, self._stop = C, progress or silent, stop
+        self._stopped = False
+        self._callbacks: list[tuple[Callback, Any]] = []  # and what native code calls
+        self.load_callback = self._make(
+            C.llama_progress_callback, c_float, self._on_load, on_error=False
+        )
+        self.abort_callback = self._make(
+            C.ggml_abort_callback, c_void_p, lambda _data: self.stopped, on_error=True
+        )
+
+    @property
+    def stopped(self) -> bool:
+        """True once stop() was true or a callback has raised."""
+        if not self._stopped:
+            asked = self._stop is not None and self._stop()
+            self._stopped = asked or any(callback.error for callback, _ in self._callbacks)
+        return self._stopped
+
+    def check(self) -> None:
+        """Raise what a callback has raised, Stopped if stop() is or was true."""
+        for callback, _ in self._callbacks:
+            callback.check()
+        if self.stopped:
+            raise Stopped
+
+    def watch(self, wanted: Callable[[int], bool], computed: Callable[[int], None]) -> Any:
+        """Return the eval callback of a context.
+
+        Args:
+            wanted: whether the data of a tensor (a pointer) are.
+            computed: takes a tensor that was wanted.
+        """
+        asked: int | None = None
+
+        def on_eval(pointer: int) -> bool:
+            # llama.cpp asks for one tensor after the other until one is wanted. It computes them,
+            # and the next call is that tensor's: the second argument would say so, but see Callback
+            nonlocal asked
+            if self.stopped:
+                return False
+            if pointer == asked:
+                asked = None
+                computed(pointer)
+                return True
+            is_wanted = wanted(pointer)
+            asked = pointer if is_wanted else None
+            return is_wanted
+
+        return self._make(
+            self.C.ggml_backend_sched_eval_callback, c_void_p, on_eval, on_error=False
+        )
+
+    def _make(
+        self, kind: Any, argument: Any, function: Callable[[Any], bool], on_error: bool
+    ) -> Any:
+        """A native callback of a kind, which calls function with its first argument."""
+        callback = Callback(function, on_error)
+        first = ctypes.CFUNCTYPE(c_bool, argument)(callback.call)
+        self._callbacks.append((callback, first))
+        return ctypes.cast(first, kind)
+
+    def _on_load(self, part: float) -> bool:
+        self.progress(part, 1.0, "loading the model")
+        return not self.stopped
+
+
+class AttentionProbe(Control):
+    """Reads the attention of a running model head by head.
+
+    A subclass overrides on_head() and optionally on_layer().
 
     Attributes:
         wanted: whether the attention of the next decode() is read.
         position, n_part: first position and number of tokens of the current decode().
     """
 
-    def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape) -> None:
-        self.lib, self.C, self.shape = lib, C, shape
-        self.error: BaseException | None = None
-        self.stopped = False
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        C: Any,
+        shape: ModelShape,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        super().__init__(C, progress, stop)
+        self.lib, self.shape = lib, shape
         self.wanted = False
         self.position = self.n_part = 0
-        self.eval_callback = C.ggml_backend_sched_eval_callback(self._on_eval)
-        self.abort_callback = C.ggml_abort_callback(lambda _data: self.stopped)
-        self.load_callback = C.llama_progress_callback(lambda _part, _data: not self.stopped)
+        self.eval_callback = self.watch(self._is_wanted, self._take)
         bind(lib)
 
     def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
@@ -123,14 +205,6 @@ class AttentionProbe:
 
     def on_layer(self, il: int) -> None:
         """Override to act after the last head of a layer."""
-
-    def interrupt(self) -> None:
-        self.error, self.stopped = KeyboardInterrupt(), True
-
-    def check(self) -> None:
-        """Raise what was raised in a callback."""
-        if self.error is not None:
-            raise self.error
 
     def decode(
         self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray | None = None
@@ -151,23 +225,17 @@ class AttentionProbe:
         self.C.llama_synchronize(ctx)
         return code
 
-    def _on_eval(self, tensor: int, ask: bool, _data: int | None) -> bool:
-        try:
-            if self.stopped or not self.wanted:
-                return False
-            name = self.lib.ggml_get_name(tensor)
-            if not name.startswith(ATTENTION) or not name[len(ATTENTION) :].isdigit():
-                return False
-            il = int(name[len(ATTENTION) :])
-            if il >= self.shape.n_layer:
-                return False
-            if not ask:
-                self._read_layer(tensor, il)
-                self.on_layer(il)
-            return True
-        except BaseException as error:
-            self.error, self.stopped = error, True
+    def _is_wanted(self, tensor: int) -> bool:
+        if not self.wanted:
             return False
+        name = self.lib.ggml_get_name(tensor)
+        layer = name[len(ATTENTION) :]
+        return name.startswith(ATTENTION) and layer.isdigit() and int(layer) < self.shape.n_layer
+
+    def _take(self, tensor: int) -> None:
+        il = int(self.lib.ggml_get_name(tensor)[len(ATTENTION) :])
+        self._read_layer(tensor, il)
+        self.on_layer(il)
 
     def _read_layer(self, pointer: int, il: int) -> None:
         """Read the attention of one layer in this ubatch: f32 [n_head, n_tokens, n_kv]."""
@@ -201,21 +269,16 @@ class AttentionProbe:
 
 @contextmanager
 def load_model(
-    lib: native.Native,
-    C: Any,
-    path: Path,
-    n_gpu_layers: int,
-    load_callback: Any,
-    check: Callable[[], None],
+    lib: native.Native, C: Any, path: Path, n_gpu_layers: int, control: Control
 ) -> Iterator[int]:
-    """The loaded model (a pointer). Raises RazorError, and what check() raises."""
+    """The loaded model (a pointer). Raises RazorError, and what control.check() raises."""
     params = C.llama_model_default_params()
     params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers < 0 else n_gpu_layers
-    params.progress_callback = load_callback
+    params.progress_callback = control.load_callback
     native.clear_errors()
     model = C.llama_model_load_from_file(os.fsencode(path), params)
     try:
-        check()
+        control.check()
         if not model:
             raise RazorError(f"{path} could not be loaded ({reason(lib)})")
         yield model

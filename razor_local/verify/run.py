@@ -20,7 +20,7 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ctypes import c_float
 from dataclasses import asdict, dataclass
@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 
 from .. import native
-from ..common.interrupt import on_interrupt
+from ..common.progress import Progress, Stop
 from ..errors import ProfileError, RazorError, UnsupportedError
 from ..gguf.header import read_header
 from ..native.probe import (
     F32,
+    Control,
     CustomParams,
     Tensor,
     bind,
@@ -73,8 +74,6 @@ BOUNDS = {"f32": (1e-5, 5e-4), "f16": (3e-3, 5e-2), "bf16": (5e-3, 1e-1)} | {
     kv_type: QUANTIZED for kv_type, info in KV_TYPES.items() if info.block > 1
 }
 WORSE_THAN_FULL = 2.0  # times the full cache's own error is allowed where that is above the bound
-
-Progress = Callable[[str, float, float], object]  # what, done, total
 
 
 @dataclass(frozen=True)
@@ -228,6 +227,7 @@ def verify(
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Verification:
     """Runs a model and compares each layer's attention with the reference; see above.
 
@@ -235,11 +235,9 @@ def verify(
     run, 0: enough for a few folds, or all of text. text: what to run, else random ordinary tokens
     (seed). The last 64 tokens are decoded one by one. rows: queries compared in each layer, spread
     over the text with all of the last 64; 0: all. n_gpu_layers: -1, all.
-    progress(what, done, total) is called often.
 
-    Ctrl-C ends it with KeyboardInterrupt. Raises UnsupportedError (a model whose attention cannot
-    be seen), ProfileError (no profile, a plan that is not active, nothing would be folded),
-    GGUFError, RazorError, OSError.
+    Raises UnsupportedError (a model whose attention cannot be seen), ProfileError (no profile, a
+    plan that is not active, nothing would be folded), Stopped, GGUFError, RazorError, OSError.
     """
     model_path = Path(model_path)
     header = read_header(model_path)
@@ -259,21 +257,17 @@ def verify(
 
     C.llama_backend_init()
     bind(lib.lib)
-    report = progress or (lambda what, done, total: None)
-    control = _Control(C)
+    control = Control(C, progress, stop)
     with ExitStack() as stack:
-        stack.enter_context(on_interrupt(control.interrupt))
         lib.lib.llama_razor_set_override(None)  # resets the last error
-        model = stack.enter_context(
-            load_model(lib, C, model_path, n_gpu_layers, control.load_callback, control.check)
-        )
+        model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, control))
         tokens, n_text = _tokens(C, model, plan, n_tokens, text, seed)
         positions = sample_positions(len(tokens), rows, seed)
         sides = []
         # without a sidecar the library reads the profile from the file, as Python did above
         own = None if sidecar is None else native.make_params(profile)
         for params in (own, native.make_params(None)):
-            capture = _Capture(lib.lib, C, shape, plan, positions, control)
+            capture = _Capture(lib.lib, shape, plan, positions, control)
             ctx = stack.enter_context(
                 _context(
                     lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cpus()
@@ -288,13 +282,13 @@ def verify(
                 f" {native.DISABLE_ENV}, or reinstall razor-local"
             )
         buffers = {buffer.name.decode() for buffer in lib.buffers(sides[0][0])}
-        kl = _run(C, lib, model, sides, tokens, positions, n_batch, plan.block, control, report)
+        kl = _run(C, lib, model, sides, tokens, positions, n_batch, plan.block, control)
 
         misplaced = sides[0][1].misplaced(profile)
         groups: list[GroupResult] = []
         layers = [il for il, n in enumerate(shape.n_head_kv) if n]
         for i, il in enumerate(layers):
-            report("Checking", i, len(layers))
+            control.progress(i, len(layers), "checking")
             control.check()
             razor_layer, full_layer = (capture.layer(il) for _, capture in sides)
             groups += compare_layer(il, razor_layer, full_layer, profile.retrieval[il], plan)
@@ -479,23 +473,6 @@ def _tokenize(C: Any, model: int, text: str) -> np.ndarray:
     return np.array(ids[:n], np.int32)
 
 
-class _Control:
-    """Stops everything when an error was raised in a callback, or Ctrl-C pressed."""
-
-    def __init__(self, C: Any) -> None:
-        self.error: BaseException | None = None
-        self.load_callback = C.llama_progress_callback(lambda _part, _data: self.error is None)
-        self.abort_callback = C.ggml_abort_callback(lambda _data: self.error is not None)
-
-    def interrupt(self) -> None:
-        self.error = KeyboardInterrupt()
-
-    def check(self) -> None:
-        """Raises what was raised in a callback."""
-        if self.error is not None:
-            raise self.error
-
-
 _CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # tensors of llama_kv_cache and of ours
 _OUTPUT = re.compile(r"kqv_out-(\d+)$")
 _SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
@@ -515,15 +492,14 @@ class _Capture:
     def __init__(
         self,
         lib: ctypes.CDLL,
-        C: Any,
         shape: ModelShape,
         plan: Plan,
         positions: np.ndarray,
-        control: _Control,
+        control: Control,
     ) -> None:
         self.lib, self.shape, self.plan, self.control = lib, shape, plan, control
         self.positions = positions
-        self.eval_callback = C.ggml_backend_sched_eval_callback(self._on_eval)
+        self.eval_callback = control.watch(self._is_wanted, self._take)
         self.sizes = {
             (d, n)
             for il in range(shape.n_layer)
@@ -577,31 +553,26 @@ class _Capture:
                 )
         return tuple(sentences)
 
-    def _on_eval(self, pointer: int, ask: bool, _data: int | None) -> bool:
-        try:
-            if self.control.error is not None:
-                return False
-            if not self.checked:
-                check_layout(self.lib, pointer)
-                self.checked = True
-            tensor = Tensor.from_address(pointer)
-            output = _OUTPUT.match(tensor.name.decode("utf-8", "replace"))
-            if not ask:
-                if output:
-                    self._finish(int(output[1]), pointer)
-                elif self._op(pointer) == "SET_ROWS":
-                    self._note_stored(tensor.src[0], tensor.src[1], tensor.view_src)
-                elif self._op(pointer) == "CUSTOM":
-                    self._note_stored(tensor.src[0], tensor.src[4], tensor.src[2])
-                else:
-                    self.copies[pointer] = read(self.lib, pointer)[0]
-                return True
-            return self._wanted(pointer, tensor) or bool(output)
-        except BaseException as error:
-            self.control.error = error
-            return False
+    def _take(self, pointer: int) -> None:
+        tensor, output = Tensor.from_address(pointer), _OUTPUT.match(self._name(pointer))
+        if output:
+            self._finish(int(output[1]), pointer)
+        elif self._op(pointer) == "SET_ROWS":
+            self._note_stored(tensor.src[0], tensor.src[1], tensor.view_src)
+        elif self._op(pointer) == "CUSTOM":
+            self._note_stored(tensor.src[0], tensor.src[4], tensor.src[2])
+        else:
+            self.copies[pointer] = read(self.lib, pointer)[0]
 
-    def _wanted(self, pointer: int, tensor: Tensor) -> bool:
+    def _is_wanted(self, pointer: int) -> bool:
+        if not self.checked:
+            check_layout(self.lib, pointer)
+            self.checked = True
+        is_input = self._is_input(pointer, Tensor.from_address(pointer))
+        return is_input or _OUTPUT.match(self._name(pointer)) is not None
+
+    def _is_input(self, pointer: int, tensor: Tensor) -> bool:
+        """Whether a tensor may be what a layer's attention reads."""
         op = self._op(pointer)
         name = tensor.name.decode("utf-8", "replace")
         if op == "SET_ROWS":
@@ -806,8 +777,7 @@ def _run(
     positions: np.ndarray,
     n_batch: int,
     block: int,
-    control: _Control,
-    report: Progress,
+    control: Control,
 ) -> Divergence:
     """Decodes tokens in both contexts in step and compares the logits at positions."""
     n, n_vocab = len(tokens), C.llama_vocab_n_tokens(C.llama_model_get_vocab(model))
@@ -830,7 +800,7 @@ def _run(
     kl, same = [], []
     starts = [*range(0, n_prompt, n_batch), *range(n_prompt, n)]
     for start, end in zip(starts, [*starts[1:], n], strict=True):
-        report("Running", start, n)
+        control.progress(start, n, "running")
         razor = logits(razor_ctx, [start, end])
         # razor's ubatches end where blocks do: the full cache gets the same, because the size of
         # an ubatch can decide which kernel computes it
@@ -854,7 +824,7 @@ def _decode(
     tokens: np.ndarray,
     start: int,
     wanted: np.ndarray,
-    control: _Control,
+    control: Control,
 ) -> None:
     n = len(tokens)
     batch = C.llama_batch_init(n, 0, 1)
