@@ -35,7 +35,8 @@ import numpy as np
 from .. import native
 from ..common.progress import Progress, Stop
 from ..errors import ConvertError, RazorError, UnsupportedError
-from ..native.probe import AttentionProbe, attention_context, load_model, vocabulary
+from ..native.models import load_model, vocabulary
+from ..native.probe import AttentionProbe, attention_context
 from ..profile import ModelShape, Profile, read_model_shape
 from ..scores import MIN_TOKENS, Scores
 
@@ -96,8 +97,7 @@ def calibrate(
     C.llama_backend_init()
     probe = _Probe(lib.lib, C, shape, progress, stop)
     with ExitStack() as stack:
-        with lib.override(native.make_params(None)):  # resets the last error
-            model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, probe))
+        model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, probe))
         _check_supported(lib, C, model, shape)
         bos, usable = vocabulary(C, model)
         n_tokens = _n_tokens(tokens, repeats, len(bos), shape)
@@ -116,7 +116,7 @@ def calibrate(
             if code != 0:
                 raise RazorError(
                     f"computing tokens {start} to {start + len(part)} of {model_path} failed"
-                    f" ({'; '.join(native.error_lines()[-2:]) or f'llama_decode {code}'})"
+                    f" ({lib.reason(f'llama_decode {code}')})"
                 )
     return Scores(
         **probe.scores(),

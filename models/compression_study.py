@@ -16,7 +16,6 @@ Two measures, each against the full cache of the same simulation:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -557,15 +556,16 @@ def report(setting: Setting, texts: Sequence[Text], results: Sequence[Result]) -
 
 def table(found: dict) -> str:
     lines = [
-        f"# {found['model']}, simulated",
+        f"# Simulated compression of {found['model']}",
         "",
         f"- {found['retrieval_heads']} of {found['kv_heads']} KV heads are retrieval heads;"
-        f" {found['n_ctx']:,} tokens, window {found['window']:,}, folded by {found['block']}",
-        f"- {found['books']} slices of a book, KL over the last {TAIL} tokens;"
-        f" {found['answers']} answers of the full cache; KL in nats, 95 % bootstrap intervals",
+        f" {found['n_ctx']:,} tokens, window {found['window']:,}, blocks of {found['block']}",
+        f"- {found['books']} slices of a book, KL over their last {TAIL} tokens;"
+        f" {found['answers']} correct answers of the full cache; KL in nats with 95 % bootstrap"
+        " intervals",
         "",
     ]
-    lines += ["| policy | KL, book | KL, answers | answers kept |", "|---|---|---|---|"]
+    lines += ["| policy | KL on the book | KL on answers | answers kept |", "|---|---|---|---|"]
     for row in found["rows"]:
         cells = [row["policy"]["name"]]
         for name in ("kl_books", "kl_answers"):
@@ -583,6 +583,7 @@ def main() -> None:
     from rich.progress import track
 
     from razor_local.cli.params import DEFAULT_MODEL, Tokens
+    from razor_local.common.compact_json import compact_json
     from razor_local.errors import RazorError
 
     existing = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -619,7 +620,7 @@ def main() -> None:
             done = pool.map(measure, texts)
             progress = track(done, "simulating", len(texts), console=Console(stderr=True))
             found = report(setting, texts, list(progress))
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        output.write_text(compact_json(found), encoding="utf-8")
         print(table(found))
 
     run()

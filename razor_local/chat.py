@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .common.progress import Progress, Stop
@@ -21,7 +21,9 @@ from .prompt.templates import Template
 if TYPE_CHECKING:
     from .llama import Llama, Prefill
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "user" | "assistant", "content": text}; an answer has its "tokens", too, while
+# the conversation holds them as the model produced them
+Message = dict[str, Any]
 
 LOOP_PERIOD = 16  # tokens of the longest period that counts as a loop
 LOOP_TOKENS = 256  # repeated before an answer is ended; rows of dashes or zeros are shorter
@@ -88,6 +90,14 @@ class Turn:
     @property
     def answer_per_second(self) -> float:
         return self.n_answer / self.answer_seconds if self.answer_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """A conversation up to an answer: how the chat template may write it, and its tokens."""
+
+    texts: tuple[str, ...] = ()
+    tokens: list[int] = field(default_factory=list)
 
 
 class Loop:
@@ -167,8 +177,7 @@ class Chat:
         self._render = render
         self._seed = secrets.randbits(31) if self.sampling.seed is None else self.sampling.seed
         self._n_turns = 0
-        # the conversation up to its last answer as a template may write it, and its tokens
-        self._known: tuple[tuple[str, ...], list[int]] = ((), [])
+        self._known: Known | None = None  # up to the last answer; None: not computed yet
         self.messages: list[Message] = []
         self.set_system(system)
 
@@ -191,12 +200,27 @@ class Chat:
     def clear(self) -> None:
         """Forgets the conversation, keeps the system prompt."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
-        self._known = ((), [])
+        self._known = None
+
+    @property
+    def last_message(self) -> str | None:
+        """The last message of the user, None if there is none."""
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), None)
+
+    def undo(self) -> str | None:
+        """Take back the last message and its answer; return the message, None if there is none."""
+        text = self.last_message
+        if text is not None:
+            self.messages = self._before_last()
+            self._known = None
+        return text
 
     @property
     def n_used(self) -> int:
         """Tokens of the context that the conversation takes so far, as of its last answer."""
-        return len(self._known[1])
+        if self.last_message is None:
+            return 0
+        return len(self._known_now().tokens) or len(self._tokenize(self._rendered(self.messages)))
 
     def say(
         self, text: str, progress: Progress | None = None, stop: Stop | None = None
@@ -209,15 +233,44 @@ class Chat:
         Raises ContextFullError for a prompt that does not fit, with the conversation unchanged, and
         RazorError while the model serves another request.
         """
-        return self.model.request(lambda model: self._say(model, text, progress, stop))
+        return self.model.request(lambda model: self._answer(model, text, False, progress, stop))
 
-    def _say(
-        self, model: Model, text: str, progress: Progress | None, stop: Stop | None
+    def regenerate(
+        self, progress: Progress | None = None, stop: Stop | None = None
     ) -> Iterator[str]:
+        """Stream another answer to the last message, drawn with another seed.
+
+        It replaces the present answer with its first token; a turn that is stopped before changes
+        nothing. Raises as say(), and RazorError where there is no message.
+        """
+        return self.edit(self.last_message or "", progress, stop)
+
+    def edit(
+        self, text: str, progress: Progress | None = None, stop: Stop | None = None
+    ) -> Iterator[str]:
+        """Stream the answer to text, which replaces the last message and its answer.
+
+        They are replaced with the first token of the new answer. Raises as regenerate().
+        """
+        if self.last_message is None:
+            raise RazorError("there is no message yet that could be answered again; send one")
+        return self.model.request(lambda model: self._answer(model, text, True, progress, stop))
+
+    def _answer(
+        self,
+        model: Model,
+        text: str,
+        again: bool,
+        progress: Progress | None,
+        stop: Stop | None,
+    ) -> Iterator[str]:
+        """Stream the answer to a new message; again: in place of the last one."""
         n_ctx = model.n_ctx()
-        messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = self._render(model.mark_plain(messages))
-        tokens = self._tokens_of(prompt)
+        before = self._before_last() if again else self.messages
+        messages = [*before, {"role": "user", "content": text}]
+        prompt = self._rendered(messages)
+        known = self._known_of(before) if again else self._known_now()
+        tokens, goes_on = self._tokens_after(known, prompt)
         n_prompt, reserve = len(tokens), self.reserve
         if n_prompt + reserve > n_ctx:
             # a longer context than trained may be possible, but it answers nothing well
@@ -235,7 +288,6 @@ class Chat:
         ended = "stopped"
         loop = Loop()
         answer: list[int] = []
-        raw: list[str] = []
         said: list[str] = []
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
@@ -245,7 +297,6 @@ class Chat:
                     break
                 answer.append(token)
                 piece = decoder.decode(model.piece(token))
-                raw.append(piece)
                 if len(answer) == 1 and piece[:1] == " " and piece[1:2].strip():
                     piece = piece[1:]  # SentencePiece puts a space before the first word
                 if piece:
@@ -264,17 +315,17 @@ class Chat:
                     break
             rest = decoder.decode(b"", final=True)  # an unfinished character
             if rest:
-                raw.append(rest)
                 said.append(rest)
                 yield rest
         finally:
             # here too if the caller stops listening, or an interrupt or error comes in between
             if answer or ended == "end":
-                content = "".join(said)
-                self.messages = [*messages, {"role": "assistant", "content": content}]
-                texts = model.mark_plain(["".join(raw), content, content.strip()])  # some strip
-                known = tuple(prompt + text for text in dict.fromkeys(texts))
-                self._known = (known, tokens + answer)
+                if not goes_on:  # the earlier answers were tokenized again
+                    messages = [_without_tokens(m) for m in messages]
+                message = {"role": "assistant", "content": "".join(said), "tokens": answer}
+                self._known = None
+                self.messages = [*messages, message]
+                self._known = self._known_after(prompt, tokens, message)
             self.last = Turn(
                 n_prompt=n_prompt,
                 n_reused=prefill.n_reused,
@@ -293,23 +344,58 @@ class Chat:
             tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed
         )
 
-    def _tokens_of(self, prompt: str) -> list[int]:
-        """Tokens of a rendered conversation.
+    def _rendered(self, messages: list[Message]) -> str:
+        return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))
 
-        Where it goes on from the last answer, the tokens of that answer are taken as the model
-        produced them: tokenized again they could differ, and the cache would have to go back.
+    def _before_last(self) -> list[Message]:
+        """Return the messages before the last one of the user."""
+        roles = [m["role"] for m in self.messages]
+        return self.messages[: len(roles) - 1 - roles[::-1].index("user")]
+
+    def _tokens_after(self, known: Known, prompt: str) -> tuple[list[int], bool]:
+        """Return the tokens of a rendered conversation, and whether it goes on from known.
+
+        Then the tokens of its answers are those that the model produced: tokenized again they could
+        differ, and the cache would have to go back.
         """
-        known_texts, known_tokens = self._known
-        for known in known_texts:
-            if prompt.startswith(known):
-                rest = self._tokenize(prompt[len(known) :])
+        for text in known.texts:
+            if prompt.startswith(text):
+                rest = self._tokenize(prompt[len(text) :])
                 # between plain words a tokenizer may merge or add a space; a turn marker is safe
                 if rest and self.model.is_special(rest[0]):
-                    return known_tokens + rest
-        return self._tokenize(prompt)
+                    return known.tokens + rest, True
+        return self._tokenize(prompt), False
+
+    def _known_now(self) -> Known:
+        if self._known is None:
+            self._known = self._known_of(self.messages)
+        return self._known
+
+    def _known_of(self, messages: list[Message]) -> Known:
+        """Return what is known of messages up to their last answer, by the tokens of the answers.
+
+        It repeats what was done when they were given.
+        """
+        known = Known()
+        for i, message in enumerate(messages):
+            if "tokens" in message:
+                prompt = self._rendered(messages[:i])
+                known = self._known_after(prompt, self._tokens_after(known, prompt)[0], message)
+        return known
+
+    def _known_after(self, prompt: str, tokens: list[int], answer: Message) -> Known:
+        raw = b"".join(map(self.model.piece, answer["tokens"])).decode("utf-8", "replace")
+        content = answer["content"]
+        texts = self.model.mark_plain([raw, content, content.strip()])  # some templates strip
+        known = tuple(prompt + text for text in dict.fromkeys(texts))
+        return Known(known, tokens + answer["tokens"])
 
     def _tokenize(self, text: str) -> list[int]:
         # the template has written the BOS token, if the model wants one
         # (bytes that are no UTF-8 come from a terminal as surrogates)
         data = text.encode("utf-8", "surrogateescape")
         return self.model.tokenize(data, add_bos=False, special=True)
+
+
+def _without_tokens(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "tokens"}

@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from . import native
+from .common.machine import free_memory
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.split import read_parts
+from .native.models import new_context
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
 from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
 
@@ -184,11 +186,10 @@ class DryModel:
                 )
             self._tensor_split = (ctypes.c_float * n_max)(*tensor_split)
             params.tensor_split = self._tensor_split
-        native.clear_errors()
-        with _native.override(native.make_params(None)):  # resets the last error
-            self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
-            if not self._model:
-                raise RazorError(f"{self.path} cannot be planned: {_reason()}")
+        _native.clear_errors()
+        self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise RazorError(f"{self.path} cannot be planned: {_native.reason()}")
         self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
         self._needs: dict[ContextOptions, dict[int, Need]] = {}
 
@@ -282,16 +283,15 @@ class DryModel:
         for name in ("op_offload", "swa_full"):
             if getattr(options, name) is not None:
                 setattr(params, name, getattr(options, name))
-        native.clear_errors()
-        with _native.override(native.make_params(options.profile)):
-            context = C.llama_init_from_model(self._model, params)
-            if not context:
-                raise UnsupportedError(f"{self.path} cannot be planned: {_reason()}")
-        try:
+
+        def failed(why: str) -> RazorError:
+            return UnsupportedError(f"{self.path} cannot be planned: {why}")
+
+        assert self._model is not None
+        override = native.make_params(options.profile)
+        with new_context(_native, C, self._model, params, override, failed) as context:
             active = bool(_native.stats(context).active)
             places = _places(_native.memory(context))
-        finally:
-            C.llama_free(context)
         why = plan.why_inactive if plan else None
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
@@ -450,17 +450,11 @@ def paper_profile(shape: ModelShape) -> Profile:
 def available_ram() -> int:
     """Bytes of memory that this process can still get without swapping.
 
-    What Linux calls available (free, and caches that can be dropped), or what is left of the limit
-    of a control group (a container) if that is less; elsewhere what ggml reports.
+    What the system calls available (free, and caches that can be dropped), or what is left of the
+    limit of a control group (a container) if that is less.
     """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return device_memory("CPU")[0]
     left = [_cgroup_left(*files) for files in _CGROUP_FILES]
-    return min([free, *(n for n in left if n is not None)])
+    return min([free_memory(), *(n for n in left if n is not None)])
 
 
 # of versions 2 and 1: limit, usage, statistics
@@ -511,11 +505,3 @@ def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:
             name, old.weights + m.weights, old.kv + m.cache, old.compute + m.compute
         )
     return tuple(found.values())
-
-
-def _reason() -> str:
-    return (
-        _native.last_error()
-        or "; ".join(native.error_lines()[-2:])
-        or "the native library gives no reason"
-    )

@@ -239,8 +239,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         native.refuse_after_fork()
         if C.llama_supports_gpu_offload():
             native.computed()
-        native.show_log(verbose)
-        native.clear_errors()
+        _native.show_log(verbose)
+        _native.clear_errors()
         refusal: RazorError | None = None
         with _native.override(native.make_params(profile, own_attention)):
             try:
@@ -645,13 +645,13 @@ class Llama(PlainMessages, llama_cpp.Llama):
                 f" {state.llama_state_size} bytes"
             )
         content = unseal(sealed, n, state.input_ids, self._fingerprint())
-        native.clear_errors()
+        _native.clear_errors()
         data = (c_uint8 * len(content)).from_buffer_copy(content)
         before = self.n_tokens
         self._requires_eval = True
         self.n_tokens = 0  # until it is known what the cache holds
         if C.llama_state_set_data(self._ctx.ctx, data, len(content)) != len(content):
-            reason = self._reason()
+            reason = _native.reason()
             if self._n_cached() == before:
                 self.n_tokens = before
             else:
@@ -726,7 +726,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def _eval_batch(self, batch: list[int], wanted: list[bool] | None = None) -> None:
         """wanted: the tokens whose logits are computed, None: the last, or all with logits_all."""
         n_past, n = self.n_tokens, len(batch)
-        native.clear_errors()
+        _native.clear_errors()
         native.computed()
         # an interrupt may come at any time: the logits count, and n_tokens grows, at the very end
         self._requires_eval = True
@@ -740,7 +740,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
                 native_batch.logits = (ctypes.c_int8 * n)(*(wanted or [True] * n))
         code = C.llama_decode(self._ctx.ctx, native_batch)
         if code != 0:
-            reason = self._reason()
+            reason = _native.reason("")
             self._after_failed_decode(batch, n_past)
             if code == _ABORTED:
                 raise _AbortedError("the computation was stopped")
@@ -803,14 +803,9 @@ class Llama(PlainMessages, llama_cpp.Llama):
         differs = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], dtype=np.intc))
         return int(differs[0]) if differs.size else n
 
-    def _reason(self) -> str:
-        """Why the last native call failed, "" if it gave no reason."""
-        razor = _native.last_error() if self._profile is not None else ""
-        return razor or "; ".join(native.error_lines()[-2:])
-
     def _refusal(self, model_path: str, error: Exception) -> RazorError | None:
         """Why loading failed, by the library; None for a mistake in the arguments."""
-        reason = self._reason() or "the native library gives no reason"
+        reason = _native.reason()
         kind = UnsupportedError if _native.last_error() else RazorError
         if hasattr(self, "_model"):
             return kind(f"no context could be created for {model_path}: {reason}")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
+
+from tests.support import tiny_models
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +29,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def stock() -> Iterator[Any]:
     """Worker on an unpatched build of the same llama.cpp: stock(runner function, arguments)."""
-    import runner
-    from stock import stock_lib_dir
+    from tests.support import runner
+    from tests.support.stock import stock_lib_dir
 
     lib_dir = stock_lib_dir()
     with runner.Worker(lib_dir) as worker:

@@ -28,8 +28,8 @@ import click
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from razor_local import Llama
+from razor_local.bench.random_cache import random_state
 from razor_local.bench.shapes import SHAPES, cached_shape_model
-from razor_local.bench.worker import random_state
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.completion import TextStream
 from razor_local.llama import C, llama_cpp

@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from razor_local.bench.report import load_report, readme_block
+from razor_local.bench.report import readme_block
+from razor_local.bench.saved import load_report
 from razor_local.common.markdown import save_text
 from razor_local.errors import RazorError
 

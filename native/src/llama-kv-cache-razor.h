@@ -2,14 +2,10 @@
 
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
-#include "llama-razor-attn-op.h"
+#include "llama-razor-device.h"
 #include "llama-razor-plan.h"
 
-#include <deque>
-#include <map>
 #include <vector>
-
-struct llm_graph_context;
 
 //
 // llama_kv_cache_razor
@@ -212,145 +208,6 @@ private:
     size_t i_cur = 0;
 };
 
-//
-// llm_graph_input_razor
-//
-
-// the inputs of the heads of all layers
-class llm_graph_input_razor : public llm_graph_input_i {
-public:
-    llm_graph_input_razor(
-            ggml_context * ctx,
-            const llama_ubatch  & ubatch,
-            const llama_hparams & hparams,
-            const llama_cparams & cparams,
-            const llama_kv_cache_razor_context * mctx);
-
-    // added to the inputs of the graph when the memory is ours, else nullptr
-    static llm_graph_input_razor * create(
-            llm_graph_result * res,
-            ggml_context * ctx,
-            const llama_ubatch  & ubatch,
-            const llama_hparams & hparams,
-            const llama_cparams & cparams,
-            const llama_memory_context_i * mctx);
-
-    void set_input(const llama_ubatch * ubatch) override;
-
-    bool can_reuse(const llm_graph_params & params) override;
-
-    //   q_cur [n_embd_head_k, n_head,    n_tokens]
-    //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
-    //   v_cur [n_embd_head_v, n_head_kv, n_tokens]
-    // returns [n_embd_head_v*n_head, n_tokens]
-    ggml_tensor * build_attn(
-            const llm_graph_context & g,
-            const llm_graph_input_attn_kv & inp,
-            ggml_tensor * q_cur,
-            ggml_tensor * k_cur,
-            ggml_tensor * v_cur,
-            ggml_tensor * kq_b,
-            ggml_tensor * sinks,
-                  float   kq_scale,
-                    int   il) const;
-
-private:
-    using razor_layer = llama_kv_cache_razor::razor_layer;
-
-    // where the heads of a layer are, the same for all layers with these retrieval heads
-    struct head_order {
-        uint32_t n_head;
-        uint32_t n_head_kv;
-
-        std::vector<uint32_t> retrieval; // KV heads
-        std::vector<uint32_t> local;
-
-        bool identity    = true;  // one group of heads after the other already
-        bool local_first = false;
-
-        // offsets in heads
-        size_t offs_rows = 0;
-        size_t offs_q    = 0; // the following when not identity
-        size_t offs_out  = 0;
-        size_t offs_v    = 0; // of a transposed V cache
-    };
-
-    void make_orders();
-
-    void set_batch_input(const llama_ubatch & ubatch) const;
-    template<typename T>
-    void set_rows_of_heads(T * rows_data) const;
-
-    void set_rows_input() const;
-    void set_heads_input() const;
-    void set_fold_input() const;
-
-    // where the rows of the layer's tokens go
-    ggml_tensor * view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const;
-
-    // rows of the local heads -> [n_embd_head, cells, n_local]
-    ggml_tensor * view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const;
-
-    // the input where the layer's cache is
-    ggml_tensor * on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const;
-
-    void build_fold(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * store, ggml_tensor * sums) const;
-
-    void build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const;
-
-    // both K and V, where layer.device
-    void build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const;
-
-    void build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const;
-
-    // the rows of a token one after the other, in the order of the graph
-    ggml_tensor * build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const;
-
-    // by razor_attn, on devices of one token or where layer.device_batch
-    ggml_tensor * build_own_attn(
-            const llm_graph_context & g,
-            const llm_graph_input_attn_kv & inp,
-            const razor_layer & layer,
-            const head_order & order,
-            ggml_tensor * q_cur,
-                  float   kq_scale) const;
-
-    ggml_tensor * mask      = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
-
-    razor_batch batch; // instead of masks, for layers with device_batch
-
-    // per order and token, the KV heads in the order of the model
-    ggml_tensor * rows      = nullptr; // I32, or I64 for our operations, [n] rows of razor_layer::k and ::v
-
-    // per order and token, the heads in the order of the graph
-    ggml_tensor * heads     = nullptr; // I32 [n]
-
-    // of a transposed V cache, by the number of heads
-    std::map<uint32_t, ggml_tensor *> v_elems; // I64 [n_retrieval*n_embd_head_v*n_tokens] elements of the retrieval heads
-    std::map<uint32_t, ggml_tensor *> v_rows;  // I64 [n_local*n_tokens] rows of the local heads
-
-    // of the fold, unused when n_fold == 0
-    ggml_tensor * fold_rows = nullptr; // I32 [n_fold, max n_local]
-    ggml_tensor * fold_src  = nullptr; // I32 [1] row of the accumulators
-    ggml_tensor * fold_dst  = nullptr; // I64 [1]
-    ggml_tensor * fold_cell = nullptr; // I64 [N_COMP_CELLS]
-    ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
-
-    mutable std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies; // of inputs, on devices
-
-    std::vector<head_order> orders;
-    std::vector<uint32_t>   map_order; // layer -> order
-
-    mutable std::deque<razor_attn> attns; // of the layers so far
-
-    // copies, because a reused graph outlives the parameters it was built with
-    const llama_hparams hparams;
-
-    const llama_kv_cache_razor_context * mctx;
-
-    // what the graph was built for
-    const uint32_t n_tokens;
-    const uint32_t n_kv_full; // cells of the retrieval heads
-    const uint32_t n_kv;
-    const uint32_t n_fold;
-};
+// to be called instead of llama_memory_i::seq_rm() after an ubatch was applied and its computation failed
+// returns false when the memory is not ours
+bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0);

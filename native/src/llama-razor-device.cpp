@@ -1,6 +1,4 @@
-#include "llama-razor-attn-op.h"
-
-#include "ggml-razor.h"
+#include "llama-razor-device.h"
 
 #include "ggml-cpp.h"
 
@@ -10,38 +8,38 @@
 #include <vector>
 
 // made only for layers on a device that knows the operation
-static void razor_no_device(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {
+static void razor_device_abort(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {
     GGML_ABORT("razor: an operation of a device was given to the CPU");
 }
 
 // args: q, k, v and what is told about the cells
-static ggml_tensor * razor_attn_op(ggml_context * ctx, std::vector<ggml_tensor *> args, const ggml_razor_attn_params & params, razor_attn * attn) {
+static ggml_tensor * razor_device_new_attn(ggml_context * ctx, std::vector<ggml_tensor *> args, const ggml_razor_attn_params & params, razor_attn * attn) {
     const ggml_tensor * q = args[0];
     const ggml_tensor * v = args[2];
 
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], q->ne[2], 1, 1, args.data(), args.size(), razor_no_device, 1, attn);
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0]*q->ne[1], q->ne[2], 1, 1, args.data(), args.size(), razor_device_abort, 1, attn);
 
     ggml_razor_set_params(res, params);
 
     return res;
 }
 
-ggml_tensor * razor_store_device(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * k, ggml_tensor * v, ggml_tensor * rows) {
+ggml_tensor * razor_device_build_store(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * k, ggml_tensor * v, ggml_tensor * rows) {
     ggml_tensor * args[5] = { k_cur, v_cur, k, v, rows };
 
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 5, razor_no_device, 1, nullptr);
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 5, razor_device_abort, 1, nullptr);
 
     ggml_razor_set_params(res, ggml_razor_store_params { GGML_RAZOR_STORE_MAGIC });
 
     return res;
 }
 
-ggml_tensor * razor_fold_device(ggml_context * ctx, const razor_fold & fold) {
+ggml_tensor * razor_device_build_fold(ggml_context * ctx, const razor_fold & fold) {
     ggml_tensor * args[9] = {
         fold.k, fold.v, fold.k_sum, fold.v_sum, fold.rows, fold.src, fold.dst, fold.cells, fold.inverse,
     };
 
-    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 9, razor_no_device, 1, nullptr);
+    ggml_tensor * res = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, args, 9, razor_device_abort, 1, nullptr);
 
     ggml_razor_fold_params params = {};
 
@@ -55,7 +53,7 @@ ggml_tensor * razor_fold_device(ggml_context * ctx, const razor_fold & fold) {
     return res;
 }
 
-static ggml_razor_attn_params razor_attn_params(const razor_attn & attn, uint32_t magic, uint32_t stream) {
+static ggml_razor_attn_params razor_device_attn_params(const razor_attn & attn, uint32_t magic, uint32_t stream) {
     ggml_razor_attn_params params = {};
 
     params.magic  = magic;
@@ -72,17 +70,18 @@ static ggml_razor_attn_params razor_attn_params(const razor_attn & attn, uint32_
     return params;
 }
 
-ggml_tensor * razor_attn::build_device(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream) {
-    return razor_attn_op(ctx, { q, k, v, groups[0].mask, groups[1].mask }, razor_attn_params(*this, GGML_RAZOR_ATTN_MAGIC, stream), this);
+ggml_tensor * razor_device_build_attn(ggml_context * ctx, razor_attn & attn, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream) {
+    return razor_device_new_attn(ctx, { q, k, v, attn.groups[0].mask, attn.groups[1].mask },
+            razor_device_attn_params(attn, GGML_RAZOR_ATTN_MAGIC, stream), &attn);
 }
 
-ggml_tensor * razor_attn::build_batch(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream, const razor_batch & batch) {
-    return razor_attn_op(ctx, { q, k, v, batch.since[0], batch.since[1], batch.bias, batch.tiles },
-            razor_attn_params(*this, GGML_RAZOR_BATCH_MAGIC, stream), this);
+ggml_tensor * razor_device_build_attn_batch(ggml_context * ctx, razor_attn & attn, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, uint32_t stream, const razor_batch & batch) {
+    return razor_device_new_attn(ctx, { q, k, v, batch.since[0], batch.since[1], batch.bias, batch.tiles },
+            razor_device_attn_params(attn, GGML_RAZOR_BATCH_MAGIC, stream), &attn);
 }
 
-razor_device_choice razor_device_wanted() {
-    const char * env = getenv(RAZOR_DEVICE_ENV);
+razor_device_choice razor_device_choose() {
+    const char * env = getenv(GGML_RAZOR_DEVICE_ENV);
 
     const std::string wanted = env ? env : "";
     if (wanted.empty() || wanted == "on" || wanted == "ampere") {
@@ -95,11 +94,11 @@ razor_device_choice razor_device_wanted() {
         return RAZOR_DEVICE_OFF;
     }
 
-    throw std::runtime_error(RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, ampere, token, off; correct or unset it");
+    throw std::runtime_error(GGML_RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, ampere, token, off; correct or unset it");
 }
 
 // for a few tensors
-static ggml_context_ptr razor_no_alloc() {
+static ggml_context_ptr razor_device_new_ctx() {
     ggml_init_params init = {
         /*.mem_size   =*/ 8*ggml_tensor_overhead(),
         /*.mem_buffer =*/ NULL,
@@ -123,7 +122,7 @@ bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type 
         return false;
     }
 
-    ggml_context_ptr ctx_ptr = razor_no_alloc();
+    ggml_context_ptr ctx_ptr = razor_device_new_ctx();
     ggml_context *   ctx     = ctx_ptr.get();
 
     ggml_tensor * q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d_k, n_head, 1);
@@ -137,8 +136,8 @@ bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type 
     params.magic     = GGML_RAZOR_ATTN_MAGIC;
     params.n_head_kv = n_head_kv;
 
-    return razor_device_knows(dev, razor_attn_op(ctx, { q, k, v, mask, mask }, params, nullptr)) &&
-           razor_device_knows(dev, razor_store_device(ctx, k, v, k, v, rows));
+    return razor_device_knows(dev, razor_device_new_attn(ctx, { q, k, v, mask, mask }, params, nullptr)) &&
+           razor_device_knows(dev, razor_device_build_store(ctx, k, v, k, v, rows));
 }
 
 bool razor_device_batch_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {
@@ -146,7 +145,7 @@ bool razor_device_batch_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml
         return false;
     }
 
-    ggml_context_ptr ctx_ptr = razor_no_alloc();
+    ggml_context_ptr ctx_ptr = razor_device_new_ctx();
     ggml_context *   ctx     = ctx_ptr.get();
 
     ggml_tensor * q     = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, d_k, n_head, 2);
@@ -163,5 +162,5 @@ bool razor_device_batch_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml
     params.cells     = 1;
     params.n_head_kv = n_head_kv;
 
-    return razor_device_knows(dev, razor_attn_op(ctx, { q, k, v, since, since, bias, tiles }, params, nullptr));
+    return razor_device_knows(dev, razor_device_new_attn(ctx, { q, k, v, since, since, bias, tiles }, params, nullptr));
 }

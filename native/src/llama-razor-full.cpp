@@ -1,6 +1,6 @@
 #include "llama-razor-full.h"
 
-#include "llama-razor-attn-op.h"
+#include "cpu/llama-razor-attn-op.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -68,7 +68,7 @@ llama_memory_i * llama_razor_create_full(const llama_model & model, const llama_
         any_host = any_host || !cparams.offload_kqv || ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(model.dev_layer(il)));
     }
 
-    const razor_attn_kernel kernel = razor_attn_choose();
+    const razor_attn_kernel kernel = razor_attn_choose_kernel();
 
     return any_host && kernel ? new llama_kv_cache_full(model, cparams, params.type_k, params.type_v, kernel) : nullptr;
 }

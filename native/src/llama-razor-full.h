@@ -4,7 +4,7 @@
 // Upstream's kernel rounds differently for each batch size, and is slower in deep caches.
 
 #include "llama-kv-cache.h"
-#include "llama-razor-attn.h"
+#include "cpu/llama-razor-attn.h"
 
 struct llm_graph_context;
 

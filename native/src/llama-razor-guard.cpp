@@ -2,8 +2,9 @@
 
 #include "llama-razor.h"
 
+#include "llama-razor-error.h"
+
 #include "llama-impl.h"
-#include "llama-razor-plan.h"
 
 #include <climits>
 #include <cstdlib>

@@ -1,38 +1,19 @@
 #pragma once
 
-// What a context does about RazorAttention, decided before anything is allocated.
-// The arithmetic stands in llama-razor.h, the C API; razor_local/plan.py computes the same numbers.
+// What a context does about RazorAttention: a function of its size, the profile and the model's hparams alone, decided before
+// anything is allocated. The arithmetic is explained in llama-razor.h, and razor_local/plan.py computes the same numbers.
 
-#include "llama-memory.h"
-#include "llama-razor.h"
+#include "llama-razor-profile.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <string>
 #include <vector>
 
-struct gguf_context;
 struct llama_cparams;
-struct llama_hparams;
+struct llama_memory_i;
+struct llama_memory_params;
 struct llama_model;
-
-// hyper-parameters and head mask, from the model's metadata or from llama_razor_set_override()
-struct llama_razor_profile {
-    bool     enabled        = true;
-    uint32_t sink_tokens    = 4;
-    uint32_t window         = 0; // 0: from the two below
-    uint32_t window_min     = 4000;
-    uint32_t window_divisor = 5;
-    bool     compensation   = true;
-    bool     alibi          = false; // of scopes per head, which cannot be run yet
-    bool     own_attention  = true;  // with upstream's own cache
-
-    std::vector<uint8_t> retrieval; // 0/1 per KV head, layer-major
-};
-
-// throws std::runtime_error when razor.* keys are there but malformed, returns nullptr when there are none
-std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_context * ctx, const llama_hparams & hparams);
 
 struct llama_razor_plan {
     // a fold writes one compensation token while the other keeps the value before it, and each takes two cells with
@@ -89,13 +70,3 @@ struct llama_razor_plan {
 // the memory of a context that runs RazorAttention; nullptr: upstream's own memory is to be created
 // throws std::runtime_error when razor is asked for and the model or the context is not supported
 llama_memory_i * llama_razor_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
-
-// to be called instead of llama_memory_i::seq_rm() after an ubatch was applied and its computation failed
-// returns false when the memory is not ours
-bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0);
-
-// what llama_razor_last_error() returns on this thread
-void llama_razor_error_set(const std::string & msg);
-
-// upper bound of the graph nodes that a razor context adds
-uint32_t llama_razor_n_nodes(const llama_memory_i * memory);

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..common.machine import load_nvml
+import pynvml
+
+from ..common.machine import nvidia_gpus
 
 RAPL = Path("/sys/class/powercap")
 
@@ -20,11 +21,8 @@ class EnergyMeter:
     empty without such counters.
     """
 
-    def __init__(self, rapl: Path = RAPL, nvml: Any = None) -> None:
-        self._counters: list[_Rapl | _Nvml] = [
-            *_rapl_counters(rapl),
-            *_nvml_counters(nvml or load_nvml()),
-        ]
+    def __init__(self, rapl: Path = RAPL) -> None:
+        self._counters: list[_Rapl | _Nvml] = [*_rapl_counters(rapl), *_nvml_counters()]
         self.sources = [counter.name for counter in self._counters]
 
     def start(self) -> None:
@@ -56,20 +54,16 @@ class _Nvml:
     joules = 1e-3
     wraps_at = 2**64
 
-    def __init__(self, lib: Any, index: int) -> None:
-        self._lib, self._device = lib, ctypes.c_void_p()
-        if lib.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(self._device)):
-            raise OSError(f"GPU {index} cannot be opened")
+    def __init__(self, index: int, gpu: Any) -> None:
         self.name = f"GPU {index}"
-        self.read()
+        self._gpu = gpu
+        self.read()  # raises where the GPU has no counter
 
     def read(self) -> int:
-        millijoules = ctypes.c_ulonglong()
-        if self._lib.nvmlDeviceGetTotalEnergyConsumption(
-            self._device, ctypes.byref(millijoules)
-        ):  # fmt: skip
-            raise OSError(f"{self.name} does not tell its energy")
-        return millijoules.value
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu)
+        except pynvml.NVMLError as error:
+            raise OSError(f"{self.name} does not report its energy ({error})") from None
 
 
 def _rapl_counters(root: Path) -> list[_Rapl]:
@@ -82,11 +76,9 @@ def _rapl_counters(root: Path) -> list[_Rapl]:
     return found
 
 
-def _nvml_counters(lib: Any) -> list[_Nvml]:
-    count, found = ctypes.c_uint(), []
-    if lib is None or lib.nvmlInit_v2() or lib.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return []
-    for index in range(count.value):
+def _nvml_counters() -> list[_Nvml]:
+    found = []
+    for index, gpu in nvidia_gpus().items():
         with suppress(OSError):
-            found.append(_Nvml(lib, index))
+            found.append(_Nvml(index, gpu))
     return found

@@ -17,15 +17,11 @@ import json
 import os
 import re
 import signal
-import statistics
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -34,49 +30,17 @@ from ..common.child import python_command
 from ..common.machine import free_memory
 from ..errors import RazorError
 from ..model_setup import ModelSetup
+from .batches import Side
+from .ggml import Ggml
+from .random_cache import random_state
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..plan import Plan
-    from ..profile import ModelShape, Profile
 
-
-@dataclass(frozen=True)
-class Side:
-    """One of the contexts that are compared. window: instead of the profile's, 0: the profile's."""
-
-    name: str  # razor, full, full_f16
-    razor: bool
-    type_k: str
-    type_v: str
-    n_ctx: int
-    window: int = 0
-
-    def plan(self, shape: ModelShape, profile: Profile) -> Plan:
-        """Return the plan of the context.
-
-        With a retrieval share of 1 the razor side is a full cache with our attention.
-
-        Raises:
-            RazorError: a razor context would run a full cache though it has local heads.
-        """
-        from ..plan import make_plan
-
-        plan = make_plan(
-            shape,
-            profile if self.razor else None,
-            self.n_ctx,
-            self.type_k,
-            self.type_v,
-            window=self.window or None,
-        )
-        if self.razor and not plan.active and not profile.flat().all():
-            raise RazorError(
-                f"razor does nothing at {plan.n_ctx} tokens ({plan.why_inactive});"
-                " raise -c or set a smaller window with --window-min"
-            )
-        return plan
+# "llama_kv_cache:      CUDA0 KV buffer size =   512.00 MiB"
+BUFFER_SIZE = re.compile(r": +(\S+) +(model|KV|compute) buffer size = +([\d.]+) MiB")
 
 
 # -- the process that drives
@@ -219,7 +183,7 @@ class Session:
             self._on_log = llama_cpp.llama_log_callback(self._read_log)
             llama_cpp.llama_log_set(self._on_log, None)
         llama_cpp.llama_backend_init()
-        self.ggml = _Ggml(llama_cpp.llama_cpp._lib)
+        self.ggml = Ggml(llama_cpp.llama_cpp._lib)
         self.devices = list(self.ggml.free_memory())
 
         params = llama_cpp.llama_model_default_params()
@@ -241,7 +205,7 @@ class Session:
             self.logged.setdefault(what, {})[device] = round(float(mebibytes) * 2**20)
 
     def reason(self) -> str:
-        return (self.native and self.native.last_error()) or "llama.cpp gave no reason"
+        return self.native.reason() if self.native else "llama.cpp gives no reason"
 
     def answer(self, command: str, *args: Any) -> Any:
         """The answer to one command of Worker or Context."""
@@ -277,8 +241,7 @@ class Session:
             self._state = None  # before there is another
             self._state = (plan, depth, random_state(plan, depth, saved, self.setup.n_threads))
         state = self._state[2]
-        free = free_memory()
-        if not self.setup.n_gpu_layers or (free is not None and free < state.nbytes):
+        if not self.setup.n_gpu_layers or free_memory() < state.nbytes:
             self._state = None
         return state
 
@@ -310,10 +273,7 @@ class SessionContext:
         else:
             from ..native import make_params
 
-            profile = session.profile if side.razor else None
-            if profile is not None and side.window:
-                profile = profile.with_options(side.window, None, None)
-            with self.native.override(make_params(profile)):
+            with self.native.override(make_params(session.profile if side.razor else None)):
                 self.ctx = self.api.llama_init_from_model(session.model, params)
         if not self.ctx:
             raise RazorError(
@@ -417,133 +377,11 @@ class SessionContext:
         return sum(m.weights + m.cache + m.compute for m in buffers)
 
 
-class _InitParams(ctypes.Structure):
-    """struct ggml_init_params"""
-
-    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
-
-
-# "llama_kv_cache:      CUDA0 KV buffer size =   512.00 MiB"
-BUFFER_SIZE = re.compile(r": +(\S+) +(model|KV|compute) buffer size = +([\d.]+) MiB")
-_DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
-_CPU, _GPU = 0, 1
-READ_CAP = 1 << 30  # bytes that read_seconds() really reads; more take in proportion
-
-
-class _Ggml:
-    """The functions of ggml that a benchmark needs beside llama.cpp's own."""
-
-    def __init__(self, lib: ctypes.CDLL) -> None:
-        self.lib = lib
-        for name, args, result in (
-            ("ggml_backend_reg_count", [], c_size_t),
-            ("ggml_backend_reg_get", [c_size_t], c_void_p),
-            ("ggml_backend_reg_name", [c_void_p], c_char_p),
-            ("ggml_backend_reg_get_proc_address", [c_void_p, c_char_p], c_void_p),
-            ("ggml_backend_dev_count", [], c_size_t),
-            ("ggml_backend_dev_get", [c_size_t], c_void_p),
-            ("ggml_backend_dev_name", [c_void_p], c_char_p),
-            ("ggml_backend_dev_description", [c_void_p], c_char_p),
-            ("ggml_backend_dev_type", [c_void_p], c_int),
-            ("ggml_backend_dev_memory", [c_void_p, c_void_p, c_void_p], None),
-            ("ggml_backend_dev_backend_reg", [c_void_p], c_void_p),
-            ("ggml_backend_dev_init", [c_void_p, c_char_p], c_void_p),
-            ("ggml_backend_free", [c_void_p], None),
-            ("ggml_backend_alloc_ctx_tensors", [c_void_p, c_void_p], c_void_p),
-            ("ggml_backend_buffer_clear", [c_void_p, ctypes.c_uint8], None),
-            ("ggml_backend_buffer_free", [c_void_p], None),
-            ("ggml_backend_graph_compute", [c_void_p, c_void_p], c_int),
-            ("ggml_init", [_InitParams], c_void_p),
-            ("ggml_free", [c_void_p], None),
-            ("ggml_new_tensor_2d", [c_void_p, c_int, c_int64, c_int64], c_void_p),
-            ("ggml_mul_mat", [c_void_p, c_void_p, c_void_p], c_void_p),
-            ("ggml_new_graph", [c_void_p], c_void_p),
-            ("ggml_build_forward_expand", [c_void_p, c_void_p], None),
-        ):
-            function = getattr(lib, name)
-            function.argtypes, function.restype = args, result
-
-    def _devices(self) -> list[int]:
-        return [self.lib.ggml_backend_dev_get(i) for i in range(self.lib.ggml_backend_dev_count())]
-
-    def _memory(self, device: int) -> tuple[int, int]:
-        free, total = c_size_t(), c_size_t()
-        self.lib.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        return free.value, total.value
-
-    def describe(self) -> dict[str, Any]:
-        lib = self.lib
-        devices = []
-        for device in self._devices():
-            kind = lib.ggml_backend_dev_type(device)
-            devices.append(
-                {
-                    "name": lib.ggml_backend_dev_name(device).decode("utf-8", "replace"),
-                    "description": lib.ggml_backend_dev_description(device).decode(
-                        "utf-8", "replace"
-                    ),
-                    "type": _DEVICE_TYPES[kind] if kind < len(_DEVICE_TYPES) else str(kind),
-                    "memory_total": self._memory(device)[1],
-                }
-            )
-        registered = range(lib.ggml_backend_reg_count())
-        names = [lib.ggml_backend_reg_name(lib.ggml_backend_reg_get(i)) for i in registered]
-        return {"backends": [n.decode("utf-8", "replace") for n in names], "devices": devices}
-
-    def free_memory(self) -> dict[str, int]:
-        """Free bytes of each device that is no CPU, by name."""
-        return {
-            self.lib.ggml_backend_dev_name(device).decode("utf-8", "replace"): self._memory(device)[
-                0
-            ]
-            for device in self._devices()
-            if self.lib.ggml_backend_dev_type(device) != _CPU
-        }
-
-    def read_seconds(self, n_bytes: int, n_threads: int, gpu: bool) -> float:
-        """Seconds that a product of an F32 matrix of n_bytes and a vector takes: its threads have
-        to read every byte once, and do little else. The median of five, after one to warm up."""
-        lib, n_in = self.lib, 4096
-        n_out = max(1, min(n_bytes, READ_CAP) // (4 * n_in))
-        devices = {
-            lib.ggml_backend_dev_type(device): device for device in reversed(self._devices())
-        }
-        device = devices.get(_GPU if gpu else _CPU, devices[_CPU])
-        graph_bytes = 4 << 20
-        backend = lib.ggml_backend_dev_init(device, None)
-        ctx = lib.ggml_init(_InitParams(graph_bytes, None, True))
-        buffer = None
-        try:
-            set_threads = lib.ggml_backend_reg_get_proc_address(
-                lib.ggml_backend_dev_backend_reg(device), b"ggml_backend_set_n_threads"
-            )
-            if set_threads:
-                ctypes.CFUNCTYPE(None, c_void_p, c_int)(set_threads)(backend, n_threads)
-            matrix = lib.ggml_new_tensor_2d(ctx, 0, n_in, n_out)
-            vector = lib.ggml_new_tensor_2d(ctx, 0, n_in, 1)
-            product = lib.ggml_mul_mat(ctx, matrix, vector)
-            graph = lib.ggml_new_graph(ctx)
-            lib.ggml_build_forward_expand(graph, product)
-            buffer = lib.ggml_backend_alloc_ctx_tensors(ctx, backend)
-            if not buffer:
-                raise RazorError(f"there is no memory to read {n_bytes:,} bytes; leave out depths")
-            lib.ggml_backend_buffer_clear(buffer, 0)
-            seconds = []
-            for _ in range(6):
-                start = time.perf_counter()
-                if lib.ggml_backend_graph_compute(backend, graph):
-                    raise RazorError("the backend could not read its own memory")
-                seconds.append(time.perf_counter() - start)
-        finally:
-            if buffer:
-                lib.ggml_backend_buffer_free(buffer)
-            lib.ggml_free(ctx)
-            lib.ggml_backend_free(backend)
-        return statistics.median(seconds[1:]) * n_bytes / (n_out * n_in * 4)
-
-
 def _peak_rss() -> int | None:
-    """Linux tells, and lets the peak start anew; elsewhere it would hold what filling took."""
+    """Bytes that this process had at most since the last reset; None where it cannot be reset.
+
+    psutil has no peak that can start anew; without that it would include what filling took.
+    """
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -556,132 +394,6 @@ def _reset_peak_rss() -> bool:
         Path("/proc/self/clear_refs").write_text("5")
         return True
     return False
-
-
-# -- random caches
-
-PARALLEL_FROM = 64 << 20  # bytes of a state
-_STATE_HEAD = struct.Struct("<Ii")  # llama_context: magic, sequence
-_RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fingerprint of the plan
-
-
-def local_rows(plan: Plan, n_tokens: int) -> int:
-    """Rows of a local head's store that n_tokens occupy."""
-    from ..plan import COMPENSATION_CELLS
-
-    if _frontier(plan, n_tokens) > plan.sink_tokens:
-        return plan.cells
-    return min(n_tokens, plan.cells - (COMPENSATION_CELLS if plan.compensation else 0))
-
-
-def _frontier(plan: Plan, n_tokens: int) -> int:
-    """The fold frontier once n_tokens are in the cache."""
-    start = (n_tokens - 1) // plan.block * plan.block
-    return max(plan.sink_tokens, start - plan.window)
-
-
-def kept_bytes(plan: Plan, n_tokens: int) -> int:
-    """Bytes of K and V that n_tokens occupy: what a decoded token's attention has to read."""
-    from ..plan import row_size
-
-    row = row_size(plan.type_k, plan.shape.head_dim_k) + row_size(
-        plan.type_v, plan.shape.head_dim_v
-    )
-    if not plan.active:
-        return sum(layer.n_head_kv for layer in plan.layers) * n_tokens * row
-    local = local_rows(plan, n_tokens)
-    return sum(layer.n_retrieval * n_tokens + layer.n_local * local for layer in plan.layers) * row
-
-
-def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) -> np.ndarray:
-    """A saved sequence of n_tokens with random rows, as llama_state_seq_set_data takes it (uint8).
-
-    plan: one with flash attention. saved: a state that a context of the plan saved, its head is
-    taken over. The layout is that of state_write() of llama_kv_cache and llama_kv_cache_razor.
-    """
-    import numpy as np
-
-    from ..plan import KV_TYPES, row_size
-
-    rng = np.random.default_rng(n_tokens)
-
-    def random_row(kv_type: str, n_elements: int) -> bytes:
-        """With small finite values whatever the type."""
-        if kv_type in ("f32", "f16"):
-            values = rng.standard_normal(n_elements) / 8
-            return values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
-        if kv_type == "bf16":
-            bits = (rng.standard_normal(n_elements) / 8).astype(np.float32).view(np.uint32)
-            return (bits >> 16).astype(np.uint16).tobytes()
-        info = KV_TYPES[kv_type]
-        blocks = rng.integers(0, 256, (n_elements // info.block, info.block_bytes), np.uint8)
-        scale = np.float16(2.0**-9).tobytes()
-        blocks[:, :2] = np.frombuffer(scale, np.uint8)
-        if kv_type in ("q4_1", "q5_1"):  # scale and minimum
-            blocks[:, 2:4] = np.frombuffer(scale, np.uint8)
-        return blocks.tobytes()
-
-    shape = plan.shape
-    parts: list[tuple[bytes, int]] = [(saved[: _STATE_HEAD.size], 1)]  # bytes, how often
-    dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
-    if plan.active:
-        parts.append((saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size], 1))
-        head = struct.pack("<IIIqI", n_tokens, n_tokens, _frontier(plan, n_tokens), -1, 0)
-        parts.append((head, 1))
-    if plan.active:  # each retrieval head is saved like a layer
-        full = [1] * sum(layer.n_retrieval for layer in plan.layers)
-    else:
-        full = [layer.n_head_kv for layer in plan.layers if layer.n_head_kv > 0]
-    parts.append((struct.pack("<II", 1, n_tokens), 1))  # streams, cells
-    cells = np.zeros((n_tokens, 3), np.int32)  # position, number of sequences, sequence 0
-    cells[:, 0] = np.arange(n_tokens)
-    cells[:, 1] = 1
-    parts.append((cells.tobytes(), 1))
-    parts.append((struct.pack("<II", 0, len(full)), 1))  # V is not transposed, layers
-    for kv_type, head_dim in dims:
-        for n_heads in full:
-            row_bytes = n_heads * row_size(kv_type, head_dim)
-            parts.append((struct.pack("<iQ", KV_TYPES[kv_type].ggml_id, row_bytes), 1))
-            parts.append((random_row(kv_type, n_heads * head_dim), n_tokens))
-    if plan.active:
-        used = local_rows(plan, n_tokens)
-        for layer in plan.layers:
-            if layer.n_local == 0:
-                continue
-            for kv_type, head_dim in dims:
-                parts.append((random_row(kv_type, layer.n_local * head_dim), used))
-            for _, head_dim in dims if plan.compensation else ():
-                parts.append((random_row("f32", layer.n_local * head_dim), 2))
-    return _repeated(parts, n_threads)
-
-
-def _repeated(parts: Sequence[tuple[bytes, int]], n_threads: int) -> np.ndarray:
-    """The parts one after the other, each as often as it says. What is large is written by several
-    threads: most of the time goes into the memory's first use."""
-    import numpy as np
-
-    ends = np.cumsum([len(what) * n for what, n in parts])
-    out = np.empty(int(ends[-1]), np.uint8)
-
-    def write(part: tuple[tuple[bytes, int], int]) -> None:
-        (what, n), end = part
-        to = out[end - len(what) * n : end]
-        # in pieces, because copying a short row costs as much as copying a long one
-        several = min(n, max(1, 65536 // len(what)))
-        piece = np.frombuffer(what * several, np.uint8)
-        whole = to.size // piece.size
-        to[: whole * piece.size].reshape(whole, piece.size)[:] = piece
-        rest = to[whole * piece.size :]
-        rest[:] = piece[: rest.size]
-
-    work = zip(parts, ends.tolist(), strict=True)
-    if n_threads == 1 or out.size < PARALLEL_FROM:
-        for part in work:
-            write(part)
-    else:
-        with ThreadPoolExecutor(min(n_threads, 16)) as pool:
-            list(pool.map(write, work))
-    return out
 
 
 def _serve(setup: ModelSetup, commands: IO[str], answers: IO[str]) -> None:

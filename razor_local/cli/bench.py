@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .params import KV_TYPE, THREADS, ListOf, Number, Tokens, model_setup, write_report
+from ..bench.batches import KINDS
+from .params import (
+    KV_TYPE,
+    THREADS,
+    ListOf,
+    Number,
+    Tokens,
+    model_setup,
+    report_kind,
+    write_report,
+)
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
-    from ..bench.report import Report
-    from ..bench.run import Settings
+    from ..bench.batches import Settings
+    from ..bench.figures import Report
     from ..model_setup import ModelSetup
 
 PATH = click.Path(path_type=Path)
-# bench.KINDS, which numpy would have to be imported for
-KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "fit", "real_prefill")
 
 EPILOG = """
 \b
@@ -90,7 +98,6 @@ Examples:
     "--only", type=ListOf(click.Choice(KINDS), "kind,..."), metavar="KIND,...",
     help=f"Of {', '.join(KINDS)}: leave out the others, until --resume without this.",
 )  # fmt: skip
-@click.option("--no-fit", is_flag=True, help="Leave out the line of decode time over context.")
 @click.option(
     "--stock-lib", type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder with the libllama of a stock build for the full caches.  [default: the package's]",
@@ -99,12 +106,11 @@ Examples:
     "--resume", type=PATH, metavar="JOURNAL",
     help="Keep finished measurements in this file, and leave out what is in it.",
 )  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
-    "--format", "kind", type=click.Choice(["md", "json", "csv", "jsonl"]),
-    help="Of the report.  [default: by the name of --output, or md]",
+    "-o", "--output", type=PATH,
+    help="Write the report to this file, not to stdout; as JSON if its name ends in .json.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
-@click.option("-o", "--output", type=PATH, help="Write the report to this file, not to stdout.")
 @click.option(
     "--plot", "plots", type=PATH, multiple=True, metavar="PICTURE",
     help="Draw memory and speed over context (.png, .svg, .pdf); can be repeated.",
@@ -116,7 +122,6 @@ Examples:
 )  # fmt: skip
 def bench(
     model: Path | None,
-    kind: str | None,
     as_json: bool,
     output: Path | None,
     plots: tuple[Path, ...],
@@ -130,16 +135,13 @@ def bench(
     ratios of neighbours are what counts. Deep caches are filled with random rows (--real-prefill
     checks that), each in a context of its size.
     """
-    from ..bench.report import (
-        differences,
-        format_comparison,
-        format_report,
-        load_report,
-        plot_report,
-    )
+    from ..bench.compare import differences, format_comparison
+    from ..bench.plot import plot_report
+    from ..bench.report import format_report
+    from ..bench.saved import load_report
     from ..common.files import check_outputs
 
-    kind = "json" if as_json else kind or _kind_of(output)
+    kind = report_kind(as_json, output)
     sources = [model, options["shape"], report, compare or None]
     if sum(source is not None for source in sources) != 1:
         raise click.UsageError("expected one of MODEL, --shape, --report and --compare")
@@ -163,11 +165,6 @@ def bench(
         plot_report(run, path)
 
 
-def _kind_of(output: Path | None) -> str:
-    kind = "" if output is None else output.suffix.lower()[1:]
-    return kind if kind in ("json", "csv", "jsonl") else "md"
-
-
 def _check_pictures(paths: tuple[Path, ...]) -> None:
     """Refuses before the measuring what could not be drawn after it."""
     from ..common.figure import make_figure
@@ -177,7 +174,7 @@ def _check_pictures(paths: tuple[Path, ...]) -> None:
 
 
 def _measure(model: Path | None, options: dict[str, Any]) -> Report:
-    from ..bench.report import Report
+    from ..bench.figures import Report
     from ..bench.run import run_bench
 
     settings = _settings(options)
@@ -207,7 +204,7 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from ..bench.run import Settings
+    from ..bench.batches import Settings
 
     k, v, types = options["cache_type_k"], options["cache_type_v"], options["types"]
     if (k or v) and types:
@@ -224,7 +221,6 @@ def _settings(options: dict[str, Any]) -> Settings:
         max_pairs=options["pairs"],
         seconds=options["seconds"],
         real_prefill=options["real_prefill"],
-        fit=not options["no_fit"],
         **changes,
     )
 

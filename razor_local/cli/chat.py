@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ProfileError, RazorError
-from ..printable import printable
+from .chat_status import describe, numbers
 from .interrupt import stop_on_interrupt
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
-from .terminal import ProgressBar, echo
+from .terminal import ProgressBar, echo, say
 
 if TYPE_CHECKING:
-    from ..chat import Chat, Turn
+    from ..chat import Chat
+    from ..common.progress import Progress, Stop
     from ..llama import Llama
 
+    Begin = Callable[[Progress, Stop], Iterator[str]]  # begins an answer, as chat.regenerate
+
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
-
-HELP = '''\
-/help          this text
-/clear         forget the conversation, keep the system prompt
-/system TEXT   set the system prompt (without TEXT: show it)
-/stats         KV heads, window and bytes of the cache, speed of the last turn
-/context       tokens used and left
-/exit          leave (also Ctrl-D)
-
-Paste a text of several lines and type a question behind it; Enter sends both, with an empty line
-between them. If your terminal does not mark what is pasted, put the message between two lines
-of """. Alt-Enter begins another line. Ctrl-C stops an answer and keeps what was said.
-Other lines that begin with a slash are messages.'''
 
 MAX_STDIN = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB of text
 DEFAULT_MODEL_HINT = """\
@@ -125,20 +116,20 @@ def chat(model: Path | None, **options: Any) -> None:
         ),
     )
     if piped is not None:
-        _answer(llama, conversation, piped)
+        _answer(llama, conversation, partial(conversation.say, piped))
         if conversation.last is not None and conversation.last.ended == "stopped":
             sys.exit(130)
         return
-    _say(_describe(llama))
+    say(describe(llama))
     from ..profile import facts_line
 
     profile = llama.profile if llama.memory().active else None
     facts = None if profile is None else facts_line(profile)
     if facts is not None:
-        _say(facts)
+        say(facts)
     if model is None:
-        _say(DEFAULT_MODEL_HINT)
-    _say("/help for help, /exit to leave")
+        say(DEFAULT_MODEL_HINT)
+    say("/help for help, /exit to leave")
     _converse(llama, conversation)
 
 
@@ -169,7 +160,7 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
     if n_ctx is None:
         n_ctx = min(trained, MAX_DEFAULT_CTX)
     elif trained and n_ctx != "auto" and n_ctx > trained:
-        _say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
+        say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
     from ..llama import Llama
 
     with ProgressBar() as bar, stop_on_interrupt() as stop:
@@ -197,40 +188,44 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
 
 
 def _converse(llama: Llama, conversation: Chat) -> None:
+    from . import chat_commands
     from .terminal import MessageReader
 
     with MessageReader() as reader:
-        while True:
+
+        def answer(begin: Begin, again: bool = True) -> None:
+            with reader.hold_input():
+                _answer(llama, conversation, begin, again)
+
+        talk = chat_commands.Talk(llama, conversation, reader, answer)
+        while not talk.is_over:
+            line, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
             try:
-                text = reader.read()
+                text = reader.read(line)
             except KeyboardInterrupt:
-                _say("/exit or Ctrl-D to leave")
+                say("/exit or Ctrl-D to leave")
                 continue
             if text is None:
                 return
             try:
-                if _is_command(text):
-                    if not _command(llama, conversation, text):
-                        return
+                command = chat_commands.parse(text)
+                if command is not None:
+                    chat_commands.run(talk, *command)
                 elif text.strip():
-                    with reader.hold_input():
-                        _answer(llama, conversation, text)
+                    answer(
+                        partial(conversation.edit if is_edit else conversation.say, text), is_edit
+                    )
             except RazorError as error:
-                _say(f"Error: {error}")
+                say(f"Error: {error}")
 
 
-def _is_command(text: str) -> bool:
-    """Return True if a message is a command: a slash and one word; only /system takes a text.
+def _answer(llama: Llama, conversation: Chat, begin: Begin, again: bool = False) -> None:
+    """Streams one answer to stdout, then one line of numbers to stderr.
 
-    Anything else is sent: "/usr/bin/ls is a path" and "/exit code 3" are messages.
+    again: it replaces the answer to the last message.
     """
-    return re.fullmatch(r"/(system( .*)?|[A-Za-z?]+ *)", text) is not None
-
-
-def _answer(llama: Llama, conversation: Chat, text: str) -> None:
-    """Streams one answer to stdout, then one line of numbers to stderr."""
     with ProgressBar() as bar, stop_on_interrupt() as stop:
-        for piece in conversation.say(text, bar, stop):
+        for piece in begin(bar, stop):
             bar.close()
             _write(piece)
     turn = conversation.last
@@ -238,15 +233,16 @@ def _answer(llama: Llama, conversation: Chat, text: str) -> None:
     if turn.n_answer:
         echo()
     if turn.ended == "stopped":
-        kept = "what was answered is kept" if turn.n_answer else "the message is not kept"
-        _say(f"(stopped; {kept})")
+        nothing = "nothing has changed" if again else "the message is not kept"
+        kept = "what was answered is kept" if turn.n_answer else nothing
+        say(f"(stopped; {kept})")
     elif turn.ended == "context":
-        _say(f"(the context of {llama.n_ctx()} tokens is full: /clear, or start with a larger -c)")
+        say(f"(the context of {llama.n_ctx()} tokens is full: /clear, or start with a larger -c)")
     elif turn.ended == "loop":
-        _say("(the answer was ended because it repeated itself without end)")
+        say("(the answer was ended because it repeated itself without end)")
     elif turn.ended == "length":
-        _say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
-    _say(_numbers(llama, conversation, turn))
+        say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
+    say(numbers(llama, conversation, turn))
 
 
 def _write(piece: str) -> None:
@@ -255,93 +251,3 @@ def _write(piece: str) -> None:
         echo(piece, nl=False)
     else:
         click.echo(piece, nl=False, color=True)  # without it click takes escape sequences out
-
-
-def _command(llama: Llama, conversation: Chat, line: str) -> bool:
-    """Runs a slash command; False to leave."""
-    name, _, argument = line[1:].partition(" ")
-    argument = argument.strip()
-    if name in ("exit", "quit", "bye"):
-        return False
-    if name in ("help", "?"):
-        _say(HELP)
-    elif name == "clear":
-        conversation.clear()
-        _say("the conversation is empty")
-    elif name == "system":
-        if argument:
-            conversation.set_system(argument)
-        _say(f"system prompt: {conversation.system or 'none'}")
-    elif name == "stats":
-        _say(_stats(llama, conversation))
-    elif name == "context":
-        used, n_ctx = conversation.n_used, llama.n_ctx()
-        _say(
-            f"{used} of {n_ctx} tokens used by {len(conversation.messages)} messages;"
-            f" {max(n_ctx - used - conversation.reserve, 0)} left for the next message,"
-            f" {conversation.reserve} kept for its answer"
-        )
-    else:
-        _say(
-            f"Error: there is no /{name}; /help shows the commands, and a space in front of it"
-            " makes it a message"
-        )
-    return True
-
-
-def _describe(llama: Llama) -> str:
-    memory, plan = llama.memory(), llama.plan
-    name = llama.metadata.get("general.name") or Path(llama.model_path).name
-    name = printable(name[:300], one_line=True)
-    if not memory.active or plan is None:
-        return f"{name}, {memory.n_ctx} tokens; razor is off ({memory.why}); {_kv(memory)}"
-    return (
-        f"{name}, {memory.n_ctx} tokens; {plan.retrieval_kv_heads} of {plan.kv_heads} KV heads keep"
-        f" every token, the others {plan.sink_tokens} and the last {plan.window}; {_kv(memory)}"
-    )
-
-
-def _stats(llama: Llama, conversation: Chat) -> str:
-    memory, plan = llama.memory(), llama.plan
-    lines = [_describe(llama)]
-    if memory.active and plan is not None:
-        seq = llama.stats()
-        lines.append(
-            f"cache: {seq.n_tokens} tokens, {seq.n_folded} of them folded in local heads"
-            f" (frontier {seq.frontier}), types {plan.type_k}/{plan.type_v}"
-        )
-    if plan is not None:
-        sizes = ", ".join(f"{t} {_mib(plan.kv_bytes_full_as(t))}" for t in _full_types(plan))
-        lines.append(f"full cache of {memory.n_ctx} tokens: {sizes}")
-    if conversation.last is not None:
-        lines.append(_numbers(llama, conversation, conversation.last))
-    return "\n".join(lines)
-
-
-def _full_types(plan: Any) -> list[str]:
-    quantized = [t for t in ("q8_0", "q4_0") if plan.shape.head_dim_k % 32 == 0]
-    return ["f16", *(quantized if plan.shape.head_dim_v % 32 == 0 else [])]
-
-
-def _numbers(llama: Llama, conversation: Chat, turn: Turn) -> str:
-    memory = llama.memory()
-    prompt = f"{turn.n_evaluated} new tokens, {turn.prompt_per_second:.1f} tok/s"
-    return (
-        f"prompt {prompt} | answer {turn.n_answer} tokens, {turn.answer_per_second:.1f} tok/s"
-        f" | context {conversation.n_used}/{memory.n_ctx} | {_kv(memory)}"
-    )
-
-
-def _kv(memory: Any) -> str:
-    if not memory.active:
-        return f"KV {_mib(memory.kv_bytes)} (full cache)"
-    full = _mib(memory.kv_bytes_full)
-    return f"KV {_mib(memory.kv_bytes)} of {full} full ({memory.share:.0%})"
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
-
-
-def _say(text: str) -> None:
-    echo(text, err=True, dim=True)

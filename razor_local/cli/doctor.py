@@ -19,7 +19,17 @@ from ..printable import printable
 from .terminal import echo
 
 REINSTALL = "reinstall razor-local, native/README.md tells how it is built"
-PACKAGES = ("llama-cpp-python", "gguf", "numpy", "numba", "click", "rich", "prompt_toolkit")
+PACKAGES = (
+    "llama-cpp-python",
+    "gguf",
+    "numpy",
+    "numba",
+    "click",
+    "rich",
+    "prompt_toolkit",
+    "psutil",
+    "nvidia-ml-py",
+)
 VARIABLES = ("LLAMA_CPP_LIB_PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
 PROBE = "from razor_local.cli.doctor import probe; probe()"

@@ -12,7 +12,16 @@ import click
 
 from ..errors import RazorError
 from .interrupt import stop_on_interrupt
-from .params import DEFAULT_MODEL, THREADS, ListOf, Number, Tokens, model_setup, write_report
+from .params import (
+    DEFAULT_MODEL,
+    THREADS,
+    ListOf,
+    Number,
+    Tokens,
+    model_setup,
+    report_kind,
+    write_report,
+)
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
@@ -96,12 +105,11 @@ _MODEL_OPTIONS = (
         "--resume", type=PATH, metavar="JOURNAL",
         help="Keep finished answers in this file, and leave out what is in it.",
     ),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     click.option(
-        "--format", "kind", type=click.Choice(["md", "json"]),
-        help="Of the report.  [default: by the name of --output, or md]",
+        "-o", "--output", type=PATH,
+        help="Write the report to this file, not to stdout; as JSON if its name ends in .json.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
-    click.option("-o", "--output", type=PATH, help="Write the report to this file, not to stdout."),
 )  # fmt: skip
 _HEAT = click.option(
     "--plot", type=PATH, metavar="PICTURE", help="Draw scores as a heat map (.png, .svg, .pdf)."
@@ -413,7 +421,7 @@ class _Run:
 
         self.options = options
         output = options["output"]
-        self.kind = "json" if options["as_json"] else options["kind"] or _kind_of(output)
+        self.kind = report_kind(options["as_json"], output)
         self.plots = [p for p in (options.get("plot"), options.get("plot_curve")) if p]
         names = [name for some in options["policies"] for name in some] or None
         read = [model or DEFAULT_MODEL, options["sidecar"], *texts]
@@ -495,10 +503,6 @@ class _Run:
 
     def write(self, text: str) -> None:
         write_report(text, self.options["output"])
-
-
-def _kind_of(output: Path | None) -> str:
-    return "json" if output is not None and output.suffix.lower() == ".json" else "md"
 
 
 def _haystack(options: dict[str, Any]) -> Any:

@@ -92,6 +92,12 @@ class ListOf(click.ParamType):
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
 
 
+def report_kind(as_json: bool, output: Path | None) -> str:
+    """Return "json" if --json or the name of the output asks for it, else "md"."""
+    is_json = output is not None and output.suffix.lower() == ".json"
+    return "json" if as_json or is_json else "md"
+
+
 def write_report(text: str, output: Path | None) -> None:
     """Write a report of what was measured to a file, or to stdout if output is None.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WIDTH = 100  # columns that tables may take at least: a narrow terminal folds lines, and cuts none
 BAR_DELAY = 0.5  # seconds, in which most work is done
 BLOCK = '"""'  # begins and ends a message of several lines
+MAX_LINES = 10  # of a text that is shown when a message is changed; longer ones get a marker
 
 
 def is_dumb() -> bool:
@@ -39,6 +40,11 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = Fals
     if dim and not is_dumb() and not os.environ.get("NO_COLOR"):
         text = click.style(text, dim=True)
     click.echo(text, nl=nl, err=err)
+
+
+def say(text: str) -> None:
+    """Print a message of a chat to stderr, dim."""
+    echo(text, err=True, dim=True)
 
 
 def make_console(**options: Any) -> Console:
@@ -71,6 +77,7 @@ class MessageReader:
 
     def __init__(self) -> None:
         self._pastes: dict[str, str] = {}  # of all messages: the history names them again
+        self._lines: dict[str, str] = {}  # of messages that were entered with markers
         self._session: Any = None
         if not is_dumb():
             self._start_session()
@@ -132,24 +139,44 @@ class MessageReader:
         finally:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
-    def _read_line(self, prompt: str) -> str:
+    @property
+    def can_edit(self) -> bool:
+        """Whether a line can begin with a text that can be changed."""
+        return self._session is not None
+
+    def _read_line(self, prompt: str, begin: str = "") -> str:
         if self._session is not None:
-            return self._session.prompt(prompt)
-        print(prompt, end="", flush=True, file=sys.stderr)
+            return self._session.prompt(prompt, default=begin)
+        print(prompt + printable(begin), end="", flush=True, file=sys.stderr)
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return begin + line.removesuffix("\n")
 
-    def read(self) -> str | None:
-        """The next message, None at the end of input. Raises KeyboardInterrupt for Ctrl-C."""
+    def read(self, begin: str = "") -> str | None:
+        """The next message, None at the end of input. Raises KeyboardInterrupt for Ctrl-C.
+
+        begin: what stands in the line already; where can_edit is False it cannot be changed.
+        """
         try:
-            line = self._read_line(">>> ")
+            line = self._read_line(">>> ", begin)
             if line.lstrip().startswith(BLOCK):
                 line = self._read_block(line.lstrip()[len(BLOCK) :])
         except EOFError:
             return None
-        return self.expand(line).strip("\n")
+        text = self.expand(line).strip("\n")
+        if text != line:
+            self._lines[text] = line
+        return text
+
+    def line_of(self, text: str) -> str:
+        """The line that a message was entered as, with its markers, to be changed."""
+        if text in self._lines:
+            return self._lines[text]
+        first, _, last = text.rpartition("\n\n")
+        if first.count("\n") < MAX_LINES:
+            return text
+        return self.add_paste(first) + last
 
     def _read_block(self, line: str) -> str:
         lines = [line]

@@ -1,26 +1,28 @@
-"""What a benchmark records of the machine and the code, and the energy meters it can read."""
+"""What a benchmark records of the machine and the code, and the memory that is free."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def describe_machine() -> dict[str, Any]:
-    """CPU, cores this process may use, memory in bytes, system, load average (None: not told)."""
+    """CPU, cores this process may use, memory in bytes, system, load average."""
     return {
         "cpu": _cpu_name(),
         "cores": n_cores(),
-        "memory_total": _meminfo("MemTotal"),
+        "memory_total": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": psutil.getloadavg()[0],
     }
 
 
@@ -31,9 +33,9 @@ def n_cores() -> int:
     return os.cpu_count() or 1
 
 
-def free_memory() -> int | None:
-    """Bytes that can be allocated without swapping; None where the system does not tell."""
-    return _meminfo("MemAvailable")
+def free_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    return psutil.virtual_memory().available
 
 
 def describe_code() -> dict[str, Any]:
@@ -72,57 +74,39 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _meminfo(name: str) -> int | None:
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
+def nvidia_gpus() -> dict[int, Any]:
+    """Return NVML's handles of NVIDIA's GPUs by index, none where it has no library or driver."""
+    import pynvml
 
-
-def describe_gpus(nvml: Any = None) -> list[dict[str, Any]]:
-    """NVIDIA's GPUs by NVML: name, memory in bytes, version of the driver, the latest CUDA that it
-    can run; None for what is not told. Empty without NVML."""
-    lib = nvml or load_nvml()
-    count, found = ctypes.c_uint(), []
-    if lib is None or lib.nvmlInit_v2() or lib.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return []
-    text, cuda = ctypes.create_string_buffer(96), ctypes.c_int()
-    driver = None if lib.nvmlSystemGetDriverVersion(text, len(text)) else _decoded(text)
-    untold = lib.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(cuda))
-    for index in range(count.value):
-        device, memory = ctypes.c_void_p(), _NvmlMemory()
-        if lib.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
-            continue
-        unnamed = lib.nvmlDeviceGetName(device, text, len(text))
-        name = None if unnamed else _decoded(text)
-        unknown = lib.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
-        found.append(
-            {
-                "name": name,
-                "memory_total": None if unknown else int(memory.total),
-                "driver": driver,
-                "cuda": None if untold else f"{cuda.value // 1000}.{cuda.value % 1000 // 10}",
-            }
-        )
+    found = {}
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with suppress(pynvml.NVMLError):
+                found[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
     return found
 
 
-def _decoded(text: Any) -> str:
-    return text.value.decode("utf-8", "replace")
+def describe_gpus() -> list[dict[str, Any]]:
+    """Describe NVIDIA's GPUs: name, memory in bytes, version of the driver, the latest CUDA that it
+    can run; None for what the driver does not report."""
+    import pynvml
 
+    def ask(function: Callable[..., Any], *args: Any) -> Any:
+        with suppress(pynvml.NVMLError):
+            return function(*args)
+        return None
 
-class _NvmlMemory(ctypes.Structure):
-    """nvmlMemory_t"""
-
-    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
-
-
-# -- energy
-
-
-def load_nvml() -> Any:
-    name = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
-    with suppress(OSError):
-        return ctypes.CDLL(name)
-    return None
+    found = []
+    for gpu in nvidia_gpus().values():
+        memory = ask(pynvml.nvmlDeviceGetMemoryInfo, gpu)
+        cuda = ask(pynvml.nvmlSystemGetCudaDriverVersion_v2)
+        found.append(
+            {
+                "name": ask(pynvml.nvmlDeviceGetName, gpu),
+                "memory_total": memory and int(memory.total),
+                "driver": ask(pynvml.nvmlSystemGetDriverVersion),
+                "cuda": cuda and f"{cuda // 1000}.{cuda % 1000 // 10}",
+            }
+        )
+    return found

@@ -11,8 +11,8 @@ Every cache reads the text once, and its state is loaded again for each question
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import native
+from ..common.machine import n_cores
 from ..common.progress import Progress, Stop
 from ..errors import RazorError, UnsupportedError
-from ..native.probe import AttentionProbe, attention_context, load_model, n_cpus, reason
+from ..native.models import load_model, new_context
+from ..native.probe import AttentionProbe, attention_context
 from ..plan import KV_TYPES, N_CTX_PAD
 from ..profile import ModelShape, Profile
 from .haystack import Haystack
@@ -293,17 +295,16 @@ class Examiner:
         from llama_cpp import llama_cpp as C
 
         self._path, self._shape, self._exam, self._C = path, shape, exam, C
-        self._n_threads, self._n_gpu_layers = n_threads or n_cpus(), n_gpu_layers
+        self._n_threads, self._n_gpu_layers = n_threads or n_cores(), n_gpu_layers
         self._lib = native.load()
         self._probe = _FactProbe(self._lib.lib, C, shape, progress, stop)
         self._stack = ExitStack()
 
     def __enter__(self) -> Examiner:
         self._C.llama_backend_init()
-        with self._lib.override(native.make_params(None)):  # resets the last error
-            self._model = self._stack.enter_context(
-                load_model(self._lib, self._C, self._path, self._n_gpu_layers, self._probe)
-            )
+        self._model = self._stack.enter_context(
+            load_model(self._lib, self._C, self._path, self._n_gpu_layers, self._probe)
+        )
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -338,8 +339,9 @@ class Examiner:
         with self._context(profile, type_k, type_v) as ctx:
             return self._take(ctx, what)
 
-    @contextmanager
-    def _context(self, profile: Profile | None, type_k: str, type_v: str) -> Iterator[int]:
+    def _context(
+        self, profile: Profile | None, type_k: str, type_v: str
+    ) -> AbstractContextManager[int]:
         params = self._C.llama_context_default_params()
         params.n_ctx = self._exam.n_ctx
         params.n_batch = params.n_ubatch = N_UBATCH
@@ -349,16 +351,13 @@ class Examiner:
         params.type_k, params.type_v = (KV_TYPES[name].ggml_id for name in (type_k, type_v))
         params.abort_callback = self._probe.abort_callback
         params.no_perf = True
-        native.clear_errors()
-        with self._lib.override(native.make_params(profile)):
-            ctx = self._C.llama_init_from_model(self._model, params)
-            why = "" if ctx else reason(self._lib)
-        if not ctx:
-            raise UnsupportedError(f"no context could be created for {self._path} ({why})")
-        try:
-            yield ctx
-        finally:
-            self._C.llama_free(ctx)
+
+        def failed(why: str) -> RazorError:
+            return UnsupportedError(f"no context could be created for {self._path} ({why})")
+
+        return new_context(
+            self._lib, self._C, self._model, params, native.make_params(profile), failed
+        )
 
     def _take(self, ctx: int, what: str, read_attention: bool = False) -> Outcome:
         """Read the text once, and ask each question from there."""
@@ -410,7 +409,7 @@ class Examiner:
         if code != 0:
             raise RazorError(
                 f"computing tokens {start} to {start + len(part)} of {self._path} failed"
-                f" ({'; '.join(native.error_lines()[-2:]) or f'llama_decode {code}'})"
+                f" ({self._lib.reason(f'llama_decode {code}')})"
             )
 
 

@@ -10,7 +10,6 @@ for planted facts (facts.py), in a context of the same size.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.compact_json import compact_json
 from ..common.figure import make_figure, save_figure
 from ..common.inputs import read_text_file
 from ..common.journal import Journal
@@ -213,7 +213,7 @@ def _groups(
     def size(policy: Policy) -> int:
         return policy.plan(shape, n_ctx).kv_bytes + N_BATCH * n_vocab * 4 + BESIDE
 
-    free = free_memory() or 0
+    free = free_memory()
     if n_gpu_layers and C.llama_supports_gpu_offload():
         free = 0
     groups: list[list[Policy]] = [[]]
@@ -400,7 +400,7 @@ def _figures(
 def format_report(report: PerplexityReport, kind: str) -> str:
     """As "json" or "md", with a line end."""
     if kind == "json":
-        return json.dumps(report.to_dict(), indent=1) + "\n"
+        return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
 
 
@@ -409,9 +409,9 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
     yield from head_lines(report.head)
     yield (
         f"- {settings['text']}: {settings['n_windows']:,} windows of {settings['n_ctx']:,} tokens,"
-        f" one every {settings['stride']:,}; the text has {settings['n_tokens']:,} tokens"
+        f" one every {settings['stride']:,} tokens, from a text of {settings['n_tokens']:,} tokens"
     )
-    yield "- against a full f16 cache; 95 % confidence intervals; KL divergence in nats"
+    yield "- compared with a full f16 cache; 95 % confidence intervals; KL divergence in nats"
     if any(r["kind"] == "facts" for r in report.records):
         yield (
             "- planted facts: 20 questions about a second text that fills the context, every fact"
@@ -423,8 +423,8 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
     yield ""
     rows = report.rows
     yield from markdown_table(
-        ["policy", "KV bytes", "of full f16", "planted facts found", "perplexity", "over full",
-         "KL divergence", "same token first, %", "tokens"],
+        ["policy", "KV bytes", "share of full f16", "planted facts found", "perplexity",
+         "ratio to full", "KL divergence", "same top token, %", "tokens"],
         [
             [
                 r["policy"], f"{r['kv_bytes']:,}", share(r["share"]),

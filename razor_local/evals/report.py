@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..common.compact_json import compact_json
 from ..common.figure import make_figure, save_figure
 from ..common.markdown import markdown_table, one_line, short_tokens
 from .intervals import paired_difference, score_interval
@@ -134,7 +134,7 @@ def _cache(record: dict[str, Any]) -> dict[str, Any]:
 def format_report(report: Report, kind: str) -> str:
     """As "json" or "md", with a line end."""
     if kind == "json":
-        return json.dumps(report.to_dict(), indent=1) + "\n"
+        return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
 
 
@@ -143,12 +143,12 @@ def head_lines(head: dict[str, Any]) -> Iterator[str]:
     model = head["model"]
     yield f"# razor-local eval {head['eval']}: {one_line(model['name'] or model['file'])}"
     yield ""
-    yield f"- {one_line(head['machine']['cpu'])}, seed {head['settings']['seed']}"
+    yield f"- CPU: {one_line(head['machine']['cpu'])}; seed {head['settings']['seed']}"
     counts = {p["retrieval_kv_heads"] for p in head["policies"] if p["series"].startswith("razor")}
     heads = sorted(n for n in counts if n is not None)
     if heads:
         numbers = ", ".join(map(str, heads))
-        yield f"- {numbers} of {model['kv_heads']} KV heads are retrieval heads with razor"
+        yield f"- retrieval heads with razor: {numbers} of {model['kv_heads']} KV heads"
 
 
 def _markdown(report: Report) -> Iterator[str]:
@@ -157,8 +157,8 @@ def _markdown(report: Report) -> Iterator[str]:
     if "haystack" in settings:
         yield f"- haystack: {one_line(settings['haystack'])}"
     yield (
-        "- scores in percent with 95 % confidence intervals, differences in points on the same"
-        " questions"
+        "- scores in percent with 95 % confidence intervals; differences in percentage points on"
+        " the same questions"
     )
     if report.missing:
         yield f"- **unfinished: {report.missing:,} samples have no answer yet**"
@@ -194,10 +194,10 @@ def _markdown(report: Report) -> Iterator[str]:
         yield f"## {length:,} tokens"
         yield ""
         if same:
-            each = "" if len(tasks) == 1 else f" each, {counts[ALL]:,} in all"
+            each = "" if len(tasks) == 1 else f" per task, {counts[ALL]:,} in total"
             yield f"{counts[tasks[0]]:,} samples{each}"
             yield ""
-        yield from markdown_table(["policy", "KV bytes", "of full f16", *titles], lines)
+        yield from markdown_table(["policy", "KV bytes", "share of full f16", *titles], lines)
         if differences:
             yield ""
             yield from markdown_table(
@@ -205,7 +205,7 @@ def _markdown(report: Report) -> Iterator[str]:
             )
     if idle:
         yield ""
-        yield "\\* razor does nothing in so small a context: a full cache runs."
+        yield "\\* razor would save nothing in this context, so a full cache runs."
     yield ""
     yield f"Measured {head['date']}."
 

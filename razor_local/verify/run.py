@@ -20,8 +20,8 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from ctypes import c_float
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,22 +31,14 @@ from typing import Any
 import numpy as np
 
 from .. import native
+from ..common.machine import n_cores
 from ..common.progress import Progress, Stop
 from ..errors import ProfileError, RazorError, UnsupportedError
 from ..gguf.header import read_header
-from ..native.probe import (
-    F32,
-    Control,
-    CustomParams,
-    Tensor,
-    bind,
-    check_layout,
-    load_model,
-    n_cpus,
-    read,
-    reason,
-    vocabulary,
-)
+from ..native.callbacks import Control
+from ..native.models import load_model, new_context, vocabulary
+from ..native.structs import CustomParams, Tensor
+from ..native.tensors import F32, bind, check_layout, read
 from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from ..profile import (
     ModelShape,
@@ -259,7 +251,6 @@ def verify(
     bind(lib.lib)
     control = Control(C, progress, stop)
     with ExitStack() as stack:
-        lib.lib.llama_razor_set_override(None)  # resets the last error
         model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, control))
         tokens, n_text = _tokens(C, model, plan, n_tokens, text, seed)
         positions = sample_positions(len(tokens), rows, seed)
@@ -270,7 +261,7 @@ def verify(
             capture = _Capture(lib.lib, shape, plan, positions, control)
             ctx = stack.enter_context(
                 _context(
-                    lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cpus()
+                    lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cores()
                 )
             )
             sides.append((ctx, capture))
@@ -729,7 +720,6 @@ def _rotations(plan: Plan) -> tuple[int | None, int | None]:
     return reference.rotation_sizes(plan.type_k, plan.type_v, shape.head_dim_k, shape.head_dim_v)
 
 
-@contextmanager
 def _context(
     lib: native.Native,
     C: Any,
@@ -740,7 +730,7 @@ def _context(
     n_batch: int,
     n_ubatch: int,
     n_threads: int,
-) -> Iterator[int]:
+) -> AbstractContextManager[int]:
     """A context (a pointer) whose attention is captured. override None: as the file says."""
     params = C.llama_context_default_params()
     params.n_ctx = plan.n_ctx
@@ -754,18 +744,11 @@ def _context(
     params.cb_eval = capture.eval_callback
     params.abort_callback = capture.control.abort_callback
     params.no_perf = True
-    native.clear_errors()
-    with ExitStack() as stack:
-        if override is not None:
-            stack.enter_context(lib.override(override))
-        ctx = C.llama_init_from_model(model, params)
-        why = reason(lib)
-    if not ctx:
-        raise UnsupportedError(f"no context of {plan.n_ctx} tokens could be created: {why}")
-    try:
-        yield ctx
-    finally:
-        C.llama_free(ctx)
+
+    def failed(why: str) -> RazorError:
+        return UnsupportedError(f"no context of {plan.n_ctx} tokens could be created: {why}")
+
+    return new_context(lib, C, model, params, override, failed)
 
 
 def _run(
@@ -834,7 +817,7 @@ def _decode(
             batch.token[i], batch.pos[i] = int(tokens[i]), start + i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
             batch.logits[i] = bool(wanted[i])
-        native.clear_errors()
+        lib.clear_errors()
         code = C.llama_decode(ctx, batch)
         C.llama_synchronize(ctx)
     finally:
@@ -842,7 +825,7 @@ def _decode(
     control.check()
     if code != 0:
         raise RazorError(
-            f"computing tokens {start} to {start + n} failed ({reason(lib)}, llama_decode {code})"
+            f"computing tokens {start} to {start + n} failed ({lib.reason()}, llama_decode {code})"
         )
 
 

@@ -13,7 +13,6 @@ import argparse
 import multiprocessing
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -25,13 +24,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from tiny_models import TinySpec, make_model
-
 from razor_local import ContextFullError, Llama, RazorError
 from razor_local.llama import llama_cpp
 from razor_local.profile import Profile
+from tests.support.tiny_models import TinySpec, make_model
 
 N_CTX = 768
 SPEC = TinySpec(n_layer=2, n_vocab=64, sharpness=1.0, seed=3)

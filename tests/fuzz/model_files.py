@@ -24,10 +24,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from gguf import GGUFValueType as T
-from tiny_models import TinySpec, make_model, razor_kv
+
+from tests.support.tiny_models import TinySpec, make_model, razor_kv
 
 SECONDS = 10.0
 TEMPLATE = (

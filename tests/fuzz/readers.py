@@ -27,11 +27,23 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from gguf_bytes import BOOL, F32, I32, STRING, U8, U16, U32, U64, gguf, kv, kv_array, tensor, u64
-from gguf_bytes import razor_keys as keys
-from gguf_bytes import small_model as model
+from tests.support.gguf_bytes import (
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U8,
+    U16,
+    U32,
+    U64,
+    gguf,
+    kv,
+    kv_array,
+    tensor,
+    u64,
+)
+from tests.support.gguf_bytes import razor_keys as keys
+from tests.support.gguf_bytes import small_model as model
 
 FOUND = Path(__file__).parent / "found"
 SECONDS = 2.0

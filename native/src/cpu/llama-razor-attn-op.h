@@ -1,0 +1,77 @@
+#pragma once
+
+// Attention on CPUs as an operation of the graph, which runs the kernels of llama-razor-attn.h.
+
+#include "llama-razor-attn.h"
+
+#include "ggml.h"
+#include "ggml-backend.h"
+
+#include <atomic>
+#include <vector>
+
+// which instructions, for contexts that are created then; "off": upstream's attention
+#define RAZOR_ATTN_ENV "RAZOR_LOCAL_CPU_ATTENTION"
+
+// the best that this CPU has, or what RAZOR_ATTN_ENV names; nullptr: off, or none
+// throws std::runtime_error on another value
+razor_attn_kernel razor_attn_choose_kernel();
+
+bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
+
+// the parameters of the operation of one layer, which live as long as the graph
+struct razor_attn {
+    // KV heads with the same number of cells
+    struct head_group {
+        const std::vector<uint32_t> * heads = nullptr;
+
+        ggml_tensor * mask = nullptr; // F16 [n_kv, n_tokens]
+
+        int64_t first_row = 0; // of K and V
+        int64_t head_rows = 0;
+
+        int64_t n_kv     = 0;
+        int64_t n_chunks = 0;
+        int64_t n_tasks  = 0;
+        int     src_mask = 0;
+    };
+
+    float scale; // the first: razor_local/verify/ reads it
+
+    razor_attn_kernel kernel = nullptr;
+
+    // the rows of a token lie one after the other, and groups[0] has all heads:
+    //   k [d_k, n_head_kv, cells]
+    //   v [d_v, n_head_kv, cells]
+    bool by_token = false;
+
+    head_group groups[2];
+
+    int64_t n_gqa = 1;
+
+    int64_t d_k = 0, d_v = 0, n_head = 0, n_tokens = 0;
+
+    int64_t block_tokens = 0; // tokens and cells of a task
+    int64_t chunk        = 0;
+
+    int64_t n_blocks = 0;
+    int64_t n_chunks = 1;
+    int64_t n_tasks  = 0;
+
+    std::vector<int64_t> head_chunks; // per query head
+
+    std::atomic<int64_t> next = 0;
+    std::atomic<int>     done = 0;
+
+    // scale, kernel, n_gqa and, of groups, heads, mask and (unless by_token) rows are set
+    //   q [d_k, n_head, n_tokens]
+    //   k [d_k, rows]
+    //   v [d_v, rows]
+    // returns [d_v*n_head, n_tokens]
+    ggml_tensor * build(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v);
+
+    int64_t partial_size() const { return d_v + 2; }
+
+    int64_t next_task();
+    void    leave(int n_threads);
+};

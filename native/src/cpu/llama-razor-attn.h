@@ -1,0 +1,82 @@
+#pragma once
+
+// Attention on CPUs: the query heads of a KV head together, so that each row of K and V is read and converted once, with F32
+// products and sums. Both groups of heads of a layer are one operation of the graph, in the model's order of heads.
+//
+// llama-razor-attn.cpp makes it an operation, llama-razor-attn-*.cpp compile llama-razor-attn-kernel.h for instruction sets
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define RAZOR_ATTN_TILE  64 // cells that are processed together
+#define RAZOR_ATTN_LANES 16 // floats of the longest vector
+
+enum razor_attn_format {
+    RAZOR_ROWS_F32,
+    RAZOR_ROWS_F16,
+    RAZOR_ROWS_BF16,
+    RAZOR_ROWS_Q8_0,
+    RAZOR_ROWS_Q4_0,
+    RAZOR_ROWS_FUNC, // by to_float()
+};
+
+// the rows of K or V of one KV head
+struct razor_attn_rows {
+    const char * data;
+    size_t       row_bytes;
+
+    razor_attn_format format;
+
+    void (*to_float)(const void * src, float * dst, int64_t n);
+};
+
+// what one thread computes at a time: some tokens, one KV head, some cells
+struct razor_attn_task {
+    int32_t n_tokens;
+    int32_t n_gqa; // query heads
+    int32_t d_k;   // multiples of 16
+    int32_t d_v;
+
+    float scale;
+
+    // in elements
+    const float * q;
+    int64_t q_token;
+    int64_t q_head;
+
+    razor_attn_rows k;
+    razor_attn_rows v;
+
+    const uint16_t * mask; // F16
+    int64_t mask_token;
+
+    int64_t cell0;
+    int64_t cell1;
+    int64_t chunk; // cells that are summed up before the sums are added, so that these do not depend on n_tokens
+
+    // partial: the sum of e^(s - m)*v, then m, then the sum of e^(s - m); else divided
+    float * out;
+    int64_t out_token;
+    int64_t out_head;
+    bool    partial;
+
+    // instead of all this, unless it is nullptr: the partial results of one query head, [n_parts][d_v + 2], into out
+    const float * parts;
+    int64_t n_parts;
+};
+
+// floats that a task writes to before it is done
+inline size_t razor_attn_scratch(const razor_attn_task & t) {
+    const size_t n_rows = (size_t) t.n_tokens*t.n_gqa;
+
+    const size_t d = t.d_k > t.d_v ? t.d_k : t.d_v;
+
+    return n_rows*(t.d_k + 2*t.d_v + RAZOR_ATTN_TILE + 4) + RAZOR_ATTN_LANES*t.d_k + RAZOR_ATTN_TILE*(d + t.n_tokens + 1);
+}
+
+typedef void (*razor_attn_kernel)(const razor_attn_task & task, float * scratch);
+
+// nullptr where they were not compiled
+razor_attn_kernel razor_attn_kernel_avx512();
+razor_attn_kernel razor_attn_kernel_avx2();
+razor_attn_kernel razor_attn_kernel_neon();

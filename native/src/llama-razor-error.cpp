@@ -1,0 +1,28 @@
+#include "llama-razor-error.h"
+
+#include "llama-razor.h"
+
+#include <stdexcept>
+
+static thread_local std::string razor_last_error;
+
+void llama_razor_error_set(const std::string & msg) {
+    razor_last_error = msg;
+
+    // texts of a file can be part of it, and what is shown to people is one line
+    for (char & c : razor_last_error) {
+        if (c < ' ' || c > '~') {
+            c = '?';
+        }
+    }
+}
+
+void llama_razor_error_throw(const std::string & msg) {
+    llama_razor_error_set(msg);
+
+    throw std::runtime_error("razor: " + msg);
+}
+
+const char * llama_razor_last_error(void) {
+    return razor_last_error.c_str();
+}

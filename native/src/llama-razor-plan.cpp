@@ -1,0 +1,245 @@
+#include "llama-razor-plan.h"
+
+#include "llama-razor-error.h"
+#include "llama-razor-full.h"
+#include "llama-kv-cache-razor.h"
+#include "llama-razor.h"
+
+#include "llama-arch.h"
+#include "llama-cparams.h"
+#include "llama-impl.h"
+#include "llama-memory.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+// why razor cannot run, "" if it can
+static std::string razor_plan_find_unsupported(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    const auto & hparams = model.hparams;
+
+    // architectures whose attention is not one plain causal attention per layer over build_attn(llm_graph_input_attn_kv)
+    switch (model.arch) {
+        case LLM_ARCH_NANBEIGE:
+        case LLM_ARCH_HRM_TEXT:
+            return "models that run their layers in a loop";
+        case LLM_ARCH_DFLASH:
+        case LLM_ARCH_EAGLE3:
+            return "draft models";
+        case LLM_ARCH_GRANITE_SWITCH:
+        case LLM_ARCH_COGVLM:
+        case LLM_ARCH_POCKETTTS:
+            return std::string("architecture ") + llm_arch_name(model.arch);
+        default:
+            break;
+    }
+
+    if (llm_arch_is_recurrent(model.arch))               { return "recurrent models"; }
+    if (llm_arch_is_hybrid(model.arch))                  { return "hybrid (attention + recurrent) models"; }
+    if (hparams.is_mla())                                { return "multi-head latent attention (MLA)"; }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE)         { return "sliding window attention (iSWA)"; }
+    if (hparams.indexer_head_size > 0)                   { return "sparse attention with an indexer"; }
+    if (hparams.use_alibi)                               { return "ALiBi"; }
+    if (hparams.n_pos_per_embd() > 1)                    { return "M-RoPE"; }
+    if (!hparams.causal_attn || !cparams.causal_attn)    { return "non-causal attention (encoders)"; }
+    if (hparams.dec_n_layer > 0 || hparams.n_rel_attn_bkts > 0) { return "encoder-decoder models"; }
+    if (hparams.n_layer_kv_from_start >= 0)              { return "layers that share a KV cache"; }
+    if (hparams.ple_n_heads > 0)                         { return "n-gram embeddings"; }
+    if (cparams.n_seq_max > 1)                           { return "more than one sequence (n_seq_max > 1)"; }
+    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT)   { return "draft (MTP) contexts"; }
+    if (params.mem_other)                                { return "a cache that is shared with another context"; }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR)   { return "split mode 'tensor'"; }
+
+    return "";
+}
+
+static llama_razor_plan razor_plan_make(const llama_razor_profile & profile, const std::vector<uint8_t> & mask, const llama_hparams & hparams, uint32_t n_ctx) {
+    llama_razor_plan res;
+
+    uint64_t window = profile.window;
+    if (window == 0) {
+        window = std::max<uint64_t>(profile.window_min, profile.window_divisor > 0 ? n_ctx/profile.window_divisor : 0);
+    }
+
+    uint32_t block = 64;
+    while (block < 512 && 2*block <= window/4) {
+        block *= 2;
+    }
+
+    const uint64_t n_comp = profile.compensation ? llama_razor_plan::N_COMP : 0;
+    const uint64_t cells  = (profile.sink_tokens + n_comp + window + block + LLAMA_RAZOR_SLACK + 255)/256*256;
+
+    res.n_ctx       = n_ctx;
+    res.sink_tokens = profile.sink_tokens;
+    res.window      = window;
+    res.block       = block;
+    res.n_comp      = n_comp;
+    res.cells       = std::min<uint64_t>(cells, UINT32_MAX);
+
+    size_t i = 0;
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        std::vector<uint32_t> retrieval;
+        std::vector<uint32_t> local;
+
+        for (uint32_t h = 0; h < hparams.n_head_kv(il); ++h) {
+            (mask[i++] ? retrieval : local).push_back(h);
+        }
+
+        res.retrieval.push_back(std::move(retrieval));
+        res.local    .push_back(std::move(local));
+    }
+
+    return res;
+}
+
+// the scheduler ends the process when it meets a tensor that is too large for the device whose memory it lies in
+static void razor_plan_check_tensor(ggml_backend_dev_t dev, ggml_type type, uint64_t n_embd, uint64_t n_rows) {
+    if (!dev || n_embd == 0 || n_rows == 0) {
+        return;
+    }
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ ggml_tensor_overhead(),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr ctx(ggml_init(params));
+    ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), type, n_embd, n_rows);
+
+    if (!ggml_backend_dev_supports_op(dev, t)) {
+        llama_razor_error_throw(format("one layer of the KV cache would have a tensor of %.1f MiB, which %s cannot hold in one piece; use a smaller context or KV type",
+                    ggml_nbytes(t)/1024.0/1024.0, ggml_backend_dev_name(dev)));
+    }
+}
+
+// plan: nullptr for upstream's own cache
+static void razor_plan_check_tensors(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const llama_razor_plan * plan) {
+    const auto & hparams = model.hparams;
+
+    // caches of another layout are left to upstream
+    if (!cparams.offload_kqv || llm_arch_is_recurrent(model.arch) || hparams.swa_type != LLAMA_SWA_TYPE_NONE ||
+            hparams.indexer_head_size > 0 || model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        return;
+    }
+
+    const uint64_t n_stream = cparams.kv_unified ? 1 : cparams.n_seq_max;
+
+    uint64_t n_widest = 0;
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        n_widest = std::max<uint64_t>(n_widest, hparams.n_head_kv(il));
+    }
+
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
+            continue;
+        }
+
+        const uint64_t d_k = hparams.n_embd_head_k(il);
+        const uint64_t d_v = hparams.is_mla() ? 0 : hparams.n_embd_head_v(il);
+
+        ggml_backend_dev_t dev = model.dev_layer(il);
+
+        if (plan) {
+            const uint64_t n_rows = plan->retrieval[il].size()*plan->n_ctx + plan->local[il].size()*plan->cells;
+
+            razor_plan_check_tensor(dev, params.type_k, d_k, n_stream*n_rows);
+            razor_plan_check_tensor(dev, params.type_v, d_v, n_stream*n_rows);
+        } else {
+            razor_plan_check_tensor(dev, params.type_k, hparams.n_head_kv(il)*d_k,                           n_stream*cparams.n_ctx_seq);
+            razor_plan_check_tensor(dev, params.type_v, (cparams.flash_attn ? hparams.n_head_kv(il) : n_widest)*d_v, n_stream*cparams.n_ctx_seq);
+        }
+    }
+}
+
+// the plan of a context that is created now, nullptr: upstream's own cache
+static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    if (llama_razor_is_disabled()) {
+        return nullptr;
+    }
+
+    const llama_razor_profile * asked   = llama_razor_profile_get_override();
+    const llama_razor_profile * profile  = asked ? asked : model.razor.get();
+    if (!profile || !profile->enabled) {
+        return nullptr;
+    }
+
+    const auto & hparams = model.hparams;
+
+    const std::string unsupported = razor_plan_find_unsupported(model, params, cparams);
+    if (!unsupported.empty()) {
+        llama_razor_error_throw(format("%s: %s not supported, switch razor off to use the full cache", llm_arch_name(model.arch), unsupported.c_str()));
+    }
+
+    const std::vector<uint8_t> * mask = &profile->retrieval;
+    if (mask->empty()) {
+        if (!model.razor) {
+            llama_razor_error_throw("the model has no razor metadata and no retrieval heads were given");
+        }
+        mask = &model.razor->retrieval;
+    }
+
+    // such a model loads, to be run with razor off
+    if (mask == &profile->retrieval ? profile->alibi : model.razor->alibi) {
+        llama_razor_error_throw("razor.method is 'alibi', and only 'rope' can be run, switch razor off to use the full cache");
+    }
+
+    if (mask->size() != llama_razor_n_kv_heads(hparams)) {
+        llama_razor_error_throw(format("the mask of retrieval heads has %zu entries, the model has %zu KV heads in %u layers",
+                    mask->size(), llama_razor_n_kv_heads(hparams), hparams.n_layer()));
+    }
+
+    llama_razor_plan plan = razor_plan_make(*profile, *mask, hparams, cparams.n_ctx_seq);
+
+    const bool any_local = std::any_of(plan.local.begin(), plan.local.end(), [](const auto & l) { return !l.empty(); });
+
+    if (!any_local || plan.cells >= plan.n_ctx) {
+        LLAMA_LOG_INFO("razor: nothing would be saved at a context of %u tokens, using the full cache\n", plan.n_ctx);
+
+        return nullptr;
+    }
+
+    return std::make_unique<llama_razor_plan>(std::move(plan));
+}
+
+static bool razor_wants_own_attention(const llama_model & model) {
+    if (llama_razor_is_disabled()) {
+        return false;
+    }
+
+    const llama_razor_profile * asked = llama_razor_profile_get_override();
+
+    return asked ? asked->own_attention : model.razor && model.razor->enabled;
+}
+
+llama_memory_i * llama_razor_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    llama_razor_error_set("");
+
+    const auto plan = razor_plan_choose(model, params, cparams);
+
+    razor_plan_check_tensors(model, params, cparams, plan.get());
+
+    if (!plan) {
+        if (!razor_wants_own_attention(model) || !razor_plan_find_unsupported(model, params, cparams).empty()) {
+            return nullptr;
+        }
+        try {
+            return llama_razor_create_full(model, params, cparams);
+        } catch (const std::runtime_error & err) {
+            llama_razor_error_throw(err.what());
+        }
+    }
+
+    razor_attn_kernel attn = nullptr;
+    razor_device_choice device = RAZOR_DEVICE_ON;
+    try {
+        attn   = razor_attn_choose_kernel();
+        device = razor_device_choose();
+    } catch (const std::exception & err) {
+        llama_razor_error_throw(err.what());
+    }
+
+    return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn, device);
+}

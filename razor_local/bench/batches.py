@@ -1,0 +1,204 @@
+"""What a benchmark measures: contexts side by side, and the measurements that are made on them.
+
+A context is as large as its depth needs, as a user would set it: the window of razor is a part of
+the context, so a small depth in a large context has another plan. Settings.n_ctx fixes one size for
+all depths instead.
+
+Batches of prefill begin where a prompt's do, at multiples of the largest batch, which any fold
+block divides: one that crosses the end of a block would be cut in two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RazorError
+from ..plan import MAX_N_CTX, N_CTX_PAD, make_plan
+
+if TYPE_CHECKING:  # it imports numpy, and --help names KINDS
+    from ..plan import Plan
+    from ..profile import ModelShape, Profile
+
+MIN_DEPTH = 8192  # smaller depths are measured in a context for this one: razor starts at about 4k
+ROOM = 512  # tokens that a context is larger than its depth: a batch of prefill
+CHUNKS = (512, 256, 128, 64)  # tokens of a batch of prefill
+ALIGNED = CHUNKS[0]  # depths of prefill are multiples of it; it is one of any fold block
+SHORT_PROMPT = 512  # tokens that are prefilled for real
+# of steps, in the order in which a batch makes them; the real prefill leaves other rows behind
+KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "real_prefill")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the contexts that are compared."""
+
+    name: str  # razor, full, full_f16
+    razor: bool
+    type_k: str
+    type_v: str
+    n_ctx: int
+
+    def plan(self, shape: ModelShape, profile: Profile) -> Plan:
+        """Return the plan of the context.
+
+        With a retrieval share of 1 the razor side is a full cache with our attention.
+
+        Raises:
+            RazorError: a razor context would run a full cache though it has local heads.
+        """
+        run = profile if self.razor else None
+        plan = make_plan(shape, run, self.n_ctx, self.type_k, self.type_v)
+        if self.razor and not plan.active and not profile.flat().all():
+            raise RazorError(
+                f"razor does nothing at {plan.n_ctx} tokens ({plan.why_inactive});"
+                " raise -c or set a smaller window with --window-min"
+            )
+        return plan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    types: (K, V) of razor and of the full cache it is compared with; where that is not f16, with a
+    full f16 cache too. n_ctx: tokens, 0: as each depth needs. max_pairs: of turns to decode;
+    seconds: what one measurement may take before it makes fewer pairs. real_prefill: tokens that
+    are prefilled for real as a check of random caches, with the first type, in every context that
+    holds them, 0: as many as fold, in the smallest context, None: no check.
+    """
+
+    depths: tuple[int, ...] = (0, 8192, 32768)
+    types: tuple[tuple[str, str], ...] = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"))
+    n_ctx: int = 0
+    max_pairs: int = 100
+    seconds: float = 15.0
+    real_prefill: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement: its kind, the depth (or tokens, or n_ctx) it is about, its side if one."""
+
+    kind: str
+    depth: int
+    side: str = ""
+
+    @property
+    def cost(self) -> float:
+        """A guess of the seconds it takes with a model of 1B on two cores, for the time left."""
+        d = self.depth
+        return {
+            "memory": 2 + d / 16000,
+            "decode": min(20, 4 + d / 512) + d / 3000,
+            "prompt": 1 + d / 12,
+            "prefill": 17 + d / 2000,
+            "fold": 12.0,
+            "energy": 6.0,
+            "real_prefill": 20 + d / 15,
+        }[self.kind]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Contexts that are open together, and what is measured on them. sides[0] is razor's."""
+
+    sides: tuple[Side, ...]
+    steps: tuple[Step, ...]
+
+    def key(self, step: Step) -> dict[str, Any]:
+        """The fields by which a record is told from all others."""
+        razor = self.sides[0]
+        return {
+            "kind": step.kind,
+            "type_k": razor.type_k,
+            "type_v": razor.type_v,
+            "n_ctx": razor.n_ctx,
+            "depth": step.depth,
+            "side": step.side,
+        }
+
+
+def make_batches(
+    settings: Settings, shape: ModelShape, profile: Profile, energy: bool = False
+) -> list[Batch]:
+    """All measurements, the small contexts first. Raises RazorError for what cannot be measured."""
+    if not settings.depths or not settings.types:
+        raise RazorError("there is nothing to measure: name a depth and a KV type")
+    groups: dict[int, list[int]] = {}
+    for depth in sorted(set(settings.depths)):
+        groups.setdefault(_context_size(settings, shape, depth), []).append(depth)
+    batches = []
+    for n_ctx, depths in sorted(groups.items()):
+        for i, types in enumerate(settings.types):
+            sides = _sides(types, n_ctx)
+            plan = sides[0].plan(shape, profile)
+            for side in sides[1:]:
+                side.plan(shape, profile)  # a type may not fit the head size
+            steps = [Step("memory", depths[-1], side.name) for side in sides]
+            # at depth 0 a large context costs what a small one does
+            points = {0} if n_ctx == min(groups) else set()
+            points |= {_point(depth, n_ctx) for depth in depths if depth > SHORT_PROMPT}
+            fills = _round_up(plan.sink_tokens + plan.window + plan.block, ALIGNED)
+            if fills < max(points, default=0):
+                points.add(fills)
+            steps += [Step("decode", depth) for depth in depths]
+            steps += [Step("prompt", depth) for depth in depths if 0 < depth <= SHORT_PROMPT]
+            real = _real_tokens(settings, groups, n_ctx, fills) if i == 0 else 0
+            if real:
+                points |= {_point(real, n_ctx)}
+                points |= {fills} if fills < max(points) else set()
+            steps += [Step("prefill", point) for point in sorted(points)]
+            steps += [Step("fold", depths[-1])]
+            if energy:
+                steps += [Step("energy", depths[-1])]
+            if real:
+                steps += [Step("real_prefill", real)]
+            batches.append(Batch(sides, tuple(steps)))
+    return batches
+
+
+def _context_size(settings: Settings, shape: ModelShape, depth: int) -> int:
+    if settings.n_ctx:
+        n_ctx = _round_up(settings.n_ctx, N_CTX_PAD)
+        if depth + 1 > n_ctx:
+            raise RazorError(
+                f"depth {depth} does not fit into a context of {n_ctx} tokens; raise -c"
+            )
+        return n_ctx
+    least = min(MIN_DEPTH, shape.n_ctx_train or MIN_DEPTH)
+    n_ctx = _round_up(max(depth, least) + ROOM, N_CTX_PAD)
+    if n_ctx > MAX_N_CTX:
+        raise RazorError(f"depth {depth} is more than a context can hold ({MAX_N_CTX} tokens)")
+    return n_ctx
+
+
+def _sides(types: tuple[str, str], n_ctx: int) -> tuple[Side, ...]:
+    sides = [Side("razor", True, *types, n_ctx), Side("full", False, *types, n_ctx)]
+    if types != ("f16", "f16"):
+        sides.append(Side("full_f16", False, "f16", "f16", n_ctx))
+    return tuple(sides)
+
+
+def _point(depth: int, n_ctx: int) -> int:
+    """The last depth, up to this one, where a batch begins and fits, one of 256 tokens at least."""
+    return min(depth, n_ctx - CHUNKS[-1]) // ALIGNED * ALIGNED
+
+
+def _real_tokens(settings: Settings, sizes: Collection[int], n_ctx: int, fills: int) -> int:
+    """Tokens of the real prefill in a context of n_ctx, one of these sizes; 0: none there."""
+    wanted, largest = settings.real_prefill, max(sizes)
+    if wanted is None or (wanted == 0 and n_ctx > min(sizes)):
+        return 0
+    real = wanted or min(fills + ALIGNED, n_ctx - CHUNKS[-1])
+    if real > largest - CHUNKS[-1]:
+        raise RazorError(
+            f"a real prefill of {real} tokens does not fit into the largest context, of {largest}"
+            " tokens; choose fewer"
+        )
+    return real if real <= n_ctx - CHUNKS[-1] else 0
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,296 @@
+"""Find and load the patched llama.cpp library, and bind the functions of llama-razor.h.
+
+The bindings (llama_cpp) read LLAMA_CPP_LIB_PATH once, when they are imported: load() sets it, so
+razor_local.Llama has to be imported before llama_cpp. Nothing is searched outside the package's own
+folder (or the folder named by RAZOR_LOCAL_LIB).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from ctypes import c_bool, c_char_p, c_int32, c_uint8, c_uint32, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LibraryError
+from . import errors, log
+from .structs import BufferStats, LayerStats, Memory, Params, SeqStats, Stats
+
+if TYPE_CHECKING:
+    from ..profile import Profile
+
+API_VERSION = 3  # LLAMA_RAZOR_API_VERSION this file was written for
+LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
+DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
+REINSTALL = "reinstall razor-local ('razor-local doctor' tells more)"
+
+
+# name: (argument types, result type)
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "llama_razor_api_version": ([], c_uint32),
+    "llama_razor_build_info": ([], c_char_p),
+    "llama_razor_set_override": ([ctypes.POINTER(Params)], c_bool),
+    "llama_razor_last_error": ([], c_char_p),
+    "llama_razor_get_stats": ([c_void_p, ctypes.POINTER(Stats)], c_bool),
+    "llama_razor_get_layer": ([c_void_p, c_uint32, ctypes.POINTER(LayerStats)], c_bool),
+    "llama_razor_get_seq": ([c_void_p, c_int32, ctypes.POINTER(SeqStats)], c_bool),
+    "llama_razor_get_buffer": ([c_void_p, c_uint32, ctypes.POINTER(BufferStats)], c_bool),
+    "llama_razor_get_memory": ([c_void_p, c_uint32, ctypes.POINTER(Memory)], c_bool),
+    "llama_razor_log_keep": ([c_bool], None),
+    "llama_razor_log_clear": ([], None),
+    "llama_razor_log_get": ([c_char_p, c_int32], c_int32),
+    "llama_razor_set_end_callback": ([ctypes.CFUNCTYPE(None, c_char_p)], None),
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the library was built from: the pinned sdist and the build's options."""
+
+    version: str
+    sha256: str
+    options: str
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded library. lib: the ctypes handle that llama_cpp uses, with our functions bound."""
+
+    path: Path
+    build: Build
+    lib: ctypes.CDLL
+
+    def show_log(self, shown: bool) -> None:
+        """Let the library print its log to stderr from now on, or keep it quiet."""
+        log.show(self.lib, shown)
+
+    def clear_errors(self) -> None:
+        """Forget why earlier calls of this thread failed. Not inside override(), which ends so."""
+        errors.clear(self.lib)
+
+    def last_error(self) -> str:
+        """Return what razor refused in the last call of this thread, or ""."""
+        return errors.last_error(self.lib)
+
+    def reason(self, otherwise: str = "llama.cpp gives no reason") -> str:
+        """Return why the last call of this thread failed. Call clear_errors() before that call.
+
+        Args:
+            otherwise: what to return where the library gives no reason.
+        """
+        return errors.reason(self.lib, otherwise)
+
+    @contextlib.contextmanager
+    def override(self, params: Params) -> Iterator[None]:
+        """Contexts that this thread creates inside the block follow params. Raises ValueError."""
+        if not self.lib.llama_razor_set_override(ctypes.byref(params)):
+            raise ValueError(self.last_error())
+        try:
+            yield
+        finally:
+            self.lib.llama_razor_set_override(None)
+
+    def stats(self, ctx: int) -> Stats:
+        """Of a whole context. ctx: llama_context pointer."""
+        return self._get("llama_razor_get_stats", Stats(), ctx)
+
+    def layer(self, ctx: int, il: int) -> LayerStats:
+        return self._get("llama_razor_get_layer", LayerStats(), ctx, il)
+
+    def seq(self, ctx: int, seq_id: int) -> SeqStats:
+        return self._get("llama_razor_get_seq", SeqStats(), ctx, seq_id)
+
+    def buffers(self, ctx: int) -> list[BufferStats]:
+        n = self.stats(ctx).n_buffers
+        return [self._get("llama_razor_get_buffer", BufferStats(), ctx, i) for i in range(n)]
+
+    def memory(self, ctx: int) -> list[Memory]:
+        """What a context and its model take, one entry per buffer type."""
+        found: list[Memory] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                found.append(self._get("llama_razor_get_memory", Memory(), ctx, len(found)))
+        return found
+
+    def _get(self, function: str, out: Any, *args: Any) -> Any:
+        out.size = ctypes.sizeof(out)
+        if not getattr(self.lib, function)(*args, ctypes.byref(out)):
+            raise IndexError(f"{function}{args[1:]} has nothing for this context")
+        return out
+
+
+def make_params(profile: Profile | None, own_attention: bool = False) -> Params:
+    """Return what override() takes.
+
+    Args:
+        profile: None switches razor off.
+        own_attention: with llama.cpp's own cache, in the host's memory, our attention runs; False:
+            llama.cpp's. With a profile it is ours.
+    """
+    params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
+    if profile is None:
+        return params  # enabled = 0
+    heads = profile.flat()
+    params.enabled = 1
+    params.sink_tokens = profile.sink_tokens
+    params.window_min = profile.window_min
+    params.window_divisor = profile.window_divisor
+    params.compensation = profile.compensation
+    params.n_retrieval = heads.size
+    params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
+    return params
+
+
+def is_disabled() -> bool:
+    """Return True where the environment switches razor off."""
+    return os.environ.get(DISABLE_ENV, "") not in ("", "0")
+
+
+@cache
+def load() -> Native:
+    """Loads the library and the bindings on top of it, once per process. Raises LibraryError."""
+    folder = library_folder()
+    path = _library_in(folder)
+    bindings = _import_bindings(folder)
+    lib = bindings.llama_cpp._lib
+    used = Path(lib._name)
+    if not used.exists() or not used.resolve().samefile(path.resolve()):
+        raise LibraryError(
+            f"llama_cpp was imported before razor_local and loaded {used}, razor-local needs"
+            f" {path}; import razor_local.Llama first, in a new process"
+        )
+    for name in [*_FUNCTIONS, *errors.TRIED_FUNCTIONS.values()]:
+        if not hasattr(lib, name):
+            raise LibraryError(
+                f"{path} is a llama.cpp without razor (it has no {name}); {REINSTALL},"
+                f" or unset {LIB_ENV} if it is set"
+            )
+    for name, (argtypes, restype) in _FUNCTIONS.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = argtypes, restype
+    version = lib.llama_razor_api_version()
+    if version != API_VERSION:
+        raise LibraryError(
+            f"{path} speaks razor API version {version}, this Python code {API_VERSION};"
+            f" {REINSTALL}"
+        )
+    build = _parse_build(lib.llama_razor_build_info())
+    if build.version != bindings.__version__:
+        raise LibraryError(
+            f"{path} was built from llama-cpp-python {build.version}, the installed bindings are"
+            f" {bindings.__version__}; install llama-cpp-python=={build.version}"
+        )
+    _check_dependencies(lib, path)
+    if lib.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
+        lib.ggml_backend_load_all_from_path(os.fsencode(folder))
+    log.show(lib, False)
+    lib.llama_razor_set_end_callback(log.on_end)
+    errors.raise_in_bindings(bindings, lib)
+    return Native(path=path, build=build, lib=lib)
+
+
+def library_folder() -> Path:
+    """The folder that has to hold libllama. Raises LibraryError if none does."""
+    named = os.environ.get(LIB_ENV)
+    folders = [Path(named)] if named else _package_folders()
+    for folder in folders:
+        if _library_in(folder).is_file():
+            return folder.absolute()
+    where = " and ".join(str(folder) for folder in folders) or "the package"
+    what = f"correct or unset {LIB_ENV}" if named else REINSTALL
+    raise LibraryError(f"there is no {_library_name()} in {where}; {what}")
+
+
+def _package_folders() -> list[Path]:
+    """Where an installation can have put the library, the most likely first.
+
+    An editable installation leaves the Python sources in the checkout and puts what CMake installs
+    into site-packages, which only the distribution's list of files tells for certain.
+    """
+    from importlib.metadata import PackageNotFoundError, files
+
+    import razor_local
+
+    folders = [Path(entry) / "lib" for entry in razor_local.__path__]
+    with contextlib.suppress(PackageNotFoundError):
+        for file in files("razor-local") or []:
+            if file.name == _library_name():
+                folders.append(Path(str(file.locate())).parent)
+    return list(dict.fromkeys(folders))
+
+
+def _library_name() -> str:
+    if sys.platform == "win32":
+        return "llama.dll"
+    return "libllama.dylib" if sys.platform == "darwin" else "libllama.so"
+
+
+def _library_in(folder: Path) -> Path:
+    return folder / _library_name()
+
+
+def _import_bindings(folder: Path) -> Any:
+    """Imports llama_cpp so that it loads its library from folder. Raises LibraryError."""
+    before = os.environ.get("LLAMA_CPP_LIB_PATH")
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+    try:
+        import llama_cpp
+        import llama_cpp.llama_cpp
+    except ModuleNotFoundError as error:
+        raise LibraryError(f"the Python package {error.name} is missing; {REINSTALL}") from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise LibraryError(
+            f"{_library_in(folder)} cannot be loaded ({error}); {REINSTALL}"
+        ) from error
+    finally:
+        # a process started from this one may want a llama_cpp of its own
+        if before is None:
+            del os.environ["LLAMA_CPP_LIB_PATH"]
+        else:
+            os.environ["LLAMA_CPP_LIB_PATH"] = before
+    return llama_cpp
+
+
+def _parse_build(info: bytes) -> Build:
+    version, sha256, options = (*info.decode("utf-8", "replace").split(" ", 2), "", "", "")[:3]
+    return Build(version, sha256, options)
+
+
+class _DlInfo(ctypes.Structure):
+    _fields_ = [
+        ("dli_fname", c_char_p),
+        ("dli_fbase", c_void_p),
+        ("dli_sname", c_char_p),
+        ("dli_saddr", c_void_p),
+    ]
+
+
+def file_of(lib: ctypes.CDLL, symbol: str) -> Path | None:
+    """The file that a function of the loaded library really comes from; None if not known."""
+    try:
+        dladdr = ctypes.CDLL(None).dladdr
+        function = ctypes.cast(getattr(lib, symbol), c_void_p)
+    except (AttributeError, OSError, TypeError):
+        return None
+    info = _DlInfo()
+    dladdr.argtypes, dladdr.restype = [c_void_p, ctypes.POINTER(_DlInfo)], ctypes.c_int
+    if not dladdr(function, ctypes.byref(info)) or not info.dli_fname:
+        return None
+    return Path(os.fsdecode(info.dli_fname))
+
+
+def _check_dependencies(lib: ctypes.CDLL, path: Path) -> None:
+    # LD_LIBRARY_PATH or an earlier llama.cpp in this process can put another ggml under ours
+    for symbol in ("ggml_backend_dev_count", "ggml_init"):
+        found = file_of(lib, symbol)
+        if found is not None and found.resolve().parent != path.resolve().parent:
+            raise LibraryError(
+                f"{path} runs on {found} instead of the ggml beside it; unset LD_LIBRARY_PATH, or"
+                " import razor_local before the package that loaded it"
+            )

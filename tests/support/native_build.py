@@ -1,0 +1,65 @@
+"""Builds of the native library that tests compare with or run on, kept in the user's cache folder.
+
+stock.py, broken_builds.py and sanitizers.py use it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cache_dir() -> Path:
+    """The folder that native/sdist.cmake keeps the sdist in."""
+    if sys.platform == "win32":
+        base = Path(os.environ["LOCALAPPDATA"])
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "razor_local"
+
+
+def build(
+    folder: Path,
+    *definitions: str,
+    source: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Configure and build the CMake project `source` in `folder`; what is built there already is
+    kept. Raises RuntimeError with the end of the output."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if cmake is None:
+        raise RuntimeError("no cmake found: run with 'uv run', which installs it")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    run([cmake, "-S", source, "-B", folder, *generator,
+         f"-DPython_EXECUTABLE={sys.executable}", *definitions], env)  # fmt: skip
+    run([cmake, "--build", folder, "--config", "Release", "--parallel"], env)
+
+
+def install(folder: Path, prefix: Path, *options: str) -> Path:
+    """Install what was built in `folder` below `prefix`; the folder of the libraries."""
+    run([tool("cmake"), "--install", folder, "--prefix", prefix, "--component", "razor", *options])
+    return prefix / "razor_local" / "lib"
+
+
+def run(command: list, env: Mapping[str, str] | None = None) -> None:
+    """Run a command of a build. Raises RuntimeError with the end of its output."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    if done.returncode:
+        name = Path(command[0]).name
+        raise RuntimeError(f"{name} {command[1]} failed:\n{done.stdout[-3000:]}")
+
+
+def tool(name: str) -> str | None:
+    """A program of this Python environment, else of the PATH."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)

@@ -1,0 +1,224 @@
+"""Independent float64 implementation of the tiny models, with a full cache or RazorAttention.
+
+Written from the definitions, position by position (vectorised with masks), not from the cache:
+no ubatches, no ring, no accumulators. A token at position p attends, in a local KV head, to
+  - the sink tokens [0, N0),
+  - the compensation token: mean of the post-RoPE keys and of the values at [N0, F(p)), logit
+    q.k / sqrt(d) + log(N_d), N_d = F(p) - N0 (eq. 4 and 5 of arXiv 2407.15891), if N_d > 0,
+  - the window [F(p), p],
+with F(p) = max(N0, B * floor(p / B) - L). A retrieval head attends to [0, p].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.support.tiny_models import TinySpec
+
+SLACK = 64  # LLAMA_RAZOR_SLACK
+
+
+@dataclass(frozen=True)
+class Razor:
+    """RazorAttention as the reference computes it. mask: a row of 0/1 per layer, 1 = retrieval."""
+
+    mask: tuple[tuple[int, ...], ...]
+    window: int
+    block: int
+    sink_tokens: int = 4
+    compensation: bool = True
+
+    def frontier(self, p: np.ndarray | int) -> np.ndarray:
+        """First position that is not folded when position p attends."""
+        start = self.block * (np.asarray(p) // self.block)
+        return np.maximum(self.sink_tokens, start - self.window)
+
+
+def window_of(n_ctx: int, window_min: int, window_divisor: int) -> int:
+    """L where no window is given: max(S0, n_ctx / C)."""
+    return max(window_min, n_ctx // window_divisor if window_divisor > 0 else 0)
+
+
+def block_of(window: int) -> int:
+    """B: the largest power of two <= max(L/4, 1), clamped to [64, 512]."""
+    block = 1
+    while 2 * block <= max(window // 4, 1):
+        block *= 2
+    return min(max(block, 64), 512)
+
+
+def cells_of(window: int, sink_tokens: int, compensation: bool) -> int:
+    """Cells of a local head."""
+    cells = sink_tokens + (4 if compensation else 0) + window + block_of(window) + SLACK
+    return -(-cells // 256) * 256
+
+
+def make_razor(
+    mask: Sequence[Sequence[int]], window: int, sink_tokens: int = 4, compensation: bool = True
+) -> Razor:
+    """The Razor of a mask and a window, with the block size of the plan."""
+    rows = tuple(tuple(int(x) for x in row) for row in mask)
+    return Razor(rows, window, block_of(window), sink_tokens, compensation)
+
+
+def forward(
+    spec: TinySpec,
+    weights: dict[str, np.ndarray],
+    tokens: Sequence[int],
+    razor: Razor | None = None,
+    probe: dict | None = None,
+    see: Callable[[int, int, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """Logits f64 [n_tokens, n_vocab] of every position. probe, if given, receives per layer the
+    entropy-like number of tokens each query effectively attends to: f64 [n_head, n_tokens].
+    see(layer, query head, attention), if given, is shown every attention matrix: f64 [n_tokens,
+    n_tokens], in a local head with a last column for the compensation token."""
+    w = {name: data.astype(np.float64) for name, data in weights.items()}
+    tokens = np.asarray(tokens)
+    n = len(tokens)
+
+    x = w["token_embd.weight"][tokens]
+    if spec.arch == "gpt2":
+        x = x + w["position_embd.weight"][:n]
+
+    for il in range(spec.n_layer):
+        blk = f"blk.{il}"
+        h = _norm(spec, w, f"{blk}.attn_norm", x)
+        if spec.kv_heads[il] > 0:
+            h = _attention(spec, w, il, h, razor, probe, see)
+        x = x + _linear(w, f"{blk}.attn_output", h)
+
+        h = _norm(spec, w, f"{blk}.ffn_norm", x)
+        if spec.arch == "gpt2":
+            h = _gelu_f16_table(_linear(w, f"{blk}.ffn_up", h))
+        else:
+            gate = _linear(w, f"{blk}.ffn_gate", h)
+            h = gate / (1 + np.exp(-gate)) * _linear(w, f"{blk}.ffn_up", h)
+        x = x + _linear(w, f"{blk}.ffn_down", h)
+
+    x = _norm(spec, w, "output_norm", x)
+    return x @ w["token_embd.weight" if spec.tied else "output.weight"].T
+
+
+def _attention(
+    spec: TinySpec,
+    w: dict[str, np.ndarray],
+    il: int,
+    h: np.ndarray,
+    razor: Razor | None,
+    probe: dict | None,
+    see: Callable[[int, int, np.ndarray], None] | None,
+) -> np.ndarray:
+    """Heads of layer il side by side, f64 [n, n_head * d], from its normed input h [n, n_embd]."""
+    blk, n, d, n_kv = f"blk.{il}", len(h), spec.head_dim, spec.kv_heads[il]
+    if spec.arch == "gpt2":
+        q, k, v = np.split(_linear(w, f"{blk}.attn_qkv", h), 3, axis=1)
+    else:
+        q, k, v = (_linear(w, f"{blk}.attn_{name}", h) for name in "qkv")
+    q, k, v = q.reshape(n, spec.n_head, d), k.reshape(n, n_kv, d), v.reshape(n, n_kv, d)
+    if spec.arch == "qwen3":
+        q = _rms(q, spec.norm_eps) * w[f"{blk}.attn_q_norm.weight"]
+        k = _rms(k, spec.norm_eps) * w[f"{blk}.attn_k_norm.weight"]
+    if spec.arch != "gpt2":
+        q, k = _rope(spec, w, q), _rope(spec, w, k)
+
+    out = np.empty_like(q)
+    for ih in range(spec.n_head):
+        kv = ih // (spec.n_head // n_kv)
+        local = razor is not None and not razor.mask[il][kv]
+        out[:, ih], prob = _attend(q[:, ih], k[:, kv], v[:, kv], razor if local else None)
+        if probe is not None:
+            probe.setdefault(il, []).append(1 / (prob**2).sum(axis=1))
+        if see is not None:
+            see(il, ih, prob)
+    return out.reshape(n, -1)
+
+
+def _attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, razor: Razor | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of one head over a sequence; q, k, v f64 [n, d] -> [n, d], attention [n, n], with
+    compensation [n, n + 1]."""
+    n, d = q.shape
+    pos = np.arange(n)
+    logits = q @ k.T / np.sqrt(d)
+    seen = pos[None, :] <= pos[:, None]
+
+    if razor is not None:
+        n0, front = razor.sink_tokens, razor.frontier(pos)
+        seen &= (pos[None, :] < n0) | (pos[None, :] >= front[:, None])
+    logits = np.where(seen, logits, -np.inf)
+
+    if razor is not None and razor.compensation:
+        n_d = front - n0
+        folded = n_d > 0
+        k_mean, v_mean = np.zeros_like(k), np.zeros_like(v)
+        for f in np.unique(front[folded]):
+            at = front == f
+            k_mean[at] = k[n0:f].mean(axis=0)
+            v_mean[at] = v[n0:f].mean(axis=0)
+        comp = np.einsum("pd,pd->p", q, k_mean) / np.sqrt(d) + np.log(np.maximum(n_d, 1))
+        logits = np.concatenate([logits, np.where(folded, comp, -np.inf)[:, None]], axis=1)
+
+    prob = np.exp(logits - logits.max(axis=1, keepdims=True))
+    prob /= prob.sum(axis=1, keepdims=True)
+    out = prob[:, :n] @ v
+    if prob.shape[1] > n:
+        out = out + prob[:, n:] * v_mean
+    return out, prob
+
+
+def _linear(w: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def _rms(x: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)
+
+
+def _norm(spec: TinySpec, w: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    if spec.arch != "gpt2":
+        return _rms(x, spec.norm_eps) * w[f"{name}.weight"]
+    x = x - x.mean(axis=-1, keepdims=True)
+    return _rms(x, spec.norm_eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _rope(spec: TinySpec, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Rotate pairs of x [n, heads, d]: neighbours (llama) or halves (qwen) by p * base^(-2i/d),
+    divided by the factor of the pair if the model has any.
+
+    The angles are llama.cpp's, which multiplies them up in F32: exact ones differ by up to 1e-4 at
+    position 500, more than the tolerance of the tests leaves room for. The power is taken in F64
+    and rounded, as libm's powf is: numpy's own F32 power is an ulp off on CPUs with AVX-512.
+    """
+    n, _, d = x.shape
+    angle = np.empty((n, d // 2))
+    factors = w.get("rope_freqs.weight", np.ones(d // 2)).astype(np.float32)
+    theta = np.arange(n, dtype=np.float32)
+    scale = np.float32(np.float64(np.float32(spec.rope_base)) ** np.float64(np.float32(-2.0 / d)))
+    for i in range(d // 2):
+        angle[:, i] = theta / factors[i]
+        theta = theta * scale
+    cos, sin = np.cos(angle)[:, None, :], np.sin(angle)[:, None, :]
+    y = np.empty_like(x)
+    if spec.arch in ("llama", "deci"):
+        first, second = slice(0, d, 2), slice(1, d, 2)
+    else:
+        first, second = slice(0, d // 2), slice(d // 2, d)
+    a, b = x[..., first], x[..., second]
+    y[..., first] = a * cos - b * sin
+    y[..., second] = a * sin + b * cos
+    return y
+
+
+def _gelu_f16_table(x: np.ndarray) -> np.ndarray:
+    """GELU (tanh form) as llama.cpp's CPU backend defines it: x and the result rounded to F16,
+    exact beyond +-10."""
+    r = x.astype(np.float16).astype(np.float64)
+    y = 0.5 * r * (1 + np.tanh(np.sqrt(2 / np.pi) * r * (1 + 0.044715 * r * r)))
+    y = y.astype(np.float16).astype(np.float64)
+    return np.where(x <= -10, 0.0, np.where(x >= 10, x, y))

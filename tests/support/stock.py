@@ -1,0 +1,80 @@
+"""An unpatched build of the pinned llama.cpp, to compare ours with bit by bit.
+
+Built once by this repository's own CMakeLists.txt with RAZOR_STOCK=ON and otherwise the same
+options, then kept in the user's cache folder. RAZOR_STOCK_LIB names a folder to take instead.
+
+    python tests/stock.py    # builds it if need be and prints the folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.support import native_build
+from tests.support.native_build import ROOT, cache_dir
+
+_INPUTS = ["CMakeLists.txt", "native/llama-cpp-python.txt", "native/*.cmake", "native/*.py"]
+_OPTIONS = ["RAZOR_CUDA", "RAZOR_METAL", "RAZOR_VULKAN", "RAZOR_NATIVE", "CC", "CXX", "CFLAGS"]
+_OPTIONS += ["CXXFLAGS", "CMAKE_ARGS"]
+
+
+def stock_lib_dir() -> Path:
+    """The folder with the stock libllama and its ggml libraries.
+
+    Takes minutes the first time. Raises RuntimeError with the end of the build's output.
+    """
+    if folder := os.environ.get("RAZOR_STOCK_LIB"):
+        if not any(Path(folder).glob("*llama.*")):
+            raise RuntimeError(f"RAZOR_STOCK_LIB names {folder}, which holds no libllama: unset it")
+        return Path(folder)
+    folder = cache_dir() / f"stock-{_key()}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="stock-", dir=folder.parent) as temp:
+            built = _build(Path(temp))
+            try:
+                built.rename(folder)
+            except OSError:  # another run was faster
+                if not folder.is_dir():
+                    raise
+    return folder
+
+
+def _build(temp: Path) -> Path:
+    """Configure, build and install into `temp`; the folder of the installed libraries."""
+    print("building a stock llama.cpp to compare with, once (minutes)", file=sys.stderr)
+    more = os.environ.get("CMAKE_ARGS", "").split()
+    native_build.build(temp / "build", "-DRAZOR_STOCK=ON", "-DRAZOR_TOOLS=OFF", *more)
+    return native_build.install(temp / "build", temp, "--strip")
+
+
+def _key() -> str:
+    """Digest of all that decides what the build gives: inputs, options, compiler and CPU."""
+    digest = hashlib.sha256()
+    for pattern in _INPUTS:
+        for file in sorted(ROOT.glob(pattern)):
+            digest.update(file.read_bytes())
+    for name in _OPTIONS:
+        digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
+    compiler = os.environ.get("CXX") or "c++"
+    if path := shutil.which(compiler):
+        version = subprocess.run([path, "--version"], capture_output=True, check=False)
+        digest.update(version.stdout)
+    digest.update(f"{platform.machine()} {platform.processor()}".encode())
+    cpuinfo = Path("/proc/cpuinfo")  # RAZOR_NATIVE: another CPU may lack instructions of this one
+    if cpuinfo.is_file():
+        wanted = ("model name", "flags", "Features")
+        lines = [x for x in cpuinfo.read_text().splitlines() if x.startswith(wanted)]
+        digest.update("\n".join(sorted(set(lines))).encode())
+    return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    print(stock_lib_dir())

@@ -1,0 +1,260 @@
+"""Shows that the native tests can fail: builds the library broken in one place at a time.
+
+    python tests/broken_builds.py               # every break, and the tests that have to notice it
+    python tests/broken_builds.py fold mask     # the breaks whose name contains one of these
+    python tests/broken_builds.py device-batch  # those of what a batch tells GPUs (NAIVE)
+
+Exits with 1 if a break goes unnoticed. Takes a full build the first time, then about half a minute
+of compilation per break; the working tree is left alone.
+"""
+
+# ruff: noqa: E501 - a table of texts of the sources
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import native_build
+from tests.support.native_build import ROOT, cache_dir
+
+SOURCES = ROOT / "native/src"
+RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-razor-device.cpp"
+PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
+CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
+ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
+
+
+@dataclass(frozen=True)
+class Break:
+    """One text of one file of native/src replaced by another, and test functions that must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    naive: bool = False  # in a library with NAIVE
+
+
+# What libllama tells of a batch is read by GPUs of some kinds alone (ggml-razor.h, "Attention of a batch"). These changes
+# give it to CPUs, for batches in place of their own attention, where naive_batch.h computes what it says.
+# test_naive_batch.py runs the native tests so.
+NAIVE = [
+    (DEVICE, "static void razor_device_abort(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {",
+     '#include "naive_batch.h"\n\nstatic void razor_device_abort(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {\n    if (naive_batch(dst, ith, nth)) {\n        return;\n    }\n'),
+    (CACHE, "layer.device_batch = layer.device &&",
+     "layer.device_batch = (cparams.flash_attn && ggml_backend_buft_is_host(buft) && !hparams_model.attn_soft_cap && n_retrieval + n_local <= GGML_RAZOR_ATTN_MAX_KV) || layer.device &&"),
+    (GRAPH, "layer.attn    ? attn.build(", "layer.attn && (n_tokens == 1 || !layer.device_batch) ? attn.build("),
+]  # fmt: skip
+
+BREAKS = [
+    # attention and folds
+    Break("mask-without-log-n", GRAPH, "const double n_folded = step.frontier - plan.sink_tokens;", "const double n_folded = 1;",
+          "test_f32_cache_equals_the_reference test_any_plan_equals_the_reference test_error_is_within_stocks_own test_single_token_decode_across_folds test_larger_blocks test_several_threads"),
+    Break("mask-without-second-cell", GRAPH, "rest > 0.0 ?", "false ?", "test_f32_cache_equals_the_reference"),
+    Break("mask-without-sinks", GRAPH, "p < std::min(plan.sink_tokens, step.pos0)", "p < 0", "test_window_that_holds_everything_equals_stock"),
+    # full caches
+    Break("full-other-head", ATTN, "op.by_token ? j : group.first_row", "op.by_token ? 0*j : group.first_row", "test_an_f32_cache_equals_the_reference test_the_error_is_within_stocks_own test_removals_in_the_middle_and_shifts"),
+    Break("full-head-stride", ATTN, "task.v.row_bytes = v->nb[op.by_token ? 2 : 1];", "task.v.row_bytes = v->nb[1];", "test_an_f32_cache_equals_the_reference"),
+    Break("full-last-chunk-alone", KERNEL, "merge(m_all[i], l_all[i], o_all + i*d_v, m[i], l[i], o + i*d_v, d_v);\n                clear", "clear", "test_an_f32_cache_equals_the_reference test_the_attention_of_a_token_does_not_depend_on_its_batch"),
+    Break("full-always", PLAN, "asked ? asked->own_attention :", "asked ? true :", "test_where_it_does_not_run test_razor_false_is_stock_to_the_bit"),
+    Break("full-not-by-metadata", PLAN, "model.razor && model.razor->enabled;", "false;", "test_a_model_whose_plan_saves_nothing_runs_it"),
+    Break("full-two-sequences", PLAN, "!razor_wants_own_attention(model) || !razor_plan_find_unsupported(model, params, cparams).empty()", "!razor_wants_own_attention(model)", "test_where_it_does_not_run"),
+    Break("mask-by-the-clock", GRAPH, "float val = log(n_folded);", "float val = log(n_folded) + 1e-3f*(ggml_time_us() % 7);", "test_same_split_twice_is_bit_identical test_kv_offload_flag"),
+    Break("fold-dropped", GRAPH, "build_fold(g, layer, view_local(ctx0, layer, layer.v), layer.v_sum);", "", "test_f32_cache_equals_the_reference"),
+    Break("fold-off-by-one", GRAPH, "data[i] = plan.cell(step.fold_from + i);", "data[i] = plan.cell(step.fold_from + i + 1);", "test_f32_cache_equals_the_reference"),
+    Break("fold-starts-from-old-sum", GRAPH, "step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot", "1 - step.slot", "test_emptied_cache_starts_from_zero"),
+    Break("frontier-late", FRONTIER, "start - window > sink_tokens ? start - window", "start - window > sink_tokens ? start - window - 1", "test_f32_cache_equals_the_reference"),
+    Break("head-flipped", PLAN, "(mask[i++] ? retrieval : local).push_back(h);", "((mask[i] != 0) != (i == 1) ? retrieval : local).push_back(h); i++;", "test_f32_cache_equals_the_reference"),
+    Break("heads-not-gathered", GRAPH, "order.identity    = retrieval_first || order.local_first;", "", "test_f32_cache_equals_the_reference"),
+    Break("rows-of-other-heads", GRAPH, "data[order.local[j]] = first + first_local + j*plan.cells + cell;", "data[order.local[j]] = first + first_local + (order.local.size() - 1 - j)*plan.cells + cell;", "test_f32_cache_equals_the_reference"),
+    Break("transposed-rows-of-other-heads", GRAPH, "data_v[i_kv] = h;", "data_v[i_kv] = i_kv;", "test_f32_cache_equals_the_reference"),
+    Break("heads-out-not-gathered", GRAPH, "data_out[h*n_gqa + j]    = i_kv*n_gqa + j;", "data_out[h*n_gqa + j]    = h*n_gqa + j;", "test_f32_cache_equals_the_reference"),
+    Break("ubatch-crosses-folds", CACHE, "std::min(n_ubatch, plan.frontier_end(pos) - pos)", "n_ubatch", "test_ubatch_size test_random_splits"),
+    Break("copies-before-the-store", GRAPH, "    if (!ggml_is_contiguous(cur)) {", "    if (true) {", "test_nodes_added_per_layer test_layers_of_retrieval_heads_add_none"),
+    Break("copies-in-the-fold", GRAPH, "cur = ggml_mul(ctx0, cur, fold_inv);", "cur = ggml_mul(ctx0, ggml_cont(ctx0, cur), fold_inv);", "test_nodes_of_a_fold"),
+    # attention on CPUs
+    Break("attention-of-the-other-mask", GRAPH, "attn.groups[1].mask      = mask;", "attn.groups[1].mask      = inp.get_kq_mask();", "test_each_kernel_equals_the_reference"),
+    Break("attention-of-the-wrong-rows", GRAPH, "attn.groups[1].head_rows = plan.cells;", "attn.groups[1].head_rows = plan.cells - 1;", "test_each_kernel_equals_the_reference"),
+    Break("heads-in-the-order-of-groups", ATTN, "(*group.heads)[j]*op.n_gqa", "(&group == &op.groups[0] ? j : j + (int64_t) op.groups[0].heads->size())*op.n_gqa", "test_each_kernel_equals_the_reference"),
+    Break("parts-not-weighted", KERNEL, "const float f     = exp_neg(splat(m - m_new))[0];", "const float f     = 1.0f;", "test_any_shape_and_any_cut_into_tasks"),
+    Break("part-lost", ATTN, "group.n_chunks = (group.n_kv + chunk - 1)/chunk;", "group.n_chunks = std::max<int64_t>(1, group.n_kv/chunk);", "test_any_shape_and_any_cut_into_tasks"),
+    Break("tasks-once-only", ATTN, "next.store(0, std::memory_order_relaxed);", "", "test_each_kernel_equals_the_reference test_several_threads"),
+    Break("larger-scores-not-noticed", KERNEL, "l *= scale;", "", "test_each_kernel_equals_the_reference"),
+    Break("unseen-rows-read", KERNEL, "if (live[c] != -__builtin_inff()) {", "if (c < n) {", "test_rows_that_nobody_sees_may_hold_anything"),
+    Break("nibbles-exchanged", KERNEL, "convertvector((x & 15) - 8, vf)", "convertvector((x >> 4) - 8, vf)", "test_error_of_each_kernel"),
+    Break("any-kernel-name", ATTN, 'if (wanted.empty() || wanted == "off") {', "if (true) {", "test_an_unknown_kernel_is_refused"),
+    Break("any-choice-for-devices", DEVICE, 'if (wanted.empty() || wanted == "on" || wanted == "ampere") {', "if (true) {", "test_an_unknown_choice_for_devices_is_refused"),
+    Break("rows-of-64-bits", GRAPH, "any_device ? GGML_TYPE_I64 : GGML_TYPE_I32", "GGML_TYPE_I64", "test_rows_are_of_a_type_that_backends_copy"),
+    Break("attention-of-more-nodes", GRAPH, "attn.build(g.ctx0, q_cur, layer.k, layer.v)", "ggml_cont(g.ctx0, attn.build(g.ctx0, q_cur, layer.k, layer.v))", "test_nodes_added_per_layer_on_cpus"),
+    # attention of a batch. That a bias or the end of the cells keeps a tile from being seen whole changes nothing: the
+    # cells of the other compensation token are in that tile, and there are 256*n cells
+    Break("device-batch-sees-the-next-token", GRAPH, "since_full[j] = std::max<int64_t>(i, 0);", "since_full[j] = std::max<int64_t>(i - 1, 0);", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-sees-its-end", GRAPH, "since[plan.cell(step.pos0 + i)] = i;", "since[plan.cell(step.pos0 + i)] = 0;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-sees-hidden-cells", GRAPH, "since[j] = seen ? 0 : GGML_RAZOR_NEVER;", "since[j] = 0;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-without-log-n", GRAPH, "bias[j]  = seen ? bias[j] : 0.0f;", "bias[j]  = 0.0f;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-tiles-of-fewer-cells", GRAPH, "for (uint32_t j = first; j < end; ++j) {", "for (uint32_t j = first; j + 1 < end; ++j) {", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-tiles-always-seen-whole", GRAPH, "bias && bias[j] != 0.0f ? GGML_RAZOR_NEVER : since[j]", "0", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-of-other-rows", DEVICE, "params.cells  = attn.groups[1].head_rows;", "params.cells  = attn.groups[1].head_rows - 1;", "test_f32_cache_equals_the_reference", naive=True),
+    Break("device-batch-of-other-heads", DEVICE, "for (const uint32_t h : *attn.groups[0].heads) {", "for (const uint32_t h : *attn.groups[1].heads) {", "test_f32_cache_equals_the_reference", naive=True),
+    # rollback, abort
+    Break("rollback-without-unfold", CACHE, "        unfold(st, frontier);\n    }\n\n    return", "    }\n\n    return",
+          "test_every_length_can_be_rolled_back test_rolled_back_tokens_leave_nothing test_random_operations"),
+    Break("rollback-of-the-middle", CACHE, "if ((uint32_t) p0 > n || (uint32_t) p1 < n) {", "if ((uint32_t) p0 > n) {", "test_refused_rollback_changes_nothing"),
+    Break("rollback-always-refused", CACHE, "    if (plan.n_comp > 0 && st.frontier_prev != (int64_t) to) {\n        return false;\n    }", "    return false;", "test_every_length_can_be_rolled_back"),
+    Break("high-water-forgotten", CACHE, "st.n_high = std::max(st.n_high, n_end);", "st.n_high = n_end;", "test_rows_overwritten_before_a_rollback_are_remembered"),
+    Break("clear-keeps-folds", CACHE, "        st = stream_state();\n        st.frontier = plan.sink_tokens;\n    }\n\n    last_step", "    }\n\n    last_step", "test_emptied_cache_starts_from_zero"),
+    Break("abort-keeps-fold", CACHE, "        unfold(st, last_step.fold_from);\n    }\n\n    llama_kv_cache::seq_rm", "    }\n\n    llama_kv_cache::seq_rm", "test_abort_at_every_node"),
+    Break("abort-with-lost-rows", CACHE, "if (st.n_high > last_step.fold_from + plan.ring()) {", "if (false) {", "test_abort_at_every_node"),
+    Break("gaps-accepted", CACHE, "if (ubatch.pos[i] != (llama_pos) (pos + i)) {", "if (false) {", "test_positions_must_follow"),
+    # states
+    Break("state-without-sums", CACHE, "            io.read_tensor(layer.k_sum, 0, SLOT_ZERO*layer.k_sum->nb[1]);", "            { std::vector<uint8_t> b(SLOT_ZERO*layer.k_sum->nb[1]); io.read(b.data(), b.size()); }",
+          "test_state_continues_bit_identically test_state_in_another_process"),
+    Break("state-of-other-heads", CACHE, "        for (const uint32_t h : plan.retrieval[il]) {\n            add(h);\n        }", "", "test_state_of_another_plan_is_refused"),
+    Break("state-of-other-window", CACHE, "    add(plan.window);\n    add(plan.block);", "", "test_state_of_another_plan_is_refused"),
+    Break("state-of-stock", CACHE, "if (magic != RAZOR_STATE_MAGIC) {", "if (false) {", "test_stock_state_is_refused"),
+    Break("state-unchecked", CACHE, "if (!sane) {", "if (false) {", "test_damaged_states_do_no_harm"),
+    # bytes
+    Break("more-bytes", CACHE, "ggml_new_tensor_3d(ctx, type_v, n_embd_v, n_rows, n_strm)", "ggml_new_tensor_3d(ctx, type_v, n_embd_v, n_rows + 4*plan.cells, n_strm)",
+          "test_bytes_at_long_contexts test_bytes_of_masks test_bytes_of_other_types test_bytes_where_cells_are_rounded_up test_bytes_of_mixed_types_and_no_offload test_resident_memory_agrees"),
+    Break("bytes-not-counted", RAZOR, "res.kv_bytes += size;", "res.kv_bytes += size/2;", "test_full_cache test_context_size_is_padded_alike"),
+    Break("folded-miscounted", RAZOR, "res.n_folded   = res.frontier - kv->get_plan().sink_tokens;", "res.n_folded   = res.frontier;", "test_sequence_statistics"),
+    Break("active-without-saving", PLAN, "if (!any_local || plan.cells >= plan.n_ctx) {", "if (false) {", "test_window_that_saves_nothing test_window_that_saves_nothing_is_bit_identical_to_stock test_all_retrieval_heads_are_bit_identical_to_stock"),
+    Break("nothing-saved-not-noticed", PLAN, "|| plan.cells >= plan.n_ctx", "|| plan.cells + 256 >= plan.n_ctx", "test_least_that_is_saved"),
+    # stock behaviour
+    Break("razor-without-metadata", PROFILE, "    if (!any) {\n        return nullptr;\n    }", "    if (!any) {\n        auto res = std::make_shared<llama_razor_profile>();\n        res->window_min = 32;\n        res->window_divisor = 0;\n        res->retrieval.resize(llama_razor_n_kv_heads(hparams));\n        return res;\n    }",
+          "test_supported_arch_without_metadata test_other_arch_without_metadata test_two_sequences_without_metadata test_rollback_and_state_without_metadata"),
+    Break("switch-ignored", PROFILE, 'return env && strcmp(env, "") != 0 && strcmp(env, "0") != 0;', "(void) env; return false;", "test_environment_switch test_switched_off_malformed_metadata_is_not_read"),
+    Break("switch-stuck", PROFILE, 'return env && strcmp(env, "") != 0 && strcmp(env, "0") != 0;', "(void) env; return true;", "test_environment_switch_not_set test_metadata_and_override_are_the_same"),
+    Break("off-ignored", PLAN, "if (!profile || !profile->enabled) {", "if (!profile) {", "test_override_off"),
+    Break("override-kept", PROFILE, "        razor_override.reset();", "", "test_override_is_dropped"),
+    # refusals
+    Break("types-unchecked", PROFILE, "    if (found != expected) {", "    if (false) {", "test_malformed_metadata test_huge_mask test_flipped_bits"),
+    Break("keys-not-seen", PROFILE, '"razor.", 6) == 0', '"razor.version", 13) == 0', "test_only_an_unknown_razor_key"),
+    Break("too-strict", PROFILE, "    if (val < min || val > max) {", "    if (val <= min || val > max) {", "test_valid_metadata_is_accepted"),
+    Break("ranges-unchecked", PROFILE, "    if (val < min || val > max) {", "    if (false) {", "test_bad_override test_malformed_metadata"),
+    Break("version-unchecked", PROFILE, "    if (version != RAZOR_VERSION) {", "    if (false) {", "test_malformed_metadata"),
+    Break("unsupported-accepted", PLAN, "    if (!unsupported.empty()) {", "    if (false) {", "test_unsupported_architecture test_unsupported_context"),
+    Break("supported-refused", PLAN, "if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) ", "if (hparams.swa_type == LLAMA_SWA_TYPE_NONE) ", "test_supported_but_untested_architecture_runs"),
+    Break("non-causal-accepted", CACHE, "    if (!cparams.causal_attn) {", "    if (false) {", "test_non_causal_attention_after_creation"),
+    Break("sizes-unchecked", RAZOR, "if (stats->size != sizeof(T)) {", "if (false) {", "test_struct_sizes_are_checked"),
+    Break("other-api-version", RAZOR, "return LLAMA_RAZOR_API_VERSION;", "return 99;", "test_version_and_build_info"),
+]  # fmt: skip
+
+# native tests that no break of native/src can make fail
+NO_BREAK = {
+    "test_matrix_covers_what_it_says": "looks at the tests' own cases",
+    "test_tight_plans_are_tight": "looks at the tests' own plans",
+    "test_header_constants_match": "compares Python with a header",
+    "test_sizes_of_the_structures": "compares Python with Python",
+    "test_states_and_rollbacks": "operations of upstream's own cache, which we do not change",
+    "test_patches_stay_small": "counts lines",
+    "test_nodes_added_per_layer_on_devices": "needs a device",
+    "test_lying_array_lengths": "upstream's GGUF reader refuses these before our code sees them",
+    "test_truncated_files": "the same",
+    "test_second_sequence_in_a_batch": "upstream's batch check comes before ours, n_seq_max is 1",
+}
+
+
+def check_table() -> None:
+    """Every text occurs once in its file; every native test function that needs no device is in
+    BREAKS or in NO_BREAK."""
+    for file, old, new in [*NAIVE, *((b.file, b.old, b.new) for b in BREAKS)]:
+        replace_once(file, (SOURCES / file).read_text(), old, new)
+    named = {test for broken in BREAKS for test in broken.tests.split()} | set(NO_BREAK)
+    for path in sorted((ROOT / "tests/native").glob("test_native_*.py")):
+        if path.name.startswith("test_native_device"):
+            continue
+        for test in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE):
+            if test not in named:
+                raise SystemExit(f"{path.name}: {test} is in neither BREAKS nor NO_BREAK")
+
+
+def main(patterns: list[str]) -> int:
+    check_table()
+    chosen = [b for b in BREAKS if not patterns or any(p in b.name for p in patterns)]
+    tree = cache_dir() / "broken-build"
+    unnoticed = 0
+    for broken in chosen:
+        changes = NAIVE if broken.naive else []
+        copy_sources(tree, [*changes, (broken.file, broken.old, broken.new)])
+        lib = build(tree)
+        for test in broken.tests.split():
+            verdict = run(lib, test)
+            unnoticed += verdict == "NOT NOTICED"
+            print(f"{broken.name}: {test}: {verdict}", flush=True)
+    print(f"{len(chosen)} breaks, {unnoticed} times not noticed", flush=True)
+    return 1 if unnoticed else 0
+
+
+def copy_sources(tree: Path, changes: Iterable[tuple[str, str, str]] = ()) -> None:
+    """Copy the native sources to `tree`, with changes: file of native/src, text that stands there
+    once, text in its place."""
+    texts = {
+        file.relative_to(ROOT): file.read_text()
+        for file in [ROOT / "CMakeLists.txt", *(ROOT / "native").rglob("*")]
+        if file.is_file()
+    }
+    src = SOURCES.relative_to(ROOT)
+    texts[src / "naive_batch.h"] = (ROOT / "tests/tools/naive_batch.h").read_text()
+    for file, old, new in changes:
+        texts[src / file] = replace_once(file, texts[src / file], old, new)
+    for path in (tree / "native").rglob("*"):  # CMake would compile a file that was moved since
+        if path.is_file() and path.relative_to(tree) not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        write_if_changed(tree / name, text)
+
+
+def replace_once(file: str, text: str, old: str, new: str) -> str:
+    if text.count(old) != 1:
+        raise SystemExit(
+            f"this text occurs {text.count(old)} times in {file}, expected once:\n{old}"
+        )
+    return text.replace(old, new)
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Unchanged files keep their time, so that they are not compiled again."""
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def build(tree: Path) -> Path:
+    native_build.build(tree / "build", source=tree)
+    installed = tree / "installed"
+    shutil.rmtree(installed, ignore_errors=True)
+    return native_build.install(tree / "build", installed)
+
+
+def run(lib: Path, test: str) -> str:
+    """What becomes of a test function with the library; its first failing case is enough."""
+    env = os.environ | {"RAZOR_LOCAL_LIB": str(lib), "LLAMA_CPP_LIB_PATH": str(lib)}
+    files = [
+        p
+        for p in (ROOT / "tests/native").glob("test_native_*.py")
+        if f"def {test}(" in p.read_text()
+    ]
+    if len(files) != 1:
+        raise SystemExit(f"there are {len(files)} test functions named {test}, expected one")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{files[0]}::{test}"],
+        capture_output=True, text=True, env=env, cwd=ROOT,
+    )  # fmt: skip
+    if done.returncode not in (0, 1) and done.returncode > 0 and "Fatal" not in done.stderr:
+        raise SystemExit(f"pytest failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    if done.returncode < 0 or "Fatal Python error" in done.stderr:
+        return "ends the process (an assertion of the library)"
+    return "fails" if done.returncode else "NOT NOTICED"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
