@@ -191,9 +191,12 @@ def clamped_range(
 
 
 def normalized_range(
-    q_weight: np.ndarray, q_bias: np.ndarray, k_weight: np.ndarray, q_radius2: float,
+    q_weight: np.ndarray,
+    q_bias: np.ndarray,
+    k_weight: np.ndarray,
+    q_radius2: float,
     k_radius2: float,
-) -> float:  # fmt: skip
+) -> float:
     """Bound where q and k are normalized, over the heads of a layer together, after projection.
 
     q_weight, q_bias, k_weight: f64 [head_dim], this head's part of the normalizations'.

@@ -35,6 +35,7 @@ import numpy as np
 from .. import native
 from ..common.progress import Progress, Stop
 from ..errors import ConvertError, RazorError, UnsupportedError
+from ..gguf.hyper_parameters import MAX_N_CTX
 from ..native.models import load_model, vocabulary
 from ..native.probe import AttentionProbe, attention_context
 from ..profile import ModelShape, Profile, read_model_shape
@@ -43,7 +44,6 @@ from ..scores import MIN_TOKENS, Scores
 DEFAULT_TOKENS = 2500
 DEFAULT_REPEATS = 4
 DEFAULT_MAX_MEMORY = 3 << 30
-MAX_TOKENS = 1 << 20
 MAX_UBATCH = 512  # more is not faster
 
 
@@ -310,7 +310,7 @@ def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) 
 
 def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -> int:
     """K. Raises ConvertError where the model cannot read K tokens that often."""
-    most = (shape.n_ctx_train or MAX_TOKENS) - n_bos
+    most = (shape.n_ctx_train or MAX_N_CTX) - n_bos
     n = min(DEFAULT_TOKENS, most // repeats) if tokens is None else tokens
     if n < MIN_TOKENS:
         raise ConvertError(

@@ -187,8 +187,10 @@ def comparison_lines(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]
         {
             "layer": [*map(str, range(len(here))), "all"],
             "# both, < here, > there": [
-                *("".join(".<>#"[a + 2 * b] for a, b in zip(*x, strict=True))
-                  for x in zip(here, there, strict=True)),
+                *(
+                    "".join(".<>#"[a + 2 * b] for a, b in zip(*x, strict=True))
+                    for x in zip(here, there, strict=True)
+                ),
                 "",
             ],
             "here": [str(row.here) for row in rows],
@@ -196,8 +198,12 @@ def comparison_lines(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]
             "both": [str(row.both) for row in rows],
             "Jaccard": ["-" if row.jaccard is None else f"{row.jaccard:.2f}" for row in rows],
         },
-        "layer", "here", "there", "both", "Jaccard",
-    )  # fmt: skip
+        "layer",
+        "here",
+        "there",
+        "both",
+        "Jaccard",
+    )
 
 
 def _table(columns: dict[str, list[str]], *right: str) -> Iterator[str]:
@@ -238,9 +244,13 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
             grid[il, : len(layer)] = layer
         chosen = layers is profile.retrieval
         image = axes.imshow(
-            grid, aspect="auto", interpolation="nearest", vmin=0, vmax=1 if chosen else None,
+            grid,
+            aspect="auto",
+            interpolation="nearest",
+            vmin=0,
+            vmax=1 if chosen else None,
             cmap="Greys" if chosen else "viridis",
-        )  # fmt: skip
+        )
         axes.set(title=title, xlabel=unit, ylabel="layer")
         axes.locator_params(integer=True)
         if not chosen:

@@ -53,10 +53,15 @@ SIDECAR_VERSION = 3  # GGUF version
 
 # what a sidecar keeps of the model, so that it can be inspected alone
 SHAPE_KEYS = (
-    "block_count", "nextn_predict_layers", "embedding_length", "context_length",
-    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "block_count",
+    "nextn_predict_layers",
+    "embedding_length",
+    "context_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
     "attention.value_length",
-)  # fmt: skip
+)
 
 
 def write_copy(
@@ -126,9 +131,12 @@ class _FirstFile:
         self.head = _head(header.version, len(header.tensors), len(kept) + len(new))
         self.ranges = _merged([(e.start, e.end) for e in kept])
         self.table_end = (
-            len(self.head) + sum(end - start for start, end in self.ranges) + sum(map(len, new))
-            + header.tensor_table[1] - header.tensor_table[0]
-        )  # fmt: skip
+            len(self.head)
+            + sum(end - start for start, end in self.ranges)
+            + sum(map(len, new))
+            + header.tensor_table[1]
+            - header.tensor_table[0]
+        )
         alignment = header.alignment if header.tensors else 1  # no tensors, no data section
         self.data_start = -(-self.table_end // alignment) * alignment
         data_bytes = header.data_end - header.data_start

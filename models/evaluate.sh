@@ -47,7 +47,7 @@ for part in ${*:-ablation needle ruler perplexity budget compression}; do
         ;;
     ruler) measure ruler ruler "$model" -c 4k --haystack "$texts" --samples 10 --policies $all ;;
     perplexity)
-        measure perplexity perplexity "$book" "$model" -c 8k --policies $all \
+        measure perplexity perplexity "$model" --text "$book" -c 8k --policies $all \
             --plot "$reports/perplexity.png"
         ;;
     budget)

@@ -85,7 +85,8 @@ VALUES = {"city": CITIES, "colour": COLOURS, "job": JOBS, "animal": ANIMALS}
 
 PLAIN = (
     Kind(
-        "person", "digits",
+        "person",
+        "digits",
         (
             "The secret code of {k} is {v}.",
             "{k} uses the secret code {v}.",
@@ -108,7 +109,8 @@ PLAIN = (
         "The secret codes of {k} are {v}.",
     ),
     Kind(
-        "any", "digits",
+        "any",
+        "digits",
         (
             "The special magic number for {k} is {v}.",
             "One of the special magic numbers for {k} is: {v}.",
@@ -130,7 +132,8 @@ PLAIN = (
         "The special magic numbers for {k} are {v}.",
     ),
     Kind(
-        "person", "digits",
+        "person",
+        "digits",
         (
             "The pass key to the {o} of {k} is {v}.",
             "The {o} of {k} opens with the pass key {v}.",
@@ -149,7 +152,8 @@ PLAIN = (
         "The pass keys to the {o} of {k} are {v}.",
     ),
     Kind(
-        "person", "word",
+        "person",
+        "word",
         (
             "The favourite word of {k} is {v}.",
             "{k} loves the word {v} more than any other.",
@@ -164,7 +168,8 @@ PLAIN = (
         "The favourite word of {k} is {v}.",
     ),
     Kind(
-        "person", "word",
+        "person",
+        "word",
         (
             "Remember that {k} keeps the word {v}.",
             "The word that {k} keeps is {v}.",
@@ -179,7 +184,8 @@ PLAIN = (
         "The word that {k} keeps is {v}.",
     ),
     Kind(
-        "person", "digits",
+        "person",
+        "digits",
         (
             "{k} sleeps in room {v}.",
             "The room of {k} has the number {v}.",
@@ -194,7 +200,8 @@ PLAIN = (
         "{k} sleeps in room {v}.",
     ),
     Kind(
-        "person", "city",
+        "person",
+        "city",
         (
             "{k} lives in {v}.",
             "{k} has a house in {v}.",
@@ -210,7 +217,8 @@ PLAIN = (
         "{k} lives in {v}.",
     ),
     Kind(
-        "person", "job",
+        "person",
+        "job",
         (
             "{k} works as a {v}.",
             "By trade {k} is a {v}.",
@@ -225,7 +233,8 @@ PLAIN = (
         "{k} works as a {v}.",
     ),
     Kind(
-        "person", "animal",
+        "person",
+        "animal",
         (
             "The pet of {k} is a {v}.",
             "{k} has a tame {v}.",
@@ -240,7 +249,8 @@ PLAIN = (
         "The pet of {k} is a {v}.",
     ),
     Kind(
-        "person", "colour",
+        "person",
+        "colour",
         (
             "The {o} of {k} is painted {v}.",
             "The colour of {k}'s {o} is {v}.",
@@ -254,7 +264,8 @@ PLAIN = (
         "The {o} of {k} is painted {v}.",
     ),
     Kind(
-        "person", "year",
+        "person",
+        "year",
         (
             "{k} was born in the year {v}.",
             "The birth of {k} fell in {v}.",
@@ -268,7 +279,8 @@ PLAIN = (
         "{k} was born in the year {v}.",
     ),
     Kind(
-        "compound", "word",
+        "compound",
+        "word",
         (
             "The password for {k} is {v}.",
             "{k} asks for the password {v}.",
@@ -281,7 +293,7 @@ PLAIN = (
         ),
         "The password for {k} is {v}.",
     ),
-)  # fmt: skip
+)
 
 
 def _magic(what: str, key: str, value: str) -> Kind:

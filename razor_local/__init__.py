@@ -13,8 +13,8 @@ from .bindings import install as _install
 
 _EXPORTS = {
     "Llama": "llama",
-    "Memory": "llama",
-    "SequenceStats": "llama",
+    "Memory": "memory",
+    "SequenceStats": "memory",
     "Chat": "chat",
     "Profile": "profile",
     "ModelShape": "profile",

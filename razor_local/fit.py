@@ -16,6 +16,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from ctypes import c_char_p, c_size_t, c_void_p
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,17 +29,14 @@ from .common.machine import free_memory
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .gguf.header import read_header
 from .gguf.split import read_parts
+from .native.loaded import C, library
 from .native.models import new_context
 from .plan import KV_TYPES, N_CTX_PAD, Plan, make_plan
 from .profile import ModelShape, Profile, profile_from_header, shape_from_header, split_heads
 
-_native = native.load()  # before llama_cpp, which would load a library of its own
-
-from llama_cpp import llama_cpp as C  # noqa: E402
-
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
-MAX_N_CTX = 2**22  # planning takes some 100 bytes per token
+MAX_DRY_RUN = 2**22  # tokens: a dry run takes some 100 bytes for each
 CARDS = tuple(n * 2**30 for n in (8, 12, 16, 24, 32, 48))  # memory of common graphics cards
 
 
@@ -186,10 +184,10 @@ class DryModel:
                 )
             self._tensor_split = (ctypes.c_float * n_max)(*tensor_split)
             params.tensor_split = self._tensor_split
-        _native.clear_errors()
+        library.clear_errors()
         self._model = C.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
-            raise RazorError(f"{self.path} cannot be planned: {_native.reason()}")
+            raise RazorError(f"{self.path} cannot be planned: {library.reason()}")
         self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
         self._needs: dict[ContextOptions, dict[int, Need]] = {}
 
@@ -229,10 +227,10 @@ class DryModel:
         """The largest context that fits, a multiple of 256; None if not even 256 tokens do.
 
         limits: see Need.room. n_max: tokens, not searched beyond (0: as trained, where the model
-        says that, else MAX_N_CTX). Raises as need().
+        says that, else MAX_DRY_RUN). Raises as need().
         """
         options = options or ContextOptions()
-        n_max = self.padded(min(n_max or self.n_ctx_train or MAX_N_CTX, MAX_N_CTX))
+        n_max = self.padded(min(n_max or self.n_ctx_train or MAX_DRY_RUN, MAX_DRY_RUN))
         self.need(N_CTX_PAD, options)  # what is refused here is refused at any size
 
         def room(n: int) -> float:
@@ -244,12 +242,41 @@ class DryModel:
         n = largest_fitting(room, n_max, self._needs[options])
         return self.need(n, options) if n else None
 
+    def flash_attention(self, type_k: str = "f16", type_v: str = "f16") -> bool:
+        """Return whether llama.cpp's "auto" turns flash attention on.
+
+        It does if V is quantized, which needs it, or the device of every layer can run it. Raises
+        UnsupportedError.
+        """
+        if KV_TYPES[type_v].block > 1:
+            return True
+        params = C.llama_context_default_params()
+        params.n_ctx = N_CTX_PAD
+        params.type_k, params.type_v = KV_TYPES[type_k].ggml_id, KV_TYPES[type_v].ggml_id
+        params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_AUTO
+        lines: list[bytes] = []
+        before, data = C.llama_log_callback(), c_void_p()
+        C.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+
+        def log(level: int, text: bytes, _: Any) -> None:
+            lines.append(text)
+            before(level, text, data)
+
+        callback = C.llama_log_callback(log)
+        C.llama_log_set(callback, None)  # no function reports it
+        try:
+            with self._context(params, None):
+                pass
+        finally:
+            C.llama_log_set(before, data)
+        return any(b"Flash Attention enabled" in line for line in lines)
+
     def padded(self, n_ctx: int) -> int:
         """n_ctx as need() rounds it. Raises UnsupportedError."""
         n_ctx = n_ctx or self.n_ctx_train
-        if not 0 < n_ctx <= MAX_N_CTX:
+        if not 0 < n_ctx <= MAX_DRY_RUN:
             raise UnsupportedError(
-                f"a context of {n_ctx} tokens cannot be planned, expected 1 to {MAX_N_CTX:,}"
+                f"a context of {n_ctx} tokens cannot be planned, expected 1 to {MAX_DRY_RUN:,}"
             )
         return -(-n_ctx // N_CTX_PAD) * N_CTX_PAD
 
@@ -283,15 +310,9 @@ class DryModel:
         for name in ("op_offload", "swa_full"):
             if getattr(options, name) is not None:
                 setattr(params, name, getattr(options, name))
-
-        def failed(why: str) -> RazorError:
-            return UnsupportedError(f"{self.path} cannot be planned: {why}")
-
-        assert self._model is not None
-        override = native.make_params(options.profile)
-        with new_context(_native, C, self._model, params, override, failed) as context:
-            active = bool(_native.stats(context).active)
-            places = _places(_native.memory(context))
+        with self._context(params, options.profile) as context:
+            active = bool(library.stats(context).active)
+            places = _places(library.memory(context))
         why = plan.why_inactive if plan else None
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
@@ -303,6 +324,14 @@ class DryModel:
                 " razor-local"
             )
         return need
+
+    def _context(self, params: Any, profile: Profile | None) -> AbstractContextManager[int]:
+        def failed(why: str) -> RazorError:
+            return UnsupportedError(f"{self.path} cannot be planned: {why}")
+
+        assert self._model is not None
+        override = native.make_params(profile)
+        return new_context(library, C, self._model, params, override, failed)
 
     def _plan(self, n_ctx: int, options: ContextOptions) -> Plan | None:
         if options.profile is None:
@@ -482,7 +511,7 @@ def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
 
 def device_memory(name: str) -> tuple[int, int]:
     """Bytes free and in total of a ggml device such as "CUDA0", (0, 0) if it does not tell."""
-    lib = _native.lib
+    lib = library.lib
     find, ask = lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_memory
     find.argtypes, find.restype = [c_char_p], c_void_p
     ask.argtypes = [c_void_p, ctypes.POINTER(c_size_t), ctypes.POINTER(c_size_t)]

@@ -4,53 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import inspect
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, nullcontext
-from ctypes import c_uint8
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import numpy as np
 
-from . import native
-from .common.progress import Progress, Stop, silent
+from . import evaluation, native, sampling
+from .common.progress import Progress, Stop
 from .completion import complete, read_chat_request
-from .errors import (
-    ContextFullError,
-    GGUFError,
-    LibraryError,
-    ProfileError,
-    RazorError,
-    StateError,
-    UnsupportedError,
-)
-from .gguf.header import read_header
-from .gguf.hyper_parameters import check_overrides
+from .errors import GGUFError, LibraryError, RazorError, UnsupportedError
+from .evaluation import Prefill
+from .llama_options import choose_cache, refuse_arguments, type_name
+from .memory import Memory, SequenceStats, read_memory, read_sequence
 from .native.callbacks import Callback
-from .ownership import Requests
-from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
-from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+from .native.loaded import C, library, llama_cpp
+from .ownership import Closed, Inside, Requests
+from .plan import KV_TYPES, Plan
+from .profile import Profile
 from .prompt.control_tokens import PlainMessages
 from .prompt.templates import isolate_formatters
-from .state import fingerprint, seal, unseal
-
-_native = native.load()  # before llama_cpp, which would load a library of its own
-
-import llama_cpp  # noqa: E402
-import llama_cpp._internals  # noqa: E402
-from llama_cpp import llama_cpp as C  # noqa: E402
+from .state import load_state, save_state
 
 
 class _Untouched(nullcontext):
     """In place of what sends stdout and stderr of all threads to /dev/null while a model loads.
 
-    The native log goes to native.py, so there is nothing to hide.
+    The native log goes to native/log.py, so there is nothing to hide.
     """
 
     def __init__(self, disable: bool = True) -> None:
@@ -65,75 +48,7 @@ warnings.filterwarnings("ignore", 'Detected duplicate leading "', RuntimeWarning
 
 isolate_formatters()
 
-_TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
-_ABORTED = 2  # llama_decode: stopped by the abort callback
-_NO_SLOT = 1  # llama_decode: no room for the batch
-_MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it
-_NO_CALLBACK = C.ggml_abort_callback()
-_GENERATE = inspect.signature(llama_cpp.Llama.generate)
 _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
-_SAMPLE = inspect.signature(llama_cpp.Llama.sample)
-_BASE_OPTIONS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"kwargs"}
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """KV heads and bytes of one layer's cache, as the library reports them."""
-
-    il: int
-    retrieval_kv_heads: int
-    local_kv_heads: int
-    kv_bytes: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the KV cache takes. All sizes in bytes, allocated when the context was created.
-
-    active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
-    reason). own_attention: layers whose cache is in host memory run our attention, also with
-    llama.cpp's full cache; False: llama.cpp's attention. kv_bytes: sum of the backend buffers.
-    kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a full f16 cache,
-    None where the model's cache is of a kind that the plan does not describe. layers: empty where
-    not active. n_tokens: in the cache now.
-    """
-
-    active: bool
-    why: str | None
-    own_attention: bool
-    kv_bytes: int
-    kv_bytes_full: int
-    kv_bytes_full_f16: int | None
-    layers: tuple[LayerMemory, ...]
-    n_tokens: int
-    n_ctx: int
-
-    @property
-    def share(self) -> float:
-        """kv_bytes / kv_bytes_full; 1.0 for a model without a KV cache."""
-        return self.kv_bytes / self.kv_bytes_full if self.kv_bytes_full else 1.0
-
-
-@dataclass(frozen=True)
-class SequenceStats:
-    """One sequence of the cache, in tokens.
-
-    Positions [sink_tokens, frontier) are folded into the compensation tokens of the local heads,
-    n_folded of them. n_rollback: this many can be taken back from the end without evaluating again.
-    """
-
-    n_tokens: int
-    frontier: int
-    n_folded: int
-    n_rollback: int
-
-
-class Prefill(NamedTuple):
-    """n_reused: tokens already in the cache. n_evaluated: tokens run. complete: not stopped."""
-
-    n_reused: int
-    n_evaluated: int
-    complete: bool
 
 
 class Llama(PlainMessages, llama_cpp.Llama):
@@ -163,6 +78,17 @@ class Llama(PlainMessages, llama_cpp.Llama):
     Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
     refuses), RazorError (loading failed; with the native library's reason), OSError.
     """
+
+    # what the request that owns a Llama calls, where all others call the method of that name
+    _UNGUARDED: ClassVar[dict[str, Callable[..., Any]]] = {
+        "eval": evaluation.evaluate,
+        "eval_logits": evaluation.evaluate_logits,
+        "generate": sampling.generate,
+        "load_state": load_state,
+        "prefill": evaluation.prefill,
+        "reset": evaluation.reset,
+        "save_state": save_state,
+    }
 
     def __init__(
         self,
@@ -205,48 +131,33 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
         self._ends: dict[int, bool] = {}  # likewise
         self._state_fingerprint: bytes | None = None
+        self._abort_callback: Any = None  # of prefill(); lives as long as it may be called
         model_path = os.fspath(model_path)
-        _refuse_arguments(model_path, n_ctx, kwargs)
-        type_k, type_v = _type_name(type_k), _type_name(type_v)
+        refuse_arguments(model_path, n_ctx, kwargs)
+        type_k, type_v = type_name(type_k), type_name(type_v)
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
             n_ctx = 512 if n_ctx == "auto" else n_ctx
-
-        own_attention = razor is not False and not native.is_disabled()
-        shape, profile, why = _resolve(model_path, razor, budget, window, sink_tokens, compensation)
-        if isinstance(n_ctx, str):
-            options = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
-            run = profile and profile.with_options(window, sink_tokens, compensation)
-            n_ctx = _auto_n_ctx(model_path, n_ctx, run, options)
-        self._plan: Plan | None = None
-        if shape is not None:
-            n_ctx = padded_n_ctx(shape, n_ctx)
-            if n_ctx:  # llama.cpp does so too, but the base class allocates for n_batch before it
-                kwargs["n_batch"] = min(kwargs.get("n_batch", 512), n_ctx)
-            plan = make_plan(
-                shape, profile, n_ctx, type_k, type_v, flash_attn, window, sink_tokens, compensation
-            )
-            self._plan = plan if profile is not None else replace(plan, why_inactive=why)
-        self._why = self._plan.why_inactive if self._plan else why
-        if self._plan is not None and self._plan.active:
-            _refuse_options(kwargs)
-        if self._plan is not None:
-            _refuse_too_large(self._plan)
-        if profile is not None:
-            profile = profile.with_options(window, sink_tokens, compensation)
-        self._profile = profile
+        cache = choose_cache(
+            model_path, razor, budget, window, sink_tokens, compensation, n_ctx, type_k, type_v,
+            flash_attn, kwargs,
+        )  # fmt: skip
+        self._plan, self._profile, self._why = cache.plan, cache.profile, cache.why
+        if cache.plan is not None:
+            # llama.cpp does so too, but the base class allocates for n_batch before it
+            kwargs["n_batch"] = min(kwargs.get("n_batch", 512), cache.n_ctx)
 
         native.refuse_after_fork()
         if C.llama_supports_gpu_offload():
             native.computed()
-        _native.show_log(verbose)
-        _native.clear_errors()
+        library.show_log(verbose)
+        library.clear_errors()
         refusal: RazorError | None = None
-        with _native.override(native.make_params(profile, own_attention)):
+        with library.override(native.make_params(cache.profile, cache.own_attention)):
             try:
                 super().__init__(
                     model_path,
-                    n_ctx=n_ctx,
+                    n_ctx=cache.n_ctx,
                     type_k=KV_TYPES[type_k].ggml_id,
                     type_v=KV_TYPES[type_v].ggml_id,
                     flash_attn=flash_attn,
@@ -287,37 +198,11 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def memory(self) -> Memory:
         """What the KV cache takes, from the native library's own count."""
-        stats = _native.stats(self.ctx)
-        layers: tuple[LayerMemory, ...] = ()
-        if stats.active:
-            rows = [_native.layer(self.ctx, il) for il in range(stats.n_layer)]
-            layers = tuple(
-                LayerMemory(il, r.n_retrieval, r.n_local, r.bytes_k + r.bytes_v + r.bytes_sums)
-                for il, r in enumerate(rows)
-            )
-        return Memory(
-            active=bool(stats.active),
-            why=self._why,
-            own_attention=bool(stats.own_attention),
-            kv_bytes=stats.kv_bytes,
-            kv_bytes_full=(
-                self._plan.kv_bytes_full if self._plan and stats.active else stats.kv_bytes
-            ),
-            kv_bytes_full_f16=self._plan.kv_bytes_full_f16 if self._plan else None,
-            layers=layers,
-            n_tokens=self.n_tokens,
-            n_ctx=self._n_ctx,
-        )
+        return read_memory(library, self.ctx, self._plan, self._why, self.n_tokens, self._n_ctx)
 
     def stats(self, seq_id: int = 0) -> SequenceStats:
         """Tokens, frontier and folded tokens of a sequence. Raises RazorError if not active."""
-        if not _native.stats(self.ctx).active:
-            raise RazorError(f"razor is not active in this context ({self._why})")
-        try:
-            seq = _native.seq(self.ctx, seq_id)
-        except IndexError:
-            raise RazorError(f"the context has no sequence {seq_id}") from None
-        return SequenceStats(seq.n_tokens, seq.frontier, seq.n_folded, seq.n_rollback)
+        return read_sequence(library, self.ctx, seq_id, self._why)
 
     # -- evaluation --
 
@@ -328,7 +213,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         again from the start. Raises ContextFullError with nothing changed, and RazorError if the
         computation fails; n_tokens then says what the cache still holds.
         """
-        self._request(self._eval, tokens)
+        self._request(evaluation.evaluate, self, tokens)
 
     # the base class has a property of this name, of the logits that logits_all=True keeps
     def eval_logits(  # type: ignore[override]
@@ -339,7 +224,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         What is yielded is the library's own memory, which the next batch overwrites. wanted: for
         each token, whether its logits are; None: all. Raises as eval().
         """
-        return self._requests.generate(lambda: self._eval_logits(tokens, wanted))
+        return self._requests.generate(lambda: evaluation.evaluate_logits(self, tokens, wanted))
 
     def prefill(
         self,
@@ -355,7 +240,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         samples without evaluating again.
         Raises as eval(), and what progress() or stop() raises.
         """
-        return self._request(self._prefill, tokens, progress, stop)
+        return self._request(evaluation.prefill, self, tokens, progress, stop)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
@@ -365,15 +250,15 @@ class Llama(PlainMessages, llama_cpp.Llama):
         What the cache holds of tokens already is not evaluated again (reset=False: continues from
         what is in the cache). seed: instead of that of the Llama. Raises as eval().
         """
-        return self._requests.generate(lambda: self._generate(tokens, *args, **kwargs))
+        return self._requests.generate(lambda: sampling.generate(self, tokens, *args, **kwargs))
 
     @functools.wraps(llama_cpp.Llama.sample)
     def sample(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]  # by wraps()
-        return self._request(self._sample, *args, **kwargs)
+        return self._request(sampling.sample, self, *args, **kwargs)
 
     def reset(self) -> None:
         """Forget all tokens. The next request evaluates its own from the start."""
-        self._request(self._reset)
+        self._request(evaluation.reset, self)
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
         """As the base class. Raises RazorError for a text without tokens."""
@@ -385,14 +270,14 @@ class Llama(PlainMessages, llama_cpp.Llama):
                 raise RazorError(
                     f"{text!r} cannot be embedded, expected a text with a token or more"
                 )
-        return self._request(llama_cpp.Llama.embed, _Inside(self), input, *args, **kwargs)
+        return self._request(llama_cpp.Llama.embed, Inside(self), input, *args, **kwargs)
 
     def request(self, make: Callable[[Llama], Iterator[Any]]) -> Generator[Any, Any, Any]:
         """Run a generator as one request: nobody else uses the model until it is over.
 
         make(llama) returns the generator; it uses the model through its argument only.
         """
-        inside: Any = _Inside(self)
+        inside: Any = Inside(self)
         return self._requests.generate(lambda: make(inside))
 
     @functools.wraps(llama_cpp.Llama.create_chat_completion)
@@ -441,7 +326,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def save_state(self) -> llama_cpp.LlamaState:
         """Return a state that load_state() goes on from."""
-        return self._request(self._save_state)
+        return self._request(save_state, self)
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """Continues from a state of save_state(), of a context with the same plan.
@@ -449,7 +334,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         Raises StateError for another state; the context is then as it was, or empty where the
         state turned out to be damaged half-way.
         """
-        self._request(self._load_state, state)
+        self._request(load_state, self, state)
 
     def close(self) -> None:
         """Free the model and its context. Raises RazorError while another thread computes."""
@@ -458,7 +343,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         names = ("_model", "_ctx", "tokenizer_")  # not there yet where loading failed
         kept = {name: vars(self)[name] for name in names if name in vars(self)}
         # first this, so that an open generator that goes on now finds it
-        vars(self).update(dict.fromkeys(names, _Closed()))
+        vars(self).update(dict.fromkeys(names, Closed()))
         if self._requests.is_running():
             vars(self).update(kept)
             raise RazorError("this Llama is computing; close it after the call has returned")
@@ -501,187 +386,23 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
         return self._requests.call(open_one)
 
-    def _eval(self, tokens: Sequence[int]) -> None:
-        tokens = self._after_cached(tokens)
-        for i in range(0, len(tokens), self.n_batch):
-            self._eval_batch(tokens[i : i + self.n_batch])
-
-    def _eval_logits(
-        self, tokens: Sequence[int], wanted: Sequence[bool] | None = None
-    ) -> Generator[np.ndarray, None, None]:
-        tokens = list(tokens)
-        rows = [True] * len(tokens) if wanted is None else list(map(bool, wanted))
-        again = self._after_cached(tokens)
-        rows = [False] * (len(again) - len(tokens)) + rows
-        for i in range(0, len(again), self.n_batch):
-            some = rows[i : i + self.n_batch]
-            self._eval_batch(again[i : i + self.n_batch], some)
-            n = sum(some)
-            if n:
-                flat = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
-                yield flat.reshape(n, self._n_vocab)
-
-    def _prefill(
-        self,
-        tokens: Sequence[int],
-        progress: Progress | None = None,
-        stop: Stop | None = None,
-    ) -> Prefill:
-        tokens = list(tokens)
-        report = progress or silent
-        if not tokens:
-            raise RazorError("there is nothing to evaluate: the prompt has no tokens")
-        if len(tokens) > self._n_ctx:
-            raise ContextFullError(
-                f"the prompt has {len(tokens)} tokens, the context {self._n_ctx}; use a larger"
-                " n_ctx or a shorter text"
-            )
-        keep = self._rewind(tokens)
-        asked = Callback(lambda _data: stop is not None and bool(stop()), on_error=True)
-        self._abort_callback = C.ggml_abort_callback(
-            asked.call
-        )  # lives as long as it may be called
-        try:
-            if stop is not None:
-                C.llama_set_abort_callback(self._ctx.ctx, self._abort_callback, None)
-            while self.n_tokens < len(tokens):
-                if stop is not None and stop():
-                    return Prefill(keep, self.n_tokens - keep, False)
-                report(self.n_tokens, len(tokens), "reading the prompt")
-                try:
-                    self._eval(tokens[self.n_tokens : self.n_tokens + self.n_batch])
-                except _AbortedError:
-                    asked.check()
-                    return Prefill(keep, max(self.n_tokens - keep, 0), False)
-                asked.check()
-            report(self.n_tokens, len(tokens), "reading the prompt")
-        finally:
-            if stop is not None:
-                C.llama_set_abort_callback(self._ctx.ctx, _NO_CALLBACK, None)
-        return Prefill(keep, len(tokens) - keep, True)
-
-    def _generate(
-        self, tokens: Sequence[int], *args: Any, **kwargs: Any
-    ) -> Generator[int, Sequence[int] | None, None]:
-        seed = kwargs.pop("seed", None)
-        options = dict(_GENERATE.bind(self, tokens, *args, **kwargs).arguments)
-        del options["self"], options["tokens"]
-        if self.draft_model is not None:
-            inside: Any = _Inside(self)
-            yield from llama_cpp.Llama.generate(inside, tokens, **options)
-            return
-        tokens, reset = list(tokens), options.pop("reset", True)
-        criteria = options.pop("stopping_criteria", None)
-        if reset and not tokens:
-            raise RazorError("there is nothing to go on from: the prompt has no tokens")
-        with closing(self._init_sampler(seed=seed, **options)) as sampler:
-            self._begin(tokens, reset)
-            while True:
-                token = sampler.sample(self._ctx)
-                if criteria is not None and criteria(self._input_ids, self._last_logits()):
-                    return
-                more = yield token
-                if more is None and self._n_cached() == self.n_tokens < self._n_ctx:
-                    self._eval_batch([token])  # all that eval() would do
-                else:
-                    self._eval([token, *(more or ())])
-
-    def _begin(self, tokens: list[int], reset: bool) -> None:
-        self._eval(tokens[self._rewind(tokens) :] if reset else tokens)
-        self._refresh_logits()
-        if not np.isfinite(self._last_logits().max()):  # nan, if any of them is
-            raise RazorError(
-                f"{self.model_path} computes logits that are not numbers, so it cannot answer;"
-                " the file is damaged, or its values are too large for their types"
-            )
-
-    def _refresh_logits(self) -> None:
-        """Evaluate the last token again where the logits in memory are not known to be its."""
-        if self.n_tokens == 0:
-            raise RazorError("there is nothing to go on from: no token was evaluated")
-        if self._requires_eval:
-            tokens = self._input_ids.tolist()
-            self._eval(tokens[self._rewind(tokens) :])
-
     def _last_logits(self) -> np.ndarray:
         """The logits of the last token in the library's own memory: f32 [n_vocab]."""
         return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
 
-    def _sample(self, *args: Any, **kwargs: Any) -> int:
-        options = dict(_SAMPLE.bind(self, *args, **kwargs).arguments)
-        del options["self"]
-        idx = options.pop("idx", None)
-        self._refresh_logits()
-        with closing(self._init_sampler(**options)) as sampler:
-            return sampler.sample(self._ctx, -1 if idx is None else idx - self.n_tokens)
-
     def _init_sampler(
         self, *args: Any, logits_processor: Any = None, seed: int | None = None, **kwargs: Any
-    ) -> _Sampler:
-        base: Any = _Inside(self, _seed=self._seed if seed is None else seed)
+    ) -> sampling.Sampler:
+        base: Any = Inside(self, _seed=self._seed if seed is None else seed)
         sampler = llama_cpp.Llama._init_sampler(base, *args, **kwargs)
-        return _Sampler(self, sampler, logits_processor)
-
-    def _reset(self) -> None:
-        llama_cpp.Llama.reset(self)
-
-    def _save_state(self) -> llama_cpp.LlamaState:
-        state = llama_cpp.Llama.save_state(self)
-        input_ids = self._input_ids
-        state.llama_state = seal(state.llama_state, input_ids, self._fingerprint())
-        state.llama_state_size = len(state.llama_state)
-        return state
-
-    def _load_state(self, state: llama_cpp.LlamaState) -> None:
-        n = state.n_tokens
-        if n > self._n_ctx:
-            raise StateError(
-                f"the state holds {n} tokens, the context only {self._n_ctx}; use a larger n_ctx"
-            )
-        sealed = state.llama_state
-        if len(sealed) != state.llama_state_size:
-            raise StateError(
-                f"the state cannot be loaded: it has {len(sealed)} of its"
-                f" {state.llama_state_size} bytes"
-            )
-        content = unseal(sealed, n, state.input_ids, self._fingerprint())
-        _native.clear_errors()
-        data = (c_uint8 * len(content)).from_buffer_copy(content)
-        before = self.n_tokens
-        self._requires_eval = True
-        self.n_tokens = 0  # until it is known what the cache holds
-        if C.llama_state_set_data(self._ctx.ctx, data, len(content)) != len(content):
-            reason = _native.reason()
-            if self._n_cached() == before:
-                self.n_tokens = before
-            else:
-                self._clear_cache()
-                reason += "; the context is empty now"
-            raise StateError(f"the state cannot be loaded: {reason}")
-        self.input_ids[:n] = state.input_ids[:n]
-        rows = min(len(self.scores), len(state.scores))
-        self.scores[:rows] = state.scores[:rows]
-        self._seed = state.seed
-        self.n_tokens = n
-
-    def _fingerprint(self) -> bytes:
-        if self._state_fingerprint is None:
-            params = self.context_params
-            options = (
-                params.rope_scaling_type, params.rope_freq_base, params.rope_freq_scale,
-                params.yarn_ext_factor, params.yarn_attn_factor, params.yarn_beta_fast,
-                params.yarn_beta_slow, params.yarn_orig_ctx, self.lora_scale, self.kv_overrides,
-                self.lora_path and hashlib.blake2b(Path(self.lora_path).read_bytes()).digest(),
-            )  # fmt: skip
-            self._state_fingerprint = fingerprint(self.model_path, options)
-        return self._state_fingerprint
+        return sampling.Sampler(self, sampler, logits_processor)
 
     # the base class passes all arguments by name
     def _create_completion(  # type: ignore[override]
         self, **request: Any
     ) -> Iterator[dict[str, Any]]:
         """What create_completion() and the like are made of. See completion.complete()."""
-        return self._requests.generate(lambda: complete(_Inside(self), request))
+        return self._requests.generate(lambda: complete(Inside(self), request))
 
     def _check_token(self, token: int) -> None:
         self._check_tokens((token,))
@@ -703,110 +424,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
                 return buffer.raw[:n]
             size = -n
 
-    def _after_cached(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens to evaluate where the cache ends now, so that they follow n_tokens."""
-        tokens = list(tokens)
-        if self._model_params.vocab_only:
-            raise UnsupportedError("vocab_only=True loads no weights, nothing can be evaluated")
-        self._check_tokens(tokens)
-        if self.n_tokens + len(tokens) > self._n_ctx:
-            raise ContextFullError(
-                f"{self.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
-                f" {self._n_ctx}; use a larger n_ctx or a shorter text"
-            )
-        # asked first: taking nothing back looks at all cells of a cache of llama.cpp's own
-        n_cached = self._n_cached()
-        if n_cached < self.n_tokens or (
-            n_cached > self.n_tokens and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
-        ):
-            tokens = [*self._input_ids.tolist(), *tokens]
-            self._clear_cache()
-        return tokens
-
-    def _eval_batch(self, batch: list[int], wanted: list[bool] | None = None) -> None:
-        """wanted: the tokens whose logits are computed, None: the last, or all with logits_all."""
-        n_past, n = self.n_tokens, len(batch)
-        _native.clear_errors()
-        native.computed()
-        # an interrupt may come at any time: the logits count, and n_tokens grows, at the very end
-        self._requires_eval = True
-        if n == 1 and wanted is None:
-            ids, native_batch = self._one
-            ids[0] = batch[0]
-        else:
-            ids = (C.llama_token * n)(*batch)  # the native batch only points to them
-            native_batch = C.llama_batch_get_one(ids, n)
-            if wanted is not None or self._logits_all:
-                native_batch.logits = (ctypes.c_int8 * n)(*(wanted or [True] * n))
-        code = C.llama_decode(self._ctx.ctx, native_batch)
-        if code != 0:
-            reason = _native.reason("")
-            self._after_failed_decode(batch, n_past)
-            if code == _ABORTED:
-                raise _AbortedError("the computation was stopped")
-            full = code == _NO_SLOT and reason in ("", "the context is full")
-            what = f"{n} tokens after {n_past} in a context of {self._n_ctx}"
-            if full:
-                raise ContextFullError(f"there is no room for {what}; use a larger n_ctx")
-            raise RazorError(f"evaluating {what} failed: {reason or f'llama_decode {code}'}")
-        if n == 1:
-            self.input_ids[n_past] = batch[0]  # in a third of the time
-        else:
-            self.input_ids[n_past : n_past + n] = batch
-        if self._logits_all and wanted is None:
-            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(n * self._n_vocab,))
-            self.scores[n_past : n_past + n, :].reshape(-1)[:] = logits
-        self.n_tokens += n
-        self._requires_eval = wanted is not None and not wanted[-1]
-
-    def _after_failed_decode(self, batch: list[int], n_past: int) -> None:
-        """Sets n_tokens to what the cache holds: part of the batch may have been evaluated."""
-        self._requires_eval = True
-        if self._logits_all:  # the logits of that part were not kept
-            return
-        n = self._n_cached()
-        if n_past <= n <= n_past + len(batch) and self._ctx.kv_cache_seq_rm(-1, n, -1):
-            self.input_ids[n_past:n] = batch[: n - n_past]
-            self.n_tokens = n
-        else:
-            self._clear_cache()
-
-    def _n_cached(self) -> int:
-        """Tokens in the cache itself."""
-        return C.llama_memory_seq_pos_max(self._ctx.memory, 0) + 1
-
-    def _clear_cache(self) -> None:
-        self._requires_eval = True
-        self.n_tokens = 0
-        self._ctx.kv_cache_clear()
-
-    def _rewind(self, tokens: list[int]) -> int:
-        """Takes the cache back to what it has of tokens; how many these are.
-
-        One at least is left to evaluate, for its logits, unless they are those of the last token.
-        """
-        self._check_tokens(tokens)
-        same = self._common_prefix(tokens)
-        if same == len(tokens) == self.n_tokens and not self._requires_eval:
-            return same
-        keep = min(same, len(tokens) - 1)
-        if keep > 0:
-            self._requires_eval = True
-            self.n_tokens = keep  # before the cache, which may hold more but not less
-            if self._ctx.kv_cache_seq_rm(-1, keep, -1):
-                return keep
-        self._reset()
-        return 0
-
-    def _common_prefix(self, tokens: list[int]) -> int:
-        n = min(self.n_tokens, len(tokens))
-        differs = np.flatnonzero(self.input_ids[:n] != np.asarray(tokens[:n], dtype=np.intc))
-        return int(differs[0]) if differs.size else n
-
     def _refusal(self, model_path: str, error: Exception) -> RazorError | None:
         """Why loading failed, by the library; None for a mistake in the arguments."""
-        reason = _native.reason()
-        kind = UnsupportedError if _native.last_error() else RazorError
+        reason = library.reason()
+        kind = UnsupportedError if library.last_error() else RazorError
         if hasattr(self, "_model"):
             return kind(f"no context could be created for {model_path}: {reason}")
         if str(error).startswith("Failed to load model"):
@@ -815,7 +436,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def _check_plan(self) -> None:
         """The plan that every tool prints must be what the library allocated."""
-        stats = _native.stats(self.ctx)
+        stats = library.stats(self.ctx)
         planned = self._plan.kv_bytes if self._plan and self._plan.active else None
         found = stats.kv_bytes if stats.active else None
         if planned != found:
@@ -826,232 +447,3 @@ class Llama(PlainMessages, llama_cpp.Llama):
             )
         if not stats.active and self._plan and self._plan.kv_bytes != stats.kv_bytes:
             self._plan = None  # a cache of another kind, such as sliding windows
-
-
-class _AbortedError(RazorError):
-    pass
-
-
-class _Closed:
-    """Stands for what close() has freed."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise RazorError("this Llama is closed; make a new one")
-
-
-class _Inside:
-    """A Llama as the request that owns it sees it: what it asks for belongs to that request.
-
-    instead: attributes that differ from those of the Llama.
-    """
-
-    _UNGUARDED = frozenset(
-        ("eval", "eval_logits", "generate", "load_state", "prefill", "reset", "save_state")
-    )
-
-    def __init__(self, llama: Llama, **instead: Any) -> None:
-        vars(self).update(_llama=llama, **instead)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "sample":  # of the base class, which goes on with the sampler of its generate()
-            inside: Any = self
-            return functools.partial(llama_cpp.Llama.sample, inside)
-        return getattr(self._llama, f"_{name}" if name in self._UNGUARDED else name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._llama, name, value)
-
-
-class _Sampler:
-    """A sampler of the library, and logits processors that run in Python before it.
-
-    The base class calls these from native code, which swallows what they raise.
-    """
-
-    def __init__(self, llama: Llama, sampler: Any, processors: Any) -> None:
-        if callable(processors) and not isinstance(processors, list):
-            processors = [processors]
-        self._llama: Any = weakref.proxy(llama)
-        self._sampler, self._processors = sampler, list(processors or ())
-
-    def close(self) -> None:
-        self._sampler.close()
-
-    def sample(self, ctx: Any, idx: int = -1) -> int:
-        if not self._processors:
-            return self._sampler.sample(ctx, idx)
-        llama = self._llama
-        logits = np.ctypeslib.as_array(ctx.get_logits_ith(idx), shape=(llama._n_vocab,))
-        original = logits.copy()
-        changed = original.copy()
-        for processor in self._processors:
-            changed = _checked_logits(processor(llama._input_ids, changed), len(original))
-        llama._requires_eval = True  # while the library's logits are not the model's
-        logits[:] = changed
-        token = self._sampler.sample(ctx, idx)
-        logits[:] = original
-        llama._requires_eval = False
-        return token
-
-
-def _checked_logits(logits: Any, n_vocab: int) -> np.ndarray:
-    """Return the logits of a logits processor. Raises RazorError unless they are valid."""
-    try:
-        changed = np.asarray(logits, np.float32)
-    except (TypeError, ValueError):
-        changed = np.empty(0, np.float32)
-    if changed.shape != (n_vocab,):
-        found = type(logits).__name__
-        if isinstance(logits, np.ndarray):
-            found = f"an array of shape {list(logits.shape)}"
-        raise RazorError(
-            f"a logits processor returned {found}, expected an array of {n_vocab} numbers"
-        )
-    if np.isnan(changed).any() or changed.max() in (np.inf, -np.inf):
-        raise RazorError(
-            "a logits processor returned numbers that no token can be chosen by: one is NaN or"
-            " +inf, or all are -inf"
-        )
-    return changed
-
-
-def _resolve(
-    model_path: str,
-    razor: bool | str | os.PathLike[str] | Profile,
-    budget: float | None,
-    window: int | None,
-    sink_tokens: int | None,
-    compensation: bool | None,
-) -> tuple[ModelShape | None, Profile | None, str]:
-    """Shape and profile of a model, and why there is no profile. Shape None: not understood."""
-    overridden = not (budget is window is sink_tokens is compensation is None)
-    disabled = native.is_disabled()
-    if razor is False or disabled:
-        why = "razor=False" if razor is False else f"{native.DISABLE_ENV} is set"
-        if overridden and not disabled:
-            raise ProfileError(
-                "budget, window, sink_tokens and compensation change a razor profile, which"
-                " razor=False switches off; leave one or the other out"
-            )
-        header = read_header(model_path)
-        try:
-            return shape_from_header(header), None, why
-        except (GGUFError, ProfileError):
-            return None, None, why  # llama.cpp may know better
-
-    header = read_header(model_path)
-    if razor is True:
-        try:
-            shape = shape_from_header(header)
-        except ProfileError:
-            if any(key.startswith("razor.") for key in header.entries):
-                raise
-            shape = None
-        profile = profile_from_header(header, shape) if shape else None
-        if profile is None and overridden:
-            raise ProfileError(
-                f"{model_path} has no razor profile that budget, window, sink_tokens or"
-                " compensation could change; make one with 'razor-local convert MODEL.gguf -o"
-                " OUT.gguf', or pass razor=SIDECAR"
-            )
-    else:
-        shape = shape_from_header(header)
-        profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
-    if budget is not None and profile is not None and shape is not None:
-        from .scores import with_budget
-
-        profile = with_budget(profile, shape, budget)
-    return shape, profile, "the model file has no razor profile"
-
-
-def _auto_n_ctx(
-    model_path: str, n_ctx: str, profile: Profile | None, options: dict[str, Any]
-) -> int:
-    from .fit import ContextOptions, auto_n_ctx
-
-    if n_ctx != "auto":
-        raise UnsupportedError(f"n_ctx is {n_ctx!r}, expected a number of tokens or 'auto'")
-    if options.get("embedding"):
-        raise UnsupportedError("n_ctx='auto' plans for text; pass a number with embedding=True")
-
-    def chosen(*names: str) -> dict[str, Any]:
-        return {name: options[name] for name in names if name in options}
-
-    names = [f.name for f in fields(ContextOptions) if f.name != "profile"]
-    return auto_n_ctx(
-        model_path,
-        ContextOptions(profile=profile, **chosen(*names)),
-        # the base class's own default is 0
-        **{"n_gpu_layers": 0} | chosen("n_gpu_layers", "split_mode", "main_gpu", "tensor_split"),
-    )
-
-
-def _refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) -> None:
-    """Refuses what the base class would swallow, or hand on to crash the native library."""
-    try:
-        model_path.encode()
-    except UnicodeEncodeError:
-        raise UnsupportedError(
-            f"the name {model_path!r} is not UTF-8, which llama.cpp's bindings expect; rename the"
-            " file or its folder"
-        ) from None
-    for name in kwargs:
-        if name not in _BASE_OPTIONS:
-            raise TypeError(f"Llama() has no argument {name!r}")
-    numbers = {"n_ctx": 0 if isinstance(n_ctx, str) else n_ctx} | kwargs
-    for name, low, high, instead in (
-        ("n_ctx", 0, 2**31 - 1, " or 'auto'"),
-        ("n_batch", 1, 2**31 - 1, ""),
-        ("n_ubatch", 1, 2**31 - 1, ""),
-        ("n_threads", 0, _MAX_THREADS, " or None"),
-        ("n_threads_batch", 0, _MAX_THREADS, " or None"),
-    ):
-        value: Any = numbers.get(name)
-        if value is None and (name not in numbers or instead == " or None"):
-            continue
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not whole or not low <= value <= high:
-            raise UnsupportedError(
-                f"{name} is {value!r}, expected a whole number from {low} to {high}{instead}"
-            )
-    check_overrides(kwargs.get("kv_overrides"))
-    lora = kwargs.get("lora_path")
-    if lora is not None and not os.path.isfile(lora):
-        raise UnsupportedError(f"lora_path is {lora!r}, which is no file; name a LoRA adapter")
-
-
-def _refuse_options(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("draft_model") is not None:
-        raise UnsupportedError(
-            "draft_model cannot be used with razor: taking rejected drafts back can fail once"
-            " tokens are folded, and that path would not notice; pass razor=False"
-        )
-    if kwargs.get("embedding"):
-        raise UnsupportedError(
-            "embedding=True needs a cache of several sequences, razor serves one yet; pass"
-            " razor=False"
-        )
-
-
-def _refuse_too_large(plan: Plan) -> None:
-    # allocating it would succeed and filling it end the process, where memory is overcommitted
-    if C.llama_supports_gpu_offload() or not hasattr(os, "sysconf"):
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if plan.kv_bytes > memory:
-        raise RazorError(
-            f"the KV cache of {plan.n_ctx} tokens takes {plan.kv_bytes / 2**30:.1f} GiB, this"
-            f" machine has {memory / 2**30:.1f} GiB; use a smaller n_ctx or q8_0 for type_k and"
-            " type_v"
-        )
-
-
-def _type_name(kv_type: int | str | None) -> str:
-    if kv_type is None:
-        return "f16"
-    name = _TYPE_NAMES.get(kv_type) if isinstance(kv_type, int) else kv_type
-    if name not in KV_TYPES:
-        raise UnsupportedError(
-            f"{kv_type!r} is not a KV cache type, expected one of {', '.join(KV_TYPES)}"
-        )
-    return name

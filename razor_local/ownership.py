@@ -7,16 +7,20 @@ a request holds a lock in a with statement, which C code releases, and is over w
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from types import GeneratorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import native
 from .errors import RazorError
+
+if TYPE_CHECKING:
+    from .llama import Llama
 
 _POLL_SECONDS = 0.005  # how often a waiting request looks whether it is next
 
@@ -122,3 +126,36 @@ class Requests:
             f"another thread is using {self._what}; pass wait=True to wait for it, or make one for"
             " each thread"
         )
+
+
+class Closed:
+    """Stands for what close() has freed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RazorError("this Llama is closed; make a new one")
+
+
+class Inside:
+    """A Llama as the request that owns it sees it: what it asks for belongs to that request.
+
+    Args:
+        llama: its _UNGUARDED has the functions that take the place of its methods.
+        instead: attributes that differ from those of the Llama.
+    """
+
+    def __init__(self, llama: Llama, **instead: Any) -> None:
+        vars(self).update(_llama=llama, **instead)
+
+    def __getattr__(self, name: str) -> Any:
+        unguarded = self._llama._UNGUARDED.get(name)
+        if unguarded is not None:
+            return functools.partial(unguarded, self._llama)
+        if name == "sample":  # of the base class, which goes on with the sampler of its generate()
+            from llama_cpp import Llama
+
+            inside: Any = self
+            return functools.partial(Llama.sample, inside)
+        return getattr(self._llama, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._llama, name, value)

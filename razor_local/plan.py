@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import UnsupportedError
+from .gguf.hyper_parameters import MAX_N_CTX
 
 if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
     from .profile import ModelShape, Profile
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values
 N_CTX_PAD = 256  # llama.cpp rounds n_ctx up to it; the cells of local heads are rounded alike
-MAX_N_CTX = 2**31 - 1
 
 
 @dataclass(frozen=True)

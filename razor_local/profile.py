@@ -481,9 +481,14 @@ def model_fingerprint(parts: Sequence[Header]) -> str:
     arch = header.string("general.architecture", 256) or ""
     digest.update(arch.encode() + b"\0")
     for key in (
-        "block_count", "nextn_predict_layers", "embedding_length", "attention.head_count",
-        "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    ):  # fmt: skip
+        "block_count",
+        "nextn_predict_layers",
+        "embedding_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+    ):
         entry = header.entries.get(f"{arch}.{key}")
         value: object = "" if entry is None else entry.value
         if entry is not None and entry.kind == ARRAY and entry.element in (U32, I32):

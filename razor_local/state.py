@@ -1,4 +1,4 @@
-"""Saved states: what load_state() checks before the library reads one.
+"""Saved states: written with a seal, which is checked before the library reads one.
 
 The library's state is followed by a seal: 8 bytes magic, 16 bytes fingerprint of the model and the
 options that decide what the cache holds, u32 tokens, 16 bytes digest of all this and the tokens.
@@ -9,20 +9,83 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from ctypes import c_uint8
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import StateError
+from .evaluation import clear_cache, n_cached
 from .gguf.header import Header, read_header
 from .gguf.split import read_parts
+from .native.loaded import C, library, llama_cpp
+
+if TYPE_CHECKING:
+    from .llama import Llama
 
 _MAGIC = b"rzrstat1"
 _SEAL = struct.Struct("<8s16sI16s")
 _N_SAMPLES, _SAMPLE_BYTES = 128, 4096  # of the weights of each file
 # what changes nothing in the cache, or is compared by the library itself
 _IGNORED_KEYS = ("general.", "tokenizer.", "razor.", "split.")
+
+
+def save_state(llama: Llama) -> llama_cpp.LlamaState:
+    """See Llama.save_state()."""
+    state = llama_cpp.Llama.save_state(llama)
+    input_ids = llama._input_ids
+    state.llama_state = seal(state.llama_state, input_ids, _fingerprint_of(llama))
+    state.llama_state_size = len(state.llama_state)
+    return state
+
+
+def load_state(llama: Llama, state: llama_cpp.LlamaState) -> None:
+    """See Llama.load_state()."""
+    n = state.n_tokens
+    if n > llama._n_ctx:
+        raise StateError(
+            f"the state holds {n} tokens, the context only {llama._n_ctx}; use a larger n_ctx"
+        )
+    sealed = state.llama_state
+    if len(sealed) != state.llama_state_size:
+        raise StateError(
+            f"the state cannot be loaded: it has {len(sealed)} of its"
+            f" {state.llama_state_size} bytes"
+        )
+    content = unseal(sealed, n, state.input_ids, _fingerprint_of(llama))
+    library.clear_errors()
+    data = (c_uint8 * len(content)).from_buffer_copy(content)
+    before = llama.n_tokens
+    llama._requires_eval = True
+    llama.n_tokens = 0  # until it is known what the cache holds
+    if C.llama_state_set_data(llama._ctx.ctx, data, len(content)) != len(content):
+        reason = library.reason()
+        if n_cached(llama) == before:
+            llama.n_tokens = before
+        else:
+            clear_cache(llama)
+            reason += "; the context is empty now"
+        raise StateError(f"the state cannot be loaded: {reason}")
+    llama.input_ids[:n] = state.input_ids[:n]
+    rows = min(len(llama.scores), len(state.scores))
+    llama.scores[:rows] = state.scores[:rows]
+    llama._seed = state.seed
+    llama.n_tokens = n
+
+
+def _fingerprint_of(llama: Llama) -> bytes:
+    """Return the fingerprint of a Llama, which is computed once."""
+    if llama._state_fingerprint is None:
+        params = llama.context_params
+        options = (
+            params.rope_scaling_type, params.rope_freq_base, params.rope_freq_scale,
+            params.yarn_ext_factor, params.yarn_attn_factor, params.yarn_beta_fast,
+            params.yarn_beta_slow, params.yarn_orig_ctx, llama.lora_scale, llama.kv_overrides,
+            llama.lora_path and hashlib.blake2b(Path(llama.lora_path).read_bytes()).digest(),
+        )  # fmt: skip
+        llama._state_fingerprint = fingerprint(llama.model_path, options)
+    return llama._state_fingerprint
 
 
 def seal(data: bytes, input_ids: np.ndarray, fingerprint: bytes) -> bytes:

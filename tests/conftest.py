@@ -36,3 +36,13 @@ def stock() -> Iterator[Any]:
     with runner.Worker(lib_dir) as worker:
         assert not worker(runner.ping), f"{lib_dir} is patched, expected a stock build"
         yield worker
+
+
+@pytest.fixture(scope="module")
+def same_commit() -> Iterator[None]:
+    """Someone may commit while the tests run, and a journal of another commit is refused."""
+    from razor_local.bench import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "describe_code", lambda: {"version": "1", "commit": "abc"})
+        yield

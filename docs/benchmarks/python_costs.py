@@ -27,7 +27,7 @@ from typing import Any
 import click
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from razor_local import Llama
+from razor_local import Llama, evaluation
 from razor_local.bench.random_cache import random_state
 from razor_local.bench.shapes import SHAPES, cached_shape_model
 from razor_local.cli.chat import DEFAULT_MODEL
@@ -55,7 +55,8 @@ class Stock(Llama):
 PARTS = (
     ("text of the answer", [(Stock, "detokenize"), (Llama, "piece"), (TextStream, "add"),
                             (TextStream, "stopped"), (TextStream, "ready")]),
-    ("token to the context", [(Stock, "eval"), (Llama, "_eval_batch"), (Llama, "_n_cached")]),
+    ("token to the context", [(Stock, "eval"), (evaluation, "eval_batch"),
+                              (evaluation, "n_cached")]),
     ("library", [(C, "llama_decode"), (C, "llama_sampler_sample")]),
 )  # fmt: skip
 
@@ -94,7 +95,7 @@ class Timer:
 
 def fill(llama: Llama, tokens: list[int]) -> None:
     """Leaves tokens in the context, with random rows in its cache."""
-    llama._clear_cache()
+    evaluation.clear_cache(llama)
     llama.eval(tokens[:1])
     if len(tokens) == 1:
         return

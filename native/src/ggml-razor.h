@@ -1,49 +1,52 @@
 #pragma once
 
-// Operations of local and retrieval heads on devices: what libllama and a backend must agree on.
+// operations for retrieval and local heads on devices: the interface between libllama and a backend
 //
-// They are GGML_OP_CUSTOM with one of these structs in op_params, behind ggml's own parameters. A backend that knows an
-// operation says so by ggml_backend_dev_supports_op().
+// they are GGML_OP_CUSTOM with one of the structs below in op_params, after ggml's own parameters
+// a backend supports an operation if ggml_backend_dev_supports_op() returns true
 //
-// Storing the rows of all heads:
-//   src[0] k_cur F32 [d, n_head_kv*n_tokens], contiguous, as the next
-//   src[1] v_cur
-//   src[2] k     [d, rows, n_stream], written to, as the next
-//   src[3] v
-//   src[4] rows  I64 [n_head_kv*n_tokens] where each goes
-//   dst          nothing
+// store the rows of all heads:
+//   src[0] k_cur F32 [d, n_head_kv*n_tokens], contiguous
+//   src[1] v_cur same as k_cur
+//   src[2] k     [d, rows, n_stream], modified
+//   src[3] v     same as k
+//   src[4] rows  I64 [n_head_kv*n_tokens], index of the row of each
+//   dst          unused
 //
-// Folding rows of local heads into their compensation tokens:
-//   src[0] k     as above, as the next
-//   src[1] v
-//   src[2] k_sum F32 [d*n_local, slots], sums of what was folded before, as the next
-//   src[3] v_sum
-//   src[4] I32 [n_fold, ...] the rows in the cells of a head
-//   src[5] I32 [1] slot that is read, src[6] I64 [1] slot that is written to
-//   src[7] I64 [n] rows that get the mean
-//   src[8] F32 [1] 1/number of folded rows
-//   dst    nothing
+// fold rows of local heads into their compensation tokens:
+//   src[0] k       [d, rows, n_stream], modified
+//   src[1] v       same as k
+//   src[2] k_sum   F32 [d*n_local, slots], sums of the rows that were folded before, modified
+//   src[3] v_sum   same as k_sum
+//   src[4] rows    I32 [n_fold, ...], cells to fold
+//   src[5] src     I32 [1], slot to read
+//   src[6] dst     I64 [1], slot to write
+//   src[7] cells   I64 [n], cells that get the mean
+//   src[8] inverse F32 [1], 1/number of folded rows
+//   dst            unused
 //
-// Attention of one token. There are two groups of KV heads with cells of their own (llama-kv-cache-razor.h):
+// attention of one token, for two groups of KV heads with different numbers of cells (see llama-kv-cache-razor.h):
 //   src[0] q     F32 [d, n_head, 1]
 //   src[1] k     [d, rows, n_stream]
 //   src[2] v     [d, rows, n_stream]
-//   src[3] mask  F16 [n_kv, 1] of the retrieval heads, as the next without ALiBi
-//   src[4] mask  F16 [n_kv, 1] of the local heads
-//   dst          F32 [d*n_head, 1], in the model's order of heads
+//   src[3] mask  F16 [n_kv, 1], retrieval heads, without ALiBi
+//   src[4] mask  F16 [n_kv, 1], local heads
+//   dst          F32 [d*n_head, 1], heads in the model's order
 //
-// Attention of a batch, in which a token sees what the one before it sees and more: a cell is told by the first that sees it
+// attention of a batch: each token sees all cells that the previous token sees, so a cell only needs the first token that sees it
 //   src[0] q     F32 [d, n_head, n_tokens], nb[0] == 4
-//   src[1] k     as for one token, as the next
-//   src[2] v
-//   src[3] since I32 [n_kv] of the retrieval heads: the first token that sees the cell, 0: all do, GGML_RAZOR_NEVER: none
-//   src[4] since I32 [n_kv] of the local heads
-//   src[5] bias  F32 [n_kv] of the local heads, added to the scaled scores: a compensation token's logarithm, 0 elsewhere
-//   src[6] tiles I32 [2, n] smallest and largest `since` of each GGML_RAZOR_TILE cells of the retrieval heads, then of the
-//                local heads. Cells beyond n_kv are seen by none, and a tile with a bias has GGML_RAZOR_NEVER as its largest:
-//                a token sees all of a tile whose largest it reaches, without a look at its cells
-//   dst          F32 [d*n_head, n_tokens], in the model's order of heads
-// Arrays of a group that has no heads in a layer are not read.
+//   src[1] k     [d, rows, n_stream]
+//   src[2] v     [d, rows, n_stream]
+//   src[3] since I32 [n_kv], retrieval heads: the first token that sees the cell, GGML_RAZOR_NEVER if there is none
+//   src[4] since I32 [n_kv], local heads
+//   src[5] bias  F32 [n_kv], local heads: added to the scaled scores, 0 except for the compensation token
+//   src[6] tiles I32 [2, n], smallest and largest `since` of each tile of GGML_RAZOR_TILE cells, first those of the retrieval heads,
+//                then those of the local heads
+//                no token sees cells after n_kv, and the largest `since` of a tile with a bias is GGML_RAZOR_NEVER: a token for which
+//                the largest one is not greater sees the whole tile without a mask
+//   dst          F32 [d*n_head, n_tokens], heads in the model's order
+//
+// the inputs of a group are not read if the layer has no heads in it
 
 #include "ggml.h"
 
@@ -58,8 +61,8 @@
 #define GGML_RAZOR_DEVICE_ENV "RAZOR_LOCAL_DEVICE_ATTENTION"
 
 #define GGML_RAZOR_ATTN_MAX_KV 64 // heads
-#define GGML_RAZOR_OFFSET      24 // behind ggml_custom_op_params
-#define GGML_RAZOR_TILE        128 // cells that a batch looks at together
+#define GGML_RAZOR_OFFSET      24 // in op_params, after ggml_custom_op_params
+#define GGML_RAZOR_TILE        128 // cells of a tile, for batches
 #define GGML_RAZOR_NEVER       INT32_MAX
 
 struct ggml_razor_store_params {
@@ -71,7 +74,7 @@ struct ggml_razor_attn_params {
     float    scale;
     int32_t  n_ctx;     // rows of a retrieval head
     int32_t  cells;     // rows of a local head
-    uint64_t retrieval; // a bit for each KV head
+    uint64_t retrieval; // one bit for each KV head
     int32_t  n_head_kv;
     int32_t  stream;
 };
@@ -80,7 +83,7 @@ struct ggml_razor_fold_params {
     uint32_t magic;
     int32_t  n_local;
     int32_t  cells; // rows of a local head
-    int64_t  first; // row of the first of them
+    int64_t  first; // first row of the local heads
 };
 
 static_assert(GGML_RAZOR_OFFSET + sizeof(ggml_razor_attn_params) <= GGML_MAX_OP_PARAMS, "does not fit");
@@ -90,11 +93,11 @@ inline void ggml_razor_set_params(ggml_tensor * t, const T & params) {
     memcpy((char *) t->op_params + GGML_RAZOR_OFFSET, &params, sizeof(params));
 }
 
-// false: another operation
+// return false if it is another operation
 template<typename T>
 inline bool ggml_razor_get_params(const ggml_tensor * t, uint32_t magic, T & params) {
     uint32_t found;
-    memcpy(&found,  (const char *) t->op_params + GGML_RAZOR_OFFSET, sizeof(found)); // the first of each
+    memcpy(&found,  (const char *) t->op_params + GGML_RAZOR_OFFSET, sizeof(found)); // the first member of each struct
     memcpy(&params, (const char *) t->op_params + GGML_RAZOR_OFFSET, sizeof(params));
 
     return t->op == GGML_OP_CUSTOM && found == magic;

@@ -28,6 +28,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         return res;
     };
 
+    // 1. find the orders of the heads and their offsets in the inputs
     init_orders();
 
     size_t n_rows  = 0;
@@ -45,7 +46,8 @@ llm_graph_input_razor::llm_graph_input_razor(
         }
     }
 
-    // set_rows takes both types, but not every backend copies I64 (ggml-vulkan ends the process); our own operation takes I64
+    // 2. rows and heads
+    // ggml_set_rows() supports both types, but ggml-vulkan aborts on copies of I64; the operations of ggml-razor.h need I64
     bool any_device = false;
     for (uint32_t il = 0; il < plan.local.size(); ++il) {
         any_device = any_device || kv.get_layer(il).device;
@@ -57,9 +59,10 @@ llm_graph_input_razor::llm_graph_input_razor(
         heads = input(GGML_TYPE_I32, n_heads*n_tokens, 1, "razor_inp_heads");
     }
 
-    // flash attention requires an f16 mask
+    // 3. mask, flash attention requires F16
     mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_kv, n_tokens, "razor_inp_mask");
 
+    // 4. elements and rows of transposed V caches
     uint32_t n_local_max = 0;
     bool     any_batch   = false;
 
@@ -80,6 +83,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         }
     }
 
+    // 5. inputs that replace the masks for the attention of a batch on devices
     if (n_tokens > 1 && any_batch) {
         auto n_tiles = [](uint32_t n) { return (n + GGML_RAZOR_TILE - 1)/GGML_RAZOR_TILE; };
 
@@ -89,6 +93,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         batch.tiles    = input(GGML_TYPE_I32, 2, n_tiles(n_kv_full) + n_tiles(n_kv), "razor_inp_tiles");
     }
 
+    // 6. fold
     if (n_fold > 0 && plan.n_comp > 0) {
         fold_rows = input(GGML_TYPE_I32, n_fold, n_local_max, "razor_inp_fold_rows");
         fold_src  = input(GGML_TYPE_I32, 1,      1, "razor_inp_fold_src");
@@ -144,7 +149,7 @@ void llm_graph_input_razor::init_orders() {
     }
 }
 
-// everything that is live before the first token, which sees it
+// the mask of the cells that were written before this ubatch
 template<typename T>
 static void set_input_past(
         T * data,
@@ -167,7 +172,7 @@ static void set_input_past(
     if (plan.n_comp > 0 && step.frontier > plan.sink_tokens) {
         const double n_folded = step.frontier - plan.sink_tokens;
 
-        // the largest value of the type that is not above log(N_d), and what is missing
+        // the first cell gets log(N_d) rounded down, the second one the logarithm of what is missing
         float val = log(n_folded);
         T  first  = llama_cast<T>(val);
         for (double over = exp(llama_cast<float>(first)); over > n_folded; over = exp(llama_cast<float>(first))) {
@@ -191,7 +196,7 @@ static void set_input_mask(
         uint32_t n_tokens) {
     set_input_past(data, plan, step, n_kv);
 
-    // each token sees itself and what the one before it sees
+    // each token sees itself and what the previous token sees
     for (uint32_t i = 0; i < n_tokens; ++i) {
         T * row = data + (size_t) i*n_kv;
 
@@ -203,7 +208,8 @@ static void set_input_mask(
     }
 }
 
-// returns where the next tile goes
+// smallest and largest `since` of each tile, as in ggml-razor.h
+// return the position after the last tile
 static int32_t * set_input_tiles(int32_t * data, const int32_t * since, const float * bias, uint32_t n_kv) {
     for (uint32_t first = 0; first < n_kv; first += GGML_RAZOR_TILE) {
         const uint32_t end = std::min<uint32_t>(first + GGML_RAZOR_TILE, n_kv);
@@ -266,7 +272,7 @@ void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch) const {
     int32_t * since      = (int32_t *) batch.since[1]->data;
     float   * bias       = (float   *) batch.bias->data;
 
-    // as upstream's mask. The positions of an ubatch follow each other: init_batch()
+    // 1. retrieval heads, same as upstream's mask: the positions of an ubatch are consecutive, see init_batch()
     const llama_seq_id seq_id = ubatch.seq_id[0][0];
     const auto &       cells  = mctx->get_kv().get_cells(seq_id);
 
@@ -281,6 +287,7 @@ void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch) const {
         }
     }
 
+    // 2. local heads
     set_input_past(bias, plan, step, n_kv);
 
     for (uint32_t j = 0; j < n_kv; ++j) {
@@ -294,6 +301,7 @@ void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch) const {
         since[plan.cell(step.pos0 + i)] = i;
     }
 
+    // 3. tiles of both
     int32_t * tiles = (int32_t *) batch.tiles->data;
 
     tiles = set_input_tiles(tiles, since_full, nullptr, n_kv_full);
@@ -311,7 +319,7 @@ void llm_graph_input_razor::set_input_rows_as(T * rows_data) const {
     for (const auto & order : orders) {
         T * data = rows_data + order.offs_rows*n_tokens;
 
-        // the rows of a stream, and of the layer's local heads in it
+        // first rows of the stream, and of the local heads in it
         const int64_t first_local = (int64_t) order.retrieval.size()*plan.n_ctx;
         const int64_t n_rows      = first_local + (int64_t) order.local.size()*plan.cells;
         const int64_t first       = step.strm*n_rows;
@@ -462,8 +470,8 @@ ggml_tensor * llm_graph_input_razor::view_local(ggml_context * ctx0, const razor
     return ggml_view_3d(ctx0, src, src->ne[0], kv.get_plan().cells, layer.n_local, src->nb[1], kv.get_plan().cells*src->nb[1], offs);
 }
 
-// The scheduler copies an input to a device once, but a view of one once for each view, and waits for each: layers on a device
-// take their part of a copy that is there.
+// the scheduler would copy each view of an input to the device separately, and wait each time
+// so the input is copied once, and layers on a device use views of the copy
 ggml_tensor * llm_graph_input_razor::get_on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const {
     if (ggml_backend_buffer_is_host(layer.k->buffer)) {
         return input;
@@ -503,7 +511,7 @@ void llm_graph_input_razor::build_fold(const llm_graph_context & g, const razor_
     ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, store, cur, fold_cell));
 }
 
-// a row per head and token
+// return a matrix with one row per head and token
 static ggml_tensor * reshape_rows(ggml_context * ctx, ggml_tensor * cur) {
     if (!ggml_is_contiguous(cur)) {
         cur = ggml_cont(ctx, cur);
@@ -550,7 +558,7 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
         const int64_t n_elems = n_embd*layer.n_retrieval;
         const int64_t n_ctx   = mctx->get_kv().get_plan().n_ctx;
 
-        // as upstream, element by element
+        // same as upstream: one element per row
         ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.local_first ? layer.n_local : 0, layer.n_retrieval), 1, n_elems*n_tokens);
         ggml_tensor * dst = ggml_view_2d(ctx0, layer.v, 1, n_elems*n_ctx, ggml_element_size(layer.v), offs);
 
@@ -599,7 +607,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
 
     GGML_ASSERT(layer.n_retrieval + layer.n_local == n_head_kv && (uint32_t) q_cur->ne[2] == n_tokens);
 
-    // the fold reads rows that the new tokens overwrite, and writes the compensation token that they look at
+    // 1. fold, before the new tokens overwrite its rows and attend to the compensation token
     if (n_fold > 0 && layer.k_sum && layer.device) {
         const int64_t first = mctx->get_step().strm*layer.k->ne[1] + kv.local_row(layer, 0);
 
@@ -612,6 +620,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         build_fold(g, layer, view_local(ctx0, layer, layer.v), layer.v_sum);
     }
 
+    // 2. store K and V
     if (layer.device) {
         build_store_device(g, layer, k_cur, v_cur, order);
     } else {
@@ -624,31 +633,35 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         }
     }
 
+    // 3. attention of both groups of heads as one operation, if possible
     if (g.cparams.flash_attn && (layer.attn || (n_tokens == 1 ? layer.device : layer.device_batch))) {
         return build_attn_own(g, inp, layer, order, q_cur, kq_scale);
     }
 
+    // 4. else attention of each group with upstream's operations
     if (!order.identity) {
         q_cur = build_gather(g, layer, q_cur, order.offs_q);
     }
 
-    // k, v: [n_embd_head, n_kv, n] with the rows of a head one after the other; v_trans: v [n_kv, n_embd_head, n]
+    // n is the number of KV heads
+    //   k [n_embd_head, n_kv, n]
+    //   v [n_embd_head, n_kv, n], with v_trans [n_kv, n_embd_head, n]
     auto attend = [&](ggml_tensor * k, ggml_tensor * v, bool v_trans, int64_t first, ggml_tensor * kq_mask) {
         const int64_t n = k->ne[2];
 
         ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n*n_gqa, n_tokens, q_cur->nb[1], q_cur->nb[2], first*n_gqa*q_cur->nb[1]);
 
-        // beside a q that is not contiguous ggml-vulkan takes a quantized k for one piece, and its heads lie apart
+        // if q is not contiguous, ggml-vulkan assumes that a quantized k is, but there are gaps between its heads
         if (!g.cparams.flash_attn && ggml_is_quantized(k->type)) {
             q = ggml_permute(ctx0, ggml_cont(ctx0, ggml_permute(ctx0, q, 0, 2, 1, 3)), 0, 2, 1, 3);
         }
 
-        // products of layers on the host can go to a device, and ggml-cuda copies a quantized k there as it is, then refuses its gaps
+        // the scheduler may move matrix products of host layers to a device, where ggml-cuda does not support a quantized k with gaps
         if (!g.cparams.flash_attn && ggml_is_quantized(k->type) && n_tokens > 1 && kv.has_devices() && ggml_backend_buffer_is_host(layer.k->buffer)) {
             k = ggml_cast(ctx0, k, GGML_TYPE_F32);
         }
 
-        // build_attn_mha() takes values whose heads are further apart than their rows for transposed ones
+        // build_attn_mha() assumes that v is transposed if the stride of its heads is larger than that of its rows
         if (!v_trans) {
             v = ggml_transpose(ctx0, v);
             if (!g.cparams.flash_attn) {
@@ -692,6 +705,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         return out_retrieval ? out_retrieval : out_local;
     }
 
+    // 5. concatenate the groups and restore the order of the heads
     ggml_tensor * cur = order.local_first ?
         ggml_concat(ctx0, out_local, out_retrieval, 0) :
         ggml_concat(ctx0, out_retrieval, out_local, 0);

@@ -1,7 +1,9 @@
 #pragma once
 
-// The attention of retrieval and local heads in the graph of an ubatch. What the graph is built from is the number of tokens, cells
-// and folded positions: all else, such as where rows go and who sees what, is data of its inputs, so that a graph can be used again.
+// the graph of an ubatch with RazorAttention: folding, storing and the attention of all heads
+//
+// the topology depends only on the plan and on the number of tokens, cells and folded positions. Everything else, such as where rows
+// are stored and which cells a token sees, is data of the inputs: a graph can be reused as long as these numbers do not change
 
 #include "llama-graph.h"
 #include "llama-kv-cache-razor.h"
@@ -12,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-// the inputs of the heads of all layers
+// inputs that all layers share
 class llm_graph_input_razor : public llm_graph_input_i {
 public:
     llm_graph_input_razor(
@@ -22,7 +24,7 @@ public:
             const llama_cparams & cparams,
             const llama_kv_cache_razor_context * mctx);
 
-    // added to the inputs of the graph when the memory is ours, else nullptr
+    // create the inputs and add them to the graph, return nullptr if the memory is not llama_kv_cache_razor
     static llm_graph_input_razor * create(
             llm_graph_result * res,
             ggml_context * ctx,
@@ -35,6 +37,7 @@ public:
 
     bool can_reuse(const llm_graph_params & params) override;
 
+    // replaces llm_graph_context::build_attn_mha() and the stores before it
     //   q_cur [n_embd_head_k, n_head,    n_tokens]
     //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
     //   v_cur [n_embd_head_v, n_head_kv, n_tokens]
@@ -53,7 +56,8 @@ public:
 private:
     using razor_layer = llama_kv_cache_razor::razor_layer;
 
-    // where the heads of a layer are, the same for all layers with these retrieval heads
+    // order of the heads in the graph: one group after the other
+    // shared by all layers that have the same retrieval heads
     struct head_order {
         uint32_t n_head;
         uint32_t n_head_kv;
@@ -61,14 +65,14 @@ private:
         std::vector<uint32_t> retrieval; // KV heads
         std::vector<uint32_t> local;
 
-        bool identity    = true;  // one group of heads after the other already
+        bool identity    = true;  // the heads of the model are in this order
         bool local_first = false;
 
-        // offsets in heads
+        // offsets in the inputs, in heads
         size_t offs_rows = 0;
-        size_t offs_q    = 0; // the following when not identity
+        size_t offs_q    = 0; // this and the next two only if not identity
         size_t offs_out  = 0;
-        size_t offs_v    = 0; // of a transposed V cache
+        size_t offs_v    = 0; // only for a transposed V cache
     };
 
     void init_orders();
@@ -81,28 +85,28 @@ private:
     void set_input_heads() const;
     void set_input_fold() const;
 
-    // where the rows of the layer's tokens go
+    // return the indices at which the layer's rows are stored
     ggml_tensor * view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const;
 
-    // rows of the local heads -> [n_embd_head, cells, n_local]
+    // return the rows of the local heads [n_embd_head, cells, n_local]
     ggml_tensor * view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const;
 
-    // the input where the layer's cache is
+    // return the input, or a copy of it on the device of the layer's cache
     ggml_tensor * get_on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const;
 
     void build_fold(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * store, ggml_tensor * sums) const;
 
     void build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const;
 
-    // both K and V, where layer.device
+    // store both K and V, if layer.device
     void build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const;
 
     void build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const;
 
-    // the rows of a token one after the other, in the order of the graph
+    // return the rows of each token in another order, which starts at offs in heads
     ggml_tensor * build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const;
 
-    // by razor_attn, on devices of one token or where layer.device_batch
+    // attention with razor_attn: on CPUs, or on devices for one token or if layer.device_batch
     ggml_tensor * build_attn_own(
             const llm_graph_context & g,
             const llm_graph_input_attn_kv & inp,
@@ -113,43 +117,43 @@ private:
 
     ggml_tensor * mask      = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
 
-    razor_batch batch; // instead of masks, for layers with device_batch
+    razor_batch batch; // replaces the masks of layers with device_batch
 
-    // per order and token, the KV heads in the order of the model
-    ggml_tensor * rows      = nullptr; // I32, or I64 for our operations, [n] rows of razor_layer::k and ::v
+    // for each order and token: the rows of the KV heads, in the order of the model
+    ggml_tensor * rows      = nullptr; // I32 [n] rows of razor_layer::k and ::v, I64 for the operations of ggml-razor.h
 
-    // per order and token, the heads in the order of the graph
+    // for each order and token: the heads in the order of the graph
     ggml_tensor * heads     = nullptr; // I32 [n]
 
-    // of a transposed V cache, by the number of heads
+    // only for a transposed V cache, the key is the number of heads
     std::map<uint32_t, ggml_tensor *> v_elems; // I64 [n_retrieval*n_embd_head_v*n_tokens] elements of the retrieval heads
     std::map<uint32_t, ggml_tensor *> v_rows;  // I64 [n_local*n_tokens] rows of the local heads
 
-    // of the fold, unused when n_fold == 0
+    // only if n_fold > 0
     ggml_tensor * fold_rows = nullptr; // I32 [n_fold, max n_local]
     ggml_tensor * fold_src  = nullptr; // I32 [1] row of the accumulators
     ggml_tensor * fold_dst  = nullptr; // I64 [1]
     ggml_tensor * fold_cell = nullptr; // I64 [N_COMP_CELLS]
     ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
 
-    mutable std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies; // of inputs, on devices
+    mutable std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies; // of inputs
 
     std::vector<head_order> orders;
     std::vector<uint32_t>   map_order; // layer -> order
 
-    mutable std::deque<razor_attn> attns; // of the layers so far
+    mutable std::deque<razor_attn> attns; // one per layer with build_attn_own()
 
-    // copies, because a reused graph outlives the parameters it was built with
+    // a copy: a reused graph outlives the parameters with which it was built
     const llama_hparams hparams;
 
     const llama_kv_cache_razor_context * mctx;
 
-    // what the graph was built for
+    // the graph can be reused as long as these are the same
     const uint32_t n_tokens;
     const uint32_t n_kv_full; // cells of the retrieval heads
     const uint32_t n_kv;
     const uint32_t n_fold;
 };
 
-// upper bound of the graph nodes that a razor context adds
+// return an upper bound for the number of nodes that razor adds to a graph
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory);

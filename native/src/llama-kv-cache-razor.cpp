@@ -56,6 +56,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             nullptr),
     cparams(cparams), plan(std::move(plan_in)), tk(type_k), tv(type_v) {
 
+    // 1. initialize the streams and the rotation
     const llama_hparams & hparams_model = model.hparams;
 
     const uint32_t n_strm = get_n_stream();
@@ -67,6 +68,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
     init_rotation();
 
+    // 2. create the tensors of each layer
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
     for (uint32_t il = 0; il < plan.local.size(); ++il) {
@@ -85,7 +87,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         auto & ctx_ptr = ctx_map[buft];
         if (!ctx_ptr) {
-            // per layer 4 tensors, per retrieval head 2 and their streams
+            // 4 tensors per layer, 2 per retrieval head and stream
             size_t n_tensors = 0;
             for (const auto & heads : plan.retrieval) {
                 n_tensors += 4 + 2*(1 + n_strm)*heads.size();
@@ -133,7 +135,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         layer.device_batch = layer.device && device == RAZOR_DEVICE_ON && razor_device_batch_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
 
-        // what llama_kv_cache takes for its layers
+        // each retrieval head is a layer of llama_kv_cache
         for (int64_t i = 0; i < n_retrieval; ++i) {
             auto view = [&](ggml_tensor * t) {
                 return ggml_view_3d(ctx, t, t->ne[0], plan.n_ctx, n_strm, t->nb[1], t->nb[2], i*plan.n_ctx*t->nb[1]);
@@ -152,10 +154,11 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         layers_razor.push_back(layer);
     }
 
+    // 3. allocate and clear the buffers
     for (auto & [buft, ctx] : ctx_map) {
         ggml_backend_buffer_t buf;
         if (hparams_model.no_alloc) {
-            // as upstream: a dummy buffer keeps the scheduler from allocating the tensors
+            // same as upstream: with a dummy buffer, the scheduler does not allocate the tensors
             buf = ggml_backend_buft_alloc_buffer(buft, /*size =*/ 0);
             for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t != nullptr; t = ggml_get_next_tensor(ctx.get(), t)) {
                 t->buffer = buf;
@@ -167,7 +170,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             throw std::runtime_error("failed to allocate buffer for the KV cache");
         }
 
-        // the padding must hold no NaN, and SLOT_ZERO stays as it is now
+        // the padding must not contain NaNs, and SLOT_ZERO is never written
         ggml_backend_buffer_clear(buf, 0);
 
         LLAMA_LOG_INFO("%s: %10s KV buffer size = %8.2f MiB\n", __func__,
@@ -176,6 +179,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         ctxs_bufs.emplace_back(std::move(ctx), buf);
     }
 
+    // 4. log the number of heads
     size_t n_retrieval = 0;
     size_t n_local     = 0;
     for (uint32_t il = 0; il < plan.local.size(); ++il) {
@@ -188,7 +192,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             plan.n_comp > 0 ? "a compensation token" : "no compensation token", plan.cells, plan.block);
 }
 
-// what llama_kv_cache does for layers of its own
+// same as the constructor of llama_kv_cache, which has no layers at that time
 void llama_kv_cache_razor::init_rotation() {
     const char * LLAMA_ATTN_ROT_DISABLE = getenv("LLAMA_ATTN_ROT_DISABLE");
     const bool rot = !(LLAMA_ATTN_ROT_DISABLE && atoi(LLAMA_ATTN_ROT_DISABLE));
@@ -206,7 +210,7 @@ void llama_kv_cache_razor::init_rotation() {
     attn_rot_v = rot && ggml_is_quantized(tv) && n_embd_head_v_all > 0 && hparams.n_embd_head_v() % 64 == 0;
 
     for (int64_t n = 64; (attn_rot_k || attn_rot_v) && n <= std::max(n_embd_head_k_all, n_embd_head_v_all); n *= 2) {
-        // orthonormal Walsh-Hadamard matrix: the sign is the parity of the common bits of row and column
+        // orthonormal Walsh-Hadamard matrix: the sign is the parity of the bits that row and column have in common
         auto & mat = attn_rot_hadamard[n];
         mat.resize(n*n);
         for (int64_t i = 0; i < n*n; ++i) {
@@ -234,6 +238,7 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
 
     llama_razor_error_set("");
 
+    // 1. check that the cache can be used
     if (broken) {
         return refuse("the cache was changed in a way that local heads cannot follow, clear it before the next token is decoded");
     }
@@ -244,6 +249,7 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
         return refuse("training is not supported, switch razor off for this context");
     }
 
+    // 2. split the batch where the frontier changes
     balloc.split_reset();
 
     std::vector<llama_ubatch> ubatches;
@@ -251,7 +257,7 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
     uint32_t pos = n_tokens(0);
 
     while (true) {
-        // all positions of an ubatch have the same frontier, so that what the cache holds does not depend on the split
+        // all positions of an ubatch have the same frontier, so the contents of the cache do not depend on the split
         auto ubatch = balloc.split_simple(std::min(n_ubatch, plan.frontier_end(pos) - pos));
 
         if (ubatch.n_tokens == 0) {
@@ -276,6 +282,7 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
         return refuse("failed to split the batch");
     }
 
+    // 3. find cells for the retrieval heads
     if (pos > plan.n_ctx) {
         return refuse("the context is full");
     }
@@ -293,7 +300,7 @@ llama_memory_context_ptr llama_kv_cache_razor::init_full() {
 }
 
 bool llama_kv_cache_razor::get_can_shift() const {
-    // the keys behind the compensation token have no position any more
+    // the keys in the compensation token do not have a position that could be shifted
     return false;
 }
 
@@ -311,12 +318,12 @@ void llama_kv_cache_razor::clear(bool data) {
 }
 
 bool llama_kv_cache_razor::can_unfold(const stream_state & st, uint32_t to) const {
-    // without a compensation token nothing but the rows is needed, else the value before the last fold alone is kept
+    // with a compensation token, only its value before the last fold is kept; without, only the rows are needed
     if (plan.n_comp > 0 && st.frontier_prev != (int64_t) to) {
         return false;
     }
 
-    // the row of position p is lost once p + ring was written
+    // position p + ring overwrites the row of position p
     return st.n_high <= to + plan.ring();
 }
 
@@ -348,7 +355,7 @@ bool llama_kv_cache_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         return true;
     }
 
-    // a caller that keeps [0, p0) believes that there are as many, and what is in the middle cannot be taken out of a mean
+    // there must be p0 tokens to keep, and tokens in the middle cannot be removed from a mean
     if ((uint32_t) p0 > n || (uint32_t) p1 < n) {
         return false;
     }
@@ -376,7 +383,7 @@ void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
     LLAMA_LOG_WARN("%s: the ubatch at position %d did not complete\n", __func__, p0);
 
     if (last_step.n_fold > 0) {
-        // some layers may have folded already and some not
+        // some layers may have folded and others may not
         if (st.n_high > last_step.fold_from + plan.ring()) {
             LLAMA_LOG_WARN("%s: rows that were to be folded are overwritten, clearing the cache\n", __func__);
 
@@ -433,7 +440,7 @@ uint32_t llama_kv_cache_razor::n_tokens(uint32_t strm) const {
 uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     const auto & st = streams[strm];
 
-    // the fewest tokens that can be left: the frontier of their next position must be one that can be reached
+    // go back block by block while the frontier can be moved back as well
     uint32_t n_left = n_tokens(strm);
     while (n_left > 0) {
         const uint32_t frontier = plan.frontier(n_left - 1);
@@ -533,7 +540,7 @@ uint64_t llama_kv_cache_razor::fingerprint() const {
 void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     const auto & st = streams[0];
 
-    // another sequence than the only one is empty
+    // there is only one sequence, all others are empty
     const uint32_t n = seq_id > 0 ? 0 : n_tokens(0);
 
     const uint64_t fp = fingerprint();
@@ -553,7 +560,7 @@ void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_i
         return;
     }
 
-    // rows beyond do not count
+    // the rows after these are not in use
     const uint32_t n_used = plan.n_used(st.n_high, st.frontier);
 
     for (const auto & layer : layers_razor) {
@@ -573,6 +580,7 @@ void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_i
 void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     llama_razor_error_set("");
 
+    // 1. check the header, before anything is changed
     uint32_t magic   = 0;
     uint32_t version = 0;
     uint64_t fp      = 0;
@@ -607,7 +615,7 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         llama_razor_error_throw("the state holds more tokens than the context, create a context of at least the size it was saved with");
     }
 
-    // the frontier can lag behind while the first ubatch of a block has not come yet, and nothing else is possible
+    // the frontier is that of the last position until the first ubatch of the next block folds
     const bool sane = n == 0 || (n <= st.n_high && st.slot <= 1 && st.n_high <= st.frontier + plan.ring() &&
         (st.frontier == plan.frontier(n) || st.frontier == plan.frontier(n - 1)) &&
         (st.frontier_prev == -1 || (st.frontier_prev >= plan.sink_tokens && st.frontier_prev < st.frontier)));
@@ -620,9 +628,10 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         llama_razor_error_throw("more than one sequence is not supported, load the state into sequence 0");
     }
 
+    // 2. read the retrieval heads, then the local heads; clear the cache if that fails
     try {
         if (seq_id == 0) {
-            // upstream only frees the cells of the sequence
+            // upstream would only free the cells of the sequence
             clear(false);
         }
 

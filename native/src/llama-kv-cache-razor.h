@@ -1,5 +1,10 @@
 #pragma once
 
+// the KV cache of a context with RazorAttention
+//
+// what the local heads hold after n tokens depends only on these tokens, not on how they were split into batches: the fold
+// frontier is a function of the position, all positions of an ubatch have the same frontier, and only apply_local() folds
+
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
 #include "llama-razor-device.h"
@@ -11,48 +16,44 @@
 // llama_kv_cache_razor
 //
 
-// a copy of the model's hparams in which each layer has one KV head, since llama_kv_cache sees each retrieval head as a layer
-// a base class, so that it exists before llama_kv_cache keeps a reference to it
+// a copy of the model's hparams with one KV head per layer, since llama_kv_cache sees each retrieval head as a layer
+// it is a base class because llama_kv_cache keeps a reference to it, so it has to be constructed first
 struct llama_razor_hparams {
     llama_razor_hparams(const llama_hparams & hparams);
 
     llama_hparams hparams_head;
 };
 
-// the cache of retrieval heads, which keep all n_ctx tokens, and of local heads, cells = [sinks | ring of recent tokens |
-// compensation]. The rows of a head lie one after the other: attention reads them in one stream, and the new rows of all
-// heads of a layer are stored at once
+// retrieval heads have n_ctx cells, local heads have plan.cells: [sinks | ring of recent tokens | compensation tokens]
+// the rows of a head are contiguous, so that attention reads them as one stream
 //
-// the llama_kv_cache it derives from finds the cells of the retrieval heads, makes their mask and saves their state; its
-// "layers" are views of single heads
+// llama_kv_cache manages the cells of the retrieval heads, makes their mask and saves their state. Its layers are views of
+// single retrieval heads
 //
-// when the positions reach a new block, the part of the ring that leaves the window is folded into the compensation
-// token. The fold is part of the graph of the block's first ubatch: rows of the ring -> sum -> accumulator -> mean
-//
-// what the local heads hold after n tokens depends on the tokens alone: the fold frontier is a function of the position,
-// and no ubatch has positions of two frontiers
+// the first ubatch of a block of positions folds the tokens that leave the window, as part of its graph:
+// rows of the ring -> sum -> accumulator -> mean -> compensation token
 class llama_kv_cache_razor : private llama_razor_hparams, public llama_kv_cache {
 public:
-    // the fold state of a stream, written by apply_local() alone
+    // the fold state of a stream
     struct stream_state {
-        uint32_t n_high        = 0;  // positions below were written at some time since the last clear
+        uint32_t n_high        = 0;  // positions below this one were written since the last clear, even if they were removed again
         uint32_t frontier      = 0;  // positions [sink_tokens, frontier) are folded
-        int64_t  frontier_prev = -1; // before the last fold, -1: cannot be undone
+        int64_t  frontier_prev = -1; // frontier before the last fold, -1: the fold cannot be undone
         uint32_t slot          = 0;  // compensation token and accumulator row in use
     };
 
-    // what the graph of one ubatch does with the local heads
+    // what the graph of an ubatch does with the local heads
     struct step_info {
         uint32_t strm      = 0;
         uint32_t pos0      = 0;  // first position of the ubatch
-        uint32_t n_kv      = 0;  // cells that the attention looks at
+        uint32_t n_kv      = 0;  // cells that the attention reads
         uint32_t frontier  = 0;
         uint32_t slot      = 0;
         uint32_t fold_from = 0;  // positions [fold_from, frontier) are folded before the ubatch is written
         uint32_t n_fold    = 0;
     };
 
-    // row of the accumulators that is always zero
+    // rows of the accumulators: one for each compensation token, and one that is always zero
     static constexpr uint32_t SLOT_ZERO = 2;
     static constexpr uint32_t N_SLOTS   = 3;
 
@@ -62,19 +63,19 @@ public:
         uint32_t n_retrieval; // KV heads
         uint32_t n_local;
 
-        // rows: n_ctx of each retrieval head, then cells of each local head
-        // without flash attention the values of a retrieval head are transposed: [n_ctx, n_embd_head_v]
+        // rows: n_ctx for each retrieval head, then plan.cells for each local head
+        // without flash attention, the values of each retrieval head are transposed: [n_ctx, n_embd_head_v]
         ggml_tensor * k; // type_k [n_embd_head_k, rows, n_stream]
         ggml_tensor * v; // type_v [n_embd_head_v, rows, n_stream]
 
-        // sums of the folded rows, nullptr without compensation or local heads
+        // sums of the folded rows, nullptr without compensation or without local heads
         ggml_tensor * k_sum; // F32 [n_embd_head_k*n_local, N_SLOTS, n_stream]
         ggml_tensor * v_sum; // F32 [n_embd_head_v*n_local, N_SLOTS, n_stream]
 
-        razor_attn_kernel attn = nullptr; // with flash attention, where the cache lies in the host's memory
+        razor_attn_kernel attn = nullptr; // kernel for flash attention if the cache is in host memory, else nullptr
 
-        bool device       = false; // with flash attention, where the device knows the operations of ggml-razor.h
-        bool device_batch = false; // the attention of a batch as well
+        bool device       = false; // with flash attention: the device supports the operations of ggml-razor.h
+        bool device_batch = false; // and the attention of a batch
     };
 
     llama_kv_cache_razor(
@@ -103,7 +104,7 @@ public:
 
     void clear(bool data) override;
 
-    // only the end of the sequence can be removed, and over a fold only as far as the ring still has the folded rows
+    // only the end of the sequence can be removed, across a fold only while the folded rows are still in the ring
     bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
     void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id)                                                          override;
@@ -117,13 +118,14 @@ public:
     // llama_kv_cache_razor specific API
     //
 
-    // the ubatch was applied but its computation failed: go back to before it, or clear if the ring has lost rows
+    // to be called if an ubatch was applied but its computation failed
+    // undo the ubatch, or clear the cache if rows that are needed for it were overwritten
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
 
-    // called for each ubatch before its graph is built
+    // to be called for each ubatch before its graph is built
     step_info apply_local(const llama_ubatch & ubatch);
 
-    // the step with the largest graph
+    // return the step with the largest graph
     step_info full_step() const;
 
     const llama_razor_plan & get_plan() const { return plan; }
@@ -134,7 +136,7 @@ public:
 
     const stream_state & get_state(uint32_t strm) const { return streams[strm]; }
 
-    // tokens that seq_rm() can remove from the end now
+    // return the number of tokens that seq_rm() can remove from the end
     uint32_t n_rollback(uint32_t strm) const;
 
     ggml_type get_type_k() const { return tk; }
@@ -143,7 +145,7 @@ public:
     bool get_v_trans() const { return v_trans; }
     bool has_devices() const;
 
-    // first row of the i-th local head
+    // return the first row of the i-th local head
     uint64_t local_row(const razor_layer & layer, uint32_t i) const {
         return (uint64_t) layer.n_retrieval*plan.n_ctx + (uint64_t) i*plan.cells;
     }
@@ -158,21 +160,21 @@ private:
     const ggml_type tk;
     const ggml_type tv;
 
-    // an operation that local heads cannot follow was asked for: nothing is decoded until the cache is cleared
+    // an operation was requested that local heads do not support: refuse to decode until the cache is cleared
     bool broken = false;
 
     std::vector<stream_state> streams;
 
-    std::vector<razor_layer> layers_razor; // of all layers of the plan
+    std::vector<razor_layer> layers_razor; // one per layer of the plan
 
-    // the step of the last apply_local()
+    // result of the last apply_local()
     step_info last_step;
 
     void init_rotation();
 
     uint64_t fingerprint() const;
 
-    // true: the positions [frontier, n_high) below the fold frontier `to` are still in the ring
+    // return true if the frontier can be moved back: the rows from position `to` on are still in the ring
     bool can_unfold(const stream_state & st, uint32_t to) const;
 
     void unfold(stream_state & st, uint32_t to) const;
@@ -195,7 +197,7 @@ public:
     const llama_kv_cache_razor            & get_kv()   const { return *kv_razor; }
     const llama_kv_cache_razor::step_info & get_step() const { return step; }
 
-    // the cells of the ubatch's tokens in the retrieval heads
+    // return the cells of the ubatch's tokens in the retrieval heads
     const std::vector<uint32_t> & get_cells() const { return cells[i_cur]; }
 
 private:
@@ -208,6 +210,6 @@ private:
     size_t i_cur = 0;
 };
 
-// to be called instead of llama_memory_i::seq_rm() after an ubatch was applied and its computation failed
-// returns false when the memory is not ours
+// to be called instead of llama_memory_i::seq_rm() if an ubatch was applied but its computation failed
+// return false if the memory is not llama_kv_cache_razor
 bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0);

@@ -7,12 +7,12 @@
 #include <string>
 #include <vector>
 
-// made only for layers on a device that knows the operation
+// never called: these operations are only added for devices that support them
 static void razor_device_abort(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {
     GGML_ABORT("razor: an operation of a device was given to the CPU");
 }
 
-// args: q, k, v and what is told about the cells
+// args: q, k, v, then the masks or the inputs that replace them
 static ggml_tensor * razor_device_new_attn(ggml_context * ctx, std::vector<ggml_tensor *> args, const ggml_razor_attn_params & params, razor_attn * attn) {
     const ggml_tensor * q = args[0];
     const ggml_tensor * v = args[2];
@@ -97,7 +97,7 @@ razor_device_choice razor_device_choose() {
     throw std::runtime_error(GGML_RAZOR_DEVICE_ENV " is '" + wanted.substr(0, 32) + "', expected one of: on, ampere, token, off; correct or unset it");
 }
 
-// for a few tensors
+// return a context for the metadata of up to 8 tensors
 static ggml_context_ptr razor_device_new_ctx() {
     ggml_init_params init = {
         /*.mem_size   =*/ 8*ggml_tensor_overhead(),
@@ -108,13 +108,13 @@ static ggml_context_ptr razor_device_new_ctx() {
     return ggml_context_ptr(ggml_init(init));
 }
 
-// changes op
+// return true if the device supports the operation; the parameters of op are lost
 static bool razor_device_knows(ggml_backend_dev_t dev, ggml_tensor * op) {
     const bool known = ggml_backend_dev_supports_op(dev, op);
 
     ggml_razor_set_params(op, uint32_t(0));
 
-    return known && !ggml_backend_dev_supports_op(dev, op); // CPUs call any function
+    return known && !ggml_backend_dev_supports_op(dev, op); // the CPU accepts every custom operation
 }
 
 bool razor_device_supported(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v, int64_t n_head, int64_t n_head_kv) {

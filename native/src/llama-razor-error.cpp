@@ -9,7 +9,7 @@ static thread_local std::string razor_last_error;
 void llama_razor_error_set(const std::string & msg) {
     razor_last_error = msg;
 
-    // texts of a file can be part of it, and what is shown to people is one line
+    // the message can contain text from a model file, and must not break the line or control a terminal
     for (char & c : razor_last_error) {
         if (c < ' ' || c > '~') {
             c = '?';

@@ -1,12 +1,13 @@
 #pragma once
 
-// Why razor refused what this thread asked for last: one printable line per thread, which llama_razor_last_error() returns.
-// It includes nothing of razor, so that everything can include it.
+// the reason for razor's last refusal, one printable line per thread, returned by llama_razor_last_error()
+//
+// this header is below all others of razor and includes none of them
 
 #include <string>
 
-// "": nothing was refused
+// "" if nothing was refused
 void llama_razor_error_set(const std::string & msg);
 
-// the same, then throws std::runtime_error
+// set the text, then throw std::runtime_error
 [[noreturn]] void llama_razor_error_throw(const std::string & msg);

@@ -24,7 +24,7 @@ llama_kv_cache_full::llama_kv_cache_full(
     kernel(kernel) {
 }
 
-// as upstream, but for the class of the result
+// same as llama_kv_cache::init_batch(), except for the class of the result
 llama_memory_context_ptr llama_kv_cache_full::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /* embd_all */) {
     balloc.split_reset();
 
@@ -77,12 +77,12 @@ llama_memory_i * llama_razor_create_full(const llama_model & model, const llama_
 // graph
 //
 
-// no input of the graph, but what lives as long as it does: the parameters of the operation of one layer
+// owns the parameters of the attention of one layer: it is an input of the graph only to live as long as the graph
 class llm_graph_razor_attn : public llm_graph_input_i {
 public:
     void set_input(const llama_ubatch * /* ubatch */) override {}
 
-    bool can_reuse(const llm_graph_params & /* params */) override { return true; } // upstream's inputs know
+    bool can_reuse(const llm_graph_params & /* params */) override { return true; } // upstream's inputs decide
 
     razor_attn attn;
 

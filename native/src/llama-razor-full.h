@@ -1,7 +1,9 @@
 #pragma once
 
-// Upstream's full KV cache with the attention kernel of llama-razor-attn.h, for layers whose cache is in host memory.
-// Upstream's kernel rounds differently for each batch size, and is slower in deep caches.
+// upstream's full KV cache with the attention of cpu/llama-razor-attn.h, for layers whose cache is in host memory
+//
+// all operations on the cache are upstream's, only the attention is replaced: upstream's rounds differently for each batch size,
+// and is slower in deep caches
 
 #include "llama-kv-cache.h"
 #include "cpu/llama-razor-attn.h"
@@ -37,10 +39,10 @@ public:
     const razor_attn_kernel kernel;
 };
 
-// nullptr: the context is to have upstream's attention
+// return nullptr if the context should use upstream's attention
 llama_memory_i * llama_razor_create_full(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
-// instead of llm_graph_context::build_attn_mha(), nullptr where upstream's attention is to run
+// replaces llm_graph_context::build_attn_mha(), return nullptr if the layer should use it
 //   q [n_embd_head_k, n_head,    n_tokens]
 //   k [n_embd_head_k, n_head_kv, n_kv]
 //   v [n_embd_head_v, n_head_kv, n_kv]

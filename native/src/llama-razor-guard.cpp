@@ -1,4 +1,5 @@
-// Failures that upstream lets end the process: uncaught exceptions, and its own assertions on what a file holds.
+// turns failures that would end the process (uncaught exceptions, failed assertions about a file's contents) into errors, or
+// reports them before the process ends
 
 #include "llama-razor.h"
 
@@ -13,7 +14,7 @@
 #include <stdexcept>
 #include <string>
 
-// > 0: this thread is in a call whose failure is returned
+// > 0 while this thread is in a llama_razor_try_*() call
 static thread_local int razor_guards = 0;
 
 static void (*razor_on_end)(const char * sentence) = nullptr;
@@ -33,7 +34,7 @@ static std::string razor_abort_text(const char * message) {
 static void razor_on_abort(const char * message) {
     const std::string text = razor_abort_text(message);
 
-#ifndef _WIN32 // where functions of C are taken not to throw
+#ifndef _WIN32 // MSVC assumes that extern "C" functions do not throw
     if (razor_guards > 0 && std::uncaught_exceptions() == 0) {
         throw std::runtime_error(text);
     }
@@ -44,7 +45,7 @@ static void razor_on_abort(const char * message) {
     }
 }
 
-// ggml's handler is not called: it lets a debugger print a backtrace of every frame
+// replaces ggml's handler, which makes a debugger print a backtrace
 [[noreturn]] static void razor_on_terminate() {
     std::string what = "it has no text";
 
@@ -71,7 +72,8 @@ void llama_razor_set_end_callback(void (*callback)(const char * sentence)) {
     std::set_terminate(razor_on_terminate);
 }
 
-// fail: gets the reason, gives the result. Only std::exception: the end of a thread unwinds its stack too
+// return call(), or fail(reason) if it throws
+// only std::exception is caught: the cancellation of a thread unwinds its stack as well
 template<typename Call, typename Fail>
 static auto razor_guarded(Call call, Fail fail) -> decltype(call()) {
     struct scope {

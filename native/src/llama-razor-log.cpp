@@ -1,5 +1,6 @@
-// The log of llama.cpp and ggml: its error lines are kept, and all of it is printed if that is wanted. No Python runs for
-// a line, so that no signal handler of Python can raise in the middle of a computation.
+// keeps the error lines of llama.cpp's and ggml's log and optionally prints all of it
+//
+// the callback is not in Python: a Python signal handler could raise an exception in the middle of a computation
 
 #include "llama-razor.h"
 
@@ -40,7 +41,7 @@ static void razor_on_log(enum ggml_log_level level, const char * text, void * /*
     }
 
     if (razor_log_prints) {
-        std::string shown = text; // names of a model file among it, which must not control a terminal
+        std::string shown = text; // can contain text from a model file, which must not control a terminal
         for (char & c : shown) {
             if ((unsigned char) c < ' ' && c != '\n' && c != '\t') {
                 c = '?';

@@ -15,11 +15,11 @@
 #include <stdexcept>
 #include <string>
 
-// why razor cannot run, "" if it can
+// return the feature that razor does not support, "" if there is none
 static std::string razor_plan_find_unsupported(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const auto & hparams = model.hparams;
 
-    // architectures whose attention is not one plain causal attention per layer over build_attn(llm_graph_input_attn_kv)
+    // architectures whose attention is more than one causal build_attn(llm_graph_input_attn_kv) per layer
     switch (model.arch) {
         case LLM_ARCH_NANBEIGE:
         case LLM_ARCH_HRM_TEXT:
@@ -94,7 +94,7 @@ static llama_razor_plan razor_plan_make(const llama_razor_profile & profile, con
     return res;
 }
 
-// the scheduler ends the process when it meets a tensor that is too large for the device whose memory it lies in
+// ggml_backend_sched would end the process if a tensor is too large for the device that holds it
 static void razor_plan_check_tensor(ggml_backend_dev_t dev, ggml_type type, uint64_t n_embd, uint64_t n_rows) {
     if (!dev || n_embd == 0 || n_rows == 0) {
         return;
@@ -115,11 +115,11 @@ static void razor_plan_check_tensor(ggml_backend_dev_t dev, ggml_type type, uint
     }
 }
 
-// plan: nullptr for upstream's own cache
+// plan is nullptr for upstream's cache
 static void razor_plan_check_tensors(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const llama_razor_plan * plan) {
     const auto & hparams = model.hparams;
 
-    // caches of another layout are left to upstream
+    // caches with another layout are not checked
     if (!cparams.offload_kqv || llm_arch_is_recurrent(model.arch) || hparams.swa_type != LLAMA_SWA_TYPE_NONE ||
             hparams.indexer_head_size > 0 || model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         return;
@@ -154,18 +154,20 @@ static void razor_plan_check_tensors(const llama_model & model, const llama_memo
     }
 }
 
-// the plan of a context that is created now, nullptr: upstream's own cache
+// return the plan of a new context, nullptr for upstream's cache
 static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     if (llama_razor_is_disabled()) {
         return nullptr;
     }
 
+    // 1. find the profile
     const llama_razor_profile * asked   = llama_razor_profile_get_override();
     const llama_razor_profile * profile  = asked ? asked : model.razor.get();
     if (!profile || !profile->enabled) {
         return nullptr;
     }
 
+    // 2. check that razor supports the model and the context
     const auto & hparams = model.hparams;
 
     const std::string unsupported = razor_plan_find_unsupported(model, params, cparams);
@@ -173,6 +175,7 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
         llama_razor_error_throw(format("%s: %s not supported, switch razor off to use the full cache", llm_arch_name(model.arch), unsupported.c_str()));
     }
 
+    // 3. find the mask and check that it fits
     const std::vector<uint8_t> * mask = &profile->retrieval;
     if (mask->empty()) {
         if (!model.razor) {
@@ -181,7 +184,7 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
         mask = &model.razor->retrieval;
     }
 
-    // such a model loads, to be run with razor off
+    // such a model can be loaded, but only used with razor off
     if (mask == &profile->retrieval ? profile->alibi : model.razor->alibi) {
         llama_razor_error_throw("razor.method is 'alibi', and only 'rope' can be run, switch razor off to use the full cache");
     }
@@ -191,6 +194,7 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
                     mask->size(), llama_razor_n_kv_heads(hparams), hparams.n_layer()));
     }
 
+    // 4. make the plan and check that it saves something
     llama_razor_plan plan = razor_plan_make(*profile, *mask, hparams, cparams.n_ctx_seq);
 
     const bool any_local = std::any_of(plan.local.begin(), plan.local.end(), [](const auto & l) { return !l.empty(); });

@@ -125,6 +125,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         return nullptr;
     }
 
+    // 1. look for razor.* keys
     bool any = false;
     const char * unknown = nullptr;
 
@@ -142,6 +143,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         return nullptr;
     }
 
+    // 2. check the version and the method
     const int64_t id_version = razor_meta_find(ctx, "razor.version", "u32", true);
     razor_meta_check_type(ctx, id_version, "razor.version", "u32");
 
@@ -150,7 +152,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         llama_razor_error_throw(format("razor.version is %u and this library knows version %u; update it or convert the model again", version, RAZOR_VERSION));
     }
 
-    // whatever is said about heads changes what they keep
+    // an unknown key about heads could change which tokens they keep
     if (unknown) {
         llama_razor_error_throw(format("unknown key %.64s, made by a newer version; update this library or convert the model again", unknown));
     }
@@ -163,6 +165,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         llama_razor_error_throw(format("razor.method is '%.32s', expected 'rope' or 'alibi'", method.c_str()));
     }
 
+    // 3. read the parameters
     auto res = std::make_shared<llama_razor_profile>();
 
     res->alibi = method == "alibi";
@@ -175,6 +178,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     razor_meta_check_type(ctx, id_comp, "razor.compensation", "bool");
     res->compensation = gguf_get_val_bool(ctx, id_comp);
 
+    // 4. read the mask of retrieval heads
     const size_t n_kv_heads = llama_razor_n_kv_heads(hparams);
 
     const std::string type_mask = format("u8[%zu]", n_kv_heads);
@@ -186,7 +190,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     res->retrieval.assign(mask, mask + n_kv_heads);
     razor_check_mask(res->retrieval);
 
-    // not used here, but a file that has them wrong was not written by the converter
+    // 5. check the scores and the scopes: they are not used here, but the converter would not have written malformed ones
     for (const char * key : { "razor.head.echo_score", "razor.head.induction_score" }) {
         const int64_t id = razor_meta_find(ctx, key, "", false);
         if (id >= 0) {

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RazorError
-from ..plan import MAX_N_CTX, N_CTX_PAD, make_plan
+from ..gguf.hyper_parameters import MAX_N_CTX
+from ..plan import N_CTX_PAD, make_plan
 
 if TYPE_CHECKING:  # it imports numpy, and --help names KINDS
     from ..plan import Plan

@@ -21,9 +21,15 @@ def compare_rows(here: Report, there: Report) -> list[dict[str, Any]]:
             continue
         entry = {name: row[name] for name in ("type_k", "type_v", "depth")}
         for name in (
-            "razor_tok_s", "full_tok_s", "decode_ratio_full", "razor_prefill_tok_s",
-            "full_prefill_tok_s", "razor_first_token_s", "razor_kv_bytes", "razor_peak_rss",
-        ):  # fmt: skip
+            "razor_tok_s",
+            "full_tok_s",
+            "decode_ratio_full",
+            "razor_prefill_tok_s",
+            "full_prefill_tok_s",
+            "razor_first_token_s",
+            "razor_kv_bytes",
+            "razor_peak_rss",
+        ):
             a, b = row[name], other[name]
             entry |= {f"{name}_a": a, f"{name}_b": b, f"{name}_change": b / a if a and b else None}
         found.append(entry)
@@ -66,19 +72,22 @@ def format_comparison(here: Report, there: Report, kind: str) -> str:
         [*titles, "razor KV MiB: A", "B"],
         [
             [
-                kv(row), f"{row['depth']:,}",
+                kv(row),
+                f"{row['depth']:,}",
                 *(
                     cell
                     for name in columns.values()
                     for cell in (
-                        number(row[f"{name}_a"]), number(row[f"{name}_b"]),
+                        number(row[f"{name}_a"]),
+                        number(row[f"{name}_b"]),
                         times(row[f"{name}_change"]),
                     )
                 ),
-                mib(row["razor_kv_bytes_a"]), mib(row["razor_kv_bytes_b"]),
+                mib(row["razor_kv_bytes_a"]),
+                mib(row["razor_kv_bytes_b"]),
             ]
             for row in rows
         ],
-    )  # fmt: skip
+    )
     notes = [f"- {line}" for line in differences(here, there)]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"

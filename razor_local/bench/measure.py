@@ -212,8 +212,13 @@ class Measure:
             ),
             n_first,
         )
-        ms = self._rest(contexts, what, first if n_tokens == n_first else {}, per_token * n_tokens,
-                        lambda c: prefill(c, n_tokens))  # fmt: skip
+        ms = self._rest(
+            contexts,
+            what,
+            first if n_tokens == n_first else {},
+            per_token * n_tokens,
+            lambda c: prefill(c, n_tokens),
+        )
         return {"tokens": n_tokens, "ms": ms}
 
     def _first_step(self, context: Context, depth: int) -> float:
@@ -272,9 +277,7 @@ class Measure:
             self.meter.start()
             context.run(n_tokens)
             joules, seconds = self.meter.stop()
-            found[context.side.name] = {
-                "tokens": n_tokens, "joules": joules, "seconds": seconds
-            }  # fmt: skip
+            found[context.side.name] = {"tokens": n_tokens, "joules": joules, "seconds": seconds}
         return {"energy": found}
 
     def real_prefill(self, contexts: list[Context], depth: int) -> dict[str, Any]:

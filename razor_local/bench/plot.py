@@ -34,9 +34,12 @@ def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
             ):
                 known = {row[x]: row[y] * scale for row in some if row[y] is not None}
                 ax.plot(
-                    list(known), list(known.values()), style, color=f"C{i}",
+                    list(known),
+                    list(known.values()),
+                    style,
+                    color=f"C{i}",
                     label=f"{side} {kv(some[0])}",
-                )  # fmt: skip
+                )
     for ax, x, title, label in zip(
         axes,
         ("n_ctx", "depth", "depth"),

@@ -107,12 +107,15 @@ def _markdown(report: Report) -> Iterable[str]:
             ["KV type", "tokens in cache", "cache", "J per token", "W"],
             [
                 [
-                    kv(e), f"{e['depth']:,}", e["side"], number(e["joules_per_token"]),
+                    kv(e),
+                    f"{e['depth']:,}",
+                    e["side"],
+                    number(e["joules_per_token"]),
                     number(e["watts"]),
                 ]
                 for e in report.energy
             ],
-        )  # fmt: skip
+        )
     yield ""
     yield f"Measured {head['date']}."
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..common.files import new_file
+from ..common.files import cache_folder, new_file
 from ..common.progress import Progress, silent
 from ..converters.write import encode, profile_keys
 from ..errors import UnsupportedError
@@ -51,12 +50,8 @@ class Shape:
 
 SHAPES = {
     "30m": Shape("llama", 8, 512, 8, 4, 64, 1536, 8192, 131072, 500000.0, tied=True),
-    "llama-3.2-1b": Shape(
-        "llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 500000.0, tied=True
-    ),
-    "llama-3.2-3b": Shape(
-        "llama", 28, 3072, 24, 8, 128, 8192, 128256, 131072, 500000.0, tied=True
-    ),
+    "llama-3.2-1b": Shape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, 500000.0, tied=True),
+    "llama-3.2-3b": Shape("llama", 28, 3072, 24, 8, 128, 8192, 128256, 131072, 500000.0, tied=True),
     "llama-3.1-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 131072, 500000.0),
     "llama-2-7b": Shape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 4096, 10000.0),
     "mistral-7b-v0.3": Shape("llama", 32, 4096, 32, 8, 128, 14336, 32768, 32768, 1000000.0),
@@ -66,10 +61,8 @@ SHAPES = {
     "qwen3-4b": Shape(
         "qwen3", 36, 2560, 32, 8, 128, 9728, 151936, 40960, 1000000.0, tied=True, qk_norm=True
     ),
-    "qwen3-8b": Shape(
-        "qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1000000.0, qk_norm=True
-    ),
-}  # fmt: skip
+    "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1000000.0, qk_norm=True),
+}
 
 
 def cached_shape_model(
@@ -160,17 +153,6 @@ def scattered_heads(
 def is_random(header: Header) -> bool:
     """Whether the file says that its weights are random."""
     return KEY_RANDOM in header.entries
-
-
-def cache_folder() -> Path:
-    """razor_local's folder in the user's cache, the one that the build uses."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "razor_local"
 
 
 # -- the file

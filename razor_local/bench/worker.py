@@ -368,8 +368,11 @@ class SessionContext:
         if not devices:
             return None
         if self.native is None:
-            told = [self.session.logged.get("model"), self.logged.get("KV"),
-                    self.logged.get("compute")]  # fmt: skip
+            told = [
+                self.session.logged.get("model"),
+                self.logged.get("KV"),
+                self.logged.get("compute"),
+            ]
             if None in told:
                 return None
             return sum(found.get(name, 0) for found in told if found for name in devices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ COMMANDS = {
     "eval": "Measure what compression costs in quality, policies side by side.",
     "fit": "Show which context fits which memory, before loading a model.",
     "inspect": "Show the plan and the KV cache bytes of a GGUF model.",
+    "models": "List, find, download and remove models.",
     "verify": "Check that what runs here is RazorAttention, and right.",
 }
 
@@ -100,3 +102,5 @@ def main() -> None:
     Retrieval heads keep every token, the other KV heads keep the first tokens, a recent window
     and one compensation token.
     """
+    # huggingface_hub would tell the hub which libraries and tools are installed
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -10,11 +10,13 @@ import click
 
 from ..bench.batches import KINDS
 from .params import (
+    DEFAULT_MODEL,
     KV_TYPE,
     THREADS,
     ListOf,
     Number,
     Tokens,
+    model_argument,
     model_setup,
     report_kind,
     write_report,
@@ -41,48 +43,73 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option(
-    "-d", "--depth", "depths", type=ListOf(Tokens(), "tokens,..."), multiple=True,
+    "-d",
+    "--depth",
+    "depths",
+    type=ListOf(Tokens(), "tokens,..."),
+    multiple=True,
     help="Tokens in the cache, for example 0,8k,32k; can be repeated.  [default: 0,8k,32k]",
-)  # fmt: skip
+)
 @click.option(
-    "-c", "--ctx-size", type=Tokens(), default=0,
+    "-c",
+    "--ctx-size",
+    type=Tokens(),
+    default=0,
     help="One context for all depths.  [default: as large as each depth needs, at least 8.5k]",
-)  # fmt: skip
+)
 @click.option(
-    "--types", type=ListOf(KV_TYPE, "type,..."),
+    "--types",
+    type=ListOf(KV_TYPE, "type,..."),
     help="KV types, K and V alike.  [default: f16,q8_0,q4_0]",
-)  # fmt: skip
+)
 @click.option("-ctk", "--cache-type-k", type=KV_TYPE, help="One type of K instead.")
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="One type of V instead.")
 @click.option(
-    "-r", "--pairs", type=click.IntRange(min=1), default=100, show_default=True,
+    "-r",
+    "--pairs",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
     help="Turns of each side to decode at a depth, at most: a token, or some where they are fast.",
-)  # fmt: skip
+)
 @click.option(
-    "--seconds", type=Number(min=0, min_open=True), default=15.0, show_default=True,
+    "--seconds",
+    type=Number(min=0, min_open=True),
+    default=15.0,
+    show_default=True,
     help="Time of one measurement: where tokens are slow, fewer turns are made (5 at least).",
-)  # fmt: skip
+)
 @click.option("-t", "--threads", type=THREADS, help="CPU threads.  [default: all cores]")
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    metavar="N",
+    show_default=True,
     help="Layers on the GPU, if there is one; -1: all.",
-)  # fmt: skip
+)
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+    "--budget",
+    "--retrieval",
+    "budget",
+    type=Number(0, 1),
+    metavar="SHARE",
     help="Share of retrieval heads instead of the profile's; with --shape: [default: 0.15]",
-)  # fmt: skip
+)
 @click.option("--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens.")
 @click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's.")
 @click.option(
     "--sink-tokens", "--sinks", "sinks", type=int, metavar="N", help="Instead of the profile's."
 )
 @click.option(
-    "--shape", metavar="NAME",
+    "--shape",
+    metavar="NAME",
     help="Instead of MODEL: random weights in this shape, kept in the cache folder of the user.",
-)  # fmt: skip
+)
 @click.option(
     "--quant", type=click.Choice(["q4_0", "q8_0", "f16"]), help="Of --shape.  [default: q4_0]"
 )
@@ -90,36 +117,54 @@ Examples:
     "--seed", type=click.IntRange(min=0), help="Of the weights and heads of --shape.  [default: 0]"
 )
 @click.option(
-    "--real-prefill", type=Tokens(), is_flag=False, flag_value="0", metavar="[TOKENS]",
+    "--real-prefill",
+    type=Tokens(),
+    is_flag=False,
+    flag_value="0",
+    metavar="[TOKENS]",
     help="Prefill so many tokens for real, with the first type, in all contexts that hold them, to"
     " check random caches and integrals.  [default: as many as fold, in the smallest]",
-)  # fmt: skip
+)
 @click.option(
-    "--only", type=ListOf(click.Choice(KINDS), "kind,..."), metavar="KIND,...",
+    "--only",
+    type=ListOf(click.Choice(KINDS), "kind,..."),
+    metavar="KIND,...",
     help=f"Of {', '.join(KINDS)}: leave out the others, until --resume without this.",
-)  # fmt: skip
+)
 @click.option(
-    "--stock-lib", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    "--stock-lib",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder with the libllama of a stock build for the full caches.  [default: the package's]",
-)  # fmt: skip
+)
 @click.option(
-    "--resume", type=PATH, metavar="JOURNAL",
+    "--resume",
+    type=PATH,
+    metavar="JOURNAL",
     help="Keep finished measurements in this file, and leave out what is in it.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
-    "-o", "--output", type=PATH,
+    "-o",
+    "--output",
+    type=PATH,
     help="Write the report to this file, not to stdout; as JSON if its name ends in .json.",
-)  # fmt: skip
+)
 @click.option(
-    "--plot", "plots", type=PATH, multiple=True, metavar="PICTURE",
+    "--plot",
+    "plots",
+    type=PATH,
+    multiple=True,
+    metavar="PICTURE",
     help="Draw memory and speed over context (.png, .svg, .pdf); can be repeated.",
-)  # fmt: skip
+)
 @click.option("--report", type=PATH, metavar="RUN.json", help="Measure nothing: show a saved run.")
 @click.option(
-    "--compare", type=PATH, nargs=2, metavar="A.json B.json",
+    "--compare",
+    type=PATH,
+    nargs=2,
+    metavar="A.json B.json",
     help="Measure nothing: compare two saved runs.",
-)  # fmt: skip
+)
 def bench(
     model: Path | None,
     as_json: bool,
@@ -143,8 +188,10 @@ def bench(
 
     kind = report_kind(as_json, output)
     sources = [model, options["shape"], report, compare or None]
-    if sum(source is not None for source in sources) != 1:
+    given = sum(source is not None for source in sources)
+    if given > 1:
         raise click.UsageError("expected one of MODEL, --shape, --report and --compare")
+    model = model if given else DEFAULT_MODEL
     check_outputs(
         [options["resume"], output, *plots], [model, options["sidecar"], report, *(compare or ())]
     )

@@ -13,7 +13,16 @@ import click
 from ..errors import ProfileError, RazorError
 from .chat_status import describe, numbers
 from .interrupt import stop_on_interrupt
-from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
+from .params import (
+    DEFAULT_MODEL,
+    FLASH_ATTN,
+    KV_TYPE,
+    THREADS,
+    ContextSize,
+    Number,
+    flash_attention,
+    model_argument,
+)
 from .terminal import ProgressBar, echo, say
 
 if TYPE_CHECKING:
@@ -29,7 +38,7 @@ MAX_STDIN = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB 
 DEFAULT_MODEL_HINT = """\
 This is the small built-in model. It only answers questions about facts in a text, such as: paste
 a text with "The secret code of Marlow is 48213." somewhere in it, then ask
-"What is the secret code of Marlow?". Start with 'razor-local chat MODEL.gguf' for a real model."""
+"What is the secret code of Marlow?". Start with 'razor-local chat MODEL' for a real model."""
 
 
 @click.command(
@@ -37,53 +46,85 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     epilog="With a pipe on stdin the whole of it is one message: the answer goes to stdout. "
     "Example: cat text.txt question.txt | razor-local chat",
 )
-@click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL.gguf]")
+@model_argument()
 @click.option(
-    "-c", "--ctx-size", type=ContextSize(), metavar="N",
+    "-c",
+    "--ctx-size",
+    type=ContextSize(),
+    metavar="N",
     help="Context size in tokens, 0: as trained, auto: the largest for the memory that is free."
     "  [default: as trained, at most 32768]",
-)  # fmt: skip
+)
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    metavar="N",
+    show_default=True,
     help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
-)  # fmt: skip
+)
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
 @click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-b",
+    "--batch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per step.",
-)  # fmt: skip
+)
 @click.option(
-    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-ub",
+    "--ubatch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per computation.",
-)  # fmt: skip
+)
 @click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
-@click.option(
-    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
-)
+@FLASH_ATTN
 @click.option("-s", "--seed", type=int, default=-1, metavar="N", help="-1: random.")
 @click.option(
-    "--temp", type=Number(0), metavar="T",
+    "--temp",
+    type=Number(0),
+    metavar="T",
     help="Temperature, 0: always the most likely token.  [default: 0.8, built-in model 0]",
-)  # fmt: skip
+)
 @click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True)
 @click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
-    "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
+    "--sidecar",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
     help="Razor profile of the model, if it is not in the model file.",
-)  # fmt: skip
+)
 @click.option(
-    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+    "--budget",
+    "--retrieval",
+    "budget",
+    type=Number(0, 1),
+    metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
-)  # fmt: skip
+)
 @click.option("--razor/--no-razor", default=True, help="RazorAttention.  [default: on]")
 @click.option(
-    "-n", "--predict", type=int, default=-1, metavar="N", show_default=True,
+    "-n",
+    "--predict",
+    type=int,
+    default=-1,
+    metavar="N",
+    show_default=True,
     help="Tokens of an answer at most, -1: until it ends.",
-)  # fmt: skip
+)
 def chat(model: Path | None, **options: Any) -> None:
-    """Chat with MODEL.gguf, or with the small built-in model."""
+    """Chat with MODEL, or with the small built-in model.
+
+    MODEL is a GGUF file, or a name such as llama3.2:1b ('razor-local models search' shows them).
+    """
     if options["sidecar"] and not options["razor"]:
         raise click.UsageError("--sidecar and --no-razor exclude each other")
     if options["budget"] is not None and not options["razor"]:
@@ -183,7 +224,13 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
             n_ubatch=options["ubatch_size"],
             type_k=options["cache_type_k"],
             type_v=options["cache_type_v"],
-            flash_attn=options["flash_attn"] == "on",
+            flash_attn=flash_attention(
+                options["flash_attn"],
+                path,
+                options["cache_type_k"],
+                options["cache_type_v"],
+                options["n_gpu_layers"],
+            ),
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .interrupt import stop_on_interrupt
-from .params import THREADS, Number, Size
+from .params import DEFAULT_MODEL, THREADS, Number, Size, model_argument
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ NOT_FOR_ALIBI = (
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option("-o", "--output", type=PATH, required=True, help="File to write.")
 @click.option(
     "--heads",

@@ -29,6 +29,7 @@ PACKAGES = (
     "prompt_toolkit",
     "psutil",
     "nvidia-ml-py",
+    "huggingface_hub",
 )
 VARIABLES = ("LLAMA_CPP_LIB_PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")

@@ -18,6 +18,7 @@ from .params import (
     ListOf,
     Number,
     Tokens,
+    model_argument,
     model_setup,
     report_kind,
     write_report,
@@ -68,19 +69,27 @@ def _options(what: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
 
 _MODEL_OPTIONS = (
     click.option(
-        "--policies", type=ListOf(click.STRING, "name,..."), multiple=True,
+        "--policies",
+        type=ListOf(click.STRING, "name,..."),
+        multiple=True,
         help="What is compared; differences are from the first.  [default: all kinds but"
         " heads=FILE, full and razor with f16, q8_0 and q4_0; with --budget full, razor and local"
         " alone]",
     ),
     click.option(
-        "--budget", "budgets", type=ListOf(Number(0, 1), "share,..."), multiple=True,
+        "--budget",
+        "budgets",
+        type=ListOf(Number(0, 1), "share,..."),
+        multiple=True,
         help="Also these shares of retrieval heads for each razor policy, such as"
         " 0.05,0.1,0.15,0.2,0.3: quality over bytes.",
     ),
     click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own."),
     click.option(
-        "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+        "--retrieval",
+        "budget",
+        type=Number(0, 1),
+        metavar="SHARE",
         help="Share of retrieval heads instead of the profile's.",
     ),
     click.option(
@@ -88,49 +97,83 @@ _MODEL_OPTIONS = (
     ),
     click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's."),
     click.option(
-        "--sink-tokens", "--sinks", "sinks", type=int, metavar="N",
+        "--sink-tokens",
+        "--sinks",
+        "sinks",
+        type=int,
+        metavar="N",
         help="Instead of the profile's.",
-    ),  # fmt: skip
-    click.option(
-        "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, show_default=True,
-        metavar="N", help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
     ),
     click.option(
-        "-t", "--threads", type=THREADS, metavar="N",
+        "-ngl",
+        "--n-gpu-layers",
+        type=click.IntRange(-1),
+        default=-1,
+        show_default=True,
+        metavar="N",
+        help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+    ),
+    click.option(
+        "-t",
+        "--threads",
+        type=THREADS,
+        metavar="N",
         help="CPU threads.  [default: all cores]",
     ),
-    click.option("-s", "--seed", type=click.IntRange(min=0), default=0, show_default=True,
-                 help="Of texts, questions and random heads."),
     click.option(
-        "--resume", type=PATH, metavar="JOURNAL",
+        "-s",
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Of texts, questions and random heads.",
+    ),
+    click.option(
+        "--resume",
+        type=PATH,
+        metavar="JOURNAL",
         help="Keep finished answers in this file, and leave out what is in it.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     click.option(
-        "-o", "--output", type=PATH,
+        "-o",
+        "--output",
+        type=PATH,
         help="Write the report to this file, not to stdout; as JSON if its name ends in .json.",
     ),
-)  # fmt: skip
+)
 _HEAT = click.option(
     "--plot", type=PATH, metavar="PICTURE", help="Draw scores as a heat map (.png, .svg, .pdf)."
 )
 _CURVE = click.option(
-    "--plot-curve", type=PATH, metavar="PICTURE",
+    "--plot-curve",
+    type=PATH,
+    metavar="PICTURE",
     help="Draw quality over bytes of the cache (.png, .svg, .pdf).",
-)  # fmt: skip
+)
 _LENGTHS = click.option(
-    "-c", "--ctx-size", "--lengths", "lengths", type=ListOf(Tokens(), "tokens,..."), multiple=True,
+    "-c",
+    "--ctx-size",
+    "--lengths",
+    "lengths",
+    type=ListOf(Tokens(), "tokens,..."),
+    multiple=True,
     help="Contexts, filled with text up to the room for the answers; for example 1k,2k,4k."
     "  [default: 1k, 2k, 4k and so on up to the trained length, at most 32k]",
-)  # fmt: skip
+)
 _HAYSTACK = click.option(
-    "--haystack", type=PATH, metavar="DIR",
+    "--haystack",
+    type=PATH,
+    metavar="DIR",
     help="Folder of .txt files to hide the facts in.  [default: sentences made by razor-local]",
-)  # fmt: skip
+)
 _PREDICT = click.option(
-    "-n", "--predict", type=click.IntRange(1), metavar="N",
+    "-n",
+    "--predict",
+    type=click.IntRange(1),
+    metavar="N",
     help="Tokens of an answer at most; more for models that think first.",
-)  # fmt: skip
+)
 
 
 NEEDLE_EPILOG = """
@@ -145,26 +188,39 @@ Examples:
 
 
 @eval.command(epilog=NEEDLE_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @_LENGTHS
 @click.option(
-    "--depths", type=ListOf(Number(0, 100), "percent,..."), default="0,25,50,75,100",
-    show_default=True, help="Where the fact stands that is asked for, in percent of the text.",
-)  # fmt: skip
+    "--depths",
+    type=ListOf(Number(0, 100), "percent,..."),
+    default="0,25,50,75,100",
+    show_default=True,
+    help="Where the fact stands that is asked for, in percent of the text.",
+)
 @click.option(
-    "--kinds", type=ListOf(click.STRING, "kind,..."),
-    default="single,reworded,keys,values,questions", show_default=True,
+    "--kinds",
+    type=ListOf(click.STRING, "kind,..."),
+    default="single,reworded,keys,values,questions",
+    show_default=True,
     help="single: one fact; reworded: asked for in other words; keys: one of several facts; values:"
     " all of several numbers; questions: several, one after the other.",
-)  # fmt: skip
+)
 @click.option(
-    "--samples", type=click.IntRange(1), default=5, show_default=True, metavar="N",
+    "--samples",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    metavar="N",
     help="Texts per length, depth and kind.",
-)  # fmt: skip
+)
 @click.option(
-    "--facts", type=click.IntRange(1), default=8, show_default=True, metavar="N",
+    "--facts",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="N",
     help="Facts in a text of keys and questions.",
-)  # fmt: skip
+)
 @_HAYSTACK
 @_PREDICT
 @_options(_MODEL_OPTIONS)
@@ -209,17 +265,23 @@ Examples:
 
 
 @eval.command(epilog=RULER_EPILOG)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @_LENGTHS
 @click.option(
-    "--tasks", type=ListOf(click.STRING, "task,..."), metavar="TASK,...",
+    "--tasks",
+    type=ListOf(click.STRING, "task,..."),
+    metavar="TASK,...",
     help="niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe."
     "  [default: all]",
-)  # fmt: skip
+)
 @click.option(
-    "--samples", type=click.IntRange(1), default=10, show_default=True, metavar="N",
+    "--samples",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    metavar="N",
     help="Texts per length and task.",
-)  # fmt: skip
+)
 @_HAYSTACK
 @_PREDICT
 @_options(_MODEL_OPTIONS)
@@ -256,37 +318,46 @@ def ruler(model: Path | None, **options: Any) -> None:
 PERPLEXITY_EPILOG = """
 \b
 Examples:
-  razor-local eval perplexity book.txt
-  razor-local eval perplexity book.txt model-razor.gguf -c 16k --windows 4 --plot positions.png
-  razor-local eval perplexity book.txt model-razor.gguf --budget 0.05,0.1,0.2 --plot-curve kl.png
+  razor-local eval perplexity --text book.txt
+  razor-local eval perplexity model-razor.gguf --text book.txt -c 16k --plot positions.png
+  razor-local eval perplexity model-razor.gguf --text book.txt --budget 0.05,0.1,0.2 \\
+      --plot-curve kl.png
 """
 
 
 @eval.command(epilog=PERPLEXITY_EPILOG)
-@click.argument("text", type=PATH)
-@click.argument("model", type=PATH, required=False)
+@model_argument()
+@click.option("--text", type=PATH, required=True, metavar="FILE", help="Text to read, in UTF-8.")
 @click.option(
-    "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
+    "-c",
+    "--ctx-size",
+    type=Tokens(),
+    default=0,
+    metavar="TOKENS",
     help="Tokens of a window of the text.  [default: as trained, at most 8k]",
-)  # fmt: skip
+)
 @click.option(
-    "--stride", type=Tokens(), metavar="TOKENS",
+    "--stride",
+    type=Tokens(),
+    metavar="TOKENS",
     help="Tokens from one window to the next; less than a window: its first tokens only give"
     " context.  [default: a window]",
-)  # fmt: skip
+)
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="At most so many windows.")
 @_options(_MODEL_OPTIONS)
 @click.option(
-    "--plot", type=PATH, metavar="PICTURE",
+    "--plot",
+    type=PATH,
+    metavar="PICTURE",
     help="Draw the KL divergence by position (.png, .svg, .pdf).",
-)  # fmt: skip
+)
 @_CURVE
-def perplexity(text: Path, model: Path | None, **options: Any) -> None:
+def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     """Perplexity and KL divergence on a text, and planted facts beside them.
 
-    TEXT is a file in UTF-8; the divergence is from the full f16 cache, by position in the context.
-    Neither shows whether facts are lost, so each policy is also asked for facts that are planted in
-    a second text, which fills the context.
+    The divergence is from the full f16 cache, by position in the context. Neither shows whether
+    facts are lost, so each policy is also asked for facts that are planted in a second text, which
+    fills the context.
     """
     from ..evals.perplexity import (
         PerplexityReport,
@@ -342,38 +413,54 @@ def perplexity(text: Path, model: Path | None, **options: Any) -> None:
 LONGBENCH_EPILOG = """
 \b
 Examples:
-  razor-local eval longbench LongBench/data model-razor.gguf -c 32k --resume run.jsonl
-  razor-local eval longbench LongBench/data model-razor.gguf --datasets hotpotqa,qasper -c 8k \\
-      --cut-middle --samples 50
+  razor-local eval longbench model-razor.gguf --data LongBench/data -c 32k --resume run.jsonl
+  razor-local eval longbench model-razor.gguf --data LongBench/data -c 8k --cut-middle \\
+      --datasets hotpotqa,qasper --samples 50
 """
 
 
 @eval.command(epilog=LONGBENCH_EPILOG)
-@click.argument("folder", type=PATH, metavar="DIR")
-@click.argument("model", type=PATH, required=False)
+@model_argument()
 @click.option(
-    "-c", "--ctx-size", type=Tokens(), default=0, metavar="TOKENS",
+    "--data",
+    "folder",
+    type=PATH,
+    required=True,
+    metavar="DIR",
+    help="Folder with LongBench's .jsonl files.",
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=Tokens(),
+    default=0,
+    metavar="TOKENS",
     help="Context of all questions.  [default: as trained, at most 32k]",
-)  # fmt: skip
+)
 @click.option(
-    "--datasets", type=ListOf(click.STRING, "name,..."), metavar="NAME,...",
-    help="Data sets to run.  [default: all files in DIR that belong to LongBench]",
-)  # fmt: skip
+    "--datasets",
+    type=ListOf(click.STRING, "name,..."),
+    metavar="NAME,...",
+    help="Data sets to run.  [default: all files there that belong to LongBench]",
+)
 @click.option(
-    "--samples", type=click.IntRange(1), metavar="N",
+    "--samples",
+    type=click.IntRange(1),
+    metavar="N",
     help="At most so many questions of each data set, drawn at random.  [default: all]",
-)  # fmt: skip
+)
 @click.option(
-    "--cut-middle", is_flag=True,
+    "--cut-middle",
+    is_flag=True,
     help="Cut texts that are too long in the middle, instead of leaving them out.",
-)  # fmt: skip
+)
 @_options(_MODEL_OPTIONS)
 @_HEAT
 @_CURVE
-def longbench(folder: Path, model: Path | None, **options: Any) -> None:
+def longbench(model: Path | None, folder: Path, **options: Any) -> None:
     """LongBench, from files that you have.
 
-    DIR holds its .jsonl files. Some metrics need libraries: pip install razor-local[eval].
+    Some metrics need libraries: pip install razor-local[eval].
     """
     from ..evals.longbench import LongBench
     from ..evals.questions import Prompts
@@ -393,8 +480,10 @@ def longbench(folder: Path, model: Path | None, **options: Any) -> None:
             seed=options["seed"],
             progress=bar,
         )
-        notes = [f"{n} questions of {name} do not fit and are left out"
-                 for name, n in bench.left_out.items()]  # fmt: skip
+        notes = [
+            f"{n} questions of {name} do not fit and are left out"
+            for name, n in bench.left_out.items()
+        ]
         notes += [f"{n} texts of {name} were cut in the middle" for name, n in bench.n_cut.items()]
         for note in notes:
             echo(f"Note: {note}", err=True)

@@ -13,7 +13,7 @@ import click
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
 from ..printable import printable
-from .params import KV_TYPE, ContextSize, Number, Size
+from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, ContextSize, Number, Size, model_argument
 from .terminal import ProgressBar, echo, table_console
 
 if TYPE_CHECKING:
@@ -45,50 +45,72 @@ class Memory:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH, metavar="MODEL.gguf")
+@model_argument(DEFAULT_MODEL)
 @click.option(
-    "-c", "--ctx-size", type=ContextSize(), metavar="N",
+    "-c",
+    "--ctx-size",
+    type=ContextSize(),
+    metavar="N",
     help="Tell the memory for this context: tokens, 0: as trained, auto: what fits this machine.",
-)  # fmt: skip
+)
 @click.option(
-    "--vram", type=Size(), metavar="SIZE",
+    "--vram",
+    type=Size(),
+    metavar="SIZE",
     help="Memory of the graphics card that may be used, such as 8GiB (of each, if there are"
     " several).",
-)  # fmt: skip
+)
 @click.option(
     "--ram", type=Size(), metavar="SIZE", help="Memory of the machine itself that may be used."
 )
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, metavar="N", show_default=True,
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(-1),
+    default=-1,
+    metavar="N",
+    show_default=True,
     help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
-)  # fmt: skip
+)
 @click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-b",
+    "--batch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per step.",
-)  # fmt: skip
+)
 @click.option(
-    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, metavar="N", show_default=True,
+    "-ub",
+    "--ubatch-size",
+    type=click.IntRange(1),
+    default=512,
+    metavar="N",
+    show_default=True,
     help="Prompt tokens per computation.",
-)  # fmt: skip
+)
 @click.option(
     "-ctk", "--cache-type-k", type=KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
 )
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="[default: as -ctk]")
-@click.option(
-    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
-)
+@FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+    "--budget",
+    "--retrieval",
+    "budget",
+    type=Number(0, 1),
+    metavar="SHARE",
     help="KV heads that keep every token, chosen again by the scores in the profile.",
-)  # fmt: skip
+)
 @click.option("--beyond", is_flag=True, help="Search beyond the trained length, too.")
 @click.option(
     "--plot", type=PATH, metavar="PICTURE", help="Draw memory by context (.png, .svg, .pdf)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(model: Path, **given: Any) -> None:
-    """Show which context of MODEL.gguf fits which memory, with a full cache and with razor.
+    """Show which context of MODEL fits which memory, with a full cache and with razor.
 
     Headers alone are read. Weights, KV cache and compute buffers are counted as this build of
     llama.cpp would allocate them. A model without a profile is planned with the paper's shares.
@@ -97,14 +119,17 @@ def fit(model: Path, **given: Any) -> None:
     --vram and --ram name is used in full.
     """
 
-    from ..fit import MAX_N_CTX, ContextOptions, DryModel, make_candidates, no_room
+    from ..fit import MAX_DRY_RUN, ContextOptions, DryModel, make_candidates, no_room
 
     with ProgressBar() as bar, DryModel(model, n_gpu_layers=given["n_gpu_layers"]) as dry:
         n_ctx = given["ctx_size"] if isinstance(given["ctx_size"], int) else None
         memories = _memories(dry, given)
         profile, source = _profile(dry, given["sidecar"], given["budget"])
+        flash_attn = given["flash_attn"] == "on"
+        if given["flash_attn"] == "auto":
+            flash_attn = dry.flash_attention(*_types(given)[0])
         base = ContextOptions(
-            flash_attn=given["flash_attn"] == "on",
+            flash_attn=flash_attn,
             n_batch=given["batch_size"],
             n_ubatch=given["ubatch_size"],
         )
@@ -115,7 +140,7 @@ def fit(model: Path, **given: Any) -> None:
             profile = source = None
         if not runs:
             raise RazorError(candidates[0].refused)
-        n_max = MAX_N_CTX if given["beyond"] else 0
+        n_max = MAX_DRY_RUN if given["beyond"] else 0
         found: dict[str, list[Need | None]] = {}
         for done, c in enumerate(runs):
             bar(done, len(runs), "planning")
@@ -349,11 +374,11 @@ def _mib(n_bytes: int) -> str:
 def _plot(dry: DryModel, runs: list[Candidate], path: Path, beyond: bool) -> None:
     """Draws the memory of each plan by context, and the cards."""
     from ..common.figure import make_figure, save_figure
-    from ..fit import CARDS, MAX_N_CTX
+    from ..fit import CARDS, MAX_DRY_RUN
 
     figure = make_figure(path, (8, 5), "look at the numbers with --json")
     top = dry.n_ctx_train or 131072
-    top = dry.padded(min(8 * top if beyond else top, MAX_N_CTX))
+    top = dry.padded(min(8 * top if beyond else top, MAX_DRY_RUN))
     sizes = sorted({dry.padded(max(round(top * i / 16), 1)) for i in range(17)})
     axes = figure.add_subplot()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..printable import printable
-from .params import KV_TYPE, Number
+from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, Number, flash_attention, model_argument
 from .terminal import echo, table_console
 
 if TYPE_CHECKING:
@@ -34,45 +34,59 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@click.argument("file", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option(
     "-c", "--ctx-size", type=int, default=0, help="Context in tokens. [default: the model's own]"
 )
 @click.option(
-    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True,
+    "-ctk",
+    "--cache-type-k",
+    type=KV_TYPE,
+    default="f16",
+    show_default=True,
     help="Type of the K cache.",
-)  # fmt: skip
+)
 @click.option(
-    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True,
+    "-ctv",
+    "--cache-type-v",
+    type=KV_TYPE,
+    default="f16",
+    show_default=True,
     help="Type of the V cache.",
-)  # fmt: skip
+)
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option(
-    "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+    "--budget",
+    "--retrieval",
+    "budget",
+    type=Number(0, 1),
+    metavar="SHARE",
     help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
-)  # fmt: skip
-@click.option("--no-flash-attn", is_flag=True, help="Plan for a context without flash attention.")
+)
+@FLASH_ATTN
 @click.option("--heads", is_flag=True, help="Show a map of the heads and their scores instead.")
 @click.option(
-    "--compare", type=PATH, metavar="OTHER",
+    "--compare",
+    type=PATH,
+    metavar="OTHER",
     help="Compare the heads with those of another profile, sidecar or head list.",
-)  # fmt: skip
+)
 @click.option("--plot", type=PATH, metavar="PICTURE", help="Draw the heads (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
-    file: Path,
+    model: Path,
     ctx_size: int,
     cache_type_k: str,
     cache_type_v: str,
     sidecar: Path | None,
     budget: float | None,
-    no_flash_attn: bool,
+    flash_attn: str,
     heads: bool,
     compare: Path | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Show which KV heads of FILE (a GGUF) keep everything, and the bytes of its KV cache.
+    """Show which KV heads of MODEL keep everything, and the bytes of its KV cache.
 
     Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
     """
@@ -88,15 +102,15 @@ def inspect(
         why_not_converted,
     )
 
-    check_outputs([plot], [file, sidecar, compare])
-    header = read_header(file)
+    check_outputs([plot], [model, sidecar, compare])
+    header = read_header(model)
     shape = shape_from_header(header)
     profile = (
         profile_from_header(header, shape) if sidecar is None else read_sidecar(sidecar, shape)
     )
     looking = heads or compare is not None or plot is not None
     if profile is None and (budget is not None or looking):
-        raise no_profile(file)
+        raise no_profile(model)
     if budget is not None and profile is not None:
         from ..scores import with_budget
 
@@ -121,7 +135,8 @@ def inspect(
     if looking and profile is not None and not as_json:
         return _print_heads(shape, profile, heads, there, compare, plot)
     run = None if profile is None or profile.scope is not None else profile
-    plan = make_plan(shape, run, ctx_size, cache_type_k, cache_type_v, not no_flash_attn)
+    use_flash_attn = flash_attention(flash_attn, model, cache_type_k, cache_type_v)
+    plan = make_plan(shape, run, ctx_size, cache_type_k, cache_type_v, use_flash_attn)
     if run is not profile:
         plan = replace(plan, why_inactive="ALiBi scopes cannot be run yet")
     if as_json:

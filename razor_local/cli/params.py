@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import RazorError
+from ..gguf.hyper_parameters import MAX_N_CTX
 from ..model_setup import DEFAULT_MODEL as DEFAULT_MODEL
 from ..plan import KV_TYPES
-from .terminal import echo
+from ..printable import printable
+from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
     from ..model_setup import ModelSetup
+    from ..models import Download
+    from ..models.names import ModelName
 
-MAX_TOKENS = 2**31 - 1024
 KV_TYPE = click.Choice(list(KV_TYPES))
 THREADS = click.IntRange(1, 512)  # ggml ends the process above it
+FLASH_ATTN = click.option(
+    "-fa",
+    "--flash-attn",
+    type=click.Choice(["on", "off", "auto"]),
+    default="on",
+    show_default=True,
+    help="Flash attention; auto: if the device of every layer can run it.",
+)
 
 
 class Size(click.ParamType):
@@ -61,7 +74,7 @@ class Tokens(click.ParamType):
             return value
         match = re.fullmatch(r"(\d{1,10})([kKmM]?)", value.strip())
         n = -1 if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
-        if not 0 <= n <= MAX_TOKENS:
+        if not 0 <= n <= MAX_N_CTX:
             self.fail(
                 f"{value!r} is not a number of tokens, expected one like 512 or 32k", param, ctx
             )
@@ -92,10 +105,112 @@ class ListOf(click.ParamType):
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
 
 
+def flash_attention(
+    choice: str, model: Path, type_k: str, type_v: str, n_gpu_layers: int = -1
+) -> bool:
+    """Return whether a context uses flash attention, given the value of FLASH_ATTN.
+
+    Raises:
+        RazorError: the choice is auto, and llama.cpp refuses the model.
+        OSError: as RazorError.
+    """
+    if choice != "auto":
+        return choice == "on"
+    from ..fit import DryModel
+
+    with DryModel(model, n_gpu_layers=n_gpu_layers) as dry:
+        return dry.flash_attention(type_k, type_v)
+
+
 def report_kind(as_json: bool, output: Path | None) -> str:
     """Return "json" if --json or the name of the output asks for it, else "md"."""
     is_json = output is not None and output.suffix.lower() == ".json"
     return "json" if as_json or is_json else "md"
+
+
+class ModelFile(click.ParamType):
+    """A path of a GGUF file, or a name of a model; prefix: what is put before the name."""
+
+    name = "model"
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path | ModelName:
+        if not isinstance(value, str):
+            return value
+        from ..models import parse
+
+        try:
+            return parse(self.prefix + value)
+        except RazorError as error:
+            self.fail(str(error), param, ctx)
+
+
+def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
+    """Give a command the arguments MODEL and -hf, and its function the path that they mean.
+
+    A named model that is not on this machine is downloaded before the function runs.
+
+    Args:
+        default: the path where neither is given
+    """
+
+    def add(command: Any) -> Any:
+        @functools.wraps(command)
+        def run(
+            *args: Any,
+            model: Path | ModelName | None,
+            hf_repo: ModelName | None,
+            **options: Any,
+        ) -> Any:
+            if model is not None and hf_repo is not None:
+                raise click.UsageError("MODEL and --hf-repo exclude each other")
+            named = model or hf_repo
+            path = default if named is None else model_file(named)
+            return command(*args, model=path, **options)
+
+        run = click.option(
+            "-hf", "--hf-repo", type=ModelFile("hf:"), metavar="OWNER/REPO[:QUANT]",
+            help="Instead of MODEL: a repository of Hugging Face.  [default quant: Q4_K_M]",
+        )(run)  # fmt: skip
+        return click.argument("model", type=ModelFile(), required=False)(run)
+
+    return add
+
+
+def model_file(model: Path | ModelName) -> Path:
+    """Return the path of a model, downloading it if it is not on this machine."""
+    from ..models.local import find
+
+    return model if isinstance(model, Path) else find(model) or download_model(model)
+
+
+def download_model(model: ModelName) -> Path:
+    """Download a model and show how far that is."""
+    from ..models import download
+    from ..models.hub import unfinished
+
+    def announce(what: Download) -> None:
+        license_name = f", license {what.license}" if what.license else ""
+        line = f"{what.name} ({what.source}, {size_text(what.n_bytes)}{license_name})"
+        echo(printable(f"downloading {line} to {what.folder}", one_line=True), err=True)
+
+    with ProgressBar() as bar:
+        try:
+            return download(model, bar, announce)
+        except KeyboardInterrupt:
+            bar.close()
+            if unfinished(model.repo):
+                echo("Interrupted; the same command goes on where it stopped.", err=True)
+            raise
+
+
+def size_text(n_bytes: int) -> str:
+    """A number of bytes in GiB or MiB."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def write_report(text: str, output: Path | None) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from .interrupt import stop_on_interrupt
-from .params import KV_TYPE, THREADS
+from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, THREADS, flash_attention, model_argument
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
-    from ..verify.run import Verification
+    from ..verify.result import Verification
 
 PATH = click.Path(path_type=Path)
 
@@ -31,28 +31,49 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 
 
 @click.command(epilog=EPILOG)
-@click.argument("model", type=PATH)
+@model_argument(DEFAULT_MODEL)
 @click.option(
-    "-c", "--ctx-size", type=click.IntRange(min=0), default=0, metavar="N",
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
     help="Context in tokens. [default: 8192, or the trained length if that is less]",
-)  # fmt: skip
+)
 @click.option(
-    "-n", "--tokens", type=click.IntRange(min=0), default=0, metavar="N",
+    "-n",
+    "--tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
     help="Tokens to run. [default: enough for four folds, or the whole text]",
-)  # fmt: skip
+)
 @click.option("--text", type=PATH, help="Run this text file instead of random tokens.")
 @click.option(
-    "-s", "--seed", type=click.IntRange(min=0), default=0, show_default=True,
+    "-s",
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
     help="Of the random tokens, and of the choice of the rows.",
-)  # fmt: skip
+)
 @click.option(
-    "--rows", type=click.IntRange(min=0), default=1024, show_default=True, metavar="N",
+    "--rows",
+    type=click.IntRange(min=0),
+    default=1024,
+    show_default=True,
+    metavar="N",
     help="Tokens whose attention is compared in each layer, spread over the text; 0: all.",
-)  # fmt: skip
+)
 @click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(min=-1), default=-1, show_default=True,
-    metavar="N", help="Layers on the GPU; -1: all, as chat does; 0: checks the CPU.",
-)  # fmt: skip
+    "-ngl",
+    "--n-gpu-layers",
+    type=click.IntRange(min=-1),
+    default=-1,
+    show_default=True,
+    metavar="N",
+    help="Layers on the GPU; -1: all, as chat does; 0: checks the CPU.",
+)
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
 @click.option(
     "-b", "--batch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"
@@ -62,9 +83,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 )
 @click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
 @click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
-@click.option(
-    "-fa", "--flash-attn", type=click.Choice(["on", "off"]), default="on", show_default=True
-)
+@FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
@@ -109,7 +128,7 @@ def verify(
             sidecar=sidecar,
             type_k=cache_type_k,
             type_v=cache_type_v,
-            flash_attn=flash_attn == "on",
+            flash_attn=flash_attention(flash_attn, model, cache_type_k, cache_type_v, n_gpu_layers),
             n_batch=batch_size,
             n_ubatch=min(ubatch_size, batch_size),
             n_threads=threads,

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,6 +17,17 @@ from ..errors import RazorError
 # Wraps the writing of files that are not complete yet, given their paths as they are then. The
 # command line, which handles signals, sets it to remove them when it is terminated.
 guard: Callable[[list[Path]], AbstractContextManager[Any]] = nullcontext
+
+
+def cache_folder() -> Path:
+    """razor_local's folder in the user's cache, the one that the build uses."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "razor_local"
 
 
 @contextmanager

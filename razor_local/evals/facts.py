@@ -319,9 +319,16 @@ class Examiner:
         """
         probe = self._probe
         with attention_context(
-            self._lib, self._C, self._model, self._path, self._exam.n_ctx, N_UBATCH,
-            self._n_threads, probe, self._exam.n_outputs,
-        ) as ctx:  # fmt: skip
+            self._lib,
+            self._C,
+            self._model,
+            self._path,
+            self._exam.n_ctx,
+            N_UBATCH,
+            self._n_threads,
+            probe,
+            self._exam.n_outputs,
+        ) as ctx:
             outcome = self._take(ctx, "planting facts: the full cache", read_attention=True)
         per_query_head = np.concatenate(probe.sums) / len(self._exam.questions)
         if not np.isfinite(per_query_head).all():

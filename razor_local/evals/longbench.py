@@ -85,19 +85,19 @@ DATA_SETS = {
     "trec": DataSet(
         "Say of which type the last question is. Examples:\n\n{context}",
         "{input}", "classes", 64, raw=True, first_line=True,
-    ),  # fmt: skip
+    ),
     "triviaqa": DataSet(
         "Answer the last question from its passage, with the answer alone. Examples:\n\n{context}",
         "{input}", "f1", 32, raw=True, first_line=True,
-    ),  # fmt: skip
+    ),
     "samsum": DataSet(
         "Summarize the last dialogue in a few short sentences. Examples:\n\n{context}",
         "{input}", "rouge", 128, raw=True, first_line=True,
-    ),  # fmt: skip
+    ),
     "lsht": DataSet(
         "请判断最后一则新闻的类别。例子：\n\n{context}", "{input}", "classes", 64,
         raw=True, first_line=True,
-    ),  # fmt: skip
+    ),
     "passage_count": DataSet(
         CONTEXT,
         "Some of the paragraphs above are the same. How many different paragraphs are there? Answer"
@@ -283,10 +283,14 @@ def _cut_middle(
     tokens = prompts.model.tokenize(context.encode(), add_bos=False, special=False)
     keep = len(tokens)
     for _ in range(N_CUT):
-        text = context if keep >= len(tokens) else "".join(
-            prompts.model.detokenize(part).decode("utf-8", "ignore")
-            for part in (tokens[: keep // 2], tokens[len(tokens) - keep // 2 :])
-        )  # fmt: skip
+        text = (
+            context
+            if keep >= len(tokens)
+            else "".join(
+                prompts.model.detokenize(part).decode("utf-8", "ignore")
+                for part in (tokens[: keep // 2], tokens[len(tokens) - keep // 2 :])
+            )
+        )
         found = size(text)
         if found <= n_tokens or keep == 0:
             return text, found

@@ -241,8 +241,9 @@ def plot_heat(report: Report, path: str | os.PathLike[str]) -> Path:
     found = {(c["policy"], c["task"], c["length"], c["depth"]): c["score"] for c in cells}
     if depths:
         names = [f"{depth:g} %" for depth in depths]
-        panels = [[[(p, task, depth) for depth in depths] for task in report.tasks]
-                  for p in policies]  # fmt: skip
+        panels = [
+            [[(p, task, depth) for depth in depths] for task in report.tasks] for p in policies
+        ]
         titles, labels = report.tasks, policies
     else:
         names = report.tasks
@@ -259,10 +260,12 @@ def plot_heat(report: Report, path: str | os.PathLike[str]) -> Path:
     image = None
     for i, row in enumerate(panels):
         for j, lines in enumerate(row):
-            grid = np.array([
-                [found.get((policy, task, length, depth), np.nan) for length in lengths]
-                for policy, task, depth in lines
-            ])  # fmt: skip
+            grid = np.array(
+                [
+                    [found.get((policy, task, length, depth), np.nan) for length in lengths]
+                    for policy, task, depth in lines
+                ]
+            )
             ax = axes[i][j]
             image = ax.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             ax.set_xticks(range(len(lengths)), map(short_tokens, lengths), fontsize=7)
@@ -323,9 +326,16 @@ def draw_curves(
                 [max(p[4] - p[2], 0) for p in some],
             ]
             ax.errorbar(
-                x, y, errors, fmt="o-" if len(some) > 1 else "s", capsize=2, label=name,
-                color=f"C{names.index(name)}", markersize=4, linewidth=1,
-            )  # fmt: skip
+                x,
+                y,
+                errors,
+                fmt="o-" if len(some) > 1 else "s",
+                capsize=2,
+                label=name,
+                color=f"C{names.index(name)}",
+                markersize=4,
+                linewidth=1,
+            )
         ax.set(title=title, xlabel="KV cache, MiB", ylabel=label)
         ax.set_yscale("log" if log else "linear")
         ax.set_xlim(left=0)

@@ -49,7 +49,7 @@ ADJECTIVES = (
     "patient plain polite proud quick quiet rapid rare restless rosy rough rusty sharp silent "
     "silver simple sleepy slender smooth solid steady stormy sturdy sunny swift tender tidy tiny "
     "tough vivid warm wild wise witty young"
-).split()  # fmt: skip
+).split()
 NOUNS = (
     "acorn anchor apple arrow barrel basket beacon bell bridge brook bucket button candle canyon "
     "castle cedar chapel cherry chimney clover cottage crown dagger desert drum eagle ember "
@@ -59,7 +59,7 @@ NOUNS = (
     "pumpkin quill rabbit raven ribbon river saddle shadow shell spoon squirrel statue stone "
     "summit thimble thunder timber tower trumpet tulip tunnel turtle valley velvet violin wagon "
     "walnut willow window"
-).split()  # fmt: skip
+).split()
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,7 @@ def _niah(
     """pieces: what the facts are hidden in: "noise", "text", or "needles" of the same kind."""
     kind = "number" if values is _numbers else "id"
     key_stream, value_stream = keys(rng), values(rng)
-    chosen = [
-        (key, list(islice(value_stream, n_values))) for key in islice(key_stream, n_keys)
-    ]  # fmt: skip
+    chosen = [(key, list(islice(value_stream, n_values))) for key in islice(key_stream, n_keys)]
     facts = [(rng.random(), _needle(kind, key, v)) for key, some in chosen for v in some]
     asked = chosen[:n_asked]
     names = _listed([key for key, _ in asked])

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import UnsupportedError
 
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS
-MAX_CONTEXT = 2**31 - 1  # the bindings take it for an int
+MAX_N_CTX = 2**31 - 1  # the bindings take it for an int
 MAX_VOCAB = 2_000_000  # llama.cpp allocates this many tokens for a model without a vocabulary
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
@@ -22,7 +22,7 @@ _POSITIVE = ("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 _DIVISOR = ("1 or more", lambda value: value >= 1)
 _RANGES = {
-    "context_length": (f"0 to {MAX_CONTEXT}", lambda value: 0 <= value <= MAX_CONTEXT),
+    "context_length": (f"0 to {MAX_N_CTX}", lambda value: 0 <= value <= MAX_N_CTX),
     "vocab_size": (f"0 to {MAX_VOCAB}", lambda value: 0 <= value <= MAX_VOCAB),
     "rope.freq_base": _POSITIVE,
     "rope.freq_base_swa": _POSITIVE,

@@ -73,9 +73,12 @@ def vocabulary(C: Any, model: int) -> tuple[np.ndarray, np.ndarray]:
         return ids[:0], ids
     bos = C.llama_vocab_bos(vocab) if C.llama_vocab_get_add_bos(vocab) else -1
     not_ordinary = (
-        C.LLAMA_TOKEN_ATTR_UNKNOWN | C.LLAMA_TOKEN_ATTR_UNUSED | C.LLAMA_TOKEN_ATTR_CONTROL
-        | C.LLAMA_TOKEN_ATTR_USER_DEFINED | C.LLAMA_TOKEN_ATTR_BYTE
-    )  # fmt: skip
+        C.LLAMA_TOKEN_ATTR_UNKNOWN
+        | C.LLAMA_TOKEN_ATTR_UNUSED
+        | C.LLAMA_TOKEN_ATTR_CONTROL
+        | C.LLAMA_TOKEN_ATTR_USER_DEFINED
+        | C.LLAMA_TOKEN_ATTR_BYTE
+    )
     ordinary = [
         not C.llama_vocab_get_attr(vocab, i) & not_ordinary and not C.llama_vocab_is_eog(vocab, i)
         for i in ids.tolist()

@@ -17,14 +17,8 @@ docs/verification.md: what is checked, with which bounds, and what is not.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
-import re
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from ctypes import c_float
-from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +31,7 @@ from ..errors import ProfileError, RazorError, UnsupportedError
 from ..gguf.header import read_header
 from ..native.callbacks import Control
 from ..native.models import load_model, new_context, vocabulary
-from ..native.structs import CustomParams, Tensor
-from ..native.tensors import F32, bind, check_layout, read
+from ..native.tensors import bind
 from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from ..profile import (
     ModelShape,
@@ -49,157 +42,14 @@ from ..profile import (
     shape_from_header,
 )
 from . import reference
+from .capture import Capture
+from .compare import compare_layer, kl_divergence
+from .result import Divergence, GroupResult, Verification
 
 DEFAULT_N_CTX = 8192
 DEFAULT_ROWS = 1024
 SINGLE = 64  # tokens at the end that are decoded one by one
 MORE_FOLDS = 3  # after the first, where the number of tokens is free
-KEYS_COMPARED = 8  # tokens of each ubatch whose keys tell which heads are stored
-KL_ROWS = 16  # logits converted to F64 at a time
-
-# Errors relative to the root mean square of a head's output: of a head over all checked queries,
-# and of any single number. What was measured stands in docs/verification.md.
-# CPUs round q to 8 bits for products with quantized keys: near ties between keys of a sharp head
-# fall the other way in single rows
-QUANTIZED = (1e-2, 5e-1)
-BOUNDS = {"f32": (1e-5, 5e-4), "f16": (3e-3, 5e-2), "bf16": (5e-3, 1e-1)} | {
-    kv_type: QUANTIZED for kv_type, info in KV_TYPES.items() if info.block > 1
-}
-WORSE_THAN_FULL = 2.0  # times the full cache's own error is allowed where that is above the bound
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Of some heads of one layer, relative to the root mean square of each head's own output.
-
-    largest: of any number; rms: over all heads; worst_rms: of the head worst_head (a query head).
-    """
-
-    largest: float
-    rms: float
-    worst_rms: float
-    worst_head: int
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    """The retrieval or local KV heads of one layer; full: the same heads in the full cache.
-
-    limit_rms, limit_largest: what passes, for errors.worst_rms and errors.largest.
-    """
-
-    il: int
-    group: str  # "retrieval" or "local"
-    kv_heads: int
-    errors: Errors
-    full: Errors
-    limit_rms: float
-    limit_largest: float
-
-    @property
-    def passed(self) -> bool:
-        # a NaN does not pass
-        return self.errors.worst_rms <= self.limit_rms and self.errors.largest <= self.limit_largest
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL(full cache || razor) of the next token's probabilities, in nats, over the checked rows.
-
-    mean, largest: all rows; end: mean over the last eighth of the text; same_top: share of the rows
-    where both find the same token most likely. (No bound: this is what the method costs.)
-    """
-
-    mean: float
-    largest: float
-    end: float
-    same_top: float
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The result of verify().
-
-    buffers: where the cache lies, for example CUDA0. n_tokens: run; n_text: of the text, what was
-    left out included; n_rows: queries checked in each layer; n_folded: tokens in the compensation
-    token at the end. misplaced: a sentence for each layer that keeps the whole context for other KV
-    heads than the profile says.
-    """
-
-    model: str
-    plan: Plan
-    buffers: tuple[str, ...]
-    n_tokens: int
-    n_text: int
-    n_rows: int
-    n_folded: int
-    groups: tuple[GroupResult, ...]
-    misplaced: tuple[str, ...]
-    kl: Divergence
-
-    @property
-    def passed(self) -> bool:
-        return not self.misplaced and all(group.passed for group in self.groups)
-
-    @property
-    def verdict(self) -> str:
-        """One sentence."""
-        failed = [group for group in self.groups if not group.passed]
-        what = f"{self.n_tokens:,} tokens, {self.plan.type_k}/{self.plan.type_v} KV"
-        if self.misplaced:
-            more = f" (and {len(self.misplaced) - 1} more layers)" if self.misplaced[1:] else ""
-            return f"FAIL: {self.misplaced[0]}{more}"
-        if not failed:
-            return f"pass: all {len(self.groups)} groups of heads agree with the reference ({what})"
-        worst = max(failed, key=lambda group: max(_excess(group)))
-        of_rms, of_largest = _excess(worst)
-        how = (
-            f"query head {worst.errors.worst_head}, rms error {worst.errors.worst_rms:.1e} of the"
-            f" output where {worst.limit_rms:.1e} is allowed"
-            if of_rms >= of_largest
-            else f"largest error {worst.errors.largest:.1e} of the output where"
-            f" {worst.limit_largest:.1e} is allowed"
-        )
-        return (
-            f"FAIL: {len(failed)} of {len(self.groups)} groups of heads differ from the reference"
-            f" ({what}); worst: layer {worst.il}, {worst.group} heads, {how}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings, lists and dicts (for JSON)."""
-        plan = self.plan.to_dict()
-        del plan["layers"]
-        return {
-            "model": self.model,
-            "passed": self.passed,
-            "verdict": self.verdict,
-            "buffers": list(self.buffers),
-            "n_tokens": self.n_tokens,
-            "n_text": self.n_text,
-            "n_rows": self.n_rows,
-            "n_folded": self.n_folded,
-            "plan": plan,
-            "kl": asdict(self.kl),
-            "misplaced": list(self.misplaced),
-            "groups": [asdict(group) | {"passed": group.passed} for group in self.groups],
-        }
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What one layer's attention was given and gave.
-
-    q: f32 [n_rows, n_head, d_k] after RoPE, at positions int [n_rows]; out: f32 [n_rows, n_head,
-    d_v], rotated if V is (reference.rotation_sizes). k, v: all tokens, packed in the KV types of
-    the plan after rotation (reference.pack_rows). scale: factor of q.k.
-    """
-
-    q: np.ndarray
-    positions: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    out: np.ndarray
-    scale: float
 
 
 def verify(
@@ -258,7 +108,7 @@ def verify(
         # without a sidecar the library reads the profile from the file, as Python did above
         own = None if sidecar is None else native.make_params(profile)
         for params in (own, native.make_params(None)):
-            capture = _Capture(lib.lib, shape, plan, positions, control)
+            capture = Capture(lib.lib, shape, plan, positions, control)
             ctx = stack.enter_context(
                 _context(
                     lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cores()
@@ -300,63 +150,6 @@ def verify(
     )
 
 
-def compare_layer(
-    il: int, razor: Layer, full: Layer, retrieval: np.ndarray, plan: Plan
-) -> list[GroupResult]:
-    """The head groups of a layer that ran with razor, and with a full cache, against the reference.
-
-    retrieval: 0/1 [n_head_kv], from the profile.
-    """
-    everything = np.ones_like(retrieval)
-    group = razor.q.shape[1] // len(retrieval)
-    diffs = []
-    for layer, heads in ((razor, retrieval), (full, everything)):
-        diffs.append(layer.out.astype(np.float64) - expected_output(layer, heads, plan))
-    bounds = [_bound(kv_type, plan.flash_attn) for kv_type in (plan.type_k, plan.type_v)]
-    bound_rms, bound_largest = (max(pair) for pair in zip(*bounds, strict=True))
-    results = []
-    for name, kind in (("retrieval", 1), ("local", 0)):
-        kv_heads = np.flatnonzero(np.asarray(retrieval) == kind)
-        if len(kv_heads) == 0:
-            continue
-        heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
-        errors, yardstick = (
-            _errors(diff, layer.out, heads)
-            for diff, layer in zip(diffs, (razor, full), strict=True)
-        )
-        results.append(
-            GroupResult(
-                il=il,
-                group=name,
-                kv_heads=len(kv_heads),
-                errors=errors,
-                full=yardstick,
-                limit_rms=max(bound_rms, WORSE_THAN_FULL * yardstick.worst_rms),
-                limit_largest=max(bound_largest, WORSE_THAN_FULL * yardstick.largest),
-            )
-        )
-    return results
-
-
-def expected_output(layer: Layer, retrieval: np.ndarray, plan: Plan) -> np.ndarray:
-    """What the reference computes for a layer: f32 [n_rows, n_head, d_v]."""
-    size_k, _ = _rotations(plan)
-    return reference.attention(
-        layer.q if size_k is None else reference.rotate(layer.q, size_k),
-        layer.positions,
-        reference.unpack_rows(layer.k, plan.type_k),
-        reference.unpack_rows(layer.v, plan.type_v),
-        retrieval,
-        window=plan.window,
-        block=plan.block,
-        sink_tokens=plan.sink_tokens,
-        compensation=plan.compensation,
-        scale=layer.scale,
-        round_k=partial(reference.round_rows, kv_type=plan.type_k),
-        round_v=partial(reference.round_rows, kv_type=plan.type_v),
-    )
-
-
 def sample_positions(n: int, rows: int, seed: int) -> np.ndarray:
     """Positions to check among n: all if rows is 0 or enough, else rows of them, ascending.
 
@@ -374,20 +167,6 @@ def sample_positions(n: int, rows: int, seed: int) -> np.ndarray:
 def first_fold(plan: Plan) -> int:
     """The position at which the first tokens are folded."""
     return ((plan.sink_tokens + plan.window) // plan.block + 1) * plan.block
-
-
-def kl_divergence(full: np.ndarray, razor: np.ndarray) -> np.ndarray:
-    """KL(softmax(full) || softmax(razor)) of logits [n, n_vocab], f64 [n], in nats."""
-    result = np.empty(len(full))
-    for i in range(0, len(full), KL_ROWS):
-        p, q = (_log_softmax(x[i : i + KL_ROWS].astype(np.float64)) for x in (full, razor))
-        result[i : i + KL_ROWS] = (np.exp(p) * (p - q)).sum(axis=1)
-    return result
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
 
 def _plan(
@@ -464,269 +243,13 @@ def _tokenize(C: Any, model: int, text: str) -> np.ndarray:
     return np.array(ids[:n], np.int32)
 
 
-_CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # tensors of llama_kv_cache and of ours
-_OUTPUT = re.compile(r"kqv_out-(\d+)$")
-_SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
-
-
-class _Capture:
-    """Collects what goes in and out of the attention of each layer, from the eval callback.
-
-    Tensors are not told by their names, which differ from model to model, but by what is done with
-    them: what is stored in a cache tensor is k or v, and what flash attention (or the product with
-    K) reads first is q. Following these back through views, the rotation and the gathering of heads
-    leads to what the model computed, before razor touched it. Its data are copied when they are
-    computed, because ggml uses memory again: all tensors of the right shape are, until the output
-    of the layer tells which ones count.
-    """
-
-    def __init__(
-        self,
-        lib: ctypes.CDLL,
-        shape: ModelShape,
-        plan: Plan,
-        positions: np.ndarray,
-        control: Control,
-    ) -> None:
-        self.lib, self.shape, self.plan, self.control = lib, shape, plan, control
-        self.positions = positions
-        self.eval_callback = control.watch(self._is_wanted, self._take)
-        self.sizes = {
-            (d, n)
-            for il in range(shape.n_layer)
-            for d, n in (
-                (shape.head_dim_k, shape.n_head[il]),
-                (shape.head_dim_k, shape.n_head_kv[il]),
-                (shape.head_dim_v, shape.n_head_kv[il]),
-            )
-        }
-        self.copies: dict[int, np.ndarray] = {}  # by address of the tensor
-        self.found: dict[str, int] = {}  # q, k, v of the layer under way: address
-        self.scale = 0.0
-        self.il = -1
-        self.layers: dict[int, dict[str, list[np.ndarray]]] = {}
-        self.scales: dict[int, float] = {}
-        self.n_seen: dict[int, int] = {}
-        # (layer, whether for the whole context) -> bool [heads stored, KV heads]: same keys
-        self.stored: dict[tuple[int, bool], np.ndarray] = {}
-        self.checked = False
-
-    def layer(self, il: int) -> Layer:
-        """What was collected of a layer, which is given away. Raises UnsupportedError."""
-        parts = self.layers.pop(il, None)
-        n_rows = sum(map(len, parts["q"])) if parts else 0
-        if parts is None or n_rows != len(self.positions):
-            raise UnsupportedError(
-                f"layer {il} of this model ({self.shape.arch}) shows its attention for {n_rows} of"
-                f" {len(self.positions)} rows"
-            )
-        q, k, v, out = (np.concatenate(parts[name]) for name in ("q", "k", "v", "out"))
-        return Layer(q, self.positions, k, v, out, self.scales[il])
-
-    def misplaced(self, profile: Profile) -> tuple[str, ...]:
-        """A sentence for each layer whose keys are not stored as the profile says."""
-        sentences = []
-        for il in self.n_seen:
-            heads = {
-                True: np.flatnonzero(profile.retrieval[il]),
-                False: np.flatnonzero(profile.retrieval[il] == 0),
-            }
-            found = {}
-            for whole, expected in heads.items():
-                same = self.stored.get((il, whole), np.zeros((0, len(profile.retrieval[il])), bool))
-                right = len(same) == len(expected) and same[range(len(same)), expected].all()
-                found[whole] = expected.tolist() if right else [_which(row) for row in same]
-            if found != {whole: expected.tolist() for whole, expected in heads.items()}:
-                sentences.append(
-                    f"layer {il} keeps the whole context for the KV heads {_names(found[True])} and"
-                    f" a window for {_names(found[False])}, the profile says"
-                    f" {_names(heads[True].tolist())} and {_names(heads[False].tolist())}"
-                )
-        return tuple(sentences)
-
-    def _take(self, pointer: int) -> None:
-        tensor, output = Tensor.from_address(pointer), _OUTPUT.match(self._name(pointer))
-        if output:
-            self._finish(int(output[1]), pointer)
-        elif self._op(pointer) == "SET_ROWS":
-            self._note_stored(tensor.src[0], tensor.src[1], tensor.view_src)
-        elif self._op(pointer) == "CUSTOM":
-            self._note_stored(tensor.src[0], tensor.src[4], tensor.src[2])
-        else:
-            self.copies[pointer] = read(self.lib, pointer)[0]
-
-    def _is_wanted(self, pointer: int) -> bool:
-        if not self.checked:
-            check_layout(self.lib, pointer)
-            self.checked = True
-        is_input = self._is_input(pointer, Tensor.from_address(pointer))
-        return is_input or _OUTPUT.match(self._name(pointer)) is not None
-
-    def _is_input(self, pointer: int, tensor: Tensor) -> bool:
-        """Whether a tensor may be what a layer's attention reads."""
-        op = self._op(pointer)
-        name = tensor.name.decode("utf-8", "replace")
-        if op == "SET_ROWS":
-            cache = _CACHE.match(self._name(tensor.view_src))
-            if cache:
-                ours, what, il = cache.groups()
-                self.il = int(il)
-                d = self.shape.head_dim_k if what == "k" else self.shape.head_dim_v
-                self._find(what, tensor.src[0], d, self.shape.n_head_kv[self.il])
-                return bool(ours) and what == "k"
-        elif op == "FLASH_ATTN_EXT":
-            self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
-            self._parameters(tensor, softcap=2)
-        elif op == "CUSTOM":
-            return self._custom(tensor)
-        elif op == "MUL_MAT" and name.startswith("kq-"):
-            self._find("q", tensor.src[1], self.shape.head_dim_k, self.shape.n_head[self.il])
-        elif op == "SOFT_MAX" and name.startswith("kq_soft_max-"):
-            self._parameters(tensor)
-        elif name.startswith("kq_tanh-"):
-            self._refuse("soft-capped attention logits")
-        elif op not in ("GET_ROWS", "FLASH_ATTN_EXT", "CUSTOM", "REPEAT") and tensor.type == F32:
-            d, n, _, rest = tensor.ne
-            seen = op in _SAME_DATA and tensor.src[0] in self.copies
-            return (d, n) in self.sizes and rest == 1 and not seen
-        return False
-
-    def _custom(self, tensor: Tensor) -> bool:
-        """Ours: attention, the storing of K and V, or a fold (native/src/ggml-razor.h)."""
-        if _CACHE.match(self._name(tensor.src[0])):
-            return False  # a fold
-        if _CACHE.match(self._name(tensor.src[1])):  # attention; one without k only adds up
-            self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
-            self.scale = c_float.from_address(CustomParams.from_buffer(tensor.op_params).data).value
-        elif cache := _CACHE.match(self._name(tensor.src[2])):
-            self.il = int(cache[3])
-            n_heads = self.shape.n_head_kv[self.il]
-            self._find("k", tensor.src[0], self.shape.head_dim_k, n_heads)
-            self._find("v", tensor.src[1], self.shape.head_dim_v, n_heads)
-            return True
-        return False
-
-    def _find(self, what: str, pointer: int | None, d: int, n_heads: int) -> None:
-        """Follows data back to the tensor of shape [d, n_heads, n_tokens] the model computed."""
-        found = None
-        while pointer:
-            tensor = Tensor.from_address(pointer)
-            if tuple(tensor.ne[:2]) == (d, n_heads) and tensor.ne[3] == 1:
-                if pointer in self.copies:
-                    found = pointer
-            op = self._op(pointer)
-            if op in _SAME_DATA:
-                pointer = tensor.src[0]
-            elif op == "GET_ROWS" and "razor_inp_heads" in self._name(tensor.src[1]):
-                pointer = tensor.src[0]
-            elif op == "MUL_MAT" and re.search("attn_inp_[kv]_rot", self._name(tensor.src[0])):
-                pointer = tensor.src[1]
-            else:
-                break
-        if found is not None:  # else the mean of a fold is being stored
-            self.found[what] = found
-
-    def _note_stored(self, stored: int, places: int, cache: int) -> None:
-        """Which KV heads' keys were just written into a cache tensor: the tensors of what, of the
-        rows it went to, and of the cache."""
-        k = self.copies.get(self.found.get("k", 0))
-        if k is None:
-            return  # the mean of a fold
-        n_tokens, n_heads, d = k.shape
-        rows = read(self.lib, stored).reshape(n_tokens, n_heads, d)[:KEYS_COMPARED]
-        k = k[:KEYS_COMPARED]
-        size_k, _ = _rotations(self.plan)
-        if size_k is not None:
-            k = reference.rotate(k, size_k)
-        off = np.abs(rows[:, :, None] - k[:, None]).max(axis=(0, 3))
-        same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
-        for whole, order in self._places(places, cache, n_heads).items():
-            place = (self.il, whole)
-            before = self.stored.get(place)
-            fits = before is not None and before.shape == same[order].shape
-            self.stored[place] = same[order] & before if fits else same[order]
-
-    def _places(self, places: int, cache: int, n_heads: int) -> dict[bool, np.ndarray]:
-        """Whether for the whole context -> the heads of a token's rows in the order of the cache,
-        by the rows of the cache they are written to."""
-        rows = read(self.lib, places).reshape(-1)[:n_heads]
-        cells, n_ctx = self.plan.cells, self.plan.n_ctx
-        n_rows = Tensor.from_address(cache).ne[1]  # n_ctx or cells of each head
-        first_local = (n_rows - n_heads * cells) // (n_ctx - cells) * n_ctx
-        order = np.argsort(rows)
-        return {
-            True: order[rows[order] < first_local],
-            False: order[rows[order] >= first_local],
-        }
-
-    def _parameters(self, tensor: Tensor, softcap: int | None = None) -> None:
-        values = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))
-        self.scale = values[0]
-        if values[1] != 0.0:
-            self._refuse("ALiBi")
-        if softcap is not None and values[softcap] != 0.0:
-            self._refuse("soft-capped attention logits")
-
-    def _refuse(self, feature: str) -> None:
-        raise UnsupportedError(f"the reference does not know {feature}, which this model has")
-
-    def _finish(self, il: int, pointer: int) -> None:
-        """Keeps what a layer was given and gave in this ubatch."""
-        if il != self.il or set(self.found) != {"q", "k", "v"}:
-            raise UnsupportedError(
-                f"layer {il} of this model ({self.shape.arch}) does not show what its attention"
-                f" reads (found {', '.join(sorted(self.found)) or 'nothing'})"
-            )
-        q, k, v = (self.copies[self.found[name]] for name in "qkv")
-        out = read(self.lib, pointer).reshape(len(q), self.shape.n_head[il], self.shape.head_dim_v)
-        start = self.n_seen.get(il, 0)
-        self.n_seen[il] = start + len(q)
-        low, high = np.searchsorted(self.positions, (start, start + len(q)))
-        chosen = self.positions[low:high] - start
-        size_k, size_v = _rotations(self.plan)
-        parts = self.layers.setdefault(il, {name: [] for name in ("q", "k", "v", "out")})
-        parts["q"].append(q[chosen])
-        parts["k"].append(_pack(k, self.plan.type_k, size_k))
-        parts["v"].append(_pack(v, self.plan.type_v, size_v))
-        parts["out"].append(out[chosen])
-        self.scales[il] = self.scale
-        self.copies.clear()
-        self.found.clear()
-
-    def _op(self, pointer: int) -> str:
-        return self.lib.ggml_op_desc(pointer).decode()
-
-    def _name(self, pointer: int | None) -> str:
-        return Tensor.from_address(pointer).name.decode("utf-8", "replace") if pointer else ""
-
-
-def _which(same: np.ndarray) -> int | None:
-    """The only head with the same keys, None if there is no such or more than one."""
-    return int(np.argmax(same)) if same.sum() == 1 else None
-
-
-def _names(heads: Sequence[int | None]) -> str:
-    return ", ".join("?" if head is None else str(head) for head in heads) or "none"
-
-
-def _pack(rows: np.ndarray, kv_type: str, rotation: int | None) -> np.ndarray:
-    if rotation is not None:
-        rows = reference.rotate(rows, rotation)
-    return reference.pack_rows(rows, kv_type)
-
-
-def _rotations(plan: Plan) -> tuple[int | None, int | None]:
-    shape = plan.shape
-    return reference.rotation_sizes(plan.type_k, plan.type_v, shape.head_dim_k, shape.head_dim_v)
-
-
 def _context(
     lib: native.Native,
     C: Any,
     model: int,
     plan: Plan,
     override: native.Params | None,
-    capture: _Capture,
+    capture: Capture,
     n_batch: int,
     n_ubatch: int,
     n_threads: int,
@@ -755,7 +278,7 @@ def _run(
     C: Any,
     lib: native.Native,
     model: int,
-    sides: list[tuple[int, _Capture]],
+    sides: list[tuple[int, Capture]],
     tokens: np.ndarray,
     positions: np.ndarray,
     n_batch: int,
@@ -827,32 +350,3 @@ def _decode(
         raise RazorError(
             f"computing tokens {start} to {start + n} failed ({lib.reason()}, llama_decode {code})"
         )
-
-
-def _errors(diff: np.ndarray, out: np.ndarray, heads: np.ndarray) -> Errors:
-    """diff f64, out f32 [n_rows, n_head, d]; of the query heads in heads."""
-    squares = (diff[:, heads] ** 2).mean(axis=(0, 2))
-    size = (out[:, heads].astype(np.float64) ** 2).mean(axis=(0, 2))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # a head that gives nothing has no error if nothing is right
-        each = np.where((squares == 0) & (size == 0), 0.0, np.sqrt(squares / size))
-        largest = np.abs(diff[:, heads]).max(axis=(0, 2))
-        largest = np.where((largest == 0) & (size == 0), 0.0, largest / np.sqrt(size))
-        whole = math.sqrt(squares.sum() / size.sum()) if size.sum() else float(each.max())
-    worst = int(np.argmax(np.where(np.isnan(each), np.inf, each)))
-    return Errors(float(largest.max()), whole, float(each[worst]), int(heads[worst]))
-
-
-def _bound(kv_type: str, flash_attn: bool) -> tuple[float, float]:
-    # llama.cpp casts the rows of an F32 cache to F16 for flash attention
-    return BOUNDS["f16" if kv_type == "f32" and flash_attn else kv_type]
-
-
-def _excess(group: GroupResult) -> tuple[float, float]:
-    """The errors as parts of what is allowed: rms of the worst head, largest of any number."""
-    ratios = (
-        group.errors.worst_rms / group.limit_rms,
-        group.errors.largest / group.limit_largest,
-    )
-    rms, largest = (math.inf if math.isnan(ratio) else ratio for ratio in ratios)
-    return rms, largest

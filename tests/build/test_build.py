@@ -23,6 +23,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.native_build import pin
+
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = ROOT / "native"
 sys.path.insert(0, str(NATIVE))
@@ -51,14 +53,6 @@ index 111..222 100644
 2.39.5
 """
 NEW = OLD.replace(b"line 2\n", b"line 2\nadded\n", 1).replace(b"line 21\n", b"")
-
-
-def pin() -> tuple[str, str]:
-    """Version and sha256 of the pin file."""
-    text = (NATIVE / "llama-cpp-python.txt").read_text()
-    match = re.search(r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", text, re.M)
-    assert match, "the pin file has no pin"
-    return match[1], match[2]
 
 
 # the diff reader

@@ -50,8 +50,11 @@ def test_native_tests_pass_with_naive_batches(tmp_path: Path) -> None:
     options = ["-q", "-p", "no:cacheprovider", *(f"--deselect={t}" for t in DESELECTED)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *FILES],
-        env=env, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stderr[-3000:]
     summary = done.stdout.splitlines()[-1]

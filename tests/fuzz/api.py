@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from razor_local import ContextFullError, Llama, RazorError
+from razor_local.evaluation import clear_cache, n_cached
 from razor_local.llama import llama_cpp
 from razor_local.profile import Profile
 from tests.support.tiny_models import TinySpec, make_model
@@ -32,8 +33,14 @@ from tests.support.tiny_models import TinySpec, make_model
 N_CTX = 768
 SPEC = TinySpec(n_layer=2, n_vocab=64, sharpness=1.0, seed=3)
 TOLERANCE = 0.1  # the attention of llama.cpp rounds by the number of rows; logits are near 8
-OPTIONS = {"n_ctx": N_CTX, "n_batch": 128, "n_threads": 1, "n_threads_batch": 1, "type_k": "f32",
-           "type_v": "f32"}  # fmt: skip
+OPTIONS = {
+    "n_ctx": N_CTX,
+    "n_batch": 128,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "type_k": "f32",
+    "type_v": "f32",
+}
 
 
 class Interrupt(BaseException):
@@ -163,7 +170,7 @@ class Fuzzer:
         found, expected = logits_of(self.llama, tokens), self.reference(tokens)
         if not np.allclose(found, expected, rtol=0, atol=TOLERANCE):
             self.fail(f"logits after {len(tokens)} tokens differ by {abs(found - expected).max()}")
-        if self.held() != tokens or self.llama._n_cached() != len(tokens):
+        if self.held() != tokens or n_cached(self.llama) != len(tokens):
             self.fail("the cache does not hold the tokens")
 
     def reference(self, tokens: list[int]) -> np.ndarray:
@@ -172,7 +179,7 @@ class Fuzzer:
             if len(self.cached) > 200:
                 self.cached.clear()
             self.fresh.reset()
-            self.fresh._clear_cache()
+            clear_cache(self.fresh)
             self.cached[key] = logits_of(self.fresh, tokens)
         return self.cached[key]
 

@@ -143,8 +143,13 @@ def read_scores(path: Path, data: bytes) -> None:
 
 
 TARGETS: tuple[Callable[[Path, bytes], None], ...] = (
-    read_gguf, read_sparse_gguf, read_sidecar, read_split, read_heads, read_scores,
-)  # fmt: skip
+    read_gguf,
+    read_sparse_gguf,
+    read_sidecar,
+    read_split,
+    read_heads,
+    read_scores,
+)
 
 
 def _expect_errors(function: Callable[..., object], argument: object) -> None:

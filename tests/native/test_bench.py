@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,28 +34,19 @@ from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import ModelShape, Profile
+from tests.support.bench import KV, QUICK, SPEC
+from tests.support.journals import damaged
 from tests.support.stock import stock_lib_dir
-from tests.support.tiny_models import TinySpec, razor_kv
-from tests.unit.test_journal import damaged
+from tests.support.tiny_models import TinySpec
 
-SPEC = TinySpec("llama", 3, 4, 2, 64, n_ctx_train=4096)
-MASK = ((0, 0), (1, 0), (1, 1))
-KV = razor_kv(MASK, window_min=100, window_divisor=0)
 SHAPE = ModelShape("llama", 16, (32,) * 16, (8,) * 16, 64, 64, 131072)
+pytestmark = pytest.mark.usefixtures("same_commit")
+
 PROFILE = Profile(tuple(np.eye(8, dtype=np.uint8)[il % 8] for il in range(16)))
-QUICK = ["-r", "3", "--seconds", "0.05", "-t", "2"]
 
 
 def run(*args: str):
     return CliRunner().invoke(main, ["bench", *map(str, args)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _commit() -> Iterator[None]:
-    """Someone may commit while the tests run, and a journal of another commit is refused."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_module, "describe_code", lambda: {"version": "1", "commit": "abc"})
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -490,7 +480,6 @@ def test_weights_that_a_token_reads(tiny) -> None:
         (("MODEL", "--types", "f16,q9"), "'q9' is not one of"),
         (("MODEL", "--types", "f16", "-ctk", "q8_0"), "--types and -ctk, -ctv exclude"),
         (("MODEL", "--shape", "30m"), "expected one of MODEL, --shape"),
-        ((), "expected one of MODEL, --shape"),
         (("--shape", "llama-9"), "no shape is called 'llama-9'; there are 30m, llama-3.2-1b"),
         (("MODEL", "--seed", "3"), "belong to --shape"),
         (("MODEL", "-o", "no/where/x.json"), "the folder no/where does not exist"),
@@ -535,9 +524,11 @@ def test_memory_that_is_not_to_be_had_is_one_sentence(tiny, tmp_path, gibibytes)
     args = ["-d", "500k", "-c", "512k", "--types", "f32", "-t", "1"]
     done = subprocess.run(
         [sys.executable, "-c", code, "bench", tiny(SPEC, KV), *args],
-        capture_output=True, text=True, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert "memory" in done.stderr and done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []

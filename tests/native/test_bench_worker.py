@@ -18,11 +18,7 @@ from razor_local.errors import RazorError
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import Profile, read_model_shape
-from tests.support.tiny_models import TinySpec, razor_kv
-
-SPEC = TinySpec("llama", 3, 4, 2, 64, n_ctx_train=4096)
-MASK = ((0, 0), (1, 0), (1, 1))
-KV = razor_kv(MASK, window_min=100, window_divisor=0)
+from tests.support.bench import KV, MASK, SPEC
 
 
 @pytest.mark.parametrize("type_kv", ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])

@@ -259,9 +259,13 @@ def test_record_says_how_it_was_measured(known):
     record = dict(scores.calibration)
     assert record.pop("tool_version").startswith("razor-local ")
     assert record == {
-        "source": "measured on the model", "tokens": 32, "repeats": 3, "seed": 9, "bos": 0,
+        "source": "measured on the model",
+        "tokens": 32,
+        "repeats": 3,
+        "seed": 9,
+        "bos": 0,
         "model_fingerprint": shape.fingerprint,
-    }  # fmt: skip
+    }
     assert (scores.n_head, scores.n_head_kv) == (shape.n_head, shape.n_head_kv)
 
 
@@ -770,7 +774,10 @@ def test_chat_takes_a_budget(converted, unscored):
         (converted, ["--retrieval", "0.5", "--no-razor"], "--budget and --no-razor exclude"),
     ):
         done = subprocess.run(
-            [*command, model, *args], input="hello", capture_output=True, text=True,
+            [*command, model, *args],
+            input="hello",
+            capture_output=True,
+            text=True,
             cwd=converted.parent,
-        )  # fmt: skip
+        )
         assert done.returncode != 0 and text in done.stderr

@@ -10,6 +10,7 @@ from razor_local import ContextFullError, Llama, RazorError
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.llama import Prefill
+from tests.support.texts import FACT, QUESTION, text_with
 
 GREEDY = Sampling(temp=0)
 
@@ -287,19 +288,6 @@ def llama():
     model.close()
 
 
-WORDS = "the sea was calm and a small boat lay near the old stone pier while men spoke".split()
-
-
-def text_with(fact, n_words=400, seed=0):
-    rng = random.Random(seed)
-    words = [rng.choice(WORDS) for _ in range(n_words)]
-    return f"{' '.join(words[: n_words // 3])}. {fact} {' '.join(words[n_words // 3 :])}."
-
-
-FACT = "The secret code of Marlow is 48213."
-QUESTION = "What is the secret code of Marlow?"
-
-
 def test_the_built_in_model_finds_a_fact_with_razor_active(llama):
     chat = Chat(llama, chat_template(llama), sampling=GREEDY)
     seen = []
@@ -337,7 +325,7 @@ def test_cached_turns_answer_as_a_fresh_context_would(llama):
     assert reused.n_tokens == len(tokens)
 
 
-def test_stop_inside_the_computation_of_a_prompt(llama):
+def test_stop_inside_the_computation_of_a_prompt(llama, monkeypatch):
     chat = Chat(llama, chat_template(llama), sampling=GREEDY)
     llama.reset()
     calls = iter(range(700))

@@ -22,23 +22,17 @@ from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.cli.terminal import MessageReader
 from razor_local.printable import printable
-from tests.native.test_chat import FACT, QUESTION, text_with
 from tests.support import embedded_model, tiny_models
+from tests.support.cli import MAIN, piped
+from tests.support.texts import FACT, QUESTION, text_with
 
 TEXT = text_with(FACT)
 PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 0)
 FULL = f"{PLAN.kv_bytes_full / 2**20:.1f} MiB"
-MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
 
 
 def run(*args: str, message: str | bytes = f"{TEXT}\n\n{QUESTION}\n"):
     return CliRunner().invoke(main, ["chat", *map(str, args)], input=message)
-
-
-def piped(message: str, cwd, code: str = MAIN) -> subprocess.CompletedProcess:
-    """chat in a process of its own, in a folder."""
-    command = [sys.executable, "-c", code, "chat"]
-    return subprocess.run(command, input=message, capture_output=True, text=True, cwd=cwd)
 
 
 # -- piped --
@@ -63,6 +57,7 @@ def test_the_line_of_numbers_is_the_plan():
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 0, "q8_0", "q8_0").kv_bytes / 2**20
     assert "48213" in quantized.stdout and f"of {full:.1f} MiB full" in quantized.stderr
     assert "48213" in run("-fa", "off").stdout
+    assert "48213" in run("-fa", "auto").stdout
     assert "/1024 |" in run("-c", "1000").stderr
 
 
@@ -514,12 +509,12 @@ def test_what_is_pasted_during_an_answer_is_one_message():
 
 SLOW_PREFILL = f"""
 import time
-from razor_local import llama
-eval_batch = llama.Llama._eval_batch
-def slowly(self, batch):
+from razor_local import evaluation
+eval_batch = evaluation.eval_batch
+def slowly(llama, batch):
     time.sleep(0.1)
-    eval_batch(self, batch)
-llama.Llama._eval_batch = slowly
+    eval_batch(llama, batch)
+evaluation.eval_batch = slowly
 {MAIN}
 """
 

@@ -8,12 +8,13 @@ from random import Random
 
 import pytest
 
+from razor_local import Llama
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.questions import Prompts, fit_text
 from razor_local.gguf.header import ARRAY, STRING, read_header
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
-from tests.native.test_cli_chat import piped
+from tests.support.cli import piped
 
 PATH = files("razor_local") / "data" / "razor-default.gguf"
 
@@ -37,12 +38,22 @@ def test_it_is_small_and_complete(header):
 def test_razor_is_active_at_its_own_length():
     shape, profile = read_model_shape(PATH), read_profile(PATH)
     assert [layer.tolist() for layer in profile.retrieval] == [
-        [0, 0, 0, 0], [1, 1, 1, 1], *[[0, 0, 0, 0]] * 4,
-    ]  # fmt: skip
+        [0, 0, 0, 0],
+        [1, 1, 1, 1],
+        *[[0, 0, 0, 0]] * 4,
+    ]
     plan = make_plan(shape, profile, 0)
     assert plan.active and plan.n_ctx == 8192 and plan.window == 1024
     assert plan.share <= 0.35
     assert make_plan(shape, profile, 0, "q8_0", "q8_0").kv_bytes <= 0.19 * plan.kv_bytes_full_f16
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
+def test_the_bytes_of_the_readme_are_allocated(kv_type):
+    """The README's table holds the plan (tests/unit/test_readme.py)."""
+    plan = make_plan(read_model_shape(PATH), read_profile(PATH), 8192, kv_type, kv_type)
+    memory = Llama(PATH, n_ctx=8192, type_k=kv_type, type_v=kv_type).memory()
+    assert (memory.kv_bytes, memory.kv_bytes_full) == (plan.kv_bytes, plan.kv_bytes_full)
 
 
 @pytest.mark.parametrize("depth", [0, 0.3, 0.7])

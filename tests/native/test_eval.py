@@ -30,9 +30,9 @@ from razor_local.evals.run import describe_run, open_journal, open_llama, run_qu
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
-from razor_local.verify.run import kl_divergence
-from tests.native.test_llama import no_numbers
-from tests.unit.test_journal import damaged
+from razor_local.verify.compare import kl_divergence
+from tests.support.embedded_model import model_with_scores, no_numbers
+from tests.support.journals import damaged
 
 NEEDLE = ["needle", "-c", "1k", "--depths", "20,60", "--kinds", "single", "--samples", "2", "-t", 1]
 WINDOW = ["--window-min", "128", "--window-divisor", "0"]  # the facts are all behind it
@@ -206,8 +206,9 @@ def test_ctrl_c_keeps_whole_answers(tmp_path) -> None:
 
 
 def test_markdown_has_policies_side_by_side() -> None:
-    done = run(*NEEDLE, *WINDOW, "--samples", 1, "--policies", "full,razor", "--kinds",
-               "single,reworded")  # fmt: skip
+    done = run(
+        *NEEDLE, *WINDOW, "--samples", 1, "--policies", "full,razor", "--kinds", "single,reworded"
+    )
     assert done.exit_code == 0, done.output
     tables = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert tables[0] == ("| policy | KV bytes | share of full f16 | single | reworded | all |")
@@ -219,8 +220,9 @@ def test_markdown_has_policies_side_by_side() -> None:
 
 
 def test_a_full_cache_is_not_called_razor() -> None:
-    done = run(*NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full,razor",
-               "--window-min", 1000)  # fmt: skip
+    done = run(
+        *NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full,razor", "--window-min", 1000
+    )
     assert done.exit_code == 0, done.output
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 1024).kv_bytes
     assert f"| razor-f16\\* | {full:,} | 1.000 |" in done.stdout
@@ -240,8 +242,9 @@ def test_several_questions_follow_each_other_in_one_conversation() -> None:
 
 def test_haystack_of_a_folder(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("It was a fine day. We went out. " * 400)
-    found = report(*NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full", "--haystack",
-                   tmp_path)  # fmt: skip
+    found = report(
+        *NEEDLE, "--samples", 1, "--depths", 50, "--policies", "full", "--haystack", tmp_path
+    )
     assert found["head"]["settings"]["haystack"] == tmp_path.name
     assert found["rows"][0]["score"] in (0, 1)
 
@@ -269,7 +272,6 @@ def test_ruler_runs_and_scores_each_task(tmp_path) -> None:
 
 
 def test_budgets_become_a_curve(tmp_path) -> None:
-    from tests.unit.test_eval_scores import model_with_scores
 
     model = model_with_scores(tmp_path)
     found = report(
@@ -300,7 +302,7 @@ def book(tmp_path_factory):
 
 
 def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
-    args = ["perplexity", book, "-c", 512, "--windows", 1, "-t", 1, "--sinks", 2,
+    args = ["perplexity", "--text", book, "-c", 512, "--windows", 1, "-t", 1, "--sinks", 2,
             "--window-min", 64, "--window-divisor", 0]  # fmt: skip
     found = report(*args, "--policies", "full,razor,streaming,full-q4_0")
     rows = {row["policy"]: row for row in found["rows"]}
@@ -339,9 +341,7 @@ def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
     assert rows["full-f16"]["kl"] == 0 and rows["full-f16"]["ratio"] == 1
     assert rows["streaming-f16"]["kl"] > rows["razor-f16"]["kl"] > 1e-6
     assert rows["full-q4_0"]["kl"] > 1e-4
-    positions = {
-        (r["policy"], r["from_position"]): r["kl"] for r in found["by_position"]
-    }  # fmt: skip
+    positions = {(r["policy"], r["from_position"]): r["kl"] for r in found["by_position"]}
     assert positions["streaming-f16", 256] > positions["streaming-f16", 0]
 
 
@@ -350,7 +350,7 @@ def run_window(book):
 
 
 def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
-    args = ["perplexity", book, "-c", 256, "--stride", 128, "--windows", 3, "-t", 1,
+    args = ["perplexity", "--text", book, "-c", 256, "--stride", 128, "--windows", 3, "-t", 1,
             "--policies", "full,full-q8_0"]  # fmt: skip
     journal = tmp_path / "run.jsonl"
     found = report(*args, "--resume", journal)
@@ -363,8 +363,9 @@ def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
         with suppress(RazorError):
             reopened(tmp_path / f"{i}.jsonl", changed)
     journal.write_text("".join(lines[:5]))
-    again = report(*args, "--resume", journal, "--plot", tmp_path / "p.png", "--plot-curve",
-                   tmp_path / "c.png")  # fmt: skip
+    again = report(
+        *args, "--resume", journal, "--plot", tmp_path / "p.png", "--plot-curve", tmp_path / "c.png"
+    )
     assert again == found
     assert (tmp_path / "p.png").exists() and (tmp_path / "c.png").exists()
     text = run(*args, "--resume", journal).stdout
@@ -374,8 +375,8 @@ def test_perplexity_is_resumed_and_drawn(book, tmp_path) -> None:
 
 def test_perplexity_shows_planted_facts_beside_the_divergence(book, tmp_path, monkeypatch) -> None:
     journal = tmp_path / "run.jsonl"
-    args = ["perplexity", book, "-c", 1024, "--windows", 1, "--policies", "full,razor,local",
-            "--window-min", 256, "--window-divisor", 0, "--resume", journal]  # fmt: skip
+    args = ["perplexity", "--text", book, "-c", 1024, "--windows", 1, "--resume", journal]
+    args += ["--policies", "full,razor,local", "--window-min", 256, "--window-divisor", 0]
     rows = {row["policy"]: row for row in report(*args)["rows"]}
     found = {name: row["facts_found"] for name, row in rows.items()}
     assert {row["facts_asked"] for row in rows.values()} == {20}
@@ -412,7 +413,7 @@ def test_stop_keeps_whole_windows(book, tmp_path) -> None:
 
 
 def test_a_context_too_short_for_facts_is_noted(book) -> None:
-    result = run("perplexity", book, "-c", 256, "--windows", 1, "--policies", "full")
+    result = run("perplexity", "--text", book, "-c", 256, "--windows", 1, "--policies", "full")
     assert result.exit_code == 0
     assert result.stderr == (
         "Note: no facts were planted: a text of 128 tokens is too short to plant facts in,"
@@ -438,9 +439,10 @@ def test_a_context_too_short_for_facts_is_noted(book) -> None:
         (["needle", "--budget", "2"], "not in the range"),
         (["needle", "--facts", "1"], "1 facts in a text"),
         (["ruler", "--tasks", "qa_1"], "'qa_1' is no task of RULER"),
-        (["perplexity", "/nowhere.txt"], "/nowhere.txt: No such file"),
-        (["perplexity", str(DEFAULT_MODEL)], "is not a text in UTF-8"),
-        (["perplexity", __file__, "--stride", "100"], "the stride is 100 tokens"),
+        (["perplexity"], "Missing option '--text'"),
+        (["perplexity", "--text", "/nowhere.txt"], "/nowhere.txt: No such file"),
+        (["perplexity", "--text", str(DEFAULT_MODEL)], "is not a text in UTF-8"),
+        (["perplexity", "--text", __file__, "--stride", "100"], "the stride is 100 tokens"),
     ],
 )
 def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
@@ -457,7 +459,7 @@ def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:
 def test_a_file_whose_name_is_not_utf8_is_reported(tmp_path, output) -> None:
     text = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"))
     text.write_text("It was a fine day and they went out for a walk. " * 200)
-    args = ["perplexity", text, "-c", 256, "--windows", 1, "--policies", "full"]
+    args = ["perplexity", "--text", text, "-c", 256, "--windows", 1, "--policies", "full"]
     done = run(*args, *(["-o", tmp_path / "run.md"] if output else []))
     assert done.exit_code == 0, done.output
     report = (tmp_path / "run.md").read_text("utf-8") if output else done.stdout
@@ -477,9 +479,8 @@ def test_a_report_that_cannot_be_written_goes_to_stdout(tmp_path, monkeypatch) -
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path, book) -> None:
     model = no_numbers(tmp_path / "model.gguf")
-    done = run(
-        "perplexity", book, model, "-c", 512, "--windows", 1, "--policies", "razor", "--json"
-    )
+    args = ["perplexity", model, "--text", book, "-c", 512, "--windows", 1, "--policies", "razor"]
+    done = run(*args, "--json")
     assert done.exit_code == 1 and done.stdout == ""
     assert "full-f16 computes logits that are not numbers within tokens 0 to 256" in done.stderr
 

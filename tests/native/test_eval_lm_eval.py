@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from razor_local.errors import UnsupportedError
 from razor_local.evals.lm_eval import RazorLM
-from tests.native.test_chat import FACT, text_with
+from tests.support.texts import FACT, text_with
 
 TEXT = text_with(FACT)
 OPTIONS = dict(n_ctx=2048, n_threads=1, window_min=128, window_divisor=0)
@@ -138,9 +138,12 @@ def test_a_task_of_the_harness_tells_razor_from_streaming(tasks, razor) -> None:
     found = {}
     for model in (razor, RazorLM(policy="streaming", **OPTIONS)):
         results = simple_evaluate(
-            model, tasks=list(TASKS), task_manager=manager, apply_chat_template=True,
+            model,
+            tasks=list(TASKS),
+            task_manager=manager,
+            apply_chat_template=True,
             bootstrap_iters=0,
-        )["results"]  # fmt: skip
+        )["results"]
         found[model.get_model_info()["kv_bytes"]] = results
     streaming, whole = (found[n] for n in sorted(found))
     assert whole["code_answer"]["exact_match,none"] == 1

@@ -23,14 +23,16 @@ def prompts():
 
 
 def write(folder, name, *items) -> None:
-    whole = [{"context": CODES, "input": "", "answers": ["48213"], "all_classes": None} | item
-             for item in items]  # fmt: skip
+    whole = [
+        {"context": CODES, "input": "", "answers": ["48213"], "all_classes": None} | item
+        for item in items
+    ]
     lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in whole)
     (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def run(*args: object):
-    return CliRunner().invoke(main, ["eval", "longbench", *map(str, args)])
+    return CliRunner().invoke(main, ["eval", "longbench", "--data", *map(str, args)])
 
 
 @pytest.mark.parametrize(
@@ -132,11 +134,17 @@ def test_lone_surrogates_are_one_sentence(prompts, tmp_path, field) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", '{"context": "a"}', '{"context": 1, "input": "", "answers": ["a"]}',
-     '{"context": "a", "input": "", "answers": []}',
-     '{"context": "a", "input": "", "answers": "a"}', "\xff",
-     '{"context": "a", "input": "", "answers": ["a"], "all_classes": [1]}'],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        '{"context": "a"}',
+        '{"context": 1, "input": "", "answers": ["a"]}',
+        '{"context": "a", "input": "", "answers": []}',
+        '{"context": "a", "input": "", "answers": "a"}',
+        "\xff",
+        '{"context": "a", "input": "", "answers": ["a"], "all_classes": [1]}',
+    ],
+)
 def test_damaged_lines_are_told(prompts, tmp_path, line) -> None:
     good = json.dumps({"context": "a", "input": "b", "answers": ["c"]})
     (tmp_path / "qasper.jsonl").write_bytes(f"{good}\n\n{line}\n".encode("latin-1"))
@@ -173,8 +181,12 @@ def test_folders_without_files_are_told(args, text, tmp_path, monkeypatch) -> No
 def test_a_run_from_the_command_line(tmp_path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    write(data, "hotpotqa", {"input": "What is the secret code of Marlow?"},
-          {"context": CODES * 20, "input": "What is the secret code of Marlow?"})  # fmt: skip
+    write(
+        data,
+        "hotpotqa",
+        {"input": "What is the secret code of Marlow?"},
+        {"context": CODES * 20, "input": "What is the secret code of Marlow?"},
+    )
     write(data, "lcc", {"context": "x = 1\nx = 1\n", "answers": ["x = 1"]})
     done = run(data, "-c", "1k", "--policies", "full,streaming", "-t", 1, "--window-min", 64,
                "--window-divisor", 0, "--json", "--plot", tmp_path / "p.png")  # fmt: skip

@@ -90,8 +90,13 @@ def test_a_folder_is_read_as_sentences_in_paragraphs(tmp_path) -> None:
     text = FolderText(tmp_path)
     pieces = list(text.pieces(Random(0)))
     assert sorted(p.strip() for p in pieces) == [
-        "Café time.", "It broke here.", "It was late.", "Next one", "she said!", "“Did it?”",
-    ]  # fmt: skip
+        "Café time.",
+        "It broke here.",
+        "It was late.",
+        "Next one",
+        "she said!",
+        "“Did it?”",
+    ]
     assert "café TIME" in text and "not this" not in text
     assert {p for p in pieces if p.endswith("\n\n")} == {"she said!\n\n", "Next one\n\n"}
     start = {pieces[0] for pieces in (list(text.pieces(Random(i))) for i in range(40))}

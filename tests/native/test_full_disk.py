@@ -15,10 +15,12 @@ from click.testing import CliRunner
 from razor_local.bench.shapes import VERSION
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
-from tests.native.test_bench import KV, QUICK, SPEC, _commit  # noqa: F401
-from tests.unit.test_bench_report import make_report, saved
+from tests.support.bench import KV, QUICK, SPEC, make_report, saved
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs"),
+    pytest.mark.usefixtures("same_commit"),
+]
 
 
 @pytest.fixture

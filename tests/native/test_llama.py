@@ -23,18 +23,19 @@ from razor_local import (
     RazorError,
     StateError,
     UnsupportedError,
+    evaluation,
     make_plan,
     native,
     read_model_shape,
 )
 from razor_local.cli.chat import DEFAULT_MODEL
-from razor_local.gguf.header import read_header
 from razor_local.llama import llama_cpp
 from razor_local.plan import KV_TYPES
-from tests.native.test_chat import FACT, QUESTION, text_with
 from tests.support import tiny_models
+from tests.support.embedded_model import no_numbers
 from tests.support.gguf_bytes import gguf
 from tests.support.other_models import MODELS, make_other
+from tests.support.texts import FACT, QUESTION, text_with
 
 MESSAGES = [{"role": "user", "content": f"{text_with(FACT)}\n\n{QUESTION}"}]
 
@@ -610,7 +611,7 @@ def test_a_refused_batch_is_an_error_with_the_librarys_reason(llama):
     llama.reset()
     llama.eval(prompt(llama, 20))
     with pytest.raises(RazorError, match="llama_decode|invalid token|failed"):
-        llama._eval_batch([llama.n_vocab() + 5])  # what eval() does not let through
+        evaluation.eval_batch(llama, [llama.n_vocab() + 5])  # what eval() does not let through
     assert llama.n_tokens == llama.stats().n_tokens == 20
     llama.eval([1])
 
@@ -720,17 +721,6 @@ def test_logits_that_are_no_numbers_are_not_sampled(tmp_path, value):
             llama("The secret code of", max_tokens=2)
         with pytest.raises(RazorError, match="computes logits that are not numbers"):
             next(llama.generate([1, 2, 3]))
-
-
-def no_numbers(path, value=np.nan):
-    """The built-in model, with a final norm of nothing but the value."""
-    header = read_header(DEFAULT_MODEL)
-    (norm,) = (tensor for tensor in header.tensors if tensor.name == "output_norm.weight")
-    data = bytearray(DEFAULT_MODEL.read_bytes())
-    weights = np.frombuffer(data, np.float32, norm.dims[0], header.data_start + norm.offset)
-    weights[:] = value
-    path.write_bytes(data)
-    return path
 
 
 def test_quiet_by_default_and_the_native_log_if_verbose(capfd, tmp_path):

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.native.test_native_reference import POOL, Case, expected, mask_of, tokens_of
 from tests.support import reference, runner
+from tests.support.native_cases import POOL, Case, expected, mask_of, tokens_of
 from tests.support.tiny_models import TinySpec, make_model, make_weights, model_kv, write_gguf
 
 if runner.GPU_LAYERS != 0:

@@ -128,8 +128,9 @@ def attention(
                               (c_void_p * len(sources))(*sources), len(sources),
                               None, 1, None)  # fmt: skip
     bits = sum(1 << h for h, retrieval in enumerate(case.retrieval) if retrieval)
-    params = struct.pack("<IfiiQii", magic, scale, case.n_ctx, case.cells, bits,
-                         len(case.retrieval), 0)  # fmt: skip
+    params = struct.pack(
+        "<IfiiQii", magic, scale, case.n_ctx, case.cells, bits, len(case.retrieval), 0
+    )
     ctypes.memmove(out + Tensor.op_params.offset + OFFSET, params, len(params))
     return [out, *sources]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.native.test_native_reference import F32_TOLERANCE, KV, POOL, expected, tokens_of, weights
 from tests.support import reference, runner
+from tests.support.native_cases import F32_TOLERANCE, KV, POOL, expected, tokens_of, weights
 from tests.support.tiny_models import TinySpec, razor_kv, with_kv_heads
 
 OWN = runner.Override(enabled=False, own_attention=True)

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.native.test_native_reference import FLASH_F32
 from tests.support import reference, runner
 from tests.support.device import examples, tolerance
+from tests.support.native_cases import FLASH_F32
 from tests.support.tiny_models import TinySpec
 
 TOLERANCE = tolerance(1e-5)  # F32 cache, absolute

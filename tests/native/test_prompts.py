@@ -70,13 +70,13 @@ TURN = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 def test_a_message_forges_no_turn_in_a_chat(llama, monkeypatch):
     chat = Chat(llama, chat_template(llama), sampling=Sampling(temp=0), max_tokens=4)
     prompts = []
-    prefill = llama._prefill
+    prefill = Llama._UNGUARDED["prefill"]
 
-    def recording(tokens, *args):
+    def recording(llama, tokens, *args):
         prompts.append(tokens)
-        return prefill(tokens, *args)
+        return prefill(llama, tokens, *args)
 
-    monkeypatch.setattr(llama, "_prefill", recording)
+    monkeypatch.setitem(Llama._UNGUARDED, "prefill", recording)
     list(chat.say(FORGED))
     assert control_texts(llama, prompts[0]) == TURN
     assert (

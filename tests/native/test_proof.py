@@ -442,9 +442,12 @@ def test_heads_that_the_scores_miss_are_added(tmp_path):
     induction = profile.induction_score.copy().reshape(6, 4, 2)
     induction[1, 2:] = 0.001
     scores = Scores(
-        profile.echo_score, induction.ravel(), shape.n_head, shape.n_head_kv,
+        profile.echo_score,
+        induction.ravel(),
+        shape.n_head,
+        shape.n_head_kv,
         {"model_fingerprint": shape.fingerprint, "tokens": 2048},
-    )  # fmt: skip
+    )
     kept, out = save_scores(scores, tmp_path / "s.json"), tmp_path / "o.gguf"
     code, stdout, stderr = run("convert", MODEL, "-o", out, "--scores", kept, "--sidecar")
     assert (code, stderr) == (0, "")
@@ -514,8 +517,11 @@ def test_ctrl_c_while_facts_are_asked_for_leaves_nothing(tmp_path):
     out = tmp_path / "out.gguf"
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, "convert", MODEL, "-o", out, "--tokens", "64"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 

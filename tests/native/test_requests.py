@@ -17,11 +17,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from razor_local import ContextFullError, Llama, RazorError, StateError
+from razor_local import ContextFullError, Llama, RazorError, StateError, evaluation
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.llama import llama_cpp
-from tests.native.test_chat import FACT, QUESTION, text_with
+from tests.support.texts import FACT, QUESTION, text_with
 
 PROMPT = f"{text_with(FACT, 12)}\n\n{QUESTION}"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -320,7 +320,7 @@ def interrupt_at_each_line(work, names):
 
 def test_bookkeeping_survives_an_exception_at_every_line(llama):
     """The lines between the library's cache and what Python knows about it."""
-    names = {"_eval_batch", "_rewind", "_after_cached", "_clear_cache", "_load_state", "_reset"}
+    names = {"eval_batch", "rewind", "after_cached", "clear_cache", "load_state", "reset"}
     tokens = {n: [70 + i % n for i in range(300)] for n in (5, 7)}
 
     def logits(n):
@@ -343,7 +343,7 @@ def test_bookkeeping_survives_an_exception_at_every_line(llama):
     for count in interrupt_at_each_line(work, names):
         n = 5 if count % 2 else 7
         np.testing.assert_allclose(logits(n), expected[n], atol=2e-2)
-        assert llama.n_tokens == llama._n_cached() == 300
+        assert llama.n_tokens == evaluation.n_cached(llama) == 300
     assert count > 50
 
 
@@ -686,14 +686,14 @@ def test_random_operations(capfd):
 def test_a_wrong_logit_and_a_wrong_token_are_noticed(monkeypatch):
     from tests.fuzz import api
 
-    def forgets(self, tokens):  # n_tokens ahead of the cache
-        keep = min(self._common_prefix(tokens), len(tokens) - 1)
-        self._ctx.kv_cache_seq_rm(-1, max(keep - 1, 0), -1)
-        self.n_tokens, self._requires_eval = keep, True
+    def forgets(llama, tokens):  # n_tokens ahead of the cache
+        keep = min(evaluation.common_prefix(llama, tokens), len(tokens) - 1)
+        llama._ctx.kv_cache_seq_rm(-1, max(keep - 1, 0), -1)
+        llama.n_tokens, llama._requires_eval = keep, True
         return keep
 
-    monkeypatch.setattr(Llama, "_rewind", forgets)
-    monkeypatch.setattr(Llama, "_after_cached", lambda self, tokens: list(tokens))
+    monkeypatch.setattr(evaluation, "rewind", forgets)
+    monkeypatch.setattr(evaluation, "after_cached", lambda llama, tokens: list(tokens))
     with pytest.raises(api.Finding):
         api.run(2000, seed=1)
 

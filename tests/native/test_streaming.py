@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from razor_local import Llama, RazorError
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.llama import llama_cpp
-from tests.native.test_chat import FACT, QUESTION, text_with
+from tests.support.texts import FACT, QUESTION, text_with
 from tests.support.tiny_models import TinySpec, make_model
 
 LOOPS = ("eval", "generate", "sample", "reset", "_init_sampler", "_create_completion")
@@ -389,7 +389,7 @@ def scripted(tmp_path_factory) -> tuple[Llama, Llama, list[bytes]]:
                     self.n_yielded += 1
                     yield token
 
-            _generate = generate  # what Llama's own loop calls
+            _UNGUARDED = cls._UNGUARDED | {"generate": generate}  # for Llama's own loop
 
         return Told
 

@@ -105,9 +105,11 @@ def test_rendering_takes_no_noticeable_time():
         ("{{ '%0999999999d' % 3 }}", "it takes more than 1024 MiB of memory"),
         ("{{ 'x' * 20000000 }}", "cannot be rendered: it makes a text of more than 16777216 "),
         ("{{ 'x' | center(9999999999) }}", "it takes more than 1024 MiB of memory"),
-        ("{% set n = namespace(s='x') %}"
-         "{% for i in range(64) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-         "cannot be rendered: it takes more than 1024 MiB of memory"),
+        (
+            "{% set n = namespace(s='x') %}"
+            "{% for i in range(64) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "cannot be rendered: it takes more than 1024 MiB of memory",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it is nested too deeply"),
         ("{{ raise_exception('no\nsystem role') }}", "refuses this: no system role"),
         ("{{ raise_exception('\x1b[2J') }}", "refuses this: \\x1b[2J"),
@@ -117,7 +119,7 @@ def test_rendering_takes_no_noticeable_time():
         (r"{{ '\ud800' }}", r"is not valid Unicode: it holds '\ud800'"),
         ("x" * (1 << 20) + "x", "has 1048577 characters, expected at most 1048576"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_one_sentence(source, says):
     with pytest.raises(RazorError) as refused:
         render(source)

@@ -29,9 +29,12 @@ from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, Stopped, UnsupportedError
 from razor_local.plan import KV_TYPES
 from razor_local.profile import read_model_shape, read_profile
+from razor_local.verify import compare as compare_module
 from razor_local.verify import reference
 from razor_local.verify import run as module
-from razor_local.verify.run import Errors, compare_layer, kl_divergence, sample_positions, verify
+from razor_local.verify.compare import compare_layer, kl_divergence
+from razor_local.verify.result import Errors, GroupResult
+from razor_local.verify.run import sample_positions, verify
 from tests.support.tiny_models import TinySpec, model_kv, razor_kv, write_gguf
 
 DEFAULT = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
@@ -63,8 +66,12 @@ def test_the_embedded_model_passes(type_k: str, type_v: str, flash_attn: bool) -
     result = verify(DEFAULT, type_k=type_k, type_v=type_v, flash_attn=flash_attn, **QUICK)
     assert result.passed and result.verdict.startswith("pass"), result.verdict
     kept = [int(sum(layer)) for layer in read_profile(DEFAULT).retrieval]
-    groups = [(il, group, n) for il, n_kept in enumerate(kept)
-              for group, n in (("retrieval", n_kept), ("local", 4 - n_kept)) if n]  # fmt: skip
+    groups = [
+        (il, group, n)
+        for il, n_kept in enumerate(kept)
+        for group, n in (("retrieval", n_kept), ("local", 4 - n_kept))
+        if n
+    ]
     assert [(g.il, g.group, g.kv_heads) for g in result.groups] == groups
     assert (result.n_tokens, result.n_rows, result.n_folded) == (450, 450, 448 - 256 - 4)
     assert result.buffers == ("CPU",)
@@ -137,23 +144,23 @@ def test_layers_with_other_numbers_of_heads_pass(tiny) -> None:
 
 
 @pytest.fixture(scope="module")
-def seen() -> tuple[module._Capture, list[tuple]]:
+def seen() -> tuple[module.Capture, list[tuple]]:
     """One run of the embedded model: its capture, and the arguments of every compare_layer()."""
     kept, captures = [], []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             module, "compare_layer", lambda *args: kept.append(args) or compare_layer(*args)
         )
-        misplaced = module._Capture.misplaced
+        misplaced = module.Capture.misplaced
         patch.setattr(
-            module._Capture, "misplaced", lambda *args: captures.append(args[0]) or misplaced(*args)
+            module.Capture, "misplaced", lambda *args: captures.append(args[0]) or misplaced(*args)
         )
         assert verify(MIXED, **QUICK).passed
     assert len(kept) == SHAPE.n_layer
     return captures[0], kept
 
 
-def compare(kept: list[tuple]) -> list[module.GroupResult]:
+def compare(kept: list[tuple]) -> list[GroupResult]:
     return [group for args in kept for group in compare_layer(*args)]
 
 
@@ -215,9 +222,10 @@ def test_any_flipped_head_is_found_where_keys_are_stored(il: int, head: int, see
 def test_a_flipped_head_fails_by_its_output_too(il: int, head: int, seen) -> None:
     _, razor, full, _, plan = seen[1][il]
     failed = [
-        g for g in compare_layer(il, razor, full, flipped(il, head).retrieval[il], plan)
+        g
+        for g in compare_layer(il, razor, full, flipped(il, head).retrieval[il], plan)
         if not g.passed
-    ]  # fmt: skip
+    ]
     assert {g.errors.worst_head * 4 // razor.q.shape[1] for g in failed} == {head}
 
 
@@ -274,15 +282,15 @@ def test_the_bound_does_not_hide_behind_the_full_cache(seen) -> None:
     il, razor, full, retrieval, plan = seen[1][3]
     nothing = replace(full, out=np.full_like(full.out, np.nan))
     (group,) = compare_layer(il, razor, nothing, retrieval, plan)
-    assert group.passed and group.limit_rms == module.BOUNDS["f16"][0]
+    assert group.passed and group.limit_rms == compare_module.BOUNDS["f16"][0]
 
 
 def test_heads_that_give_nothing_have_no_error() -> None:
     zero = np.zeros((5, 2, 4))
-    assert module._errors(zero, zero, np.arange(2)) == Errors(0, 0, 0, 0)
+    assert compare_module._errors(zero, zero, np.arange(2)) == Errors(0, 0, 0, 0)
     one = zero.copy()
     one[0, 1, 0] = 1e-9
-    assert module._errors(one, zero, np.arange(2)).worst_rms == np.inf
+    assert compare_module._errors(one, zero, np.arange(2)).worst_rms == np.inf
 
 
 # -- what is sampled and how logits are compared
@@ -426,13 +434,13 @@ def test_errors_in_progress_are_raised() -> None:
 
 
 def test_a_layer_that_is_not_seen_is_no_pass(monkeypatch) -> None:
-    finish = module._Capture._finish
+    finish = module.Capture._finish
 
     def without(capture, il: int, pointer: int) -> None:
         finish(capture, il, pointer)
         capture.layers.pop(2, None)
 
-    monkeypatch.setattr(module._Capture, "_finish", without)
+    monkeypatch.setattr(module.Capture, "_finish", without)
     with pytest.raises(UnsupportedError, match="layer 2 of this model .* shows its"):
         verify(MIXED, **QUICK)
 
@@ -441,7 +449,7 @@ def test_errors_in_callbacks_are_raised(monkeypatch) -> None:
     def fail(*_args):
         raise UnsupportedError("seen in a callback")
 
-    monkeypatch.setattr(module._Capture, "_finish", fail)
+    monkeypatch.setattr(module.Capture, "_finish", fail)
     with pytest.raises(UnsupportedError, match="seen in a callback"):
         verify(MIXED, **QUICK)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
+from razor_local.converters.write import write_copy
 
 from razor_local.gguf.header import read_header
-from razor_local.profile import read_model_shape
+from razor_local.profile import read_model_shape, read_profile
 from tests.support import known_heads, tiny_models
 
 PATH = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
@@ -76,3 +78,29 @@ def write_random(path: Path, seed: int = 0) -> Path:
         for t in reader.tensors
     ]
     return tiny_models.write_gguf(path, "llama", _metadata(reader), tensors)
+
+
+def no_numbers(path, value=np.nan):
+    """The built-in model, with a final norm of nothing but the value."""
+    header = read_header(PATH)
+    (norm,) = (tensor for tensor in header.tensors if tensor.name == "output_norm.weight")
+    data = bytearray(PATH.read_bytes())
+    weights = np.frombuffer(data, np.float32, norm.dims[0], header.data_start + norm.offset)
+    weights[:] = value
+    path.write_bytes(data)
+    return path
+
+
+def model_with_scores(folder):
+    """A copy of the built-in model in whose profile KV head 5 has the highest score."""
+    profile, shape = read_profile(PATH), read_model_shape(PATH)
+    n = sum(shape.n_head)
+    scores = np.linspace(0.1, 0.4, n, dtype=np.float32)
+    scores[5 * n // sum(shape.n_head_kv)] = 0.9
+    path = folder / "scored.gguf"
+    write_copy(
+        PATH,
+        path,
+        replace(profile, induction_score=scores, echo_score=np.zeros(n, np.float32)),
+    )
+    return path

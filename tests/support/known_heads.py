@@ -43,10 +43,13 @@ TYPES = {
 }
 # types of tokens in a GGUF: normal, unknown, control, user-defined, unused, byte
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
-SPECIAL = (
-    [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), ("<tool>", USER), ("<pad>", UNUSED)]
-    + [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
-)  # fmt: skip
+SPECIAL = [
+    ("<unk>", UNKNOWN),
+    ("<s>", CONTROL),
+    ("</s>", CONTROL),
+    ("<tool>", USER),
+    ("<pad>", UNUSED),
+] + [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
 BOS = 1
 
 

@@ -6,6 +6,7 @@ stock.py, broken_builds.py and sanitizers.py use it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,14 @@ def cache_dir() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "razor_local"
+
+
+def pin() -> tuple[str, str]:
+    """Version and sha256 of the pin file."""
+    text = (ROOT / "native/llama-cpp-python.txt").read_text()
+    match = re.search(r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", text, re.M)
+    assert match, "the pin file has no pin"
+    return match[1], match[2]
 
 
 def build(

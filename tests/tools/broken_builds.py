@@ -43,7 +43,7 @@ class Break:
     naive: bool = False  # in a library with NAIVE
 
 
-# What libllama tells of a batch is read by GPUs of some kinds alone (ggml-razor.h, "Attention of a batch"). These changes
+# What libllama tells of a batch is read by GPUs of some kinds alone (ggml-razor.h, "attention of a batch"). These changes
 # give it to CPUs, for batches in place of their own attention, where naive_batch.h computes what it says.
 # test_naive_batch.py runs the native tests so.
 NAIVE = [

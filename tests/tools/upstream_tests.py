@@ -180,12 +180,14 @@ TESTS = [
     UpstreamTest("test-thread-safety", "-m {model} -p Once -n 128 -c 256 -ub 32 -np 4 -t 1"),
     *(
         UpstreamTest(
-            "test-backend-ops", f"-b CPU -o {op}" + (f" -p {params}" if params else ""),
-            cases_of_ops, op,
+            "test-backend-ops",
+            f"-b CPU -o {op}" + (f" -p {params}" if params else ""),
+            cases_of_ops,
+            op,
         )
         for op, params in OPS.items()
     ),
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -200,27 +202,34 @@ class RazorTest:
 RAZOR_TESTS = [
     RazorTest(
         UpstreamTest(
-            "test-thread-safety", "-m {razor} -p Once -n 1000 -c 1024 -ub 32 -np 4 -t 1 -lv 4",
+            "test-thread-safety",
+            "-m {razor} -p Once -n 1000 -c 1024 -ub 32 -np 4 -t 1 -lv 4",
             says="KV heads keep all 1024 tokens",
         ),
-        True, "contexts of one sequence: passes",
+        True,
+        "contexts of one sequence: passes",
     ),
     RazorTest(
         UpstreamTest(
-            "test-state-restore-fragmented", "-m {razor}",
+            "test-state-restore-fragmented",
+            "-m {razor}",
             says="more than one sequence (n_seq_max > 1) not supported, switch razor off",
         ),
-        False, "three sequences: refused by name",
+        False,
+        "three sequences: refused by name",
     ),
     # test-save-load-state wants two sequences too, and crashes where it gets no context
     RazorTest(
         UpstreamTest(
-            "test-save-load-state", "-m {razor}", note="(RAZOR_LOCAL_DISABLE=1)",
+            "test-save-load-state",
+            "-m {razor}",
+            note="(RAZOR_LOCAL_DISABLE=1)",
             env={"RAZOR_LOCAL_DISABLE": "1"},
         ),
-        True, "razor switched off: passes",
+        True,
+        "razor switched off: passes",
     ),
-]  # fmt: skip
+]
 
 PYTHON_TESTS = "llama-cpp-python's tests"
 
@@ -271,9 +280,7 @@ def changed_files(stock: Tree, patched: Tree) -> list[str]:
 
 def unpack_python_tests(folder: Path) -> Path:
     """llama-cpp-python's own tests from the pinned sdist, with the file they open by its path."""
-    from tests.build.test_build import pin
-
-    version, _ = pin()
+    version, _ = native_build.pin()
     name = f"llama_cpp_python-{version}"
     sdist = os.environ.get("RAZOR_LOCAL_SDIST") or native_build.cache_dir() / f"{name}.tar.gz"
     shutil.rmtree(folder, ignore_errors=True)
@@ -299,9 +306,13 @@ def run(
     drop = ("LD_", "DYLD_", "LLAMA_", "GGML_", "RAZOR_LOCAL_", "PYTEST_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        cwd=cwd, env=clean | {"OMP_WAIT_POLICY": "passive"} | env,
-    )  # fmt: skip
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=cwd,
+        env=clean | {"OMP_WAIT_POLICY": "passive"} | env,
+    )
     try:
         output, _ = process.communicate(timeout=limit)
         exit_code = process.returncode
@@ -499,11 +510,16 @@ def main(
         raise click.ClickException(f"no test is named like {' or '.join(patterns)}")
     changed = changed_files(stock, patched)
     if as_json:
-        print(json.dumps({
-            "changed_files": changed,
-            "tests": [row.as_json() for row in rows],
-            "with_razor": [row.as_json() for row in razor_rows],
-        }, indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "changed_files": changed,
+                    "tests": [row.as_json() for row in rows],
+                    "with_razor": [row.as_json() for row in razor_rows],
+                },
+                indent=1,
+            )
+        )
     else:
         print(markdown(rows, razor_rows))
         print(f"\nFiles of llama.cpp that differ: {', '.join(changed)}")

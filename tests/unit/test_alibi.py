@@ -12,20 +12,18 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Q
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from razor_local.converters import alibi
-from razor_local.converters.alibi import alibi_slopes, head_scope, profile_from_weights
+from razor_local.converters.alibi import head_scope, profile_from_weights
 from razor_local.converters.head_map import plot_heads, scope_line
-from razor_local.converters.write import write_copy, write_sidecar
+from razor_local.converters.write import write_copy
 
-from razor_local import Llama, Profile
+from razor_local import Profile
 from razor_local.cli import main
 from razor_local.errors import ConvertError, GGUFError, ProfileError, UnsupportedError
 from razor_local.gguf.header import read_header
-from razor_local.native import tensors
-from razor_local.plan import make_plan
 from razor_local.profile import (
     ModelShape,
     alibi_max_bias,
@@ -35,7 +33,7 @@ from razor_local.profile import (
     shape_from_header,
     unsupported_feature,
 )
-from tests.support import alibi_models, other_models, runner, tiny_models
+from tests.support import alibi_models, tiny_models
 from tests.support.alibi_models import (
     RMS,
     AlibiSpec,
@@ -45,39 +43,20 @@ from tests.support.alibi_models import (
     read_weights,
     write,
 )
+from tests.support.alibi_scopes import (
+    EPSILON,
+    SPECS,
+    own_scopes,
+    passed_distance,
+    query_head_scopes,
+)
 from tests.support.gguf_bytes import F32, STRING, U32, kv, kv_array, razor_keys, small_model
-
-EPSILON = 0.001
-SPECS = {
-    "bloom": AlibiSpec("bloom"),
-    "mpt": AlibiSpec("mpt", bias=0, max_bias=4.0),
-    "mpt with biases": AlibiSpec("mpt", n_head=3, n_head_kv=3, head_dim=32, max_bias=4.0),
-    "jais": AlibiSpec("jais", gain=2.0),
-    "refact": AlibiSpec("refact", n_head_kv=2, gain=0.4, fused=False),
-    "refact fused": AlibiSpec("refact", n_head=6, n_head_kv=3, gain=0.4),
-    "baichuan": AlibiSpec("baichuan", n_layer=40, head_dim=8, fused=False),
-}
 
 
 def run(*args: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
-
-
-def query_head_scopes(spec: AlibiSpec, profile: Profile) -> np.ndarray:
-    """[n_layer, n_head]: of the KV head that a query head reads."""
-    scopes = np.stack(profile.scope).astype(int)
-    return np.repeat(scopes, spec.n_head // spec.n_head_kv, axis=1)
-
-
-def own_scopes(path: Path, spec: AlibiSpec, il: int, epsilon: float = EPSILON) -> list[int]:
-    """Of the query heads of a layer, each by itself."""
-    header = read_header(path)
-    found = alibi._Attention(header, shape_from_header(header))
-    ranges = [r for ih in range(spec.n_head_kv) for r in found.logit_ranges(il, ih)]
-    slopes = alibi_slopes(spec.n_head, spec.max_bias)
-    return [head_scope(r, s, epsilon) for r, s in zip(ranges, slopes, strict=True)]
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -87,13 +66,6 @@ def model(request, tmp_path_factory) -> tuple[Path, AlibiSpec]:
 
 
 # -- the bound, against an independent computation
-
-
-def passed_distance(scope: int, slope: float) -> int:
-    """Where inputs made for it must still get more than epsilon: 3 % nearer, and nearer by what
-    the tokens between take away, which the bound leaves out of the denominator. Each of them has at
-    most the query's own logit, less the slope."""
-    return math.floor(0.97 * (scope - 1) + math.log(-math.expm1(-slope)) / slope)
 
 
 def test_inputs_made_for_it_stay_within_and_barely(model):
@@ -149,10 +121,15 @@ def test_scopes_hold(tmp_path_factory, arch, epsilon, seed, clamp, qk_norm, max_
     n_kv = options["n_head"] if arch != "refact" else 1
     mpt = arch == "mpt"
     spec = AlibiSpec(
-        arch, n_head_kv=n_kv, seed=seed, clamp=clamp if mpt else 0, qk_norm=mpt and qk_norm,
-        max_bias=max_bias if arch in alibi_models.HAS_KEY else 8.0, fused=arch != "refact",
+        arch,
+        n_head_kv=n_kv,
+        seed=seed,
+        clamp=clamp if mpt else 0,
+        qk_norm=mpt and qk_norm,
+        max_bias=max_bias if arch in alibi_models.HAS_KEY else 8.0,
+        fused=arch != "refact",
         **options,
-    )  # fmt: skip
+    )
     path = write(tmp_path_factory.mktemp("any") / "m.gguf", spec)
     weights, rng = read_weights(path), np.random.default_rng(seed)
     for ih, scope in enumerate(own_scopes(path, spec, 0, epsilon)):
@@ -166,9 +143,12 @@ def test_scopes_hold(tmp_path_factory, arch, epsilon, seed, clamp, qk_norm, max_
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 6), n=st.integers(1, 14), seed=st.integers(0, 10**6),
-    constant=st.sampled_from([0.0, 1e-9, 1.0, 50.0]), twin=st.sampled_from([0, 1, -1]),
-)  # fmt: skip
+    rows=st.integers(1, 6),
+    n=st.integers(1, 14),
+    seed=st.integers(0, 10**6),
+    constant=st.sampled_from([0.0, 1e-9, 1.0, 50.0]),
+    twin=st.sampled_from([0, 1, -1]),
+)
 def test_linear_range_is_the_maximum(rows, n, seed, constant, twin):
     """Never below a value that random and climbing vectors reach, also with fewer inputs than
     rows, equal projections, opposite ones, and none at all."""
@@ -234,89 +214,6 @@ def test_scope_of_a_head():
     assert head_scope(1, 0.0, EPSILON) == 0
 
 
-# -- as the library runs it
-
-
-def measured(path: Path, tokens: list[int], n_ctx: int = 1024) -> list[np.ndarray]:
-    """Attention after softmax of each layer: f32 [n_head, n_tokens, n_tokens], by llama.cpp."""
-    C = runner.bindings()
-    tensors.bind(C._lib)
-    found: dict[int, np.ndarray] = {}
-
-    def on_eval(tensor: int, ask: bool, _data: int | None) -> bool:
-        name = C._lib.ggml_get_name(tensor)
-        if not name.startswith(b"kq_soft_max-"):
-            return False
-        if not ask:
-            rows = tensors.read(C._lib, tensor)[0][:, : len(tokens), : len(tokens)]
-            found[int(name.split(b"-")[1])] = rows
-        return True
-
-    callback = C.ggml_backend_sched_eval_callback(on_eval)
-    sizes = {"n_ctx": n_ctx, "n_batch": n_ctx, "n_ubatch": n_ctx}
-    with runner.Model(path) as model, runner.Context(model, **sizes, cb_eval=callback) as ctx:
-        ctx.decode(tokens)
-    return [found[il] for il in sorted(found)]
-
-
-def test_no_attention_beyond_the_scopes(model):
-    path, spec = model
-    scopes = query_head_scopes(spec, profile_from_weights(path))
-    rng, checked = np.random.default_rng(3), 0
-    layers = measured(path, rng.integers(0, spec.n_vocab, 600).tolist())
-    assert len(layers) == spec.n_layer
-    distance = np.arange(600)[:, None] - np.arange(600)
-    for il, layer in enumerate(layers):
-        np.testing.assert_allclose(layer.sum(axis=-1), 1, atol=1e-4)
-        for ih in range(spec.n_head):
-            beyond = layer[ih][distance >= scopes[il, ih]]
-            checked += beyond.size
-            assert (beyond <= EPSILON).all()
-    assert checked > 1000, "no scope was shorter than the text"
-
-
-@pytest.mark.parametrize("name", ["bloom", "mpt", "jais", "refact"])
-def test_the_running_model_reaches_the_bound_and_keeps_it(name, tmp_path):
-    """Tokens whose embeddings are the worst inputs of layer 0: they pass a smaller scope."""
-    spec = SPECS[name]
-    weights = make_weights(spec)
-    doubles = {key: value.astype(np.float64) for key, value in weights.items()}
-    tokens = {}
-    for ih in range(spec.n_head):
-        worst = adversary(spec, doubles, 0, ih)
-        tokens[ih] = [3 * ih, 3 * ih + 1, 3 * ih + 2]
-        for token, vector in zip(
-            tokens[ih], (worst.target, worst.filler, worst.query), strict=True
-        ):
-            weights["token_embd.weight"][token] = vector
-    path, slopes = write(tmp_path / "m.gguf", spec, weights), alibi_models.slopes(spec)
-    tried = 0
-    for ih, scope in enumerate(own_scopes(path, spec, 0)):
-        if scope > 1000:
-            continue
-        target, filler, query = tokens[ih]
-        for n in (scope // 4, passed_distance(scope, slopes[ih]), scope):
-            layer = measured(path, [target] + [filler] * (n - 1) + [query])[0]
-            assert (layer[ih, -1, 0] > EPSILON) == (n < scope)
-        tried += 1
-    assert tried
-
-
-@pytest.mark.parametrize("n_head", [1, 2, 3, 5, 6, 8, 12])
-@pytest.mark.parametrize("max_bias", [8.0, 3.5])
-def test_slopes_are_the_library_s(n_head, max_bias, tmp_path):
-    """Without queries attention falls by the slope alone."""
-    spec = AlibiSpec("mpt", 1, n_head, n_head, 4, bias=0, max_bias=max_bias)
-    weights = make_weights(spec)
-    weights["blk.0.attn_qkv.weight"][: spec.n_embd] = 0
-    path = write(tmp_path / "m.gguf", spec, weights)
-    (layer,) = measured(path, list(range(8)), n_ctx=256)
-    fall = np.log(layer[:, 7, 7].astype(np.float64) / layer[:, 7, 0]) / 7
-    np.testing.assert_allclose(alibi_slopes(n_head, max_bias), fall, rtol=1e-4)
-    np.testing.assert_allclose(alibi_slopes(n_head, max_bias), alibi_models.slopes(spec), rtol=1e-5)
-    assert alibi_slopes(0, max_bias).size == 0
-
-
 # -- reading models
 
 
@@ -379,9 +276,14 @@ def test_which_models_have_alibi(tmp_path):
     # a key that llama.cpp reads of two architectures alone
     assert bias("llama", kv("llama.attention.max_alibi_bias", F32, 8.0)) == 0
     for arch, n_layer, expected in (
-        ("refact", 32, 8), ("jina-bert-v2", 12, 8), ("baichuan", 40, 8), ("baichuan", 32, 0),
-        ("mpt", 32, 0), ("jais", 24, 0), ("falcon", 40, 0),
-    ):  # fmt: skip
+        ("refact", 32, 8),
+        ("jina-bert-v2", 12, 8),
+        ("baichuan", 40, 8),
+        ("baichuan", 32, 0),
+        ("mpt", 32, 0),
+        ("jais", 24, 0),
+        ("falcon", 40, 0),
+    ):
         shape = ModelShape(arch, n_layer, (2,) * n_layer, (2,) * n_layer, 8, 8, 512)
         assert alibi_max_bias(read_header(tmp_path / "m"), shape) == expected
     for value, expected in ((8.0, 8), (2.5, 2.5), (0.0, 0), (-1.0, 0)):
@@ -516,37 +418,6 @@ def test_profiles_made_in_python():
             Profile(heads, **options)
 
 
-def test_scopes_cannot_be_run_yet(tmp_path):
-    spec = AlibiSpec("bloom", 2)
-    model = write(tmp_path / "m.gguf", spec)
-    profile = profile_from_weights(model)
-    copy = write_copy(model, tmp_path / "copy.gguf", profile)
-    side = write_sidecar(model, tmp_path / "side.gguf", profile)
-    assert "bloom: ALiBi not supported" in runner.refusal(str(copy))
-    assert runner.refusal(str(copy), runner.OFF) is None
-    # whatever the architecture, the method is refused when a context is created, not before
-    keys = tiny_models.razor_kv([[0, 0]] * 3) | {
-        "razor.method": ("alibi", GGUFValueType.STRING),
-        "razor.head.scope": (np.full(6, 9, np.uint32), GGUFValueType.ARRAY),
-    }
-    llama = tiny_models.make_model(tmp_path / "llama.gguf", tiny_models.TinySpec(), keys)
-    assert "razor.method is 'alibi', and only 'rope' can be run" in runner.refusal(str(llama))
-    assert runner.refusal(str(llama), runner.Override(None, window=16)) is not None
-    assert runner.refusal(str(llama), runner.OFF) is None
-    assert runner.refusal(str(llama), runner.Override(bytes(6), window=16)) is None
-    with pytest.raises(UnsupportedError, match="'alibi', and only 'rope' can be run"):
-        Llama(copy, n_ctx=256)
-    with pytest.raises(UnsupportedError, match="'alibi', and only 'rope' can be run"):
-        Llama(model, n_ctx=256, razor=side)
-    with pytest.raises(UnsupportedError, match="'alibi', and only 'rope' can be run"):
-        make_plan(read_model_shape(model), profile, 512)
-    with pytest.raises(ProfileError, match="holds ALiBi scopes"):
-        Llama(copy, n_ctx=256, retrieval=0.5)
-    llama = Llama(copy, n_ctx=256, razor=False)
-    llama.eval([1, 2, 3])
-    assert llama.n_tokens == 3
-
-
 # -- command line
 
 
@@ -590,9 +461,10 @@ def test_convert_to_a_sidecar_and_another_epsilon(converted, tmp_path):
     assert code == 0, stderr
     profile = read_sidecar(tmp_path / "side.gguf", read_model_shape(model))
     assert profile.calibration["epsilon"] == "0.05"
-    nearer, default = np.concatenate(profile.scope), np.concatenate(
-        read_profile(converted / "out.gguf").scope
-    )  # fmt: skip
+    nearer, default = (
+        np.concatenate(profile.scope),
+        np.concatenate(read_profile(converted / "out.gguf").scope),
+    )
     assert (nearer <= default).all() and (nearer < default).any()
     code, stdout, _ = run("inspect", model, "--sidecar", tmp_path / "side.gguf")
     assert code == 0 and "attention beyond the scope of a KV head is at most 0.05" in stdout
@@ -672,11 +544,6 @@ def test_epsilon_is_for_alibi_models(tmp_path):
         code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--epsilon", epsilon)
         assert code == 2 and "--epsilon" in stderr
     assert not (tmp_path / "o.gguf").exists()
-    # mpt with learned positions is an ordinary model
-    mpt = write(tmp_path / "mpt.gguf", AlibiSpec("mpt", max_bias=0.0))
-    code, _, stderr = run("convert", mpt, "-o", tmp_path / "o.gguf", "--tokens", 64, "--budget", 1)
-    assert code == 0, stderr
-    assert read_profile(tmp_path / "o.gguf").method == "rope"
 
 
 def test_encoders_are_refused_by_name(tmp_path):
@@ -698,9 +565,3 @@ def test_rms_norm_is_not_centred(tmp_path):
     least = math.ceil(-math.log(EPSILON) / 2**-2)
     assert layer.scope[0][0] == least < rms.scope[0][0]
     assert set(RMS) == set(alibi.RMS_NORM)
-
-
-def test_old_models_are_still_refused_natively(tmp_path):
-    """The architecture is refused as well as the profile."""
-    path = other_models.make_other(tmp_path / "m.gguf", "mpt", tiny_models.razor_kv([[0, 0]] * 2))
-    assert "ALiBi" in runner.refusal(str(path))

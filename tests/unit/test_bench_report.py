@@ -24,84 +24,10 @@ from razor_local.bench.report import FORMATS, format_report, readme_block
 from razor_local.bench.saved import load_report
 from razor_local.cli import main
 from razor_local.errors import RazorError, UnsupportedError
+from tests.support.bench import HEAD, make_report, saved
 
 ROOT = Path(__file__).parents[2]
 UPDATE = ROOT / "docs/benchmarks/update_tables.py"
-
-HEAD = {
-    "version": 1,
-    "date": "2026-01-02 03:04:05 +0000",
-    "code": {"version": "0.1.0", "commit": "0123456789ab"},
-    "machine": {
-        "cpu": "A CPU", "cores": 2, "memory_total": 24 << 30, "system": "Linux", "python": "3",
-        "load_average": 0.5, "energy_meters": ["package-0"],
-    },
-    "model": {
-        "file": "m.gguf", "name": "a shape, random weights", "arch": "llama",
-        "random_weights": True, "fingerprint": "ab", "file_bytes": 9, "weights_bytes": 7 << 20,
-        "n_layer": 2, "kv_heads": 20, "retrieval_kv_heads": 3, "retrieval_sha256": "cd",
-        "window_min": 1000, "window_divisor": 5, "sink_tokens": 4,
-    },
-    "setup": {"n_threads": 2, "n_gpu_layers": 0, "full_cache": "the same library, razor off"},
-    "settings": {"types": [["f16", "f16"], ["q8_0", "q4_0"]], "n_ctx": 0},
-    "library": {
-        "build": {"version": "1.2.3", "sha256": "ef", "options": "cpu"}, "cpu_features": "",
-        "backends": ["CPU"], "devices": [{"name": "CPU", "description": "A CPU", "type": "CPU"}],
-    },
-}  # fmt: skip
-
-
-def record(kind: str, depth: int, types=("f16", "f16"), side="", **fields) -> dict:
-    n_ctx = 33280 if depth > 8192 else 8704
-    return {
-        "kind": kind, "type_k": types[0], "type_v": types[1], "n_ctx": n_ctx, "depth": depth,
-        "side": side,
-    } | fields  # fmt: skip
-
-
-def both(razor: list[float], full: list[float], **others: list[float]) -> dict:
-    return {"razor": razor, "full": full} | others
-
-
-def make_report() -> Report:
-    """Two types; times of which the figures are known: prefill takes 1 + depth/1000 ms a token with
-    the full cache, 1 + depth/4000 with razor."""
-    records = []
-    for types in (("f16", "f16"), ("q8_0", "q4_0")):
-        more = {} if types == ("f16", "f16") else {"full_f16": [30.0, 33.0, 36.0]}
-        for depth in (0, 512, 8192, 32768):
-            records.append(
-                record(
-                    "decode", depth, types,
-                    ms=both([10.0, 11.0, 12.0], [20.0, 33.0, 48.0], **more),
-                    read_bytes=both(1, 2), read_ms=both(5.0, 11.0),
-                )
-            )  # fmt: skip
-        records.append(record("prompt", 512, types, tokens=512, ms=both([500.0], [750.0])))
-        for depth in (0, 8192, 32768):
-            middle = depth + 50
-            ms = both([100 + middle / 40] * 2, [100 + middle / 10] * 2)
-            records.append(record("prefill", depth, types, tokens=100, ms=ms))
-        for n_ctx_of in (8192, 32768):
-            for side, n in (("razor", 3 << 20), ("full", 6 << 20), ("full_f16", 12 << 20)):
-                fields = {"kv_bytes": n, "peak_rss": n * 10, "device": None}
-                records.append(record("memory", n_ctx_of, types, side, **fields))
-        ms = {"razor": [10.0, 10.0, 14.0, 10.0, 20.0]}
-        records.append(record("fold", 8192, types, start=1, ms=ms, folds_at=[2]))
-        energy = {"razor": {"tokens": 4, "joules": 20.0, "seconds": 0.5}}
-        records.append(record("energy", 8192, types, energy=energy))
-    real = {
-        "seconds": both(6.0, 12.0),
-        "ms": both([10.0], [20.0]),
-        "random_ms": both([11.0], [19.0]),
-    }
-    records.append(record("real_prefill", 4000, **real))
-    return Report(copy.deepcopy(HEAD), records)
-
-
-def saved(report: Report, path: Path) -> Path:
-    path.write_text(format_report(report, "json"))
-    return path
 
 
 # -- figures
@@ -177,8 +103,9 @@ def test_real_prefill_of_a_row_is_its_time_to_the_first_token() -> None:
     assert row["prefill_at"] == 32768  # its speed is still that of a batch
     assert rows["q8_0", 32768]["first_token"] == rows["f16", 8192]["first_token"] == "integrated"
     assert [(c["side"], c["n_ctx"]) for c in report.checks[2:]] == [
-        ("razor", 33280), ("full", 33280)
-    ]  # fmt: skip
+        ("razor", 33280),
+        ("full", 33280),
+    ]
     text = format_report(report, "md")
     assert "| f16 | razor | 32,768 | 33,280 | 6.00 s | 2.00x |" in text
     assert "| f16 | full | 32,768 | 33,280 | 12.00 s |  |" in text
@@ -214,10 +141,15 @@ def test_formats(tmp_path) -> None:
 def test_markdown_says_what_it_is_and_is_a_table() -> None:
     text = format_report(make_report(), "md")
     for said in (
-        "random rows", "The weights are random", "integrated", "A CPU", "commit 0123456789ab",
-        "llama.cpp of llama-cpp-python 1.2.3", "J per token",
+        "random rows",
+        "The weights are random",
+        "integrated",
+        "A CPU",
+        "commit 0123456789ab",
+        "llama.cpp of llama-cpp-python 1.2.3",
+        "J per token",
         "3 of 20 KV heads",
-    ):  # fmt: skip
+    ):
         assert said in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.M)
     assert len(tables) == 6

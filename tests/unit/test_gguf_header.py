@@ -32,7 +32,7 @@ from tests.support.gguf_bytes import (
     tensor,
     u32,
     u64,
-)  # fmt: skip
+)
 from tests.support.tiny_models import TinySpec, make_model
 
 ONE_KEY = kv("a", U32, 1)
@@ -268,7 +268,7 @@ HYPER_PARAMETERS = [
     ({"ssm.group_count": (U32, 0), "arch": "mamba2"}, "group_count is 0, expected 1 or more"),
     ({"rope.dimension_sections": [0] * 4, "arch": "qwen2vl"}, "is [0, 0, 0, 0], expected numbers"),
     ({"rope.dimension_sections": [20, 20, 0, 0]}, "together at most the head size 32"),
-]  # fmt: skip
+]
 
 
 def hyper_parameters(keys: dict) -> bytes:

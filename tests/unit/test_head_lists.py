@@ -125,9 +125,15 @@ def test_tied_heads_are_spread_over_the_layers():
 def test_scores_of_query_heads(tmp_path):
     """The mean of a list; the highest mean of a group of query heads; entries in any order."""
     scores = {
-        "1-3": 0.1, "0-0": [0, 0.5], "0-1": [0.2], "0-2": [0, 0, 3], "0-3": 0,
-        "1-0": [0.3, 0.3], "1-1": 0.29, "1-2": [0, 1],
-    }  # fmt: skip
+        "1-3": 0.1,
+        "0-0": [0, 0.5],
+        "0-1": [0.2],
+        "0-2": [0, 0, 3],
+        "0-3": 0,
+        "1-0": [0.3, 0.3],
+        "1-1": 0.29,
+        "1-2": [0, 1],
+    }
     path = heads(tmp_path, json.dumps(scores))
     assert parse_heads(path).values(shape(2, 2, group=2)).tolist() == [0.25, 1, 0.3, 0.5]
     for share, expected in ((0.25, [0, 1, 0, 0]), (0.5, [0, 1, 0, 1]), (0.75, [0, 1, 1, 1])):

@@ -81,9 +81,13 @@ def test_map_on_a_terminal_without_blocks(folder, monkeypatch):
 def test_map_of_a_profile_without_scores(folder):
     shape = read_model_shape(folder / "plain.gguf")
     assert list(map_lines(Profile(MASK), shape)) == [
-        "layer  retrieval", "    0  #.", "    1  ..", "    2  ##", "",
+        "layer  retrieval",
+        "    0  #.",
+        "    1  ..",
+        "    2  ##",
+        "",
         "# retrieval head, . local head",
-    ]  # fmt: skip
+    ]
 
 
 def uneven(tmp_path):
@@ -128,14 +132,13 @@ def test_layers_with_different_numbers_of_heads(tmp_path):
 
 
 def test_comparison(folder):
-    code, stdout, stderr = run(
-        "inspect", folder / "razor.gguf", "--compare", folder / "heads.tsv"
-    )  # fmt: skip
+    code, stdout, stderr = run("inspect", folder / "razor.gguf", "--compare", folder / "heads.tsv")
     assert (code, stderr) == (0, "")
     lines = [line.rstrip() for line in stdout.splitlines()]
     assert lines[3:5] == [
-        f"here     {folder / 'razor.gguf'}", f"there    {folder / 'heads.tsv'}",
-    ]  # fmt: skip
+        f"here     {folder / 'razor.gguf'}",
+        f"there    {folder / 'heads.tsv'}",
+    ]
     assert lines[6:] == [
         "layer  # both, < here, > there  here  there  both  Jaccard",
         "    0  <>                          1      1     0     0.00",
@@ -148,17 +151,20 @@ def test_comparison(folder):
 def test_comparison_as_json(folder):
     _, stdout, _ = run(
         "inspect", folder / "razor.gguf", "--compare", folder / "side.gguf", "--heads", "--json"
-    )  # fmt: skip
+    )
     data = json.loads(stdout)
     assert data["comparison"] == {
         "with": str(folder / "side.gguf"),
-        "here": 3, "there": 1, "both": 1, "jaccard": pytest.approx(1 / 3),
+        "here": 3,
+        "there": 1,
+        "both": 1,
+        "jaccard": pytest.approx(1 / 3),
         "layers": [
             {"here": 1, "there": 0, "both": 0, "jaccard": 0.0},
             {"here": 0, "there": 0, "both": 0, "jaccard": None},
             {"here": 2, "there": 1, "both": 1, "jaccard": 0.5},
         ],
-    }  # fmt: skip
+    }
     assert data["scores"]["echo"] == [[0.0] * 4] * 3
     np.testing.assert_array_equal(data["scores"]["induction"], INDUCTION.reshape(3, 4))
     assert data["n_ctx"] == 1024  # the plan is there as without --heads

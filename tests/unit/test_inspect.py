@@ -12,7 +12,6 @@ from razor_local.cli import main
 from razor_local.plan import make_plan
 from razor_local.profile import read_model_shape, read_profile
 from tests.support.gguf_bytes import U32, kv, kv_array, razor_keys, small_model
-from tests.support.other_models import MODELS, make_other
 from tests.support.tiny_models import TinySpec, make_model, razor_kv
 
 MASK = [[1, 0], [0, 0], [1, 1]]
@@ -137,7 +136,7 @@ def test_head_size_that_quantized_types_do_not_fit(folder):
 
 
 def test_quantized_v_needs_flash_attention(folder):
-    code, stdout, stderr = run("inspect", folder / "razor.gguf", "-ctv", "q8_0", "--no-flash-attn")
+    code, stdout, stderr = run("inspect", folder / "razor.gguf", "-ctv", "q8_0", "-fa", "off")
     assert (code, stdout) == (1, "")
     assert stderr == (
         "Error: a quantized V cache (q8_0) needs flash attention; switch it on or use f16 for V\n"
@@ -173,19 +172,6 @@ def test_features_that_razor_may_refuse_are_noted(tmp_path):
     path.write_bytes(small_model([kv_array("llama.rope.dimension_sections", 5, [1, 2, 3, 0])]))
     code, stdout, stderr = run("inspect", path)
     assert code == 0 and stdout and stderr.startswith("Note: the model has M-RoPE;")
-
-
-@pytest.mark.parametrize("arch", sorted(MODELS))
-def test_convert_is_offered_where_it_works(tmp_path, arch):
-    path = make_other(tmp_path / "m.gguf", arch)
-    inspected, out, _ = run("inspect", path)
-    offered = "razor-local convert adds one" in out
-    options = [] if arch == "mpt" else ["--budget", 0.5, "--no-proof"]
-    code, _, error = run("convert", path, "-o", tmp_path / "o.gguf", *options)
-    assert offered == (code == 0), error
-    if inspected == 0 and not offered:
-        assert "razor-local convert may refuse to add one: the model has" in out
-        assert "'razor-local convert' may refuse to make one" in run("inspect", path, "--heads")[2]
 
 
 def test_help_names_every_command_that_exists():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -20,23 +18,6 @@ HEAD = {"version": 1, "model": {"name": "é\u2028", "sizes": [1, 2.5, None]}}
 
 def open_journal(path, head=HEAD):
     return Journal(path, head, "a test", lambda head: {"version": head["version"]})
-
-
-def damaged(lines: list[str]) -> Iterator[list[str]]:
-    """The lines of a journal with a field of one record missing or of another value.
-
-    One record of each kind is damaged.
-    """
-    kinds = [json.loads(line)["kind"] for line in lines]
-    for kind in dict.fromkeys(kinds):
-        i = kinds.index(kind)
-        record = json.loads(lines[i])
-        for field in record:
-            for value in (None, [], {}, "x", -1, 10**400, float("nan"), float("inf"), ...):
-                changed = record | {field: value}
-                if value is ...:
-                    del changed[field]
-                yield [*lines[:i], json.dumps(changed) + "\n", *lines[i + 1 :]]
 
 
 @pytest.fixture
@@ -110,15 +91,10 @@ def test_a_second_process_is_refused(path):
     journal = open_journal(path)
     before = path.read_bytes()
     code = (
-        "import sys, pathlib, tests.unit.test_journal as t\n"
-        "t.open_journal(pathlib.Path(sys.argv[1]))"
+        "import sys\nfrom pathlib import Path\nfrom razor_local.common.journal import Journal\n"
+        f"Journal(Path(sys.argv[1]), {HEAD!r}, 'a test', lambda head: {{'version': 1}})"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, path],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert done.returncode == 1 and "is the journal of a run that goes on" in done.stderr
     assert path.read_bytes() == before
     with journal:

@@ -31,9 +31,15 @@ def with_counts(n_head_kv: tuple[int, ...], counts: list[int], **options) -> Pro
 
 def test_row_sizes():
     sizes = {
-        "f32": 512, "f16": 256, "bf16": 256, "q8_0": 136, "q5_1": 96, "q5_0": 88, "q4_1": 80,
+        "f32": 512,
+        "f16": 256,
+        "bf16": 256,
+        "q8_0": 136,
+        "q5_1": 96,
+        "q5_0": 88,
+        "q4_1": 80,
         "q4_0": 72,
-    }  # fmt: skip
+    }
     assert {name: row_size(name, 128) for name in KV_TYPES} == sizes
 
 

@@ -70,8 +70,11 @@ def llama(path: Path, **keys: bytes | None) -> Path:
 def test_shape_of_a_plain_model(tmp_path):
     shape = read_model_shape(llama(tmp_path / "m"))
     assert (shape.arch, shape.n_layer, shape.n_head, shape.n_head_kv) == (
-        "llama", 3, (8, 8, 8), (2, 2, 2),
-    )  # fmt: skip
+        "llama",
+        3,
+        (8, 8, 8),
+        (2, 2, 2),
+    )
     assert (shape.head_dim_k, shape.head_dim_v, shape.n_ctx_train) == (32, 32, 4096)
 
 

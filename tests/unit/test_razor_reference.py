@@ -66,10 +66,16 @@ def layers(draw):
 def test_it_equals_plain_numpy(drawn) -> None:
     (q, positions, k, v), retrieval, rule = drawn
     got = reference.attention(
-        q, positions, k, v, retrieval,
-        window=rule.window, block=rule.block, sink_tokens=rule.sink_tokens,
+        q,
+        positions,
+        k,
+        v,
+        retrieval,
+        window=rule.window,
+        block=rule.block,
+        sink_tokens=rule.sink_tokens,
         compensation=rule.compensation,
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(
         got, expected(q, positions, k, v, retrieval, rule), rtol=0, atol=TOLERANCE
     )

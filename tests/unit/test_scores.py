@@ -277,9 +277,14 @@ def test_an_earlier_file_stays_when_writing_fails(tmp_path, monkeypatch):
 
 
 GOOD = {
-    "format": "razor scores", "version": 1, "calibration": RECORD, "n_head": [2, 2],
-    "n_head_kv": [1, 2], "echo": [0, 0.5, 0.25, 1], "induction": [0, 0.5, 0.25, 1],
-}  # fmt: skip
+    "format": "razor scores",
+    "version": 1,
+    "calibration": RECORD,
+    "n_head": [2, 2],
+    "n_head_kv": [1, 2],
+    "echo": [0, 0.5, 0.25, 1],
+    "induction": [0, 0.5, 0.25, 1],
+}
 BAD = {
     "no format": ({"format": None}, "is not a file of head scores; make one with"),
     "newer": ({"version": 2}, "is of version 2, this razor-local reads version 1"),

@@ -9,18 +9,18 @@
 #include <string>
 #include <utility>
 
-// query rows of a task: enough to make up for reading the rows of K and V
+// query rows of a task: enough to amortize the conversion of K and V
 static constexpr int64_t ROWS = 64;
 
-// cells of a task where there are few query rows, so that all threads have some
+// cells of a task if there are few query rows, so that there is a task for each thread
 static constexpr int64_t CHUNK = 512;
 
-// those that were compiled and that this CPU has, the best first
+// return the kernels that were compiled and that this CPU supports, best first
 static std::vector<std::pair<const char *, razor_attn_kernel>> razor_attn_get_kernels() {
     std::vector<std::pair<const char *, razor_attn_kernel>> res;
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) { // then there is F16C, which old Clangs do not know
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) { // these imply F16C, for which old versions of Clang cannot test
         if (__builtin_cpu_supports("avx512f")) {
             res.emplace_back("avx512", razor_attn_kernel_avx512());
         }
@@ -78,7 +78,7 @@ bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64
     return d_k % 16 == 0 && d_v % 16 == 0 && razor_attn_get_rows(type_k, rows) && razor_attn_get_rows(type_v, rows);
 }
 
-// tasks are taken in turn; whoever is the last to find none makes it ready for the next time
+// threads take tasks in turn, the last one to leave resets the counters for the next run of the graph
 int64_t razor_attn::next_task() {
     const int64_t res = next.fetch_add(1, std::memory_order_relaxed);
 
@@ -109,6 +109,7 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
 
+    // 1. what all tasks have in common
     razor_attn_task task = {};
 
     task.n_gqa = op.n_gqa;
@@ -129,6 +130,7 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
     task.out_head  = task.partial ? op.n_chunks*op.partial_size() : op.d_v;
     task.out_token = task.out_head*op.n_head;
 
+    // 2. a task is one KV head, some tokens and some cells
     for (int64_t i = op.next_task(); i >= 0; i = op.next_task()) {
         const auto & group = i < op.groups[0].n_tasks ? op.groups[0] : op.groups[1];
 
@@ -174,7 +176,7 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
     op.leave(nth);
 }
 
-// the parts of a query head -> its output
+// combine the partial results of each query head
 static void razor_attn_reduce(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const auto & op = *(const razor_attn *) userdata;
 
@@ -197,6 +199,7 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float));
     GGML_ASSERT(q->nb[1] % sizeof(float) == 0 && q->nb[2] % sizeof(float) == 0);
 
+    // 1. split tokens and cells into tasks
     d_k      = q->ne[0];
     d_v      = v->ne[0];
     n_head   = q->ne[1];
@@ -237,6 +240,7 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
         args[n_args++] = group.mask;
     }
 
+    // 2. add the operation, and another one to combine partial results
     if (n_chunks == 1) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, args, n_args, razor_attn_compute, GGML_N_TASKS_MAX, this);
     }

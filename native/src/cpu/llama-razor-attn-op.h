@@ -1,6 +1,8 @@
 #pragma once
 
-// Attention on CPUs as an operation of the graph, which runs the kernels of llama-razor-attn.h.
+// attention on CPUs as a custom operation of the graph
+//
+// the sums over cells are split in the same way for one token and for many: the attention of a token has the same bits in every batch
 
 #include "llama-razor-attn.h"
 
@@ -10,16 +12,16 @@
 #include <atomic>
 #include <vector>
 
-// which instructions, for contexts that are created then; "off": upstream's attention
+// name of a kernel, or "off" for upstream's attention; read when a context is created
 #define RAZOR_ATTN_ENV "RAZOR_LOCAL_CPU_ATTENTION"
 
-// the best that this CPU has, or what RAZOR_ATTN_ENV names; nullptr: off, or none
-// throws std::runtime_error on another value
+// return the kernel that RAZOR_ATTN_ENV names, by default the best one for this CPU; nullptr if it is "off" or there is none
+// throws std::runtime_error if RAZOR_ATTN_ENV has another value
 razor_attn_kernel razor_attn_choose_kernel();
 
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
 
-// the parameters of the operation of one layer, which live as long as the graph
+// parameters of the operation for one layer, must live as long as the graph
 struct razor_attn {
     // KV heads with the same number of cells
     struct head_group {
@@ -27,7 +29,7 @@ struct razor_attn {
 
         ggml_tensor * mask = nullptr; // F16 [n_kv, n_tokens]
 
-        int64_t first_row = 0; // of K and V
+        int64_t first_row = 0; // rows of K and V
         int64_t head_rows = 0;
 
         int64_t n_kv     = 0;
@@ -36,11 +38,11 @@ struct razor_attn {
         int     src_mask = 0;
     };
 
-    float scale; // the first: razor_local/verify/ reads it
+    float scale; // must be the first member: razor_local/verify/ reads it
 
     razor_attn_kernel kernel = nullptr;
 
-    // the rows of a token lie one after the other, and groups[0] has all heads:
+    // the rows of a token, not of a head, are contiguous; groups[0] has all heads:
     //   k [d_k, n_head_kv, cells]
     //   v [d_v, n_head_kv, cells]
     bool by_token = false;
@@ -63,7 +65,7 @@ struct razor_attn {
     std::atomic<int64_t> next = 0;
     std::atomic<int>     done = 0;
 
-    // scale, kernel, n_gqa and, of groups, heads, mask and (unless by_token) rows are set
+    // requires scale, kernel, n_gqa, and heads, mask and (unless by_token) rows of the groups
     //   q [d_k, n_head, n_tokens]
     //   k [d_k, rows]
     //   v [d_v, rows]

@@ -1,14 +1,14 @@
 #pragma once
 
-// Attention on CPUs: the query heads of a KV head together, so that each row of K and V is read and converted once, with F32
-// products and sums. Both groups of heads of a layer are one operation of the graph, in the model's order of heads.
+// attention on CPUs: each row of K and V is read and converted to F32 once for all query heads of its KV head
 //
-// llama-razor-attn.cpp makes it an operation, llama-razor-attn-*.cpp compile llama-razor-attn-kernel.h for instruction sets
+// llama-razor-attn-kernel.h is the kernel, llama-razor-attn-{avx512,avx2,neon}.cpp compile it for an instruction set, and
+// llama-razor-attn-op.cpp adds it to a graph
 
 #include <stddef.h>
 #include <stdint.h>
 
-#define RAZOR_ATTN_TILE  64 // cells that are processed together
+#define RAZOR_ATTN_TILE  64 // cells of a tile
 #define RAZOR_ATTN_LANES 16 // floats of the longest vector
 
 enum razor_attn_format {
@@ -17,10 +17,10 @@ enum razor_attn_format {
     RAZOR_ROWS_BF16,
     RAZOR_ROWS_Q8_0,
     RAZOR_ROWS_Q4_0,
-    RAZOR_ROWS_FUNC, // by to_float()
+    RAZOR_ROWS_FUNC, // converted by to_float()
 };
 
-// the rows of K or V of one KV head
+// rows of K or V of one KV head
 struct razor_attn_rows {
     const char * data;
     size_t       row_bytes;
@@ -30,7 +30,7 @@ struct razor_attn_rows {
     void (*to_float)(const void * src, float * dst, int64_t n);
 };
 
-// what one thread computes at a time: some tokens, one KV head, some cells
+// what a thread computes at a time: one KV head, some tokens and some cells
 struct razor_attn_task {
     int32_t n_tokens;
     int32_t n_gqa; // query heads
@@ -39,7 +39,7 @@ struct razor_attn_task {
 
     float scale;
 
-    // in elements
+    // strides are in elements
     const float * q;
     int64_t q_token;
     int64_t q_head;
@@ -52,20 +52,21 @@ struct razor_attn_task {
 
     int64_t cell0;
     int64_t cell1;
-    int64_t chunk; // cells that are summed up before the sums are added, so that these do not depend on n_tokens
+    int64_t chunk; // cells that are summed before their sum is added to the total, so that the result does not depend on n_tokens
 
-    // partial: the sum of e^(s - m)*v, then m, then the sum of e^(s - m); else divided
+    // with partial: the sum of e^(s - m)*v, then m, then the sum of e^(s - m)
+    // else the output, which is the quotient of the sums
     float * out;
     int64_t out_token;
     int64_t out_head;
     bool    partial;
 
-    // instead of all this, unless it is nullptr: the partial results of one query head, [n_parts][d_v + 2], into out
+    // if not nullptr, combine the partial results of one query head [n_parts][d_v + 2] into out and ignore all other inputs
     const float * parts;
     int64_t n_parts;
 };
 
-// floats that a task writes to before it is done
+// return the number of floats that a task needs as scratch memory
 inline size_t razor_attn_scratch(const razor_attn_task & t) {
     const size_t n_rows = (size_t) t.n_tokens*t.n_gqa;
 
@@ -76,7 +77,7 @@ inline size_t razor_attn_scratch(const razor_attn_task & t) {
 
 typedef void (*razor_attn_kernel)(const razor_attn_task & task, float * scratch);
 
-// nullptr where they were not compiled
+// return nullptr if the kernel was not compiled
 razor_attn_kernel razor_attn_kernel_avx512();
 razor_attn_kernel razor_attn_kernel_avx2();
 razor_attn_kernel razor_attn_kernel_neon();

@@ -1,40 +1,38 @@
-// Attention of a batch on GPUs of compute capability 9.0, with their matrix instructions (wgmma) and copy engine (TMA).
+// attention of a batch for compute capability 9.0, with wgmma and TMA
 //
-// A block has one warp that loads and eight that compute, in two groups of 64 query rows each. Scores of a tile are computed
-// while the values of the tile before are added up (as FlashAttention-3, arXiv 2407.08608, does).
+// a thread block has a producer, which loads tiles with TMA, and two consumer warpgroups of 64 query rows each
+// a consumer computes Q*K of a tile while P*V of the previous tile runs, as in FlashAttention-3 (arXiv 2407.08608)
 
 #include "ggml-razor-batch.cuh"
 
 #include <cuda.h>
 
-#pragma nv_diag_suppress 177 // in code for other devices nothing of this is called
+#pragma nv_diag_suppress 177 // unused functions: the kernel is empty for other architectures
 
-static constexpr int TILE   = GGML_RAZOR_TILE;
-static constexpr int ROWS   = GGML_RAZOR_ROWS;
-static constexpr int GROUP  = 128;     // threads that issue matrix instructions together
-static constexpr int GROUPS = ROWS/64; // of them
-static constexpr int STAGES = 2;       // tiles of K, and of V, that are loaded ahead
-
-static constexpr int CHUNK = RAZOR_CHUNK;
+static constexpr int BLOCK_N        = GGML_RAZOR_TILE;
+static constexpr int WARPGROUP_M    = 64;                  // query rows of a warpgroup
+static constexpr int WARPGROUP_SIZE = 128;                 // threads
+static constexpr int N_CONSUMERS    = BLOCK_M/WARPGROUP_M; // consumer warpgroups
+static constexpr int N_STAGES       = 2;                   // tiles of K and of V in shared memory
 
 //
-// instructions
+// PTX instructions
 //
 
-static __device__ __forceinline__ void razor_barrier_init(uint64_t * bar, int n) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(razor_shared(bar)), "r"(n));
+static __device__ __forceinline__ void mbarrier_init(uint64_t * bar, int n) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(ggml_cuda_cvta_generic_to_shared(bar)), "r"(n));
 }
 
-static __device__ __forceinline__ void razor_barrier_arrive(uint64_t * bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(razor_shared(bar)) : "memory");
+static __device__ __forceinline__ void mbarrier_arrive(uint64_t * bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(ggml_cuda_cvta_generic_to_shared(bar)) : "memory");
 }
 
-// and bytes that the copy engine will have written
-static __device__ __forceinline__ void razor_barrier_arrive(uint64_t * bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(razor_shared(bar)), "r"(bytes) : "memory");
+// the phase also waits for TMA to write this number of bytes
+static __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t * bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(ggml_cuda_cvta_generic_to_shared(bar)), "r"(bytes) : "memory");
 }
 
-static __device__ __forceinline__ void razor_barrier_wait(uint64_t * bar, int phase) {
+static __device__ __forceinline__ void mbarrier_wait_parity(uint64_t * bar, int phase) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -43,64 +41,82 @@ static __device__ __forceinline__ void razor_barrier_wait(uint64_t * bar, int ph
         "@done bra end;\n"
         "bra again;\n"
         "end:\n"
-        "}\n" :: "r"(razor_shared(bar)), "r"(phase) : "memory");
+        "}\n" :: "r"(ggml_cuda_cvta_generic_to_shared(bar)), "r"(phase) : "memory");
 }
 
-static __device__ __forceinline__ void razor_load(void * dst, const CUtensorMap * map, int column, int row, uint64_t * bar) {
+// load a box of a tensor into shared memory
+static __device__ __forceinline__ void tma_load_2d(void * dst, const CUtensorMap * map, int column, int row, uint64_t * bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        :: "r"(razor_shared(dst)), "l"((uint64_t) map), "r"(column), "r"(row), "r"(razor_shared(bar)) : "memory");
+        :: "r"(ggml_cuda_cvta_generic_to_shared(dst)), "l"((uint64_t) map), "r"(column), "r"(row), "r"(ggml_cuda_cvta_generic_to_shared(bar)) : "memory");
 }
 
-// rows of 128 bytes in swizzled groups of 8; `chunk` bytes to the next columns where the rows are the products' inner dimension
-static __device__ __forceinline__ uint64_t razor_matrix(const void * p, int chunk) {
-    return (uint64_t) (razor_shared(p) >> 4 & 0x3fff) | (uint64_t) (chunk >> 4) << 16 | (uint64_t) (1024 >> 4) << 32 | 1ull << 62;
+// matrix descriptor for 128-byte swizzled rows, with a stride of 1024 bytes between groups of 8 rows
+// chunk: leading dimension byte offset, between groups of SWIZZLE_WIDTH columns; only used if the matrix is transposed
+static __device__ __forceinline__ uint64_t make_smem_desc(void * p, int chunk) {
+    return (uint64_t) (ggml_cuda_cvta_generic_to_shared(p) >> 4 & 0x3fff) | (uint64_t) (chunk >> 4) << 16 | (uint64_t) (1024 >> 4) << 32 | 1ull << 62;
 }
 
-#define RAZOR_8(x, i)  x(i), x(i + 1), x(i + 2), x(i + 3), x(i + 4), x(i + 5), x(i + 6), x(i + 7)
-#define RAZOR_32(x, i) RAZOR_8(x, i), RAZOR_8(x, i + 8), RAZOR_8(x, i + 16), RAZOR_8(x, i + 24)
-#define RAZOR_REG(i)   "+f"(d[i])
+#define REPEAT_8(x, i)  x(i), x(i + 1), x(i + 2), x(i + 3), x(i + 4), x(i + 5), x(i + 6), x(i + 7)
+#define REPEAT_32(x, i) REPEAT_8(x, i), REPEAT_8(x, i + 8), REPEAT_8(x, i + 16), REPEAT_8(x, i + 24)
+#define ACC_OPERAND(i)  "+f"(d[i])
 
-#define RAZOR_REGS_0 \
+#define ACC_REGS_0 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define RAZOR_REGS_32 \
+#define ACC_REGS_32 \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d [64, 128] (+)= a [64, 16] x b [128, 16]^T
-static __device__ __forceinline__ void razor_product(float (&d)[64], uint64_t a, uint64_t b, int add) {
+static __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, int add) {
     asm volatile(
         "{\n"
         ".reg .pred add;\n"
         "setp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" RAZOR_REGS_0 ", " RAZOR_REGS_32 "}, %64, %65, add, 1, 1, 0, 0;\n"
-        "}\n" : RAZOR_32(RAZOR_REG, 0), RAZOR_32(RAZOR_REG, 32) : "l"(a), "l"(b), "r"(add));
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" ACC_REGS_0 ", " ACC_REGS_32 "}, %64, %65, add, 1, 1, 0, 0;\n"
+        "}\n" : REPEAT_32(ACC_OPERAND, 0), REPEAT_32(ACC_OPERAND, 32) : "l"(a), "l"(b), "r"(add));
 }
 
 // d [64, 128] += a [64, 16] x b [16, 128]
-static __device__ __forceinline__ void razor_product(float (&d)[64], const uint32_t * a, uint64_t b) {
+static __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], const uint32_t * a, uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" RAZOR_REGS_0 ", " RAZOR_REGS_32 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
-        : RAZOR_32(RAZOR_REG, 0), RAZOR_32(RAZOR_REG, 32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" ACC_REGS_0 ", " ACC_REGS_32 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+        : REPEAT_32(ACC_OPERAND, 0), REPEAT_32(ACC_OPERAND, 32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // d [64, 64] += a [64, 16] x b [16, 64]
-static __device__ __forceinline__ void razor_product(float (&d)[32], const uint32_t * a, uint64_t b) {
+static __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], const uint32_t * a, uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" RAZOR_REGS_0 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
-        : RAZOR_32(RAZOR_REG, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" ACC_REGS_0 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+        : REPEAT_32(ACC_OPERAND, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-static __device__ __forceinline__ void razor_products_begin()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-static __device__ __forceinline__ void razor_products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void wgmma_fence()        { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int n>
-static __device__ __forceinline__ void razor_products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory"); }
+static __device__ __forceinline__ void wgmma_wait_group() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(n) : "memory"); }
 
-// keeps the compiler from moving a use of the registers across
+// barrier for n threads: those that wait plus those that only arrive
 template <int n>
-static __device__ __forceinline__ void razor_pin(float (&x)[n]) {
+static __device__ __forceinline__ void named_barrier_sync(int id) { asm volatile("bar.sync %0, %1;" :: "r"(id), "n"(n) : "memory"); }
+
+template <int n>
+static __device__ __forceinline__ void named_barrier_arrive(int id) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "n"(n) : "memory"); }
+
+static __device__ __forceinline__ void fence_proxy_async()   { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+static __device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+template <int n>
+static __device__ __forceinline__ void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(n)); }
+
+template <int n>
+static __device__ __forceinline__ void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(n)); }
+
+// keep the compiler from moving accesses to these registers across
+template <int n>
+static __device__ __forceinline__ void warpgroup_fence_operand(float (&x)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
         asm volatile("" : "+f"(x[i]) :: "memory");
@@ -108,7 +124,7 @@ static __device__ __forceinline__ void razor_pin(float (&x)[n]) {
 }
 
 template <int n>
-static __device__ __forceinline__ void razor_pin(uint32_t (&x)[n]) {
+static __device__ __forceinline__ void warpgroup_fence_operand(uint32_t (&x)[n]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
         asm volatile("" : "+r"(x[i]) :: "memory");
@@ -116,26 +132,26 @@ static __device__ __forceinline__ void razor_pin(uint32_t (&x)[n]) {
 }
 
 template <int D>
-struct razor_hopper_shared {
-    half q[D/CHUNK][ROWS][CHUNK];
-    half k[STAGES][D/CHUNK][TILE][CHUNK];
-    half v[STAGES][D/CHUNK][TILE][CHUNK];
+struct razor_hopper_smem {
+    half q[D/SWIZZLE_WIDTH][BLOCK_M][SWIZZLE_WIDTH];
+    half k[N_STAGES][D/SWIZZLE_WIDTH][BLOCK_N][SWIZZLE_WIDTH];
+    half v[N_STAGES][D/SWIZZLE_WIDTH][BLOCK_N][SWIZZLE_WIDTH];
 
-    uint64_t k_full [STAGES];
-    uint64_t k_empty[STAGES];
-    uint64_t v_full [STAGES];
-    uint64_t v_empty[STAGES];
+    uint64_t k_full [N_STAGES];
+    uint64_t k_empty[N_STAGES];
+    uint64_t v_full [N_STAGES];
+    uint64_t v_empty[N_STAGES];
 
-    int2 tile[STAGES]; // first cell, -1: the piece has no more; whether each cell has to be looked at
+    int2 tile[N_STAGES]; // first cell, or -1 at the end of a segment; 1 if the tile has to be masked
 };
 
-// the tiles that come through one of the two queues
-struct razor_queue {
+// position in the stages of K or V, the phase flips each time all stages were used
+struct pipeline_state {
     int stage = 0;
     int phase = 0;
 
-    __device__ void next() {
-        if (++stage == STAGES) {
+    __device__ void advance() {
+        if (++stage == N_STAGES) {
             stage = 0;
             phase ^= 1;
         }
@@ -143,253 +159,271 @@ struct razor_queue {
 };
 
 //
-// the warp that loads
+// producer: one thread, which loads the visible tiles of all segments
 //
 
 template <int D>
-static __device__ void razor_hopper_load(
-        razor_hopper_shared<D> & sh, const CUtensorMap & k_map, const CUtensorMap & v_map, const razor_batch_args & args) {
+static __device__ void razor_hopper_producer(
+        razor_hopper_smem<D> & smem, const CUtensorMap & k_map, const CUtensorMap & v_map, const razor_batch_args & args) {
     const int block = blockIdx.x % args.n_blocks;
     const int range = blockIdx.x / args.n_blocks;
 
-    const int t_first = block*ROWS/args.n_gqa;
-    const int t_last  = min(args.n_tokens - 1, (block*ROWS + ROWS - 1)/args.n_gqa);
+    const int t_first = block*BLOCK_M/args.n_gqa;
+    const int t_last  = min(args.n_tokens - 1, (block*BLOCK_M + BLOCK_M - 1)/args.n_gqa);
 
-    razor_queue q_k;
-    razor_queue q_v;
+    pipeline_state pipe_k;
+    pipeline_state pipe_v;
 
-    const int end = razor_range(args, range + 1);
+    const int end = razor_batch_range_begin(args, range + 1);
 
-    for (int at = razor_range(args, range); at < end;) {
-        const razor_piece piece = razor_piece_at(args, at, end);
-        at += piece.end - piece.first;
+    for (int at = razor_batch_range_begin(args, range); at < end;) {
+        const razor_segment segment = razor_batch_get_segment(args, at, end);
+        at += segment.end - segment.first;
 
-        int2 next = args.tiles[piece.tiles + piece.first];
+        int2 next = args.tiles[segment.tiles + segment.first];
 
-        for (int i = piece.first; i < piece.end; ++i) {
+        for (int i = segment.first; i < segment.end; ++i) {
             const int2 tile = next;
-            if (i + 1 < piece.end) {
-                next = args.tiles[piece.tiles + i + 1];
+            if (i + 1 < segment.end) {
+                next = args.tiles[segment.tiles + i + 1];
             }
             if (tile.x > t_last) {
                 continue;
             }
 
-            const int cell = i*TILE;
+            const int cell = i*BLOCK_N;
 
-            razor_barrier_wait(&sh.k_empty[q_k.stage], q_k.phase ^ 1);
-            sh.tile[q_k.stage] = make_int2(cell, tile.y > t_first);
-            razor_barrier_arrive(&sh.k_full[q_k.stage], sizeof(sh.k[0]));
-            for (int c = 0; c < D/CHUNK; ++c) {
-                razor_load(sh.k[q_k.stage][c], &k_map, c*CHUNK, piece.row + cell, &sh.k_full[q_k.stage]);
+            // 1. K, as soon as the stage is free
+            mbarrier_wait_parity(&smem.k_empty[pipe_k.stage], pipe_k.phase ^ 1);
+            smem.tile[pipe_k.stage] = make_int2(cell, tile.y > t_first);
+            mbarrier_arrive_expect_tx(&smem.k_full[pipe_k.stage], sizeof(smem.k[0]));
+            for (int c = 0; c < D/SWIZZLE_WIDTH; ++c) {
+                tma_load_2d(smem.k[pipe_k.stage][c], &k_map, c*SWIZZLE_WIDTH, segment.row + cell, &smem.k_full[pipe_k.stage]);
             }
-            q_k.next();
+            pipe_k.advance();
 
-            razor_barrier_wait(&sh.v_empty[q_v.stage], q_v.phase ^ 1);
-            razor_barrier_arrive(&sh.v_full[q_v.stage], sizeof(sh.v[0]));
-            for (int c = 0; c < D/CHUNK; ++c) {
-                razor_load(sh.v[q_v.stage][c], &v_map, c*CHUNK, piece.row + cell, &sh.v_full[q_v.stage]);
+            // 2. V
+            mbarrier_wait_parity(&smem.v_empty[pipe_v.stage], pipe_v.phase ^ 1);
+            mbarrier_arrive_expect_tx(&smem.v_full[pipe_v.stage], sizeof(smem.v[0]));
+            for (int c = 0; c < D/SWIZZLE_WIDTH; ++c) {
+                tma_load_2d(smem.v[pipe_v.stage][c], &v_map, c*SWIZZLE_WIDTH, segment.row + cell, &smem.v_full[pipe_v.stage]);
             }
-            q_v.next();
+            pipe_v.advance();
         }
 
-        razor_barrier_wait(&sh.k_empty[q_k.stage], q_k.phase ^ 1);
-        sh.tile[q_k.stage] = make_int2(-1, 0);
-        razor_barrier_arrive(&sh.k_full[q_k.stage]);
-        q_k.next();
+        // 3. end of the segment
+        mbarrier_wait_parity(&smem.k_empty[pipe_k.stage], pipe_k.phase ^ 1);
+        smem.tile[pipe_k.stage] = make_int2(-1, 0);
+        mbarrier_arrive(&smem.k_full[pipe_k.stage]);
+        pipe_k.advance();
     }
 }
 
 //
-// the warps that compute
+// consumers
 //
 
-// s = q x k^T, without waiting
+// start S = Q*K^T
 template <int D>
-static __device__ __forceinline__ void razor_scores(float (&s)[TILE/2], const half (*q)[ROWS][CHUNK], int row, const half (*k)[TILE][CHUNK]) {
+static __device__ __forceinline__ void wgmma_qk(float (&s)[BLOCK_N/2], half (*q)[BLOCK_M][SWIZZLE_WIDTH], int row, half (*k)[BLOCK_N][SWIZZLE_WIDTH]) {
 #pragma unroll
     for (int i = 0; i < D/16; ++i) {
-        razor_product(s, razor_matrix(&q[i/4][row][i%4*16], 0), razor_matrix(&k[i/4][0][i%4*16], 0), i > 0);
+        wgmma_m64n128k16(s, make_smem_desc(&q[i/4][row][i%4*16], 0), make_smem_desc(&k[i/4][0][i%4*16], 0), i > 0);
     }
 }
 
-// o += p x v, without waiting
+// start O += P*V
 template <int D>
-static __device__ __forceinline__ void razor_values(float (&o)[D/2], const uint32_t (&p)[TILE/4], const half (*v)[TILE][CHUNK]) {
+static __device__ __forceinline__ void wgmma_pv(float (&o)[D/2], const uint32_t (&p)[BLOCK_N/4], half (*v)[BLOCK_N][SWIZZLE_WIDTH]) {
 #pragma unroll
-    for (int i = 0; i < TILE/16; ++i) {
-        razor_product(o, &p[4*i], razor_matrix(&v[0][16*i][0], sizeof(v[0])));
+    for (int i = 0; i < BLOCK_N/16; ++i) {
+        const uint64_t desc = make_smem_desc(&v[0][16*i][0], sizeof(v[0]));
+
+        if constexpr (D == 128) {
+            wgmma_m64n128k16(o, &p[4*i], desc);
+        } else {
+            wgmma_m64n64k16(o, &p[4*i], desc);
+        }
     }
 }
 
 template <int D>
-static __device__ void razor_hopper_compute(razor_hopper_shared<D> & sh, const razor_batch_args & args) {
+static __device__ void razor_hopper_consumer(razor_hopper_smem<D> & smem, const razor_batch_args & args) {
     const int block  = blockIdx.x % args.n_blocks;
     const int range  = blockIdx.x / args.n_blocks;
-    const int group  = threadIdx.x/GROUP - 1;
-    const int thread = threadIdx.x % GROUP;
+    const int group  = threadIdx.x/WARPGROUP_SIZE - 1;
+    const int thread = threadIdx.x % WARPGROUP_SIZE;
     const int lane   = threadIdx.x % 32;
-    const int row    = 64*group + thread/32*16 + lane/4; // of the first of the two
+    const int row    = WARPGROUP_M*group + thread/32*16 + lane/4; // first of two rows
 
-    razor_batch_rows<D, TILE, 1> rows;
+    razor_batch_acc<D, BLOCK_N, 1> acc;
 
-    rows.place(args, block, row);
+    acc.init_tokens(args, block, row);
 
-    razor_queue q_k;
-    razor_queue q_v;
+    pipeline_state pipe_k;
+    pipeline_state pipe_v;
 
-    // how many warps are done with a tile counts, and each waits for its own products alone
-    auto leave = [&](uint64_t * empty) {
+    // each warp releases a stage when its own wgmma instructions are complete
+    auto release = [&](uint64_t * empty) {
         if (lane == 0) {
-            razor_barrier_arrive(empty);
+            mbarrier_arrive(empty);
         }
     };
 
-    // the two groups issue their products in turn, so that each has the other's time for its powers
+    // the warpgroups issue wgmma instructions in turn, so that one computes exponentials while the tensor cores run for the other
     auto wait_turn = [&] {
-        asm volatile("bar.sync %0, %1;" :: "r"(3 + group), "n"(GROUPS*GROUP) : "memory");
+        named_barrier_sync<N_CONSUMERS*WARPGROUP_SIZE>(3 + group);
     };
     auto pass_turn = [&] {
-        asm volatile("bar.arrive %0, %1;" :: "r"(3 + (group ^ 1)), "n"(GROUPS*GROUP) : "memory");
+        named_barrier_arrive<N_CONSUMERS*WARPGROUP_SIZE>(3 + (group ^ 1));
     };
 
     if (group == 1) {
         pass_turn();
     }
 
-    const int begin = razor_range(args, range);
-    const int end   = razor_range(args, range + 1);
+    // 1. for each segment of the range
+    const int begin = razor_batch_range_begin(args, range);
+    const int end   = razor_batch_range_begin(args, range + 1);
 
     for (int at = begin; at < end;) {
-        const razor_piece piece = razor_piece_at(args, at, end);
+        const razor_segment segment = razor_batch_get_segment(args, at, end);
 
-        const int  head_kv = args.heads[piece.head];
-        const bool whole   = piece.first == 0 && piece.end == piece.n;
+        const int  head_kv = args.heads[segment.head];
+        const bool whole   = segment.first == 0 && segment.end == segment.n;
         const int  part    = 2*(range*args.n_blocks + block) + (at != begin);
 
-        at += piece.end - piece.first;
+        at += segment.end - segment.first;
 
-        asm volatile("bar.sync %0, %1;" :: "r"(1 + group), "n"(GROUP) : "memory"); // the queries before are read
-        razor_batch_queries<D>(sh.q, args, head_kv, block, 64*group, 64, thread, GROUP);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        asm volatile("bar.sync %0, %1;" :: "r"(1 + group), "n"(GROUP) : "memory");
+        // 2. load Q
+        named_barrier_sync<WARPGROUP_SIZE>(1 + group); // the previous Q is no longer read
+        razor_batch_load_q<D>(smem.q, args, head_kv, block, WARPGROUP_M*group, WARPGROUP_M, thread, WARPGROUP_SIZE);
+        fence_proxy_async();
+        named_barrier_sync<WARPGROUP_SIZE>(1 + group);
 
-        rows.reset();
+        acc.reset();
 
-        razor_barrier_wait(&sh.k_full[q_k.stage], q_k.phase);
-        int2 tile = sh.tile[q_k.stage];
+        // 3. first tile: S = Q*K^T and softmax
+        mbarrier_wait_parity(&smem.k_full[pipe_k.stage], pipe_k.phase);
+        int2 tile = smem.tile[pipe_k.stage];
 
         if (tile.x >= 0) {
-            float factor[1][2];
+            float scale_o[1][2];
 
             wait_turn();
-            razor_pin(rows.s[0]);
-            razor_products_begin();
-            razor_scores<D>(rows.s[0], sh.q, 64*group, sh.k[q_k.stage]);
-            razor_products_commit();
+            warpgroup_fence_operand(acc.s[0]);
+            wgmma_fence();
+            wgmma_qk<D>(acc.s[0], smem.q, WARPGROUP_M*group, smem.k[pipe_k.stage]);
+            wgmma_commit_group();
             pass_turn();
-            razor_products_wait<0>();
-            razor_pin(rows.s[0]);
-            leave(&sh.k_empty[q_k.stage]);
-            q_k.next();
+            wgmma_wait_group<0>();
+            warpgroup_fence_operand(acc.s[0]);
+            release(&smem.k_empty[pipe_k.stage]);
+            pipe_k.advance();
 
             if (tile.y) {
-                rows.hide(args, piece, tile.x);
+                acc.apply_mask(args, segment, tile.x);
             }
-            rows.powers(factor);
-            rows.pack();
+            acc.online_softmax(scale_o);
+            acc.convert_p();
 
             for (;;) {
-                razor_barrier_wait(&sh.k_full[q_k.stage], q_k.phase);
-                tile = sh.tile[q_k.stage];
+                mbarrier_wait_parity(&smem.k_full[pipe_k.stage], pipe_k.phase);
+                tile = smem.tile[pipe_k.stage];
                 if (tile.x < 0) {
                     break;
                 }
 
+                // 4. next tile: start S = Q*K^T, then O += P*V of the previous tile
                 wait_turn();
-                razor_pin(rows.s[0]);
-                razor_pin(rows.o[0]);
-                razor_pin(rows.p[0]);
-                razor_products_begin();
-                razor_scores<D>(rows.s[0], sh.q, 64*group, sh.k[q_k.stage]);
-                razor_products_commit();
+                warpgroup_fence_operand(acc.s[0]);
+                warpgroup_fence_operand(acc.o[0]);
+                warpgroup_fence_operand(acc.p[0]);
+                wgmma_fence();
+                wgmma_qk<D>(acc.s[0], smem.q, WARPGROUP_M*group, smem.k[pipe_k.stage]);
+                wgmma_commit_group();
 
-                razor_barrier_wait(&sh.v_full[q_v.stage], q_v.phase);
-                razor_values<D>(rows.o[0], rows.p[0], sh.v[q_v.stage]);
-                razor_products_commit();
+                mbarrier_wait_parity(&smem.v_full[pipe_v.stage], pipe_v.phase);
+                wgmma_pv<D>(acc.o[0], acc.p[0], smem.v[pipe_v.stage]);
+                wgmma_commit_group();
                 pass_turn();
 
-                razor_products_wait<1>();
-                razor_pin(rows.s[0]);
-                leave(&sh.k_empty[q_k.stage]);
-                q_k.next();
+                // 5. softmax of S while P*V is running
+                wgmma_wait_group<1>();
+                warpgroup_fence_operand(acc.s[0]);
+                release(&smem.k_empty[pipe_k.stage]);
+                pipe_k.advance();
 
                 if (tile.y) {
-                    rows.hide(args, piece, tile.x);
+                    acc.apply_mask(args, segment, tile.x);
                 }
-                rows.powers(factor);
+                acc.online_softmax(scale_o);
 
-                razor_products_wait<0>();
-                razor_pin(rows.o[0]);
-                razor_pin(rows.p[0]);
-                leave(&sh.v_empty[q_v.stage]);
-                q_v.next();
+                // 6. rescale O
+                wgmma_wait_group<0>();
+                warpgroup_fence_operand(acc.o[0]);
+                warpgroup_fence_operand(acc.p[0]);
+                release(&smem.v_empty[pipe_v.stage]);
+                pipe_v.advance();
 
-                rows.scale(factor);
-                rows.pack();
+                acc.rescale_o(scale_o);
+                acc.convert_p();
             }
 
-            razor_pin(rows.o[0]);
-            razor_pin(rows.p[0]);
-            razor_products_begin();
-            razor_barrier_wait(&sh.v_full[q_v.stage], q_v.phase);
-            razor_values<D>(rows.o[0], rows.p[0], sh.v[q_v.stage]);
-            razor_products_commit();
-            razor_products_wait<0>();
-            razor_pin(rows.o[0]);
-            leave(&sh.v_empty[q_v.stage]);
-            q_v.next();
+            // 7. O += P*V of the last tile
+            warpgroup_fence_operand(acc.o[0]);
+            warpgroup_fence_operand(acc.p[0]);
+            wgmma_fence();
+            mbarrier_wait_parity(&smem.v_full[pipe_v.stage], pipe_v.phase);
+            wgmma_pv<D>(acc.o[0], acc.p[0], smem.v[pipe_v.stage]);
+            wgmma_commit_group();
+            wgmma_wait_group<0>();
+            warpgroup_fence_operand(acc.o[0]);
+            release(&smem.v_empty[pipe_v.stage]);
+            pipe_v.advance();
         }
 
-        leave(&sh.k_empty[q_k.stage]); // of the end of the piece
-        q_k.next();
+        release(&smem.k_empty[pipe_k.stage]); // end of the segment
+        pipe_k.advance();
 
-        rows.store(args, head_kv, block, row, whole, part);
+        // 8. write the output or a partial result
+        acc.store(args, head_kv, block, row, whole, part);
     }
 }
 
 template <int D>
-static __global__ void __launch_bounds__((1 + GROUPS)*GROUP, 1) razor_hopper(
+static __global__ void __launch_bounds__((1 + N_CONSUMERS)*WARPGROUP_SIZE, 1) razor_hopper_kernel(
         const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, const __grid_constant__ razor_batch_args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    extern __shared__ __align__(1024) char memory[];
+    extern __shared__ __align__(1024) char smem_raw[];
 
-    auto & sh = *(razor_hopper_shared<D> *) memory;
+    auto & smem = *(razor_hopper_smem<D> *) smem_raw;
 
+    // 1. initialize the barriers
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            razor_barrier_init(&sh.k_full [i], 1);
-            razor_barrier_init(&sh.v_full [i], 1);
-            razor_barrier_init(&sh.k_empty[i], GROUPS*GROUP/32);
-            razor_barrier_init(&sh.v_empty[i], GROUPS*GROUP/32);
+        for (int i = 0; i < N_STAGES; ++i) {
+            mbarrier_init(&smem.k_full [i], 1);
+            mbarrier_init(&smem.v_full [i], 1);
+            mbarrier_init(&smem.k_empty[i], N_CONSUMERS*WARPGROUP_SIZE/32);
+            mbarrier_init(&smem.v_empty[i], N_CONSUMERS*WARPGROUP_SIZE/32);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_mbarrier_init();
     }
     __syncthreads();
 
-    // registers go from those that load to those that compute
-    if (threadIdx.x < GROUP) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    // 2. the producer gives registers to the consumers
+    if (threadIdx.x < WARPGROUP_SIZE) {
+        setmaxnreg_dec<24>();
         if (threadIdx.x == 0) {
-            razor_hopper_load<D>(sh, k_map, v_map, args);
+            razor_hopper_producer<D>(smem, k_map, v_map, args);
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        razor_hopper_compute<D>(sh, args);
+        setmaxnreg_inc<240>();
+        razor_hopper_consumer<D>(smem, args);
     }
 #else
     (void) k_map, (void) v_map, (void) args;
-    __trap(); // compiled for other devices, too, but never run there
+    __trap(); // never launched on other devices
 #endif
 }
 
@@ -397,7 +431,7 @@ static __global__ void __launch_bounds__((1 + GROUPS)*GROUP, 1) razor_hopper(
 // host
 //
 
-static bool razor_hopper_map(CUtensorMap & map, const half * rows, int64_t n_rows, int d) {
+static bool razor_hopper_make_tensor_map(CUtensorMap & map, const half * rows, int64_t n_rows, int d) {
     using encode_t = decltype(&cuTensorMapEncodeTiled);
 
     static const encode_t encode = [] {
@@ -413,7 +447,7 @@ static bool razor_hopper_map(CUtensorMap & map, const half * rows, int64_t n_row
 
     const cuuint64_t size  [2] = { (cuuint64_t) d, (cuuint64_t) n_rows };
     const cuuint64_t stride[1] = { d*sizeof(half) };
-    const cuuint32_t box   [2] = { CHUNK, TILE };
+    const cuuint32_t box   [2] = { SWIZZLE_WIDTH, BLOCK_N };
     const cuuint32_t step  [2] = { 1, 1 };
 
     return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *) rows, size, stride, box, step,
@@ -426,18 +460,18 @@ static bool razor_hopper_launch(const razor_batch_args & args, cudaStream_t stre
     CUtensorMap k_map;
     CUtensorMap v_map;
 
-    if (!razor_hopper_map(k_map, args.k, args.n_rows, D) || !razor_hopper_map(v_map, args.v, args.n_rows, D)) {
+    if (!razor_hopper_make_tensor_map(k_map, args.k, args.n_rows, D) || !razor_hopper_make_tensor_map(v_map, args.v, args.n_rows, D)) {
         return false;
     }
 
-    const int bytes = sizeof(razor_hopper_shared<D>);
+    const int bytes = sizeof(razor_hopper_smem<D>);
 
-    // an error shows when it is launched
-    cudaFuncSetAttribute(razor_hopper<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    // if this fails, so does the launch
+    cudaFuncSetAttribute(razor_hopper_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 
-    razor_hopper<D><<<args.n_blocks*args.n_ranges, (1 + GROUPS)*GROUP, bytes, stream>>>(k_map, v_map, args);
+    razor_hopper_kernel<D><<<args.n_blocks*args.n_ranges, (1 + N_CONSUMERS)*WARPGROUP_SIZE, bytes, stream>>>(k_map, v_map, args);
 
-    razor_batch_add_parts<D>(args, stream);
+    razor_batch_launch_combine<D>(args, stream);
 
     return true;
 }

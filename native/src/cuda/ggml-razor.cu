@@ -1,10 +1,12 @@
-// Storing K and V, folding, and attention, on CUDA: each in one launch for all heads of a layer. Of attention, that of one token
-// is here, that of a batch in ggml-razor-hopper.cu and ggml-razor-ampere.cu.
+// the operations of ggml-razor.h on CUDA, each of them one launch for all heads of a layer: storing, folding and the attention of one
+// token; the attention of a batch is in ggml-razor-hopper.cu and ggml-razor-ampere.cu
 //
-// Upstream's operations would need one launch to store K and one to store V, ten each to fold, one attention for each group of
-// heads, and others to gather queries and outputs. Decoding waits for memory, so each row of K and V is read once for all query heads of its KV head,
-// products and sums are F32, and tiles of cells that the token does not see are not read. The cells of a head are cut into
-// chunks, as many as fill the device; a second kernel adds up where a head has more than one.
+// with upstream's operations, storing would be two launches, folding twenty, and attention one for each group of heads, plus those
+// that gather the queries and outputs
+//
+// decode is memory-bound: each row of K and V is loaded once for all query heads of its KV head, products and sums are F32, and tiles
+// that the token does not see are not loaded
+// the cells of a head are split so that all thread blocks run at the same time, a second kernel combines the partial results
 
 #include "ggml-razor.cuh"
 #include "ggml-razor-batch.cuh"
@@ -16,21 +18,21 @@
 #include <cstdlib>
 #include <cstring>
 
-static constexpr int WARPS     = 8;
-static constexpr int TILE      = 32; // cells that a warp looks at together: one for each lane
-static constexpr int FEW       = 8;  // the same where there are so few that the warps would have none
-static constexpr int SHORT     = WARPS*32; // cells up to which they are few: one for each thread
-static constexpr int ONE_CHUNK = 512;      // cells up to which a head is not cut: a second launch would take longer
-static constexpr int AHEAD     = 8;  // loads of a lane before the first is used
+static constexpr int N_WARPS         = 8;
+static constexpr int TILE            = 32;         // cells of a warp's tile, one per lane
+static constexpr int SMALL_TILE      = 8;          // tile width when there are too few cells to give every warp a full tile
+static constexpr int SMALL_MAX_CELLS = N_WARPS*32; // largest number of cells for SMALL_TILE, one per thread
+static constexpr int SPLIT_MIN_CELLS = 512;        // heads are only split if they have more cells: a second launch takes time
+static constexpr int PREFETCH        = 8;          // loads of a lane in flight
 
 struct razor_attn_args {
-    const float * q; // [n_head], q_head floats apart
+    const float * q; // [n_head][d], stride in floats
     int64_t       q_head;
-    bool          q_aligned; // to 4 floats
+    bool          q_aligned; // all rows are aligned to 16 bytes
 
     const char * k;
     const char * v;
-    int64_t      k_row; // bytes
+    int64_t      k_row; // stride in bytes
     int64_t      v_row;
 
     // retrieval heads, local heads
@@ -38,39 +40,39 @@ struct razor_attn_args {
     int64_t      first_row[2];
     int64_t      head_rows[2];
     int          n_kv[2];
-    int          n_chunks[2]; // of each head
-    int          n_blocks;    // of the retrieval heads
-    int          n_retrieval; // KV heads
+    int          n_splits[2]; // splits of each head
+    int          n_blocks;    // thread blocks of the retrieval heads
+    int          n_retrieval; // retrieval heads
 
-    int   chunk; // cells
+    int   split_cells;
     int   n_gqa;
-    float scale; // for powers of 2
+    float scale; // times log2(e)
 
-    float  * out;  // [n_head][max n_chunks][d]
-    float2 * sums; // [n_head][max n_chunks] maximum and sum of powers; nullptr: one chunk, which is divided
-    int      max_chunks;
+    float  * out;  // [n_head][max_splits][d]
+    float2 * meta; // [n_head][max_splits] maximum and sum of the exponentials, nullptr if out is the output
+    int      max_splits;
 
     uint8_t heads[GGML_RAZOR_ATTN_MAX_KV]; // KV heads, retrieval heads first
 };
 
 //
-// rows: each lane loads 8 numbers of one
+// rows: each lane loads 8 elements of a row
 //
 
-template <ggml_type type> struct razor_rows;
+template <ggml_type type> struct razor_row;
 
-struct razor_rows_16_bits {
+struct razor_row_16_bits {
     uint4 raw;
 
     __device__ void load(const char * row, int part) {
         raw = ((const uint4 *) row)[part];
     }
 
-    // the i-th number's place in the row
-    static __device__ int place(int part, int i) { return 8*part + i; }
+    // return the index of the i-th element in the row
+    static __device__ int index(int part, int i) { return 8*part + i; }
 };
 
-template <> struct razor_rows<GGML_TYPE_F16> : razor_rows_16_bits {
+template <> struct razor_row<GGML_TYPE_F16> : razor_row_16_bits {
     __device__ void get(float (&res)[8]) const {
         const uint32_t u[4] = { raw.x, raw.y, raw.z, raw.w };
 #pragma unroll
@@ -84,7 +86,7 @@ template <> struct razor_rows<GGML_TYPE_F16> : razor_rows_16_bits {
     }
 };
 
-template <> struct razor_rows<GGML_TYPE_BF16> : razor_rows_16_bits {
+template <> struct razor_row<GGML_TYPE_BF16> : razor_row_16_bits {
     __device__ void get(float (&res)[8]) const {
         const uint32_t u[4] = { raw.x, raw.y, raw.z, raw.w };
 #pragma unroll
@@ -95,7 +97,7 @@ template <> struct razor_rows<GGML_TYPE_BF16> : razor_rows_16_bits {
     }
 };
 
-template <> struct razor_rows<GGML_TYPE_Q8_0> {
+template <> struct razor_row<GGML_TYPE_Q8_0> {
     uint16_t d;
     uint16_t raw[4];
 
@@ -117,10 +119,10 @@ template <> struct razor_rows<GGML_TYPE_Q8_0> {
         }
     }
 
-    static __device__ int place(int part, int i) { return 8*part + i; }
+    static __device__ int index(int part, int i) { return 8*part + i; }
 };
 
-template <> struct razor_rows<GGML_TYPE_Q4_0> {
+template <> struct razor_row<GGML_TYPE_Q4_0> {
     uint16_t d;
     uint16_t raw[2];
 
@@ -131,7 +133,7 @@ template <> struct razor_rows<GGML_TYPE_Q4_0> {
         raw[1] = block[1 + 2*(part % 4) + 1];
     }
 
-    // a byte has numbers i and i + 16 of its block
+    // a byte has the elements i and i + 16 of its block
     __device__ void get(float (&res)[8]) const {
         const float    f = __half2float(__ushort_as_half(d));
         const uint32_t u = raw[0] | (uint32_t) raw[1] << 16;
@@ -142,16 +144,16 @@ template <> struct razor_rows<GGML_TYPE_Q4_0> {
         }
     }
 
-    static __device__ int place(int part, int i) { return 32*(part/4) + 4*(part % 4) + i % 4 + 16*(i/4); }
+    static __device__ int index(int part, int i) { return 32*(part/4) + 4*(part % 4) + i % 4 + 16*(i/4); }
 };
 
 //
 // kernels
 //
 
-// v[g] summed over n_lanes neighbours; lane l has the sum of g = l/(n_lanes/G) of them, in v[0]
+// sum v[g] over n_lanes neighboring lanes, the result for g is v[0] of the lanes l with l/(n_lanes/G) == g
 template <int G, int n_lanes>
-static __device__ __forceinline__ void razor_sum_heads(float (&v)[G], int lane) {
+static __device__ __forceinline__ void warp_reduce_sum_heads(float (&v)[G], int lane) {
     static_assert(G <= n_lanes, "more heads than lanes");
 
     int step = n_lanes/2;
@@ -171,30 +173,33 @@ static __device__ __forceinline__ void razor_sum_heads(float (&v)[G], int lane) 
     }
 }
 
-// grid: chunks of heads, query heads/G; G query heads of one KV head at once, T cells of a warp
+// attention of one token over one split of a KV head
+// G is the number of query heads, which share the rows of K and V, T the number of cells of a warp's tile
+// grid: splits of all KV heads, query heads of a KV head/G
 template <int D, ggml_type type, int G, int T>
-static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chunk(const razor_attn_args args) {
-    constexpr int PARTS  = D/8;      // lanes of a row
-    constexpr int ROWS   = 32/PARTS; // of a warp at once
-    constexpr int STEPS  = T/ROWS;
-    constexpr int UNROLL = STEPS < AHEAD ? STEPS : AHEAD;
+static __global__ void __launch_bounds__(N_WARPS*32, G < 8 ? 2 : 1) razor_attn_split(const razor_attn_args args) {
+    constexpr int LANES_PER_ROW = D/8;
+    constexpr int ROWS_PER_STEP = 32/LANES_PER_ROW; // rows that a warp loads at a time
+    constexpr int STEPS         = T/ROWS_PER_STEP;
+    constexpr int UNROLL        = STEPS < PREFETCH ? STEPS : PREFETCH;
 
-    __shared__ float s_tile[WARPS][T][G];
-    __shared__ float s_max [WARPS][G];
-    __shared__ float s_sum [WARPS][G];
-    __shared__ float s_out [WARPS][G][D];
+    __shared__ float s_tile[N_WARPS][T][G];
+    __shared__ float s_max [N_WARPS][G];
+    __shared__ float s_sum [N_WARPS][G];
+    __shared__ float s_out [N_WARPS][G][D];
 
+    // 1. find the KV head and its cells
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    const int part = lane % PARTS;
+    const int part = lane % LANES_PER_ROW;
 
     const int group = (int) blockIdx.x < args.n_blocks ? 0 : 1;
     const int block = blockIdx.x - (group ? args.n_blocks : 0);
 
-    const int n_chunks = args.n_chunks[group];
+    const int n_splits = args.n_splits[group];
     const int n_kv     = args.n_kv[group];
-    const int j        = block/n_chunks; // head of the group
-    const int chunk    = block - j*n_chunks;
+    const int j        = block/n_splits; // index in the group
+    const int split    = block - j*n_splits;
 
     const int head_kv = args.heads[group ? args.n_retrieval + j : j];
     const int head0   = head_kv*args.n_gqa + blockIdx.y*G;
@@ -206,18 +211,19 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
     const char * v = args.v + row0*args.v_row;
     const half * mask = args.mask[group];
 
-    const int cell0 = chunk*args.chunk;
-    const int cell1 = min(cell0 + args.chunk, n_kv);
+    const int cell0 = split*args.split_cells;
+    const int cell1 = min(cell0 + args.split_cells, n_kv);
 
     ggml_cuda_pdl_sync();
 
+    // 2. load q into registers, 8 elements per lane
     float q[G][8];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         const float * src = args.q + (head0 + min(g, n_heads - 1))*args.q_head;
 #pragma unroll
         for (int i = 0; i < 8; i += 4) {
-            const float * from = src + razor_rows<type>::place(part, i);
+            const float * from = src + razor_row<type>::index(part, i);
             float4 x;
             if (args.q_aligned) {
                 x = *(const float4 *) from;
@@ -232,30 +238,31 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
     }
 
     float out[G][8] = {};
-    float max_[G];
-    float sum [G]; // of this lane's cells
+    float row_max[G];
+    float row_sum[G]; // sum over the cells of this lane
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        max_[g] = -INFINITY;
-        sum [g] = 0.0f;
+        row_max[g] = -INFINITY;
+        row_sum[g] = 0.0f;
     }
 
-    auto load = [&](razor_rows<type> (&rows)[UNROLL], const char * data, int64_t row_bytes, int tile, int step0) {
+    auto load = [&](razor_row<type> (&rows)[UNROLL], const char * data, int64_t row_bytes, int tile, int step0) {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            rows[u].load(data + min(tile + (step0 + u)*ROWS + lane/PARTS, n_kv - 1)*row_bytes, part);
+            rows[u].load(data + min(tile + (step0 + u)*ROWS_PER_STEP + lane/LANES_PER_ROW, n_kv - 1)*row_bytes, part);
         }
     };
 
-    // m: the mask of this lane's cell, for powers of 2
+    // m: mask of the cell of this lane, times log2(e)
     auto attend = [&](int tile, float m) {
-        razor_rows<type> rows_v[UNROLL];
+        // 3. scores
+        razor_row<type> rows_v[UNROLL];
         if (STEPS == UNROLL && T < TILE) {
             load(rows_v, v, args.v_row, tile, 0);
         }
 #pragma unroll
         for (int step0 = 0; step0 < STEPS; step0 += UNROLL) {
-            razor_rows<type> rows[UNROLL];
+            razor_row<type> rows[UNROLL];
             load(rows, k, args.k_row, tile, step0);
 #pragma unroll
             for (int u = 0; u < UNROLL; ++u) {
@@ -271,10 +278,10 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
                         s[g] += q[g][i]*x[i];
                     }
                 }
-                razor_sum_heads<G, PARTS>(s, lane);
+                warp_reduce_sum_heads<G, LANES_PER_ROW>(s, lane);
 
-                if (part % (PARTS/G) == 0) {
-                    s_tile[warp][(step0 + u)*ROWS + lane/PARTS][part/(PARTS/G)] = s[0];
+                if (part % (LANES_PER_ROW/G) == 0) {
+                    s_tile[warp][(step0 + u)*ROWS_PER_STEP + lane/LANES_PER_ROW][part/(LANES_PER_ROW/G)] = s[0];
                 }
             }
         }
@@ -282,24 +289,19 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
 
 #pragma unroll
         for (int g = 0; g < G; ++g) {
-            // a masked cell can hold anything
+            // 4. softmax, the score of a masked cell can be NaN
             const float s = m > -INFINITY ? s_tile[warp][lane % T][g] + m : -INFINITY;
 
-            float now = s;
-#pragma unroll
-            for (int step = 16; step > 0; step /= 2) {
-                now = fmaxf(now, __shfl_xor_sync(0xffffffff, now, step));
-            }
-            now = fmaxf(now, max_[g]);
+            const float max_new = fmaxf(warp_reduce_max(s), row_max[g]);
 
-            const float factor = exp2f(max_[g] - now);
-            const float p      = exp2f(s - now);
+            const float scale_o = exp2f(row_max[g] - max_new);
+            const float p       = exp2f(s - max_new);
 
-            max_[g] = now;
-            sum [g] = sum[g]*factor + p;
+            row_max[g] = max_new;
+            row_sum[g] = row_sum[g]*scale_o + p;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                out[g][i] *= factor;
+                out[g][i] *= scale_o;
             }
             if (lane < T) {
                 s_tile[warp][lane][g] = p;
@@ -307,6 +309,7 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
         }
         __syncwarp();
 
+        // 5. add the values
 #pragma unroll
         for (int step0 = 0; step0 < STEPS; step0 += UNROLL) {
             if (STEPS != UNROLL || T == TILE) {
@@ -318,7 +321,7 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
                 rows_v[u].get(x);
 #pragma unroll
                 for (int g = 0; g < G; ++g) {
-                    const float p = s_tile[warp][(step0 + u)*ROWS + lane/PARTS][g];
+                    const float p = s_tile[warp][(step0 + u)*ROWS_PER_STEP + lane/LANES_PER_ROW][g];
 #pragma unroll
                     for (int i = 0; i < 8; ++i) {
                         out[g][i] += p*x[i];
@@ -329,19 +332,20 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
         __syncwarp();
     };
 
+    // 6. run 3 to 5 for each tile that the token sees
     if (T == TILE) {
-        for (int tile = cell0 + warp*T; tile < cell1; tile += WARPS*T) {
+        for (int tile = cell0 + warp*T; tile < cell1; tile += N_WARPS*T) {
             const float m = tile + lane < cell1 ? RAZOR_LOG2E*__half2float(mask[tile + lane]) : -INFINITY;
             if (__any_sync(0xffffffff, m > -INFINITY)) {
                 attend(tile, m);
             }
         }
     } else {
-        // the tiles that are seen, in turn to the warps
-        constexpr int TILES = 32/T; // of a warp's cells
+        // the warps take visible tiles in turn
+        constexpr int TILES = 32/T; // tiles per 32 cells
 
-        __shared__ float    s_mask[SHORT];
-        __shared__ uint32_t s_seen[WARPS];
+        __shared__ float    s_mask[SMALL_MAX_CELLS];
+        __shared__ uint32_t s_seen[N_WARPS];
 
         const float m = (int) threadIdx.x < n_kv ? RAZOR_LOG2E*__half2float(mask[threadIdx.x]) : -INFINITY;
         s_mask[threadIdx.x] = m;
@@ -354,64 +358,61 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
 
         int n = 0;
 #pragma unroll 1
-        for (int i = 0; i < WARPS*TILES; ++i) {
+        for (int i = 0; i < N_WARPS*TILES; ++i) {
             const bool any = s_seen[i/TILES] >> (i%TILES)*T & ((1ull << T) - 1);
-            if (any && n++ % WARPS == warp) {
+            if (any && n++ % N_WARPS == warp) {
                 attend(i*T, lane < T ? s_mask[i*T + lane] : -INFINITY);
             }
         }
     }
 
-    // the rows of a warp, then the warps
-
+    // 7. reduce over the lanes of each warp
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
-            sum[g] += __shfl_xor_sync(0xffffffff, sum[g], step);
-        }
+        row_sum[g] = warp_reduce_sum(row_sum[g]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
 #pragma unroll
-            for (int step = PARTS; step < 32; step *= 2) {
+            for (int step = LANES_PER_ROW; step < 32; step *= 2) {
                 out[g][i] += __shfl_xor_sync(0xffffffff, out[g][i], step);
             }
-            if (lane < PARTS) {
-                s_out[warp][g][razor_rows<type>::place(part, i)] = out[g][i];
+            if (lane < LANES_PER_ROW) {
+                s_out[warp][g][razor_row<type>::index(part, i)] = out[g][i];
             }
         }
         if (lane == 0) {
-            s_max[warp][g] = max_[g];
-            s_sum[warp][g] = sum[g];
+            s_max[warp][g] = row_max[g];
+            s_sum[warp][g] = row_sum[g];
         }
     }
     __syncthreads();
 
-    for (int i = threadIdx.x; i < n_heads*D; i += WARPS*32) {
+    // 8. combine the warps and write the output or a partial result
+    for (int i = threadIdx.x; i < n_heads*D; i += N_WARPS*32) {
         const int g = i/D;
         const int d = i%D;
 
         float m = -INFINITY;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
+        for (int w = 0; w < N_WARPS; ++w) {
             m = fmaxf(m, s_max[w][g]);
         }
 
         float o = 0.0f;
         float l = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
+        for (int w = 0; w < N_WARPS; ++w) {
             const float factor = s_max[w][g] > -INFINITY ? exp2f(s_max[w][g] - m) : 0.0f;
             o += factor*s_out[w][g][d];
             l += factor*s_sum[w][g];
         }
 
-        const int64_t at = (int64_t) (head0 + g)*args.max_chunks + chunk;
+        const int64_t at = (int64_t) (head0 + g)*args.max_splits + split;
 
-        if (args.sums) {
+        if (args.meta) {
             args.out[at*D + d] = o;
             if (d == 0) {
-                args.sums[at] = make_float2(m, l);
+                args.meta[at] = make_float2(m, l);
             }
         } else {
             args.out[at*D + d] = l > 0.0f ? o/l : 0.0f;
@@ -419,10 +420,11 @@ static __global__ void __launch_bounds__(WARPS*32, G < 8 ? 2 : 1) razor_attn_chu
     }
 }
 
-// grid: query heads; threads: (d, slices of the chunks)
+// combine the partial results of a query head
+// grid: query heads; block: (d, slices of the splits)
 template <int D>
-static __global__ void razor_attn_add(
-        const float * parts, const float2 * sums, float * dst, int max_chunks, int n_chunks0, int n_chunks1, uint64_t retrieval, int n_gqa) {
+static __global__ void razor_attn_combine(
+        const float * parts, const float2 * meta, float * dst, int max_splits, int n_splits0, int n_splits1, uint64_t retrieval, int n_gqa) {
     constexpr int SLICES = 1024/D;
 
     __shared__ float s_out[SLICES][D];
@@ -433,27 +435,26 @@ static __global__ void razor_attn_add(
     const int lane  = (slice*D + d) % 32;
 
     const int head = blockIdx.x;
-    const int n    = retrieval >> (head/n_gqa) & 1 ? n_chunks0 : n_chunks1;
+    const int n    = retrieval >> (head/n_gqa) & 1 ? n_splits0 : n_splits1;
 
-    parts += (int64_t) head*max_chunks*D;
-    sums  += (int64_t) head*max_chunks;
+    parts += (int64_t) head*max_splits*D;
+    meta  += (int64_t) head*max_splits;
 
     ggml_cuda_pdl_sync();
 
+    // 1. maximum over all splits
     float m = -INFINITY;
     for (int i = lane; i < n; i += 32) {
-        m = fmaxf(m, sums[i].x);
+        m = fmaxf(m, meta[i].x);
     }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-        m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, step));
-    }
+    m = warp_reduce_max(m);
 
+    // 2. weighted sum of each slice
     float o = 0.0f;
     float l = 0.0f;
 #pragma unroll 8
     for (int i = slice; i < n; i += SLICES) {
-        const float2 s      = sums[i];
+        const float2 s      = meta[i];
         const float  factor = s.x > -INFINITY ? exp2f(s.x - m) : 0.0f;
         o += factor*parts[(int64_t) i*D + d];
         l += factor*s.y;
@@ -465,6 +466,7 @@ static __global__ void razor_attn_add(
     }
     __syncthreads();
 
+    // 3. add the slices and write the output
     if (slice == 0) {
         for (int i = 1; i < SLICES; ++i) {
             o += s_out[i][d];
@@ -474,23 +476,17 @@ static __global__ void razor_attn_add(
     }
 }
 
-// the d-th number of a row, as ggml rounds it; by all lanes of a warp, one after the other
+// store the d-th element of a row, rounded as by ggml; each lane of a warp stores one of 32 consecutive elements
 template <ggml_type type>
-static __device__ __forceinline__ void razor_put(char * row, int d, float x) {
-    const int i = d % 32; // in a block of 32
+static __device__ __forceinline__ void razor_store_element(char * row, int d, float x) {
+    const int i = d % 32; // index in the quantized block
 
     if (type == GGML_TYPE_F16) {
         ((half *) row)[d] = __float2half(x);
     } else if (type == GGML_TYPE_BF16) {
         ((nv_bfloat16 *) row)[d] = __float2bfloat16(x);
     } else if (type == GGML_TYPE_Q8_0) {
-        float most = fabsf(x);
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
-            most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, step));
-        }
-
-        const float scale   = most/127;
+        const float scale   = warp_reduce_max(fabsf(x))/127;
         const float inverse = scale ? 1.0f/scale : 0.0f;
 
         block_q8_0 * block = (block_q8_0 *) row + d/32;
@@ -499,20 +495,20 @@ static __device__ __forceinline__ void razor_put(char * row, int d, float x) {
         }
         block->qs[i] = roundf(x*inverse);
     } else if (type == GGML_TYPE_Q4_0) {
-        // the number that is furthest from 0, the first of such
-        float most = x;
-        int   at   = i;
+        // the first element with the largest absolute value
+        float vmax = x;
+        int   imax = i;
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
-            const float most_other = __shfl_xor_sync(0xffffffff, most, step);
-            const int   at_other   = __shfl_xor_sync(0xffffffff, at,   step);
-            if (fabsf(most_other) > fabsf(most) || (fabsf(most_other) == fabsf(most) && at_other < at)) {
-                most = most_other;
-                at   = at_other;
+        for (int offset = 16; offset > 0; offset /= 2) {
+            const float vmax_other = __shfl_xor_sync(0xffffffff, vmax, offset);
+            const int   imax_other = __shfl_xor_sync(0xffffffff, imax, offset);
+            if (fabsf(vmax_other) > fabsf(vmax) || (fabsf(vmax_other) == fabsf(vmax) && imax_other < imax)) {
+                vmax = vmax_other;
+                imax = imax_other;
             }
         }
 
-        const float scale   = most/-8;
+        const float scale   = vmax/-8;
         const float inverse = scale ? 1.0f/scale : 0.0f;
 
         const int nibble = min(15, (int) (int8_t) (x*inverse + 8.5f));
@@ -529,7 +525,7 @@ static __device__ __forceinline__ void razor_put(char * row, int d, float x) {
 }
 
 template <ggml_type type>
-static __device__ __forceinline__ float razor_get(const char * row, int d) {
+static __device__ __forceinline__ float razor_load_element(const char * row, int d) {
     if (type == GGML_TYPE_F16) {
         return __half2float(((const half *) row)[d]);
     }
@@ -547,7 +543,7 @@ static __device__ __forceinline__ float razor_get(const char * row, int d) {
     return __half2float(block->d)*((block->qs[d % 16] >> (d % 32 < 16 ? 0 : 4) & 0xf) - 8);
 }
 
-// grid: rows of all heads and tokens, K and V; a thread for each number
+// grid: rows of all heads and tokens, K and V; block: d
 template <ggml_type type>
 static __global__ void razor_store_rows(
         const float * k_cur, const float * v_cur, char * k, char * v, const int64_t * rows, int64_t k_row, int64_t v_row) {
@@ -558,11 +554,11 @@ static __global__ void razor_store_rows(
     const float x   = (blockIdx.y ? v_cur : k_cur)[(int64_t) blockIdx.x*blockDim.x + d];
     char *      row = (blockIdx.y ? v + rows[blockIdx.x]*v_row : k + rows[blockIdx.x]*k_row);
 
-    razor_put<type>(row, d, x);
+    razor_store_element<type>(row, d, x);
 }
 
 struct razor_fold_args {
-    char *  rows[2]; // of the first local head, K and V
+    char *  rows[2]; // K and V, first row of the local heads
     int64_t row_bytes[2];
     float * sums[2]; // [slots][n_local][d]
     int64_t head_rows;
@@ -577,7 +573,7 @@ struct razor_fold_args {
     const float *   inverse;
 };
 
-// grid: local heads, K and V; threads: (d, slices of the rows)
+// grid: local heads, K and V; block: (d, slices of the rows)
 template <int D, ggml_type type>
 static __global__ void razor_fold_rows(const razor_fold_args args) {
     constexpr int SLICES = 1024/D;
@@ -595,10 +591,11 @@ static __global__ void razor_fold_rows(const razor_fold_args args) {
 
     ggml_cuda_pdl_sync();
 
+    // 1. sum the rows to fold
     float sum = 0.0f;
 #pragma unroll 8
     for (int i = slice; i < args.n_fold; i += SLICES) {
-        sum += razor_get<type>(rows + args.fold[i]*row_bytes, d);
+        sum += razor_load_element<type>(rows + args.fold[i]*row_bytes, d);
     }
 
     s_sum[slice][d] = sum;
@@ -608,6 +605,7 @@ static __global__ void razor_fold_rows(const razor_fold_args args) {
         return;
     }
 
+    // 2. add the previous sum
     sum = sums[(int64_t) args.slot_src[0]*gridDim.x*D];
     for (int i = 0; i < SLICES; ++i) {
         sum += s_sum[i][d];
@@ -615,13 +613,14 @@ static __global__ void razor_fold_rows(const razor_fold_args args) {
 
     sums[args.slot_dst[0]*gridDim.x*D] = sum;
 
+    // 3. store the mean
     for (int i = 0; i < args.n_means; ++i) {
-        razor_put<type>(rows + args.means[i]*row_bytes, d, sum*args.inverse[0]);
+        razor_store_element<type>(rows + args.means[i]*row_bytes, d, sum*args.inverse[0]);
     }
 }
 
-struct razor_rows_args {
-    const char * rows[2]; // of K, of V
+struct razor_to_f16_args {
+    const char * rows[2]; // K and V
     int64_t      row_bytes[2];
     half       * out[2];
 
@@ -632,35 +631,38 @@ struct razor_rows_args {
     int64_t first_row[2];
 };
 
-// the rows that a batch looks at, one after the other
+// convert the rows that a batch attends to, the result is contiguous
+// grid: rows, K and V
 template <int D, ggml_type type>
-static __global__ void __launch_bounds__(WARPS*32) razor_rows_to_f16(const razor_rows_args args) {
-    constexpr int PARTS = D/8;            // threads of a row
-    constexpr int ROWS  = WARPS*32/PARTS; // at once
+static __global__ void __launch_bounds__(N_WARPS*32) razor_to_f16(const razor_to_f16_args args) {
+    constexpr int LANES_PER_ROW = D/8;
+    constexpr int ROWS_PER_STEP = N_WARPS*32/LANES_PER_ROW; // rows that a thread block loads at a time
 
     const int n_retrieval = args.n_heads[0]*args.n_kv[0];
     const int n_rows      = n_retrieval + args.n_heads[1]*args.n_kv[1];
 
-    const int part  = threadIdx.x % PARTS;
-    const int first = blockIdx.x*AHEAD*ROWS + threadIdx.x/PARTS;
+    const int part  = threadIdx.x % LANES_PER_ROW;
+    const int first = blockIdx.x*PREFETCH*ROWS_PER_STEP + threadIdx.x/LANES_PER_ROW;
 
     ggml_cuda_pdl_sync();
 
-    razor_rows<type> rows[AHEAD];
+    // 1. load
+    razor_row<type> rows[PREFETCH];
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        const int row   = min(first + i*ROWS, n_rows - 1);
+    for (int i = 0; i < PREFETCH; ++i) {
+        const int row   = min(first + i*ROWS_PER_STEP, n_rows - 1);
         const int group = row < n_retrieval ? 0 : 1;
         const int at    = row - (group == 0 ? 0 : n_retrieval);
-        const int head  = at/args.n_kv[group]; // of the group
+        const int head  = at/args.n_kv[group]; // index in the group
         const int cell  = at - head*args.n_kv[group];
 
         rows[i].load(args.rows[blockIdx.y] + (args.first_row[group] + head*args.head_rows[group] + cell)*args.row_bytes[blockIdx.y], part);
     }
 
+    // 2. convert and store
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        const int row = first + i*ROWS;
+    for (int i = 0; i < PREFETCH; ++i) {
+        const int row = first + i*ROWS_PER_STEP;
         if (row >= n_rows) {
             return;
         }
@@ -678,10 +680,10 @@ static __global__ void __launch_bounds__(WARPS*32) razor_rows_to_f16(const razor
         half * out = args.out[blockIdx.y] + (int64_t) row*D;
 
         if constexpr (type == GGML_TYPE_Q4_0) {
-            *(uint2 *) (out + rows[i].place(part, 0)) = make_uint2(pairs[0], pairs[1]);
-            *(uint2 *) (out + rows[i].place(part, 4)) = make_uint2(pairs[2], pairs[3]);
+            *(uint2 *) (out + rows[i].index(part, 0)) = make_uint2(pairs[0], pairs[1]);
+            *(uint2 *) (out + rows[i].index(part, 4)) = make_uint2(pairs[2], pairs[3]);
         } else {
-            *(uint4 *) (out + rows[i].place(part, 0)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            *(uint4 *) (out + rows[i].index(part, 0)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
     }
 }
@@ -706,15 +708,15 @@ static bool razor_attn_supported(const ggml_tensor * op, const ggml_razor_attn_p
     return razor_supported(op->src[1], op->src[2]) && params.n_head_kv <= GGML_RAZOR_ATTN_MAX_KV && op->src[0]->ne[1] % params.n_head_kv == 0;
 }
 
-// the attention of a batch
+// return true if the device supports the attention of a batch
 static bool razor_batch_supported(int device) {
     const int cc = ggml_cuda_info().devices[device].cc;
 
     return GGML_CUDA_CC_IS_NVIDIA(cc) && ggml_cuda_highest_compiled_arch(cc) >= GGML_CUDA_CC_AMPERE;
 }
 
-// by instructions of compute capability 9.0 alone
-static bool razor_hopper(int device) {
+// return true if the kernel for compute capability 9.0 should be used
+static bool razor_use_hopper(int device) {
 #ifdef GGML_CUDA_RAZOR_HOPPER
     const char * env = getenv(GGML_RAZOR_DEVICE_ENV);
 
@@ -725,8 +727,8 @@ static bool razor_hopper(int device) {
 #endif
 }
 
-// sums of products in F32 take twice as long as in F16 where GPUs are made for graphics
-static bool razor_slow_sums(int device) {
+// return true if the device accumulates in F32 at half the speed of F16, as graphics GPUs do
+static bool razor_use_f16_acc(int device) {
     const int cc = ggml_cuda_info().devices[device].cc;
 
     return cc == 860 || cc == 890 || cc >= 1200;
@@ -757,74 +759,77 @@ bool ggml_cuda_razor_supported(int device, const ggml_tensor * op) {
 template <int D, ggml_type type, int G>
 static void razor_attn_launch(ggml_backend_cuda_context & ctx, razor_attn_args & args, const ggml_razor_attn_params & params, float * dst) {
     const int n_heads[2] = { args.n_retrieval, params.n_head_kv - args.n_retrieval };
-    const int n_parts    = (args.n_gqa + G - 1)/G; // of the query heads of a KV head
+    const int n_parts    = (args.n_gqa + G - 1)/G; // groups of G query heads of a KV head
     const int n_head     = params.n_head_kv*args.n_gqa;
 
     int n_tiles[2];
-    int most = 1;
+    int max_tiles = 1;
     for (int i = 0; i < 2; ++i) {
         n_tiles[i] = n_heads[i] > 0 ? (args.n_kv[i] + TILE - 1)/TILE : 0;
-        most       = std::max(most, n_tiles[i]);
+        max_tiles  = std::max(max_tiles, n_tiles[i]);
     }
 
-    // chunks that are computed at once: a few more would take as long again
-    const int n_at_once = ggml_cuda_info().devices[ctx.device].nsm*(G < 8 ? 2 : 1);
+    // number of thread blocks that the device runs at the same time: a few more would take twice the time
+    const int n_resident = ggml_cuda_info().devices[ctx.device].nsm*(G < 8 ? 2 : 1);
 
     auto n_blocks = [&](int group, int tiles) { return n_heads[group]*((n_tiles[group] + tiles - 1)/tiles); };
 
-    int tiles = most;
-    if (most*TILE > ONE_CHUNK) {
+    // 1. find the smallest split for which all thread blocks run at the same time
+    int tiles = max_tiles;
+    if (max_tiles*TILE > SPLIT_MIN_CELLS) {
         const int64_t total = (int64_t) n_heads[0]*n_tiles[0] + (int64_t) n_heads[1]*n_tiles[1];
 
-        tiles = std::max<int>(WARPS, (total*n_parts + n_at_once - 1)/n_at_once);
-        while (tiles < most && (n_blocks(0, tiles) + n_blocks(1, tiles))*n_parts > n_at_once) {
+        tiles = std::max<int>(N_WARPS, (total*n_parts + n_resident - 1)/n_resident);
+        while (tiles < max_tiles && (n_blocks(0, tiles) + n_blocks(1, tiles))*n_parts > n_resident) {
             ++tiles;
         }
     }
 
-    args.chunk      = tiles*TILE;
-    args.n_blocks   = n_blocks(0, tiles);
-    args.max_chunks = 1;
+    args.split_cells = tiles*TILE;
+    args.n_blocks    = n_blocks(0, tiles);
+    args.max_splits  = 1;
     for (int i = 0; i < 2; ++i) {
-        args.n_chunks[i] = std::max(1, (n_tiles[i] + tiles - 1)/tiles);
-        args.max_chunks  = std::max(args.max_chunks, args.n_chunks[i]);
+        args.n_splits[i] = std::max(1, (n_tiles[i] + tiles - 1)/tiles);
+        args.max_splits  = std::max(args.max_splits, args.n_splits[i]);
     }
 
+    // 2. allocate the partial results
     cudaStream_t stream = ctx.stream();
 
     ggml_cuda_pool_alloc<float>  parts(ctx.pool());
-    ggml_cuda_pool_alloc<float2> sums (ctx.pool());
+    ggml_cuda_pool_alloc<float2> meta (ctx.pool());
 
-    if (args.max_chunks > 1) {
-        args.out  = parts.alloc((size_t) n_head*args.max_chunks*D);
-        args.sums = sums .alloc((size_t) n_head*args.max_chunks);
+    if (args.max_splits > 1) {
+        args.out  = parts.alloc((size_t) n_head*args.max_splits*D);
+        args.meta = meta .alloc((size_t) n_head*args.max_splits);
     } else {
         args.out  = dst;
-        args.sums = nullptr;
+        args.meta = nullptr;
     }
 
+    // 3. launch
     const dim3 grid(args.n_blocks + n_blocks(1, tiles), n_parts, 1);
 
-    const ggml_cuda_kernel_launch_params launch(grid, dim3(WARPS*32, 1, 1), (size_t) 0, stream);
+    const ggml_cuda_kernel_launch_params launch(grid, dim3(N_WARPS*32, 1, 1), (size_t) 0, stream);
 
-    if (most*TILE <= SHORT) {
-        ggml_cuda_kernel_launch(razor_attn_chunk<D, type, G, FEW>,  launch, args);
+    if (max_tiles*TILE <= SMALL_MAX_CELLS) {
+        ggml_cuda_kernel_launch(razor_attn_split<D, type, G, SMALL_TILE>, launch, args);
     } else {
-        ggml_cuda_kernel_launch(razor_attn_chunk<D, type, G, TILE>, launch, args);
+        ggml_cuda_kernel_launch(razor_attn_split<D, type, G, TILE>, launch, args);
     }
 
-    if (args.max_chunks > 1) {
+    if (args.max_splits > 1) {
         const float  * parts_d = args.out;
-        const float2 * sums_d  = args.sums;
+        const float2 * meta_d  = args.meta;
 
-        ggml_cuda_kernel_launch(razor_attn_add<D>,
+        ggml_cuda_kernel_launch(razor_attn_combine<D>,
                 ggml_cuda_kernel_launch_params(dim3(n_head, 1, 1), dim3(D, 1024/D, 1), (size_t) 0, stream),
-                parts_d, sums_d, dst, args.max_chunks, args.n_chunks[0], args.n_chunks[1], params.retrieval, args.n_gqa);
+                parts_d, meta_d, dst, args.max_splits, args.n_splits[0], args.n_splits[1], params.retrieval, args.n_gqa);
     }
 }
 
 template <int D, ggml_type type>
-static void razor_attn_heads(ggml_backend_cuda_context & ctx, razor_attn_args & args, const ggml_razor_attn_params & params, float * dst) {
+static void razor_attn_switch_gqa(ggml_backend_cuda_context & ctx, razor_attn_args & args, const ggml_razor_attn_params & params, float * dst) {
     if (args.n_gqa == 1) {
         razor_attn_launch<D, type, 1>(ctx, args, params, dst);
     } else if (args.n_gqa == 2) {
@@ -837,18 +842,19 @@ static void razor_attn_heads(ggml_backend_cuda_context & ctx, razor_attn_args & 
 }
 
 template <int D>
-static void razor_attn_type(ggml_backend_cuda_context & ctx, razor_attn_args & args, const ggml_razor_attn_params & params, float * dst, ggml_type type) {
+static void razor_attn_switch_type(ggml_backend_cuda_context & ctx, razor_attn_args & args, const ggml_razor_attn_params & params, float * dst, ggml_type type) {
     switch (type) {
-        case GGML_TYPE_F16:  razor_attn_heads<D, GGML_TYPE_F16> (ctx, args, params, dst); break;
-        case GGML_TYPE_BF16: razor_attn_heads<D, GGML_TYPE_BF16>(ctx, args, params, dst); break;
-        case GGML_TYPE_Q8_0: razor_attn_heads<D, GGML_TYPE_Q8_0>(ctx, args, params, dst); break;
-        case GGML_TYPE_Q4_0: razor_attn_heads<D, GGML_TYPE_Q4_0>(ctx, args, params, dst); break;
+        case GGML_TYPE_F16:  razor_attn_switch_gqa<D, GGML_TYPE_F16> (ctx, args, params, dst); break;
+        case GGML_TYPE_BF16: razor_attn_switch_gqa<D, GGML_TYPE_BF16>(ctx, args, params, dst); break;
+        case GGML_TYPE_Q8_0: razor_attn_switch_gqa<D, GGML_TYPE_Q8_0>(ctx, args, params, dst); break;
+        case GGML_TYPE_Q4_0: razor_attn_switch_gqa<D, GGML_TYPE_Q4_0>(ctx, args, params, dst); break;
         default:             GGML_ABORT("unsupported type");
     }
 }
 
-// KV heads, retrieval heads first; returns how many these are
-static int razor_heads(const ggml_razor_attn_params & params, uint8_t * heads) {
+// store the KV heads, retrieval heads first
+// return the number of retrieval heads
+static int razor_order_heads(const ggml_razor_attn_params & params, uint8_t * heads) {
     int n           = 0;
     int n_retrieval = 0;
 
@@ -866,7 +872,7 @@ static int razor_heads(const ggml_razor_attn_params & params, uint8_t * heads) {
     return n_retrieval;
 }
 
-static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_params & params, ggml_tensor * dst) {
+static void razor_attn_token(ggml_backend_cuda_context & ctx, const ggml_razor_attn_params & params, ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
@@ -886,7 +892,7 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
     args.n_gqa  = q->ne[1]/params.n_head_kv;
     args.scale  = params.scale*RAZOR_LOG2E;
 
-    args.n_retrieval = razor_heads(params, args.heads);
+    args.n_retrieval = razor_order_heads(params, args.heads);
 
     for (int i = 0; i < 2; ++i) {
         const ggml_tensor * mask = dst->src[3 + i];
@@ -903,28 +909,28 @@ static void razor_attn(ggml_backend_cuda_context & ctx, const ggml_razor_attn_pa
     args.head_rows[1] = params.cells;
 
     if (k->ne[0] == 64) {
-        razor_attn_type<64> (ctx, args, params, (float *) dst->data, k->type);
+        razor_attn_switch_type<64> (ctx, args, params, (float *) dst->data, k->type);
     } else {
-        razor_attn_type<128>(ctx, args, params, (float *) dst->data, k->type);
+        razor_attn_switch_type<128>(ctx, args, params, (float *) dst->data, k->type);
     }
 }
 
 template <int D>
-static void razor_to_f16(const razor_rows_args & args, ggml_type type, cudaStream_t stream) {
+static void razor_launch_to_f16(const razor_to_f16_args & args, ggml_type type, cudaStream_t stream) {
     const int n_rows    = args.n_heads[0]*args.n_kv[0] + args.n_heads[1]*args.n_kv[1];
-    const int per_block = AHEAD*WARPS*32/(D/8);
+    const int per_block = PREFETCH*N_WARPS*32/(D/8);
 
-    const ggml_cuda_kernel_launch_params launch(dim3((n_rows + per_block - 1)/per_block, 2, 1), dim3(WARPS*32, 1, 1), (size_t) 0, stream);
+    const ggml_cuda_kernel_launch_params launch(dim3((n_rows + per_block - 1)/per_block, 2, 1), dim3(N_WARPS*32, 1, 1), (size_t) 0, stream);
 
     switch (type) {
-        case GGML_TYPE_BF16: ggml_cuda_kernel_launch(razor_rows_to_f16<D, GGML_TYPE_BF16>, launch, args); break;
-        case GGML_TYPE_Q8_0: ggml_cuda_kernel_launch(razor_rows_to_f16<D, GGML_TYPE_Q8_0>, launch, args); break;
-        case GGML_TYPE_Q4_0: ggml_cuda_kernel_launch(razor_rows_to_f16<D, GGML_TYPE_Q4_0>, launch, args); break;
+        case GGML_TYPE_BF16: ggml_cuda_kernel_launch(razor_to_f16<D, GGML_TYPE_BF16>, launch, args); break;
+        case GGML_TYPE_Q8_0: ggml_cuda_kernel_launch(razor_to_f16<D, GGML_TYPE_Q8_0>, launch, args); break;
+        case GGML_TYPE_Q4_0: ggml_cuda_kernel_launch(razor_to_f16<D, GGML_TYPE_Q4_0>, launch, args); break;
         default:             GGML_ABORT("unsupported type");
     }
 }
 
-static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_params & params, ggml_tensor * dst) {
+static void razor_attn_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_params & params, ggml_tensor * dst) {
     const ggml_tensor * q     = dst->src[0];
     const ggml_tensor * k     = dst->src[1];
     const ggml_tensor * v     = dst->src[2];
@@ -935,6 +941,7 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
     GGML_ASSERT(dst->type == GGML_TYPE_F32 && ggml_is_contiguous(dst));
     GGML_ASSERT(bias->type == GGML_TYPE_F32 && tiles->type == GGML_TYPE_I32);
 
+    // 1. describe the operands
     const int d = k->ne[0];
 
     razor_batch_args args = {};
@@ -950,7 +957,7 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
     args.tiles     = (const int2  *) tiles->data;
     args.out       = (float *) dst->data;
 
-    args.n_heads[0] = razor_heads(params, args.heads);
+    args.n_heads[0] = razor_order_heads(params, args.heads);
     args.n_heads[1] = params.n_head_kv - args.n_heads[0];
 
     for (int i = 0; i < 2; ++i) {
@@ -973,14 +980,15 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
 
     ggml_cuda_pool_alloc<half>   rows (ctx.pool());
     ggml_cuda_pool_alloc<float>  parts(ctx.pool());
-    ggml_cuda_pool_alloc<float2> sums (ctx.pool());
+    ggml_cuda_pool_alloc<float2> meta (ctx.pool());
 
+    // 2. convert K and V to F16
     if (k->type != GGML_TYPE_F16) {
         const int64_t n_rows = (int64_t) args.n_heads[0]*args.n_kv[0] + (int64_t) args.n_heads[1]*args.n_kv[1];
 
         rows.alloc(2*n_rows*d);
 
-        razor_rows_args from = {};
+        razor_to_f16_args from = {};
 
         from.rows[0]      = (const char *) args.k;
         from.rows[1]      = (const char *) args.v;
@@ -999,9 +1007,9 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
         }
 
         if (d == 64) {
-            razor_to_f16<64> (from, k->type, ctx.stream());
+            razor_launch_to_f16<64> (from, k->type, ctx.stream());
         } else {
-            razor_to_f16<128>(from, k->type, ctx.stream());
+            razor_launch_to_f16<128>(from, k->type, ctx.stream());
         }
 
         args.first_row[1] = args.n_heads[0]*args.n_kv[0];
@@ -1010,18 +1018,19 @@ static void razor_batch(ggml_backend_cuda_context & ctx, const ggml_razor_attn_p
         args.n_rows       = n_rows;
     }
 
-    const bool hopper  = razor_hopper(ctx.device);
-    const int  n_parts = razor_batch_plan(args, ggml_cuda_info().devices[ctx.device].nsm*(hopper ? 1 : RAZOR_AMPERE_AT_ONCE));
+    // 3. divide the work and launch
+    const bool hopper  = razor_use_hopper(ctx.device);
+    const int  n_parts = razor_batch_schedule(args, ggml_cuda_info().devices[ctx.device].nsm*(hopper ? 1 : RAZOR_AMPERE_BLOCKS_PER_SM));
 
-    args.parts = parts.alloc((size_t) n_parts*GGML_RAZOR_ROWS*d);
-    args.sums  = sums .alloc((size_t) n_parts*GGML_RAZOR_ROWS);
+    args.parts = parts.alloc((size_t) n_parts*BLOCK_M*d);
+    args.meta  = meta .alloc((size_t) n_parts*BLOCK_M);
 
     bool done = false;
 #ifdef GGML_CUDA_RAZOR_HOPPER
     done = hopper && razor_hopper_attn(args, d, ctx.stream());
 #endif
     if (!done) {
-        razor_ampere_attn(args, d, razor_slow_sums(ctx.device), ctx.stream());
+        razor_ampere_attn(args, d, razor_use_f16_acc(ctx.device), ctx.stream());
     }
     CUDA_CHECK(cudaGetLastError());
 }
@@ -1104,9 +1113,9 @@ bool ggml_cuda_razor(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_razor_fold_params fold;
 
     if (ggml_razor_get_params(dst, GGML_RAZOR_ATTN_MAGIC, attn)) {
-        razor_attn(ctx, attn, dst);
+        razor_attn_token(ctx, attn, dst);
     } else if (ggml_razor_get_params(dst, GGML_RAZOR_BATCH_MAGIC, attn)) {
-        razor_batch(ctx, attn, dst);
+        razor_attn_batch(ctx, attn, dst);
     } else if (ggml_razor_get_params(dst, GGML_RAZOR_FOLD_MAGIC, fold)) {
         razor_fold(ctx, fold, dst);
     } else {

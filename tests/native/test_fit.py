@@ -109,9 +109,14 @@ def test_without_flash_attention(cache, files):
         profile = profile_of(dry) if cache == "razor" else None
         need = dry.need(2048, ContextOptions(profile, flash_attn=False, n_batch=256, n_ubatch=64))
     llama = Llama(
-        files["llama"], razor=profile or False, n_ctx=2048, flash_attn=False, n_batch=256,
-        n_ubatch=64, n_gpu_layers=-1,
-    )  # fmt: skip
+        files["llama"],
+        razor=profile or False,
+        n_ctx=2048,
+        flash_attn=False,
+        n_batch=256,
+        n_ubatch=64,
+        n_gpu_layers=-1,
+    )
     weights, kv_bytes, compute = allocated(llama)
     llama.close()
     assert kv_bytes == need.kv
@@ -193,11 +198,17 @@ def headers_of_8b(tmp_path_factory) -> Path:
         shapes |= {
             f"blk.{il}.{name}": shape
             for name, shape in {
-                "attn_q": (4096, 4096), "attn_k": (1024, 4096), "attn_v": (1024, 4096),
-                "attn_output": (4096, 4096), "ffn_gate": (14336, 4096), "ffn_up": (14336, 4096),
-                "ffn_down": (4096, 14336), "attn_norm": (4096,), "ffn_norm": (4096,),
+                "attn_q": (4096, 4096),
+                "attn_k": (1024, 4096),
+                "attn_v": (1024, 4096),
+                "attn_output": (4096, 4096),
+                "ffn_gate": (14336, 4096),
+                "ffn_up": (14336, 4096),
+                "ffn_down": (4096, 14336),
+                "attn_norm": (4096,),
+                "ffn_norm": (4096,),
             }.items()
-        }  # fmt: skip
+        }
     writer = GGUFWriter(path, "llama")
     for key, (value, kind) in model_kv(spec).items():
         writer.add_key_value(key, value, kind)
@@ -406,14 +417,40 @@ def test_available_memory(tmp_path, monkeypatch):
     assert 0 < fit.available_ram() <= fit.device_memory("CPU")[1]
     assert fit.device_memory("no such device") == (0, 0)
     files = [tmp_path / name for name in ("limit", "used", "stat")]
-    for path, text in zip(files, ("5000000\n", "3000000\n", "x 1\ninactive_file 500000"),
-                          strict=True):  # fmt: skip
+    for path, text in zip(
+        files, ("5000000\n", "3000000\n", "x 1\ninactive_file 500000"), strict=True
+    ):
         path.write_text(text)
     monkeypatch.setattr(fit, "_CGROUP_FILES", [tuple(map(str, files))])
     if sys.platform == "linux":
         assert fit.available_ram() == 2500000
         files[0].write_text("max\n")
         assert fit.available_ram() > 5000000
+
+
+def test_flash_attention_is_on_where_llama_cpp_turns_it_on(files, monkeypatch):
+    command = ["inspect", str(files["llama"]), "--json", "-fa"]
+
+    def inspected(choice: str) -> str:
+        return CliRunner().invoke(main, [*command, choice]).stdout
+
+    with DryModel(files["llama"]) as dry:
+        assert dry.flash_attention() and dry.flash_attention("q8_0", "q8_0")
+        assert json.loads(inspected("auto"))["flash_attn"] and inspected("auto") == inspected("on")
+        make = fit.C.llama_init_from_model
+
+        def without(model: int, params: object) -> int:  # as on a device that cannot run it
+            params.flash_attn_type = fit.C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            return make(model, params)
+
+        monkeypatch.setattr(fit.C, "llama_init_from_model", without)
+        assert not dry.flash_attention() and dry.flash_attention("f16", "q8_0")
+        assert inspected("auto") == inspected("off") != inspected("on")
+        monkeypatch.setattr(fit.C, "llama_init_from_model", lambda model, params: None)
+        with pytest.raises(UnsupportedError, match="llama.gguf cannot be planned"):
+            dry.flash_attention()
+    monkeypatch.undo()
+    assert run(files["llama"], "-c", "512", "-fa", "auto") == run(files["llama"], "-c", "512")
 
 
 # -- the command

@@ -69,9 +69,14 @@ def test_it_computes_what_the_runtime_does(study, model, setting, path, tokens, 
         policy = study.Policy("razor", "none")
     ours = model.logits(model.run(tokens, policy, *fixed(setting)))
     llama = Llama(
-        path, n_ctx=N_CTX, razor=razor, logits_all=True, type_k="f32", type_v="f32",
+        path,
+        n_ctx=N_CTX,
+        razor=razor,
+        logits_all=True,
+        type_k="f32",
+        type_v="f32",
         flash_attn=False,
-    )  # fmt: skip
+    )
     llama.eval(tokens.tolist())
     assert llama.plan.active == (name != "full")
     theirs = llama.scores[: len(tokens)]

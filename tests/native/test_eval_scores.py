@@ -27,6 +27,7 @@ from razor_local.evals.questions import Question, Sample
 from razor_local.evals.run import open_llama
 from razor_local.model_setup import ModelSetup
 from razor_local.profile import read_model_shape, read_profile
+from tests.support.embedded_model import model_with_scores
 
 SETUP = ModelSetup(str(DEFAULT_MODEL))
 
@@ -36,9 +37,13 @@ SETUP = ModelSetup(str(DEFAULT_MODEL))
 @pytest.mark.parametrize(
     ("right", "n", "low", "high"),
     # Newcombe, Statist. Med. 17 (1998) 857, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-     (1, 29, 0.0061, 0.1718)],
-)  # fmt: skip
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
 def test_wilson_has_the_published_values(right, n, low, high) -> None:
     assert wilson(right / n, n) == pytest.approx((low, high), abs=5e-5)
 
@@ -180,9 +185,13 @@ def test_budgets_take_the_heads_with_the_best_scores(tmp_path) -> None:
     shape, policies = make_policies(setup, ["full", "razor-q8_0"], [0.01, 0.1, 0.5, 1.0])
     n = sum(shape.n_head_kv)
     assert [(p.name, p.budget) for p in policies] == [
-        ("full-f16", None), ("razor-q8_0", None), ("razor-q8_0@0.01", 0.01),
-        ("razor-q8_0@0.1", 0.1), ("razor-q8_0@0.5", 0.5), ("razor-q8_0@1", 1.0),
-    ]  # fmt: skip
+        ("full-f16", None),
+        ("razor-q8_0", None),
+        ("razor-q8_0@0.01", 0.01),
+        ("razor-q8_0@0.1", 0.1),
+        ("razor-q8_0@0.5", 0.5),
+        ("razor-q8_0@1", 1.0),
+    ]
     counts = [int(p.profile.flat().sum()) for p in policies[1:]]
     assert counts == [counts[0], *(math.ceil(n * share) for share in (0.01, 0.1, 0.5, 1.0))]
     assert policies[2].profile.flat()[5] == 1  # the highest score
@@ -190,23 +199,6 @@ def test_budgets_take_the_heads_with_the_best_scores(tmp_path) -> None:
     # the same heads are not measured twice
     shares = (0.1 / n, 0.9 / n)
     assert len(make_policies(setup, [f"razor@{share:.6f}" for share in shares])[1]) == 1
-
-
-def model_with_scores(folder):
-    """A copy of the built-in model in whose profile KV head 5 has the highest score."""
-    from razor_local.converters.write import write_copy
-
-    profile, shape = read_profile(DEFAULT_MODEL), read_model_shape(DEFAULT_MODEL)
-    n = sum(shape.n_head)
-    scores = np.linspace(0.1, 0.4, n, dtype=np.float32)
-    scores[5 * n // sum(shape.n_head_kv)] = 0.9
-    path = folder / "scored.gguf"
-    write_copy(
-        DEFAULT_MODEL,
-        path,
-        replace(profile, induction_score=scores, echo_score=np.zeros(n, np.float32)),
-    )
-    return path
 
 
 def test_a_head_list_is_a_policy(tmp_path) -> None:

@@ -27,10 +27,10 @@ COMMANDS = [
     (["convert", MODEL, "-o", "out.gguf", "--scores", PIPE], "a file of scores"),
     (["convert", MODEL, "-o", "out.gguf", "--heads", PIPE], "a head list"),
     (["bench", "--compare", PIPE, PIPE], "a saved run of bench"),
-    (["eval", "perplexity", PIPE], "a text file"),
+    (["eval", "perplexity", "--text", PIPE], "a text file"),
     (["eval", "needle", "--haystack", "texts"], "a text file"),
     (["eval", "needle", "--policies", f"heads={PIPE}"], "a profile, a sidecar or a head list"),
-    (["eval", "longbench", "bench"], "a text file"),
+    (["eval", "longbench", "--data", "bench"], "a text file"),
     (["verify", PIPE], "a GGUF file"),
     (["verify", MODEL, "--text", PIPE], "a text file"),
 ]
@@ -50,8 +50,12 @@ def test_a_named_pipe_is_refused(args, expected, folder) -> None:
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
         [sys.executable, "-c", MAIN, *args],
-        input="x", capture_output=True, text=True, cwd=folder, timeout=60,
-    )  # fmt: skip
+        input="x",
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].endswith(f" is a named pipe, expected {expected}")
     assert "Traceback" not in done.stderr and sorted(folder.rglob("*")) == before
@@ -60,8 +64,12 @@ def test_a_named_pipe_is_refused(args, expected, folder) -> None:
 def test_a_journal_that_is_a_named_pipe_is_refused(folder) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MAIN, "eval", "needle", "--resume", PIPE],
-        input="x", capture_output=True, text=True, cwd=folder, timeout=60,
-    )  # fmt: skip
+        input="x",
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=60,
+    )
     assert done.returncode == 1 and "PIPE is no ordinary file" in done.stderr
 
 

@@ -1,0 +1,144 @@
+"""razor-local models: the models on this machine, and those that can be named."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..printable import printable
+from .params import DEFAULT_MODEL, ModelFile, download_model, size_text
+from .terminal import echo
+
+if TYPE_CHECKING:
+    from ..models.names import ModelName
+
+EPILOG = """
+\b
+Examples:
+  razor-local models
+  razor-local models search qwen
+  razor-local models pull hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q8_0
+  razor-local models rm llama3.2:1b
+"""
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(invoke_without_command=True, epilog=EPILOG)
+@_JSON
+@click.pass_context
+def models(ctx: click.Context, as_json: bool) -> None:
+    """List the models on this machine, find and download others, and remove them.
+
+    A NAME is one of the catalog (see search), or hf:OWNER/REPO or hf:OWNER/REPO:QUANT for a
+    repository of Hugging Face. All commands with a MODEL take one, and download it if need be.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from ..models.local import list_models, unfinished
+
+    found = list_models()
+    if as_json:
+        items = [
+            {
+                "name": model.name or None,
+                "path": str(model.path),
+                "bytes": model.n_bytes,
+                "razor_profile": model.has_profile,
+                "license": model.license or None,
+            }
+            for model in found
+        ]
+        return echo(json.dumps(items, indent=2))
+    rows = []
+    for model in found:
+        shown = model.name or ("(built in)" if model.path == DEFAULT_MODEL else "-")
+        profile = {True: "yes", False: "no", None: "damaged"}[model.has_profile]
+        license_name = printable(model.license[:40], one_line=True)
+        rows.append((shown, size_text(model.n_bytes), profile, license_name, str(model.path)))
+    _print_table(("name", "size", "razor", "license", "path"), rows)
+    for name, n_bytes in unfinished():
+        echo(
+            f"unfinished: {name}, {size_text(n_bytes)} so far; the same command goes on with it,"
+            f" 'razor-local models rm {name}' removes it",
+            err=True,
+        )
+
+
+@models.command()
+@click.argument("text", nargs=-1)
+@_JSON
+def search(text: tuple[str, ...], as_json: bool) -> None:
+    """Show the names of the catalog that contain TEXT, or all."""
+    from dataclasses import asdict
+
+    from ..models.catalog import search as find
+
+    found = find(" ".join(text))
+    if as_json:
+        return echo(json.dumps([asdict(entry) for entry in found], indent=2))
+    if not found:
+        raise click.ClickException(
+            f"no name of the catalog contains '{' '.join(text)}'; any repository of Hugging Face"
+            " with GGUF files can be named as hf:OWNER/REPO"
+        )
+    rows = [
+        (entry.name, size_text(entry.bytes) if entry.bytes else "-", entry.license, entry.repo)
+        for entry in found
+    ]
+    _print_table(("name", "size", "license", "repository"), rows)
+
+
+@models.command()
+@click.argument("name", type=ModelFile())
+def pull(name: Path | ModelName) -> None:
+    """Download NAME, or what has changed of it, and print its path."""
+    echo(str(download_model(_named(name))))
+
+
+@models.command()
+@click.argument("name", type=ModelFile())
+def path(name: Path | ModelName) -> None:
+    """Print the path of NAME, which must be on this machine."""
+    from ..models.local import find
+
+    found = find(_named(name))
+    if found is None:
+        raise click.ClickException(
+            f"{name} is not on this machine; 'razor-local models pull {name}' downloads it"
+        )
+    echo(str(found))
+
+
+@models.command()
+@click.argument("name", type=ModelFile())
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def rm(name: Path | ModelName, yes: bool) -> None:
+    """Remove the files of NAME, which other programs may use too."""
+    from ..models.local import find, remove
+
+    named = _named(name)
+    found = find(named)
+    if found is not None and not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("there is no terminal to ask on; pass --yes")
+        click.confirm(f"Remove {printable(str(found))}?", abort=True, err=True)
+    echo(f"{named}: {size_text(remove(named))} freed", err=True)
+
+
+def _named(name: Path | ModelName) -> ModelName:
+    if isinstance(name, Path):
+        raise click.UsageError(f"{name} is a path; expected the name of a model")
+    return name
+
+
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of text, whatever the width of the terminal; names and paths are not cut."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

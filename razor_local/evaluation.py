@@ -1,0 +1,229 @@
+"""Evaluating tokens: what a Llama does to its cache, and what it knows of it.
+
+llama.n_tokens is never more than the cache holds, so that an exception at any line leaves a Llama
+whose next answer is right. llama._requires_eval is True where the logits in memory may not be those
+of the last token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from . import native
+from .common.progress import Progress, Stop, silent
+from .errors import ContextFullError, RazorError, UnsupportedError
+from .native.callbacks import Callback
+from .native.loaded import C, library, llama_cpp
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+_ABORTED = 2  # llama_decode: stopped by the abort callback
+_NO_SLOT = 1  # llama_decode: no room for the batch
+_NO_CALLBACK = C.ggml_abort_callback()
+
+
+class Prefill(NamedTuple):
+    """n_reused: tokens already in the cache. n_evaluated: tokens run. complete: not stopped."""
+
+    n_reused: int
+    n_evaluated: int
+    complete: bool
+
+
+class _AbortedError(RazorError):
+    pass
+
+
+def evaluate(llama: Llama, tokens: Sequence[int]) -> None:
+    """See Llama.eval()."""
+    tokens = after_cached(llama, tokens)
+    for i in range(0, len(tokens), llama.n_batch):
+        eval_batch(llama, tokens[i : i + llama.n_batch])
+
+
+def evaluate_logits(
+    llama: Llama, tokens: Sequence[int], wanted: Sequence[bool] | None = None
+) -> Generator[np.ndarray, None, None]:
+    """See Llama.eval_logits()."""
+    tokens = list(tokens)
+    rows = [True] * len(tokens) if wanted is None else list(map(bool, wanted))
+    again = after_cached(llama, tokens)
+    rows = [False] * (len(again) - len(tokens)) + rows
+    for i in range(0, len(again), llama.n_batch):
+        some = rows[i : i + llama.n_batch]
+        eval_batch(llama, again[i : i + llama.n_batch], some)
+        n = sum(some)
+        if n:
+            flat = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(n * llama._n_vocab,))
+            yield flat.reshape(n, llama._n_vocab)
+
+
+def prefill(
+    llama: Llama,
+    tokens: Sequence[int],
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> Prefill:
+    """See Llama.prefill()."""
+    tokens = list(tokens)
+    report = progress or silent
+    if not tokens:
+        raise RazorError("there is nothing to evaluate: the prompt has no tokens")
+    if len(tokens) > llama._n_ctx:
+        raise ContextFullError(
+            f"the prompt has {len(tokens)} tokens, the context {llama._n_ctx}; use a larger"
+            " n_ctx or a shorter text"
+        )
+    keep = rewind(llama, tokens)
+    asked = Callback(lambda _data: stop is not None and bool(stop()), on_error=True)
+    llama._abort_callback = C.ggml_abort_callback(asked.call)
+    try:
+        if stop is not None:
+            C.llama_set_abort_callback(llama._ctx.ctx, llama._abort_callback, None)
+        while llama.n_tokens < len(tokens):
+            if stop is not None and stop():
+                return Prefill(keep, llama.n_tokens - keep, False)
+            report(llama.n_tokens, len(tokens), "reading the prompt")
+            try:
+                evaluate(llama, tokens[llama.n_tokens : llama.n_tokens + llama.n_batch])
+            except _AbortedError:
+                asked.check()
+                return Prefill(keep, max(llama.n_tokens - keep, 0), False)
+            asked.check()
+        report(llama.n_tokens, len(tokens), "reading the prompt")
+    finally:
+        if stop is not None:
+            C.llama_set_abort_callback(llama._ctx.ctx, _NO_CALLBACK, None)
+    return Prefill(keep, len(tokens) - keep, True)
+
+
+def refresh_logits(llama: Llama) -> None:
+    """Evaluate the last token again where the logits in memory are not known to be its."""
+    if llama.n_tokens == 0:
+        raise RazorError("there is nothing to go on from: no token was evaluated")
+    if llama._requires_eval:
+        tokens = llama._input_ids.tolist()
+        evaluate(llama, tokens[rewind(llama, tokens) :])
+
+
+def rewind(llama: Llama, tokens: list[int]) -> int:
+    """Take the cache back to what it has of tokens, and return how many these are.
+
+    One at least is left to evaluate, for its logits, unless they are those of the last token.
+    """
+    llama._check_tokens(tokens)
+    same = common_prefix(llama, tokens)
+    if same == len(tokens) == llama.n_tokens and not llama._requires_eval:
+        return same
+    keep = min(same, len(tokens) - 1)
+    if keep > 0:
+        llama._requires_eval = True
+        llama.n_tokens = keep  # before the cache, which may hold more but not less
+        if llama._ctx.kv_cache_seq_rm(-1, keep, -1):
+            return keep
+    reset(llama)
+    return 0
+
+
+def common_prefix(llama: Llama, tokens: list[int]) -> int:
+    """Return how many tokens of the cache these begin with."""
+    n = min(llama.n_tokens, len(tokens))
+    differs = np.flatnonzero(llama.input_ids[:n] != np.asarray(tokens[:n], dtype=np.intc))
+    return int(differs[0]) if differs.size else n
+
+
+def after_cached(llama: Llama, tokens: Sequence[int]) -> list[int]:
+    """Return the tokens to evaluate where the cache ends now, so that they follow n_tokens."""
+    tokens = list(tokens)
+    if llama._model_params.vocab_only:
+        raise UnsupportedError("vocab_only=True loads no weights, nothing can be evaluated")
+    llama._check_tokens(tokens)
+    if llama.n_tokens + len(tokens) > llama._n_ctx:
+        raise ContextFullError(
+            f"{llama.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
+            f" {llama._n_ctx}; use a larger n_ctx or a shorter text"
+        )
+    # asked first: taking nothing back looks at all cells of a cache of llama.cpp's own
+    cached = n_cached(llama)
+    if cached < llama.n_tokens or (
+        cached > llama.n_tokens and not llama._ctx.kv_cache_seq_rm(-1, llama.n_tokens, -1)
+    ):
+        tokens = [*llama._input_ids.tolist(), *tokens]
+        clear_cache(llama)
+    return tokens
+
+
+def eval_batch(llama: Llama, batch: list[int], wanted: list[bool] | None = None) -> None:
+    """Evaluate up to n_batch tokens.
+
+    Args:
+        wanted: the tokens whose logits are computed; None: the last, or all with logits_all.
+    """
+    n_past, n = llama.n_tokens, len(batch)
+    library.clear_errors()
+    native.computed()
+    # an interrupt may come at any time: the logits count, and n_tokens grows, at the very end
+    llama._requires_eval = True
+    if n == 1 and wanted is None:
+        ids, native_batch = llama._one
+        ids[0] = batch[0]
+    else:
+        ids = (C.llama_token * n)(*batch)  # the native batch only points to them
+        native_batch = C.llama_batch_get_one(ids, n)
+        if wanted is not None or llama._logits_all:
+            native_batch.logits = (ctypes.c_int8 * n)(*(wanted or [True] * n))
+    code = C.llama_decode(llama._ctx.ctx, native_batch)
+    if code != 0:
+        reason = library.reason("")
+        _after_failed_decode(llama, batch, n_past)
+        if code == _ABORTED:
+            raise _AbortedError("the computation was stopped")
+        full = code == _NO_SLOT and reason in ("", "the context is full")
+        what = f"{n} tokens after {n_past} in a context of {llama._n_ctx}"
+        if full:
+            raise ContextFullError(f"there is no room for {what}; use a larger n_ctx")
+        raise RazorError(f"evaluating {what} failed: {reason or f'llama_decode {code}'}")
+    if n == 1:
+        llama.input_ids[n_past] = batch[0]  # in a third of the time
+    else:
+        llama.input_ids[n_past : n_past + n] = batch
+    if llama._logits_all and wanted is None:
+        logits = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(n * llama._n_vocab,))
+        llama.scores[n_past : n_past + n, :].reshape(-1)[:] = logits
+    llama.n_tokens += n
+    llama._requires_eval = wanted is not None and not wanted[-1]
+
+
+def _after_failed_decode(llama: Llama, batch: list[int], n_past: int) -> None:
+    """Set n_tokens to what the cache holds: part of the batch may have been evaluated."""
+    llama._requires_eval = True
+    if llama._logits_all:  # the logits of that part were not kept
+        return
+    n = n_cached(llama)
+    if n_past <= n <= n_past + len(batch) and llama._ctx.kv_cache_seq_rm(-1, n, -1):
+        llama.input_ids[n_past:n] = batch[: n - n_past]
+        llama.n_tokens = n
+    else:
+        clear_cache(llama)
+
+
+def n_cached(llama: Llama) -> int:
+    """Return the number of tokens in the cache itself."""
+    return C.llama_memory_seq_pos_max(llama._ctx.memory, 0) + 1
+
+
+def clear_cache(llama: Llama) -> None:
+    """Take all tokens out of the cache itself."""
+    llama._requires_eval = True
+    llama.n_tokens = 0
+    llama._ctx.kv_cache_clear()
+
+
+def reset(llama: Llama) -> None:
+    """Forget all tokens. The cache keeps them until others are evaluated."""
+    llama_cpp.Llama.reset(llama)

@@ -1,0 +1,226 @@
+"""Arguments of Llama(): checked, and made into the cache that its context will have."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from . import native
+from .errors import GGUFError, ProfileError, RazorError, UnsupportedError
+from .gguf.header import read_header
+from .gguf.hyper_parameters import check_overrides
+from .native.loaded import C, llama_cpp
+from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
+from .profile import ModelShape, Profile, profile_from_header, read_sidecar, shape_from_header
+
+_TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
+_MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it
+_BASE_OPTIONS = frozenset(inspect.signature(llama_cpp.Llama.__init__).parameters) - {"kwargs"}
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """The cache that a context will have.
+
+    Attributes:
+        profile: options applied; None for a model without one, and with razor=False.
+        plan: None for a model whose cache a plan does not describe.
+        why: the reason where razor is not active.
+        own_attention: with llama.cpp's own cache, too, our attention runs where it can.
+        n_ctx: tokens; 0: as trained.
+    """
+
+    profile: Profile | None
+    plan: Plan | None
+    why: str | None
+    own_attention: bool
+    n_ctx: int
+
+
+def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) -> None:
+    """Refuse what the base class would swallow, or hand on to crash the native library."""
+    try:
+        model_path.encode()
+    except UnicodeEncodeError:
+        raise UnsupportedError(
+            f"the name {model_path!r} is not UTF-8, which llama.cpp's bindings expect; rename the"
+            " file or its folder"
+        ) from None
+    for name in kwargs:
+        if name not in _BASE_OPTIONS:
+            raise TypeError(f"Llama() has no argument {name!r}")
+    numbers = {"n_ctx": 0 if isinstance(n_ctx, str) else n_ctx} | kwargs
+    for name, low, high, instead in (
+        ("n_ctx", 0, 2**31 - 1, " or 'auto'"),
+        ("n_batch", 1, 2**31 - 1, ""),
+        ("n_ubatch", 1, 2**31 - 1, ""),
+        ("n_threads", 0, _MAX_THREADS, " or None"),
+        ("n_threads_batch", 0, _MAX_THREADS, " or None"),
+    ):
+        value: Any = numbers.get(name)
+        if value is None and (name not in numbers or instead == " or None"):
+            continue
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or not low <= value <= high:
+            raise UnsupportedError(
+                f"{name} is {value!r}, expected a whole number from {low} to {high}{instead}"
+            )
+    check_overrides(kwargs.get("kv_overrides"))
+    lora = kwargs.get("lora_path")
+    if lora is not None and not os.path.isfile(lora):
+        raise UnsupportedError(f"lora_path is {lora!r}, which is no file; name a LoRA adapter")
+
+
+def type_name(kv_type: int | str | None) -> str:
+    """Return the name of a KV cache type. Raises UnsupportedError if there is none."""
+    if kv_type is None:
+        return "f16"
+    name = _TYPE_NAMES.get(kv_type) if isinstance(kv_type, int) else kv_type
+    if name not in KV_TYPES:
+        raise UnsupportedError(
+            f"{kv_type!r} is not a KV cache type, expected one of {', '.join(KV_TYPES)}"
+        )
+    return name
+
+
+def choose_cache(
+    model_path: str,
+    razor: bool | str | os.PathLike[str] | Profile,
+    budget: float | None,
+    window: int | None,
+    sink_tokens: int | None,
+    compensation: bool | None,
+    n_ctx: int | str,
+    type_k: str,
+    type_v: str,
+    flash_attn: bool,
+    others: dict[str, Any],
+) -> CacheChoice:
+    """Return the cache for the arguments of Llama() of these names.
+
+    Args:
+        others: the remaining arguments that were given.
+
+    Raises:
+        GGUFError, ProfileError: the file is damaged, or has no profile to change.
+        UnsupportedError: razor cannot run the model, or has none of the options.
+        RazorError: the cache is larger than the memory.
+    """
+    shape, profile, why = _read(model_path, razor, budget, window, sink_tokens, compensation)
+    own_attention = razor is not False and not native.is_disabled()
+    if isinstance(n_ctx, str):
+        options = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **others}
+        n_ctx = _auto_n_ctx(model_path, n_ctx, profile, options)
+    if shape is None:
+        return CacheChoice(profile, None, why, own_attention, n_ctx)
+    n_ctx = padded_n_ctx(shape, n_ctx)
+    plan = make_plan(shape, profile, n_ctx, type_k, type_v, flash_attn)
+    if profile is None:
+        plan = replace(plan, why_inactive=why)
+    if plan.active:
+        _refuse_options(others)
+    _refuse_too_large(plan)
+    return CacheChoice(profile, plan, plan.why_inactive, own_attention, n_ctx)
+
+
+def _read(
+    model_path: str,
+    razor: bool | str | os.PathLike[str] | Profile,
+    budget: float | None,
+    window: int | None,
+    sink_tokens: int | None,
+    compensation: bool | None,
+) -> tuple[ModelShape | None, Profile | None, str]:
+    """Shape and profile of a model, and why there is no profile. Shape None: not understood."""
+    overridden = not (budget is window is sink_tokens is compensation is None)
+    disabled = native.is_disabled()
+    if razor is False or disabled:
+        why = "razor=False" if razor is False else f"{native.DISABLE_ENV} is set"
+        if overridden and not disabled:
+            raise ProfileError(
+                "budget, window, sink_tokens and compensation change a razor profile, which"
+                " razor=False switches off; leave one or the other out"
+            )
+        header = read_header(model_path)
+        try:
+            return shape_from_header(header), None, why
+        except (GGUFError, ProfileError):
+            return None, None, why  # llama.cpp may know better
+
+    header = read_header(model_path)
+    if razor is True:
+        try:
+            shape = shape_from_header(header)
+        except ProfileError:
+            if any(key.startswith("razor.") for key in header.entries):
+                raise
+            shape = None
+        profile = profile_from_header(header, shape) if shape else None
+        if profile is None and overridden:
+            raise ProfileError(
+                f"{model_path} has no razor profile that budget, window, sink_tokens or"
+                " compensation could change; make one with 'razor-local convert MODEL.gguf -o"
+                " OUT.gguf', or pass razor=SIDECAR"
+            )
+    else:
+        shape = shape_from_header(header)
+        profile = razor if isinstance(razor, Profile) else read_sidecar(razor, shape)
+    if budget is not None and profile is not None and shape is not None:
+        from .scores import with_budget
+
+        profile = with_budget(profile, shape, budget)
+    if profile is not None:
+        profile = profile.with_options(window, sink_tokens, compensation)
+    return shape, profile, "the model file has no razor profile"
+
+
+def _auto_n_ctx(
+    model_path: str, n_ctx: str, profile: Profile | None, options: dict[str, Any]
+) -> int:
+    from .fit import ContextOptions, auto_n_ctx
+
+    if n_ctx != "auto":
+        raise UnsupportedError(f"n_ctx is {n_ctx!r}, expected a number of tokens or 'auto'")
+    if options.get("embedding"):
+        raise UnsupportedError("n_ctx='auto' plans for text; pass a number with embedding=True")
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if name in options}
+
+    names = [f.name for f in fields(ContextOptions) if f.name != "profile"]
+    return auto_n_ctx(
+        model_path,
+        ContextOptions(profile=profile, **chosen(*names)),
+        # the base class's own default is 0
+        **{"n_gpu_layers": 0} | chosen("n_gpu_layers", "split_mode", "main_gpu", "tensor_split"),
+    )
+
+
+def _refuse_options(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("draft_model") is not None:
+        raise UnsupportedError(
+            "draft_model cannot be used with razor: taking rejected drafts back can fail once"
+            " tokens are folded, and that path would not notice; pass razor=False"
+        )
+    if kwargs.get("embedding"):
+        raise UnsupportedError(
+            "embedding=True needs a cache of several sequences, razor serves one yet; pass"
+            " razor=False"
+        )
+
+
+def _refuse_too_large(plan: Plan) -> None:
+    # allocating it would succeed and filling it end the process, where memory is overcommitted
+    if C.llama_supports_gpu_offload() or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if plan.kv_bytes > memory:
+        raise RazorError(
+            f"the KV cache of {plan.n_ctx} tokens takes {plan.kv_bytes / 2**30:.1f} GiB, this"
+            f" machine has {memory / 2**30:.1f} GiB; use a smaller n_ctx or q8_0 for type_k and"
+            " type_v"
+        )

@@ -1,0 +1,111 @@
+"""What a KV cache takes and holds, as the native library reports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import RazorError
+from .native import Native
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """KV heads and bytes of one layer's cache, as the library reports them."""
+
+    il: int
+    retrieval_kv_heads: int
+    local_kv_heads: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the KV cache takes. All sizes in bytes, allocated when the context was created.
+
+    active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
+    reason). own_attention: layers whose cache is in host memory run our attention, also with
+    llama.cpp's full cache; False: llama.cpp's attention. kv_bytes: sum of the backend buffers.
+    kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a full f16 cache,
+    None where the model's cache is of a kind that the plan does not describe. layers: empty where
+    not active. n_tokens: in the cache now.
+    """
+
+    active: bool
+    why: str | None
+    own_attention: bool
+    kv_bytes: int
+    kv_bytes_full: int
+    kv_bytes_full_f16: int | None
+    layers: tuple[LayerMemory, ...]
+    n_tokens: int
+    n_ctx: int
+
+    @property
+    def share(self) -> float:
+        """kv_bytes / kv_bytes_full; 1.0 for a model without a KV cache."""
+        return self.kv_bytes / self.kv_bytes_full if self.kv_bytes_full else 1.0
+
+
+@dataclass(frozen=True)
+class SequenceStats:
+    """One sequence of the cache, in tokens.
+
+    Positions [sink_tokens, frontier) are folded into the compensation tokens of the local heads,
+    n_folded of them. n_rollback: this many can be taken back from the end without evaluating again.
+    """
+
+    n_tokens: int
+    frontier: int
+    n_folded: int
+    n_rollback: int
+
+
+def read_memory(
+    library: Native, ctx: int, plan: Plan | None, why: str | None, n_tokens: int, n_ctx: int
+) -> Memory:
+    """Return what the cache of a context takes, from the native library's own count.
+
+    Args:
+        ctx: llama_context pointer.
+        plan: None for a cache that a plan does not describe.
+        why: the reason where razor is not active.
+    """
+    stats = library.stats(ctx)
+    layers: tuple[LayerMemory, ...] = ()
+    if stats.active:
+        rows = [library.layer(ctx, il) for il in range(stats.n_layer)]
+        layers = tuple(
+            LayerMemory(il, r.n_retrieval, r.n_local, r.bytes_k + r.bytes_v + r.bytes_sums)
+            for il, r in enumerate(rows)
+        )
+    return Memory(
+        active=bool(stats.active),
+        why=why,
+        own_attention=bool(stats.own_attention),
+        kv_bytes=stats.kv_bytes,
+        kv_bytes_full=plan.kv_bytes_full if plan and stats.active else stats.kv_bytes,
+        kv_bytes_full_f16=plan.kv_bytes_full_f16 if plan else None,
+        layers=layers,
+        n_tokens=n_tokens,
+        n_ctx=n_ctx,
+    )
+
+
+def read_sequence(library: Native, ctx: int, seq_id: int, why: str | None) -> SequenceStats:
+    """Return tokens, frontier and folded tokens of a sequence.
+
+    Args:
+        ctx: llama_context pointer.
+        why: the reason where razor is not active.
+
+    Raises:
+        RazorError: razor is not active, or there is no such sequence.
+    """
+    if not library.stats(ctx).active:
+        raise RazorError(f"razor is not active in this context ({why})")
+    try:
+        seq = library.seq(ctx, seq_id)
+    except IndexError:
+        raise RazorError(f"the context has no sequence {seq_id}") from None
+    return SequenceStats(seq.n_tokens, seq.frontier, seq.n_folded, seq.n_rollback)

@@ -1,0 +1,122 @@
+"""The models on this machine: the built-in one, the cache of Hugging Face, razor_local's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import GGUFError, RazorError
+from ..model_setup import DEFAULT_MODEL
+from . import catalog, hub, wheels
+from .names import HubName, ModelName
+from .quants import choose, model_files, quant_of, split_parts
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model on this machine.
+
+    Attributes:
+        name: what MODEL may be to mean this file; "" if only its path does
+        path: the file, of a split model the first one
+        n_bytes: of all its files
+        has_profile: whether the file holds a razor profile; None if it is damaged
+        license: as the catalog or the file names it, or ""
+    """
+
+    name: str
+    path: Path
+    n_bytes: int
+    has_profile: bool | None
+    license: str
+
+
+def find(model: ModelName) -> Path | None:
+    """Return the file of a model if it is on this machine, whole."""
+    for files in hub.snapshots(model.repo):
+        chosen = model.choose(list(files))
+        if chosen:
+            return files[chosen[0]]
+    if isinstance(model, catalog.Entry) and model.wheel is not None:
+        path = wheels.path_of(model)
+        return path if path.is_file() else None
+    return None
+
+
+def list_models() -> list[LocalModel]:
+    """All models on this machine, the built-in one first."""
+    found = [_describe("", [DEFAULT_MODEL], "")]
+    names = {(entry.repo, entry.file): entry for entry in catalog.entries().values()}
+    seen = set()
+    for repo in hub.cached_repos():
+        for files in hub.snapshots(repo):
+            for path in model_files(list(files)):
+                parts = split_parts(path, list(files))
+                if not parts or (repo, path) in seen:
+                    continue
+                seen.add((repo, path))
+                entry = names.get((repo, path))
+                name = entry.name if entry else _hub_name(repo, path, list(files))
+                license_name = entry.license if entry else ""
+                found.append(_describe(name, [files[part] for part in parts], license_name))
+    for entry in catalog.entries().values():
+        file = wheels.path_of(entry)
+        if entry.wheel is not None and file.is_file() and find(entry) == file:
+            found.append(_describe(entry.name, [file], entry.license))
+    return found
+
+
+def unfinished() -> Iterator[tuple[HubName, int]]:
+    """Repositories with interrupted downloads, and the bytes that are kept of them."""
+    for repo in hub.cached_repos():
+        parts = hub.unfinished(repo)
+        if parts:
+            yield HubName(repo), sum(part.stat().st_size for part in parts)
+
+
+def remove(model: ModelName) -> int:
+    """Remove the files of a model; return the bytes freed.
+
+    Of a repository with nothing but interrupted downloads these are removed. Raises RazorError
+    where there is nothing, OSError.
+    """
+    freed, found = 0, False
+    for files in hub.snapshots(model.repo):
+        chosen = model.choose(list(files))
+        if chosen:
+            freed, found = hub.remove(model.repo, chosen), True
+            break
+    if isinstance(model, catalog.Entry) and model.wheel is not None:
+        path = wheels.path_of(model)
+        if path.is_file():
+            freed, found = freed + path.stat().st_size, True
+            path.unlink()
+    if not found:
+        if not hub.unfinished(model.repo):
+            raise RazorError(f"{model} is not on this machine; 'razor-local models' shows what is")
+        freed = hub.remove(model.repo, [])
+    return freed
+
+
+def _describe(name: str, parts: list[Path], license_name: str) -> LocalModel:
+    from ..gguf.header import read_header
+    from ..profile import KEY_VERSION
+
+    has_profile: bool | None = None
+    try:
+        header = read_header(parts[0])
+        has_profile = KEY_VERSION in header.entries
+        license_name = license_name or header.string("general.license") or ""
+    except (GGUFError, OSError):
+        pass
+    n_bytes = sum(part.stat().st_size for part in parts)
+    return LocalModel(name, parts[0], n_bytes, has_profile, license_name)
+
+
+def _hub_name(repo: str, path: str, paths: list[str]) -> str:
+    """The name of a file that means it and no other of its repository; "" if none does."""
+    for quant in (quant_of(path), Path(path).stem, ""):
+        if choose(paths, quant)[:1] == [path]:
+            return str(HubName(repo, quant))
+    return ""

@@ -1,0 +1,13 @@
+"""The loaded library, and the bindings (llama_cpp) on it. Importing this module loads them."""
+
+from __future__ import annotations
+
+from .library import load
+
+library = load()  # before llama_cpp, which would load a library of its own
+
+import llama_cpp  # noqa: E402
+import llama_cpp._internals  # noqa: E402
+from llama_cpp import llama_cpp as C  # noqa: E402
+
+__all__ = ["C", "library", "llama_cpp"]

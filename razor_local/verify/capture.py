@@ -1,0 +1,293 @@
+"""What goes in and out of the attention of each layer while a model runs."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from ctypes import c_float
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UnsupportedError
+from ..native.callbacks import Control
+from ..native.structs import CustomParams, Tensor
+from ..native.tensors import F32, check_layout, read
+from ..plan import Plan
+from ..profile import ModelShape, Profile
+from . import reference
+
+KEYS_COMPARED = 8  # tokens of each ubatch whose keys tell which heads are stored
+
+_CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # tensors of llama_kv_cache and of ours
+_OUTPUT = re.compile(r"kqv_out-(\d+)$")
+_SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer's attention was given and gave.
+
+    q: f32 [n_rows, n_head, d_k] after RoPE, at positions int [n_rows]; out: f32 [n_rows, n_head,
+    d_v], rotated if V is (reference.rotation_sizes). k, v: all tokens, packed in the KV types of
+    the plan after rotation (reference.pack_rows). scale: factor of q.k.
+    """
+
+    q: np.ndarray
+    positions: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    out: np.ndarray
+    scale: float
+
+
+class Capture:
+    """Collects what goes in and out of the attention of each layer, from the eval callback.
+
+    Tensors are not told by their names, which differ from model to model, but by what is done with
+    them: what is stored in a cache tensor is k or v, and what flash attention (or the product with
+    K) reads first is q. Following these back through views, the rotation and the gathering of heads
+    leads to what the model computed, before razor touched it. Its data are copied when they are
+    computed, because ggml uses memory again: all tensors of the right shape are, until the output
+    of the layer tells which ones count.
+    """
+
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        shape: ModelShape,
+        plan: Plan,
+        positions: np.ndarray,
+        control: Control,
+    ) -> None:
+        self.lib, self.shape, self.plan, self.control = lib, shape, plan, control
+        self.positions = positions
+        self.eval_callback = control.watch(self._is_wanted, self._take)
+        self.sizes = {
+            (d, n)
+            for il in range(shape.n_layer)
+            for d, n in (
+                (shape.head_dim_k, shape.n_head[il]),
+                (shape.head_dim_k, shape.n_head_kv[il]),
+                (shape.head_dim_v, shape.n_head_kv[il]),
+            )
+        }
+        self.copies: dict[int, np.ndarray] = {}  # by address of the tensor
+        self.found: dict[str, int] = {}  # q, k, v of the layer under way: address
+        self.scale = 0.0
+        self.il = -1
+        self.layers: dict[int, dict[str, list[np.ndarray]]] = {}
+        self.scales: dict[int, float] = {}
+        self.n_seen: dict[int, int] = {}
+        # (layer, whether for the whole context) -> bool [heads stored, KV heads]: same keys
+        self.stored: dict[tuple[int, bool], np.ndarray] = {}
+        self.checked = False
+
+    def layer(self, il: int) -> Layer:
+        """What was collected of a layer, which is given away. Raises UnsupportedError."""
+        parts = self.layers.pop(il, None)
+        n_rows = sum(map(len, parts["q"])) if parts else 0
+        if parts is None or n_rows != len(self.positions):
+            raise UnsupportedError(
+                f"layer {il} of this model ({self.shape.arch}) shows its attention for {n_rows} of"
+                f" {len(self.positions)} rows"
+            )
+        q, k, v, out = (np.concatenate(parts[name]) for name in ("q", "k", "v", "out"))
+        return Layer(q, self.positions, k, v, out, self.scales[il])
+
+    def misplaced(self, profile: Profile) -> tuple[str, ...]:
+        """A sentence for each layer whose keys are not stored as the profile says."""
+        sentences = []
+        for il in self.n_seen:
+            heads = {
+                True: np.flatnonzero(profile.retrieval[il]),
+                False: np.flatnonzero(profile.retrieval[il] == 0),
+            }
+            found = {}
+            for whole, expected in heads.items():
+                same = self.stored.get((il, whole), np.zeros((0, len(profile.retrieval[il])), bool))
+                right = len(same) == len(expected) and same[range(len(same)), expected].all()
+                found[whole] = expected.tolist() if right else [_which(row) for row in same]
+            if found != {whole: expected.tolist() for whole, expected in heads.items()}:
+                sentences.append(
+                    f"layer {il} keeps the whole context for the KV heads {_names(found[True])} and"
+                    f" a window for {_names(found[False])}, the profile says"
+                    f" {_names(heads[True].tolist())} and {_names(heads[False].tolist())}"
+                )
+        return tuple(sentences)
+
+    def _take(self, pointer: int) -> None:
+        tensor, output = Tensor.from_address(pointer), _OUTPUT.match(self._name(pointer))
+        if output:
+            self._finish(int(output[1]), pointer)
+        elif self._op(pointer) == "SET_ROWS":
+            self._note_stored(tensor.src[0], tensor.src[1], tensor.view_src)
+        elif self._op(pointer) == "CUSTOM":
+            self._note_stored(tensor.src[0], tensor.src[4], tensor.src[2])
+        else:
+            self.copies[pointer] = read(self.lib, pointer)[0]
+
+    def _is_wanted(self, pointer: int) -> bool:
+        if not self.checked:
+            check_layout(self.lib, pointer)
+            self.checked = True
+        is_input = self._is_input(pointer, Tensor.from_address(pointer))
+        return is_input or _OUTPUT.match(self._name(pointer)) is not None
+
+    def _is_input(self, pointer: int, tensor: Tensor) -> bool:
+        """Whether a tensor may be what a layer's attention reads."""
+        op = self._op(pointer)
+        name = tensor.name.decode("utf-8", "replace")
+        if op == "SET_ROWS":
+            cache = _CACHE.match(self._name(tensor.view_src))
+            if cache:
+                ours, what, il = cache.groups()
+                self.il = int(il)
+                d = self.shape.head_dim_k if what == "k" else self.shape.head_dim_v
+                self._find(what, tensor.src[0], d, self.shape.n_head_kv[self.il])
+                return bool(ours) and what == "k"
+        elif op == "FLASH_ATTN_EXT":
+            self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
+            self._parameters(tensor, softcap=2)
+        elif op == "CUSTOM":
+            return self._custom(tensor)
+        elif op == "MUL_MAT" and name.startswith("kq-"):
+            self._find("q", tensor.src[1], self.shape.head_dim_k, self.shape.n_head[self.il])
+        elif op == "SOFT_MAX" and name.startswith("kq_soft_max-"):
+            self._parameters(tensor)
+        elif name.startswith("kq_tanh-"):
+            self._refuse("soft-capped attention logits")
+        elif op not in ("GET_ROWS", "FLASH_ATTN_EXT", "CUSTOM", "REPEAT") and tensor.type == F32:
+            d, n, _, rest = tensor.ne
+            seen = op in _SAME_DATA and tensor.src[0] in self.copies
+            return (d, n) in self.sizes and rest == 1 and not seen
+        return False
+
+    def _custom(self, tensor: Tensor) -> bool:
+        """Ours: attention, the storing of K and V, or a fold (native/src/ggml-razor.h)."""
+        if _CACHE.match(self._name(tensor.src[0])):
+            return False  # a fold
+        if _CACHE.match(self._name(tensor.src[1])):  # attention; one without k only adds up
+            self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
+            self.scale = c_float.from_address(CustomParams.from_buffer(tensor.op_params).data).value
+        elif cache := _CACHE.match(self._name(tensor.src[2])):
+            self.il = int(cache[3])
+            n_heads = self.shape.n_head_kv[self.il]
+            self._find("k", tensor.src[0], self.shape.head_dim_k, n_heads)
+            self._find("v", tensor.src[1], self.shape.head_dim_v, n_heads)
+            return True
+        return False
+
+    def _find(self, what: str, pointer: int | None, d: int, n_heads: int) -> None:
+        """Follows data back to the tensor of shape [d, n_heads, n_tokens] the model computed."""
+        found = None
+        while pointer:
+            tensor = Tensor.from_address(pointer)
+            if tuple(tensor.ne[:2]) == (d, n_heads) and tensor.ne[3] == 1:
+                if pointer in self.copies:
+                    found = pointer
+            op = self._op(pointer)
+            if op in _SAME_DATA:
+                pointer = tensor.src[0]
+            elif op == "GET_ROWS" and "razor_inp_heads" in self._name(tensor.src[1]):
+                pointer = tensor.src[0]
+            elif op == "MUL_MAT" and re.search("attn_inp_[kv]_rot", self._name(tensor.src[0])):
+                pointer = tensor.src[1]
+            else:
+                break
+        if found is not None:  # else the mean of a fold is being stored
+            self.found[what] = found
+
+    def _note_stored(self, stored: int, places: int, cache: int) -> None:
+        """Which KV heads' keys were just written into a cache tensor: the tensors of what, of the
+        rows it went to, and of the cache."""
+        k = self.copies.get(self.found.get("k", 0))
+        if k is None:
+            return  # the mean of a fold
+        n_tokens, n_heads, d = k.shape
+        rows = read(self.lib, stored).reshape(n_tokens, n_heads, d)[:KEYS_COMPARED]
+        k = k[:KEYS_COMPARED]
+        size_k, _ = rotation_sizes(self.plan)
+        if size_k is not None:
+            k = reference.rotate(k, size_k)
+        off = np.abs(rows[:, :, None] - k[:, None]).max(axis=(0, 3))
+        same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
+        for whole, order in self._places(places, cache, n_heads).items():
+            place = (self.il, whole)
+            before = self.stored.get(place)
+            fits = before is not None and before.shape == same[order].shape
+            self.stored[place] = same[order] & before if fits else same[order]
+
+    def _places(self, places: int, cache: int, n_heads: int) -> dict[bool, np.ndarray]:
+        """Whether for the whole context -> the heads of a token's rows in the order of the cache,
+        by the rows of the cache they are written to."""
+        rows = read(self.lib, places).reshape(-1)[:n_heads]
+        cells, n_ctx = self.plan.cells, self.plan.n_ctx
+        n_rows = Tensor.from_address(cache).ne[1]  # n_ctx or cells of each head
+        first_local = (n_rows - n_heads * cells) // (n_ctx - cells) * n_ctx
+        order = np.argsort(rows)
+        return {
+            True: order[rows[order] < first_local],
+            False: order[rows[order] >= first_local],
+        }
+
+    def _parameters(self, tensor: Tensor, softcap: int | None = None) -> None:
+        values = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))
+        self.scale = values[0]
+        if values[1] != 0.0:
+            self._refuse("ALiBi")
+        if softcap is not None and values[softcap] != 0.0:
+            self._refuse("soft-capped attention logits")
+
+    def _refuse(self, feature: str) -> None:
+        raise UnsupportedError(f"the reference does not know {feature}, which this model has")
+
+    def _finish(self, il: int, pointer: int) -> None:
+        """Keeps what a layer was given and gave in this ubatch."""
+        if il != self.il or set(self.found) != {"q", "k", "v"}:
+            raise UnsupportedError(
+                f"layer {il} of this model ({self.shape.arch}) does not show what its attention"
+                f" reads (found {', '.join(sorted(self.found)) or 'nothing'})"
+            )
+        q, k, v = (self.copies[self.found[name]] for name in "qkv")
+        out = read(self.lib, pointer).reshape(len(q), self.shape.n_head[il], self.shape.head_dim_v)
+        start = self.n_seen.get(il, 0)
+        self.n_seen[il] = start + len(q)
+        low, high = np.searchsorted(self.positions, (start, start + len(q)))
+        chosen = self.positions[low:high] - start
+        size_k, size_v = rotation_sizes(self.plan)
+        parts = self.layers.setdefault(il, {name: [] for name in ("q", "k", "v", "out")})
+        parts["q"].append(q[chosen])
+        parts["k"].append(_pack(k, self.plan.type_k, size_k))
+        parts["v"].append(_pack(v, self.plan.type_v, size_v))
+        parts["out"].append(out[chosen])
+        self.scales[il] = self.scale
+        self.copies.clear()
+        self.found.clear()
+
+    def _op(self, pointer: int) -> str:
+        return self.lib.ggml_op_desc(pointer).decode()
+
+    def _name(self, pointer: int | None) -> str:
+        return Tensor.from_address(pointer).name.decode("utf-8", "replace") if pointer else ""
+
+
+def _which(same: np.ndarray) -> int | None:
+    """The only head with the same keys, None if there is no such or more than one."""
+    return int(np.argmax(same)) if same.sum() == 1 else None
+
+
+def _names(heads: Sequence[int | None]) -> str:
+    return ", ".join("?" if head is None else str(head) for head in heads) or "none"
+
+
+def _pack(rows: np.ndarray, kv_type: str, rotation: int | None) -> np.ndarray:
+    if rotation is not None:
+        rows = reference.rotate(rows, rotation)
+    return reference.pack_rows(rows, kv_type)
+
+
+def rotation_sizes(plan: Plan) -> tuple[int | None, int | None]:
+    shape = plan.shape
+    return reference.rotation_sizes(plan.type_k, plan.type_v, shape.head_dim_k, shape.head_dim_v)

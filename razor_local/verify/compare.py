@@ -1,0 +1,118 @@
+"""A layer that ran, and the reference: how far they differ, and what passes.
+
+Errors are relative to the root mean square of a head's output.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from ..plan import KV_TYPES, Plan
+from . import reference
+from .capture import Layer, rotation_sizes
+from .result import Errors, GroupResult
+
+KL_ROWS = 16  # logits converted to F64 at a time
+
+# Errors relative to the root mean square of a head's output: of a head over all checked queries,
+# and of any single number. What was measured stands in docs/verification.md.
+# CPUs round q to 8 bits for products with quantized keys: near ties between keys of a sharp head
+# fall the other way in single rows
+QUANTIZED = (1e-2, 5e-1)
+BOUNDS = {"f32": (1e-5, 5e-4), "f16": (3e-3, 5e-2), "bf16": (5e-3, 1e-1)} | {
+    kv_type: QUANTIZED for kv_type, info in KV_TYPES.items() if info.block > 1
+}
+WORSE_THAN_FULL = 2.0  # times the full cache's own error is allowed where that is above the bound
+
+
+def compare_layer(
+    il: int, razor: Layer, full: Layer, retrieval: np.ndarray, plan: Plan
+) -> list[GroupResult]:
+    """The head groups of a layer that ran with razor, and with a full cache, against the reference.
+
+    retrieval: 0/1 [n_head_kv], from the profile.
+    """
+    everything = np.ones_like(retrieval)
+    group = razor.q.shape[1] // len(retrieval)
+    diffs = []
+    for layer, heads in ((razor, retrieval), (full, everything)):
+        diffs.append(layer.out.astype(np.float64) - expected_output(layer, heads, plan))
+    bounds = [_bound(kv_type, plan.flash_attn) for kv_type in (plan.type_k, plan.type_v)]
+    bound_rms, bound_largest = (max(pair) for pair in zip(*bounds, strict=True))
+    results = []
+    for name, kind in (("retrieval", 1), ("local", 0)):
+        kv_heads = np.flatnonzero(np.asarray(retrieval) == kind)
+        if len(kv_heads) == 0:
+            continue
+        heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
+        errors, yardstick = (
+            _errors(diff, layer.out, heads)
+            for diff, layer in zip(diffs, (razor, full), strict=True)
+        )
+        results.append(
+            GroupResult(
+                il=il,
+                group=name,
+                kv_heads=len(kv_heads),
+                errors=errors,
+                full=yardstick,
+                limit_rms=max(bound_rms, WORSE_THAN_FULL * yardstick.worst_rms),
+                limit_largest=max(bound_largest, WORSE_THAN_FULL * yardstick.largest),
+            )
+        )
+    return results
+
+
+def expected_output(layer: Layer, retrieval: np.ndarray, plan: Plan) -> np.ndarray:
+    """What the reference computes for a layer: f32 [n_rows, n_head, d_v]."""
+    size_k, _ = rotation_sizes(plan)
+    return reference.attention(
+        layer.q if size_k is None else reference.rotate(layer.q, size_k),
+        layer.positions,
+        reference.unpack_rows(layer.k, plan.type_k),
+        reference.unpack_rows(layer.v, plan.type_v),
+        retrieval,
+        window=plan.window,
+        block=plan.block,
+        sink_tokens=plan.sink_tokens,
+        compensation=plan.compensation,
+        scale=layer.scale,
+        round_k=partial(reference.round_rows, kv_type=plan.type_k),
+        round_v=partial(reference.round_rows, kv_type=plan.type_v),
+    )
+
+
+def kl_divergence(full: np.ndarray, razor: np.ndarray) -> np.ndarray:
+    """KL(softmax(full) || softmax(razor)) of logits [n, n_vocab], f64 [n], in nats."""
+    result = np.empty(len(full))
+    for i in range(0, len(full), KL_ROWS):
+        p, q = (_log_softmax(x[i : i + KL_ROWS].astype(np.float64)) for x in (full, razor))
+        result[i : i + KL_ROWS] = (np.exp(p) * (p - q)).sum(axis=1)
+    return result
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+def _errors(diff: np.ndarray, out: np.ndarray, heads: np.ndarray) -> Errors:
+    """diff f64, out f32 [n_rows, n_head, d]; of the query heads in heads."""
+    squares = (diff[:, heads] ** 2).mean(axis=(0, 2))
+    size = (out[:, heads].astype(np.float64) ** 2).mean(axis=(0, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # a head that gives nothing has no error if nothing is right
+        each = np.where((squares == 0) & (size == 0), 0.0, np.sqrt(squares / size))
+        largest = np.abs(diff[:, heads]).max(axis=(0, 2))
+        largest = np.where((largest == 0) & (size == 0), 0.0, largest / np.sqrt(size))
+        whole = math.sqrt(squares.sum() / size.sum()) if size.sum() else float(each.max())
+    worst = int(np.argmax(np.where(np.isnan(each), np.inf, each)))
+    return Errors(float(largest.max()), whole, float(each[worst]), int(heads[worst]))
+
+
+def _bound(kv_type: str, flash_attn: bool) -> tuple[float, float]:
+    # llama.cpp casts the rows of an F32 cache to F16 for flash attention
+    return BOUNDS["f16" if kv_type == "f32" and flash_attn else kv_type]
