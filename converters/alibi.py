@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from ..common.progress import Progress, silent
 from ..errors import ConvertError, GGUFError, UnsupportedError
 from ..gguf.header import F32, TENSOR_TYPES, Header, Tensor
 from ..model_file import open_model
@@ -30,8 +29,6 @@ from ..profile import MAX_WINDOW, Profile
 DEFAULT_EPSILON = 0.001
 SEARCH_STEPS = 8
 GOLDEN = (math.sqrt(5) - 1) / 2
-
-Progress = Callable[[float, float | None], object]  # part done 0 to 1, seconds left if known
 
 
 def profile_from_weights(
@@ -45,7 +42,7 @@ def profile_from_weights(
     The scope of a KV head is the largest of its group of query heads, in tokens, the query's own
     included. 0 (the whole context, a retrieval head) where it would be more than 2^30 tokens.
     epsilon: attention that a token outside of the scope may get at most, between 0 and 1.
-    progress(part, seconds_left) is called after each KV head.
+    progress is called after each KV head.
 
     Raises ConvertError (epsilon; a model without ALiBi), UnsupportedError (an architecture or
     tensor type that cannot be handled), GGUFError, ProfileError, OSError.
@@ -60,7 +57,8 @@ def profile_from_weights(
             f"{header.path} ({shape.arch}) has no ALiBi; its heads are measured instead"
         )
     attention = _Attention(shape)
-    scopes, started, done = [], time.monotonic(), 0
+    report = progress or silent
+    scopes, done = [], 0
     for il, n_kv in enumerate(shape.n_head_kv):
         slopes = alibi_slopes(shape.n_head[il], max_bias)
         layer = np.zeros(n_kv, np.uint32)
@@ -69,9 +67,7 @@ def profile_from_weights(
             found = [head_scope(r, s, epsilon) for r, s in zip(ranges, group, strict=True)]
             layer[ih] = max(found) if all(found) else 0
             done += 1
-            if progress is not None:
-                part, elapsed = done / sum(shape.n_head_kv), time.monotonic() - started
-                progress(part, elapsed / part * (1 - part) if elapsed > 1 else None)
+            report(done, sum(shape.n_head_kv), "computing the scopes")
         scopes.append(layer)
     return Profile(
         retrieval=tuple((layer == 0).astype(np.uint8) for layer in scopes),

@@ -22,7 +22,6 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from .. import native
-from ..common.interrupt import on_interrupt
+from ..common.progress import Progress, Stop
 from ..errors import ConvertError, RazorError, UnsupportedError
 from ..gguf.header import Tensor
 from ..gguf.hyper_parameters import MAX_N_CTX
@@ -48,8 +47,6 @@ DEFAULT_TOKENS = 2500
 DEFAULT_REPEATS = 4
 DEFAULT_MAX_MEMORY = 3 << 30
 MAX_UBATCH = 512  # more is not faster
-
-Progress = Callable[[float, float | None], object]  # part done 0 to 1, seconds left if known
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,7 @@ def calibrate(
     n_threads: int | None = None,
     n_gpu_layers: int = -1,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Scores:
     """Echo and induction score of every query head of a model; see above.
 
@@ -83,11 +81,11 @@ def calibrate(
     stand in the text. Special, control, unused and byte tokens are left out, and no token is drawn
     twice before all others were. A BOS token comes first where the model's tokenizer adds one.
     max_memory: bytes beside the model's own; it decides the size of the ubatches, on which the
-    scores do not depend. n_gpu_layers: -1, all. progress(part, seconds_left) is called often.
+    scores do not depend. n_gpu_layers: -1, all. stop() is asked between two operations of the
+    computation.
 
-    Ctrl-C ends it between two operations of the computation, with KeyboardInterrupt. Raises
-    UnsupportedError (a model that cannot have a razor cache), ConvertError (too much text or too
-    little memory), GGUFError, ProfileError, RazorError, OSError.
+    Raises UnsupportedError (a model that cannot have a razor cache), ConvertError (too much text or
+    too little memory), Stopped, GGUFError, ProfileError, RazorError, OSError.
     """
     file = open_model(model_path)
     model_path, shape = file.path, file.shape
@@ -99,12 +97,9 @@ def calibrate(
     from llama_cpp import llama_cpp as C
 
     C.llama_backend_init()
-    probe = _Probe(lib.lib, C, shape, progress)
+    probe = _Probe(lib.lib, C, shape, progress, stop)
     with ExitStack() as stack:
-        stack.enter_context(on_interrupt(probe.interrupt))
-        model = stack.enter_context(
-            load_model(lib, C, model_path, n_gpu_layers, probe.load_callback, probe.check)
-        )
+        model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, probe))
         _check_supported(lib, C, model, shape)
         bos, usable = vocabulary(C, model)
         n_tokens = _n_tokens(tokens, repeats, len(bos), shape)
@@ -192,9 +187,15 @@ def plan_memory(shape: ModelShape, n_tokens: int, max_memory: int) -> Memory:
 class _Probe(AttentionProbe):
     """Sums up the attention to repetitions."""
 
-    def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape, progress: Progress | None):
-        super().__init__(lib, C, shape)
-        self.progress = progress
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        C: Any,
+        shape: ModelShape,
+        progress: Progress | None,
+        stop: Stop | None,
+    ) -> None:
+        super().__init__(lib, C, shape, progress, stop)
         self.kernel = _kernel()
         self.echo = [np.zeros(n) for n in shape.n_head]  # f64 sums
         self.induction = [np.zeros(n) for n in shape.n_head]
@@ -208,8 +209,6 @@ class _Probe(AttentionProbe):
 
     def read(self, ctx: int, start: int, part: np.ndarray) -> int:
         """llama_decode of the tokens at positions start and up; its result."""
-        if start == 0:
-            self.started = time.monotonic()
         self.wanted = start + len(part) > self.first_query
         code = self.decode(ctx, start, part)
         if code == 0 and not self.stopped:
@@ -246,14 +245,9 @@ class _Probe(AttentionProbe):
         self._report((il + 1) / self.shape.n_layer)
 
     def _report(self, part: float) -> None:
-        if self.progress is None:
-            return
         before = self.work(0, self.position)
         done = before + part * self.work(self.position, self.position + self.n_part)
-        fraction = min(done / self.total_work, 1.0)
-        elapsed = time.monotonic() - self.started
-        left = elapsed / fraction * (1 - fraction) if elapsed > 1 else None
-        self.progress(fraction, left)
+        self.progress(min(done, self.total_work), self.total_work, "measuring the heads")
 
 
 def find_copies(text: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:

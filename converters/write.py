@@ -19,7 +19,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..common.files import check_new_file, check_room, create_part, publish, removed_if_terminated
+from ..common import files
+from ..common.files import check_new_file, check_room, create_part, publish
+from ..common.progress import Progress, silent
 from ..errors import ConvertError, ProfileError
 from ..gguf.header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U32, Header, read_header
 from ..gguf.split import part_paths
@@ -47,7 +49,6 @@ from ..profile import (
 
 CHUNK = 8 << 20
 SIDECAR_VERSION = 3  # GGUF version
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 # what a sidecar keeps of the model, so that it can be inspected alone
 SHAPE_KEYS = (
@@ -84,13 +85,12 @@ def write_copy(
     new = profile_keys(profile)
     first = _FirstFile(header, new)
     total = first.size + sum(part.file_size for part in parts[1:])
-    written = 0
+    report, written = progress or silent, 0
 
     def done(n: int) -> None:
         nonlocal written
         written += n
-        if progress is not None:
-            progress(written, total)
+        report(written, total, f"writing {outs[0].name}")
 
     def whole(part: Header) -> Callable[[BinaryIO], None]:
         def write(dst: BinaryIO) -> None:
@@ -321,7 +321,7 @@ def _write_files(
     check_room(outs[0], max_bytes, ConvertError)
     written: list[Path] = []
     try:
-        with removed_if_terminated(written):
+        with files.guard(written):
             for out, write in zip(outs, writers, strict=True):
                 fd, part = create_part(out)
                 written.append(part)

@@ -472,7 +472,7 @@ def needle_texts(setting: Setting, samples: int, seed: int) -> Iterator[Text]:
     answerer, render = Answerer(llama), renderer(llama)
     end = llama.detokenize([llama.token_eos()], special=True).decode()
     for sample in make_samples(settings, MadeText(), Prompts(setting.model)):
-        answers = answerer.ask(sample, lambda: None)
+        answers = answerer.ask(sample)
         if score(sample, answers) < 1:
             continue
         prompt = render(

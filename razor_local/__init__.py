@@ -34,6 +34,7 @@ _EXPORTS = {
     "LibraryError": "errors",
     "ContextFullError": "errors",
     "StateError": "errors",
+    "Stopped": "errors",
 }
 
 __all__ = list(_EXPORTS)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .common.progress import Progress, Stop
 from .errors import ContextFullError, RazorError
 from .prompt.templates import Template
 
@@ -43,8 +44,8 @@ class Model(Protocol):
     def prefill(
         self,
         tokens: Sequence[int],
-        progress: Callable[[int, int], object] | None = ...,
-        stop: Callable[[], bool] | None = ...,
+        progress: Progress | None = ...,
+        stop: Stop | None = ...,
     ) -> Prefill: ...
     def generate(self, tokens: Sequence[int], **sampling: Any) -> Iterable[int]: ...
     def request(self, make: Callable[[Model], Iterator[str]]) -> Iterator[str]: ...
@@ -70,7 +71,7 @@ class Turn:
 
     n_prompt: the whole conversation before the answer, n_reused of it were in the cache already.
     ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
-    "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an interrupt; with
+    "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an exception; with
     n_answer 0 the message was taken back).
     """
 
@@ -174,7 +175,6 @@ class Chat:
         self.sampling = sampling or Sampling()
         self.last: Turn | None = None
         self._render = render
-        self._stopped = False
         self._seed = secrets.randbits(31) if self.sampling.seed is None else self.sampling.seed
         self._n_turns = 0
         self._known: Known | None = None  # up to the last answer; None: not computed yet
@@ -202,10 +202,6 @@ class Chat:
         self.messages = [m for m in self.messages if m["role"] == "system"]
         self._known = None
 
-    def stop(self) -> None:
-        """Ends the turn that is running, from a signal handler or another thread."""
-        self._stopped = True
-
     @property
     def last_message(self) -> str | None:
         """The last message of the user, None if there is none."""
@@ -226,27 +222,31 @@ class Chat:
             return 0
         return len(self._known_now().tokens) or len(self._tokenize(self._rendered(self.messages)))
 
-    def say(self, text: str, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
+    def say(
+        self, text: str, progress: Progress | None = None, stop: Stop | None = None
+    ) -> Iterator[str]:
         """Adds a user message and streams the answer in pieces of text; then last tells of it.
 
-        progress(n_done, n_prompt), in tokens, while the prompt is evaluated. The message and the
-        answer enter the conversation together: a turn stopped before its first token leaves no
-        trace, one stopped later keeps what was answered.
+        progress is called, in tokens, while the prompt is evaluated. Where stop() is true the turn
+        ends. The message and the answer enter the conversation together: a turn stopped before its
+        first token leaves no trace, one stopped later keeps what was answered.
         Raises ContextFullError for a prompt that does not fit, with the conversation unchanged, and
         RazorError while the model serves another request.
         """
-        return self.model.request(lambda model: self._answer(model, text, False, progress))
+        return self.model.request(lambda model: self._answer(model, text, False, progress, stop))
 
-    def regenerate(self, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
+    def regenerate(
+        self, progress: Progress | None = None, stop: Stop | None = None
+    ) -> Iterator[str]:
         """Stream another answer to the last message, drawn with another seed.
 
         It replaces the present answer with its first token; a turn that is stopped before changes
         nothing. Raises as say(), and RazorError where there is no message.
         """
-        return self.edit(self.last_message or "", progress)
+        return self.edit(self.last_message or "", progress, stop)
 
     def edit(
-        self, text: str, progress: Callable[[int, int], object] | None = None
+        self, text: str, progress: Progress | None = None, stop: Stop | None = None
     ) -> Iterator[str]:
         """Stream the answer to text, which replaces the last message and its answer.
 
@@ -254,14 +254,15 @@ class Chat:
         """
         if self.last_message is None:
             raise RazorError("there is no message yet that could be answered again; send one")
-        return self.model.request(lambda model: self._answer(model, text, True, progress))
+        return self.model.request(lambda model: self._answer(model, text, True, progress, stop))
 
     def _answer(
         self,
         model: Model,
         text: str,
         again: bool,
-        progress: Callable[[int, int], object] | None,
+        progress: Progress | None,
+        stop: Stop | None,
     ) -> Iterator[str]:
         """Stream the answer to a new message; again: in place of the last one."""
         n_ctx = model.n_ctx()
@@ -281,9 +282,8 @@ class Chat:
                 f"the conversation with this message has {n_prompt} tokens and {reserve} are kept"
                 f" for the answer, the context holds {n_ctx}: {advice}"
             )
-        self._stopped = False
         started = time.perf_counter()
-        prefill = model.prefill(tokens, progress, lambda: self._stopped)
+        prefill = model.prefill(tokens, progress, stop)
         prefilled = time.perf_counter()
         ended = "stopped"
         loop = Loop()
@@ -302,7 +302,7 @@ class Chat:
                 if piece:
                     said.append(piece)
                     yield piece
-                if self._stopped:
+                if stop is not None and stop():
                     break
                 if self.end_loops and loop.add(token):
                     ended = "loop"

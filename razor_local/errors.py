@@ -37,5 +37,9 @@ class ContextFullError(RazorError):
     """A prompt or an answer does not fit the context; nothing was cut."""
 
 
+class Stopped(Exception):
+    """An operation ended because its stop() returned True. Nothing went wrong."""
+
+
 class StateError(RazorError):
     """A saved state belongs to another plan, or the cache must be cleared first."""

@@ -8,12 +8,13 @@ of the last token.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from . import native
+from .common.progress import Progress, Stop, silent
 from .errors import ContextFullError, RazorError, UnsupportedError
 from .native.callbacks import Callback
 from .native.loaded import C, library, llama_cpp
@@ -65,11 +66,12 @@ def evaluate_logits(
 def prefill(
     llama: Llama,
     tokens: Sequence[int],
-    progress: Callable[[int, int], object] | None = None,
-    stop: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Prefill:
     """See Llama.prefill()."""
     tokens = list(tokens)
+    report = progress or silent
     if not tokens:
         raise RazorError("there is nothing to evaluate: the prompt has no tokens")
     if len(tokens) > llama._n_ctx:
@@ -86,14 +88,14 @@ def prefill(
         while llama.n_tokens < len(tokens):
             if stop is not None and stop():
                 return Prefill(keep, llama.n_tokens - keep, False)
+            report(llama.n_tokens, len(tokens), "reading the prompt")
             try:
                 evaluate(llama, tokens[llama.n_tokens : llama.n_tokens + llama.n_batch])
             except _AbortedError:
                 asked.check()
                 return Prefill(keep, max(llama.n_tokens - keep, 0), False)
             asked.check()
-            if progress is not None:
-                progress(llama.n_tokens, len(tokens))
+        report(llama.n_tokens, len(tokens), "reading the prompt")
     finally:
         if stop is not None:
             C.llama_set_abort_callback(llama._ctx.ctx, _NO_CALLBACK, None)

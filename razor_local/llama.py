@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import evaluation, native, sampling
+from .common.progress import Progress, Stop
 from .completion import complete, read_chat_request
 from .errors import GGUFError, LibraryError, RazorError, UnsupportedError
 from .evaluation import Prefill
@@ -60,7 +61,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         by the scores in the profile. retrieval is an alias.
     window, sink_tokens (tokens), compensation: instead of the profile's.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
-    progress: called while the model loads with the part done (0 to 1); False stops loading.
+    progress: called while the model loads with the part done (0 to 1); False stops loading. This
+        is llama.cpp's own form; progress= elsewhere is a common.progress.Progress.
     wait: a request that comes while another is not over: True, waits for it; False, is refused.
 
     n_ctx: tokens, rounded up to a multiple of 256; 0, as trained; "auto", the largest up to the
@@ -229,14 +231,15 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def prefill(
         self,
         tokens: Sequence[int],
-        progress: Callable[[int, int], object] | None = None,
-        stop: Callable[[], bool] | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
     ) -> Prefill:
         """Brings the cache to exactly these tokens, reusing what it already holds of them.
 
-        progress(n_done, n_tokens) is called after each batch. stop() is asked often, from inside
-        the computation where the backend allows it; once it is true, evaluation ends and the cache
-        keeps a valid beginning of tokens. generate(tokens) then samples without evaluating again.
+        progress(n_done, n_tokens, label) is called before each batch and at the end. stop() is
+        asked often, from inside the computation where the backend allows it; once it is true,
+        evaluation ends and the cache keeps a valid beginning of tokens. generate(tokens) then
+        samples without evaluating again.
         Raises as eval(), and what progress() or stop() raises.
         """
         return self._request(evaluation.prefill, self, tokens, progress, stop)

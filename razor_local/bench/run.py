@@ -61,7 +61,7 @@ def run_bench(
     stock_lib: Path | None = None,
     resume: Path | None = None,
     only: Collection[str] = KINDS,
-    progress: Progress = lambda what, part, left: None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Measures everything that resume does not hold yet; the head of the run and its records.
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..common.files import cache_folder, new_file
+from ..common.progress import Progress, silent
 from ..converters.write import encode, profile_keys
 from ..errors import UnsupportedError
 from ..gguf.header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
@@ -70,7 +71,7 @@ def cached_shape_model(
     quant: str = "q4_0",
     retrieval: float = 0.15,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """The model of a shape in the user's cache folder, written if it is not there yet.
 
@@ -102,14 +103,14 @@ def write_shape_model(
     retrieval: float = 0.15,
     seed: int = 0,
     profile: Profile | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Streams a random model to path, with a razor profile.
 
     retrieval: share of the KV heads that are retrieval heads, at places drawn with the seed (as are
-    the weights), unless there is a profile; quant: type of the matrices. progress: bytes written,
-    bytes in all. Memory does not grow with the model. Raises UnsupportedError for an unknown shape
-    or type, RazorError where the disk is too small, OSError; nothing is left then.
+    the weights), unless there is a profile; quant: type of the matrices. Memory does not grow with
+    the model. Raises UnsupportedError for an unknown shape or type, RazorError where the disk is
+    too small, OSError; nothing is left then.
     """
     shape = find_shape(name) if isinstance(name, str) else name
     if quant not in QUANTS:
@@ -125,6 +126,7 @@ def write_shape_model(
     tensors = list(_tensors(shape))
     table = _table(tensors, quant)
     total = sum(_padded(_nbytes(n_out, n_in, quant)) for _, n_out, n_in in tensors)
+    report, label = progress or silent, f"writing {path.name}"
     with new_file(path, total + (1 << 20)) as file:
         file.write(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(keys)))
         file.write(b"".join(keys) + table)
@@ -134,8 +136,7 @@ def write_shape_model(
             for rows in _data(n_out, n_in, quant, rng):
                 file.write(rows)
                 done += len(rows)
-                if progress is not None:
-                    progress(done, total)
+                report(done, total, label)
             file.write(bytes(_padded(file.tell()) - file.tell()))
     return path
 

@@ -49,6 +49,10 @@ class _Group(click.Group):
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> object:
+        from ..common import files
+        from .interrupt import removed_if_terminated
+
+        files.guard = removed_if_terminated
         with _one_line():
             return super().invoke(ctx)
 

@@ -21,7 +21,7 @@ from .params import (
     report_kind,
     write_report,
 )
-from .terminal import echo
+from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
     from ..bench.batches import Settings
@@ -223,12 +223,11 @@ def _check_pictures(paths: tuple[Path, ...]) -> None:
 def _measure(model: Path | None, options: dict[str, Any]) -> Report:
     from ..bench.figures import Report
     from ..bench.run import run_bench
-    from .terminal import TimeLeft
 
     settings = _settings(options)
     setup = _setup(model, options)
     setup = replace(setup, n_gpu_layers=_gpu_layers(setup.n_gpu_layers))
-    with TimeLeft() as show:
+    with ProgressBar() as bar:
         try:
             head, records = run_bench(
                 setup,
@@ -236,10 +235,10 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
                 stock_lib=options["stock_lib"],
                 resume=options["resume"],
                 only=options["only"] or KINDS,
-                progress=show,
+                progress=bar,
             )
         except KeyboardInterrupt:
-            show.close()
+            bar.close()
             journal = options["resume"]
             echo(
                 "Interrupted; nothing was kept, next time use --resume FILE."
@@ -296,16 +295,15 @@ def _gpu_layers(wanted: int) -> int:
 
 def _make_shape(options: dict[str, Any]) -> Path:
     from ..bench.shapes import cached_shape_model
-    from .terminal import ProgressBar
 
     share = options["budget"]
-    with ProgressBar(f"Writing random weights in the shape of {options['shape']}") as bar:
+    with ProgressBar() as bar:
         path = cached_shape_model(
             options["shape"],
             quant=options["quant"] or "q4_0",
             retrieval=0.15 if share is None else share,
             seed=options["seed"] or 0,
-            progress=bar.update,
+            progress=bar,
         )
     echo(f"{path}: its weights are random, only its speed means anything", err=True)
     return path

@@ -12,6 +12,7 @@ import click
 
 from ..errors import ProfileError, RazorError
 from .chat_status import describe, numbers
+from .interrupt import stop_on_interrupt
 from .params import (
     DEFAULT_MODEL,
     FLASH_ATTN,
@@ -22,14 +23,14 @@ from .params import (
     flash_attention,
     model_argument,
 )
-from .terminal import echo, say
+from .terminal import ProgressBar, echo, say
 
 if TYPE_CHECKING:
     from ..chat import Chat
+    from ..common.progress import Progress, Stop
     from ..llama import Llama
 
-# begins an answer, given what is called while the prompt is read: chat.regenerate and the like
-Begin = Callable[[Callable[[int, int], object]], Iterator[str]]
+    Begin = Callable[[Progress, Stop], Iterator[str]]  # begins an answer, as chat.regenerate
 
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
 
@@ -189,9 +190,8 @@ def _read_stdin() -> str:
 
 
 def _load(path: Path, options: dict[str, Any]) -> Llama:
-    from ..common.interrupt import on_interrupt
+    from ..common.progress import check_stop
     from ..model_file import ModelFile
-    from .terminal import ProgressBar
 
     n_ctx, model = options["ctx_size"], ModelFile(path)
     try:
@@ -204,39 +204,34 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
         say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
     from ..llama import Llama
 
-    interrupted: list[bool] = []
-    try:
-        with ProgressBar("loading") as bar, on_interrupt(lambda: interrupted.append(True)):
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
 
-            def progress(part: float) -> bool:
-                bar.update(part, 1)
-                return not interrupted
+        def progress(part: float) -> None:
+            bar(part, 1.0, "loading the model")
+            check_stop(stop)
 
-            return Llama(
-                model,
-                razor=options["sidecar"] or options["razor"],
-                budget=options["budget"],
-                progress=progress,
-                n_ctx=n_ctx,
-                n_gpu_layers=options["n_gpu_layers"],
-                n_threads=options["threads"],
-                n_threads_batch=options["threads"],
-                n_batch=options["batch_size"],
-                n_ubatch=options["ubatch_size"],
-                type_k=options["cache_type_k"],
-                type_v=options["cache_type_v"],
-                flash_attn=flash_attention(
-                    options["flash_attn"],
-                    path,
-                    options["cache_type_k"],
-                    options["cache_type_v"],
-                    options["n_gpu_layers"],
-                ),
-            )
-    except RazorError:
-        if interrupted:
-            raise click.Abort() from None
-        raise
+        progress(0.0)
+        return Llama(
+            model,
+            razor=options["sidecar"] or options["razor"],
+            budget=options["budget"],
+            progress=progress,
+            n_ctx=n_ctx,
+            n_gpu_layers=options["n_gpu_layers"],
+            n_threads=options["threads"],
+            n_threads_batch=options["threads"],
+            n_batch=options["batch_size"],
+            n_ubatch=options["ubatch_size"],
+            type_k=options["cache_type_k"],
+            type_v=options["cache_type_v"],
+            flash_attn=flash_attention(
+                options["flash_attn"],
+                path,
+                options["cache_type_k"],
+                options["cache_type_v"],
+                options["n_gpu_layers"],
+            ),
+        )
 
 
 def _converse(llama: Llama, conversation: Chat) -> None:
@@ -276,11 +271,8 @@ def _answer(llama: Llama, conversation: Chat, begin: Begin, again: bool = False)
 
     again: it replaces the answer to the last message.
     """
-    from ..common.interrupt import on_interrupt
-    from .terminal import ProgressBar
-
-    with ProgressBar("reading the prompt") as bar, on_interrupt(conversation.stop):
-        for piece in begin(bar.update):
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
+        for piece in begin(bar, stop):
             bar.close()
             _write(piece)
     turn = conversation.last

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .interrupt import stop_on_interrupt
 from .params import DEFAULT_MODEL, THREADS, Number, Size, model_argument
-from .terminal import echo
+from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from ..evals.haystack import Haystack
     from ..model_file import ModelFile
     from ..model_shape import ModelShape
@@ -214,7 +211,7 @@ def convert(
         if sidecar:
             write_sidecar(file, output, profile, force)
         else:
-            with _Bar(f"Writing {output.name}") as bar:
+            with ProgressBar() as bar:
                 output = write_copy(file, output, profile, force, bar)
     if profile.scope is not None:
         from ..converters.head_map import scope_line
@@ -275,13 +272,10 @@ def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None
 
 def _profile_from_weights(model: ModelFile, epsilon: float | None) -> Profile:
     from ..converters.alibi import DEFAULT_EPSILON, profile_from_weights
-    from .terminal import TimeLeft
 
-    with TimeLeft() as show:
+    with ProgressBar() as bar:
         return profile_from_weights(
-            model,
-            epsilon=DEFAULT_EPSILON if epsilon is None else epsilon,
-            progress=partial(show, "computing the scopes"),
+            model, epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, progress=bar
         )
 
 
@@ -379,15 +373,15 @@ def _prove(
     proof, why = None, "--no-proof"
     if not given["no_proof"]:
         from ..evals.proof import prove
-        from .terminal import TimeLeft
 
         names = {"threads": "n_threads", "n_gpu_layers": "n_gpu_layers"}
         options = {to: given[name] for name, to in names.items() if given[name] is not None}
         try:
-            with TimeLeft() as show:
+            with ProgressBar() as bar, stop_on_interrupt() as stop:
                 proof = prove(
-                    model, profile, may_change=by_score, haystack=haystack, progress=show, **options
-                )
+                    model, profile, may_change=by_score, haystack=haystack, progress=bar, stop=stop,
+                    **options,
+                )  # fmt: skip
         except RazorError as error:  # the heads are worth keeping all the same
             why = str(error)
     none = not (profile.flat() if proof is None else np.concatenate(proof.retrieval)).any()
@@ -431,48 +425,10 @@ def _prove(
 
 def _measure(model: ModelFile, given: dict[str, Any]) -> Scores:
     from ..converters.calibrate import calibrate
-    from .terminal import TimeLeft
 
     names = {"threads": "n_threads"} | {
         name: name for name in ("tokens", "repeats", "seed", "max_memory", "n_gpu_layers")
     }
     options = {to: given[name] for name, to in names.items() if given[name] is not None}
-    with TimeLeft() as show:
-        return calibrate(model, progress=partial(show, "measuring the heads"), **options)
-
-
-class _Bar:
-    """A progress bar on a terminal's stderr, shown only when the work takes more than 2 seconds."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.started = time.monotonic()
-        self.bar: Progress | None = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:
-            if time.monotonic() - self.started < 2:
-                return
-            from rich.markup import escape
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-
-            from .terminal import make_console
-
-            self.bar = Progress(
-                escape(self.text),
-                BarColumn(),
-                DownloadColumn(),
-                TimeRemainingColumn(),
-                console=make_console(stderr=True),
-                transient=True,
-            )
-            self.task = self.bar.add_task(self.text, total=total)
-            self.bar.start()
-        self.bar.update(self.task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
+        return calibrate(model, progress=bar, stop=stop, **options)

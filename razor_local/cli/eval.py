@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RazorError
+from .interrupt import stop_on_interrupt
 from .params import (
     DEFAULT_MODEL,
     THREADS,
@@ -22,7 +23,7 @@ from .params import (
     report_kind,
     write_report,
 )
-from .terminal import echo
+from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
     from ..common.journal import Journal
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..evals.questions import Sample
     from ..evals.report import Report
     from ..model_shape import ModelShape
-    from .terminal import TimeLeft
 
 PATH = click.Path(path_type=Path)
 MAX_LENGTH = 32768  # of the default lengths
@@ -242,8 +242,8 @@ def needle(model: Path | None, **options: Any) -> None:
         seed=options["seed"],
     )
     haystack = _haystack(options)
-    with run.progress() as show:
-        samples = make_samples(settings, haystack, Prompts(run.setup.file), _making(show))
+    with run.progress() as bar:
+        samples = make_samples(settings, haystack, Prompts(run.setup.file), bar)
         described = {
             "tasks": settings.kinds,
             "depths": settings.depths,
@@ -251,7 +251,7 @@ def needle(model: Path | None, **options: Any) -> None:
             "facts": settings.facts,
             "max_tokens": settings.max_tokens,
         }
-        report = run.ask("needle", samples, score, show, described | _describe_haystack(haystack))
+        report = run.ask("needle", samples, score, bar, described | _describe_haystack(haystack))
     run.finish(report)
 
 
@@ -304,14 +304,14 @@ def ruler(model: Path | None, **options: Any) -> None:
         seed=options["seed"],
     )
     haystack = _haystack(options)
-    with run.progress() as show:
-        samples = make_samples(settings, haystack, Prompts(run.setup.file), _making(show))
+    with run.progress() as bar:
+        samples = make_samples(settings, haystack, Prompts(run.setup.file), bar)
         described = {
             "tasks": settings.tasks,
             "samples": settings.samples,
             "max_tokens": settings.max_tokens,
         }
-        report = run.ask("ruler", samples, score, show, described | _describe_haystack(haystack))
+        report = run.ask("ruler", samples, score, bar, described | _describe_haystack(haystack))
     run.finish(report)
 
 
@@ -375,29 +375,32 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     run = _Run(model, options, [text])
     n_ctx = context_size(run.shape, options["ctx_size"])
     stride = options["stride"] or n_ctx
-    content = read_text(run.setup, text)
-    windows = make_windows(len(content.tokens), n_ctx, stride, options["windows"])
-    head = describe_run(
-        "perplexity",
-        run.setup,
-        run.shape,
-        run.policies,
-        seed=options["seed"],
-        text=text.name,
-        text_sha256=hashlib.sha256(content.tokens.tobytes()).hexdigest()[:16],
-        n_tokens=len(content.tokens),
-        n_ctx=n_ctx,
-        stride=stride,
-        n_windows=len(windows),
-    )
-    with open_journal(options["resume"], head) as journal, run.progress() as show:
-        run_perplexity(
-            run.setup, run.shape, run.policies, content, windows, n_ctx, journal, head, show
+    with run.progress() as bar:
+        bar(0, 1, "reading the text")
+        content = read_text(run.setup, text)
+        windows = make_windows(len(content.tokens), n_ctx, stride, options["windows"])
+        head = describe_run(
+            "perplexity",
+            run.setup,
+            run.shape,
+            run.policies,
+            seed=options["seed"],
+            text=text.name,
+            text_sha256=hashlib.sha256(content.tokens.tobytes()).hexdigest()[:16],
+            n_tokens=len(content.tokens),
+            n_ctx=n_ctx,
+            stride=stride,
+            n_windows=len(windows),
         )
-        try:
-            run_facts(run.setup, run.shape, run.policies, n_ctx, journal, show)
-        except RazorError as error:  # all windows are read
-            echo(f"Note: no facts were planted: {error}.", err=True)
+        with open_journal(options["resume"], head) as journal, stop_on_interrupt() as stop:
+            run_perplexity(
+                run.setup, run.shape, run.policies, content, windows, n_ctx, journal, head, bar,
+                stop,
+            )  # fmt: skip
+            try:
+                run_facts(run.setup, run.shape, run.policies, n_ctx, journal, bar, stop)
+            except RazorError as error:  # all windows are read
+                echo(f"Note: no facts were planted: {error}.", err=True)
     assert journal.head is not None
     report = PerplexityReport(journal.head, journal.records)
     run.write(format_report(report, run.kind))
@@ -466,7 +469,7 @@ def longbench(model: Path | None, folder: Path, **options: Any) -> None:
     run = _Run(model, options, folder.glob("*.jsonl"))
     trained = min(run.shape.n_ctx_train or MAX_LENGTH, MAX_LENGTH)
     n_ctx = padded_n_ctx(run.shape, options["ctx_size"] or trained)
-    with run.progress() as show:
+    with run.progress() as bar:
         bench = LongBench(
             folder,
             Prompts(run.setup.file),
@@ -475,7 +478,7 @@ def longbench(model: Path | None, folder: Path, **options: Any) -> None:
             n_samples=options["samples"],
             cut=options["cut_middle"],
             seed=options["seed"],
-            progress=_making(show),
+            progress=bar,
         )
         notes = [
             f"{n} questions of {name} do not fit and are left out"
@@ -491,7 +494,7 @@ def longbench(model: Path | None, folder: Path, **options: Any) -> None:
             "files_sha256": bench.digest,
             "notes": notes,
         }
-        report = run.ask("longbench", bench.samples, bench.score, show, described)
+        report = run.ask("longbench", bench.samples, bench.score, bar, described)
     run.finish(report)
 
 
@@ -543,14 +546,12 @@ class _Run:
         return tuple(chosen)
 
     @contextmanager
-    def progress(self) -> Iterator[TimeLeft]:
-        from .terminal import TimeLeft
-
-        with TimeLeft() as show:
+    def progress(self) -> Iterator[ProgressBar]:
+        with ProgressBar() as bar:
             try:
-                yield show
+                yield bar
             except KeyboardInterrupt:
-                show.close()
+                bar.close()
                 journal = self.options["resume"]
                 echo(
                     "Interrupted; nothing was kept, next time use --resume FILE."
@@ -565,7 +566,7 @@ class _Run:
         what: str,
         samples: Sequence[Sample],
         score: Callable[[Sample, list[str]], float],
-        show: TimeLeft,
+        bar: ProgressBar,
         settings: dict[str, Any],
     ) -> Report:
         from ..evals.report import Report
@@ -575,8 +576,8 @@ class _Run:
         settings["lengths"] = sorted({sample.length for sample in samples})
         head = describe_run(what, self.setup, self.shape, self.policies, **settings)
         journal: Journal
-        with open_journal(self.options["resume"], head) as journal:
-            run_questions(self.setup, self.policies, samples, score, journal, head, show)
+        with open_journal(self.options["resume"], head) as journal, stop_on_interrupt() as stop:
+            run_questions(self.setup, self.policies, samples, score, journal, head, bar, stop)
         assert journal.head is not None
         return Report(journal.head, journal.records)
 
@@ -601,7 +602,3 @@ def _haystack(options: dict[str, Any]) -> Any:
 
 def _describe_haystack(haystack: Any) -> dict[str, str]:
     return {"haystack": haystack.name, "haystack_sha256": haystack.digest}
-
-
-def _making(show: TimeLeft) -> Callable[[int, int], None]:
-    return lambda done, total: show(f"writing the texts, {done:,} of {total:,}", 0.0, None)

@@ -14,7 +14,7 @@ from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
 from ..printable import printable
 from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, ContextSize, Number, Size, model_argument
-from .terminal import echo, make_console, table_console
+from .terminal import ProgressBar, echo, table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,10 +121,7 @@ def fit(model: Path, **given: Any) -> None:
 
     from ..fit import MAX_DRY_RUN, ContextOptions, DryModel, make_candidates, no_room
 
-    with (
-        make_console(stderr=True).status("planning"),
-        DryModel(model, n_gpu_layers=given["n_gpu_layers"]) as dry,
-    ):
+    with ProgressBar() as bar, DryModel(model, n_gpu_layers=given["n_gpu_layers"]) as dry:
         n_ctx = given["ctx_size"] if isinstance(given["ctx_size"], int) else None
         memories = _memories(dry, given)
         profile, source = _profile(dry, given["sidecar"], given["budget"])
@@ -144,12 +141,14 @@ def fit(model: Path, **given: Any) -> None:
         if not runs:
             raise RazorError(candidates[0].refused)
         n_max = MAX_DRY_RUN if given["beyond"] else 0
-        found: dict[str, list[Need | None]] = {
-            c.name: [dry.need(n_ctx, c.options)]
-            if n_ctx is not None
-            else [dry.largest(memory.limits, c.options, n_max) for memory in memories]
-            for c in runs
-        }
+        found: dict[str, list[Need | None]] = {}
+        for done, c in enumerate(runs):
+            bar(done, len(runs), "planning")
+            found[c.name] = (
+                [dry.need(n_ctx, c.options)]
+                if n_ctx is not None
+                else [dry.largest(memory.limits, c.options, n_max) for memory in memories]
+            )
         if len(memories) == 1 and not any(needs[0] for needs in found.values()):
             raise RazorError(no_room(dry, memories[0].limits, runs[-1].options))
         if given["plot"] is not None:

@@ -16,7 +16,7 @@ from ..gguf.hyper_parameters import MAX_N_CTX
 from ..model_setup import DEFAULT_MODEL as DEFAULT_MODEL
 from ..plan import KV_TYPES
 from ..printable import printable
-from .terminal import echo
+from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
     from ..model_setup import ModelSetup
@@ -192,16 +192,15 @@ def download_model(model: ModelName) -> Path:
     """Download a model and show how far that is."""
     from ..models import download
     from ..models.hub import unfinished
-    from .terminal import ProgressBar
 
     def announce(what: Download) -> None:
         license_name = f", license {what.license}" if what.license else ""
         line = f"{what.name} ({what.source}, {size_text(what.n_bytes)}{license_name})"
         echo(printable(f"downloading {line} to {what.folder}", one_line=True), err=True)
 
-    with ProgressBar(f"downloading {model}") as bar:
+    with ProgressBar() as bar:
         try:
-            return download(model, bar.update, announce)
+            return download(model, bar, announce)
         except KeyboardInterrupt:
             bar.close()
             if unfinished(model.repo):

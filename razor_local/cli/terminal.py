@@ -1,4 +1,4 @@
-"""The terminal side of the commands: reading messages, pasted texts too, progress bars, tables.
+"""The terminal side of the commands: reading messages, pasted texts too, the progress bar, tables.
 
 Messages and bars are written to stderr; stdout is for answers and tables. All text goes through
 printable(), because names in model files and generated text may hold codes that a terminal obeys.
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 100  # columns that tables may take at least: a narrow terminal folds lines, and cuts none
+BAR_DELAY = 0.5  # seconds, in which most work is done
 BLOCK = '"""'  # begins and ends a message of several lines
 MAX_LINES = 10  # of a text that is shown when a message is changed; longer ones get a marker
 
@@ -202,31 +204,25 @@ class MessageReader:
 
 
 class ProgressBar:
-    """One line of progress that vanishes when it is done.
+    """The progress of a command: one line on stderr that vanishes when the work is done.
 
-    Nothing where stderr is not a terminal, or one that cannot move its cursor, and where all is
-    done within half a second.
+    Call it as a common.progress.Progress. It appears after half a second. Where stderr is not a
+    terminal, or one that cannot move its cursor, a line is printed every minute instead.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._created = time.monotonic()
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._done = self._total = 0.0
+        self._label = ""
+        self._began = 0.0, 0.0  # when this part of the work began, and what was done then
+        self._shown = time.monotonic()
         self._bar: Any = None
-        self._task: Any = None
-
-    def update(self, done: float, total: float) -> None:
-        if self._bar is None:
-            quick = time.monotonic() - self._created < 0.5
-            if quick or done >= total or not sys.stderr.isatty() or is_dumb():
-                return
-            self._bar = self._start()
-            self._task = self._bar.add_task(self._what, total=total)
-        self._bar.update(self._task, completed=done, total=total, refresh=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        # the next call may come after a long computation, so it is not left to that to show the bar
+        self._delay: threading.Timer | None = None
+        if _can_show_bars():
+            self._delay = threading.Timer(BAR_DELAY, self._appear)
+            self._delay.daemon = True
+            self._delay.start()
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -234,58 +230,40 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @staticmethod
-    def _start() -> Any:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=make_console(stderr=True, force_terminal=True),
-            transient=True,
-            auto_refresh=False,  # no thread beside the computation
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        bar.start()
-        return bar
-
-
-class TimeLeft:
-    """Part done, time left and what is going on: a bar on a terminal, elsewhere a line a minute."""
-
-    def __init__(self) -> None:
-        self._said = time.monotonic()
-        self._bar: Any = None
-
-    def __enter__(self) -> TimeLeft:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __call__(self, done: float, total: float, label: str) -> None:
+        with self._lock:
+            now, label = time.monotonic(), printable(label, one_line=True)
+            if total != self._total or done < self._done:
+                self._began = now, done
+            is_new = label != self._label or done >= total
+            self._done, self._total, self._label = done, total, label
+            if not _can_show_bars():
+                if now - self._shown >= 60:
+                    self._shown = now
+                    parts = [f"{self._part():.0%}", self._left()]
+                    echo(f"{', '.join(filter(None, parts))}: {label}", err=True)
+            elif self._delay is None and (is_new or now - self._shown >= 0.1):
+                self._draw()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        with self._lock:
+            if self._delay is not None:
+                self._delay.cancel()
+                self._delay = None
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
 
-    def __call__(self, what: str, part: float, seconds_left: float | None) -> None:
-        what = printable(what, one_line=True)
-        left = "" if seconds_left is None else f"{_minutes(seconds_left)} left"
-        if not sys.stderr.isatty() or is_dumb():
-            if time.monotonic() - self._said >= 60:
-                self._said = time.monotonic()
-                echo(f"{part:.0%}{', ' if left else ''}{left}: {what}", err=True)
-            return
+    def _appear(self) -> None:
+        with self._lock:
+            if self._delay is not None:  # not closed meanwhile
+                self._delay = None
+                self._draw()
+
+    def _draw(self) -> None:
         if self._bar is None:
+            if self._done >= self._total:
+                return
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
             self._bar = Progress(
@@ -293,13 +271,37 @@ class TimeLeft:
                 TaskProgressColumn(),
                 TextColumn("{task.fields[left]}"),
                 TextColumn("{task.description}", markup=False),
-                console=make_console(stderr=True),
+                console=make_console(stderr=True, force_terminal=True),
                 transient=True,
                 auto_refresh=False,  # no thread beside the computation
+                redirect_stdout=False,  # it may be another file than stderr
             )
-            self._task = self._bar.add_task(what, total=1.0, left="")
+            self._task = self._bar.add_task("", total=1.0, left="")
             self._bar.start()
-        self._bar.update(self._task, description=what, completed=part, left=left, refresh=True)
+        self._shown = time.monotonic()
+        self._bar.update(
+            self._task,
+            description=self._label,
+            completed=self._part(),
+            left=self._left(),
+            refresh=True,
+        )
+
+    def _part(self) -> float:
+        """The part that is done, from 0 to 1."""
+        return min(self._done / self._total, 1.0) if self._total else 0.0
+
+    def _left(self) -> str:
+        """The time that is left, by what was done so far; "" as long as that says little."""
+        seconds, done = time.monotonic() - self._began[0], self._done - self._began[1]
+        if seconds < 1 or done <= 0:
+            return ""
+        return f"{_minutes(seconds / done * (self._total - self._done))} left"
+
+
+def _can_show_bars() -> bool:
+    """Return True if stderr is a terminal whose cursor can be moved."""
+    return sys.stderr is not None and sys.stderr.isatty() and not is_dumb()
 
 
 def _minutes(seconds: float) -> str:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .interrupt import stop_on_interrupt
 from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, THREADS, flash_attention, model_argument
-from .terminal import echo
+from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
     from ..verify.result import Verification
-    from .terminal import ProgressBar
 
 PATH = click.Path(path_type=Path)
 
@@ -117,7 +117,7 @@ def verify(
     from ..verify.run import verify as run
 
     content = None if text is None else read_text_file(text)
-    with _Bars() as bars:
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
         result = run(
             model,
             n_ctx=ctx_size,
@@ -133,7 +133,8 @@ def verify(
             n_ubatch=min(ubatch_size, batch_size),
             n_threads=threads,
             n_gpu_layers=n_gpu_layers,
-            progress=bars,
+            progress=bar,
+            stop=stop,
         )
     if as_json:
         echo(json.dumps(result.to_dict(), indent=2))
@@ -143,30 +144,6 @@ def verify(
         raise click.ClickException(result.verdict.removeprefix("FAIL: "))
     if not as_json:
         echo(result.verdict)
-
-
-class _Bars:
-    """A progress bar for each part of the work, one after the other."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._bar: ProgressBar | None = None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __call__(self, what: str, done: float, total: float) -> None:
-        from .terminal import ProgressBar
-
-        if what != self._what:
-            self.__exit__()
-            self._what, self._bar = what, ProgressBar(what)
-        assert self._bar is not None
-        self._bar.update(done, total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def _print(result: Verification) -> None:

@@ -6,15 +6,17 @@ import errno
 import os
 import secrets
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import RazorError
+
+# Wraps the writing of files that are not complete yet, given their paths as they are then. The
+# command line, which handles signals, sets it to remove them when it is terminated.
+guard: Callable[[list[Path]], AbstractContextManager[Any]] = nullcontext
 
 
 def cache_folder() -> Path:
@@ -46,7 +48,7 @@ def new_file(
     check_new_file(path, n_bytes=n_bytes)
     fd, part = create_part(path)
     try:
-        with open(fd, "wb") as file, removed_if_terminated([part]):
+        with open(fd, "wb") as file, guard([part]):
             yield file
             file.flush()
             os.fsync(fd)
@@ -92,30 +94,6 @@ def publish(part: Path, path: Path, replace: bool) -> None:
         os.replace(part, path)
     else:
         os.unlink(part)
-
-
-@contextmanager
-def removed_if_terminated(paths: list[Path]) -> Iterator[None]:
-    """Within the block SIGTERM removes paths (as they are then) before it ends the process.
-
-    Where the program has a handler of its own, or outside the main thread, it changes nothing.
-    """
-    here = threading.current_thread() is threading.main_thread()
-    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def end(*_: object) -> None:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def check_new_file(

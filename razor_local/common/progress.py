@@ -1,28 +1,47 @@
-"""How far a long run is, and how long it still takes."""
+"""How the caller of a long operation follows it, and how it ends it."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
-Progress = Callable[[str, float, "float | None"], object]  # what, part done, seconds left
+from ..errors import Stopped
+
+# progress(done, total, label) is called often while an operation runs, in the thread that runs it.
+#   done, total: work in any unit that is about proportional to time, such as tokens or bytes;
+#     where total changes, or done becomes less, another part of the work has begun
+#   label: what is going on, a few words in lower case
+# Its result is ignored. What it raises ends the operation, which raises it.
+Progress = Callable[[float, float, str], object]
+
+# stop() is asked often, from inside of computations too. Once it is true the operation ends at the
+# next safe point and raises Stopped, unless it says what it returns then. What was saved is kept.
+Stop = Callable[[], bool]
+
+
+def silent(done: float, total: float, label: str) -> None:
+    """Report nothing."""
+
+
+def check_stop(stop: Stop | None) -> None:
+    """Raise Stopped if stop() is true."""
+    if stop is not None and stop():
+        raise Stopped
 
 
 class Clock:
-    """Tells the progress, and the time left by what was done so far.
+    """Add up what is done of a run of many steps, and report it.
 
-    total: the cost of the whole run, in any unit that is about proportional to time.
+    Args:
+        total: the cost of the whole run, in any unit that is about proportional to time.
     """
 
-    def __init__(self, progress: Progress, total: float) -> None:
-        self._progress, self._total, self._done = progress, max(total, 1e-9), 0.0
-        self._started = time.monotonic()
+    def __init__(self, progress: Progress | None, total: float) -> None:
+        self._progress, self._total, self._done = progress or silent, total, 0.0
 
-    def show(self, what: str) -> None:
-        part, left = self._done / self._total, None
-        if self._done:
-            left = (time.monotonic() - self._started) / part * (1 - part)
-        self._progress(what, part, left)
+    def show(self, label: str) -> None:
+        """Report what is going on."""
+        self._progress(self._done, self._total, label)
 
     def done(self, cost: float) -> None:
+        """Add the cost of a step."""
         self._done += cost

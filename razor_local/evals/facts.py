@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import native
-from ..common.interrupt import on_interrupt
 from ..common.machine import n_cores
-from ..common.progress import Progress
+from ..common.progress import Progress, Stop
 from ..errors import RazorError, UnsupportedError
 from ..model_shape import ModelShape
 from ..native.models import load_model, new_context
@@ -291,33 +290,22 @@ class Examiner:
         exam: Exam,
         n_threads: int | None,
         n_gpu_layers: int,
-        progress: Progress,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
     ) -> None:
         from llama_cpp import llama_cpp as C
 
         self._path, self._shape, self._exam, self._C = path, shape, exam, C
         self._n_threads, self._n_gpu_layers = n_threads or n_cores(), n_gpu_layers
-        self._progress = progress
         self._lib = native.load()
+        self._probe = _FactProbe(self._lib.lib, C, shape, progress, stop)
         self._stack = ExitStack()
 
     def __enter__(self) -> Examiner:
         self._C.llama_backend_init()
-        probe = _FactProbe(self._lib.lib, self._C, self._shape)
-        with ExitStack() as stack:
-            stack.enter_context(on_interrupt(probe.interrupt))
-            self._model = stack.enter_context(
-                load_model(
-                    self._lib,
-                    self._C,
-                    self._path,
-                    self._n_gpu_layers,
-                    probe.load_callback,
-                    probe.check,
-                )
-            )
-            self._probe = probe
-            self._stack = stack.pop_all()
+        self._model = self._stack.enter_context(
+            load_model(self._lib, self._C, self._path, self._n_gpu_layers, self._probe)
+        )
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -386,12 +374,12 @@ class Examiner:
         work = [min(N_UBATCH, n_prefix - i) for i in range(0, n_prefix, N_UBATCH)]
         work += [len(question.tokens) for question in exam.questions]
         done = 0
-        self._progress(what, 0.0, None)
+        probe.progress(done, sum(work), what)
         for start in range(0, n_prefix, N_UBATCH):
             part = exam.prefix[start : start + N_UBATCH]
             self._decode(ctx, start, part, np.zeros(len(part), np.int8))
             done += len(part)
-            self._progress(what, done / sum(work), None)
+            probe.progress(done, sum(work), what)
         size = C.llama_state_get_size(ctx)
         state = (ctypes.c_uint8 * size)()
         size = C.llama_state_get_data(ctx, state, size)
@@ -420,7 +408,7 @@ class Examiner:
             log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
             logprob.append(float((logits[np.arange(n), value] - log_sum).sum()))
             done += len(question.tokens)
-            self._progress(what, done / sum(work), None)
+            probe.progress(done, sum(work), what)
         return Outcome(np.array(found), np.array(logprob))
 
     def _decode(self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray) -> None:
@@ -438,8 +426,15 @@ class _FactProbe(AttentionProbe):
 
     fact = (0, 0)
 
-    def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape) -> None:
-        super().__init__(lib, C, shape)
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        C: Any,
+        shape: ModelShape,
+        progress: Progress | None,
+        stop: Stop | None,
+    ) -> None:
+        super().__init__(lib, C, shape, progress, stop)
         self.sums = [np.zeros(n) for n in shape.n_head]
 
     def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:

@@ -24,6 +24,7 @@ from random import Random
 from typing import Any
 
 from ..common.inputs import open_input
+from ..common.progress import Progress, silent
 from ..errors import RazorError, UnsupportedError
 from .questions import Prompts, Question, Sample, message
 
@@ -136,7 +137,7 @@ class LongBench:
         n_samples: int | None = None,
         cut: bool = False,
         seed: int = 0,
-        progress: Callable[[int, int], object] = lambda done, total: None,
+        progress: Progress | None = None,
     ) -> None:
         files = _find_files(Path(folder), names)
         for name in files:
@@ -151,8 +152,9 @@ class LongBench:
             for name, file in files.items()
             for index, item in _chosen(_read(file, digest), n_samples, f"{seed}/{name}")
         ]
+        report = progress or silent
         for done, (name, index, item) in enumerate(items):
-            progress(done, len(items))
+            report(done, len(items), "writing the texts")
             self._add(prompts, n_ctx, cut, name, index, item)
         self.names = list(files)
         self.digest = digest.hexdigest()[:16]

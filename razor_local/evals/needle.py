@@ -12,11 +12,12 @@ A question is answered right when the number stands in the answer, not as a part
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from ..common.progress import Progress, silent
 from ..errors import RazorError
 from .haystack import Haystack
 from .questions import Prompts, Question, Sample, fit_text
@@ -105,7 +106,7 @@ def make_samples(
     settings: NeedleSettings,
     haystack: Haystack,
     prompts: Prompts,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> list[Sample]:
     """All samples, those of one length together and those of one text behind each other.
 
@@ -118,9 +119,10 @@ def make_samples(
         for depth in settings.depths
         for index in range(settings.samples)
     ]
+    report = progress or silent
     samples = []
     for i, cell in enumerate(cells):
-        progress(i, len(cells))
+        report(i, len(cells), "writing the texts")
         samples += _Cell(settings, haystack, prompts, *cell).samples()
     return samples
 

@@ -26,7 +26,7 @@ from ..common.inputs import read_text_file
 from ..common.journal import Journal
 from ..common.machine import free_memory
 from ..common.markdown import markdown_table
-from ..common.progress import Clock, Progress
+from ..common.progress import Clock, Progress, Stop, check_stop, silent
 from ..errors import RazorError
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
@@ -117,12 +117,13 @@ def run_perplexity(
     n_ctx: int,
     journal: Journal,
     head: dict[str, Any],
-    progress: Progress = lambda what, part, left: None,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> None:
     """Adds a record for each policy and window that the journal does not hold yet.
 
     As many policies as have room in memory read each window together, beside a full f16 cache.
-    Raises RazorError where a context cannot be created.
+    Raises RazorError where a context cannot be created, Stopped between two batches.
     """
     done = {(r["policy"], r["window"]) for r in journal.records if r["kind"] == "window"}
     groups = _groups(shape, policies, n_ctx, text.n_vocab, setup.n_gpu_layers)
@@ -142,7 +143,7 @@ def run_perplexity(
             sides: dict[str, Any] = {}
             for policy in (REFERENCE, *group):
                 if policy.name not in sides:
-                    llama = open_llama(setup, policy, n_ctx, n_batch=N_BATCH)
+                    llama = open_llama(setup, policy, n_ctx, stop, n_batch=N_BATCH)
                     stack.callback(llama.close)
                     sides[policy.name] = llama
             for policy in group:
@@ -150,7 +151,7 @@ def run_perplexity(
                 if not journal.has(cache):
                     journal.add(cache | describe_cache(sides[policy.name]))
             for window in some:
-                found = _read_window(sides, text.window(window), window.first, clock)
+                found = _read_window(sides, text.window(window), window.first, clock, stop)
                 sums = [found[policy.name] for policy in group]
                 for policy, blocks in zip(group, sums, strict=True):
                     if (policy.name, window.start) not in done:
@@ -166,13 +167,14 @@ def run_facts(
     policies: Sequence[Policy],
     n_ctx: int,
     journal: Journal,
-    progress: Progress = lambda what, part, left: None,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> None:
     """Add a record of the planted facts that each policy finds, where the journal has none.
 
     All facts are placed where the local heads of every policy have folded them. If no policy has
     local heads, the last third of the text is left free. Raises UnsupportedError where a context is
-    too short for that.
+    too short for that, Stopped.
     """
     some = [p for p in policies if not journal.has({"kind": "facts", "policy": p.name})]
     if not some:
@@ -181,9 +183,10 @@ def run_facts(
     plans = [policy.plan(shape, n_ctx) for policy in policies]
     reach = max((p.window + p.block for p in plans if p.active), default=n_tokens // 3)
     sinks = max((p.sink_tokens for p in plans if p.active), default=0)
+    (progress or silent)(0, 1, "planting facts")
     exam = make_exam(Prompts(setup.file), MadeText(), n_tokens, reach, sinks)
     with Examiner(
-        Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress
+        Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress, stop
     ) as examiner:
         for policy in some:
             outcome = examiner.ask(
@@ -225,7 +228,7 @@ def _groups(
 
 
 def _read_window(
-    sides: dict[str, Any], tokens: np.ndarray, first: int, clock: Clock
+    sides: dict[str, Any], tokens: np.ndarray, first: int, clock: Clock, stop: Stop | None
 ) -> dict[str, dict[str, np.ndarray]]:
     """For each side sums over the blocks of a window, see _compare(). The first is the reference.
 
@@ -243,6 +246,7 @@ def _read_window(
         targets = tokens[positions[counted]]
         full: np.ndarray | None = None
         for side, llama in sides.items():
+            check_stop(stop)
             clock.show(f"{side}, {start:,} of {n:,} tokens")
             for logits in llama.eval_logits(batch.tolist(), counted):  # one batch, or no row of it
                 ours = log_softmax(logits)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..common.progress import Progress
+from ..common.progress import Progress, Stop, silent
 from ..errors import UnsupportedError
 from ..model_file import open_model
 from ..plan import Plan, make_plan
@@ -104,7 +104,8 @@ def prove(
     haystack: Haystack | None = None,
     n_threads: int | None = None,
     n_gpu_layers: int = -1,
-    progress: Progress = lambda what, part, left: None,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Proof:
     """Plant facts, compare the profile's heads with the full cache, and change them if they lose.
 
@@ -120,7 +121,7 @@ def prove(
     Raises:
         UnsupportedError: the model cannot be examined: it has no tokenizer, or its context is too
             short to hold the facts.
-        KeyboardInterrupt: Ctrl-C, between two operations of the computation.
+        Stopped: between two operations of the computation.
         RazorError, GGUFError, OSError.
     """
     model = open_model(model_path)
@@ -132,6 +133,7 @@ def prove(
         raise UnsupportedError(
             f"a context of {plan.n_ctx:,} tokens drops nothing ({plan.why_inactive})"
         )
+    (progress or silent)(0, 1, "planting facts")
     exam = make_exam(
         Prompts(model),
         haystack or MadeText(),
@@ -139,7 +141,7 @@ def prove(
         base.window_min + plan.block,
         base.sink_tokens,
     )
-    with Examiner(model.path, shape, exam, n_threads, n_gpu_layers, progress) as examiner:
+    with Examiner(model.path, shape, exam, n_threads, n_gpu_layers, progress, stop) as examiner:
         full, per_query_head = examiner.full()
         fact_scores = group_max(per_query_head, shape.n_head, shape.n_head_kv)
 

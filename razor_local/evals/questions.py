@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..chat import Chat, Message, Sampling, chat_template
-from ..errors import RazorError, UnsupportedError
+from ..common.progress import Progress, Stop
+from ..errors import RazorError, Stopped, UnsupportedError
 from ..llama import Llama
 
 N_FIT = 6  # attempts to reach a length: the tokens of pieces do not quite add up
@@ -231,15 +232,15 @@ class Answerer:
         self._render = renderer(llama)
         bos = bos_text(llama)
         self._raw = lambda messages: bos + "".join(m["content"] for m in messages)
-        self._chat: Chat | None = None
-        self._stopped = False
 
-    def ask(self, sample: Sample, progress: Callable[[], object]) -> list[str]:
+    def ask(
+        self, sample: Sample, progress: Progress | None = None, stop: Stop | None = None
+    ) -> list[str]:
         """The answers to the sample's questions. What the cache holds of its text is used again.
 
-        Raises KeyboardInterrupt where stop() was called, instead of unfinished answers.
+        Raises Stopped, instead of unfinished answers.
         """
-        chat = self._chat = Chat(
+        chat = Chat(
             self.llama,
             self._raw if sample.raw else self._render,
             max_tokens=sample.max_tokens,
@@ -249,20 +250,7 @@ class Answerer:
         answers = []
         for i, question in enumerate(sample.questions):
             text = sample.text if i == 0 else ""
-            self.check()
-            pieces = chat.say(message(text, question.text), lambda done, total: progress())
-            answers.append("".join(pieces))
-        self.check()
+            answers.append("".join(chat.say(message(text, question.text), progress, stop)))
+            if chat.last is not None and chat.last.ended == "stopped":
+                raise Stopped
         return answers
-
-    def stop(self) -> None:
-        """Ends what is being asked, from a signal handler: an exception there would be lost in the
-        callbacks of the computation."""
-        self._stopped = True
-        if self._chat is not None:
-            self._chat.stop()
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt where stop() was called."""
-        if self._stopped:
-            raise KeyboardInterrupt

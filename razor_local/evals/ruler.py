@@ -23,6 +23,7 @@ from itertools import count, islice
 from random import Random
 from typing import Any
 
+from ..common.progress import Progress, silent
 from ..errors import RazorError
 from .haystack import Haystack
 from .questions import Prompts, Question, Sample, fit_text, message
@@ -81,7 +82,7 @@ def make_samples(
     settings: RulerSettings,
     haystack: Haystack,
     prompts: Prompts,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> list[Sample]:
     """All samples, those of one length together. They depend on the settings, the haystack and the
     model's tokenizer alone. Raises RazorError where a task does not fit a length."""
@@ -91,9 +92,10 @@ def make_samples(
         for task in settings.tasks
         for index in range(settings.samples)
     ]
+    report = progress or silent
     samples = []
     for i, (length, task, index) in enumerate(cells):
-        progress(i, len(cells))
+        report(i, len(cells), "writing the texts")
         make, n_answer = TASKS[task]
         n_answer = settings.max_tokens or n_answer
         rng = Random(f"{settings.seed}/{task}/{length}/{index}")

@@ -6,14 +6,12 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.interrupt import on_interrupt
 from ..common.journal import Journal
 from ..common.machine import describe_code, describe_machine
-from ..common.progress import Clock, Progress
+from ..common.progress import Clock, Progress, Stop, check_stop
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..plan import N_CTX_PAD
@@ -99,13 +97,14 @@ def run_questions(
     score: Callable[[Sample, list[str]], float],
     journal: Journal,
     head: dict[str, Any],
-    progress: Progress = lambda what, part, left: None,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> None:
     """Answers what the journal does not hold yet, length by length and policy by policy.
 
     A context is as large as its length, so that the window follows it. For each policy and length a
     record says what its cache takes, and for each sample one the answers and their score. Raises
-    RazorError where a context cannot be created.
+    RazorError where a context cannot be created, Stopped with the finished answers kept.
     """
     done = {
         (r["policy"], r["task"], r["length"], r["depth"], r["index"])
@@ -129,34 +128,35 @@ def run_questions(
             continue
         what = f"{policy.name}, {length:,} tokens"
         clock.show(f"{what}: loading")
-        answerer = Answerer(open_llama(setup, policy, length))
+        answerer = Answerer(open_llama(setup, policy, length, stop))
         try:
             cache = {"kind": "cache", "policy": policy.name, "length": length}
             if not journal.has(cache):
                 journal.add(cache | describe_cache(answerer.llama))
-            with on_interrupt(answerer.stop):
-                for sample, cost in zip(some, _costs(some), strict=True):
-                    depth = "" if sample.depth is None else f" at {sample.depth:g} %"
-                    tell = partial(clock.show, f"{what}: {sample.task}{depth}")
-                    answers = answerer.ask(sample, tell)
-                    journal.add(
-                        {"kind": "answer", "policy": policy.name}
-                        | sample.key()
-                        | {
-                            "n_prompt": sample.n_prompt,
-                            "expected": [list(question.answers) for question in sample.questions],
-                            "answers": answers,
-                            "score": score(sample, answers),
-                        }
-                    )
-                    clock.done(cost)
-            answerer.check()
+            for sample, cost in zip(some, _costs(some), strict=True):
+                depth = "" if sample.depth is None else f" at {sample.depth:g} %"
+                label = f"{what}: {sample.task}{depth}"
+                clock.show(label)
+                answers = answerer.ask(sample, lambda *_, label=label: clock.show(label), stop)
+                journal.add(
+                    {"kind": "answer", "policy": policy.name}
+                    | sample.key()
+                    | {
+                        "n_prompt": sample.n_prompt,
+                        "expected": [list(question.answers) for question in sample.questions],
+                        "answers": answers,
+                        "score": score(sample, answers),
+                    }
+                )
+                clock.done(cost)
         finally:
             answerer.llama.close()
 
 
-def open_llama(setup: ModelSetup, policy: Policy, n_ctx: int, **options: Any) -> Any:
-    """A razor_local.Llama with the policy's cache."""
+def open_llama(
+    setup: ModelSetup, policy: Policy, n_ctx: int, stop: Stop | None = None, **options: Any
+) -> Any:
+    """A razor_local.Llama with the policy's cache. Raises Stopped while it loads."""
     from ..llama import Llama
 
     return Llama(
@@ -165,6 +165,7 @@ def open_llama(setup: ModelSetup, policy: Policy, n_ctx: int, **options: Any) ->
         n_threads=setup.n_threads,
         n_threads_batch=setup.n_threads,
         n_gpu_layers=setup.n_gpu_layers,
+        progress=lambda _part: check_stop(stop),
         **policy.llama_args(),
         **options,
     )

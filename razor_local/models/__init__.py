@@ -10,14 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.progress import Progress
 from ..errors import RazorError
 from . import hub, local, wheels
 from .catalog import Entry
-from .hub import HubError, Progress
+from .hub import HubError
 from .names import ModelName, parse
 from .quants import model_files, quant_of
 
-__all__ = ["Download", "HubError", "Progress", "download", "parse", "resolve"]
+__all__ = ["Download", "HubError", "download", "parse", "resolve"]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, cast
 
 from ..common.files import check_room
+from ..common.progress import Progress, silent
 from ..errors import RazorError
-
-Progress = Callable[[int, int], object]  # bytes done, bytes in all
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHUNK = 1 << 20
@@ -209,12 +208,12 @@ def download(repo: Repo, files: list[RemoteFile], progress: Progress | None = No
         raise HubError(f"{endpoint()} names no commit of {repo.name}; correct HF_ENDPOINT")
     blobs.mkdir(parents=True, exist_ok=True)
     check_room(cache_folder() / Path(files[0].path).name, bytes_missing(repo, files))
+    report = progress or silent
     total, done = sum(file.size for file in files), 0
     for file in files:
 
         def show(n: int, done: int = done) -> None:
-            if progress is not None:
-                progress(done + n, total)
+            report(done + n, total, f"downloading {repo.name}")
 
         _fetch(repo, file, blobs / file.sha256, show)
         done += file.size

@@ -21,9 +21,10 @@ from typing import IO
 
 from ..common.child import python_command
 from ..common.files import cache_folder, check_room, new_file
+from ..common.progress import Progress, silent
 from ..errors import RazorError
 from .catalog import Entry, Wheel
-from .hub import CHUNK, Progress
+from .hub import CHUNK
 
 PIP = "import runpy; sys.argv[0] = 'pip'; runpy.run_module('pip', run_name='__main__')"
 
@@ -69,6 +70,7 @@ def download(entry: Entry, progress: Progress | None = None) -> Path:
 
 def _run_installer(wheel: Wheel, temp: Path, progress: Progress | None) -> None:
     """Let pip put the wheel, or uv its content, into temp/target; both check its sha256."""
+    report = progress or silent
     requirements, target, log = temp / "requirements.txt", temp / "target", temp / "log"
     pin = f"{wheel.package}=={wheel.version}"
     requirements.write_text(f"{pin} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
@@ -87,8 +89,8 @@ def _run_installer(wheel: Wheel, temp: Path, progress: Progress | None) -> None:
         child = subprocess.Popen(command, env=env, stdout=output, stderr=output)
         try:
             while child.poll() is None:
-                if progress is not None:
-                    progress(min(_size(temp), wheel.bytes), wheel.bytes)
+                done = min(_size(temp), wheel.bytes)
+                report(done, wheel.bytes, f"downloading {wheel.package}")
                 time.sleep(0.1)
         except BaseException:
             child.terminate()

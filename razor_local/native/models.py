@@ -11,27 +11,23 @@ from typing import Any
 import numpy as np
 
 from ..errors import RazorError
+from .callbacks import Control
 from .library import Native
 from .structs import Params
 
 
 @contextmanager
 def load_model(
-    lib: Native,
-    C: Any,
-    path: Path,
-    n_gpu_layers: int,
-    load_callback: Any,
-    check: Callable[[], None],
+    lib: Native, C: Any, path: Path, n_gpu_layers: int, control: Control
 ) -> Iterator[int]:
-    """The loaded model (a pointer). Raises RazorError, and what check() raises."""
+    """The loaded model (a pointer). Raises RazorError, and what control.check() raises."""
     params = C.llama_model_default_params()
     params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers < 0 else n_gpu_layers
-    params.progress_callback = load_callback
+    params.progress_callback = control.load_callback
     lib.clear_errors()
     model = C.llama_model_load_from_file(os.fsencode(path), params)
     try:
-        check()
+        control.check()
         if not model:
             raise RazorError(f"{path} could not be loaded ({lib.reason()})")
         yield model

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..common.machine import n_cores
+from ..common.progress import Progress, Stop
 from ..errors import RazorError, UnsupportedError
 from . import errors
+from .callbacks import Control
 from .library import Native, make_params
 from .models import new_context
 from .structs import Tensor
@@ -28,26 +30,29 @@ if TYPE_CHECKING:
 ATTENTION = b"kq_soft_max-"  # tensor name before the layer index; only without flash attention
 
 
-class AttentionProbe:
-    """Reads the attention of a running model head by head, and stops the model if asked to.
+class AttentionProbe(Control):
+    """Reads the attention of a running model head by head.
 
-    A subclass overrides on_head() and optionally on_layer(). Nothing may be raised into native
-    code: errors are kept and raised by check().
+    A subclass overrides on_head() and optionally on_layer().
 
     Attributes:
         wanted: whether the attention of the next decode() is read.
         position, n_part: first position and number of tokens of the current decode().
     """
 
-    def __init__(self, lib: ctypes.CDLL, C: Any, shape: ModelShape) -> None:
-        self.lib, self.C, self.shape = lib, C, shape
-        self.error: BaseException | None = None
-        self.stopped = False
+    def __init__(
+        self,
+        lib: ctypes.CDLL,
+        C: Any,
+        shape: ModelShape,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        super().__init__(C, progress, stop)
+        self.lib, self.shape = lib, shape
         self.wanted = False
         self.position = self.n_part = 0
-        self.eval_callback = C.ggml_backend_sched_eval_callback(self._on_eval)
-        self.abort_callback = C.ggml_abort_callback(lambda _data: self.stopped)
-        self.load_callback = C.llama_progress_callback(lambda _part, _data: not self.stopped)
+        self.eval_callback = self.watch(self._is_wanted, self._take)
         bind(lib)
 
     def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
@@ -55,14 +60,6 @@ class AttentionProbe:
 
     def on_layer(self, il: int) -> None:
         """Override to act after the last head of a layer."""
-
-    def interrupt(self) -> None:
-        self.error, self.stopped = KeyboardInterrupt(), True
-
-    def check(self) -> None:
-        """Raise what was raised in a callback."""
-        if self.error is not None:
-            raise self.error
 
     def decode(
         self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray | None = None
@@ -83,23 +80,17 @@ class AttentionProbe:
         self.C.llama_synchronize(ctx)
         return code
 
-    def _on_eval(self, tensor: int, ask: bool, _data: int | None) -> bool:
-        try:
-            if self.stopped or not self.wanted:
-                return False
-            name = self.lib.ggml_get_name(tensor)
-            if not name.startswith(ATTENTION) or not name[len(ATTENTION) :].isdigit():
-                return False
-            il = int(name[len(ATTENTION) :])
-            if il >= self.shape.n_layer:
-                return False
-            if not ask:
-                self._read_layer(tensor, il)
-                self.on_layer(il)
-            return True
-        except BaseException as error:
-            self.error, self.stopped = error, True
+    def _is_wanted(self, tensor: int) -> bool:
+        if not self.wanted:
             return False
+        name = self.lib.ggml_get_name(tensor)
+        layer = name[len(ATTENTION) :]
+        return name.startswith(ATTENTION) and layer.isdigit() and int(layer) < self.shape.n_layer
+
+    def _take(self, tensor: int) -> None:
+        il = int(self.lib.ggml_get_name(tensor)[len(ATTENTION) :])
+        self._read_layer(tensor, il)
+        self.on_layer(il)
 
     def _read_layer(self, pointer: int, il: int) -> None:
         """Read the attention of one layer in this ubatch: f32 [n_head, n_tokens, n_kv]."""

@@ -7,20 +7,17 @@ import re
 from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UnsupportedError
 from ..model_shape import ModelShape
+from ..native.callbacks import Control
 from ..native.structs import CustomParams, Tensor
 from ..native.tensors import F32, check_layout, read
 from ..plan import Plan
 from ..profile import Profile
 from . import reference
-
-if TYPE_CHECKING:
-    from .run import _Control
 
 KEYS_COMPARED = 8  # tokens of each ubatch whose keys tell which heads are stored
 
@@ -60,15 +57,14 @@ class Capture:
     def __init__(
         self,
         lib: ctypes.CDLL,
-        C: Any,
         shape: ModelShape,
         plan: Plan,
         positions: np.ndarray,
-        control: _Control,
+        control: Control,
     ) -> None:
         self.lib, self.shape, self.plan, self.control = lib, shape, plan, control
         self.positions = positions
-        self.eval_callback = C.ggml_backend_sched_eval_callback(self._on_eval)
+        self.eval_callback = control.watch(self._is_wanted, self._take)
         self.sizes = {
             (d, n)
             for il in range(shape.n_layer)
@@ -122,31 +118,26 @@ class Capture:
                 )
         return tuple(sentences)
 
-    def _on_eval(self, pointer: int, ask: bool, _data: int | None) -> bool:
-        try:
-            if self.control.error is not None:
-                return False
-            if not self.checked:
-                check_layout(self.lib, pointer)
-                self.checked = True
-            tensor = Tensor.from_address(pointer)
-            output = _OUTPUT.match(tensor.name.decode("utf-8", "replace"))
-            if not ask:
-                if output:
-                    self._finish(int(output[1]), pointer)
-                elif self._op(pointer) == "SET_ROWS":
-                    self._note_stored(tensor.src[0], tensor.src[1], tensor.view_src)
-                elif self._op(pointer) == "CUSTOM":
-                    self._note_stored(tensor.src[0], tensor.src[4], tensor.src[2])
-                else:
-                    self.copies[pointer] = read(self.lib, pointer)[0]
-                return True
-            return self._wanted(pointer, tensor) or bool(output)
-        except BaseException as error:
-            self.control.error = error
-            return False
+    def _take(self, pointer: int) -> None:
+        tensor, output = Tensor.from_address(pointer), _OUTPUT.match(self._name(pointer))
+        if output:
+            self._finish(int(output[1]), pointer)
+        elif self._op(pointer) == "SET_ROWS":
+            self._note_stored(tensor.src[0], tensor.src[1], tensor.view_src)
+        elif self._op(pointer) == "CUSTOM":
+            self._note_stored(tensor.src[0], tensor.src[4], tensor.src[2])
+        else:
+            self.copies[pointer] = read(self.lib, pointer)[0]
 
-    def _wanted(self, pointer: int, tensor: Tensor) -> bool:
+    def _is_wanted(self, pointer: int) -> bool:
+        if not self.checked:
+            check_layout(self.lib, pointer)
+            self.checked = True
+        is_input = self._is_input(pointer, Tensor.from_address(pointer))
+        return is_input or _OUTPUT.match(self._name(pointer)) is not None
+
+    def _is_input(self, pointer: int, tensor: Tensor) -> bool:
+        """Whether a tensor may be what a layer's attention reads."""
         op = self._op(pointer)
         name = tensor.name.decode("utf-8", "replace")
         if op == "SET_ROWS":

@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
 
 from .. import native
-from ..common.interrupt import on_interrupt
 from ..common.machine import n_cores
+from ..common.progress import Progress, Stop
 from ..errors import ProfileError, RazorError, UnsupportedError
 from ..model_file import open_model
 from ..model_shape import ModelShape
+from ..native.callbacks import Control
 from ..native.models import load_model, new_context, vocabulary
 from ..native.tensors import bind
 from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
@@ -43,8 +43,6 @@ DEFAULT_N_CTX = 8192
 DEFAULT_ROWS = 1024
 SINGLE = 64  # tokens at the end that are decoded one by one
 MORE_FOLDS = 3  # after the first, where the number of tokens is free
-
-Progress = Callable[[str, float, float], object]  # what, done, total
 
 
 def verify(
@@ -64,6 +62,7 @@ def verify(
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
     progress: Progress | None = None,
+    stop: Stop | None = None,
 ) -> Verification:
     """Runs a model and compares each layer's attention with the reference; see above.
 
@@ -71,11 +70,9 @@ def verify(
     run, 0: enough for a few folds, or all of text. text: what to run, else random ordinary tokens
     (seed). The last 64 tokens are decoded one by one. rows: queries compared in each layer, spread
     over the text with all of the last 64; 0: all. n_gpu_layers: -1, all.
-    progress(what, done, total) is called often.
 
-    Ctrl-C ends it with KeyboardInterrupt. Raises UnsupportedError (a model whose attention cannot
-    be seen), ProfileError (no profile, a plan that is not active, nothing would be folded),
-    GGUFError, RazorError, OSError.
+    Raises UnsupportedError (a model whose attention cannot be seen), ProfileError (no profile, a
+    plan that is not active, nothing would be folded), Stopped, GGUFError, RazorError, OSError.
     """
     file = open_model(model_path)
     model_path, shape = file.path, file.shape
@@ -93,20 +90,16 @@ def verify(
 
     C.llama_backend_init()
     bind(lib.lib)
-    report = progress or (lambda what, done, total: None)
-    control = _Control(C)
+    control = Control(C, progress, stop)
     with ExitStack() as stack:
-        stack.enter_context(on_interrupt(control.interrupt))
-        model = stack.enter_context(
-            load_model(lib, C, model_path, n_gpu_layers, control.load_callback, control.check)
-        )
+        model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, control))
         tokens, n_text = _tokens(C, model, plan, n_tokens, text, seed)
         positions = sample_positions(len(tokens), rows, seed)
         sides = []
         # without a sidecar the library reads the profile from the file, as Python did above
         own = None if sidecar is None else native.make_params(profile)
         for params in (own, native.make_params(None)):
-            capture = Capture(lib.lib, C, shape, plan, positions, control)
+            capture = Capture(lib.lib, shape, plan, positions, control)
             ctx = stack.enter_context(
                 _context(
                     lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cores()
@@ -121,13 +114,13 @@ def verify(
                 f" {native.DISABLE_ENV}, or reinstall razor-local"
             )
         buffers = {buffer.name.decode() for buffer in lib.buffers(sides[0][0])}
-        kl = _run(C, lib, model, sides, tokens, positions, n_batch, plan.block, control, report)
+        kl = _run(C, lib, model, sides, tokens, positions, n_batch, plan.block, control)
 
         misplaced = sides[0][1].misplaced(profile)
         groups: list[GroupResult] = []
         layers = [il for il, n in enumerate(shape.n_head_kv) if n]
         for i, il in enumerate(layers):
-            report("Checking", i, len(layers))
+            control.progress(i, len(layers), "checking")
             control.check()
             razor_layer, full_layer = (capture.layer(il) for _, capture in sides)
             groups += compare_layer(il, razor_layer, full_layer, profile.retrieval[il], plan)
@@ -233,23 +226,6 @@ def _tokenize(C: Any, model: int, text: str) -> np.ndarray:
     return np.array(ids[:n], np.int32)
 
 
-class _Control:
-    """Stops everything when an error was raised in a callback, or Ctrl-C pressed."""
-
-    def __init__(self, C: Any) -> None:
-        self.error: BaseException | None = None
-        self.load_callback = C.llama_progress_callback(lambda _part, _data: self.error is None)
-        self.abort_callback = C.ggml_abort_callback(lambda _data: self.error is not None)
-
-    def interrupt(self) -> None:
-        self.error = KeyboardInterrupt()
-
-    def check(self) -> None:
-        """Raises what was raised in a callback."""
-        if self.error is not None:
-            raise self.error
-
-
 def _context(
     lib: native.Native,
     C: Any,
@@ -290,8 +266,7 @@ def _run(
     positions: np.ndarray,
     n_batch: int,
     block: int,
-    control: _Control,
-    report: Progress,
+    control: Control,
 ) -> Divergence:
     """Decodes tokens in both contexts in step and compares the logits at positions."""
     n, n_vocab = len(tokens), C.llama_vocab_n_tokens(C.llama_model_get_vocab(model))
@@ -314,7 +289,7 @@ def _run(
     kl, same = [], []
     starts = [*range(0, n_prompt, n_batch), *range(n_prompt, n)]
     for start, end in zip(starts, [*starts[1:], n], strict=True):
-        report("Running", start, n)
+        control.progress(start, n, "running")
         razor = logits(razor_ctx, [start, end])
         # razor's ubatches end where blocks do: the full cache gets the same, because the size of
         # an ubatch can decide which kernel computes it
@@ -338,7 +313,7 @@ def _decode(
     tokens: np.ndarray,
     start: int,
     wanted: np.ndarray,
-    control: _Control,
+    control: Control,
 ) -> None:
     n = len(tokens)
     batch = C.llama_batch_init(n, 0, 1)

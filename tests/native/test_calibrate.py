@@ -29,7 +29,13 @@ from razor_local.converters.write import write_copy
 from razor_local import Llama, native
 from razor_local.cli import main
 from razor_local.common import files as safe_write
-from razor_local.errors import ConvertError, ProfileError, RazorError, UnsupportedError
+from razor_local.errors import (
+    ConvertError,
+    ProfileError,
+    RazorError,
+    Stopped,
+    UnsupportedError,
+)
 from razor_local.model_file import read_model_shape, read_profile
 from razor_local.model_shape import ModelShape
 from razor_local.native import probe
@@ -390,8 +396,9 @@ def test_an_error_in_progress_is_raised(known):
     class Oops(Exception):
         pass
 
-    def progress(_part, _left):
-        raise Oops
+    def progress(_done, _total, label):
+        if label == "measuring the heads":
+            raise Oops
 
     with pytest.raises(Oops):
         calibrate(known[0], tokens=64, progress=progress)
@@ -408,12 +415,16 @@ def test_an_error_in_the_callback_is_raised(known, monkeypatch):
 
 
 def test_progress_goes_from_0_to_1(known):
-    seen = []
-    calibrate(
-        known[0], tokens=500, max_memory=32 << 20, progress=lambda part, left: seen.append(part)
-    )
-    assert len(seen) > 10 and 0 < seen[0] < 0.2 and seen[-1] == pytest.approx(1)
-    assert seen == sorted(seen)
+    seen = {"loading the model": [], "measuring the heads": []}
+
+    def progress(done, total, label):
+        seen[label].append(done / total)
+
+    calibrate(known[0], tokens=500, max_memory=32 << 20, progress=progress)
+    loading, measuring = seen.values()
+    assert loading[0] == 0 and loading[-1] == 1 and loading == sorted(loading)
+    assert len(measuring) > 10 and 0 < measuring[0] < 0.2 and measuring[-1] == pytest.approx(1)
+    assert measuring == sorted(measuring)
 
 
 def test_a_terminal_shows_a_bar_and_the_time_left(known, tmp_path):
@@ -444,8 +455,17 @@ def clean(output: bytes) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
 
 
+@pytest.mark.parametrize("n_calls", [0, 1, 30, 1000])
+def test_stop_ends_it(known, n_calls):
+    calls = iter(range(n_calls))
+    with pytest.raises(Stopped):
+        calibrate(known[0], n_threads=1, stop=lambda: next(calls, None) is None)
+    assert next(calls, None) is None
+    assert chosen(calibrate(known[0], tokens=64)) == known[1].mask(), "and the next one works"
+
+
 @pytest.mark.parametrize("when", [0.02, 0.1, 0.3])
-def test_ctrl_c_ends_it_with_nothing_kept(known, when):
+def test_a_signal_is_not_lost_in_a_callback(known, when, capfd):
     before = signal.getsignal(signal.SIGINT)
     timer = threading.Timer(when, os.kill, (os.getpid(), signal.SIGINT))
     started = time.monotonic()
@@ -454,6 +474,7 @@ def test_ctrl_c_ends_it_with_nothing_kept(known, when):
         calibrate(known[0], n_threads=1)  # takes many seconds
     assert time.monotonic() - started < when + 5
     assert signal.getsignal(signal.SIGINT) is before
+    assert "ignored" not in capfd.readouterr().err
     gc.collect()
 
 
@@ -697,7 +718,7 @@ def test_sizes(known, tmp_path, monkeypatch, size, n_bytes):
         "convert", known[0], "-o", tmp_path / "o.gguf", "--max-memory", size, "-t", 3, "-ngl", 5
     )
     assert code == 1 and "Error: stopped" in stderr
-    del seen["progress"]
+    del seen["progress"], seen["stop"]
     assert seen == {"max_memory": n_bytes, "n_threads": 3, "n_gpu_layers": 5}
 
 

@@ -108,7 +108,7 @@ def test_stopping_while_the_prompt_is_read_takes_the_message_back():
     model, chat = make(["one\0", "two\0"])
     list(chat.say("first"))
     before = roles(chat)
-    assert list(chat.say("second", lambda done, total: chat.stop())) == []
+    assert list(chat.say("second", stop=lambda: len(model.cache) > 5)) == []
     assert chat.last.ended == "stopped" and chat.last.n_answer == 0
     assert roles(chat) == before
     assert "".join(chat.say("second")) == "two"
@@ -116,12 +116,10 @@ def test_stopping_while_the_prompt_is_read_takes_the_message_back():
 
 def test_stopping_an_answer_keeps_what_was_said():
     model, chat = make(["abcdef\0", "ok\0"])
-    said = ""
-    for piece in chat.say("x"):
-        said += piece
-        if said == "abc":
-            chat.stop()
-    assert said == "abc" and chat.last.ended == "stopped"
+    said: list[str] = []
+    for piece in chat.say("x", stop=lambda: said == ["a", "b", "c"]):
+        said.append(piece)
+    assert said == ["a", "b", "c"] and chat.last.ended == "stopped"
     assert roles(chat)[-1] == ("assistant", "abc")
     assert "".join(chat.say("go on")) == "ok"
     assert roles(chat)[-2:] == [("user", "go on"), ("assistant", "ok")]
@@ -132,7 +130,7 @@ def test_stopping_an_answer_keeps_what_was_said():
 def test_an_exception_anywhere_leaves_a_valid_conversation(when, error):
     model, chat = make(["abcdef\0", "ok\0"])
 
-    def progress(done, total):
+    def progress(done, total, label):
         if when == "prefill" and done == 3:
             raise error
 
@@ -220,7 +218,7 @@ def test_the_built_in_model_finds_a_fact_with_razor_active(llama):
     answer = "".join(chat.say(f"{text_with(FACT)}\n\n{QUESTION}", lambda *n: seen.append(n)))
     assert "48213" in answer and chat.last.ended == "end"
     assert llama.memory().active and llama.stats().n_folded > 0
-    assert seen[-1] == (chat.last.n_prompt, chat.last.n_prompt)
+    assert seen[-1] == (chat.last.n_prompt, chat.last.n_prompt, "reading the prompt")
     # the second turn evaluates its own tokens alone
     answer = "".join(chat.say(QUESTION))
     assert "48213" in answer
@@ -236,10 +234,10 @@ def test_cached_turns_answer_as_a_fresh_context_would(llama):
             chat.clear()
         elif turn == 6:
             chat.set_system("You answer questions.")
-        stop_at = rng.choice([None, None, 1, 4])
-        for i, _piece in enumerate(chat.say(text_with(FACT, rng.randint(10, 120), turn))):
-            if i == stop_at:
-                chat.stop()
+        stop_at, said = rng.choice([None, None, 2, 5]), []
+        text = text_with(FACT, rng.randint(10, 120), turn)
+        for piece in chat.say(text, stop=lambda at=stop_at, said=said: len(said) == at):
+            said.append(piece)
     tokens = chat._known.tokens
     llama.prefill(tokens)
     reused = llama.stats()
@@ -254,25 +252,12 @@ def test_cached_turns_answer_as_a_fresh_context_would(llama):
 def test_stop_inside_the_computation_of_a_prompt(llama, monkeypatch):
     chat = Chat(llama, chat_template(llama), sampling=GREEDY)
     llama.reset()
-    calls = 0
-    original = Llama._UNGUARDED["prefill"]
-
-    def prefill(llama, tokens, progress, stop):
-        def counting():
-            nonlocal calls
-            calls += 1
-            if calls == 700:
-                chat.stop()
-            return stop()
-
-        return original(llama, tokens, progress, counting)
-
-    with monkeypatch.context() as patch:
-        patch.setitem(Llama._UNGUARDED, "prefill", prefill)
-        assert list(chat.say(f"{text_with(FACT)}\n\n{QUESTION}")) == []
+    calls = iter(range(700))
+    text = f"{text_with(FACT)}\n\n{QUESTION}"
+    assert list(chat.say(text, stop=lambda: next(calls, None) is None)) == []
     assert chat.last.ended == "stopped" and chat.messages == []
     assert 0 < llama.n_tokens < chat.last.n_prompt, "the part that was evaluated should be kept"
-    assert "48213" in "".join(chat.say(f"{text_with(FACT)}\n\n{QUESTION}"))
+    assert "48213" in "".join(chat.say(text))
     assert chat.last.n_reused > 0
 
 

@@ -114,10 +114,10 @@ def test_an_answer_that_never_begins_replaces_nothing(begin, how):
     before, n_used = roles(chat), chat.n_used
     again = chat.regenerate if begin == "regenerate" else partial(chat.edit, "other")
     if how == "stopped":
-        assert list(again(lambda done, total: chat.stop())) == []
+        assert list(again(stop=lambda: True)) == []
     elif how == "interrupted":
 
-        def interrupt(done, total):
+        def interrupt(*_):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -193,12 +193,11 @@ def test_random_turns_leave_a_conversation_that_a_fresh_cache_would_have():
             chat.clear()
         else:
             text = [] if action == "regenerate" else [f"{rng.choice('xyz') * rng.randint(1, 9)}"]
-            stopping = (lambda done, total: chat.stop()) if stop_at == 0 else None
             begin = {"regenerate": chat.regenerate, "edit": chat.edit}.get(action, chat.say)
+            said = []
             try:
-                for i, _ in enumerate(begin(*text, stopping)):
-                    if i == stop_at:
-                        chat.stop()
+                for piece in begin(*text, stop=lambda at=stop_at, said=said: len(said) == at):
+                    said.append(piece)
             except ContextFullError:
                 chat.clear()
             if chat.last.n_answer:

@@ -236,9 +236,9 @@ UP = "\x1b[A"
 COUNTING = f"""
 from razor_local import chat
 say = chat.Chat.say
-def counting(self, text, progress=None):
+def counting(self, text, *args):
     print(f"<{{len(text)}} {{text[:20]!r}} {{len(text.splitlines())}} lines>")
-    yield from say(self, text, progress)
+    yield from say(self, text, *args)
 chat.Chat.say = counting
 {MAIN}
 """

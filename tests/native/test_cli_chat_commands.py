@@ -72,10 +72,10 @@ def test_a_stopped_edit_changes_nothing():
 import os, signal
 from razor_local import chat
 edit = chat.Chat.edit
-def stopped(self, text, progress=None):
-    def stop(done, total):
+def stopped(self, text, progress, stop):
+    def interrupt(*_):
         os.kill(os.getpid(), signal.SIGINT)
-    return edit(self, text, stop)
+    return edit(self, text, interrupt, stop)
 chat.Chat.edit = stopped
 {MAIN}
 """

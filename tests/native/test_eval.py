@@ -8,22 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from razor_local import RazorError
+from razor_local import RazorError, Stopped
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.common import files as safe_write
 from razor_local.evals import run as run_module
-from razor_local.evals.perplexity import read_text
+from razor_local.evals.haystack import MadeText
+from razor_local.evals.needle import NeedleSettings, make_samples, score
+from razor_local.evals.perplexity import Window, read_text, run_facts, run_perplexity
 from razor_local.evals.policies import make_policies
+from razor_local.evals.questions import Prompts
 from razor_local.evals.report import Report, format_report
-from razor_local.evals.run import open_journal, open_llama
+from razor_local.evals.run import describe_run, open_journal, open_llama, run_questions
 from razor_local.model_file import read_model_shape, read_profile
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
@@ -155,6 +158,26 @@ def test_an_interrupted_run_goes_on_and_reports_the_same(needles, tmp_path) -> N
         assert len(journal.read_text().splitlines()) == len(lines)
     other = run(*args, "--resume", journal, "--seed", 1)
     assert other.exit_code == 1 and "is of a run with another" in other.output
+
+
+def test_stop_keeps_whole_answers(tmp_path) -> None:
+    setup = ModelSetup(str(DEFAULT_MODEL), n_threads=1)
+    shape, policies = make_policies(setup, ["full", "razor"])
+    settings = NeedleSettings((1024,), kinds=("single",), samples=1)
+    samples = make_samples(settings, MadeText(), Prompts(setup.model))
+    head = describe_run(
+        "needle", setup, shape, policies, seed=0, n_samples=5, lengths=[1024], tasks=["single"]
+    )
+    for n in (0, 3, 100):  # the second run goes on with the first one's answers
+        with open_journal(tmp_path / "run.jsonl", head) as journal:
+            with pytest.raises(Stopped) if n < 100 else nullcontext():
+                run_questions(
+                    setup, policies, samples, score, journal, head,
+                    stop=lambda j=journal, n=n: sum("score" in r for r in j.records) >= n,
+                )  # fmt: skip
+            answers = [r for r in journal.records if r["kind"] == "answer"]
+            assert len(answers) == min(n, 10) and all(r["score"] == 1 for r in answers)
+    assert os.listdir(tmp_path) == ["run.jsonl"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -323,8 +346,6 @@ def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
 
 
 def run_window(book):
-    from razor_local.evals.perplexity import Window
-
     return Window(0, 512, 1)
 
 
@@ -372,6 +393,23 @@ def test_perplexity_shows_planted_facts_beside_the_divergence(book, tmp_path, mo
     assert asked == ["planting facts: local-f16"]
     assert f"| {found['local-f16']} of 20 |" in text
     assert "perplexity and KL divergence on plain text do not show whether facts are lost" in text
+
+
+def test_stop_keeps_whole_windows(book, tmp_path) -> None:
+    setup = ModelSetup(str(DEFAULT_MODEL), n_threads=1)
+    shape, policies = make_policies(setup, ["full"])
+    text, windows = read_text(setup, book), [Window(0, 256, 1), Window(256, 512, 1)]
+    head = describe_run("perplexity", setup, shape, policies)
+    with open_journal(tmp_path / "run.jsonl", head) as journal:
+        arguments = setup, shape, policies, text, windows, 256, journal, head
+        with pytest.raises(Stopped):
+            run_perplexity(*arguments, stop=lambda: any("nll" in r for r in journal.records))
+        assert [r["kind"] for r in journal.records] == ["cache", "window"]
+        run_perplexity(*arguments)
+        assert [r["kind"] for r in journal.records] == ["cache", "window", "window"]
+        with pytest.raises(Stopped):
+            run_facts(setup, shape, policies, 1024, journal, stop=lambda: True)
+        assert len(journal.records) == 3
 
 
 def test_a_context_too_short_for_facts_is_noted(book) -> None:

@@ -578,10 +578,14 @@ def test_a_stopped_prefill_leaves_a_valid_cache(precise, n_calls):
 
 
 def test_an_exception_in_a_progress_function_leaves_a_valid_cache(llama):
+    def progress(done, total, label):
+        if done:
+            raise KeyboardInterrupt
+
     tokens = prompt(llama, 700)
     llama.reset()
     with pytest.raises(KeyboardInterrupt):
-        llama.prefill(tokens, progress=lambda done, total: (_ for _ in ()).throw(KeyboardInterrupt))
+        llama.prefill(tokens, progress=progress)
     assert llama.n_tokens == 512
     assert llama.prefill(tokens) == (512, 188, True)
 
@@ -750,6 +754,13 @@ def test_loading_reports_progress_and_can_be_stopped():
     with pytest.raises(KeyboardInterrupt):
         Llama(DEFAULT_MODEL, progress=interrupt)
     Llama(DEFAULT_MODEL)
+
+
+def test_a_prompt_reports_progress(llama):
+    tokens, seen = prompt(llama, 1100), []
+    llama.reset()
+    llama.prefill(tokens, progress=lambda *call: seen.append(call))
+    assert seen == [(done, 1100, "reading the prompt") for done in (0, 512, 1024, 1100)]
 
 
 def test_a_plan_that_the_library_does_not_follow_is_noticed(monkeypatch):

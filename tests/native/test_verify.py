@@ -26,7 +26,7 @@ from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import native
 from razor_local.cli import main
-from razor_local.errors import ProfileError, RazorError, UnsupportedError
+from razor_local.errors import ProfileError, RazorError, Stopped, UnsupportedError
 from razor_local.model_file import ModelFile, read_model_shape, read_profile
 from razor_local.plan import KV_TYPES
 from razor_local.verify import compare as compare_module
@@ -413,13 +413,25 @@ def test_razor_that_is_switched_off_is_no_pass(monkeypatch) -> None:
         verify(MIXED, **QUICK)
 
 
-def test_ctrl_c_ends_it(monkeypatch) -> None:
-    def stop(what: str, done: float, total: float) -> None:
+@pytest.mark.parametrize("label", ["loading the model", "running", "checking"])
+def test_stop_ends_it(label: str) -> None:
+    reached = False
+
+    def progress(done: float, total: float, what: str) -> None:
+        nonlocal reached
+        reached = reached or what == label
+
+    with pytest.raises(Stopped):
+        verify(MIXED, progress=progress, stop=lambda: reached, **QUICK)
+    assert verify(MIXED, **QUICK).passed
+
+
+def test_errors_in_progress_are_raised() -> None:
+    def progress(done: float, total: float, label: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        verify(MIXED, progress=stop, **QUICK)
-    assert verify(MIXED, **QUICK).passed
+        verify(MIXED, progress=progress, **QUICK)
 
 
 def test_a_layer_that_is_not_seen_is_no_pass(monkeypatch) -> None:

@@ -51,11 +51,11 @@ class ScriptedModel:
             keep += 1
         self.cache = tokens[:keep]
         while len(self.cache) < len(tokens):
-            if stop():
+            if stop and stop():
                 return Prefill(keep, len(self.cache) - keep, False)
             self.cache.append(tokens[len(self.cache)])
             if progress:
-                progress(len(self.cache), len(tokens))
+                progress(len(self.cache), len(tokens), "reading the prompt")
         return Prefill(keep, len(tokens) - keep, True)
 
     def generate(self, tokens, **sampling):

@@ -7,7 +7,6 @@ import os
 import shutil
 import stat
 import threading
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -475,22 +474,6 @@ def test_command_on_missing_files(model, heads, tmp_path):
     for args in (["convert", missing, "--heads", heads], ["convert", model, "--heads", missing]):
         code, _, stderr = run(*args, "-o", tmp_path / "o.gguf")
         assert (code, stderr) == (1, f"Error: {missing}: No such file or directory\n")
-
-
-def test_progress_bar_appears_after_two_seconds(monkeypatch):
-    import rich.progress
-
-    from razor_local.cli.convert import _Bar
-
-    started = []
-    monkeypatch.setattr(rich.progress.Progress, "start", lambda self: started.append(time.time()))
-    with _Bar("Writing [x]") as bar:
-        bar(1, 10)
-        assert not started
-        bar.started -= 2
-        bar(2, 10)
-        bar(3, 10)
-        assert len(started) == 1 and bar.bar.tasks[0].completed == 3
 
 
 def test_unknown_array_types_are_copied(tmp_path):

@@ -59,19 +59,20 @@ def imports_of(path: Path, module: str) -> Iterator[str]:
             yield from (name.name for name in node.names)
 
 
-def test_rooms_import_from_lower_rooms_alone() -> None:
-    """See docs/architecture.md. An import in a function counts, too."""
-    files = {}
+def modules() -> Iterator[tuple[str, Path]]:
+    """The modules of razor_local and their files."""
     for folder, package in (
         ("razor_local", "razor_local"),
         ("converters", "razor_local.converters"),
     ):
         for path in (ROOT / folder).rglob("*.py"):
-            files[".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts])] = (
-                path
-            )
+            yield ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts]), path
+
+
+def test_rooms_import_from_lower_rooms_alone() -> None:
+    """See docs/architecture.md. An import in a function counts, too."""
     found = set()
-    for module, path in files.items():
+    for module, path in modules():
         room = module.split(".")[1]
         if room == "__init__":  # its names are looked up when they are used
             continue
@@ -81,3 +82,28 @@ def test_rooms_import_from_lower_rooms_alone() -> None:
             if parts[0] == "razor_local" and len(parts) > 1 and parts[1] in ROOMS:
                 assert ROOMS.index(parts[1]) <= ROOMS.index(room), f"{module} imports {imported}"
     assert found == set(ROOMS), "a room is missing in ROOMS, or in the package"
+
+
+# functions of the signal module that change what a signal does, and what is called in a process
+# that the library has started for itself: there they change nothing for anyone else
+HANDLERS = ("signal", "setitimer", "sigaction", "siginterrupt", "set_wakeup_fd", "pthread_sigmask")
+IN_A_CHILD = {
+    # the child that renders chat templates ends itself with SIGPROF
+    ("razor_local.prompt.templates", "setitimer"),
+    # the child that measures leaves Ctrl-C to its parent
+    ("razor_local.bench.worker", "signal"),
+}
+
+
+def test_the_command_line_alone_handles_signals_and_uses_click() -> None:
+    """A library does not decide what Ctrl-C does in somebody's program; it is given stop()."""
+    found = set()
+    for module, path in modules():
+        if module.startswith("razor_local.cli."):
+            continue
+        assert not {name.split(".")[0] for name in imports_of(path, module)} & {"click", "rich"}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "signal":
+                found.add((module, node.attr))
+            assert not (isinstance(node, ast.ImportFrom) and node.module == "signal"), module
+    assert {(module, name) for module, name in found if name in HANDLERS} == IN_A_CHILD

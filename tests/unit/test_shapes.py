@@ -129,7 +129,7 @@ def test_disk_that_fills_up_while_it_is_written_leaves_nothing(tmp_path) -> None
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(done: float, total: float, label: str) -> None:
         assert total > done
         raise KeyboardInterrupt
 
