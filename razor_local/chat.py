@@ -226,6 +226,11 @@ class Chat:
             return 0
         return len(self._known_now().tokens) or len(self._tokenize(self._rendered(self.messages)))
 
+    @property
+    def n_left(self) -> int:
+        """Tokens left for the next message."""
+        return max(self.model.n_ctx() - self.n_used - self.reserve, 0)
+
     def say(self, text: str, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
         """Adds a user message and streams the answer in pieces of text; then last tells of it.
 

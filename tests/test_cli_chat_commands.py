@@ -85,3 +85,42 @@ chat.Chat.edit = stopped
         t.expect("(stopped; nothing has changed)")
         t.send("/undo\r")
         t.expect("taken back: hello")
+
+
+def test_a_file_whose_path_the_tab_key_completes(tmp_path):
+    (tmp_path / "facts.txt").write_text(f"{FACT}\nSecond line.\n")
+    (tmp_path / "factory.txt").write_text("x")
+    with terminal("-c", "2048") as t:
+        t.expect(">>>")
+        t.send(f"/fi\t{tmp_path}/fac\t")
+        t.expect(f"/file {tmp_path}/fact")
+        t.send("\t")  # two names are possible
+        t.expect("factory.txt")
+        t.expect("facts.txt")
+        t.send("s\t\r")
+        assert "left for it" in t.expect("left for it")
+        t.expect("[file 1: facts.txt, ")
+        t.expect("tokens]")
+        t.send("/file none\r")
+        t.expect("Error: none: No such file or directory")
+        t.expect("[file 1: facts.txt, ")  # it is still there
+        t.expect("tokens]")
+        ask(t, QUESTION, "The secret code of Marlow is 48213.")
+        t.send("/edit\r")
+        t.expect(">>> [file 1: facts.txt, ")
+        t.expect(QUESTION)
+
+
+def test_a_file_on_a_terminal_that_cannot_edit(tmp_path):
+    (tmp_path / "facts.txt").write_text(FACT)
+    with terminal("-c", "2048", TERM="dumb") as t:
+        t.expect(">>>")
+        t.send(f"/file {tmp_path / 'facts.txt'}\r")
+        t.expect("tokens and is part of the next message")
+        t.expect(">>> [file 1: facts.txt, ")
+        t.send("/context\r")
+        t.expect("used by 0 messages")
+        t.expect(">>> [file 1: facts.txt, ")
+        t.send('"""\r')
+        t.expect("...")
+        ask(t, f'{QUESTION}"""', "The secret code of Marlow is 48213.")

@@ -196,7 +196,7 @@ def _converse(llama: Llama, conversation: Chat) -> None:
     from . import chat_commands
     from .terminal import MessageReader
 
-    with MessageReader() as reader:
+    with MessageReader(chat_commands.complete) as reader:
 
         def answer(begin: Begin, again: bool = True) -> None:
             with reader.hold_input():
@@ -204,19 +204,19 @@ def _converse(llama: Llama, conversation: Chat) -> None:
 
         talk = chat_commands.Talk(llama, conversation, reader, answer)
         while not talk.is_over:
-            line, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
+            begin, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
             try:
-                text = reader.read(line)
+                line = reader.read(begin)
             except KeyboardInterrupt:
                 say("/exit or Ctrl-D to leave")
                 continue
-            if text is None:
+            if line is None:
                 return
             try:
-                command = chat_commands.parse(text)
-                if command is not None:
-                    chat_commands.run(talk, *command)
-                elif text.strip():
+                if chat_commands.run(talk, line):
+                    continue
+                text = reader.message(line)
+                if text.strip():
                     answer(
                         partial(conversation.edit if is_edit else conversation.say, text), is_edit
                     )

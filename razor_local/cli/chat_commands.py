@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..common.inputs import read_text_file
 from ..errors import RazorError
 from ..printable import printable
 from .chat_status import stats
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
     from ..chat import Chat
     from ..llama import Llama
     from .terminal import MessageReader
+
+
+MAX_BYTES_PER_TOKEN = 64  # of a file that may fit the context; real texts have about 4
 
 
 @dataclass
@@ -37,11 +45,15 @@ class Talk:
 
 
 class Command(NamedTuple):
-    """A command: how it is written, what it does, and the function, called with its argument."""
+    """A command: how it is written, what it does, and the function, called with its argument.
+
+    complete: returns the arguments that begin with a text.
+    """
 
     usage: str
     help: str
     run: Callable[[Talk, str], None]
+    complete: Callable[[str], list[str]] = lambda text: []
 
     @property
     def takes_argument(self) -> bool:
@@ -63,15 +75,52 @@ def parse(text: str) -> tuple[str, str] | None:
     return name, argument
 
 
-def run(talk: Talk, name: str, argument: str) -> None:
-    """Run a command. Raises RazorError."""
-    if name in COMMANDS:
-        COMMANDS[name].run(talk, argument)
-    else:
-        say(
-            f"Error: there is no /{name}; /help shows the commands, and a space in front of it"
-            " makes it a message"
+def run(talk: Talk, line: str) -> bool:
+    """Run the command in a line; return False if it is a message. Raises RazorError.
+
+    Files and pasted texts before a command stay in the line.
+    """
+    markers, typed = talk.reader.split(line)
+    command = parse(talk.reader.expand(typed))
+    if command is None or (markers and command[0] not in COMMANDS):
+        return False
+    name, argument = command
+    if name not in COMMANDS:
+        raise RazorError(
+            f"there is no /{name}; /help shows the commands, and a space in front of it makes it a"
+            " message"
         )
+    talk.line = markers
+    try:
+        COMMANDS[name].run(talk, argument)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise RazorError(f"{where}{error.strerror or error}") from error
+    return True
+
+
+def complete(text: str) -> tuple[int, list[str]]:
+    """Return how many characters at the end of text the Tab key replaces, and by which texts."""
+    name, space, argument = text.partition(" ")
+    if not space:
+        names = [f"/{name} " if COMMANDS[name].takes_argument else f"/{name}" for name in COMMANDS]
+        return len(text), [one for one in names if text and one.startswith(text)]
+    if name[:1] != "/" or name[1:] not in COMMANDS:
+        return 0, []
+    return len(argument), COMMANDS[name[1:]].complete(argument)
+
+
+def paths(text: str) -> list[str]:
+    """Return the paths that begin with text, folders with a slash behind them."""
+    folder, name = os.path.split(text)
+    found = []
+    with suppress(OSError, ValueError), os.scandir(os.path.expanduser(folder) or ".") as entries:
+        for entry in entries:
+            hidden = entry.name.startswith(".") and not name.startswith(".")
+            if entry.name.startswith(name) and entry.name.isprintable() and not hidden:
+                path = os.path.join(folder, entry.name)
+                found.append(f"{path}/" if entry.is_dir() else path)
+    return sorted(found)
 
 
 def _help(talk: Talk, argument: str) -> None:
@@ -102,6 +151,42 @@ def _edit(talk: Talk, argument: str) -> None:
     say("Enter sends the changed message in place of the last one, Ctrl-C leaves that as it is")
 
 
+def _file(talk: Talk, argument: str) -> None:
+    if not argument:
+        raise RazorError("expected the path of a text file: /file PATH")
+    path, n_ctx = _path(argument), talk.llama.n_ctx()
+    text = read_text_file(path, max_bytes=n_ctx * MAX_BYTES_PER_TOKEN)
+    if "\0" in text:
+        raise RazorError(f"{path} is a binary file, expected a text file")
+    if not text.strip():
+        raise RazorError(f"{path} is empty")
+    n_tokens, n_before = _n_tokens(talk, text), _n_tokens(talk, talk.reader.expand(talk.line))
+    left = talk.chat.n_left - n_before - n_tokens
+    if left < 0:
+        raise RazorError(
+            f"{path} has {n_tokens} tokens, {left + n_tokens} of the context of {n_ctx} are left:"
+            " use a shorter file, clear the conversation, or start with a larger -c"
+        )
+    talk.line += talk.reader.add_file(path.name, text, n_tokens)
+    say(f"{path} has {n_tokens} tokens and is part of the next message; {left} are left for it")
+
+
+def _path(argument: str) -> Path:
+    """Return the path that is meant, which may be quoted as shells do it."""
+    if "\0" in argument:
+        raise RazorError(f"{argument} is not the name of a file")
+    path = os.path.expanduser(argument)
+    with suppress(ValueError):
+        words = shlex.split(argument)
+        if len(words) == 1 and not os.path.exists(path):
+            path = os.path.expanduser(words[0])
+    return Path(path)
+
+
+def _n_tokens(talk: Talk, text: str) -> int:
+    return len(talk.llama.tokenize(text.encode("utf-8", "surrogateescape"), add_bos=False))
+
+
 def _short(text: str) -> str:
     """The beginning of a message, in one line."""
     text = printable(text[:200].strip().replace("\n", " "), one_line=True)
@@ -124,11 +209,10 @@ def _stats(talk: Talk, argument: str) -> None:
 
 
 def _context(talk: Talk, argument: str) -> None:
-    used, n_ctx, reserve = talk.chat.n_used, talk.llama.n_ctx(), talk.chat.reserve
     say(
-        f"{used} of {n_ctx} tokens used by {len(talk.chat.messages)} messages;"
-        f" {max(n_ctx - used - reserve, 0)} left for the next message,"
-        f" {reserve} kept for its answer"
+        f"{talk.chat.n_used} of {talk.llama.n_ctx()} tokens used by"
+        f" {len(talk.chat.messages)} messages; {talk.chat.n_left} left for the next message,"
+        f" {talk.chat.reserve} kept for its answer"
     )
 
 
@@ -141,6 +225,7 @@ COMMANDS = {
     "undo": Command("/undo", "take back the last message and its answer", _undo),
     "regen": Command("/regen", "another answer to the last message", _regen),
     "edit": Command("/edit TEXT", "change the last message (without TEXT: in the line)", _edit),
+    "file": Command("/file PATH", "put a text file into the next message", _file, paths),
     "clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
     "system": Command("/system TEXT", "set the system prompt (without TEXT: show it)", _system),
     "stats": Command(
