@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import stat
+
 from test_chat import FACT, QUESTION
-from test_cli_chat import MAIN, paste, terminal
+from test_cli_chat import COUNTING, MAIN, UP, paste, piped, terminal
+
+from razor_local.cli.history import History
 
 OTHER = FACT.replace("48213", "90517")
 
@@ -124,3 +128,61 @@ def test_a_file_on_a_terminal_that_cannot_edit(tmp_path):
         t.send('"""\r')
         t.expect("...")
         ask(t, f'{QUESTION}"""', "The secret code of Marlow is 48213.")
+
+
+def test_what_was_typed_is_recalled_in_the_next_chat(tmp_path):
+    text = f"{FACT}\nSecond line."
+    for marked in (True, False):
+        with terminal("-n", "1", code=COUNTING, XDG_DATA_HOME=str(tmp_path)) as t:
+            t.expect(">>>")
+            if marked:
+                t.send(paste(text))
+                t.expect("2 lines]")
+                t.send("Q?\r")
+            else:
+                t.send(UP * 4)
+                t.expect("Second line.")  # as it was sent
+                t.send("\r")
+            t.expect(f"<{len(text) + 4} {text[:20]!r} 4 lines>")
+            t.expect(">>>")
+            t.send("/context\r")
+            t.expect("used by 2 messages")
+            t.expect(">>>")
+            t.send("exit now\r")
+            t.expect("<8 'exit now' 1 lines>")
+            t.expect(">>>")
+            t.send("/exit\r")
+            assert t.wait()[0] == 0
+    path = tmp_path / "razor_local" / "history"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert History(path).texts.count(f"{text}\n\nQ?") == 2
+
+
+def test_what_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert piped("hi", tmp_path).returncode == 0
+    for args, env in ((["--no-history"], {}), ([], {"TERM": "dumb"})):
+        with terminal("-n", "1", *args, **env) as t:
+            t.expect(">>>")
+            ask(t, "hello")
+            t.send("/exit\r")
+            assert t.wait()[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_without_a_place_for_its_history_goes_on(tmp_path):
+    (tmp_path / "razor_local").write_text("a file")
+    with terminal("-n", "1", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect("note: the history of earlier chats cannot be used: ")
+        t.expect(">>>")
+        ask(t, "hello")
+    (tmp_path / "razor_local").unlink()
+    with terminal("-n", "1", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect(">>>")
+        (tmp_path / "razor_local" / "history").mkdir()
+        t.send("hello\r")
+        t.expect("history is not kept any more: ")
+        t.expect("MiB full")
+        t.expect(">>>")
+        t.send("hello\r")
+        assert "not kept" not in t.expect("MiB full")

@@ -13,11 +13,12 @@ import click
 from ..errors import ProfileError, RazorError
 from .chat_status import describe, numbers
 from .params import DEFAULT_MODEL, KV_TYPE, THREADS, ContextSize, Number
-from .terminal import echo, say
+from .terminal import echo, is_dumb, say, sentence
 
 if TYPE_CHECKING:
     from ..chat import Chat
     from ..llama import Llama
+    from .history import History
 
 # begins an answer, given what is called while the prompt is read: chat.regenerate and the like
 Begin = Callable[[Callable[[int, int], object]], Iterator[str]]
@@ -81,6 +82,10 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     "-n", "--predict", type=int, default=-1, metavar="N", show_default=True,
     help="Tokens of an answer at most, -1: until it ends.",
 )  # fmt: skip
+@click.option(
+    "--no-history", is_flag=True,
+    help="Neither read nor keep what was typed in the user's data folder.",
+)  # fmt: skip
 def chat(model: Path | None, **options: Any) -> None:
     """Chat with MODEL.gguf, or with the small built-in model."""
     if options["sidecar"] and not options["razor"]:
@@ -129,7 +134,7 @@ def chat(model: Path | None, **options: Any) -> None:
     if model is None:
         say(DEFAULT_MODEL_HINT)
     say("/help for help, /exit to leave")
-    _converse(llama, conversation)
+    _converse(llama, conversation, None if options["no_history"] or is_dumb() else _history())
 
 
 def _read_stdin() -> str:
@@ -192,11 +197,22 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
         raise
 
 
-def _converse(llama: Llama, conversation: Chat) -> None:
+def _history() -> History | None:
+    """The history of earlier chats; None, with a note, where it cannot be used."""
+    from .history import History
+
+    try:
+        return History()
+    except (RazorError, OSError) as error:
+        say(f"note: the history of earlier chats cannot be used: {sentence(error)}")
+        return None
+
+
+def _converse(llama: Llama, conversation: Chat, history: History | None) -> None:
     from . import chat_commands
     from .terminal import MessageReader
 
-    with MessageReader(chat_commands.complete) as reader:
+    with MessageReader(chat_commands.complete, history) as reader:
 
         def answer(begin: Begin, again: bool = True) -> None:
             with reader.hold_input():

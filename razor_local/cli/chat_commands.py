@@ -16,7 +16,7 @@ from ..common.inputs import read_text_file
 from ..errors import RazorError
 from ..printable import printable
 from .chat_status import stats
-from .terminal import say
+from .terminal import say, sentence
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -94,8 +94,7 @@ def run(talk: Talk, line: str) -> bool:
     try:
         COMMANDS[name].run(talk, argument)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise RazorError(f"{where}{error.strerror or error}") from error
+        raise RazorError(sentence(error)) from error
     return True
 
 

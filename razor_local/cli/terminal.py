@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import RazorError
 from ..printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .history import History
 
 WIDTH = 100  # columns that tables may take at least: a narrow terminal folds lines, and cuts none
 BLOCK = '"""'  # begins and ends a message of several lines
@@ -43,6 +46,14 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = Fals
 def say(text: str) -> None:
     """Print a message of a chat to stderr, dim."""
     echo(text, err=True, dim=True)
+
+
+def sentence(error: RazorError | OSError) -> str:
+    """Return what an error says, without its number."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return printable(f"{where}{error.strerror or error}", one_line=True)
 
 
 def make_console(**options: Any) -> Console:
@@ -78,19 +89,22 @@ class MessageReader:
     Args:
         complete: given what is typed, without markers before it, returns what the Tab key makes of
             it: how many characters are replaced, and by which texts
+        history: of earlier chats, in which what is typed is kept as it is sent
     """
 
-    def __init__(self, complete: Complete | None = None) -> None:
+    def __init__(self, complete: Complete | None = None, history: History | None = None) -> None:
         self._complete = complete
+        self._kept = history
         # texts by their markers, of all messages: the history names them again
         self._pastes: dict[str, str] = {}
+        self._note = ""  # to be said when the line has been read
         self._lines: dict[str, str] = {}  # of messages that were entered with markers
         self._session: Any = None
         if not is_dumb():
             self._start_session()
 
     def _start_session(self) -> None:
-        from prompt_toolkit import PromptSession
+        from prompt_toolkit import PromptSession, history
         from prompt_toolkit.completion import Completer, Completion
         from prompt_toolkit.key_binding import KeyBindings
         from prompt_toolkit.keys import Keys
@@ -105,6 +119,13 @@ class MessageReader:
                 for text in texts:
                     name = re.split(r"/(?=.)", text)[-1] if "/" in text[1:] else text
                     yield Completion(text, start_position=-n, display=name)
+
+        class KeptHistory(history.History):
+            def load_history_strings(_self) -> Any:
+                return reversed(self._kept.texts if self._kept is not None else [])
+
+            def store_string(_self, line: str) -> None:
+                self._keep(line)
 
         keys = KeyBindings()
 
@@ -128,8 +149,18 @@ class MessageReader:
             completer=TabCompleter(),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
+            history=KeptHistory(),
             reserve_space_for_menu=0,
         )
+
+    def _keep(self, line: str) -> None:
+        """Add a line to the history; after an error do without."""
+        if self._kept is not None:
+            try:
+                self._kept.add(self.expand(line))
+            except (RazorError, OSError) as error:
+                path, self._kept = self._kept.path, None
+                self._note = f"note: the history in {path} is not kept any more: {sentence(error)}"
 
     def __enter__(self) -> MessageReader:
         return self
@@ -189,6 +220,9 @@ class MessageReader:
                 line = markers + self._read_block(typed.lstrip()[len(BLOCK) :])
         except EOFError:
             return None
+        if self._note:
+            say(self._note)
+            self._note = ""
         return line
 
     def message(self, line: str) -> str:
