@@ -206,6 +206,32 @@ class Chat:
         """Ends the turn that is running, from a signal handler or another thread."""
         self._stopped = True
 
+    def dump(self) -> dict[str, Any]:
+        """Return the conversation for restore(), as values that JSON has."""
+        return {"messages": self.messages, "seed": self._seed, "n_turns": self._n_turns}
+
+    def restore(self, dumped: dict[str, Any]) -> None:
+        """Go on with a conversation of dump().
+
+        Raises RazorError, with nothing changed, for what cannot be one with this model.
+        """
+        try:
+            messages = [_checked(message) for message in dumped["messages"]]
+            seed, n_turns = int(dumped["seed"]), int(dumped["n_turns"])
+        except (LookupError, TypeError, ValueError):
+            raise RazorError("this is not a saved conversation") from None
+        roles = [message["role"] for message in messages]
+        said = roles[1:] if roles[:1] == ["system"] else roles
+        if said != ["user", "assistant"] * (len(said) // 2):
+            raise RazorError(
+                "this is not a saved conversation: messages and answers do not take turns"
+            )
+        for message in messages:
+            for token in message.get("tokens", ()):
+                self.model.piece(token)  # raises if there is none
+        self._known = None
+        self.messages, self._seed, self._n_turns = messages, seed, n_turns
+
     @property
     def last_message(self) -> str | None:
         """The last message of the user, None if there is none."""
@@ -400,6 +426,16 @@ class Chat:
         # (bytes that are no UTF-8 come from a terminal as surrogates)
         data = text.encode("utf-8", "surrogateescape")
         return self.model.tokenize(data, add_bos=False, special=True)
+
+
+def _checked(message: Any) -> Message:
+    """Return a message. Raises TypeError, ValueError or LookupError for anything else."""
+    checked: Message = {"role": message["role"], "content": message["content"]}
+    if "tokens" in message:
+        checked["tokens"] = [int(token) for token in message["tokens"]]
+    if not isinstance(checked["content"], str) or not isinstance(checked["role"], str):
+        raise TypeError
+    return checked
 
 
 def _without_tokens(message: Message) -> Message:

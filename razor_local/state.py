@@ -65,6 +65,11 @@ def unseal(sealed: bytes, n_tokens: int, input_ids: np.ndarray, fingerprint: byt
     return data
 
 
+def belongs_to(sealed: bytes, fingerprint: bytes) -> bool:
+    """Return whether a sealed state is of a model and its options, see fingerprint()."""
+    return len(sealed) >= _SEAL.size and _SEAL.unpack(sealed[-_SEAL.size :])[1] == fingerprint
+
+
 def fingerprint(model_path: str | os.PathLike[str], options: tuple[Any, ...]) -> bytes:
     """Return 16 bytes that differ where weights, hyper-parameters or options do.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import stat
+import subprocess
+import sys
 
 from test_chat import FACT, QUESTION
 from test_cli_chat import COUNTING, MAIN, UP, paste, piped, terminal
@@ -186,3 +190,88 @@ def test_a_chat_without_a_place_for_its_history_goes_on(tmp_path):
         t.expect(">>>")
         t.send("hello\r")
         assert "not kept" not in t.expect("MiB full")
+
+
+def test_a_conversation_is_saved_and_loaded(tmp_path):
+    with terminal("-c", "2048", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect(">>>")
+        for command, told in (
+            ("/save work", "Error: there is nothing to save yet"),
+            ("/save", "Error: expected a name: /save NAME"),
+            ("/load", "Error: expected a name: /load NAME"),
+            ("/load work", "Error: there is no session work; there are: none"),
+            ("/sessions", "there are no sessions; /save NAME makes one"),
+            ("/sessions rm work", "Error: there is no session work"),
+            ("/sessions of mine", "Error: expected /sessions, or /sessions rm NAME"),
+        ):
+            t.send(f"{command}\r")
+            t.expect(told)
+            t.expect(">>>")
+        ask(t, f"{FACT} {QUESTION}", "48213.")
+        t.send("/save work\r")
+        t.expect("saved as work (")
+        t.expect(">>>")
+        t.send("/clear\r")
+        t.expect(">>>")
+        t.send("/load wo\t\r")
+        assert "session work: 2 messages, " in t.expect(
+            "in the cache; the last message: The secret"
+        )
+        t.expect(">>>")
+        ask(t, QUESTION, "48213.")
+        t.send("/save\r")
+        t.expect("saved as work (")
+        t.send("/save other\r")
+        t.expect("saved as other (")
+        t.expect(">>>")
+    with terminal("-c", "2048", "--session", "work", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect("session work: 4 messages, ")
+        t.expect(">>>")
+        t.send(f"{QUESTION}\r")
+        numbers = t.expect("MiB full")
+        assert "48213." in numbers and int(re.search(r"prompt (\d+) new", numbers)[1]) < 40
+        t.expect(">>>")
+        t.send("/save\r")
+        t.expect("saved as work (")
+        t.send("/sessions\r")
+        t.expect("other  20")
+        t.expect("work  20")
+        assert re.search(r", 6 messages, \d+ tokens, \d\.\d MiB, ", t.expect("razor-default"))
+        t.send("/sessions rm ot\t\r")
+        t.expect("session other is removed")
+    with terminal("-c", "4096", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect(">>>")
+        t.send("/load work\r")
+        t.expect("Error: session work was saved with another plan (window 256, here 512, context")
+        t.expect(">>>")
+        t.send("/load work --messages\r")
+        t.expect("session work: 6 messages")
+        t.expect("to be read with the next message")
+        t.expect(">>>")
+        ask(t, QUESTION, "48213.")
+
+
+def test_a_pipe_goes_on_with_a_session(tmp_path):
+    env = {"XDG_DATA_HOME": str(tmp_path)}
+    with terminal("-c", "2048", **env) as t:
+        t.expect(">>>")
+        ask(t, f"{FACT} {QUESTION}", "48213.")
+        t.send("/save work\r")
+        t.expect("saved as work (")
+
+    def piped(*args):
+        command = [sys.executable, "-c", MAIN, "chat", *args]
+        return subprocess.run(
+            command, input=QUESTION, capture_output=True, text=True, env=os.environ | env
+        )
+
+    done = piped("-c", "2048", "--session", "work")
+    assert done.returncode == 0 and done.stdout == "The secret code of Marlow is 48213.\n"
+    assert int(re.search(r"prompt (\d+) new", done.stderr)[1]) < 40
+    for args, code, told in (
+        (["--session", "none"], 1, "Error: there is no session none; there are: work"),
+        (["--session", "../x"], 1, "Error: '../x' cannot be the name of a session"),
+        (["--session", "work", "--system", "x"], 2, "--system and --session exclude each other"),
+    ):
+        done = piped(*args)
+        assert done.returncode == code and told in done.stderr and done.stdout == ""

@@ -52,7 +52,7 @@ def test_slow_packages_are_loaded_where_they_are_used(code, allowed, tmp_path) -
 
 ROOMS = (
     "printable", "errors", "common", "gguf", "plan", "profile", "scores", "model_setup", "state",
-    "prompt", "completion", "chat", "native", "bindings", "ownership", "fit", "llama",
+    "prompt", "completion", "sessions", "chat", "native", "bindings", "ownership", "fit", "llama",
     "converters", "evals", "bench", "verify", "cli", "__main__",
 )  # fmt: skip
 

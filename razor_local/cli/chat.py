@@ -83,6 +83,9 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     help="Tokens of an answer at most, -1: until it ends.",
 )  # fmt: skip
 @click.option(
+    "--session", metavar="NAME", help="Go on with a conversation that /save NAME has saved."
+)
+@click.option(
     "--no-history", is_flag=True,
     help="Neither read nor keep what was typed in the user's data folder.",
 )  # fmt: skip
@@ -92,6 +95,8 @@ def chat(model: Path | None, **options: Any) -> None:
         raise click.UsageError("--sidecar and --no-razor exclude each other")
     if options["budget"] is not None and not options["razor"]:
         raise click.UsageError("--budget and --no-razor exclude each other")
+    if options["system"] is not None and options["session"] is not None:
+        raise click.UsageError("--system and --session exclude each other; use /system")
     if options["predict"] == 0 or options["predict"] < -1:
         raise click.UsageError("--predict is a number of tokens, or -1")
     if sys.stdin is None or sys.stdout is None:
@@ -119,6 +124,11 @@ def chat(model: Path | None, **options: Any) -> None:
             seed=options["seed"] if options["seed"] >= 0 else None,
         ),
     )
+    loaded = None
+    if options["session"] is not None:
+        from .chat_commands import load_session
+
+        loaded = load_session(options["session"], llama, conversation)
     if piped is not None:
         _answer(llama, conversation, partial(conversation.say, piped))
         if conversation.last is not None and conversation.last.ended == "stopped":
@@ -133,8 +143,11 @@ def chat(model: Path | None, **options: Any) -> None:
         say(facts)
     if model is None:
         say(DEFAULT_MODEL_HINT)
+    if loaded is not None:
+        say(loaded)
     say("/help for help, /exit to leave")
-    _converse(llama, conversation, None if options["no_history"] or is_dumb() else _history())
+    history = None if options["no_history"] or is_dumb() else _history()
+    _converse(llama, conversation, history, options["session"])
 
 
 def _read_stdin() -> str:
@@ -208,7 +221,9 @@ def _history() -> History | None:
         return None
 
 
-def _converse(llama: Llama, conversation: Chat, history: History | None) -> None:
+def _converse(
+    llama: Llama, conversation: Chat, history: History | None, session: str | None
+) -> None:
     from . import chat_commands
     from .terminal import MessageReader
 
@@ -218,7 +233,7 @@ def _converse(llama: Llama, conversation: Chat, history: History | None) -> None
             with reader.hold_input():
                 _answer(llama, conversation, begin, again)
 
-        talk = chat_commands.Talk(llama, conversation, reader, answer)
+        talk = chat_commands.Talk(llama, conversation, reader, answer, session)
         while not talk.is_over:
             begin, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
             try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,13 +33,15 @@ class Talk:
     """A conversation in a terminal: what commands work on.
 
     answer: called with a function such as chat.regenerate, shows what it streams.
-    line: what the next line begins with. is_edit: the next message replaces the last one.
+    session: the name it was saved or loaded as. line: what the next line begins with. is_edit: the
+    next message replaces the last one.
     """
 
     llama: Llama
     chat: Chat
     reader: MessageReader
     answer: Callable[[Callable[..., Any]], None]
+    session: str | None = None
     line: str = ""
     is_edit: bool = False
     is_over: bool = False
@@ -120,6 +123,89 @@ def paths(text: str) -> list[str]:
                 path = os.path.join(folder, entry.name)
                 found.append(f"{path}/" if entry.is_dir() else path)
     return sorted(found)
+
+
+def _save(talk: Talk, argument: str) -> None:
+    from .. import sessions
+
+    name = argument or talk.session
+    if name is None:
+        raise RazorError("expected a name: /save NAME")
+    if talk.chat.last_message is None:
+        raise RazorError("there is nothing to save yet")
+    with _stoppable("nothing was saved"):
+        session = sessions.save(name, talk.llama, talk.chat)
+    talk.session = name
+    size = session.n_bytes / 2**20
+    say(f"saved as {name} ({size:.1f} MiB); '/load {name}' and 'chat --session' go on with it")
+
+
+def _load(talk: Talk, argument: str) -> None:
+    name, messages_only = argument.removesuffix("--messages").strip(), "--messages" in argument
+    if not name:
+        raise RazorError("expected a name: /load NAME")
+    with _stoppable("nothing was loaded"):
+        say(load_session(name, talk.llama, talk.chat, messages_only))
+    talk.session = name
+
+
+def load_session(name: str, llama: Llama, chat: Chat, messages_only: bool = False) -> str:
+    """Go on with a session; return a line about it. Raises RazorError, OSError."""
+    from .. import sessions
+
+    sessions.load(name, llama, chat, messages_only)
+    last = chat.last_message
+    how = "to be read with the next message" if messages_only else "in the cache"
+    about = f"session {name}: {len(chat.messages)} messages, {chat.n_used} tokens, {how}"
+    return about if last is None else f"{about}; the last message: {_short(last)}"
+
+
+def _sessions(talk: Talk, argument: str) -> None:
+    from .. import sessions
+
+    action, _, name = argument.partition(" ")
+    if action == "rm" and name.strip():
+        sessions.remove(name.strip())
+        say(f"session {name.strip()} is removed")
+    elif argument:
+        raise RazorError("expected /sessions, or /sessions rm NAME")
+    else:
+        lines = [_about_session(name) for name in sessions.names()]
+        say("\n".join(lines) if lines else "there are no sessions; /save NAME makes one")
+
+
+def _about_session(name: str) -> str:
+    from .. import sessions
+
+    try:
+        session = sessions.read(name)
+    except (RazorError, OSError) as error:
+        return f"{name}  {sentence(error)}"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.saved))
+    model = session.model["name"] or session.model["file"]
+    return (
+        f"{name}  {when}, {len(session.chat['messages'])} messages, {session.n_tokens} tokens,"
+        f" {session.n_bytes / 2**20:.1f} MiB, {printable(model, one_line=True)}"
+    )
+
+
+def _session_names(text: str) -> list[str]:
+    from .. import sessions
+
+    return [name for name in sessions.names() if name.startswith(text)]
+
+
+def _session_actions(text: str) -> list[str]:
+    return [action for action in map("rm {}".format, _session_names("")) if action.startswith(text)]
+
+
+@contextmanager
+def _stoppable(then: str) -> Iterator[None]:
+    """Let Ctrl-C end what runs inside, and not the chat."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RazorError(f"stopped; {then}") from None
 
 
 def _help(talk: Talk, argument: str) -> None:
@@ -223,13 +309,18 @@ COMMANDS = {
     "help": Command("/help", "this text", _help),
     "undo": Command("/undo", "take back the last message and its answer", _undo),
     "regen": Command("/regen", "another answer to the last message", _regen),
-    "edit": Command("/edit TEXT", "change the last message (without TEXT: in the line)", _edit),
+    "edit": Command("/edit [TEXT]", "change the last message and send it again", _edit),
     "file": Command("/file PATH", "put a text file into the next message", _file, paths),
-    "clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
-    "system": Command("/system TEXT", "set the system prompt (without TEXT: show it)", _system),
-    "stats": Command(
-        "/stats", "KV heads, window and bytes of the cache, speed of the last turn", _stats
+    "save": Command("/save [NAME]", "save the conversation and its cache", _save, _session_names),
+    "load": Command(
+        "/load NAME", "go on with it (with --messages: without its cache)", _load, _session_names
     ),
+    "sessions": Command(
+        "/sessions [rm NAME]", "what was saved; with rm: remove it", _sessions, _session_actions
+    ),
+    "clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
+    "system": Command("/system [TEXT]", "show the system prompt, or set it", _system),
+    "stats": Command("/stats", "heads, window and bytes of the cache, speed", _stats),
     "context": Command("/context", "tokens used and left", _context),
     "exit": Command("/exit", "leave (also Ctrl-D)", _exit),
 }
