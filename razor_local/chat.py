@@ -171,15 +171,28 @@ class Chat:
         self.model = model
         self.end_loops = end_loops
         self.max_tokens = max_tokens
-        self.sampling = sampling or Sampling()
+        self.grammar: Any = None  # a llama_cpp.LlamaGrammar that answers follow
         self.last: Turn | None = None
         self._render = render
         self._stopped = False
-        self._seed = secrets.randbits(31) if self.sampling.seed is None else self.sampling.seed
-        self._n_turns = 0
+        self._sampling: Sampling | None = None
+        self.sampling = sampling or Sampling()
         self._known: Known | None = None  # up to the last answer; None: not computed yet
         self.messages: list[Message] = []
         self.set_system(system)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn. Another seed begins another sequence of seeds."""
+        assert self._sampling is not None  # set by __init__()
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        if self._sampling is None or sampling.seed != self._sampling.seed:
+            self._seed = secrets.randbits(31) if sampling.seed is None else sampling.seed
+            self._n_turns = 0
+        self._sampling = sampling
 
     @property
     def reserve(self) -> int:
@@ -371,9 +384,10 @@ class Chat:
         s = self.sampling
         seed = (self._seed + self._n_turns) % 2**32
         self._n_turns += 1
-        return model.generate(
-            tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed
-        )
+        options = {"temp": s.temp, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+        if self.grammar is not None:
+            options["grammar"] = self.grammar
+        return model.generate(tokens, seed=seed, **options)
 
     def _rendered(self, messages: list[Message]) -> str:
         return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from test_chat import ScriptedModel, make, render, roles
 from razor_local import ContextFullError, RazorError
 from razor_local.chat import Chat, Sampling
 from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run
-from razor_local.cli.terminal import MessageReader
+from razor_local.cli.terminal import MessageReader, is_ascii
 
 
 @pytest.mark.parametrize(
@@ -343,3 +344,103 @@ def test_random_turns_leave_a_conversation_that_a_fresh_cache_would_have():
                 assert cached(model, chat)
         said = [m["role"] for m in chat.messages if m["role"] != "system"]
         assert said == ["user", "assistant"] * (len(said) // 2), n_before
+
+
+# -- /set, /context, /json
+
+
+def told(talk, line, capsys):
+    assert run(talk, line)
+    return capsys.readouterr().err
+
+
+def test_settings_are_shown_and_changed(talk, capsys):
+    talk.chat.sampling = Sampling(seed=5)
+    shown = "temp 0.8, top_k 40, top_p 0.95, min_p 0.05, seed 5, predict -1\n"
+    assert told(talk, "/set", capsys) == shown
+    for name, value in (("temp", 0.2), ("top_k", 7), ("top_p", 0.5), ("min_p", 0.0)):
+        assert f"{name} {value}," in told(talk, f"/set {name} {value}", capsys)
+    assert told(talk, "/set predict 9", capsys).endswith("predict 9\n") and talk.chat.reserve == 9
+    list(talk.chat.say("x"))
+    assert talk.llama.sampling == {"temp": 0.2, "top_k": 7, "top_p": 0.5, "min_p": 0.0, "seed": 5}
+    told(talk, "/set seed 100", capsys)
+    talk.llama.answers = [b"ok\0"]
+    list(talk.chat.say("x"))
+    assert talk.llama.sampling["seed"] == 100
+    assert "seed -1, predict -1" in told(talk, "/set seed -1", capsys) + told(
+        talk, "/set predict -1", capsys
+    )
+    assert talk.chat.sampling.seed is None and talk.chat.max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("temp", "expected /set, or one of temp, top_k, top_p, min_p, seed, predict and its value"),
+        ("heat 3", "expected /set, or one of temp"),
+        ("temp hot", "/set temp: 'hot' is not a valid float range"),
+        ("temp nan", "/set temp: nan is not a number that can be used here"),
+        ("temp -1", "/set temp: -1.0 is not in the range x>=0"),
+        ("top_p 1.5", "/set top_p: 1.5 is not in the range 0<=x<=1"),
+        ("top_k 0.5", "/set top_k: '0.5' is not a valid integer"),
+        ("seed -2", "/set seed: -2 is not in the range"),
+        ("predict 0", "/set predict: 0 is not a number of tokens, or -1"),
+    ],
+)
+def test_settings_of_other_values_are_refused(talk, argument, expected):
+    before = talk.chat.sampling
+    with pytest.raises(RazorError, match=f"^{re.escape(expected)}"):
+        run(talk, f"/set {argument}")
+    assert talk.chat.sampling is before and talk.chat.max_tokens is None
+
+
+def test_the_context_as_a_bar(talk, capsys, monkeypatch):
+    def bar():
+        return told(talk, "/context", capsys).splitlines()[1]
+
+    assert bar() == f"[{'#' * 2}{'+' * 4}{'.' * 44}] # used, + kept, . free"
+    monkeypatch.setenv("TERM", "xterm")
+    if not is_ascii():
+        assert bar() == f"[{'█' * 2}{'▒' * 4}{'░' * 44}] █ used, ▒ kept, ░ free"
+    talk.llama._n_ctx = talk.chat.n_used
+    assert set(bar()[1:51]) <= {"█", "#"}
+    talk.chat.clear()
+    assert not set(bar()[1:51]) & {"█", "#"}
+
+
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+
+
+def test_answers_follow_a_schema(talk, capsys, tmp_path):
+    assert told(talk, "/json", capsys).startswith("answers are free text; ")
+    assert "answers follow the JSON schema" in told(talk, f"/json {SCHEMA}", capsys)
+    list(talk.chat.say("x"))
+    by_text = talk.llama.sampling["grammar"]
+    (tmp_path / "a.json").write_text(SCHEMA)
+    assert "answers follow the JSON schema" in told(talk, f"/json {tmp_path}/a.json", capsys)
+    assert talk.chat.grammar._grammar == by_text._grammar
+    assert told(talk, "/json", capsys).startswith("answers follow the JSON schema")
+    assert told(talk, "/json off", capsys).startswith("answers are free text; ")
+    talk.llama.answers = [b"ok\0"]
+    list(talk.chat.say("x"))
+    assert "grammar" not in talk.llama.sampling
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("{", "/json is not JSON: Expecting property name"),
+        ("none.json", "none.json: No such file or directory"),
+        ('{"type": "nonsense"}', "the JSON schema of /json cannot be made into a grammar"),
+        ('{"$ref": "https://example.org/x"}', "the JSON schema of /json cannot be made into a"),
+        ("bad.json", "bad.json is not JSON: "),
+        ("list.json", "the JSON schema of list.json cannot be made into a grammar"),
+    ],
+)
+def test_what_is_no_schema_is_refused(talk, argument, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("[" * 100000)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(RazorError, match=re.escape(expected)):
+        run(talk, f"/json {argument}")
+    assert talk.chat.grammar is None

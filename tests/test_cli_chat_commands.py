@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -275,3 +276,30 @@ def test_a_pipe_goes_on_with_a_session(tmp_path):
     ):
         done = piped(*args)
         assert done.returncode == code and told in done.stderr and done.stdout == ""
+
+
+def test_settings_and_answers_in_json(tmp_path):
+    schema = '{"type": "object", "properties": {"code": {"type": "integer"}}, "required": ["code"]}'
+    (tmp_path / "code.json").write_text(schema)
+    with terminal("-c", "2048") as t:
+        t.expect(">>>")
+        t.send("/set temp 0\r")
+        t.expect("temp 0.0, top_k 40")
+        t.send(f"/json {tmp_path}/co\t\r")
+        t.expect("answers follow the JSON schema")
+        t.expect(">>>")
+        t.send(f"{FACT} {QUESTION}\r")
+        answer = t.expect("prompt ")
+        assert isinstance(json.loads(re.search(r"\{.*\}", answer, re.DOTALL)[0])["code"], int)
+        t.expect(">>>")
+        t.send("/json off\r")
+        t.expect("answers are free text")
+        t.expect(">>>")
+        ask(t, QUESTION, "The secret code of Marlow is")
+        t.send("/context\r")
+        t.expect("█")
+        t.expect("free")
+    with terminal(TERM="dumb") as t:
+        t.expect(">>>")
+        t.send("/context\r")
+        t.expect("# used, + kept, . free")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import click
+
 from ..common.inputs import read_text_file
 from ..errors import RazorError
 from ..printable import printable
-from .chat_status import stats
-from .terminal import say, sentence
+from .chat_status import context, stats
+from .params import Number
+from .terminal import is_ascii, say, sentence
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -26,6 +30,15 @@ if TYPE_CHECKING:
 
 
 MAX_BYTES_PER_TOKEN = 64  # of a file that may fit the context; real texts have about 4
+MAX_SCHEMA = 1 << 20  # bytes
+SETTINGS: dict[str, click.ParamType] = {
+    "temp": Number(0),
+    "top_k": click.IntRange(0, 2**31 - 1),
+    "top_p": Number(0, 1),
+    "min_p": Number(0, 1),
+    "seed": click.IntRange(-1, 2**31 - 1),
+    "predict": click.IntRange(-1, 2**31 - 1),
+}
 
 
 @dataclass
@@ -33,8 +46,8 @@ class Talk:
     """A conversation in a terminal: what commands work on.
 
     answer: called with a function such as chat.regenerate, shows what it streams.
-    session: the name it was saved or loaded as. line: what the next line begins with. is_edit: the
-    next message replaces the last one.
+    session: the name it was saved or loaded as. schema: of chat.grammar, as it was given. line:
+    what the next line begins with. is_edit: the next message replaces the last one.
     """
 
     llama: Llama
@@ -42,6 +55,7 @@ class Talk:
     reader: MessageReader
     answer: Callable[[Callable[..., Any]], None]
     session: str | None = None
+    schema: str = ""
     line: str = ""
     is_edit: bool = False
     is_over: bool = False
@@ -221,7 +235,7 @@ def _undo(talk: Talk, argument: str) -> None:
 
 def _regen(talk: Talk, argument: str) -> None:
     if talk.chat.sampling.temp == 0:
-        say("(at temperature 0 the answer is the same again; start with --temp 0.8 for others)")
+        say("(at temperature 0 the answer is the same again; /set temp 0.8 draws others)")
     talk.answer(talk.chat.regenerate)
 
 
@@ -294,11 +308,56 @@ def _stats(talk: Talk, argument: str) -> None:
 
 
 def _context(talk: Talk, argument: str) -> None:
-    say(
-        f"{talk.chat.n_used} of {talk.llama.n_ctx()} tokens used by"
-        f" {len(talk.chat.messages)} messages; {talk.chat.n_left} left for the next message,"
-        f" {talk.chat.reserve} kept for its answer"
-    )
+    say(context(talk.chat, is_ascii()))
+
+
+def _set(talk: Talk, argument: str) -> None:
+    from ..chat import Sampling
+
+    chat = talk.chat
+    values: dict[str, Any] = asdict(chat.sampling) | {"predict": chat.max_tokens}
+    if argument:
+        name, _, text = argument.partition(" ")
+        if name not in SETTINGS or not text.strip():
+            raise RazorError(f"expected /set, or one of {', '.join(SETTINGS)} and its value")
+        try:
+            value = SETTINGS[name].convert(text.strip(), None, None)
+        except click.BadParameter as error:
+            raise RazorError(f"/set {name}: {error.message}") from None
+        if name == "predict" and value == 0:
+            raise RazorError("/set predict: 0 is not a number of tokens, or -1")
+        values[name] = None if value == -1 else value
+        chat.max_tokens = values["predict"]
+        chat.sampling = Sampling(**{key: values[key] for key in values if key != "predict"})
+    say(", ".join(f"{key} {-1 if values[key] is None else values[key]}" for key in SETTINGS))
+
+
+def _settings(text: str) -> list[str]:
+    return [f"{name} " for name in SETTINGS if name.startswith(text)]
+
+
+def _json(talk: Talk, argument: str) -> None:
+    from ..completion import grammar_of
+
+    if argument == "off":
+        talk.chat.grammar, talk.schema = None, ""
+    elif argument:
+        is_text = argument.startswith("{")
+        what = "/json" if is_text else str(_path(argument))
+        text = argument if is_text else read_text_file(_path(argument), max_bytes=MAX_SCHEMA)
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RazorError(f"{what} is not JSON: {error}") from None
+        talk.chat.grammar, talk.schema = grammar_of(what, schema), _short(argument)
+    if talk.chat.grammar is None:
+        say("answers are free text; /json SCHEMA or /json FILE makes them JSON")
+    else:
+        say(f"answers follow the JSON schema {talk.schema}; /json off ends that")
+
+
+def _schemas(text: str) -> list[str]:
+    return [*(word for word in ("off",) if word.startswith(text)), *paths(text)]
 
 
 def _exit(talk: Talk, argument: str) -> None:
@@ -322,6 +381,10 @@ COMMANDS = {
     "system": Command("/system [TEXT]", "show the system prompt, or set it", _system),
     "stats": Command("/stats", "heads, window and bytes of the cache, speed", _stats),
     "context": Command("/context", "tokens used and left", _context),
+    "set": Command("/set [NAME VALUE]", f"show or set {', '.join(SETTINGS)}", _set, _settings),
+    "json": Command(
+        "/json SCHEMA|off", "answers in JSON that follows a schema or its file", _json, _schemas
+    ),
     "exit": Command("/exit", "leave (also Ctrl-D)", _exit),
 }
 ALIASES = {"?": "help", "quit": "exit", "bye": "exit"}

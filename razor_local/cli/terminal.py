@@ -33,6 +33,15 @@ def is_dumb() -> bool:
     return os.environ.get("TERM", "") in ("dumb", "unknown")
 
 
+def is_ascii() -> bool:
+    """Return True if stderr is better given ASCII alone."""
+    try:
+        "█▒░".encode(sys.stderr.encoding or "ascii")
+    except UnicodeEncodeError:
+        return True
+    return is_dumb()
+
+
 def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = False) -> None:
     """Print text to stdout or stderr; dim where the terminal and NO_COLOR allow it."""
     import click
