@@ -172,14 +172,27 @@ class Chat:
         self.model = model
         self.end_loops = end_loops
         self.max_tokens = max_tokens
-        self.sampling = sampling or Sampling()
+        self.grammar: Any = None  # a llama_cpp.LlamaGrammar that answers follow
         self.last: Turn | None = None
         self._render = render
-        self._seed = secrets.randbits(31) if self.sampling.seed is None else self.sampling.seed
-        self._n_turns = 0
+        self._sampling: Sampling | None = None
+        self.sampling = sampling or Sampling()
         self._known: Known | None = None  # up to the last answer; None: not computed yet
         self.messages: list[Message] = []
         self.set_system(system)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn. Another seed begins another sequence of seeds."""
+        assert self._sampling is not None  # set by __init__()
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        if self._sampling is None or sampling.seed != self._sampling.seed:
+            self._seed = secrets.randbits(31) if sampling.seed is None else sampling.seed
+            self._n_turns = 0
+        self._sampling = sampling
 
     @property
     def reserve(self) -> int:
@@ -202,6 +215,32 @@ class Chat:
         self.messages = [m for m in self.messages if m["role"] == "system"]
         self._known = None
 
+    def dump(self) -> dict[str, Any]:
+        """Return the conversation for restore(), as values that JSON has."""
+        return {"messages": self.messages, "seed": self._seed, "n_turns": self._n_turns}
+
+    def restore(self, dumped: dict[str, Any]) -> None:
+        """Go on with a conversation of dump().
+
+        Raises RazorError, with nothing changed, for what cannot be one with this model.
+        """
+        try:
+            messages = [_checked(message) for message in dumped["messages"]]
+            seed, n_turns = int(dumped["seed"]), int(dumped["n_turns"])
+        except (LookupError, TypeError, ValueError):
+            raise RazorError("this is not a saved conversation") from None
+        roles = [message["role"] for message in messages]
+        said = roles[1:] if roles[:1] == ["system"] else roles
+        if said != ["user", "assistant"] * (len(said) // 2):
+            raise RazorError(
+                "this is not a saved conversation: messages and answers do not take turns"
+            )
+        for message in messages:
+            for token in message.get("tokens", ()):
+                self.model.piece(token)  # raises if there is none
+        self._known = None
+        self.messages, self._seed, self._n_turns = messages, seed, n_turns
+
     @property
     def last_message(self) -> str | None:
         """The last message of the user, None if there is none."""
@@ -221,6 +260,11 @@ class Chat:
         if self.last_message is None:
             return 0
         return len(self._known_now().tokens) or len(self._tokenize(self._rendered(self.messages)))
+
+    @property
+    def n_left(self) -> int:
+        """Tokens left for the next message."""
+        return max(self.model.n_ctx() - self.n_used - self.reserve, 0)
 
     def say(
         self, text: str, progress: Progress | None = None, stop: Stop | None = None
@@ -340,9 +384,10 @@ class Chat:
         s = self.sampling
         seed = (self._seed + self._n_turns) % 2**32
         self._n_turns += 1
-        return model.generate(
-            tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed
-        )
+        options = {"temp": s.temp, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+        if self.grammar is not None:
+            options["grammar"] = self.grammar
+        return model.generate(tokens, seed=seed, **options)
 
     def _rendered(self, messages: list[Message]) -> str:
         return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))
@@ -395,6 +440,16 @@ class Chat:
         # (bytes that are no UTF-8 come from a terminal as surrogates)
         data = text.encode("utf-8", "surrogateescape")
         return self.model.tokenize(data, add_bos=False, special=True)
+
+
+def _checked(message: Any) -> Message:
+    """Return a message. Raises TypeError, ValueError or LookupError for anything else."""
+    checked: Message = {"role": message["role"], "content": message["content"]}
+    if "tokens" in message:
+        checked["tokens"] = [int(token) for token in message["tokens"]]
+    if not isinstance(checked["content"], str) or not isinstance(checked["role"], str):
+        raise TypeError
+    return checked
 
 
 def _without_tokens(message: Message) -> Message:

@@ -158,7 +158,7 @@ def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, A
     for tool in tools:
         if tool.get("function", {}).get("name") == chosen is not None:
             # llama_cpp answers with any JSON where it cannot convert the schema
-            _grammar_of(f"parameters of {chosen!r}", tool["function"].get("parameters"))
+            grammar_of(f"parameters of {chosen!r}", tool["function"].get("parameters"))
     return request
 
 
@@ -208,10 +208,10 @@ def _read_response_format(response_format: Any) -> Any:
         raise RazorError(
             f"response_format is of the type {kind!r}, expected text, json_object or json_schema"
         )
-    return _grammar_of("response_format", schema)
+    return grammar_of("response_format", schema)
 
 
-def _grammar_of(what: str, schema: Any) -> Any:
+def grammar_of(what: str, schema: Any) -> Any:
     """Return the grammar of a JSON schema. Raises RazorError if it cannot be converted."""
     from llama_cpp import LlamaGrammar
 

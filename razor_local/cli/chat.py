@@ -23,12 +23,13 @@ from .params import (
     flash_attention,
     model_argument,
 )
-from .terminal import ProgressBar, echo, say
+from .terminal import ProgressBar, echo, is_dumb, say, sentence
 
 if TYPE_CHECKING:
     from ..chat import Chat
     from ..common.progress import Progress, Stop
     from ..llama import Llama
+    from .history import History
 
     Begin = Callable[[Progress, Stop], Iterator[str]]  # begins an answer, as chat.regenerate
 
@@ -119,7 +120,14 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     metavar="N",
     show_default=True,
     help="Tokens of an answer at most, -1: until it ends.",
+)  # fmt: skip
+@click.option(
+    "--session", metavar="NAME", help="Go on with a conversation that /save NAME has saved."
 )
+@click.option(
+    "--no-history", is_flag=True,
+    help="Neither read nor keep what was typed in the user's data folder.",
+)  # fmt: skip
 def chat(model: Path | None, **options: Any) -> None:
     """Chat with MODEL, or with the small built-in model.
 
@@ -129,6 +137,8 @@ def chat(model: Path | None, **options: Any) -> None:
         raise click.UsageError("--sidecar and --no-razor exclude each other")
     if options["budget"] is not None and not options["razor"]:
         raise click.UsageError("--budget and --no-razor exclude each other")
+    if options["system"] is not None and options["session"] is not None:
+        raise click.UsageError("--system and --session exclude each other; use /system")
     if options["predict"] == 0 or options["predict"] < -1:
         raise click.UsageError("--predict is a number of tokens, or -1")
     if sys.stdin is None or sys.stdout is None:
@@ -156,6 +166,11 @@ def chat(model: Path | None, **options: Any) -> None:
             seed=options["seed"] if options["seed"] >= 0 else None,
         ),
     )
+    loaded = None
+    if options["session"] is not None:
+        from .chat_commands import load_session
+
+        loaded = load_session(options["session"], llama, conversation)
     if piped is not None:
         _answer(llama, conversation, partial(conversation.say, piped))
         if conversation.last is not None and conversation.last.ended == "stopped":
@@ -170,8 +185,11 @@ def chat(model: Path | None, **options: Any) -> None:
         say(facts)
     if model is None:
         say(DEFAULT_MODEL_HINT)
+    if loaded is not None:
+        say(loaded)
     say("/help for help, /exit to leave")
-    _converse(llama, conversation)
+    history = None if options["no_history"] or is_dumb() else _history()
+    _converse(llama, conversation, history, options["session"])
 
 
 def _read_stdin() -> str:
@@ -234,31 +252,44 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
         )
 
 
-def _converse(llama: Llama, conversation: Chat) -> None:
+def _history() -> History | None:
+    """The history of earlier chats; None, with a note, where it cannot be used."""
+    from .history import History
+
+    try:
+        return History()
+    except (RazorError, OSError) as error:
+        say(f"note: the history of earlier chats cannot be used: {sentence(error)}")
+        return None
+
+
+def _converse(
+    llama: Llama, conversation: Chat, history: History | None, session: str | None
+) -> None:
     from . import chat_commands
     from .terminal import MessageReader
 
-    with MessageReader() as reader:
+    with MessageReader(chat_commands.complete, history) as reader:
 
         def answer(begin: Begin, again: bool = True) -> None:
             with reader.hold_input():
                 _answer(llama, conversation, begin, again)
 
-        talk = chat_commands.Talk(llama, conversation, reader, answer)
+        talk = chat_commands.Talk(llama, conversation, reader, answer, session)
         while not talk.is_over:
-            line, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
+            begin, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
             try:
-                text = reader.read(line)
+                line = reader.read(begin)
             except KeyboardInterrupt:
                 say("/exit or Ctrl-D to leave")
                 continue
-            if text is None:
+            if line is None:
                 return
             try:
-                command = chat_commands.parse(text)
-                if command is not None:
-                    chat_commands.run(talk, *command)
-                elif text.strip():
+                if chat_commands.run(talk, line):
+                    continue
+                text = reader.message(line)
+                if text.strip():
                     answer(
                         partial(conversation.edit if is_edit else conversation.say, text), is_edit
                     )

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import click
+
+from ..common.inputs import read_text_file
 from ..errors import RazorError
 from ..printable import printable
-from .chat_status import stats
-from .terminal import say
+from .chat_status import context, stats
+from .params import Number
+from .terminal import is_ascii, say, sentence
 
 if TYPE_CHECKING:
     from ..chat import Chat
@@ -19,29 +29,48 @@ if TYPE_CHECKING:
     from .terminal import MessageReader
 
 
+MAX_BYTES_PER_TOKEN = 64  # of a file that may fit the context; real texts have about 4
+MAX_SCHEMA = 1 << 20  # bytes
+SETTINGS: dict[str, click.ParamType] = {
+    "temp": Number(0),
+    "top_k": click.IntRange(0, 2**31 - 1),
+    "top_p": Number(0, 1),
+    "min_p": Number(0, 1),
+    "seed": click.IntRange(-1, 2**31 - 1),
+    "predict": click.IntRange(-1, 2**31 - 1),
+}
+
+
 @dataclass
 class Talk:
     """A conversation in a terminal: what commands work on.
 
     answer: called with a function such as chat.regenerate, shows what it streams.
-    line: what the next line begins with. is_edit: the next message replaces the last one.
+    session: the name it was saved or loaded as. schema: of chat.grammar, as it was given. line:
+    what the next line begins with. is_edit: the next message replaces the last one.
     """
 
     llama: Llama
     chat: Chat
     reader: MessageReader
     answer: Callable[[Callable[..., Any]], None]
+    session: str | None = None
+    schema: str = ""
     line: str = ""
     is_edit: bool = False
     is_over: bool = False
 
 
 class Command(NamedTuple):
-    """A command: how it is written, what it does, and the function, called with its argument."""
+    """A command: how it is written, what it does, and the function, called with its argument.
+
+    complete: returns the arguments that begin with a text.
+    """
 
     usage: str
     help: str
     run: Callable[[Talk, str], None]
+    complete: Callable[[str], list[str]] = lambda text: []
 
     @property
     def takes_argument(self) -> bool:
@@ -63,15 +92,134 @@ def parse(text: str) -> tuple[str, str] | None:
     return name, argument
 
 
-def run(talk: Talk, name: str, argument: str) -> None:
-    """Run a command. Raises RazorError."""
-    if name in COMMANDS:
-        COMMANDS[name].run(talk, argument)
-    else:
-        say(
-            f"Error: there is no /{name}; /help shows the commands, and a space in front of it"
-            " makes it a message"
+def run(talk: Talk, line: str) -> bool:
+    """Run the command in a line; return False if it is a message. Raises RazorError.
+
+    Files and pasted texts before a command stay in the line.
+    """
+    markers, typed = talk.reader.split(line)
+    command = parse(talk.reader.expand(typed))
+    if command is None or (markers and command[0] not in COMMANDS):
+        return False
+    name, argument = command
+    if name not in COMMANDS:
+        raise RazorError(
+            f"there is no /{name}; /help shows the commands, and a space in front of it makes it a"
+            " message"
         )
+    talk.line = markers
+    try:
+        COMMANDS[name].run(talk, argument)
+    except OSError as error:
+        raise RazorError(sentence(error)) from error
+    return True
+
+
+def complete(text: str) -> tuple[int, list[str]]:
+    """Return how many characters at the end of text the Tab key replaces, and by which texts."""
+    name, space, argument = text.partition(" ")
+    if not space:
+        names = [f"/{name} " if COMMANDS[name].takes_argument else f"/{name}" for name in COMMANDS]
+        return len(text), [one for one in names if text and one.startswith(text)]
+    if name[:1] != "/" or name[1:] not in COMMANDS:
+        return 0, []
+    return len(argument), COMMANDS[name[1:]].complete(argument)
+
+
+def paths(text: str) -> list[str]:
+    """Return the paths that begin with text, folders with a slash behind them."""
+    folder, name = os.path.split(text)
+    found = []
+    with suppress(OSError, ValueError), os.scandir(os.path.expanduser(folder) or ".") as entries:
+        for entry in entries:
+            hidden = entry.name.startswith(".") and not name.startswith(".")
+            if entry.name.startswith(name) and entry.name.isprintable() and not hidden:
+                path = os.path.join(folder, entry.name)
+                found.append(f"{path}/" if entry.is_dir() else path)
+    return sorted(found)
+
+
+def _save(talk: Talk, argument: str) -> None:
+    from .. import sessions
+
+    name = argument or talk.session
+    if name is None:
+        raise RazorError("expected a name: /save NAME")
+    if talk.chat.last_message is None:
+        raise RazorError("there is nothing to save yet")
+    with _stoppable("nothing was saved"):
+        session = sessions.save(name, talk.llama, talk.chat)
+    talk.session = name
+    size = session.n_bytes / 2**20
+    say(f"saved as {name} ({size:.1f} MiB); '/load {name}' and 'chat --session' go on with it")
+
+
+def _load(talk: Talk, argument: str) -> None:
+    name, messages_only = argument.removesuffix("--messages").strip(), "--messages" in argument
+    if not name:
+        raise RazorError("expected a name: /load NAME")
+    with _stoppable("nothing was loaded"):
+        say(load_session(name, talk.llama, talk.chat, messages_only))
+    talk.session = name
+
+
+def load_session(name: str, llama: Llama, chat: Chat, messages_only: bool = False) -> str:
+    """Go on with a session; return a line about it. Raises RazorError, OSError."""
+    from .. import sessions
+
+    sessions.load(name, llama, chat, messages_only)
+    last = chat.last_message
+    how = "to be read with the next message" if messages_only else "in the cache"
+    about = f"session {name}: {len(chat.messages)} messages, {chat.n_used} tokens, {how}"
+    return about if last is None else f"{about}; the last message: {_short(last)}"
+
+
+def _sessions(talk: Talk, argument: str) -> None:
+    from .. import sessions
+
+    action, _, name = argument.partition(" ")
+    if action == "rm" and name.strip():
+        sessions.remove(name.strip())
+        say(f"session {name.strip()} is removed")
+    elif argument:
+        raise RazorError("expected /sessions, or /sessions rm NAME")
+    else:
+        lines = [_about_session(name) for name in sessions.names()]
+        say("\n".join(lines) if lines else "there are no sessions; /save NAME makes one")
+
+
+def _about_session(name: str) -> str:
+    from .. import sessions
+
+    try:
+        session = sessions.read(name)
+    except (RazorError, OSError) as error:
+        return f"{name}  {sentence(error)}"
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.saved))
+    model = session.model["name"] or session.model["file"]
+    return (
+        f"{name}  {when}, {len(session.chat['messages'])} messages, {session.n_tokens} tokens,"
+        f" {session.n_bytes / 2**20:.1f} MiB, {printable(model, one_line=True)}"
+    )
+
+
+def _session_names(text: str) -> list[str]:
+    from .. import sessions
+
+    return [name for name in sessions.names() if name.startswith(text)]
+
+
+def _session_actions(text: str) -> list[str]:
+    return [action for action in map("rm {}".format, _session_names("")) if action.startswith(text)]
+
+
+@contextmanager
+def _stoppable(then: str) -> Iterator[None]:
+    """Let Ctrl-C end what runs inside, and not the chat."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RazorError(f"stopped; {then}") from None
 
 
 def _help(talk: Talk, argument: str) -> None:
@@ -87,7 +235,7 @@ def _undo(talk: Talk, argument: str) -> None:
 
 def _regen(talk: Talk, argument: str) -> None:
     if talk.chat.sampling.temp == 0:
-        say("(at temperature 0 the answer is the same again; start with --temp 0.8 for others)")
+        say("(at temperature 0 the answer is the same again; /set temp 0.8 draws others)")
     talk.answer(talk.chat.regenerate)
 
 
@@ -100,6 +248,42 @@ def _edit(talk: Talk, argument: str) -> None:
         raise RazorError("this terminal cannot show a line to be changed; use /edit NEW TEXT")
     talk.line, talk.is_edit = talk.reader.line_of(last), True
     say("Enter sends the changed message in place of the last one, Ctrl-C leaves that as it is")
+
+
+def _file(talk: Talk, argument: str) -> None:
+    if not argument:
+        raise RazorError("expected the path of a text file: /file PATH")
+    path, n_ctx = _path(argument), talk.llama.n_ctx()
+    text = read_text_file(path, max_bytes=n_ctx * MAX_BYTES_PER_TOKEN)
+    if "\0" in text:
+        raise RazorError(f"{path} is a binary file, expected a text file")
+    if not text.strip():
+        raise RazorError(f"{path} is empty")
+    n_tokens, n_before = _n_tokens(talk, text), _n_tokens(talk, talk.reader.expand(talk.line))
+    left = talk.chat.n_left - n_before - n_tokens
+    if left < 0:
+        raise RazorError(
+            f"{path} has {n_tokens} tokens, {left + n_tokens} of the context of {n_ctx} are left:"
+            " use a shorter file, clear the conversation, or start with a larger -c"
+        )
+    talk.line += talk.reader.add_file(path.name, text, n_tokens)
+    say(f"{path} has {n_tokens} tokens and is part of the next message; {left} are left for it")
+
+
+def _path(argument: str) -> Path:
+    """Return the path that is meant, which may be quoted as shells do it."""
+    if "\0" in argument:
+        raise RazorError(f"{argument} is not the name of a file")
+    path = os.path.expanduser(argument)
+    with suppress(ValueError):
+        words = shlex.split(argument)
+        if len(words) == 1 and not os.path.exists(path):
+            path = os.path.expanduser(words[0])
+    return Path(path)
+
+
+def _n_tokens(talk: Talk, text: str) -> int:
+    return len(talk.llama.tokenize(text.encode("utf-8", "surrogateescape"), add_bos=False))
 
 
 def _short(text: str) -> str:
@@ -124,12 +308,56 @@ def _stats(talk: Talk, argument: str) -> None:
 
 
 def _context(talk: Talk, argument: str) -> None:
-    used, n_ctx, reserve = talk.chat.n_used, talk.llama.n_ctx(), talk.chat.reserve
-    say(
-        f"{used} of {n_ctx} tokens used by {len(talk.chat.messages)} messages;"
-        f" {max(n_ctx - used - reserve, 0)} left for the next message,"
-        f" {reserve} kept for its answer"
-    )
+    say(context(talk.chat, is_ascii()))
+
+
+def _set(talk: Talk, argument: str) -> None:
+    from ..chat import Sampling
+
+    chat = talk.chat
+    values: dict[str, Any] = asdict(chat.sampling) | {"predict": chat.max_tokens}
+    if argument:
+        name, _, text = argument.partition(" ")
+        if name not in SETTINGS or not text.strip():
+            raise RazorError(f"expected /set, or one of {', '.join(SETTINGS)} and its value")
+        try:
+            value = SETTINGS[name].convert(text.strip(), None, None)
+        except click.BadParameter as error:
+            raise RazorError(f"/set {name}: {error.message}") from None
+        if name == "predict" and value == 0:
+            raise RazorError("/set predict: 0 is not a number of tokens, or -1")
+        values[name] = None if value == -1 else value
+        chat.max_tokens = values["predict"]
+        chat.sampling = Sampling(**{key: values[key] for key in values if key != "predict"})
+    say(", ".join(f"{key} {-1 if values[key] is None else values[key]}" for key in SETTINGS))
+
+
+def _settings(text: str) -> list[str]:
+    return [f"{name} " for name in SETTINGS if name.startswith(text)]
+
+
+def _json(talk: Talk, argument: str) -> None:
+    from ..completion import grammar_of
+
+    if argument == "off":
+        talk.chat.grammar, talk.schema = None, ""
+    elif argument:
+        is_text = argument.startswith("{")
+        what = "/json" if is_text else str(_path(argument))
+        text = argument if is_text else read_text_file(_path(argument), max_bytes=MAX_SCHEMA)
+        try:
+            schema = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RazorError(f"{what} is not JSON: {error}") from None
+        talk.chat.grammar, talk.schema = grammar_of(what, schema), _short(argument)
+    if talk.chat.grammar is None:
+        say("answers are free text; /json SCHEMA or /json FILE makes them JSON")
+    else:
+        say(f"answers follow the JSON schema {talk.schema}; /json off ends that")
+
+
+def _schemas(text: str) -> list[str]:
+    return [*(word for word in ("off",) if word.startswith(text)), *paths(text)]
 
 
 def _exit(talk: Talk, argument: str) -> None:
@@ -140,13 +368,23 @@ COMMANDS = {
     "help": Command("/help", "this text", _help),
     "undo": Command("/undo", "take back the last message and its answer", _undo),
     "regen": Command("/regen", "another answer to the last message", _regen),
-    "edit": Command("/edit TEXT", "change the last message (without TEXT: in the line)", _edit),
-    "clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
-    "system": Command("/system TEXT", "set the system prompt (without TEXT: show it)", _system),
-    "stats": Command(
-        "/stats", "KV heads, window and bytes of the cache, speed of the last turn", _stats
+    "edit": Command("/edit [TEXT]", "change the last message and send it again", _edit),
+    "file": Command("/file PATH", "put a text file into the next message", _file, paths),
+    "save": Command("/save [NAME]", "save the conversation and its cache", _save, _session_names),
+    "load": Command(
+        "/load NAME", "go on with it (with --messages: without its cache)", _load, _session_names
     ),
+    "sessions": Command(
+        "/sessions [rm NAME]", "what was saved; with rm: remove it", _sessions, _session_actions
+    ),
+    "clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
+    "system": Command("/system [TEXT]", "show the system prompt, or set it", _system),
+    "stats": Command("/stats", "heads, window and bytes of the cache, speed", _stats),
     "context": Command("/context", "tokens used and left", _context),
+    "set": Command("/set [NAME VALUE]", f"show or set {', '.join(SETTINGS)}", _set, _settings),
+    "json": Command(
+        "/json SCHEMA|off", "answers in JSON that follows a schema or its file", _json, _schemas
+    ),
     "exit": Command("/exit", "leave (also Ctrl-D)", _exit),
 }
 ALIASES = {"?": "help", "quit": "exit", "bye": "exit"}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 
+BAR_WIDTH = 50  # columns of the bar of /context
+
 if TYPE_CHECKING:
     from ..chat import Chat, Turn
     from ..llama import Llama
@@ -50,6 +52,21 @@ def numbers(llama: Llama, conversation: Chat, turn: Turn) -> str:
     return (
         f"prompt {prompt} | answer {turn.n_answer} tokens, {turn.answer_per_second:.1f} tok/s"
         f" | context {conversation.n_used}/{memory.n_ctx} | {_kv(memory)}"
+    )
+
+
+def context(chat: Chat, ascii_only: bool) -> str:
+    """Return the lines of /context: the numbers, and a bar of what is used, kept and free."""
+    n_ctx, used, kept = chat.model.n_ctx(), chat.n_used, chat.reserve
+    n_used, n_kept = (min(-(-n * BAR_WIDTH // n_ctx), BAR_WIDTH) for n in (used, kept))
+    n_kept = min(n_kept, BAR_WIDTH - n_used)
+    marks = "#+." if ascii_only else "█▒░"
+    widths = (n_used, n_kept, BAR_WIDTH - n_used - n_kept)
+    bar = "".join(mark * width for mark, width in zip(marks, widths, strict=True))
+    return (
+        f"{used} of {n_ctx} tokens used by {len(chat.messages)} messages; {chat.n_left} left for"
+        f" the next message, {kept} kept for its answer\n"
+        f"[{bar}] {marks[0]} used, {marks[1]} kept, {marks[2]} free"
     )
 
 

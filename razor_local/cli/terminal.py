@@ -13,13 +13,16 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import RazorError
 from ..printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .history import History
 
 WIDTH = 100  # columns that tables may take at least: a narrow terminal folds lines, and cuts none
 BAR_DELAY = 0.5  # seconds, in which most work is done
@@ -30,6 +33,15 @@ MAX_LINES = 10  # of a text that is shown when a message is changed; longer ones
 def is_dumb() -> bool:
     """Return True if the terminal does not support escape sequences."""
     return os.environ.get("TERM", "") in ("dumb", "unknown")
+
+
+def is_ascii() -> bool:
+    """Return True if stderr is better given ASCII alone."""
+    try:
+        "█▒░".encode(sys.stderr.encoding or "ascii")
+    except UnicodeEncodeError:
+        return True
+    return is_dumb()
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = False) -> None:
@@ -45,6 +57,14 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = Fals
 def say(text: str) -> None:
     """Print a message of a chat to stderr, dim."""
     echo(text, err=True, dim=True)
+
+
+def sentence(error: RazorError | OSError) -> str:
+    """Return what an error says, without its number."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return printable(f"{where}{error.strerror or error}", one_line=True)
 
 
 def make_console(**options: Any) -> Console:
@@ -64,8 +84,11 @@ def table_console() -> Console:
     return make_console(soft_wrap=True, width=width)
 
 
+Complete = Callable[[str], tuple[int, list[str]]]
+
+
 class MessageReader:
-    """Reads messages from a terminal.
+    """Reads lines from a terminal, which message() makes into messages.
 
     A pasted text of several lines stands in the line as a short marker, whatever its size, so that
     a question can be typed behind it. Terminals without bracketed paste have blocks between two
@@ -73,21 +96,47 @@ class MessageReader:
     sequences (TERM=dumb) is read line by line.
 
     Within its block the terminal marks what is pasted, during an answer too.
+
+    Args:
+        complete: given what is typed, without markers before it, returns what the Tab key makes of
+            it: how many characters are replaced, and by which texts
+        history: of earlier chats, in which what is typed is kept as it is sent
     """
 
-    def __init__(self) -> None:
-        self._pastes: dict[str, str] = {}  # of all messages: the history names them again
+    def __init__(self, complete: Complete | None = None, history: History | None = None) -> None:
+        self._complete = complete
+        self._kept = history
+        # texts by their markers, of all messages: the history names them again
+        self._pastes: dict[str, str] = {}
+        self._note = ""  # to be said when the line has been read
         self._lines: dict[str, str] = {}  # of messages that were entered with markers
         self._session: Any = None
         if not is_dumb():
             self._start_session()
 
     def _start_session(self) -> None:
-        from prompt_toolkit import PromptSession
+        from prompt_toolkit import PromptSession, history
+        from prompt_toolkit.completion import Completer, Completion
         from prompt_toolkit.key_binding import KeyBindings
         from prompt_toolkit.keys import Keys
         from prompt_toolkit.output import create_output
         from prompt_toolkit.output.vt100 import Vt100_Output
+        from prompt_toolkit.shortcuts import CompleteStyle
+
+        class TabCompleter(Completer):
+            def get_completions(_self, document: Any, _event: Any) -> Any:
+                typed = self.split(document.text_before_cursor)[1]
+                n, texts = self._complete(typed) if self._complete else (0, [])
+                for text in texts:
+                    name = re.split(r"/(?=.)", text)[-1] if "/" in text[1:] else text
+                    yield Completion(text, start_position=-n, display=name)
+
+        class KeptHistory(history.History):
+            def load_history_strings(_self) -> Any:
+                return reversed(self._kept.texts if self._kept is not None else [])
+
+            def store_string(_self, line: str) -> None:
+                self._keep(line)
 
         keys = KeyBindings()
 
@@ -105,7 +154,24 @@ class MessageReader:
         # prompt_toolkit asks for marks around pasted text at each prompt, and no more behind it
         self._unmark_pastes = output.disable_bracketed_paste
         output.disable_bracketed_paste = lambda: None  # type: ignore[method-assign]
-        self._session = PromptSession(key_bindings=keys, output=output, reserve_space_for_menu=0)
+        self._session = PromptSession(
+            key_bindings=keys,
+            output=output,
+            completer=TabCompleter(),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+            history=KeptHistory(),
+            reserve_space_for_menu=0,
+        )
+
+    def _keep(self, line: str) -> None:
+        """Add a line to the history; after an error do without."""
+        if self._kept is not None:
+            try:
+                self._kept.add(self.expand(line))
+            except (RazorError, OSError) as error:
+                path, self._kept = self._kept.path, None
+                self._note = f"note: the history in {path} is not kept any more: {sentence(error)}"
 
     def __enter__(self) -> MessageReader:
         return self
@@ -154,20 +220,35 @@ class MessageReader:
         return begin + line.removesuffix("\n")
 
     def read(self, begin: str = "") -> str | None:
-        """The next message, None at the end of input. Raises KeyboardInterrupt for Ctrl-C.
+        """The next line, None at the end of input. Raises KeyboardInterrupt for Ctrl-C.
 
         begin: what stands in the line already; where can_edit is False it cannot be changed.
         """
         try:
             line = self._read_line(">>> ", begin)
-            if line.lstrip().startswith(BLOCK):
-                line = self._read_block(line.lstrip()[len(BLOCK) :])
+            markers, typed = self.split(line)
+            if typed.lstrip().startswith(BLOCK):
+                line = markers + self._read_block(typed.lstrip()[len(BLOCK) :])
         except EOFError:
             return None
+        if self._note:
+            say(self._note)
+            self._note = ""
+        return line
+
+    def message(self, line: str) -> str:
+        """The message that a line means; line_of() finds the line again."""
         text = self.expand(line).strip("\n")
         if text != line:
             self._lines[text] = line
         return text
+
+    def split(self, line: str) -> tuple[str, str]:
+        """The markers that a line begins with, and what follows them."""
+        typed = line
+        while marker := next((m for m in self._pastes if typed.startswith(m)), None):
+            typed = typed[len(marker) :]
+        return line[: len(line) - len(typed)], typed
 
     def line_of(self, text: str) -> str:
         """The line that a message was entered as, with its markers, to be changed."""
@@ -192,6 +273,13 @@ class MessageReader:
             return text
         marker = f"[pasted text {len(self._pastes) + 1}: {text.count(chr(10)) + 1} lines]"
         self._pastes[marker] = text
+        return marker
+
+    def add_file(self, name: str, text: str, n_tokens: int) -> str:
+        """What stands in the line for a file: a marker."""
+        name = printable(name, one_line=True)
+        marker = f"[file {len(self._pastes) + 1}: {name}, {n_tokens} tokens]"
+        self._pastes[marker] = text.strip("\n")
         return marker
 
     def expand(self, line: str) -> str:

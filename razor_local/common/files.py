@@ -32,7 +32,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def new_file(
-    path: str | os.PathLike[str], n_bytes: int = 0, replace: bool = True
+    path: str | os.PathLike[str], n_bytes: int = 0, replace: bool = True, private: bool = False
 ) -> Iterator[BinaryIO]:
     """Yield a binary file to write; it becomes path when the block ends well.
 
@@ -43,11 +43,14 @@ def new_file(
         path: the name of the complete file
         n_bytes: how many are going to be written, as far as known
         replace: whether to replace a file of that name
+        private: whether its owner alone may read it, whatever the umask
     """
     path = Path(path)
     check_new_file(path, n_bytes=n_bytes)
-    fd, part = create_part(path)
+    fd, part = create_part(path, 0o600 if private else 0o666)
     try:
+        if private and hasattr(os, "fchmod"):  # a umask may take even more away
+            os.fchmod(fd, 0o600)
         with open(fd, "wb") as file, guard([part]):
             yield file
             file.flush()
@@ -61,16 +64,16 @@ def new_file(
         raise
 
 
-def create_part(path: Path) -> tuple[int, Path]:
+def create_part(path: Path, mode: int = 0o666) -> tuple[int, Path]:
     """Create a hidden file beside path, to be renamed to it; its descriptor and name.
 
-    Its mode follows the umask, as that of any new file does. Raises OSError.
+    The umask is taken from its mode, as that of any new file. Raises OSError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
         part = path.parent / f".{path.name[:100]}.{secrets.token_hex(4)}.part"
         try:
-            return os.open(part, flags, 0o666), part
+            return os.open(part, flags, mode), part
         except FileExistsError:
             continue
         except OSError as error:
@@ -161,3 +164,28 @@ def _is_same(path: Path, other: Path) -> bool:
     if path.exists() and other.exists():
         return path.samefile(other)
     return os.path.realpath(path) == os.path.realpath(other)
+
+
+def data_folder() -> Path:
+    """razor_local's folder for what a user keeps, such as conversations.
+
+    Raises RazorError where the user has no home folder.
+    """
+    try:
+        if sys.platform == "win32":
+            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library/Application Support"
+        else:
+            base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
+    except RuntimeError:
+        raise RazorError("there is no home folder to keep data in; set XDG_DATA_HOME") from None
+    return Path(base) / "razor_local"
+
+
+def make_private_folder(path: Path) -> None:
+    """Make a folder that its owner alone may use, unless it exists. Raises OSError."""
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o700)  # a umask may have taken even more away

@@ -42,10 +42,16 @@ def open_input(
     return open(path, "rb")
 
 
-def read_text_file(path: str | os.PathLike[str]) -> str:
-    """Return the content of a UTF-8 text file, without a BOM. Raises RazorError, OSError."""
+def read_text_file(path: str | os.PathLike[str], max_bytes: int | None = None) -> str:
+    """Return the content of a UTF-8 text file, without a BOM.
+
+    Raises RazorError, also for a file of more than max_bytes, and OSError.
+    """
     with open_input(path, "a text file") as file:
-        data = file.read()
+        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(data) > max_bytes:
+        size = os.stat(path).st_size / 2**20
+        raise RazorError(f"{Path(path)} has {size:,.1f} MiB, expected at most {max_bytes:,} bytes")
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:

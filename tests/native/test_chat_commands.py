@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from functools import partial
 
 import pytest
 
 from razor_local import ContextFullError, RazorError
 from razor_local.chat import Chat, Sampling
-from razor_local.cli.chat_commands import COMMANDS, parse
+from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run
+from razor_local.cli.terminal import MessageReader, is_ascii
 from tests.support.scripted_model import ScriptedModel, make, render, roles
 
 
@@ -44,6 +47,138 @@ def test_help_fits_a_terminal_and_names_every_command():
     for name, command in COMMANDS.items():
         assert command.usage.split()[0] == f"/{name}"
         assert width + 2 + len(command.help) <= 79, command.usage
+
+
+@pytest.fixture
+def reader(monkeypatch) -> MessageReader:
+    monkeypatch.setenv("TERM", "dumb")  # no prompt_toolkit, which would want a terminal
+    return MessageReader()
+
+
+class Model(ScriptedModel):
+    """A token for each byte in plain text, too."""
+
+    def tokenize(self, text, add_bos=True, special=False):
+        return list(text)
+
+
+@pytest.fixture
+def talk(reader) -> Talk:
+    """A conversation of one turn in a context of 400 tokens."""
+    model = Model([b"one\0", b"two\0"], n_ctx=400)
+    chat = Chat(model, render)
+    list(chat.say("first"))
+    return Talk(model, chat, reader, lambda begin: list(begin()))
+
+
+# -- Tab
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/he", (3, ["/help"])),
+        ("/ed", (3, ["/edit "])),
+        ("/nonsense", (9, [])),
+        ("", (0, [])),
+        ("he", (2, [])),
+        ("/help ", (0, [])),
+        ("some text", (0, [])),
+    ],
+)
+def test_commands_are_completed(text, expected):
+    assert complete(text) == expected
+
+
+def test_paths_are_completed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes").mkdir()
+    for name in ("notes.txt", "notes/a b.txt", ".hidden", "other", "bad\x1bname"):
+        (tmp_path / name).write_text("x")
+    assert complete("/file no") == (2, ["notes.txt", "notes/"])
+    assert complete("/file notes/") == (6, ["notes/a b.txt"])
+    assert complete("/file notes/a b") == (9, ["notes/a b.txt"])
+    assert complete("/file ") == (0, ["notes.txt", "notes/", "other"])
+    assert complete("/file .h") == (2, [".hidden"])
+    assert complete("/file ~/o") == (3, ["~/other"])
+    assert complete(f"/file {tmp_path}/o")[1] == [f"{tmp_path}/other"]
+    assert complete("/file none/x") == (6, []) and complete("/file bad") == (3, [])
+
+
+# -- /file
+
+
+def test_a_file_is_part_of_the_next_message(talk, tmp_path, capsys):
+    path = tmp_path / "my notes.txt"
+    path.write_bytes(b"\xef\xbb\xbfLine one.\r\nLine two.\n")
+    assert run(talk, f"/file {path}")
+    left = 400 - talk.chat.n_used - talk.chat.reserve - 20
+    told = f"{path} has 20 tokens and is part of the next message; {left} are left for it\n"
+    assert capsys.readouterr().err == told
+    assert talk.line == "[file 1: my notes.txt, 20 tokens]"
+    line = f"{talk.line}What is in it?"
+    assert not run(talk, line)
+    assert talk.reader.message(line) == "Line one.\nLine two.\n\nWhat is in it?"
+    assert talk.reader.line_of("Line one.\nLine two.\n\nWhat is in it?") == line
+
+
+def test_commands_behind_a_file_leave_it_in_the_line(talk, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"{name} " * 5)
+    run(talk, f"/file {tmp_path / 'a'}")
+    run(talk, f"{talk.line}/file {tmp_path / 'b'}")
+    assert talk.line == "[file 1: a, 10 tokens][file 2: b, 10 tokens]"
+    left = 400 - talk.chat.n_used - talk.chat.reserve - 22  # an empty line is between them
+    assert run(talk, f"{talk.line}/context") and f"; {left + 2} are left" in capsys.readouterr().err
+    assert talk.line == "[file 1: a, 10 tokens][file 2: b, 10 tokens]"
+    assert talk.reader.message(talk.line) == "a a a a a \n\nb b b b b "
+    assert not run(talk, f"{talk.line}/etc") and not run(talk, f"{talk.line}/exit code 3")
+
+
+@pytest.mark.parametrize("quoted", ["'{}'", '"{}"', "escaped", "~"])
+def test_paths_may_be_quoted_as_shells_do_it(talk, tmp_path, monkeypatch, quoted):
+    (tmp_path / "my notes.txt").write_text("text")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = str(tmp_path / "my notes.txt")
+    argument = {"escaped": name.replace(" ", "\\ "), "~": "~/my notes.txt"}.get(quoted)
+    run(talk, f"/file {argument or quoted.format(name)}")
+    assert talk.line == "[file 1: my notes.txt, 4 tokens]"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("", "expected the path of a text file: /file PATH"),
+        ("none", "none: No such file or directory"),
+        ("folder", "folder is a folder, expected a text file"),
+        ("pipe", "pipe is a named pipe, expected a text file"),
+        ("/dev/zero", "/dev/zero is a device, expected a text file"),
+        ("binary", "binary is a binary file, expected a text file"),
+        ("latin", "latin is not a text in UTF-8"),
+        ("empty", "empty is empty"),
+        ("long", "long has 395 tokens, 36[0-9] of the context of 400 are left: use a shorter"),
+        ("huge", r"huge has 1.0 MiB, expected at most 25,600 bytes"),
+        ("a\0b", "is not the name of a file"),
+    ],
+)
+def test_what_is_no_text_file_that_fits_is_refused(talk, tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "binary").write_bytes(b"abc\0def")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "long").write_text("x" * 395)
+    (tmp_path / "huge").write_text("x" * (1 << 20))
+    with pytest.raises(RazorError, match=expected):
+        run(talk, f"/file {name}")
+    assert talk.line == ""
+
+
+def test_unknown_commands_are_named(talk):
+    with pytest.raises(RazorError, match="there is no /nonsense; /help shows the commands"):
+        run(talk, "/nonsense")
 
 
 # -- /undo, /regen, /edit
@@ -208,3 +343,103 @@ def test_random_turns_leave_a_conversation_that_a_fresh_cache_would_have():
                 assert cached(model, chat)
         said = [m["role"] for m in chat.messages if m["role"] != "system"]
         assert said == ["user", "assistant"] * (len(said) // 2), n_before
+
+
+# -- /set, /context, /json
+
+
+def told(talk, line, capsys):
+    assert run(talk, line)
+    return capsys.readouterr().err
+
+
+def test_settings_are_shown_and_changed(talk, capsys):
+    talk.chat.sampling = Sampling(seed=5)
+    shown = "temp 0.8, top_k 40, top_p 0.95, min_p 0.05, seed 5, predict -1\n"
+    assert told(talk, "/set", capsys) == shown
+    for name, value in (("temp", 0.2), ("top_k", 7), ("top_p", 0.5), ("min_p", 0.0)):
+        assert f"{name} {value}," in told(talk, f"/set {name} {value}", capsys)
+    assert told(talk, "/set predict 9", capsys).endswith("predict 9\n") and talk.chat.reserve == 9
+    list(talk.chat.say("x"))
+    assert talk.llama.sampling == {"temp": 0.2, "top_k": 7, "top_p": 0.5, "min_p": 0.0, "seed": 5}
+    told(talk, "/set seed 100", capsys)
+    talk.llama.answers = [b"ok\0"]
+    list(talk.chat.say("x"))
+    assert talk.llama.sampling["seed"] == 100
+    assert "seed -1, predict -1" in told(talk, "/set seed -1", capsys) + told(
+        talk, "/set predict -1", capsys
+    )
+    assert talk.chat.sampling.seed is None and talk.chat.max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("temp", "expected /set, or one of temp, top_k, top_p, min_p, seed, predict and its value"),
+        ("heat 3", "expected /set, or one of temp"),
+        ("temp hot", "/set temp: 'hot' is not a valid float range"),
+        ("temp nan", "/set temp: nan is not a number that can be used here"),
+        ("temp -1", "/set temp: -1.0 is not in the range x>=0"),
+        ("top_p 1.5", "/set top_p: 1.5 is not in the range 0<=x<=1"),
+        ("top_k 0.5", "/set top_k: '0.5' is not a valid integer"),
+        ("seed -2", "/set seed: -2 is not in the range"),
+        ("predict 0", "/set predict: 0 is not a number of tokens, or -1"),
+    ],
+)
+def test_settings_of_other_values_are_refused(talk, argument, expected):
+    before = talk.chat.sampling
+    with pytest.raises(RazorError, match=f"^{re.escape(expected)}"):
+        run(talk, f"/set {argument}")
+    assert talk.chat.sampling is before and talk.chat.max_tokens is None
+
+
+def test_the_context_as_a_bar(talk, capsys, monkeypatch):
+    def bar():
+        return told(talk, "/context", capsys).splitlines()[1]
+
+    assert bar() == f"[{'#' * 2}{'+' * 4}{'.' * 44}] # used, + kept, . free"
+    monkeypatch.setenv("TERM", "xterm")
+    if not is_ascii():
+        assert bar() == f"[{'█' * 2}{'▒' * 4}{'░' * 44}] █ used, ▒ kept, ░ free"
+    talk.llama._n_ctx = talk.chat.n_used
+    assert set(bar()[1:51]) <= {"█", "#"}
+    talk.chat.clear()
+    assert not set(bar()[1:51]) & {"█", "#"}
+
+
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+
+
+def test_answers_follow_a_schema(talk, capsys, tmp_path):
+    assert told(talk, "/json", capsys).startswith("answers are free text; ")
+    assert "answers follow the JSON schema" in told(talk, f"/json {SCHEMA}", capsys)
+    list(talk.chat.say("x"))
+    by_text = talk.llama.sampling["grammar"]
+    (tmp_path / "a.json").write_text(SCHEMA)
+    assert "answers follow the JSON schema" in told(talk, f"/json {tmp_path}/a.json", capsys)
+    assert talk.chat.grammar._grammar == by_text._grammar
+    assert told(talk, "/json", capsys).startswith("answers follow the JSON schema")
+    assert told(talk, "/json off", capsys).startswith("answers are free text; ")
+    talk.llama.answers = [b"ok\0"]
+    list(talk.chat.say("x"))
+    assert "grammar" not in talk.llama.sampling
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("{", "/json is not JSON: Expecting property name"),
+        ("none.json", "none.json: No such file or directory"),
+        ('{"type": "nonsense"}', "the JSON schema of /json cannot be made into a grammar"),
+        ('{"$ref": "https://example.org/x"}', "the JSON schema of /json cannot be made into a"),
+        ("bad.json", "bad.json is not JSON: "),
+        ("list.json", "the JSON schema of list.json cannot be made into a grammar"),
+    ],
+)
+def test_what_is_no_schema_is_refused(talk, argument, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("[" * 100000)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(RazorError, match=re.escape(expected)):
+        run(talk, f"/json {argument}")
+    assert talk.chat.grammar is None

@@ -20,7 +20,7 @@ from razor_local.cli.terminal import MessageReader
 from razor_local.printable import printable
 from tests.support import embedded_model, tiny_models
 from tests.support.cli import MAIN, piped
-from tests.support.terminal import paste, terminal
+from tests.support.terminal import COUNTING, UP, paste, terminal
 from tests.support.texts import FACT, QUESTION, text_with
 
 TEXT = text_with(FACT)
@@ -230,18 +230,6 @@ def test_a_block_between_quotes_and_a_prompt_that_is_too_long():
         t.expect(">>>")
         t.send("\x04")
         assert t.wait()[0] == 0
-
-
-UP = "\x1b[A"
-COUNTING = f"""
-from razor_local import chat
-say = chat.Chat.say
-def counting(self, text, *args):
-    print(f"<{{len(text)}} {{text[:20]!r}} {{len(text.splitlines())}} lines>")
-    yield from say(self, text, *args)
-chat.Chat.say = counting
-{MAIN}
-"""
 
 
 def test_a_recalled_message_has_its_pasted_text():

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from tests.support.cli import MAIN
-from tests.support.terminal import paste, terminal
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+
+from razor_local.cli.history import History
+from tests.support.cli import MAIN, piped
+from tests.support.terminal import COUNTING, UP, paste, terminal
 from tests.support.texts import FACT, QUESTION
 
 OTHER = FACT.replace("48213", "90517")
@@ -86,3 +94,212 @@ chat.Chat.edit = stopped
         t.expect("(stopped; nothing has changed)")
         t.send("/undo\r")
         t.expect("taken back: hello")
+
+
+def test_a_file_whose_path_the_tab_key_completes(tmp_path):
+    (tmp_path / "facts.txt").write_text(f"{FACT}\nSecond line.\n")
+    (tmp_path / "factory.txt").write_text("x")
+    with terminal("-c", "2048") as t:
+        t.expect(">>>")
+        t.send(f"/fi\t{tmp_path}/fac\t")
+        t.expect(f"/file {tmp_path}/fact")
+        t.send("\t")  # two names are possible
+        t.expect("factory.txt")
+        t.expect("facts.txt")
+        t.send("s\t\r")
+        assert "left for it" in t.expect("left for it")
+        t.expect("[file 1: facts.txt, ")
+        t.expect("tokens]")
+        t.send("/file none\r")
+        t.expect("Error: none: No such file or directory")
+        t.expect("[file 1: facts.txt, ")  # it is still there
+        t.expect("tokens]")
+        ask(t, QUESTION, "The secret code of Marlow is 48213.")
+        t.send("/edit\r")
+        t.expect(">>> [file 1: facts.txt, ")
+        t.expect(QUESTION)
+
+
+def test_a_file_on_a_terminal_that_cannot_edit(tmp_path):
+    (tmp_path / "facts.txt").write_text(FACT)
+    with terminal("-c", "2048", TERM="dumb") as t:
+        t.expect(">>>")
+        t.send(f"/file {tmp_path / 'facts.txt'}\r")
+        t.expect("tokens and is part of the next message")
+        t.expect(">>> [file 1: facts.txt, ")
+        t.send("/context\r")
+        t.expect("used by 0 messages")
+        t.expect(">>> [file 1: facts.txt, ")
+        t.send('"""\r')
+        t.expect("...")
+        ask(t, f'{QUESTION}"""', "The secret code of Marlow is 48213.")
+
+
+def test_what_was_typed_is_recalled_in_the_next_chat(tmp_path):
+    text = f"{FACT}\nSecond line."
+    for marked in (True, False):
+        with terminal("-n", "1", code=COUNTING, XDG_DATA_HOME=str(tmp_path)) as t:
+            t.expect(">>>")
+            if marked:
+                t.send(paste(text))
+                t.expect("2 lines]")
+                t.send("Q?\r")
+            else:
+                t.send(UP * 4)
+                t.expect("Second line.")  # as it was sent
+                t.send("\r")
+            t.expect(f"<{len(text) + 4} {text[:20]!r} 4 lines>")
+            t.expect(">>>")
+            t.send("/context\r")
+            t.expect("used by 2 messages")
+            t.expect(">>>")
+            t.send("exit now\r")
+            t.expect("<8 'exit now' 1 lines>")
+            t.expect(">>>")
+            t.send("/exit\r")
+            assert t.wait()[0] == 0
+    path = tmp_path / "razor_local" / "history"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert History(path).texts.count(f"{text}\n\nQ?") == 2
+
+
+def test_what_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert piped("hi", tmp_path).returncode == 0
+    for args, env in ((["--no-history"], {}), ([], {"TERM": "dumb"})):
+        with terminal("-n", "1", *args, **env) as t:
+            t.expect(">>>")
+            ask(t, "hello")
+            t.send("/exit\r")
+            assert t.wait()[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_without_a_place_for_its_history_goes_on(tmp_path):
+    (tmp_path / "razor_local").write_text("a file")
+    with terminal("-n", "1", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect("note: the history of earlier chats cannot be used: ")
+        t.expect(">>>")
+        ask(t, "hello")
+    (tmp_path / "razor_local").unlink()
+    with terminal("-n", "1", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect(">>>")
+        (tmp_path / "razor_local" / "history").mkdir()
+        t.send("hello\r")
+        t.expect("history is not kept any more: ")
+        t.expect("MiB full")
+        t.expect(">>>")
+        t.send("hello\r")
+        assert "not kept" not in t.expect("MiB full")
+
+
+def test_a_conversation_is_saved_and_loaded(tmp_path):
+    with terminal("-c", "2048", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect(">>>")
+        for command, told in (
+            ("/save work", "Error: there is nothing to save yet"),
+            ("/save", "Error: expected a name: /save NAME"),
+            ("/load", "Error: expected a name: /load NAME"),
+            ("/load work", "Error: there is no session work; there are: none"),
+            ("/sessions", "there are no sessions; /save NAME makes one"),
+            ("/sessions rm work", "Error: there is no session work"),
+            ("/sessions of mine", "Error: expected /sessions, or /sessions rm NAME"),
+        ):
+            t.send(f"{command}\r")
+            t.expect(told)
+            t.expect(">>>")
+        ask(t, f"{FACT} {QUESTION}", "48213.")
+        t.send("/save work\r")
+        t.expect("saved as work (")
+        t.expect(">>>")
+        t.send("/clear\r")
+        t.expect(">>>")
+        t.send("/load wo\t\r")
+        assert "session work: 2 messages, " in t.expect(
+            "in the cache; the last message: The secret"
+        )
+        t.expect(">>>")
+        ask(t, QUESTION, "48213.")
+        t.send("/save\r")
+        t.expect("saved as work (")
+        t.send("/save other\r")
+        t.expect("saved as other (")
+        t.expect(">>>")
+    with terminal("-c", "2048", "--session", "work", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect("session work: 4 messages, ")
+        t.expect(">>>")
+        t.send(f"{QUESTION}\r")
+        numbers = t.expect("MiB full")
+        assert "48213." in numbers and int(re.search(r"prompt (\d+) new", numbers)[1]) < 40
+        t.expect(">>>")
+        t.send("/save\r")
+        t.expect("saved as work (")
+        t.send("/sessions\r")
+        t.expect("other  20")
+        t.expect("work  20")
+        assert re.search(r", 6 messages, \d+ tokens, \d\.\d MiB, ", t.expect("razor-default"))
+        t.send("/sessions rm ot\t\r")
+        t.expect("session other is removed")
+    with terminal("-c", "4096", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect(">>>")
+        t.send("/load work\r")
+        t.expect("Error: session work was saved with another plan (window 256, here 512, context")
+        t.expect(">>>")
+        t.send("/load work --messages\r")
+        t.expect("session work: 6 messages")
+        t.expect("to be read with the next message")
+        t.expect(">>>")
+        ask(t, QUESTION, "48213.")
+
+
+def test_a_pipe_goes_on_with_a_session(tmp_path):
+    env = {"XDG_DATA_HOME": str(tmp_path)}
+    with terminal("-c", "2048", **env) as t:
+        t.expect(">>>")
+        ask(t, f"{FACT} {QUESTION}", "48213.")
+        t.send("/save work\r")
+        t.expect("saved as work (")
+
+    def piped(*args):
+        command = [sys.executable, "-c", MAIN, "chat", *args]
+        return subprocess.run(
+            command, input=QUESTION, capture_output=True, text=True, env=os.environ | env
+        )
+
+    done = piped("-c", "2048", "--session", "work")
+    assert done.returncode == 0 and done.stdout == "The secret code of Marlow is 48213.\n"
+    assert int(re.search(r"prompt (\d+) new", done.stderr)[1]) < 40
+    for args, code, told in (
+        (["--session", "none"], 1, "Error: there is no session none; there are: work"),
+        (["--session", "../x"], 1, "Error: '../x' cannot be the name of a session"),
+        (["--session", "work", "--system", "x"], 2, "--system and --session exclude each other"),
+    ):
+        done = piped(*args)
+        assert done.returncode == code and told in done.stderr and done.stdout == ""
+
+
+def test_settings_and_answers_in_json(tmp_path):
+    schema = '{"type": "object", "properties": {"code": {"type": "integer"}}, "required": ["code"]}'
+    (tmp_path / "code.json").write_text(schema)
+    with terminal("-c", "2048") as t:
+        t.expect(">>>")
+        t.send("/set temp 0\r")
+        t.expect("temp 0.0, top_k 40")
+        t.send(f"/json {tmp_path}/co\t\r")
+        t.expect("answers follow the JSON schema")
+        t.expect(">>>")
+        t.send(f"{FACT} {QUESTION}\r")
+        answer = t.expect("prompt ")
+        assert isinstance(json.loads(re.search(r"\{.*\}", answer, re.DOTALL)[0])["code"], int)
+        t.expect(">>>")
+        t.send("/json off\r")
+        t.expect("answers are free text")
+        t.expect(">>>")
+        ask(t, QUESTION, "The secret code of Marlow is")
+        t.send("/context\r")
+        t.expect("█")
+        t.expect("free")
+    with terminal(TERM="dumb") as t:
+        t.expect(">>>")
+        t.send("/context\r")
+        t.expect("# used, + kept, . free")

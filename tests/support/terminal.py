@@ -85,3 +85,16 @@ def terminal(*args: str, code: str = MAIN, **env: str):
 
 def paste(text: str) -> str:
     return f"\x1b[200~{text}\x1b[201~"
+
+
+UP = "\x1b[A"
+
+COUNTING = f"""
+from razor_local import chat
+say = chat.Chat.say
+def counting(self, text, *args):
+    print(f"<{{len(text)}} {{text[:20]!r}} {{len(text.splitlines())}} lines>")
+    yield from say(self, text, *args)
+chat.Chat.say = counting
+{MAIN}
+"""

@@ -39,7 +39,7 @@ ROOMS = (
     "printable", "errors", "common", "gguf", "plan", "model_shape", "profile", "scores",
     "model_file", "model_setup", "models", "prompt", "completion", "chat", "native", "bindings",
     "ownership", "memory", "fit", "llama_options", "evaluation", "sampling", "state", "llama",
-    "converters", "evals", "bench", "verify", "cli", "__main__",
+    "sessions", "converters", "evals", "bench", "verify", "cli", "__main__",
 )  # fmt: skip
 
 

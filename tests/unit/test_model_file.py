@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tiny_models import TinySpec, make_split_model
 
 from razor_local import model_shape
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.gguf import header
 from razor_local.model_file import ModelFile, open_model, read_model_shape, read_profile
+from tests.support.tiny_models import TinySpec, make_split_model
 
 
 class Reads:
