@@ -4,7 +4,7 @@ set(razor_tree ${CMAKE_BINARY_DIR}/llama.cpp) # a fixed place: another path woul
 
 # unpack and patch
 
-option(RAZOR_TESTS "targets of llama.cpp's own tests, built when named (tests/upstream_tests.py)" OFF)
+option(RAZOR_TESTS "targets of llama.cpp's own tests, built when named (tests/tools/upstream_tests.py)" OFF)
 
 set(razor_parts CMakeLists.txt LICENSE cmake ggml include src vendor)
 set(razor_common OFF)

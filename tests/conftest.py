@@ -1,4 +1,4 @@
-"""Fixtures of the native tests: models made once per run, a worker on a stock llama.cpp build."""
+"""Markers by folder and fixture; models made once per run, a worker on a stock llama.cpp build."""
 
 from __future__ import annotations
 
@@ -10,7 +10,25 @@ from typing import Any
 
 import pytest
 
-from tests.support import tiny_models
+from tests.support import native_build, tiny_models
+
+NATIVE = Path(__file__).parent / "native"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of processes: one per core for folders, none but pytest's own for files,
+    which are often done before others have started."""
+    folders = all(Path(arg).is_dir() for arg in config.args)
+    return min(os.cpu_count() or 1, 8) if folders else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the built library, and what needs a stock build to compare it with."""
+    for item in items:
+        if NATIVE in item.path.parents:
+            item.add_marker("native")
+        if "stock_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker("stock")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,15 +56,28 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def stock() -> Iterator[Any]:
-    """Worker on an unpatched build of the same llama.cpp: stock(runner function, arguments)."""
-    from tests.support import runner
+def stock_folder() -> Path:
+    """The folder of an unpatched build of the same llama.cpp, built where there is none yet."""
     from tests.support.stock import stock_lib_dir
 
-    lib_dir = stock_lib_dir()
-    with runner.Worker(lib_dir) as worker:
-        assert not worker(runner.ping), f"{lib_dir} is patched, expected a stock build"
+    return stock_lib_dir()
+
+
+@pytest.fixture(scope="session")
+def stock(stock_folder: Path) -> Iterator[Any]:
+    """Worker on that build: stock(runner function, arguments)."""
+    from tests.support import runner
+
+    with runner.Worker(stock_folder) as worker:
+        assert not worker(runner.ping), f"{stock_folder} is patched, expected a stock build"
         yield worker
+
+
+@pytest.fixture
+def broken_tree() -> Iterator[Path]:
+    """The folder in which broken_builds.py builds changed libraries, for one test at a time."""
+    with native_build.locked("broken-build") as tree:
+        yield tree
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 // The attention kernels of native/src/cpu against plain loops in double precision, on the CPU this is compiled for.
-// Compiled and run by tests/test_attention_kernels.py.
+// Compiled and run by tests/build/test_attention_kernels.py.
 
 #include "llama-razor-attn.h"
 

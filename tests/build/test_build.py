@@ -431,6 +431,7 @@ def test_options_are_listed_everywhere() -> None:
         assert f"`{name}`" in readme, name
 
 
+@pytest.mark.native
 def test_installed_library_is_the_pinned_one() -> None:
     from razor_local import native
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.native_build import ROOT, cache_dir
+from tests.support.native_build import ROOT
+from tests.tools import broken_builds
 
 FILES = [f"tests/native/test_native_{x}.py" for x in ("reference", "stateful", "invariance")]
 
@@ -33,12 +34,9 @@ def test_breaks_fit_the_sources() -> None:
 
 
 @pytest.mark.slow
-def test_native_tests_pass_with_naive_batches(tmp_path: Path) -> None:
-    from tests.tools import broken_builds
-
-    tree = cache_dir() / "broken-build"
-    broken_builds.copy_sources(tree, broken_builds.NAIVE)
-    lib = broken_builds.build(tree)
+def test_native_tests_pass_with_naive_batches(broken_tree: Path, tmp_path: Path) -> None:
+    broken_builds.copy_sources(broken_tree, broken_builds.NAIVE)
+    lib = broken_builds.build(broken_tree)
     noted = tmp_path / "noted"
     env = os.environ | {
         "RAZOR_LOCAL_LIB": str(lib),

@@ -234,6 +234,7 @@ def test_the_tokenizer_splits_digits_and_keeps_special_tokens(recipe, texts):
     assert tokenizer.decode(ids, skip_special_tokens=False) == text and ends[-1] == len(text)
 
 
+@pytest.mark.native
 def export_and_compare(recipe, run: dict, tokenizer: dict, ids: np.ndarray, path: Path) -> float:
     """Largest difference of llama.cpp's logits on the exported model and PyTorch's."""
     torch = pytest.importorskip("torch")
@@ -277,6 +278,7 @@ def test_llama_cpp_computes_what_pytorch_does(recipe, tokenizer, tmp_path):
     assert export_and_compare(recipe, run, tokenizer, ids, path) <= 1e-3
 
 
+@pytest.mark.native
 def test_llama_cpp_tokenizes_as_the_training_did(recipe, tokenizer, rows, tmp_path):
     pytest.importorskip("torch")
     from tokenizers import Tokenizer
@@ -357,6 +359,7 @@ def test_a_training_that_goes_on_from_nothing_is_refused(
     assert not list(tmp_path.glob("run*"))
 
 
+@pytest.mark.native
 @pytest.mark.slow
 def test_a_short_training_finds_a_needle_and_runs_in_llama_cpp(recipe, texts, tmp_path):
     """cpu-short reaches its figure; llama.cpp computes what PyTorch does, and answers."""

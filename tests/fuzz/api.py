@@ -1,6 +1,6 @@
 """Differential fuzzer of Llama: random operations, and after each the logits of a fresh context.
 
-    python tests/fuzz/api.py --operations 20000 --seed 1
+    python -m tests.fuzz.api --operations 20000 --seed 1
 
 Prompts that share beginnings, streams left open, interrupts at any moment, stop(), rollback, edits,
 failing callbacks, states loaded here and in another process, two models used by two threads at

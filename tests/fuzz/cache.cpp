@@ -5,7 +5,7 @@
 // test_native_reference.py shows) and, after a saved state was loaded, the very same bits.
 //
 // RAZOR_FUZZ_MODELS: folder with the models. RAZOR_FUZZ_VERBOSE: what is done, and the largest differences of logits.
-// Built and run by tests/sanitizers.py; with RAZOR_FUZZ_THREADS for ThreadSanitizer, without libFuzzer.
+// Built and run by tests/tools/sanitizers.py; with RAZOR_FUZZ_THREADS for ThreadSanitizer, without libFuzzer.
 
 #include "llama-razor.h"
 
@@ -99,7 +99,7 @@ static void load_models() {
 
     const char * folder = getenv("RAZOR_FUZZ_MODELS");
     if (!folder) {
-        fprintf(stderr, "RAZOR_FUZZ_MODELS is not set, run tests/sanitizers.py\n");
+        fprintf(stderr, "RAZOR_FUZZ_MODELS is not set, run python -m tests.tools.sanitizers\n");
         exit(2);
     }
 
@@ -110,7 +110,7 @@ static void load_models() {
         model_info res = {};
         res.model = llama_model_load_from_file((std::string(folder) + "/" + name + ".gguf").c_str(), params);
         if (!res.model) {
-            fprintf(stderr, "%s/%s.gguf cannot be loaded, run tests/sanitizers.py\n", folder, name);
+            fprintf(stderr, "%s/%s.gguf cannot be loaded, run python -m tests.tools.sanitizers\n", folder, name);
             exit(2);
         }
         res.head_dim = head_dim;

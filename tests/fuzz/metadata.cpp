@@ -3,7 +3,7 @@
 // A finding is a report of a sanitizer, a wrong verdict on the keys (docs/format.md, written down a second time here) or
 // a message that is not one printable line. The rest of the file stays as it is: it is upstream's to read.
 //
-// RAZOR_FUZZ_MODELS: folder with the models. Built and run by tests/sanitizers.py.
+// RAZOR_FUZZ_MODELS: folder with the models. Built and run by tests/tools/sanitizers.py.
 
 #include "llama-razor.h"
 
@@ -36,7 +36,7 @@ enum : uint32_t { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64
 
 static const size_t sizes[] = { 1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8 };
 
-static const size_t N_LAYER = 2, N_HEAD = 6, N_HEAD_KV = 3; // of tests/sanitizers.py's llama.gguf
+static const size_t N_LAYER = 2, N_HEAD = 6, N_HEAD_KV = 3; // of tests/tools/sanitizers.py's llama.gguf
 
 static std::string model; // the file without razor.* keys
 
@@ -169,7 +169,7 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     std::ifstream file(std::string(folder ? folder : ".") + "/llama.gguf", std::ios::binary);
     model.assign(std::istreambuf_iterator<char>(file), {});
     if (model.size() < 1000) {
-        fprintf(stderr, "no model in RAZOR_FUZZ_MODELS, run tests/sanitizers.py\n");
+        fprintf(stderr, "no model in RAZOR_FUZZ_MODELS, run python -m tests.tools.sanitizers\n");
         exit(2);
     }
     return 0;

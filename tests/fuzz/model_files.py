@@ -1,6 +1,6 @@
 """Mutating fuzzer of whole model files, in worker processes that go on after each file.
 
-    python tests/fuzz/model_files.py --read 20000 --run 2000 --seed 1
+    python -m tests.fuzz.model_files --read 20000 --run 2000 --seed 1
 
 --read files go through the header reader, the profile and fit; --run files through Llama and a turn
 of Chat, too. A finding is a signal that ends a worker, an exception that is no RazorError, a

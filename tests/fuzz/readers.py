@@ -1,8 +1,8 @@
 """Fuzzing target of every reader of foreign files: GGUF header, razor keys, sidecars, split models,
 head lists of all kinds, files of head scores.
 
-    python tests/fuzz/readers.py -runs=1000000 -timeout=2 -rss_limit_mb=1024 DIR
-    python tests/fuzz/readers.py --random 1000000 DIR
+    python -m tests.fuzz.readers -runs=1000000 -timeout=2 -rss_limit_mb=1024 DIR
+    python -m tests.fuzz.readers --random 1000000 DIR
 
 The first needs atheris (uv run --with atheris ...) and runs its libFuzzer, which looks for inputs
 that reach new code and keeps them in DIR; the options are libFuzzer's. The second mutates the seeds

@@ -37,7 +37,6 @@ from razor_local.plan import make_plan
 from razor_local.profile import Profile
 from tests.support.bench import KV, QUICK, SPEC
 from tests.support.journals import damaged
-from tests.support.stock import stock_lib_dir
 from tests.support.tiny_models import TinySpec
 
 SHAPE = ModelShape("llama", 16, (32,) * 16, (8,) * 16, 64, 64, 131072)
@@ -239,16 +238,16 @@ def test_interrupted_run_keeps_its_journal_and_leaves_no_process(tiny, tmp_path)
     assert kinds[0] == "head" and set(kinds[1:]) == {"memory"}
 
 
-def test_full_caches_of_another_build(tiny) -> None:
+def test_full_caches_of_another_build(tiny, stock_folder) -> None:
     args = [tiny(SPEC, KV), "-d", "300", "-c", "1024", "--types", "q8_0", *QUICK]
-    done = run(*args, "--stock-lib", stock_lib_dir(), "--json")
+    done = run(*args, "--stock-lib", stock_folder, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     (row,) = report["rows"]
     assert row["full_ms"] > 0 and row["full_f16_ms"] > 0
     assert row["full_kv_bytes"] > row["razor_kv_bytes"] > 0  # a stock build's log tells it
     assert report["head"]["setup"]["full_cache"] == "another build"
-    assert run(*args, "--stock-lib", stock_lib_dir()).exit_code == 0
+    assert run(*args, "--stock-lib", stock_folder).exit_code == 0
 
 
 class _FakeContext:

@@ -20,14 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from razor_local.converters import calibrate as module
 from razor_local.converters import write as writer
 from razor_local.converters.calibrate import calibrate, draw_tokens, find_copies, plan_memory
 from razor_local.converters.write import write_copy
 
 from razor_local import Llama, native
-from razor_local.cli import main
 from razor_local.common import files as safe_write
 from razor_local.errors import (
     ConvertError,
@@ -42,6 +40,7 @@ from razor_local.native import probe
 from razor_local.profile import read_sidecar
 from razor_local.scores import Scores, choose_heads, load_scores
 from tests.support import embedded_model, known_heads, other_models, reference, tiny_models
+from tests.support.cli import run
 
 DEFAULT_MODEL = embedded_model.PATH
 
@@ -52,12 +51,6 @@ def chosen(scores: Scores, **options) -> list[list[int]]:
 
 def largest_error(a: Scores, b: Scores) -> float:
     return max(np.abs(a.echo - b.echo).max(), np.abs(a.induction - b.induction).max())
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

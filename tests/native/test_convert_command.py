@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from razor_local.cli import main
 from razor_local.model_file import read_model_shape, read_profile
 from razor_local.profile import read_sidecar
 from tests.support.alibi_models import AlibiSpec, write
+from tests.support.cli import run
 from tests.support.gguf_bytes import U32, kv, small_model
 from tests.support.other_models import MODELS, make_other
 from tests.support.tiny_models import TinySpec, make_model
@@ -31,12 +30,6 @@ def heads(tmp_path) -> Path:
     path = tmp_path / "heads.tsv"
     path.write_text(HEADS)
     return path
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_killed_process_leaves_no_output(model, heads, tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from razor_local import LibraryError, native
-from tests.support.stock import stock_lib_dir
 
 IMPORT = "from razor_local import Llama"
 
@@ -20,17 +19,13 @@ def library() -> native.Native:
     return native.load()
 
 
-@pytest.fixture(scope="module")
-def stock_folder() -> str:
-    return str(stock_lib_dir())
-
-
-def run(code: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, cwd: Path | None = None, **env: str | Path) -> subprocess.CompletedProcess[str]:
     """A Python process of its own; errors of ours are printed as the CLI would."""
     code = f"try:\n {code}\nexcept ImportError as e:\n exit(print(type(e).__name__, e) or 1)"
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={k: v for k, v in os.environ.items() if k != "LLAMA_CPP_LIB_PATH"} | env,
+        env={k: v for k, v in os.environ.items() if k != "LLAMA_CPP_LIB_PATH"}
+        | {k: str(v) for k, v in env.items()},
         cwd=cwd,
         capture_output=True,
         text=True,

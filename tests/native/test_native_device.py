@@ -1,4 +1,4 @@
-"""Caches on a device: all layers, half of them, none. Run by tests/other_backend.py.
+"""Caches on a device: all layers, half of them, none. Run by tests/tools/other_backend.py.
 
 The other native tests say whether the logits are right there (they run on the device too); these
 say that it was really the device that computed, and that razor does not make the scheduler copy
@@ -15,7 +15,7 @@ from tests.support.device import tolerance
 from tests.support.tiny_models import TinySpec, make_weights
 
 if runner.GPU_LAYERS == 0:
-    pytest.skip("no layer is offloaded: tests/other_backend.py does it", allow_module_level=True)
+    pytest.skip("no layer is offloaded: tests.tools.other_backend does it", allow_module_level=True)
 
 SPEC = TinySpec("llama", 4, 4, 4, 64, seed=600)
 MASK = ((0, 1, 0, 1), (0, 0, 0, 0), (0, 0, 1, 0), (1, 1, 1, 1))

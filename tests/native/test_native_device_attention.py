@@ -2,7 +2,7 @@
 
 Attention of one token, of a batch, and folds against float64, storing against ggml's own operation.
 
-Run by tests/other_backend.py; skipped where the device does not know them.
+Run by tests/tools/other_backend.py; skipped where the device does not know them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from razor_local.native.structs import InitParams, Tensor
 from tests.support import runner
 
 if runner.GPU_LAYERS == 0:
-    pytest.skip("no layer is offloaded: tests/other_backend.py does it", allow_module_level=True)
+    pytest.skip("no layer is offloaded: tests.tools.other_backend does it", allow_module_level=True)
 
 F32, F16, I32, I64 = 0, 1, 26, 27
 TYPES = ["f16", "bf16", "q8_0", "q4_0"]

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from razor_local.converters.calibrate import calibrate
 
 from razor_local import Llama
-from razor_local.cli import main
 from razor_local.errors import RazorError, UnsupportedError
 from razor_local.evals import facts
 from razor_local.evals import proof as module
@@ -29,15 +27,10 @@ from razor_local.model_file import read_model_shape, read_profile
 from razor_local.profile import Profile, facts_line, read_sidecar, split_heads
 from razor_local.scores import choose_heads
 from tests.support import embedded_model, known_heads, reference
+from tests.support.cli import run
 
 MODEL = embedded_model.PATH
 NO_PROFILE = Profile(())
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def with_heads(*heads: tuple[int, int], **options: object) -> Profile:

@@ -36,6 +36,7 @@ from razor_local.verify.compare import compare_layer, kl_divergence
 from razor_local.verify.result import Errors, GroupResult
 from razor_local.verify.run import sample_positions, verify
 from tests.support.tiny_models import TinySpec, model_kv, razor_kv, write_gguf
+from tests.tools import broken_builds
 
 DEFAULT = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
 SHAPE = read_model_shape(DEFAULT)
@@ -514,22 +515,13 @@ def test_a_model_of_1b_shape_passes(kv_type: str, model_1b) -> None:
     assert len({g.il for g in result.groups}) == 16
 
 
-@pytest.fixture(scope="module")
-def broken_tree():
-    from tests.support.native_build import cache_dir
-    from tests.tools import broken_builds
-
-    return broken_builds, cache_dir() / "broken-build"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["head-flipped", "mask-without-log-n", "fold-dropped"])
 def test_broken_builds_fail(name: str, broken_tree, model_1b) -> None:
     """Three libraries, each broken in one place, on the embedded model and one of 1B shape."""
-    builds, tree = broken_tree
-    (broken,) = [b for b in builds.BREAKS if b.name == name]
-    builds.copy_sources(tree, [(broken.file, broken.old, broken.new)])
-    lib = builds.build(tree)
+    (broken,) = [b for b in broken_builds.BREAKS if b.name == name]
+    broken_builds.copy_sources(broken_tree, [(broken.file, broken.old, broken.new)])
+    lib = broken_builds.build(broken_tree)
     env = os.environ | {native.LIB_ENV: str(lib), "LLAMA_CPP_LIB_PATH": str(lib)}
     command = "from razor_local.cli import main; main(prog_name='razor-local')"
     runs = [(DEFAULT, kv_type, []) for kv_type in ("f16", "q8_0", "q4_0")]

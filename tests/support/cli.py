@@ -1,11 +1,22 @@
-"""The command line in a process of its own."""
+"""The command line in this process, and chat in one of its own."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+from click.testing import CliRunner
+
+from razor_local.cli import main
+
 MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
+
+
+def run(*args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of razor-local with these arguments."""
+    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
 
 
 def piped(message: str, cwd, code: str = MAIN) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""What the native tests may expect of the device they run on (see tests/other_backend.py).
+"""What the native tests may expect of the device they run on (see tests/tools/other_backend.py).
 
 The CPU sums F32 values in F32, so the tests can ask for 1e-5 there. Devices take shortcuts of their
 own (F16 products in matrix multiplications, other kernels for one token than for many): what counts

@@ -11,8 +11,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,6 +32,20 @@ def cache_dir() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "razor_local"
+
+
+@contextmanager
+def locked(name: str) -> Iterator[Path]:
+    """The folder of that name in the cache, for one process at a time: the others wait.
+
+    Windows has no such locks here; run one process at a time there.
+    """
+    folder = cache_dir() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{name}.lock", "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield folder
 
 
 def pin() -> tuple[str, str]:

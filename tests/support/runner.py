@@ -37,7 +37,7 @@ def _gpu_layers() -> int:
     return 9999 if text == "all" else int(text)
 
 
-# layers that go to a device with their KV cache (tests/other_backend.py); 0: all on the CPU
+# layers that go to a device with their KV cache (tests/tools/other_backend.py); 0: all on the CPU
 GPU_LAYERS = _gpu_layers()
 
 

@@ -3,7 +3,7 @@
 Built once by this repository's own CMakeLists.txt with RAZOR_STOCK=ON and otherwise the same
 options, then kept in the user's cache folder. RAZOR_STOCK_LIB names a folder to take instead.
 
-    python tests/stock.py    # builds it if need be and prints the folder
+    python -m tests.support.stock    # builds it if need be and prints the folder
 """
 
 from __future__ import annotations
@@ -34,17 +34,13 @@ def stock_lib_dir() -> Path:
         if not any(Path(folder).glob("*llama.*")):
             raise RuntimeError(f"RAZOR_STOCK_LIB names {folder}, which holds no libllama: unset it")
         return Path(folder)
-    folder = cache_dir() / f"stock-{_key()}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="stock-", dir=folder.parent) as temp:
-            built = _build(Path(temp))
-            try:
-                built.rename(folder)
-            except OSError:  # another run was faster
-                if not folder.is_dir():
-                    raise
-    return folder
+    name = f"stock-{_key()}"
+    if not (cache_dir() / name).is_dir():
+        with native_build.locked(name) as folder:
+            if not folder.is_dir():  # another process may have built it meanwhile
+                with tempfile.TemporaryDirectory(prefix="stock-", dir=folder.parent) as temp:
+                    _build(Path(temp)).rename(folder)
+    return cache_dir() / name
 
 
 def _build(temp: Path) -> Path:

@@ -1,8 +1,8 @@
 """Shows that the native tests can fail: builds the library broken in one place at a time.
 
-    python tests/broken_builds.py               # every break, and the tests that have to notice it
-    python tests/broken_builds.py fold mask     # the breaks whose name contains one of these
-    python tests/broken_builds.py device-batch  # those of what a batch tells GPUs (NAIVE)
+    python -m tests.tools.broken_builds               # every break, and the tests that have to notice it
+    python -m tests.tools.broken_builds fold mask     # the breaks whose name contains one of these
+    python -m tests.tools.broken_builds device-batch  # those of what a batch tells GPUs (NAIVE)
 
 Exits with 1 if a break goes unnoticed. Takes a full build the first time, then about half a minute
 of compilation per break; the working tree is left alone.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import native_build
-from tests.support.native_build import ROOT, cache_dir
+from tests.support.native_build import ROOT
 
 SOURCES = ROOT / "native/src"
 RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-razor-device.cpp"
@@ -180,16 +180,16 @@ def check_table() -> None:
 def main(patterns: list[str]) -> int:
     check_table()
     chosen = [b for b in BREAKS if not patterns or any(p in b.name for p in patterns)]
-    tree = cache_dir() / "broken-build"
     unnoticed = 0
-    for broken in chosen:
-        changes = NAIVE if broken.naive else []
-        copy_sources(tree, [*changes, (broken.file, broken.old, broken.new)])
-        lib = build(tree)
-        for test in broken.tests.split():
-            verdict = run(lib, test)
-            unnoticed += verdict == "NOT NOTICED"
-            print(f"{broken.name}: {test}: {verdict}", flush=True)
+    with native_build.locked("broken-build") as tree:
+        for broken in chosen:
+            changes = NAIVE if broken.naive else []
+            copy_sources(tree, [*changes, (broken.file, broken.old, broken.new)])
+            lib = build(tree)
+            for test in broken.tests.split():
+                verdict = run(lib, test)
+                unnoticed += verdict == "NOT NOTICED"
+                print(f"{broken.name}: {test}: {verdict}", flush=True)
     print(f"{len(chosen)} breaks, {unnoticed} times not noticed", flush=True)
     return 1 if unnoticed else 0
 

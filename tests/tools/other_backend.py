@@ -1,12 +1,15 @@
 """Runs the native tests with layers and KV cache on another backend than the CPU.
 
-    python tests/other_backend.py lavapipe           # Vulkan on Mesa's software driver
-    python tests/other_backend.py cuda               # a GPU and its toolkit; also: metal, vulkan
-    python tests/other_backend.py cuda -k reference  # the rest goes to pytest
+    python -m tests.tools.other_backend lavapipe           # Vulkan on Mesa's software driver
+    python -m tests.tools.other_backend cuda               # a GPU and its toolkit
+    python -m tests.tools.other_backend cuda -k reference  # the rest goes to pytest
+
+Other backends are metal and vulkan.
 
 Builds a stock library and ours with that backend in the user's cache folder (the first time 5 to 20
-minutes, later what changed), then runs tests/test_native_*.py with all layers offloaded. The tests
-measure what stock is off on the device, and allow razor no more than that (tests/device.py).
+minutes, later what changed), then runs tests/native/test_native_*.py with all layers offloaded. The
+tests measure what stock is off on the device, and allow razor no more than that
+(tests/support/device.py).
 Exits with pytest's status.
 
 lavapipe on Debian: mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. It takes an hour or more
@@ -33,7 +36,8 @@ LAVAPIPE = "not bf16 and not q5_0 and not q5_1 and not q4_1"
 
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in BACKENDS:
-        raise SystemExit(f"usage: python tests/other_backend.py {'|'.join(BACKENDS)} [pytest ...]")
+        names = "|".join(BACKENDS)
+        raise SystemExit(f"usage: python -m tests.tools.other_backend {names} [pytest ...]")
     name, *options = arguments
     env = environment(name)
     for library in build(name, env):
@@ -66,7 +70,7 @@ def environment(name: str) -> dict[str, str]:
 
 
 def preload(env: dict[str, str]) -> None:
-    """tests/lavapipe/preload.c for the tests (not for the build's compilers)."""
+    """tests/tools/lavapipe/preload.c for the tests (not for the build's compilers)."""
     library = cache_dir() / "backend-lavapipe" / "preload.so"
     source = ROOT / "tests/tools/lavapipe/preload.c"
     native_build.run([env.get("CC", "cc"), "-O2", "-shared", "-fPIC", source, "-o", library])

@@ -1,9 +1,12 @@
 """Runs the native tests and the native fuzz targets on a library built with sanitizers.
 
-    python tests/sanitizers.py asan [pytest arguments]  # tests: memory, undefined behaviour, leaks
-    python tests/sanitizers.py tsan [number of inputs]  # races: random inputs in several threads
-    python tests/sanitizers.py fuzz cache [libFuzzer arguments and corpus folders]
-    python tests/sanitizers.py fuzz metadata [libFuzzer arguments and corpus folders]
+    python -m tests.tools.sanitizers asan [pytest arguments]
+    python -m tests.tools.sanitizers tsan [number of inputs]
+    python -m tests.tools.sanitizers fuzz cache [libFuzzer arguments and corpus folders]
+    python -m tests.tools.sanitizers fuzz metadata [libFuzzer arguments and corpus folders]
+
+asan finds misused memory, undefined behavior and leaks in the tests; tsan finds races, with random
+inputs in several threads.
 
 Ends with a status other than 0 on a finding. Needs clang with its runtime libraries, on Linux; CC
 names another clang than the one of the PATH. The builds (all of llama.cpp, instrumented like our

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader
 from hypothesis import given, settings
@@ -21,7 +20,6 @@ from razor_local.converters.head_map import plot_heads, scope_line
 from razor_local.converters.write import write_copy
 
 from razor_local import Profile
-from razor_local.cli import main
 from razor_local.errors import ConvertError, GGUFError, ProfileError, UnsupportedError
 from razor_local.gguf.header import read_header
 from razor_local.model_file import read_model_shape, read_profile
@@ -49,13 +47,8 @@ from tests.support.alibi_scopes import (
     passed_distance,
     query_head_scopes,
 )
+from tests.support.cli import run
 from tests.support.gguf_bytes import F32, STRING, U32, kv, kv_array, razor_keys, small_model
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module", params=SPECS)

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from gguf import GGUFReader
 from razor_local.converters import write as writer
 from razor_local.converters.heads import profile_from_heads
 from razor_local.converters.write import check_output, write_copy, write_sidecar
 
-from razor_local.cli import main
 from razor_local.errors import ConvertError, ProfileError
 from razor_local.gguf.header import read_header
 from razor_local.model_file import read_model_shape, read_profile
 from razor_local.profile import Profile, read_sidecar
+from tests.support.cli import run
 from tests.support.gguf_bytes import (
     F32,
     STRING,
@@ -70,12 +69,6 @@ def other_keys(path: Path) -> dict[str, bytes]:
         for key, e in read_header(path).entries.items()
         if not key.startswith("razor.")
     }
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 # -- copies

@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from razor_local.converters.head_map import (
     ASCII_SHADES,
     compare_heads,
@@ -18,23 +17,17 @@ from razor_local.converters.head_map import (
 )
 from razor_local.converters.write import write_copy, write_sidecar
 
-from razor_local.cli import main
 from razor_local.errors import ProfileError, UnsupportedError
 from razor_local.model_file import read_model_shape, read_profile
 from razor_local.profile import Profile
 from razor_local.scores import Scores, save_scores
+from tests.support.cli import run
 from tests.support.gguf_bytes import F32, I32, U32, kv, kv_array, razor_keys, small_model
 from tests.support.tiny_models import TinySpec, make_model
 
 MASK = (np.array([1, 0]), np.array([0, 0]), np.array([1, 1]))
 INDUCTION = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.39, 0, 0, 0, 0, 0.01], np.float32)
 PROFILE = Profile(MASK, induction_score=INDUCTION, echo_score=np.zeros(12, np.float32))
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

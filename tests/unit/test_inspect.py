@@ -5,22 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from click.testing import CliRunner
 from razor_local.converters.write import write_sidecar
 
-from razor_local.cli import main
 from razor_local.model_file import read_model_shape, read_profile
 from razor_local.plan import make_plan
+from tests.support.cli import run
 from tests.support.gguf_bytes import U32, kv, kv_array, razor_keys, small_model
 from tests.support.tiny_models import TinySpec, make_model, razor_kv
 
 MASK = [[1, 0], [0, 0], [1, 1]]
-
-
-def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in args], prog_name="razor-local")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def lines(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""razor_local.verify.reference (numba) against plain float64 numpy, which is tests/reference.py."""
+"""razor_local.verify.reference (numba) against plain float64 numpy (tests/support/reference.py)."""
 
 from __future__ import annotations
 

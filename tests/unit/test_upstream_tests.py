@@ -1,7 +1,7 @@
 """upstream_tests.py notices what it has to: two runs that differ, in any way, are not the same.
 
 The tests of upstream themselves take minutes and need both trees: `uv run python
-tests/upstream_tests.py`.
+-m tests.tools.upstream_tests`.
 """
 
 from __future__ import annotations

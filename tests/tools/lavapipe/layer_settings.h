@@ -1,4 +1,4 @@
-// Included before every C++ source of a lavapipe build (tests/other_backend.py).
+// Included before every C++ source of a lavapipe build (tests/tools/other_backend.py).
 //
 // ggml-vulkan.cpp names three types of VK_EXT_layer_settings, which the C++ headers of Vulkan 1.3.239
 // (Debian 12) do not have yet. Its settings are for validation layers: a loader ignores a structure of

@@ -1,4 +1,4 @@
-// Preloaded into the tests on lavapipe (tests/other_backend.py): what it needs to be safe and quick.
+// Preloaded into the tests on lavapipe (tests/tools/other_backend.py): what it needs to be safe and quick.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
