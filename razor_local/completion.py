@@ -18,6 +18,7 @@ from typing import Any, final
 import numpy as np
 
 from .errors import ContextFullError, RazorError, StateError
+from .ownership import Inside
 
 _ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
 
@@ -26,7 +27,7 @@ def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
     """Yield the chunks of an answer, or the whole answer if request["stream"] is False.
 
     Args:
-        llama: a Llama from inside a request.
+        llama: an Inside, the Llama from inside a request.
         request: the arguments of create_completion().
 
     Raises:
@@ -251,30 +252,6 @@ class _Read(Exception):
     """Leaves the base class where it would begin to generate."""
 
 
-class _Reader:
-    """A Llama that reads a request as the base class does, and generates nothing."""
-
-    def __init__(self, llama: Any) -> None:
-        vars(self).update(_llama=llama, read_seed=None)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._llama, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._llama, name, value)
-
-    def set_seed(self, seed: int) -> None:
-        vars(self)["read_seed"] = seed
-
-    def load_state(self, state: Any) -> None:
-        """Load a state of set_cache(); one of another context counts as not found."""
-        with suppress(StateError):
-            self._llama.load_state(state)
-
-    def generate(self, tokens: list[int], **options: Any) -> None:
-        raise _Read(tokens, options)
-
-
 def _read_prompt(llama: Any, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
     """Return the tokens of a request's prompt and the arguments of generate()."""
     from llama_cpp import Llama
@@ -294,7 +271,20 @@ def _read_prompt(llama: Any, request: dict[str, Any]) -> tuple[list[int], dict[s
         raise RazorError(f"seed is {seed!r}, expected a whole number or None")
     if seed is None and llama._seed in _ANY_SEED:
         seed = secrets.randbits(31)
-    reader: Any = _Reader(llama)  # used in place of a Llama
+    seeds: list[int] = []
+
+    def load_state(state: Any) -> None:
+        """Load a state of set_cache(); one of another context counts as not found."""
+        with suppress(StateError):
+            llama.load_state(state)
+
+    def generate(tokens: list[int], **options: Any) -> None:
+        raise _Read(tokens, options)
+
+    # reads the request as the base class does, and generates nothing
+    reader: Any = Inside(
+        llama._llama, generate=generate, load_state=load_state, set_seed=seeds.append
+    )
     logprobs = None  # read here; the base class would want logits_all=True
     try:
         next(Llama._create_completion(reader, **request | {"seed": seed, "logprobs": logprobs}))
@@ -309,8 +299,8 @@ def _read_prompt(llama: Any, request: dict[str, Any]) -> tuple[list[int], dict[s
             " answer needs one at least; use a larger n_ctx or a shorter prompt"
         ) from None
     if seed is None:  # the next request has another seed, in a sequence that a program can repeat
-        llama.set_seed(reader.read_seed)
-    return tokens, options | {"seed": reader.read_seed % 2**32}
+        llama.set_seed(seeds[-1])
+    return tokens, options | {"seed": seeds[-1] % 2**32}
 
 
 def _check_text(what: str, text: str) -> None:

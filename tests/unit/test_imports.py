@@ -37,8 +37,8 @@ def test_slow_packages_are_loaded_where_they_are_used(code, allowed, tmp_path) -
 
 ROOMS = (
     "printable", "errors", "common", "gguf", "plan", "model_shape", "profile", "scores",
-    "model_file", "model_setup", "models", "prompt", "completion", "chat", "native", "bindings",
-    "ownership", "memory", "fit", "llama_options", "evaluation", "sampling", "state", "llama",
+    "model_file", "model_setup", "models", "prompt", "chat", "native", "bindings", "ownership",
+    "completion", "memory", "fit", "llama_options", "evaluation", "sampling", "state", "llama",
     "sessions", "converters", "evals", "bench", "verify", "cli", "__main__",
 )  # fmt: skip
 
