@@ -5,8 +5,6 @@ machine, and these modules are where the time goes.)
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +12,7 @@ from razor_local.cli import COMMANDS
 from razor_local.cli.chat import DEFAULT_MODEL
 from tests.support.loaded import CALL, slow_packages
 from tests.support.native_build import ROOT
+from tests.support.rooms import BEGIN, END, ROOMS, edges, imports_of, modules, picture
 
 PLAN = (
     "import razor_local as r, razor_local.plan\n"
@@ -35,53 +34,17 @@ def test_slow_packages_are_loaded_where_they_are_used(code, allowed, tmp_path) -
     assert slow_packages(code, tmp_path) <= allowed
 
 
-ROOMS = (
-    "printable", "errors", "common", "gguf", "plan", "model_shape", "profile", "scores",
-    "model_file", "model_setup", "models", "prompt", "chat", "native", "bindings", "ownership",
-    "completion", "memory", "fit", "llama_options", "evaluation", "sampling", "state", "llama",
-    "sessions", "converters", "evals", "bench", "verify", "cli", "__main__",
-)  # fmt: skip
-
-
-def imports_of(path: Path, module: str) -> Iterator[str]:
-    """The modules of razor_local that a file imports, but for its types."""
-    package = module.split(".")[:-1]
-    tree = ast.parse(path.read_text())
-    for node in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
-        if ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            found = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            yield from (f"{found}.{name.name}" for name in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-
-
-def modules() -> Iterator[tuple[str, Path]]:
-    """The modules of razor_local and their files."""
-    for folder, package in (
-        ("razor_local", "razor_local"),
-        ("converters", "razor_local.converters"),
-    ):
-        for path in (ROOT / folder).rglob("*.py"):
-            yield ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts]), path
-
-
 def test_rooms_import_from_lower_rooms_alone() -> None:
     """See docs/architecture.md. An import in a function counts, too."""
-    found = set()
-    for module, path in modules():
-        room = module.split(".")[1]
-        if room == "__init__":  # its names are looked up when they are used
-            continue
-        found.add(room)
-        for imported in imports_of(path, module):
-            parts = imported.split(".")
-            if parts[0] == "razor_local" and len(parts) > 1 and parts[1] in ROOMS:
-                assert ROOMS.index(parts[1]) <= ROOMS.index(room), f"{module} imports {imported}"
-    assert found == set(ROOMS), "a room is missing in ROOMS, or in the package"
+    assert {room for room, _, _ in edges()} | {"printable"} == set(ROOMS), "ROOMS is not complete"
+    for room, other, why in edges():
+        assert ROOMS.index(other) <= ROOMS.index(room), why
+
+
+def test_the_picture_of_the_rooms_is_up_to_date() -> None:
+    """python -m tests.support.rooms draws it."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    assert page.split(BEGIN)[1].split(END)[0] == picture()
 
 
 # functions of the signal module that change what a signal does, and what is called in a process
