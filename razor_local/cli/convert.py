@@ -56,20 +56,20 @@ NOT_FOR_ALIBI = (
 @click.option(
     "--select",
     type=click.Choice(["score", "paper"]),
-    help="score: every head that stands out by its scores; paper: the shares of the RazorAttention"
-    " paper, 14 % by induction and 1 % by echo score.  [default: score]",
+    help="How to choose heads. score: every head that stands out by its scores; paper: the shares"
+    " of the RazorAttention paper (14 % by induction score, 1 % by echo score).  [default: score]",
 )
 @click.option(
     "--induction",
     type=Number(0, 1),
     metavar="SHARE",
-    help="With the paper's shares: KV heads taken by induction score.  [default: 0.14]",
+    help="Share of KV heads to take by induction score; implies --select paper.  [default: 0.14]",
 )
 @click.option(
     "--echo",
     type=Number(0, 1),
     metavar="SHARE",
-    help="With the paper's shares: KV heads taken by echo score.  [default: 0.01]",
+    help="Share of KV heads to take by echo score; implies --select paper.  [default: 0.01]",
 )
 @click.option(
     "--budget",
@@ -77,62 +77,68 @@ NOT_FOR_ALIBI = (
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="Exactly this share of the KV heads, those with the highest scores.",
+    help="Share of the KV heads to take, those with the highest scores.",
 )
 @click.option(
-    "--scores", type=PATH, help="Head scores of an earlier --save-scores, instead of measuring."
+    "--scores",
+    type=PATH,
+    help="Use the scores in this file (from --save-scores) instead of measuring.",
 )
-@click.option("--save-scores", type=PATH, help="Keep the measured scores in this file (JSON).")
+@click.option("--save-scores", type=PATH, help="Write the measured scores to this JSON file.")
 @click.option(
     "--tokens",
     type=int,
-    help="Random tokens to measure with.  [default: 2500, or what the trained context holds]",
+    help="Number of random tokens per repetition.  [default: 2500, or as many as fit the trained"
+    " context]",
 )
-@click.option("--repeats", type=int, help="How often they are repeated.  [default: 4]")
+@click.option("--repeats", type=int, help="Number of repetitions.  [default: 4]")
 @click.option("--seed", type=int, help="Seed of the random tokens.  [default: 0]")
 @click.option(
-    "--max-memory", type=Size(), help="Memory for measuring, besides the model.  [default: 3G]"
+    "--max-memory",
+    type=Size(),
+    help="Maximum memory for measuring, without the model.  [default: 3G]",
 )
 @click.option(
     "-t",
     "--threads",
     type=THREADS,
     metavar="N",
-    help="CPU threads for measuring and for planted facts.",
+    help="Number of CPU threads for measuring and for planted facts.",
 )
 @click.option(
     "-ngl",
     "--n-gpu-layers",
     type=click.IntRange(-1),
     metavar="N",
-    help="Layers on the GPU for measuring and for planted facts.  [default: -1, all]",
+    help="Layers to offload to the GPU for measuring and for planted facts (-1: all)."
+    "  [default: -1]",
 )
 @click.option(
     "--haystack",
     type=PATH,
     metavar="DIR",
-    help="Folder of .txt files that the planted facts are hidden in.  [default: sentences made by"
-    " razor-local]",
+    help="Folder of .txt files to plant the facts in.  [default: generated sentences]",
 )
-@click.option("--no-proof", is_flag=True, help="Do not test whether the heads find planted facts.")
+@click.option("--no-proof", is_flag=True, help="Skip the test with planted facts.")
 @click.option(
     "--epsilon",
     type=Number(0, 1, min_open=True, max_open=True),
-    help="ALiBi models: attention beyond a head's scope is at most this.  [default: 0.001]",
+    help="For ALiBi models: maximum attention to any token beyond a head's scope."
+    "  [default: 0.001]",
 )
 @click.option("--sidecar", is_flag=True, help="Write the profile alone, without the model.")
 @click.option(
     "--sink-tokens", "--sinks", "sinks", type=int, default=4, show_default=True, help="Sink tokens."
 )
 @click.option(
-    "--window-min", type=int, default=4000, show_default=True, help="Smallest window, in tokens."
+    "--window-min", type=int, default=4000, show_default=True, help="Minimum window in tokens."
 )
 @click.option(
     "--window-divisor",
     type=int,
     default=5,
     show_default=True,
-    help="The window is at least the context divided by this; 0: --window-min alone decides.",
+    help="The window is at least the context size divided by this (0: use only --window-min).",
 )
 @click.option("--no-compensation", is_flag=True, help="Drop tokens instead of averaging them.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
@@ -151,12 +157,12 @@ def convert(
 ) -> None:
     """Add a razor profile to a copy of MODEL (a GGUF file), or write it as a sidecar.
 
-    Without a head list or scores the heads are measured first: the model reads random tokens
-    several times over, and the heads that stand out by looking for the repetition become retrieval
-    heads. Then facts are planted in a text, and where razor loses facts that the full cache finds,
-    heads are added and others taken out.
+    Without a head list or scores, convert measures the heads: the model reads random tokens several
+    times over, and the heads that attend to the earlier copies become retrieval heads. It then
+    plants facts in a text. If razor misses facts that the full cache finds, convert adds heads and
+    removes others.
 
-    Of ALiBi models nothing is measured: how far back each head can look follows from the weights.
+    ALiBi models are not measured: the weights determine how far back each head can attend.
 
     The tensors of the copy are byte-identical to the model's.
     """

@@ -39,7 +39,7 @@ PROBE = "from razor_local.cli.doctor import probe; probe()"
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Show which library is loaded, its backends and devices, and what is wrong.
+    """Show the loaded library, its backends and devices, and any problems.
 
     Exit code 1 if something is wrong.
     """

@@ -51,18 +51,16 @@ class Memory:
     "--ctx-size",
     type=ContextSize(),
     metavar="N",
-    help="Tell the memory for this context: tokens, 0: as trained, auto: what fits this machine.",
+    help="Estimate the memory of this context (tokens; 0: trained length, auto: largest that fits"
+    " this machine).",
 )
 @click.option(
     "--vram",
     type=Size(),
     metavar="SIZE",
-    help="Memory of the graphics card that may be used, such as 8GiB (of each, if there are"
-    " several).",
+    help="Memory available on each graphics card, such as 8GiB.",
 )
-@click.option(
-    "--ram", type=Size(), metavar="SIZE", help="Memory of the machine itself that may be used."
-)
+@click.option("--ram", type=Size(), metavar="SIZE", help="Main memory available, such as 16GiB.")
 @click.option(
     "-ngl",
     "--n-gpu-layers",
@@ -70,7 +68,7 @@ class Memory:
     default=-1,
     metavar="N",
     show_default=True,
-    help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
 )
 @click.option(
     "-b",
@@ -79,7 +77,7 @@ class Memory:
     default=512,
     metavar="N",
     show_default=True,
-    help="Prompt tokens per step.",
+    help="Logical batch size: prompt tokens per call.",
 )
 @click.option(
     "-ub",
@@ -88,35 +86,40 @@ class Memory:
     default=512,
     metavar="N",
     show_default=True,
-    help="Prompt tokens per computation.",
+    help="Physical batch size: prompt tokens per graph.",
 )
 @click.option(
-    "-ctk", "--cache-type-k", type=KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
+    "-ctk",
+    "--cache-type-k",
+    type=KV_TYPE,
+    help="Type of the K cache.  [default: f16, q8_0 and q4_0]",
 )
-@click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="[default: as -ctk]")
+@click.option(
+    "-ctv", "--cache-type-v", type=KV_TYPE, help="Type of the V cache.  [default: same as -ctk]"
+)
 @FLASH_ATTN
-@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",
     "--retrieval",
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="KV heads that keep every token, chosen again by the scores in the profile.",
+    help="Share of retrieval heads, chosen by the scores in the profile.",
 )
-@click.option("--beyond", is_flag=True, help="Search beyond the trained length, too.")
+@click.option("--beyond", is_flag=True, help="Also search contexts longer than the trained length.")
 @click.option(
     "--plot", type=PATH, metavar="PICTURE", help="Draw memory by context (.png, .svg, .pdf)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(model: Path, **given: Any) -> None:
-    """Show which context of MODEL fits which memory, with a full cache and with razor.
+    """Estimate the memory of a context of MODEL, or the context that fits a memory.
 
-    Headers alone are read. Weights, KV cache and compute buffers are counted as this build of
-    llama.cpp would allocate them. A model without a profile is planned with the paper's shares.
+    Each is shown with a full cache and with razor. Only headers are read. Weights, KV cache and
+    compute buffers are counted as this build of llama.cpp would allocate them. Without a profile,
+    the paper's share of retrieval heads is assumed.
 
-    Of a card in the table, and of the memory of this machine, 1 GiB is left for all else; what
-    --vram and --ram name is used in full.
+    The table leaves 1 GiB of each card and of this machine free; --vram and --ram are used in full.
     """
 
     from ..fit import MAX_DRY_RUN, ContextOptions, DryModel, make_candidates, no_room

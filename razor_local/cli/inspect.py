@@ -37,7 +37,11 @@ Examples:
 @click.command(epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
 @click.option(
-    "-c", "--ctx-size", type=int, default=0, help="Context in tokens. [default: the model's own]"
+    "-c",
+    "--ctx-size",
+    type=int,
+    default=0,
+    help="Context size in tokens.  [default: trained length]",
 )
 @click.option(
     "-ctk",
@@ -55,14 +59,14 @@ Examples:
     show_default=True,
     help="Type of the V cache.",
 )
-@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",
     "--retrieval",
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
+    help="Share of retrieval heads to plan with, chosen by the scores in the profile.",
 )
 @FLASH_ATTN
 @click.option("--heads", is_flag=True, help="Show a map of the heads and their scores instead.")
@@ -87,9 +91,9 @@ def inspect(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Show which KV heads of MODEL keep everything, and the bytes of its KV cache.
+    """Show the retrieval heads of MODEL and the size of its KV cache.
 
-    Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
+    For an ALiBi model, show the scopes: how many tokens each KV head keeps.
     """
     from ..common.files import check_outputs
     from ..model_file import ModelFile
