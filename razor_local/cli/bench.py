@@ -263,9 +263,9 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
             bar.close()
             journal = options["resume"]
             echo(
-                "Interrupted; nothing was kept, next time use --resume FILE."
+                "Interrupted; no results were kept (use --resume FILE to keep them)."
                 if journal is None
-                else f"Interrupted; the same command goes on with what is in {journal}.",
+                else f"Interrupted; run the same command again to continue from {journal}.",
                 err=True,
             )
             raise
@@ -327,5 +327,5 @@ def _make_shape(options: dict[str, Any]) -> Path:
             seed=options["seed"] or 0,
             progress=bar,
         )
-    echo(f"{path}: its weights are random, only its speed means anything", err=True)
+    echo(f"{path}: random weights; only the speed is meaningful", err=True)
     return path

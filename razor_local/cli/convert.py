@@ -197,7 +197,7 @@ def convert(
         haystack = FolderText(measuring["haystack"])
     feature = unsupported_feature(file.header, shape)
     if feature:
-        echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
+        echo(f"Note: the model has {feature}, which razor may refuse to run.", err=True)
     if alibi:
         profile = _profile_from_weights(file, epsilon)
     else:
@@ -205,7 +205,7 @@ def convert(
             profile = profile_from_heads(heads, shape, budget=measuring["budget"], **options)
             if "ties" in profile.calibration:
                 echo(
-                    f"Note: {profile.calibration['ties']} were taken, spread over the layers.",
+                    f"Note: took {profile.calibration['ties']}, spread evenly over the layers.",
                     err=True,
                 )
         else:
@@ -264,15 +264,15 @@ def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None
     if not alibi:
         if epsilon is not None:
             raise click.UsageError(
-                f"--epsilon is for ALiBi models, and this one ({shape.arch}) is none"
+                f"--epsilon applies only to ALiBi models; this model is {shape.arch}"
             )
         return
     ctx = click.get_current_context()
     for name in NOT_FOR_ALIBI:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} means nothing for an ALiBi model ({shape.arch}): what"
-                " its heads keep follows from the weights and --epsilon"
+                f"--{name.replace('_', '-')} does not apply to an ALiBi model ({shape.arch}), whose"
+                " scopes follow from the weights and --epsilon"
             )
 
 
@@ -336,10 +336,13 @@ class _Measured:
         except (RazorError, OSError):
             if name is not None:
                 os.unlink(name)
-            echo(f"Note: {why}, so the measured scores are not kept in a file.", err=True)
+            echo(f"Note: {why}; the measured scores are lost.", err=True)
             return
         self.saved = True
-        echo(f"Note: {why}; the measured scores are in {name}, for --scores.", err=True)
+        echo(
+            f"Note: {why}; the measured scores were saved to {name} (pass it with --scores).",
+            err=True,
+        )
 
 
 def _profile_from_scores(
@@ -393,35 +396,34 @@ def _prove(
     none = not (profile.flat() if proof is None else np.concatenate(proof.retrieval)).any()
     holds = proof is not None and proof.holds
     if by_score and (none or not (holds or profile.flat().any())):
-        tried = f"was not possible ({why})" if why != "--no-proof" else "was left out (--no-proof)"
+        tried = f"was not possible ({why})" if why != "--no-proof" else "was skipped (--no-proof)"
         if proof is not None:
             tried = (
                 f"did not pass (of {len(proof.full.found)} the full cache finds"
                 f" {proof.full.n_found}, razor {proof.razor.n_found})"
             )
         raise ConvertError(
-            f"no head of {model} stands out by its scores, and the test with planted facts {tried}:"
-            " there is nothing to choose retrieval heads by, so no profile was written; run the"
-            " model with its full cache, or take the heads with the highest scores all the same"
-            " with --budget 0.15"
+            f"no head of {model} stands out by its scores, and the test with planted facts {tried},"
+            " so no profile was written; run the model with its full cache, or force a choice with"
+            " --budget 0.15"
         )
     if proof is None:
         if why != "--no-proof":
-            echo(f"Note: the heads were not tried on planted facts: {why}.", err=True)
+            echo(f"Note: the heads were not tested on planted facts: {why}.", err=True)
         return profile
     if not proof.conclusive:
         echo(
             f"Note: the full cache itself finds only {proof.full.n_found} of"
-            f" {len(proof.full.found)} planted facts, so they do not show whether these heads are"
-            " the right ones; measure your task, for example with 'razor-local eval'.",
+            f" {len(proof.full.found)} planted facts, so this test is inconclusive;"
+            " measure your task, for example with 'razor-local eval'.",
             err=True,
         )
     elif not proof.holds:
-        more = "" if by_list else ", keep more of them with a larger budget (chat --budget 0.25)"
+        more = "" if by_list else ", use a larger budget (chat --budget 0.25),"
         echo(
-            f"Note: razor loses facts with these heads ({proof.razor.n_found} of"
-            f" {len(proof.full.found)} found, {proof.full.n_found} with the full cache); measure"
-            f" your task{more}, or run the full cache.",
+            f"Note: razor misses facts with these heads ({proof.razor.n_found} of"
+            f" {len(proof.full.found)} found; the full cache finds {proof.full.n_found}). Measure"
+            f" your task{more} or run the full cache.",
             err=True,
         )
     return replace(

@@ -547,7 +547,7 @@ class _Run:
         trained = self.shape.n_ctx_train
         if trained and chosen[-1] > trained:
             echo(
-                f"Note: the model was trained for {trained:,} tokens, {chosen[-1]:,} goes beyond",
+                f"Note: {chosen[-1]:,} tokens exceed the trained context of {trained:,}",
                 err=True,
             )
         return tuple(chosen)
@@ -561,9 +561,9 @@ class _Run:
                 bar.close()
                 journal = self.options["resume"]
                 echo(
-                    "Interrupted; nothing was kept, next time use --resume FILE."
+                    "Interrupted; no results were kept (use --resume FILE to keep them)."
                     if journal is None
-                    else f"Interrupted; the same command goes on with what is in {journal}.",
+                    else f"Interrupted; run the same command again to continue from {journal}.",
                     err=True,
                 )
                 raise

@@ -175,7 +175,8 @@ def _memories(dry: DryModel, given: dict[str, Any]) -> list[Memory]:
     devices, vram, ram = dry.devices(), given["vram"], given["ram"]
     if vram is not None and ram is not None and not devices:
         raise click.UsageError(
-            "this build has no graphics card, all goes into one memory: give --vram or --ram"
+            "this build has no GPU backend, so there is only one memory; pass --vram or --ram, not"
+            " both"
         )
     if vram is not None or ram is not None:
         limits = {} if vram is None else dict.fromkeys(devices or (RAM,), vram)
@@ -204,7 +205,7 @@ def _profile(
 
     if dry.shape is None:
         if sidecar is not None or budget is not None:
-            raise ProfileError(f"{dry.path} is no model that razor can run")
+            raise ProfileError(f"razor cannot run {dry.path}")
         return None, None
     profile = dry.file.choose_profile(sidecar, budget)
     if profile is None:
@@ -292,8 +293,8 @@ def _print_head(report: dict[str, Any]) -> None:
         )
     devices = ", ".join(device["name"] for device in report["devices"])
     console.print(
-        f"memory   {f'RAM and {devices}' if devices else 'one for all: this build has no device'};"
-        f" {report['n_ubatch']} tokens per computation, flash attention"
+        f"memory   {f'RAM and {devices}' if devices else 'RAM only (no GPU in this build)'};"
+        f" ubatches of {report['n_ubatch']} tokens, flash attention"
         f" {'on' if report['flash_attn'] else 'off'}"
     )
     refused: dict[str, list[str]] = {}
@@ -313,18 +314,18 @@ def _print_cards(report: dict[str, Any]) -> None:
         needs = [plan["needs"][i] for plan in plans]
         table.add_row(memory["name"], *(f"{need['n_ctx']:,}" if need else "-" for need in needs))
     console = table_console()
-    console.print("largest context, in tokens, with 1 GiB of each memory left for all else:\n")
+    console.print("largest context in tokens, leaving 1 GiB of each memory free:\n")
     console.print(table)
     limits = report["memories"][-1]["limits"].items()
     here = ", ".join(f"{n / 2**30:.1f} GiB of {name}" for name, n in limits)
-    console.print(f"\nthis machine has {here} for it")
+    console.print(f"\nthis machine: {here} available")
 
 
 def _print_needs(report: dict[str, Any]) -> None:
     """One memory or one context: a line per plan."""
     plans = [plan for plan in report["plans"] if not plan["refused"]]
     places = ["RAM", *(device["name"] for device in report["devices"])]
-    columns = ["context", "weights", "KV", "compute", "together"]
+    columns = ["context", "weights", "KV", "compute", "total"]
     columns += places if len(places) > 1 else []
     fits = bool(report["memories"])
     table = _table("plan", *columns, *(["fits"] if fits else []))
@@ -346,14 +347,16 @@ def _print_needs(report: dict[str, Any]) -> None:
             table_console().print(f"{plan['name']} runs the full cache: {need['why_inactive']}")
     for memory in report["memories"]:
         limits = ", ".join(f"{_mib(n)} MiB of {name}" for name, n in memory["limits"].items())
-        table_console().print(f"\nmay be used: {limits}")
+        table_console().print(f"\navailable: {limits}")
 
 
 def _print_trained(report: dict[str, Any]) -> None:
     trained = report["model"]["n_ctx_train"]
     needs = [need for plan in report["plans"] for need in plan["needs"] if need]
     if trained and any(need["n_ctx"] - 256 < trained <= need["n_ctx"] for need in needs):
-        table_console().print(f"{trained:,} tokens is as long as trained; --beyond looks further")
+        table_console().print(
+            f"{trained:,} tokens is the trained length; --beyond searches further"
+        )
 
 
 def _table(*columns: str) -> Table:

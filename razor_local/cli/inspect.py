@@ -109,8 +109,8 @@ def inspect(
     feature = unsupported_feature(opened.header, shape)
     if feature:
         echo(
-            f"Note: the model has {feature}; razor may be refused when it is run, and the bytes"
-            " below are those of plain full attention in every layer.",
+            f"Note: the model has {feature}, which razor may refuse to run. The sizes below assume"
+            " plain full attention in every layer.",
             err=True,
         )
     there = None
@@ -247,9 +247,9 @@ def _print_plan(
         console.print(f"scopes   {scope_line(profile, plan.n_ctx)}")
     if plan.active:
         console.print(
-            f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens,"
+            f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens;"
             f" {plan.kv_heads - plan.retrieval_kv_heads} keep {plan.sink_tokens} sinks and the last"
-            f" {plan.window:,} ({plan.cells:,} cells each, folded by {plan.block})"
+            f" {plan.window:,} ({plan.cells:,} cells each, folded in blocks of {plan.block})"
         )
     else:
         console.print(f"plan     full cache: {plan.why_inactive}")
@@ -318,9 +318,9 @@ def _print_profile(
         f" trained for {shape.n_ctx_train:,} tokens"
     )
     if profile is None:
-        adds = "adds one" if no_convert is None else f"may refuse to add one: {no_convert}"
+        adds = "adds one" if no_convert is None else f"may refuse to add one ({no_convert})"
         console.print(
-            f"profile  none: every KV head keeps every token (razor-local convert {adds})"
+            f"profile  none: every KV head keeps every token; 'razor-local convert' {adds}"
         )
     elif profile.scope is not None:
         epsilon = str(profile.calibration.get("epsilon", "an unknown epsilon"))[:300]

@@ -204,7 +204,7 @@ def download_model(model: ModelName) -> Path:
         except KeyboardInterrupt:
             bar.close()
             if unfinished(model.repo):
-                echo("Interrupted; the same command goes on where it stopped.", err=True)
+                echo("Interrupted; run the same command again to continue.", err=True)
             raise
 
 

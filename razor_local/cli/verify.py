@@ -210,5 +210,5 @@ def _print(result: Verification) -> None:
     )
     echo(
         f"KL divergence from the full cache: mean {kl.mean:.2e}, last eighth {kl.end:.2e}, largest"
-        f" {kl.largest:.2e} nats; the same token first in {kl.same_top:.1%}"
+        f" {kl.largest:.2e} nats; same top token in {kl.same_top:.1%}"
     )
