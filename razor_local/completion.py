@@ -38,7 +38,7 @@ def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
     processors = _with_logit_bias(llama, request)
     if request["logprobs"] is not None and not 0 <= request["logprobs"] <= llama.n_vocab():
         raise RazorError(
-            f"logprobs is {request['logprobs']!r}, expected the number of likeliest tokens to tell"
+            f"logprobs is {request['logprobs']!r}, expected the number of top tokens to return"
         )
     prompt, options = _read_prompt(
         llama, request | {"logit_bias": None, "logits_processor": processors, "stop": []}
@@ -123,7 +123,7 @@ def read_stops(stop: str | Iterable[str] | None) -> list[bytes]:
         stops = [stop]
     for one in stops:
         if not isinstance(one, str) or not one:
-            raise RazorError(f"stop has {one!r}, expected one or several texts of one character up")
+            raise RazorError(f"stop contains {one!r}, expected non-empty strings")
     return [one.encode("utf-8", "surrogatepass") for one in stops]
 
 
@@ -166,7 +166,7 @@ def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, A
 def _read_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RazorError(
-            f"{message!r} is no message, expected a dict such as"
+            f"{message!r} is not a message; expected a dict such as"
             ' {"role": "user", "content": "Hello"}'
         )
     content = message.get("content")
@@ -220,9 +220,9 @@ def grammar_of(what: str, schema: Any) -> Any:
         return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
     except Exception as error:  # the converter asserts, or fails at what it does not expect
         raise RazorError(
-            f"the JSON schema of {what} cannot be made into a grammar"
-            f" ({type(error).__name__}: {error}); use what llama.cpp supports, no lookahead and no"
-            " reference to what is not there"
+            f"the JSON schema of {what} cannot be converted to a grammar"
+            f" ({type(error).__name__}: {error}); llama.cpp does not support lookaheads or"
+            " unresolved references"
         ) from error
 
 
@@ -308,8 +308,8 @@ def _check_text(what: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RazorError(
-            f"{what} has half of a surrogate pair ({text[error.start]!r}) at character"
-            f" {error.start}, which is no Unicode text; decode it again, or replace it"
+            f"{what} has a lone surrogate ({text[error.start]!r}) at character {error.start}; fix"
+            " the decoding or replace it"
         ) from None
 
 

@@ -105,7 +105,7 @@ def prefill(
 def refresh_logits(llama: Llama) -> None:
     """Evaluate the last token again where the logits in memory are not known to be its."""
     if llama.n_tokens == 0:
-        raise RazorError("there is nothing to go on from: no token was evaluated")
+        raise RazorError("no tokens have been evaluated; evaluate a prompt first")
     if llama._requires_eval:
         tokens = llama._input_ids.tolist()
         evaluate(llama, tokens[rewind(llama, tokens) :])

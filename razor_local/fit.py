@@ -315,8 +315,8 @@ class DryModel:
         need = Need(n_ctx, active, why, places)
         if active and plan and plan.kv_bytes != need.kv:
             raise LibraryError(
-                f"the library would allocate {need.kv} bytes of KV cache, the plan says"
-                f" {plan.kv_bytes}: library and Python code do not belong together; reinstall"
+                f"the library would allocate {need.kv} bytes of KV cache, but the plan has"
+                f" {plan.kv_bytes}: the library does not match the Python code; reinstall"
                 " razor-local"
             )
         return need
@@ -333,7 +333,7 @@ class DryModel:
         if options.profile is None:
             return None  # llama.cpp has caches that a plan does not describe
         if self.shape is None:
-            raise UnsupportedError(f"{self.path} is no model that razor can run")
+            raise UnsupportedError(f"razor cannot run {self.path}")
         return make_plan(
             self.shape, options.profile, n_ctx, options.type_k, options.type_v, options.flash_attn
         )
@@ -442,7 +442,7 @@ def auto_n_ctx(path: str | os.PathLike[str], options: ContextOptions, **model_op
 
 
 def no_room(model: DryModel, limits: Mapping[str, int], options: ContextOptions) -> str:
-    """A sentence that tells why the smallest context does not fit."""
+    """Return a sentence that says why the smallest context does not fit."""
     need = model.need(N_CTX_PAD, options)
     full = min((p for p in need.places if p.name in limits), key=lambda p: limits[p.name] - p.total)
     memory = "memory" if need.places == (full,) else full.name
@@ -450,9 +450,9 @@ def no_room(model: DryModel, limits: Mapping[str, int], options: ContextOptions)
     if full.name != RAM:
         hint += " or fewer layers on the device (-ngl)"
     return (
-        f"{model.path}: not even a context of {need.n_ctx} tokens fits: it takes"
-        f" {full.total / 2**20:,.1f} MiB of {memory} ({full.weights / 2**20:,.1f} MiB are weights)"
-        f" and {max(limits[full.name], 0) / 2**20:,.1f} MiB may be used; {hint}"
+        f"{model.path}: even a context of {need.n_ctx} tokens needs {full.total / 2**20:,.1f} MiB"
+        f" of {memory} ({full.weights / 2**20:,.1f} MiB of weights), and"
+        f" {max(limits[full.name], 0) / 2**20:,.1f} MiB are available; {hint}"
     )
 
 

@@ -269,9 +269,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         for text in [input] if isinstance(input, str) else input:
             if not isinstance(text, str) or not self.tokenize(text.encode()):
                 # the base class writes outside of its batch for a text without tokens
-                raise RazorError(
-                    f"{text!r} cannot be embedded, expected a text with a token or more"
-                )
+                raise RazorError(f"{text!r} cannot be embedded; expected a text with tokens")
         return self._request(llama_cpp.Llama.embed, Inside(self), input, *args, **kwargs)
 
     def request(self, make: Callable[[Llama], Iterator[Any]]) -> Generator[Any, Any, Any]:
@@ -444,8 +442,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if planned != found:
             self.close()
             raise LibraryError(
-                f"the library allocated {found} bytes of KV cache, the plan says {planned}:"
-                " library and Python code do not belong together; reinstall razor-local"
+                f"the library allocated {found} bytes of KV cache, but the plan has {planned}:"
+                " the library does not match the Python code; reinstall razor-local"
             )
         if not stats.active and self._plan and self._plan.kv_bytes != stats.kv_bytes:
             self._plan = None  # a cache of another kind, such as sliding windows

@@ -198,13 +198,12 @@ def _auto_n_ctx(
 def _refuse_options(kwargs: dict[str, Any]) -> None:
     if kwargs.get("draft_model") is not None:
         raise UnsupportedError(
-            "draft_model cannot be used with razor: taking rejected drafts back can fail once"
-            " tokens are folded, and that path would not notice; pass razor=False"
+            "draft_model does not work with razor, because rejected drafts cannot be rolled back"
+            " past a fold; pass razor=False"
         )
     if kwargs.get("embedding"):
         raise UnsupportedError(
-            "embedding=True needs a cache of several sequences, razor serves one yet; pass"
-            " razor=False"
+            "embedding=True needs several sequences and razor supports one; pass razor=False"
         )
 
 

@@ -92,13 +92,13 @@ def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:
 
     arch = header.string("general.architecture", 256)
     if not arch or not arch.isprintable():
-        raise bad("has no general.architecture, so it is no language model that can be run")
+        raise bad("has no general.architecture; it is not a language model")
 
     def size(key: str, default: int | None, low: int, high: int) -> int:
         value = header.number(f"{arch}.{key}", (U32, I32, U16))
         if value is None:
             if default is None:
-                raise bad(f"has no {arch}.{key}, so it is no language model that can be run")
+                raise bad(f"has no {arch}.{key}; it is not a language model")
             return default
         if not low <= value <= high:
             raise bad(f"{arch}.{key} is {value}, expected {low} to {high}")

@@ -208,8 +208,8 @@ def make_plan(
     profile.check_shape(shape)
     if profile.method != "rope":
         raise UnsupportedError(
-            f"the razor profile is of method '{profile.method}', and only 'rope' can be run;"
-            " switch razor off to run the model with a full cache"
+            f"razor cannot run profiles of the method '{profile.method}', only of 'rope'; pass"
+            " razor=False (--no-razor) to run a full cache"
         )
     divided = n_ctx // profile.window_divisor if profile.window_divisor else 0
     length = max(profile.window_min, divided)
@@ -222,7 +222,8 @@ def make_plan(
     if cells >= n_ctx:
         return replace(
             full,
-            why_inactive=f"a local head would take {cells} cells, the context has {n_ctx}",
+            why_inactive=f"a local head would take {cells:,} cells, so RazorAttention saves nothing"
+            f" in a context of {n_ctx:,} tokens",
         )
     return replace(
         full,

@@ -36,7 +36,7 @@ def generate(
     tokens, reset = list(tokens), options.pop("reset", True)
     criteria = options.pop("stopping_criteria", None)
     if reset and not tokens:
-        raise RazorError("there is nothing to go on from: the prompt has no tokens")
+        raise RazorError("the prompt has no tokens; pass at least one")
     with closing(llama._init_sampler(seed=seed, **options)) as sampler:
         _begin(llama, tokens, reset)
         while True:
@@ -116,8 +116,5 @@ def _checked_logits(logits: Any, n_vocab: int) -> np.ndarray:
             f"a logits processor returned {found}, expected an array of {n_vocab} numbers"
         )
     if np.isnan(changed).any() or changed.max() in (np.inf, -np.inf):
-        raise RazorError(
-            "a logits processor returned numbers that no token can be chosen by: one is NaN or"
-            " +inf, or all are -inf"
-        )
+        raise RazorError("a logits processor returned unusable scores: NaN, +inf, or only -inf")
     return changed

@@ -105,8 +105,7 @@ def unseal(sealed: bytes, n_tokens: int, input_ids: np.ndarray, fingerprint: byt
     """
     if len(sealed) < _SEAL.size or not sealed[-_SEAL.size :].startswith(_MAGIC):
         raise StateError(
-            "the state cannot be loaded: it has no seal of razor_local at its end; it is cut off,"
-            " or save_state() of another program made it"
+            "the state cannot be loaded: it is truncated, or was not saved by razor_local"
         )
     _, theirs, n_sealed, digest = _SEAL.unpack(sealed[-_SEAL.size :])
     data = sealed[: -_SEAL.size]

@@ -20,12 +20,12 @@ COMMANDS = {
     "bench": "Measure memory and speed against full caches.",
     "chat": "Chat with a model.",
     "convert": "Add a razor profile to a copy of a GGUF model, or write it as a sidecar.",
-    "doctor": "Show which library is loaded, its backends and devices, and what is wrong.",
-    "eval": "Measure what compression costs in quality, policies side by side.",
-    "fit": "Show which context fits which memory, before loading a model.",
-    "inspect": "Show the plan and the KV cache bytes of a GGUF model.",
+    "doctor": "Show the loaded library, its backends and devices, and any problems.",
+    "eval": "Measure how much quality each KV cache policy costs.",
+    "fit": "Estimate the memory of a context, or the context that fits a memory.",
+    "inspect": "Show the retrieval heads and the KV cache size of a GGUF model.",
     "models": "List, find, download and remove models.",
-    "verify": "Check that what runs here is RazorAttention, and right.",
+    "verify": "Check RazorAttention on this machine against a reference.",
 }
 
 
@@ -86,7 +86,7 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with 'razor-local chat', which needs no model of yours.",
+    epilog="Start with 'razor-local chat', which has a small built-in model.",
 )
 @click.option(
     "--version",
@@ -97,10 +97,10 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     help="Show the version and exit.",
 )
 def main() -> None:
-    """Run GGUF models with RazorAttention: less KV cache at long contexts.
+    """Run GGUF models with a smaller KV cache (RazorAttention).
 
-    Retrieval heads keep every token, the other KV heads keep the first tokens, a recent window
-    and one compensation token.
+    Retrieval heads keep every token. All other KV heads keep the first tokens, a recent window and
+    one compensation token.
     """
     # huggingface_hub would tell the hub which libraries and tools are installed
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -50,38 +50,42 @@ Examples:
     "depths",
     type=ListOf(Tokens(), "tokens,..."),
     multiple=True,
-    help="Tokens in the cache, for example 0,8k,32k; can be repeated.  [default: 0,8k,32k]",
+    help="Depths: tokens in the cache, for example 0,8k,32k. Repeatable.  [default: 0,8k,32k]",
 )
 @click.option(
     "-c",
     "--ctx-size",
     type=Tokens(),
     default=0,
-    help="One context for all depths.  [default: as large as each depth needs, at least 8.5k]",
+    help="Context size for all depths.  [default: as large as each depth needs, at least 8.5k]",
 )
 @click.option(
     "--types",
     type=ListOf(KV_TYPE, "type,..."),
-    help="KV types, K and V alike.  [default: f16,q8_0,q4_0]",
+    help="Types of the KV cache, each for K and V.  [default: f16,q8_0,q4_0]",
 )
-@click.option("-ctk", "--cache-type-k", type=KV_TYPE, help="One type of K instead.")
-@click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="One type of V instead.")
+@click.option(
+    "-ctk", "--cache-type-k", type=KV_TYPE, help="Type of the K cache, instead of --types."
+)
+@click.option(
+    "-ctv", "--cache-type-v", type=KV_TYPE, help="Type of the V cache, instead of --types."
+)
 @click.option(
     "-r",
     "--pairs",
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="Turns of each side to decode at a depth, at most: a token, or some where they are fast.",
+    help="Maximum decode turns per cache and depth (one token each, or several if they are fast).",
 )
 @click.option(
     "--seconds",
     type=Number(min=0, min_open=True),
     default=15.0,
     show_default=True,
-    help="Time of one measurement: where tokens are slow, fewer turns are made (5 at least).",
+    help="Time limit of one measurement in seconds; slow caches get fewer turns, but at least 5.",
 )
-@click.option("-t", "--threads", type=THREADS, help="CPU threads.  [default: all cores]")
+@click.option("-t", "--threads", type=THREADS, help="Number of CPU threads.  [default: all cores]")
 @click.option(
     "-ngl",
     "--n-gpu-layers",
@@ -89,32 +93,49 @@ Examples:
     default=-1,
     metavar="N",
     show_default=True,
-    help="Layers on the GPU, if there is one; -1: all.",
+    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
 )
-@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",
     "--retrieval",
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="Share of retrieval heads instead of the profile's; with --shape: [default: 0.15]",
+    help="Share of retrieval heads, chosen by the scores in the profile.  [default: the profile's;"
+    " 0.15 with --shape]",
 )
-@click.option("--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens.")
-@click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's.")
 @click.option(
-    "--sink-tokens", "--sinks", "sinks", type=int, metavar="N", help="Instead of the profile's."
+    "--window-min",
+    type=int,
+    metavar="N",
+    help="Minimum window in tokens.  [default: the profile's]",
+)
+@click.option(
+    "--window-divisor", type=int, metavar="N", help="Window divisor.  [default: the profile's]"
+)
+@click.option(
+    "--sink-tokens",
+    "--sinks",
+    "sinks",
+    type=int,
+    metavar="N",
+    help="Number of sink tokens.  [default: the profile's]",
 )
 @click.option(
     "--shape",
     metavar="NAME",
-    help="Instead of MODEL: random weights in this shape, kept in the cache folder of the user.",
+    help="Use random weights of this shape instead of MODEL (kept in the user's cache folder).",
 )
 @click.option(
-    "--quant", type=click.Choice(["q4_0", "q8_0", "f16"]), help="Of --shape.  [default: q4_0]"
+    "--quant",
+    type=click.Choice(["q4_0", "q8_0", "f16"]),
+    help="Weight type for --shape.  [default: q4_0]",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), help="Of the weights and heads of --shape.  [default: 0]"
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Seed for the weights and heads of --shape.  [default: 0]",
 )
 @click.option(
     "--real-prefill",
@@ -122,25 +143,26 @@ Examples:
     is_flag=False,
     flag_value="0",
     metavar="[TOKENS]",
-    help="Prefill so many tokens for real, with the first type, in all contexts that hold them, to"
-    " check random caches and integrals.  [default: as many as fold, in the smallest]",
+    help="Also prefill this many tokens for real, with the first type, in every context that holds"
+    " them, to check the random caches.  [default: enough for a fold, in the smallest context]",
 )
 @click.option(
     "--only",
     type=ListOf(click.Choice(KINDS), "kind,..."),
     metavar="KIND,...",
-    help=f"Of {', '.join(KINDS)}: leave out the others, until --resume without this.",
+    help=f"Make only these measurements: {', '.join(KINDS)}. A later --resume without this option"
+    " adds the rest.",
 )
 @click.option(
     "--stock-lib",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with the libllama of a stock build for the full caches.  [default: the package's]",
+    help="Folder with a stock libllama to run the full caches.  [default: the packaged library]",
 )
 @click.option(
     "--resume",
     type=PATH,
     metavar="JOURNAL",
-    help="Keep finished measurements in this file, and leave out what is in it.",
+    help="Journal of finished measurements; measurements already in it are not repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
@@ -155,15 +177,15 @@ Examples:
     type=PATH,
     multiple=True,
     metavar="PICTURE",
-    help="Draw memory and speed over context (.png, .svg, .pdf); can be repeated.",
+    help="Draw memory and speed over context (.png, .svg, .pdf). Repeatable.",
 )
-@click.option("--report", type=PATH, metavar="RUN.json", help="Measure nothing: show a saved run.")
+@click.option("--report", type=PATH, metavar="RUN.json", help="Show a saved run without measuring.")
 @click.option(
     "--compare",
     type=PATH,
     nargs=2,
     metavar="A.json B.json",
-    help="Measure nothing: compare two saved runs.",
+    help="Compare two saved runs without measuring.",
 )
 def bench(
     model: Path | None,
@@ -174,11 +196,11 @@ def bench(
     compare: tuple[Path, Path] | None,
     **options: Any,
 ) -> None:
-    """Measure MODEL with razor against full caches: memory, prefill, first token, decoding.
+    """Compare MODEL with razor and with full caches: memory, prefill, first token, decoding.
 
-    All sides decode in turn, in one process (with --stock-lib in two), flash attention on, and the
-    ratios of neighbours are what counts. Deep caches are filled with random rows (--real-prefill
-    checks that), each in a context of its size.
+    All caches take turns decoding, in one process (two with --stock-lib), with flash attention; the
+    result is the median ratio of neighboring measurements. Deep caches are filled with random rows
+    (--real-prefill checks this), each in a context of its own size.
     """
     from ..bench.compare import differences, format_comparison
     from ..bench.plot import plot_report
@@ -241,9 +263,9 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
             bar.close()
             journal = options["resume"]
             echo(
-                "Interrupted; nothing was kept, next time use --resume FILE."
+                "Interrupted; no results were kept (use --resume FILE to keep them)."
                 if journal is None
-                else f"Interrupted; the same command goes on with what is in {journal}.",
+                else f"Interrupted; run the same command again to continue from {journal}.",
                 err=True,
             )
             raise
@@ -305,5 +327,5 @@ def _make_shape(options: dict[str, Any]) -> Path:
             seed=options["seed"] or 0,
             progress=bar,
         )
-    echo(f"{path}: its weights are random, only its speed means anything", err=True)
+    echo(f"{path}: random weights; only the speed is meaningful", err=True)
     return path

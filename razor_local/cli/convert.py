@@ -56,20 +56,20 @@ NOT_FOR_ALIBI = (
 @click.option(
     "--select",
     type=click.Choice(["score", "paper"]),
-    help="score: every head that stands out by its scores; paper: the shares of the RazorAttention"
-    " paper, 14 % by induction and 1 % by echo score.  [default: score]",
+    help="How to choose heads. score: every head that stands out by its scores; paper: the shares"
+    " of the RazorAttention paper (14 % by induction score, 1 % by echo score).  [default: score]",
 )
 @click.option(
     "--induction",
     type=Number(0, 1),
     metavar="SHARE",
-    help="With the paper's shares: KV heads taken by induction score.  [default: 0.14]",
+    help="Share of KV heads to take by induction score; implies --select paper.  [default: 0.14]",
 )
 @click.option(
     "--echo",
     type=Number(0, 1),
     metavar="SHARE",
-    help="With the paper's shares: KV heads taken by echo score.  [default: 0.01]",
+    help="Share of KV heads to take by echo score; implies --select paper.  [default: 0.01]",
 )
 @click.option(
     "--budget",
@@ -77,62 +77,68 @@ NOT_FOR_ALIBI = (
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="Exactly this share of the KV heads, those with the highest scores.",
+    help="Share of the KV heads to take, those with the highest scores.",
 )
 @click.option(
-    "--scores", type=PATH, help="Head scores of an earlier --save-scores, instead of measuring."
+    "--scores",
+    type=PATH,
+    help="Use the scores in this file (from --save-scores) instead of measuring.",
 )
-@click.option("--save-scores", type=PATH, help="Keep the measured scores in this file (JSON).")
+@click.option("--save-scores", type=PATH, help="Write the measured scores to this JSON file.")
 @click.option(
     "--tokens",
     type=int,
-    help="Random tokens to measure with.  [default: 2500, or what the trained context holds]",
+    help="Number of random tokens per repetition.  [default: 2500, or as many as fit the trained"
+    " context]",
 )
-@click.option("--repeats", type=int, help="How often they are repeated.  [default: 4]")
+@click.option("--repeats", type=int, help="Number of repetitions.  [default: 4]")
 @click.option("--seed", type=int, help="Seed of the random tokens.  [default: 0]")
 @click.option(
-    "--max-memory", type=Size(), help="Memory for measuring, besides the model.  [default: 3G]"
+    "--max-memory",
+    type=Size(),
+    help="Maximum memory for measuring, without the model.  [default: 3G]",
 )
 @click.option(
     "-t",
     "--threads",
     type=THREADS,
     metavar="N",
-    help="CPU threads for measuring and for planted facts.",
+    help="Number of CPU threads for measuring and for planted facts.",
 )
 @click.option(
     "-ngl",
     "--n-gpu-layers",
     type=click.IntRange(-1),
     metavar="N",
-    help="Layers on the GPU for measuring and for planted facts.  [default: -1, all]",
+    help="Layers to offload to the GPU for measuring and for planted facts (-1: all)."
+    "  [default: -1]",
 )
 @click.option(
     "--haystack",
     type=PATH,
     metavar="DIR",
-    help="Folder of .txt files that the planted facts are hidden in.  [default: sentences made by"
-    " razor-local]",
+    help="Folder of .txt files to plant the facts in.  [default: generated sentences]",
 )
-@click.option("--no-proof", is_flag=True, help="Do not test whether the heads find planted facts.")
+@click.option("--no-proof", is_flag=True, help="Skip the test with planted facts.")
 @click.option(
     "--epsilon",
     type=Number(0, 1, min_open=True, max_open=True),
-    help="ALiBi models: attention beyond a head's scope is at most this.  [default: 0.001]",
+    help="For ALiBi models: maximum attention to any token beyond a head's scope."
+    "  [default: 0.001]",
 )
 @click.option("--sidecar", is_flag=True, help="Write the profile alone, without the model.")
 @click.option(
     "--sink-tokens", "--sinks", "sinks", type=int, default=4, show_default=True, help="Sink tokens."
 )
 @click.option(
-    "--window-min", type=int, default=4000, show_default=True, help="Smallest window, in tokens."
+    "--window-min", type=int, default=4000, show_default=True, help="Minimum window in tokens."
 )
 @click.option(
     "--window-divisor",
     type=int,
     default=5,
     show_default=True,
-    help="The window is at least the context divided by this; 0: --window-min alone decides.",
+    help="The window is at least the context size divided by this (0: use only --window-min).",
 )
 @click.option("--no-compensation", is_flag=True, help="Drop tokens instead of averaging them.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
@@ -151,12 +157,12 @@ def convert(
 ) -> None:
     """Add a razor profile to a copy of MODEL (a GGUF file), or write it as a sidecar.
 
-    Without a head list or scores the heads are measured first: the model reads random tokens
-    several times over, and the heads that stand out by looking for the repetition become retrieval
-    heads. Then facts are planted in a text, and where razor loses facts that the full cache finds,
-    heads are added and others taken out.
+    Without a head list or scores, convert measures the heads: the model reads random tokens several
+    times over, and the heads that attend to the earlier copies become retrieval heads. It then
+    plants facts in a text. If razor misses facts that the full cache finds, convert adds heads and
+    removes others.
 
-    Of ALiBi models nothing is measured: how far back each head can look follows from the weights.
+    ALiBi models are not measured: the weights determine how far back each head can attend.
 
     The tensors of the copy are byte-identical to the model's.
     """
@@ -191,7 +197,7 @@ def convert(
         haystack = FolderText(measuring["haystack"])
     feature = unsupported_feature(file.header, shape)
     if feature:
-        echo(f"Note: the model has {feature}; razor may be refused when it is run.", err=True)
+        echo(f"Note: the model has {feature}, which razor may refuse to run.", err=True)
     if alibi:
         profile = _profile_from_weights(file, epsilon)
     else:
@@ -199,7 +205,7 @@ def convert(
             profile = profile_from_heads(heads, shape, budget=measuring["budget"], **options)
             if "ties" in profile.calibration:
                 echo(
-                    f"Note: {profile.calibration['ties']} were taken, spread over the layers.",
+                    f"Note: took {profile.calibration['ties']}, spread evenly over the layers.",
                     err=True,
                 )
         else:
@@ -258,15 +264,15 @@ def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None
     if not alibi:
         if epsilon is not None:
             raise click.UsageError(
-                f"--epsilon is for ALiBi models, and this one ({shape.arch}) is none"
+                f"--epsilon applies only to ALiBi models; this model is {shape.arch}"
             )
         return
     ctx = click.get_current_context()
     for name in NOT_FOR_ALIBI:
         if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(
-                f"--{name.replace('_', '-')} means nothing for an ALiBi model ({shape.arch}): what"
-                " its heads keep follows from the weights and --epsilon"
+                f"--{name.replace('_', '-')} does not apply to an ALiBi model ({shape.arch}), whose"
+                " scopes follow from the weights and --epsilon"
             )
 
 
@@ -330,10 +336,13 @@ class _Measured:
         except (RazorError, OSError):
             if name is not None:
                 os.unlink(name)
-            echo(f"Note: {why}, so the measured scores are not kept in a file.", err=True)
+            echo(f"Note: {why}; the measured scores are lost.", err=True)
             return
         self.saved = True
-        echo(f"Note: {why}; the measured scores are in {name}, for --scores.", err=True)
+        echo(
+            f"Note: {why}; the measured scores were saved to {name} (pass it with --scores).",
+            err=True,
+        )
 
 
 def _profile_from_scores(
@@ -387,35 +396,34 @@ def _prove(
     none = not (profile.flat() if proof is None else np.concatenate(proof.retrieval)).any()
     holds = proof is not None and proof.holds
     if by_score and (none or not (holds or profile.flat().any())):
-        tried = f"was not possible ({why})" if why != "--no-proof" else "was left out (--no-proof)"
+        tried = f"was not possible ({why})" if why != "--no-proof" else "was skipped (--no-proof)"
         if proof is not None:
             tried = (
                 f"did not pass (of {len(proof.full.found)} the full cache finds"
                 f" {proof.full.n_found}, razor {proof.razor.n_found})"
             )
         raise ConvertError(
-            f"no head of {model} stands out by its scores, and the test with planted facts {tried}:"
-            " there is nothing to choose retrieval heads by, so no profile was written; run the"
-            " model with its full cache, or take the heads with the highest scores all the same"
-            " with --budget 0.15"
+            f"no head of {model} stands out by its scores, and the test with planted facts {tried},"
+            " so no profile was written; run the model with its full cache, or force a choice with"
+            " --budget 0.15"
         )
     if proof is None:
         if why != "--no-proof":
-            echo(f"Note: the heads were not tried on planted facts: {why}.", err=True)
+            echo(f"Note: the heads were not tested on planted facts: {why}.", err=True)
         return profile
     if not proof.conclusive:
         echo(
             f"Note: the full cache itself finds only {proof.full.n_found} of"
-            f" {len(proof.full.found)} planted facts, so they do not show whether these heads are"
-            " the right ones; measure your task, for example with 'razor-local eval'.",
+            f" {len(proof.full.found)} planted facts, so this test is inconclusive;"
+            " measure your task, for example with 'razor-local eval'.",
             err=True,
         )
     elif not proof.holds:
-        more = "" if by_list else ", keep more of them with a larger budget (chat --budget 0.25)"
+        more = "" if by_list else ", use a larger budget (chat --budget 0.25),"
         echo(
-            f"Note: razor loses facts with these heads ({proof.razor.n_found} of"
-            f" {len(proof.full.found)} found, {proof.full.n_found} with the full cache); measure"
-            f" your task{more}, or run the full cache.",
+            f"Note: razor misses facts with these heads ({proof.razor.n_found} of"
+            f" {len(proof.full.found)} found; the full cache finds {proof.full.n_found}). Measure"
+            f" your task{more} or run the full cache.",
             err=True,
         )
     return replace(

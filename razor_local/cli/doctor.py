@@ -18,7 +18,7 @@ from ..errors import LibraryError, RazorError
 from ..printable import printable
 from .terminal import echo
 
-REINSTALL = "reinstall razor-local, native/README.md tells how it is built"
+REINSTALL = "reinstall razor-local (see native/README.md)"
 PACKAGES = (
     "llama-cpp-python",
     "gguf",
@@ -39,7 +39,7 @@ PROBE = "from razor_local.cli.doctor import probe; probe()"
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Show which library is loaded, its backends and devices, and what is wrong.
+    """Show the loaded library, its backends and devices, and any problems.
 
     Exit code 1 if something is wrong.
     """
@@ -50,7 +50,7 @@ def doctor(as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that doctor tells, as a JSON-able dict; "problems" is a list of sentences."""
+    """Everything that doctor reports, as a JSON-able dict; "problems" is a list of sentences."""
     problems: list[str] = []
     report: dict[str, Any] = {
         "razor_local": _version("razor-local"),
@@ -220,4 +220,4 @@ def _text(report: dict[str, Any]) -> str:
         rows.append(("" if i else "environment", f"{name}={value}"))
     lines = [f"{name:<12} {printable(value, one_line=True)}".rstrip() for name, value in rows]
     problems = [f"problem      {problem}" for problem in report["problems"]]
-    return "\n".join([*lines, "", *(problems or ["everything is in order"])])
+    return "\n".join([*lines, "", *(problems or ["no problems found"])])

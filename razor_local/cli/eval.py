@@ -52,9 +52,9 @@ Policies (--policies), each with or without a KV type as in razor-q8_0:
 def eval() -> None:
     """Measure what compression costs in quality.
 
-    Several policies of keeping the KV cache answer the same questions on the same weights; every
-    score stands beside the bytes of its cache, with a 95 % confidence interval. Without MODEL the
-    small built-in model is measured.
+    Several KV cache policies answer the same questions on the same weights. Every score is shown
+    with the bytes of its cache and a 95 % confidence interval. Without MODEL, the built-in model is
+    measured.
     """
 
 
@@ -72,37 +72,43 @@ _MODEL_OPTIONS = (
         "--policies",
         type=ListOf(click.STRING, "name,..."),
         multiple=True,
-        help="What is compared; differences are from the first.  [default: all kinds but"
-        " heads=FILE, full and razor with f16, q8_0 and q4_0; with --budget full, razor and local"
-        " alone]",
+        help="Policies to compare; differences are relative to the first.  [default: all except"
+        " heads=FILE, with full and razor in f16, q8_0 and q4_0; with --budget: full, razor and"
+        " local]",
     ),
     click.option(
         "--budget",
         "budgets",
         type=ListOf(Number(0, 1), "share,..."),
         multiple=True,
-        help="Also these shares of retrieval heads for each razor policy, such as"
-        " 0.05,0.1,0.15,0.2,0.3: quality over bytes.",
+        help="Also run each razor policy with these shares of retrieval heads, such as"
+        " 0.05,0.1,0.15,0.2,0.3.",
     ),
-    click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own."),
+    click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model."),
     click.option(
         "--retrieval",
         "budget",
         type=Number(0, 1),
         metavar="SHARE",
-        help="Share of retrieval heads instead of the profile's.",
+        help="Share of retrieval heads, chosen by the scores in the profile.  [default: the"
+        " profile's]",
     ),
     click.option(
-        "--window-min", type=int, metavar="N", help="Instead of the profile's, in tokens."
+        "--window-min",
+        type=int,
+        metavar="N",
+        help="Minimum window in tokens.  [default: the profile's]",
     ),
-    click.option("--window-divisor", type=int, metavar="N", help="Instead of the profile's."),
+    click.option(
+        "--window-divisor", type=int, metavar="N", help="Window divisor.  [default: the profile's]"
+    ),
     click.option(
         "--sink-tokens",
         "--sinks",
         "sinks",
         type=int,
         metavar="N",
-        help="Instead of the profile's.",
+        help="Number of sink tokens.  [default: the profile's]",
     ),
     click.option(
         "-ngl",
@@ -111,14 +117,14 @@ _MODEL_OPTIONS = (
         default=-1,
         show_default=True,
         metavar="N",
-        help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+        help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
     ),
     click.option(
         "-t",
         "--threads",
         type=THREADS,
         metavar="N",
-        help="CPU threads.  [default: all cores]",
+        help="Number of CPU threads.  [default: all cores]",
     ),
     click.option(
         "-s",
@@ -126,13 +132,13 @@ _MODEL_OPTIONS = (
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Of texts, questions and random heads.",
+        help="Seed for texts, questions and random heads.",
     ),
     click.option(
         "--resume",
         type=PATH,
         metavar="JOURNAL",
-        help="Keep finished answers in this file, and leave out what is in it.",
+        help="Journal of finished answers; answers already in it are not computed again.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     click.option(
@@ -158,21 +164,21 @@ _LENGTHS = click.option(
     "lengths",
     type=ListOf(Tokens(), "tokens,..."),
     multiple=True,
-    help="Contexts, filled with text up to the room for the answers; for example 1k,2k,4k."
-    "  [default: 1k, 2k, 4k and so on up to the trained length, at most 32k]",
+    help="Context sizes, filled with text except for the answers, such as 1k,2k,4k."
+    "  [default: 1k, 2k, 4k, ... up to the trained length or 32k]",
 )
 _HAYSTACK = click.option(
     "--haystack",
     type=PATH,
     metavar="DIR",
-    help="Folder of .txt files to hide the facts in.  [default: sentences made by razor-local]",
+    help="Folder of .txt files to hide the facts in.  [default: generated sentences]",
 )
 _PREDICT = click.option(
     "-n",
     "--predict",
     type=click.IntRange(1),
     metavar="N",
-    help="Tokens of an answer at most; more for models that think first.",
+    help="Maximum tokens per answer; reasoning models need more.",
 )
 
 
@@ -195,15 +201,16 @@ Examples:
     type=ListOf(Number(0, 100), "percent,..."),
     default="0,25,50,75,100",
     show_default=True,
-    help="Where the fact stands that is asked for, in percent of the text.",
+    help="Depths of the fact, in percent of the text.",
 )
 @click.option(
     "--kinds",
     type=ListOf(click.STRING, "kind,..."),
     default="single,reworded,keys,values,questions",
     show_default=True,
-    help="single: one fact; reworded: asked for in other words; keys: one of several facts; values:"
-    " all of several numbers; questions: several, one after the other.",
+    help="Kinds of questions. single: one fact; reworded: one fact, asked in other words; keys: one"
+    " of several facts; values: all of several numbers; questions: several facts, one after the"
+    " other.",
 )
 @click.option(
     "--samples",
@@ -227,7 +234,7 @@ Examples:
 @_HEAT
 @_CURVE
 def needle(model: Path | None, **options: Any) -> None:
-    """Facts hidden in texts, lengths x depths."""
+    """Ask for facts hidden at several lengths and depths of a text."""
     from ..evals.needle import MAX_TOKENS, NeedleSettings, make_samples, score
     from ..evals.questions import Prompts
 
@@ -288,9 +295,9 @@ Examples:
 @_HEAT
 @_CURVE
 def ruler(model: Path | None, **options: Any) -> None:
-    """The synthetic tasks of RULER.
+    """Run the synthetic tasks of RULER.
 
-    Needles, variable tracking, common and frequent words, from generators of our own.
+    Needles, variable tracking, and common and frequent words, with razor-local's own generators.
     """
     from ..evals.questions import Prompts
     from ..evals.ruler import TASKS, RulerSettings, make_samples, score
@@ -334,16 +341,16 @@ Examples:
     type=Tokens(),
     default=0,
     metavar="TOKENS",
-    help="Tokens of a window of the text.  [default: as trained, at most 8k]",
+    help="Window size in tokens.  [default: trained length, up to 8k]",
 )
 @click.option(
     "--stride",
     type=Tokens(),
     metavar="TOKENS",
-    help="Tokens from one window to the next; less than a window: its first tokens only give"
-    " context.  [default: a window]",
+    help="Distance between windows in tokens; in overlapping windows, repeated tokens only give"
+    " context.  [default: the window size]",
 )
-@click.option("--windows", type=click.IntRange(1), metavar="N", help="At most so many windows.")
+@click.option("--windows", type=click.IntRange(1), metavar="N", help="Maximum number of windows.")
 @_options(_MODEL_OPTIONS)
 @click.option(
     "--plot",
@@ -353,11 +360,11 @@ Examples:
 )
 @_CURVE
 def perplexity(model: Path | None, text: Path, **options: Any) -> None:
-    """Perplexity and KL divergence on a text, and planted facts beside them.
+    """Measure perplexity, KL divergence and planted facts.
 
-    The divergence is from the full f16 cache, by position in the context. Neither shows whether
-    facts are lost, so each policy is also asked for facts that are planted in a second text, which
-    fills the context.
+    The divergence is from the full f16 cache, by position in the context. Neither measure shows
+    lost facts, so each policy is also asked for facts planted in a second text that fills the
+    context.
     """
     from ..evals.perplexity import (
         PerplexityReport,
@@ -435,7 +442,7 @@ Examples:
     type=Tokens(),
     default=0,
     metavar="TOKENS",
-    help="Context of all questions.  [default: as trained, at most 32k]",
+    help="Context size in tokens.  [default: trained length, up to 32k]",
 )
 @click.option(
     "--datasets",
@@ -447,7 +454,7 @@ Examples:
     "--samples",
     type=click.IntRange(1),
     metavar="N",
-    help="At most so many questions of each data set, drawn at random.  [default: all]",
+    help="Maximum questions per data set, drawn at random.  [default: all]",
 )
 @click.option(
     "--cut-middle",
@@ -458,7 +465,7 @@ Examples:
 @_HEAT
 @_CURVE
 def longbench(model: Path | None, folder: Path, **options: Any) -> None:
-    """LongBench, from files that you have.
+    """Run LongBench from local files.
 
     Some metrics need libraries: pip install razor-local[eval].
     """
@@ -540,7 +547,7 @@ class _Run:
         trained = self.shape.n_ctx_train
         if trained and chosen[-1] > trained:
             echo(
-                f"Note: the model was trained for {trained:,} tokens, {chosen[-1]:,} goes beyond",
+                f"Note: {chosen[-1]:,} tokens exceed the trained context of {trained:,}",
                 err=True,
             )
         return tuple(chosen)
@@ -554,9 +561,9 @@ class _Run:
                 bar.close()
                 journal = self.options["resume"]
                 echo(
-                    "Interrupted; nothing was kept, next time use --resume FILE."
+                    "Interrupted; no results were kept (use --resume FILE to keep them)."
                     if journal is None
-                    else f"Interrupted; the same command goes on with what is in {journal}.",
+                    else f"Interrupted; run the same command again to continue from {journal}.",
                     err=True,
                 )
                 raise

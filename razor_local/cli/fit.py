@@ -51,18 +51,16 @@ class Memory:
     "--ctx-size",
     type=ContextSize(),
     metavar="N",
-    help="Tell the memory for this context: tokens, 0: as trained, auto: what fits this machine.",
+    help="Estimate the memory of this context (tokens; 0: trained length, auto: largest that fits"
+    " this machine).",
 )
 @click.option(
     "--vram",
     type=Size(),
     metavar="SIZE",
-    help="Memory of the graphics card that may be used, such as 8GiB (of each, if there are"
-    " several).",
+    help="Memory available on each graphics card, such as 8GiB.",
 )
-@click.option(
-    "--ram", type=Size(), metavar="SIZE", help="Memory of the machine itself that may be used."
-)
+@click.option("--ram", type=Size(), metavar="SIZE", help="Main memory available, such as 16GiB.")
 @click.option(
     "-ngl",
     "--n-gpu-layers",
@@ -70,7 +68,7 @@ class Memory:
     default=-1,
     metavar="N",
     show_default=True,
-    help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
 )
 @click.option(
     "-b",
@@ -79,7 +77,7 @@ class Memory:
     default=512,
     metavar="N",
     show_default=True,
-    help="Prompt tokens per step.",
+    help="Logical batch size: prompt tokens per call.",
 )
 @click.option(
     "-ub",
@@ -88,35 +86,40 @@ class Memory:
     default=512,
     metavar="N",
     show_default=True,
-    help="Prompt tokens per computation.",
+    help="Physical batch size: prompt tokens per graph.",
 )
 @click.option(
-    "-ctk", "--cache-type-k", type=KV_TYPE, help="This type alone.  [default: f16, q8_0, q4_0]"
+    "-ctk",
+    "--cache-type-k",
+    type=KV_TYPE,
+    help="Type of the K cache.  [default: f16, q8_0 and q4_0]",
 )
-@click.option("-ctv", "--cache-type-v", type=KV_TYPE, help="[default: as -ctk]")
+@click.option(
+    "-ctv", "--cache-type-v", type=KV_TYPE, help="Type of the V cache.  [default: same as -ctk]"
+)
 @FLASH_ATTN
-@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",
     "--retrieval",
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="KV heads that keep every token, chosen again by the scores in the profile.",
+    help="Share of retrieval heads, chosen by the scores in the profile.",
 )
-@click.option("--beyond", is_flag=True, help="Search beyond the trained length, too.")
+@click.option("--beyond", is_flag=True, help="Also search contexts longer than the trained length.")
 @click.option(
     "--plot", type=PATH, metavar="PICTURE", help="Draw memory by context (.png, .svg, .pdf)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit(model: Path, **given: Any) -> None:
-    """Show which context of MODEL fits which memory, with a full cache and with razor.
+    """Estimate the memory of a context of MODEL, or the context that fits a memory.
 
-    Headers alone are read. Weights, KV cache and compute buffers are counted as this build of
-    llama.cpp would allocate them. A model without a profile is planned with the paper's shares.
+    Each is shown with a full cache and with razor. Only headers are read. Weights, KV cache and
+    compute buffers are counted as this build of llama.cpp would allocate them. Without a profile,
+    the paper's share of retrieval heads is assumed.
 
-    Of a card in the table, and of the memory of this machine, 1 GiB is left for all else; what
-    --vram and --ram name is used in full.
+    The table leaves 1 GiB of each card and of this machine free; --vram and --ram are used in full.
     """
 
     from ..fit import MAX_DRY_RUN, ContextOptions, DryModel, make_candidates, no_room
@@ -172,7 +175,8 @@ def _memories(dry: DryModel, given: dict[str, Any]) -> list[Memory]:
     devices, vram, ram = dry.devices(), given["vram"], given["ram"]
     if vram is not None and ram is not None and not devices:
         raise click.UsageError(
-            "this build has no graphics card, all goes into one memory: give --vram or --ram"
+            "this build has no GPU backend, so there is only one memory; pass --vram or --ram, not"
+            " both"
         )
     if vram is not None or ram is not None:
         limits = {} if vram is None else dict.fromkeys(devices or (RAM,), vram)
@@ -201,7 +205,7 @@ def _profile(
 
     if dry.shape is None:
         if sidecar is not None or budget is not None:
-            raise ProfileError(f"{dry.path} is no model that razor can run")
+            raise ProfileError(f"razor cannot run {dry.path}")
         return None, None
     profile = dry.file.choose_profile(sidecar, budget)
     if profile is None:
@@ -289,8 +293,8 @@ def _print_head(report: dict[str, Any]) -> None:
         )
     devices = ", ".join(device["name"] for device in report["devices"])
     console.print(
-        f"memory   {f'RAM and {devices}' if devices else 'one for all: this build has no device'};"
-        f" {report['n_ubatch']} tokens per computation, flash attention"
+        f"memory   {f'RAM and {devices}' if devices else 'RAM only (no GPU in this build)'};"
+        f" ubatches of {report['n_ubatch']} tokens, flash attention"
         f" {'on' if report['flash_attn'] else 'off'}"
     )
     refused: dict[str, list[str]] = {}
@@ -310,18 +314,18 @@ def _print_cards(report: dict[str, Any]) -> None:
         needs = [plan["needs"][i] for plan in plans]
         table.add_row(memory["name"], *(f"{need['n_ctx']:,}" if need else "-" for need in needs))
     console = table_console()
-    console.print("largest context, in tokens, with 1 GiB of each memory left for all else:\n")
+    console.print("largest context in tokens, leaving 1 GiB of each memory free:\n")
     console.print(table)
     limits = report["memories"][-1]["limits"].items()
     here = ", ".join(f"{n / 2**30:.1f} GiB of {name}" for name, n in limits)
-    console.print(f"\nthis machine has {here} for it")
+    console.print(f"\nthis machine: {here} available")
 
 
 def _print_needs(report: dict[str, Any]) -> None:
     """One memory or one context: a line per plan."""
     plans = [plan for plan in report["plans"] if not plan["refused"]]
     places = ["RAM", *(device["name"] for device in report["devices"])]
-    columns = ["context", "weights", "KV", "compute", "together"]
+    columns = ["context", "weights", "KV", "compute", "total"]
     columns += places if len(places) > 1 else []
     fits = bool(report["memories"])
     table = _table("plan", *columns, *(["fits"] if fits else []))
@@ -343,14 +347,16 @@ def _print_needs(report: dict[str, Any]) -> None:
             table_console().print(f"{plan['name']} runs the full cache: {need['why_inactive']}")
     for memory in report["memories"]:
         limits = ", ".join(f"{_mib(n)} MiB of {name}" for name, n in memory["limits"].items())
-        table_console().print(f"\nmay be used: {limits}")
+        table_console().print(f"\navailable: {limits}")
 
 
 def _print_trained(report: dict[str, Any]) -> None:
     trained = report["model"]["n_ctx_train"]
     needs = [need for plan in report["plans"] for need in plan["needs"] if need]
     if trained and any(need["n_ctx"] - 256 < trained <= need["n_ctx"] for need in needs):
-        table_console().print(f"{trained:,} tokens is as long as trained; --beyond looks further")
+        table_console().print(
+            f"{trained:,} tokens is the trained length; --beyond searches further"
+        )
 
 
 def _table(*columns: str) -> Table:

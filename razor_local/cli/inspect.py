@@ -37,7 +37,11 @@ Examples:
 @click.command(epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
 @click.option(
-    "-c", "--ctx-size", type=int, default=0, help="Context in tokens. [default: the model's own]"
+    "-c",
+    "--ctx-size",
+    type=int,
+    default=0,
+    help="Context size in tokens.  [default: trained length]",
 )
 @click.option(
     "-ctk",
@@ -55,14 +59,14 @@ Examples:
     show_default=True,
     help="Type of the V cache.",
 )
-@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",
     "--retrieval",
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="Plan for another budget: KV heads that keep every token, by the scores in the profile.",
+    help="Share of retrieval heads to plan with, chosen by the scores in the profile.",
 )
 @FLASH_ATTN
 @click.option("--heads", is_flag=True, help="Show a map of the heads and their scores instead.")
@@ -87,9 +91,9 @@ def inspect(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Show which KV heads of MODEL keep everything, and the bytes of its KV cache.
+    """Show the retrieval heads of MODEL and the size of its KV cache.
 
-    Of an ALiBi model the scopes are shown: how many tokens each KV head keeps.
+    For an ALiBi model, show the scopes: how many tokens each KV head keeps.
     """
     from ..common.files import check_outputs
     from ..model_file import ModelFile
@@ -105,8 +109,8 @@ def inspect(
     feature = unsupported_feature(opened.header, shape)
     if feature:
         echo(
-            f"Note: the model has {feature}; razor may be refused when it is run, and the bytes"
-            " below are those of plain full attention in every layer.",
+            f"Note: the model has {feature}, which razor may refuse to run. The sizes below assume"
+            " plain full attention in every layer.",
             err=True,
         )
     there = None
@@ -243,9 +247,9 @@ def _print_plan(
         console.print(f"scopes   {scope_line(profile, plan.n_ctx)}")
     if plan.active:
         console.print(
-            f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens,"
+            f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens;"
             f" {plan.kv_heads - plan.retrieval_kv_heads} keep {plan.sink_tokens} sinks and the last"
-            f" {plan.window:,} ({plan.cells:,} cells each, folded by {plan.block})"
+            f" {plan.window:,} ({plan.cells:,} cells each, folded in blocks of {plan.block})"
         )
     else:
         console.print(f"plan     full cache: {plan.why_inactive}")
@@ -314,9 +318,9 @@ def _print_profile(
         f" trained for {shape.n_ctx_train:,} tokens"
     )
     if profile is None:
-        adds = "adds one" if no_convert is None else f"may refuse to add one: {no_convert}"
+        adds = "adds one" if no_convert is None else f"may refuse to add one ({no_convert})"
         console.print(
-            f"profile  none: every KV head keeps every token (razor-local convert {adds})"
+            f"profile  none: every KV head keeps every token; 'razor-local convert' {adds}"
         )
     elif profile.scope is not None:
         epsilon = str(profile.calibration.get("epsilon", "an unknown epsilon"))[:300]

@@ -174,7 +174,7 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
 
         run = click.option(
             "-hf", "--hf-repo", type=ModelFile("hf:"), metavar="OWNER/REPO[:QUANT]",
-            help="Instead of MODEL: a repository of Hugging Face.  [default quant: Q4_K_M]",
+            help="Use a Hugging Face repository instead of MODEL.  [default quant: Q4_K_M]",
         )(run)  # fmt: skip
         return click.argument("model", type=ModelFile(), required=False)(run)
 
@@ -204,7 +204,7 @@ def download_model(model: ModelName) -> Path:
         except KeyboardInterrupt:
             bar.close()
             if unfinished(model.repo):
-                echo("Interrupted; the same command goes on where it stopped.", err=True)
+                echo("Interrupted; run the same command again to continue.", err=True)
             raise
 
 

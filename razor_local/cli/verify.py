@@ -38,7 +38,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
-    help="Context in tokens. [default: 8192, or the trained length if that is less]",
+    help="Context size in tokens.  [default: 8192, or the trained length if that is less]",
 )
 @click.option(
     "-n",
@@ -46,7 +46,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
-    help="Tokens to run. [default: enough for four folds, or the whole text]",
+    help="Tokens to run.  [default: enough for four folds, or the whole text]",
 )
 @click.option("--text", type=PATH, help="Run this text file instead of random tokens.")
 @click.option(
@@ -55,7 +55,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Of the random tokens, and of the choice of the rows.",
+    help="Seed for the random tokens and the sampled rows.",
 )
 @click.option(
     "--rows",
@@ -63,7 +63,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     default=1024,
     show_default=True,
     metavar="N",
-    help="Tokens whose attention is compared in each layer, spread over the text; 0: all.",
+    help="Rows (tokens) to compare in each layer, spread over the text (0: all).",
 )
 @click.option(
     "-ngl",
@@ -72,19 +72,45 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     default=-1,
     show_default=True,
     metavar="N",
-    help="Layers on the GPU; -1: all, as chat does; 0: checks the CPU.",
+    help="Layers to offload to the GPU (-1: all, as in chat; 0: verify the CPU).",
 )
-@click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
+@click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
 @click.option(
-    "-b", "--batch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"
+    "-b",
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Logical batch size: prompt tokens per call.",
 )
 @click.option(
-    "-ub", "--ubatch-size", type=click.IntRange(min=1), default=512, show_default=True, metavar="N"
+    "-ub",
+    "--ubatch-size",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Physical batch size: prompt tokens per graph.",
 )
-@click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
-@click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
+@click.option(
+    "-ctk",
+    "--cache-type-k",
+    type=KV_TYPE,
+    default="f16",
+    show_default=True,
+    help="Type of the K cache.",
+)
+@click.option(
+    "-ctv",
+    "--cache-type-v",
+    type=KV_TYPE,
+    default="f16",
+    show_default=True,
+    help="Type of the V cache.",
+)
 @FLASH_ATTN
-@click.option("--sidecar", type=PATH, help="Profile of the model in a file of its own.")
+@click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     model: Path,
@@ -105,13 +131,13 @@ def verify(
 ) -> None:
     """Check that MODEL, as it runs here, computes RazorAttention.
 
-    The model runs with the native cache, and the attention of every layer is computed again from
-    the paper, by an implementation of its own, with the heads that the file names. Beside it a full
-    cache reads the same tokens: its own error is shown, and how far the predictions differ.
+    Run the model with the native cache and compare the attention of every layer with an independent
+    implementation of the paper. A full cache reads the same tokens for comparison: its error and
+    the difference of the predictions are shown.
 
-    Errors are relative to the output of each head. Columns: KV heads of the group; root mean
-    square of the error over the group (rms), of its worst head, what is allowed, and what the full
-    cache has; the largest error of any number, and what is allowed.
+    Errors are relative to each head's output. Columns: KV heads in the group; rms error of the
+    group; rms error of the worst head, its limit, and that of the full cache; largest error of any
+    number, and its limit.
     """
     from ..common.inputs import read_text_file
     from ..verify.run import verify as run
@@ -184,5 +210,5 @@ def _print(result: Verification) -> None:
     )
     echo(
         f"KL divergence from the full cache: mean {kl.mean:.2e}, last eighth {kl.end:.2e}, largest"
-        f" {kl.largest:.2e} nats; the same token first in {kl.same_top:.1%}"
+        f" {kl.largest:.2e} nats; same top token in {kl.same_top:.1%}"
     )

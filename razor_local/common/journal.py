@@ -89,7 +89,7 @@ class Journal:
         except BlockingIOError:
             self.close()
             raise RazorError(
-                f"{path} is the journal of a run that goes on; wait for it, or name a new file"
+                f"{path} is the journal of a run in progress; wait for it, or choose a new file"
             ) from None
         except OSError:
             pass  # a file system without locks
@@ -110,12 +110,12 @@ class Journal:
                 raise ValueError
             there = identity(found)
         except WRONG:
-            raise RazorError(f"{path} is no journal of {what}; name a new file") from None
+            raise RazorError(f"{path} is not a journal of {what}; choose a new file") from None
         for name, here in identity(head).items():
             if json.loads(json.dumps(here)) != there[name]:
                 raise RazorError(
                     f"{path} is of a run with another {name}; resume it with the same command, code"
-                    " and machine, or name a new file"
+                    " and machine, or choose a new file"
                 )
         try:
             if check is not None:
@@ -123,7 +123,7 @@ class Journal:
         except WRONG as error:
             raise RazorError(
                 f"{path} does not hold what {what} writes, a field is missing or has a wrong value"
-                f" ({type(error).__name__}: {' '.join(str(error).split())[:80]}); name a new file"
+                f" ({type(error).__name__}: {' '.join(str(error).split())[:80]}); choose a new file"
             ) from None
         self.head, self.records = found, records
         os.truncate(path, len(whole))
@@ -135,7 +135,7 @@ class Journal:
         self._open(self.path)
         if self.path.stat().st_size:  # it was not there before
             self.close()
-            raise RazorError(f"{self.path} was made by another run just now; name a new file")
+            raise RazorError(f"{self.path} was made by another run just now; choose a new file")
         try:
             self._write({"kind": "head"} | head)
         except BaseException:

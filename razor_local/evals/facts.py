@@ -244,14 +244,14 @@ def _check(exam: Exam, reach: int, sink_tokens: int) -> None:
     longest = max(len(question.tokens) for question in exam.questions)
     if longest > N_UBATCH:
         raise UnsupportedError(
-            f"the chat template puts {longest:,} tokens behind what all prompts have in common,"
-            f" expected {N_UBATCH} or less for a short question"
+            f"the chat template adds {longest:,} tokens after the common prefix of the prompts,"
+            f" expected at most {N_UBATCH}"
         )
     starts, ends = zip(*(question.fact for question in exam.questions), strict=True)
     if max(ends) > len(exam.prefix) - reach or min(starts) < sink_tokens:
         raise UnsupportedError(
-            "the planted facts do not stand where local heads have folded them: the texts have no"
-            " sentences that fit, or the chat template repeats the message"
+            "the planted facts are not in the folded part of the text: the text has no suitable"
+            " sentences, or the chat template repeats the message"
         )
 
 

@@ -92,7 +92,7 @@ class NeedleSettings:
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                raise RazorError(f"{kind!r} is no kind of needle, expected {', '.join(KINDS)}")
+                raise RazorError(f"{kind!r} is not a kind of needle; expected {', '.join(KINDS)}")
         for depth in self.depths:
             if not 0 <= depth <= 100:
                 raise RazorError(f"depth {depth:g} is no percentage from 0 to 100")

@@ -227,7 +227,7 @@ class _Reader:
             )
         if self.pos + n > MAX_METADATA_BYTES:
             raise self.fail(
-                f"its header is longer than {MAX_METADATA_BYTES >> 20} MiB, no real model's is"
+                f"its header is longer than the limit of {MAX_METADATA_BYTES >> 20} MiB"
             )
 
     def fill(self, n: int, what: str) -> None:
@@ -467,8 +467,8 @@ class _Reader:
                 left -= entry.count
                 if left < 0:
                     raise self.fail(
-                        f"its keys '{prefix}*' hold more than {MAX_HYPER_PARAMETERS}"
-                        " numbers, no real model's do"
+                        f"its keys '{prefix}*' hold more than the limit of {MAX_HYPER_PARAMETERS}"
+                        " numbers"
                     )
                 self.file.seek(entry.data)
                 raw = self.file.read(entry.end - entry.data)

@@ -130,11 +130,11 @@ def test_scopes_cannot_be_run_yet(tmp_path):
     assert runner.refusal(str(llama), runner.Override(None, window=16)) is not None
     assert runner.refusal(str(llama), runner.OFF) is None
     assert runner.refusal(str(llama), runner.Override(bytes(6), window=16)) is None
-    with pytest.raises(UnsupportedError, match="'alibi', and only 'rope' can be run"):
+    with pytest.raises(UnsupportedError, match="profiles of the method 'alibi', only of 'rope'"):
         Llama(copy, n_ctx=256)
-    with pytest.raises(UnsupportedError, match="'alibi', and only 'rope' can be run"):
+    with pytest.raises(UnsupportedError, match="profiles of the method 'alibi', only of 'rope'"):
         Llama(model, n_ctx=256, razor=side)
-    with pytest.raises(UnsupportedError, match="'alibi', and only 'rope' can be run"):
+    with pytest.raises(UnsupportedError, match="profiles of the method 'alibi', only of 'rope'"):
         make_plan(read_model_shape(model), profile, 512)
     with pytest.raises(ProfileError, match="holds ALiBi scopes"):
         Llama(copy, n_ctx=256, retrieval=0.5)

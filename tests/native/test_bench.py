@@ -204,7 +204,9 @@ def test_other_files_are_no_journals(measured, tmp_path, text) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(text.encode("latin-1"))
     head = measured.report["head"]
-    with pytest.raises(RazorError, match="is no journal of a benchmark|is of a run with another"):
+    with pytest.raises(
+        RazorError, match="is not a journal of a benchmark|is of a run with another"
+    ):
         open_journal(path, head)
     assert path.read_bytes() == text.encode("latin-1")
 
@@ -230,7 +232,7 @@ def test_interrupted_run_keeps_its_journal_and_leaves_no_process(tiny, tmp_path)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, err = child.communicate(timeout=60)
     assert child.returncode != 0
-    assert "goes on with what is in" in err and "Traceback" not in err
+    assert "run the same command again to continue from" in err and "Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.killpg(child.pid, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
@@ -486,7 +488,7 @@ def test_weights_that_a_token_reads(tiny) -> None:
         (("MODEL", "--plot", "x.bmp"), "x.bmp is not the name of a picture"),
         (("MODEL", "--real-prefill", "5k", "-c", "2k", "-d", "0"), "real prefill of 5120 tokens"),
         (("MODEL", "--window-min", "0"), "razor.window_min is 0, expected 1 to"),
-        (("MODEL", "--retrieval", "0.5"), "holds no head scores"),
+        (("MODEL", "--retrieval", "0.5"), "has no head scores"),
         (("--report", "MODEL"), "is no report of a benchmark"),
     ],
 )

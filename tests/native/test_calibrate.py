@@ -518,7 +518,7 @@ def test_convert_finds_the_heads_and_keeps_all_scores(known, tmp_path):
         "convert", path, "-o", out, "--tokens", 64, "--seed", 5, "--save-scores", kept
     )
     assert code == 0 and stderr == (
-        f"Note: the heads were not tried on planted facts: {path} has no tokenizer, so that it"
+        f"Note: the heads were not tested on planted facts: {path} has no tokenizer, so that it"
         " cannot read a text.\n"
     )
     assert stdout == f"{out}: 4 of 16 KV heads are retrieval heads (25.0%)\n"
@@ -673,7 +673,8 @@ def test_scores_are_kept_when_the_copy_cannot_be_written(known, tmp_path, kept_i
     assert (code, stdout) == (1, "") and not out.exists()
     note, error = stderr.splitlines()
     assert note == (
-        f"Note: the output could not be written; the measured scores are in {kept}, for --scores."
+        f"Note: the output could not be written; the measured scores were saved to {kept} (pass it"
+        " with --scores)."
     )
     assert error.endswith("No space left on device")
     monkeypatch.undo()
@@ -689,8 +690,8 @@ def test_a_model_that_looks_for_nothing_gets_no_profile(tiny, tmp_path):
         assert (code, stdout) == (1, "") and not out.exists()
         assert stderr.startswith("Error: no head of ") and "stands out by its scores" in stderr
         assert stderr.endswith(
-            "so no profile was written; run the model with its full cache, or take the heads with"
-            " the highest scores all the same with --budget 0.15\n"
+            "so no profile was written; run the model with its full cache, or force a choice with"
+            " --budget 0.15\n"
         )
     code, stdout, stderr = run(*args, "--budget", 0.5, "--no-proof")
     assert (code, stderr) == (0, "") and "3 of 6 KV heads" in stdout
@@ -750,7 +751,7 @@ def test_a_budget_needs_scores_and_razor(known, converted, unscored):
         Llama(converted, razor=False, retrieval=0.5)
     with pytest.raises(ProfileError, match="budget is 2, expected a share"):
         Llama(converted, retrieval=2)
-    with pytest.raises(ProfileError, match="holds no head scores.*convert the model without"):
+    with pytest.raises(ProfileError, match="has no head scores.*convert the model without"):
         Llama(unscored, retrieval=0.5)
 
 
@@ -765,7 +766,7 @@ def test_inspect_shows_another_budget(known, converted):
 def test_chat_takes_a_budget(converted, unscored):
     command = [sys.executable, "-c", CONVERT, "chat"]
     for model, args, text in (
-        (unscored, ["--retrieval", "0.5"], "holds no head scores"),
+        (unscored, ["--retrieval", "0.5"], "has no head scores"),
         (converted, ["--retrieval", "0.5", "--no-razor"], "--budget and --no-razor exclude"),
     ):
         done = subprocess.run(

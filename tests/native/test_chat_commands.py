@@ -430,10 +430,10 @@ def test_answers_follow_a_schema(talk, capsys, tmp_path):
     [
         ("{", "/json is not JSON: Expecting property name"),
         ("none.json", "none.json: No such file or directory"),
-        ('{"type": "nonsense"}', "the JSON schema of /json cannot be made into a grammar"),
+        ('{"type": "nonsense"}', "the JSON schema of /json cannot be converted to a grammar"),
         ('{"$ref": "https://example.org/x"}', "the JSON schema of /json cannot be made into a"),
         ("bad.json", "bad.json is not JSON: "),
-        ("list.json", "the JSON schema of list.json cannot be made into a grammar"),
+        ("list.json", "the JSON schema of list.json cannot be converted to a grammar"),
     ],
 )
 def test_what_is_no_schema_is_refused(talk, argument, expected, tmp_path, monkeypatch):

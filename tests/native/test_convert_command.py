@@ -93,19 +93,19 @@ def test_command_notes_what_razor_may_not_run(heads, tmp_path):
     model = tmp_path / "m.gguf"
     model.write_bytes(small_model([kv("llama.attention.sliding_window", U32, 512)], n_layer=3))
     code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--heads", heads)
-    assert code == 0 and stderr.startswith("Note: the model has sliding window attention;")
+    assert code == 0 and stderr.startswith("Note: the model has sliding window attention, which")
 
 
 @pytest.mark.parametrize("arch", sorted(MODELS))
 def test_convert_is_offered_where_it_works(tmp_path, arch):
     path = make_other(tmp_path / "m.gguf", arch)
     inspected, out, _ = run("inspect", path)
-    offered = "razor-local convert adds one" in out
+    offered = "'razor-local convert' adds one" in out
     options = [] if arch == "mpt" else ["--budget", 0.5, "--no-proof"]
     code, _, error = run("convert", path, "-o", tmp_path / "o.gguf", *options)
     assert offered == (code == 0), error
     if inspected == 0 and not offered:
-        assert "razor-local convert may refuse to add one: the model has" in out
+        assert "'razor-local convert' may refuse to add one (the model has" in out
         assert "'razor-local convert' may refuse to make one" in run("inspect", path, "--heads")[2]
 
 

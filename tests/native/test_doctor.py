@@ -43,7 +43,7 @@ def test_all_is_well():
 
 def test_text_says_the_same():
     result = run()
-    assert result.exit_code == 0 and result.stdout.endswith("\neverything is in order\n")
+    assert result.exit_code == 0 and result.stdout.endswith("\nno problems found\n")
     assert result.stderr == ""
     names = [line.split("  ")[0].strip() for line in result.stdout.splitlines()]
     for name in ("razor-local", "library", "built from", "backends", "devices", "model"):

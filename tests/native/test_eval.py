@@ -199,7 +199,7 @@ def test_ctrl_c_keeps_whole_answers(tmp_path) -> None:
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert child.returncode != 0 and out == ""
-    assert "the same command goes on with what is in" in err and "Traceback" not in err
+    assert "run the same command again to continue from" in err and "Traceback" not in err
     kinds = [json.loads(line)["kind"] for line in journal.read_text().splitlines()]
     assert kinds[:3] == ["head", "cache", "answer"]
     assert os.listdir(tmp_path) == ["run.jsonl"]
@@ -429,7 +429,7 @@ def test_a_context_too_short_for_facts_is_noted(book) -> None:
     [
         (["needle", "/nowhere.gguf"], "/nowhere.gguf: No such file"),
         (["needle", "--policies", "magic"], "'magic' is not a policy"),
-        (["needle", "--kinds", "double"], "'double' is no kind of needle"),
+        (["needle", "--kinds", "double"], "'double' is not a kind of needle"),
         (["needle", "--depths", "200"], "200.0 is not in the range 0<=x<=100"),
         (["needle", "-c", "many"], "'many' is not a number of tokens"),
         (["needle", "-c", "100"], "use larger lengths"),
@@ -492,7 +492,7 @@ def test_a_journal_of_another_kind_is_refused(tmp_path) -> None:
     assert done.exit_code == 1 and "is of a run with another eval" in done.output
     journal.write_text("notes\n")
     done = run(*NEEDLE, "--policies", "full", "--resume", journal)
-    assert done.exit_code == 1 and "is no journal of an evaluation" in done.output
+    assert done.exit_code == 1 and "is not a journal of an evaluation" in done.output
     assert journal.read_text() == "notes\n"
 
 

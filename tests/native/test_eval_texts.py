@@ -175,7 +175,7 @@ def test_samples_are_the_same_for_the_same_seed_and_differ_else(prompts) -> None
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"kinds": ("double",)}, "'double' is no kind of needle, expected single"),
+        ({"kinds": ("double",)}, "'double' is not a kind of needle; expected single"),
         ({"depths": (101,)}, "depth 101 is no percentage"),
         ({"facts": 2}, "2 facts in a text, expected 3 to"),
         ({"lengths": (100,)}, "the facts and the question alone take"),

@@ -386,7 +386,7 @@ def test_auto(model, monkeypatch):
     leave(monkeypatch, 2**40)
     assert Llama(model.path, n_ctx="auto").n_ctx() == 8192  # as trained
     leave(monkeypatch, 100_000)
-    with pytest.raises(RazorError, match="not even a context of 256 tokens fits: it takes"):
+    with pytest.raises(RazorError, match="even a context of 256 tokens needs"):
         Llama(model.path, n_ctx="auto")
 
 
@@ -496,7 +496,7 @@ def test_the_table_of_the_readme(cards_of_8b):
 def test_cards_end_at_the_trained_length(files):
     stdout = run(files["llama"])[1]
     assert table(stdout)["48 GiB"] == ["8,192"] * 6
-    assert "8,192 tokens is as long as trained; --beyond looks further" in stdout
+    assert "8,192 tokens is the trained length; --beyond searches further" in stdout
 
 
 def test_a_context_a_memory_and_both(model, files):
@@ -524,7 +524,7 @@ def test_a_context_a_memory_and_both(model, files):
     assert full["n_ctx"] < razor["n_ctx"] and full["fits"] and razor["fits"]
 
     inactive = run(files["llama"], "-c", 2048)[1]
-    assert "razor f16 runs the full cache: a local head would take 4608 cells" in inactive
+    assert "razor f16 runs the full cache: a local head would take 4,608 cells" in inactive
 
 
 def test_profiles_of_the_file_a_sidecar_and_another_budget(files, tmp_path):
@@ -537,7 +537,7 @@ def test_profiles_of_the_file_a_sidecar_and_another_budget(files, tmp_path):
     write_sidecar(files["llama"], sidecar, Profile(tuple(np.zeros(4, np.uint8) for _ in mask)))
     assert "in the sidecar: 0 of 24 KV heads" in run(files["llama"], "--sidecar", sidecar)[1]
     assert "sidecar of another model" in run(files["gpt2"], "--sidecar", sidecar)[2]
-    assert "holds no head scores" in run(path, "--retrieval", 0.5)[2]
+    assert "has no head scores" in run(path, "--retrieval", 0.5)[2]
     scores = {
         f"razor.head.{name}_score": (np.linspace(0, 1, 24, dtype=np.float32), GGUFValueType.ARRAY)
         for name in ("echo", "induction")
@@ -575,7 +575,7 @@ def test_bad_input_is_one_sentence(files, tmp_path):
         ([no_model], 1, "tok.gguf cannot be planned"),
         ([half], 1, "half.gguf"),
         ([files["split"].with_name("split-00002-of-00005.gguf")], 1, "split"),
-        ([files["llama"], "--ram", "100K"], 1, "not even a context of 256 tokens fits: it takes"),
+        ([files["llama"], "--ram", "100K"], 1, "even a context of 256 tokens needs"),
         ([files["llama"], "--ram", "much"], 2, "'much' is not a size, expected one like 3G"),
         ([files["llama"], "--vram", "-1G"], 2, "'-1G' is not a size"),
         ([files["llama"], "-c", "5 or 6"], 2, "is not a context size, expected a number or auto"),
@@ -592,6 +592,6 @@ def test_bad_input_is_one_sentence(files, tmp_path):
     with DryModel(files["llama"]) as dry:
         if not dry.devices():
             found, _, stderr = run(files["llama"], "--vram", "1G", "--ram", "1G")
-            assert found == 2 and "all goes into one memory: give --vram or --ram" in stderr
+            assert found == 2 and "there is only one memory; pass --vram or --ram" in stderr
     with pytest.raises(UnsupportedError, match="'q9_9' is not a KV cache type"):
         ContextOptions(type_k="q9_9")

@@ -204,7 +204,7 @@ def test_options_that_razor_cannot_serve_are_refused(plain):
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     draft = LlamaPromptLookupDecoding()
-    with pytest.raises(UnsupportedError, match="draft_model cannot be used .* razor=False"):
+    with pytest.raises(UnsupportedError, match="draft_model does not work .* razor=False"):
         Llama(DEFAULT_MODEL, n_ctx=2048, draft_model=draft)
     with pytest.raises(UnsupportedError, match="embedding=True .* razor=False"):
         Llama(DEFAULT_MODEL, n_ctx=2048, embedding=True)

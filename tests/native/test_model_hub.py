@@ -187,7 +187,7 @@ def test_a_later_command_goes_on_where_one_stopped(hub, tmp_path) -> None:
     child.send_signal(signal.SIGINT)
     stderr = child.communicate(timeout=60)[1].decode()
     assert child.returncode == 1 and "Traceback" not in stderr
-    assert stderr.endswith("Interrupted; the same command goes on where it stopped.\n\nAborted!\n")
+    assert stderr.endswith("Interrupted; run the same command again to continue.\n\nAborted!\n")
     assert_no_model(tmp_path)
 
     repo.at = None

@@ -268,7 +268,7 @@ TEMPLATE = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<assi
     ("template", "text"),
     [
         ("Be brief. " * 300 + TEMPLATE, "no room for facts that are folded"),
-        (TEMPLATE + "{{ messages[0].content }}", "do not stand where local heads have folded them"),
+        (TEMPLATE + "{{ messages[0].content }}", "are not in the folded part of the text"),
         ("{{ messages[0].content | length }}" + TEMPLATE, "behind what all prompts have in common"),
         (TEMPLATE + "Think about it. " * 400, "larger lengths|behind what all prompts"),
         ("{{ raise_exception('no') }}", "no"),
@@ -304,7 +304,7 @@ class Texts:
 
 
 def test_texts_that_facts_cannot_be_planted_in():
-    with pytest.raises(UnsupportedError, match="do not stand where local heads have folded them"):
+    with pytest.raises(UnsupportedError, match="are not in the folded part of the text"):
         make_exam(Prompts(MODEL), Texts("no end " * 3000), 1024, 400)
     numbers = " ".join(map(str, range(10_000, 100_000)))
     with pytest.raises(UnsupportedError, match="contains nearly every five-digit number"):
@@ -339,9 +339,8 @@ def test_no_echo_and_no_induction_head_among_200(tmp_path):
     assert (code, stdout) == (1, "") and not out.exists()
     assert stderr == (
         f"Error: no head of {path} stands out by its scores, and the test with planted facts was"
-        f" not possible ({path} has no tokenizer, so that it cannot read a text): there is nothing"
-        " to choose retrieval heads by, so no profile was written; run the model with its full"
-        " cache, or take the heads with the highest scores all the same with --budget 0.15\n"
+        f" not possible ({path} has no tokenizer, so that it cannot read a text), so no profile was"
+        " written; run the model with its full cache, or force a choice with --budget 0.15\n"
     )
 
 
@@ -412,8 +411,8 @@ def test_a_list_that_loses_facts_is_written_with_a_note(tmp_path):
     code, stdout, stderr = run("convert", MODEL, "-o", out, "--heads", heads, "--sidecar")
     assert code == 0 and "4 of 24 KV heads" in stdout
     assert re.fullmatch(
-        r"Note: razor loses facts with these heads \(\d+ of 20 found, \d+ with the full cache\);"
-        r" measure your task, or run the full cache\.\n",
+        r"Note: razor misses facts with these heads \(\d+ of 20 found; the full cache finds \d+\)\."
+        r" Measure your task or run the full cache\.\n",
         stderr,
     )
     profile = read_sidecar(out, read_model_shape(MODEL))
@@ -447,7 +446,7 @@ def test_heads_that_the_scores_miss_are_added(tmp_path):
         code, stdout, stderr = run(
             "convert", MODEL, "-o", out, "--scores", kept, "--sidecar", "--force", *args
         )
-        assert code == 0 and f"{n} of 24" in stdout and "razor loses facts" in stderr
+        assert code == 0 and f"{n} of 24" in stdout and "razor misses facts" in stderr
 
 
 def test_a_model_with_random_weights_gets_no_profile(tmp_path):
@@ -456,9 +455,8 @@ def test_a_model_with_random_weights_gets_no_profile(tmp_path):
     assert (code, stdout) == (1, "") and not out.exists()
     assert stderr == (
         f"Error: no head of {path} stands out by its scores, and the test with planted facts did"
-        " not pass (of 20 the full cache finds 0, razor 0): there is nothing to choose retrieval"
-        " heads by, so no profile was written; run the model with its full cache, or take the heads"
-        " with the highest scores all the same with --budget 0.15\n"
+        " not pass (of 20 the full cache finds 0, razor 0), so no profile was written; run the"
+        " model with its full cache, or force a choice with --budget 0.15\n"
     )
     code, stdout, stderr = run(
         "convert", path, "-o", out, "--tokens", 128, "--budget", 0.15, "--sidecar"

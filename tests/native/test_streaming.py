@@ -298,7 +298,10 @@ def test_a_context_that_is_changed_between_tokens(both) -> None:
 def test_nothing_to_go_on_from(both) -> None:
     llama = both[0]
     llama.reset()
-    for reset, told in ((True, "the prompt has no tokens"), (False, "no token was evaluated")):
+    for reset, told in (
+        (True, "the prompt has no tokens"),
+        (False, "no tokens have been evaluated"),
+    ):
         with pytest.raises(RazorError, match=told):
             next(llama.generate([], reset=reset))
 

@@ -419,7 +419,7 @@ def converted(tmp_path_factory) -> Path:
     write(folder / "model.gguf", AlibiSpec("mpt", 2, max_bias=16.0, gain=0.3))
     code, stdout, stderr = run("convert", folder / "model.gguf", "-o", folder / "out.gguf")
     assert code == 0, stderr
-    assert stderr == "Note: the model has ALiBi; razor may be refused when it is run.\n"
+    assert stderr == "Note: the model has ALiBi, which razor may refuse to run.\n"
     (folder / "said").write_text(stdout)
     return folder
 
@@ -524,14 +524,14 @@ def test_options_that_mean_nothing_are_refused(option, converted, tmp_path):
         "convert", converted / "model.gguf", "-o", tmp_path / "out.gguf", *given
     )
     assert code == 2 and stdout == ""
-    assert f"{option} means nothing for an ALiBi model (mpt)" in stderr
+    assert f"{option} does not apply to an ALiBi model (mpt)" in stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_epsilon_is_for_alibi_models(tmp_path):
     model = tiny_models.make_model(tmp_path / "m.gguf", tiny_models.TinySpec())
     code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--epsilon", 0.01)
-    assert code == 2 and "--epsilon is for ALiBi models, and this one (llama) is none" in stderr
+    assert code == 2 and "--epsilon applies only to ALiBi models; this model is llama" in stderr
     for epsilon in (0, 1, 2, "x"):
         code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--epsilon", epsilon)
         assert code == 2 and "--epsilon" in stderr

@@ -452,7 +452,7 @@ def test_command_takes_gates_and_a_share(model, tmp_path):
         "convert", model, "-o", out, "--heads", gates, "--budget", 0.5, "--no-proof"
     )
     assert (code, stdout) == (0, f"{out}: 3 of 6 KV heads are retrieval heads (50.0%)\n")
-    assert stderr == ("Note: 3 of 4 heads with the value 1 were taken, spread over the layers.\n")
+    assert stderr == "Note: took 3 of 4 heads with the value 1, spread evenly over the layers.\n"
     assert read_profile(out).flat().sum() == 3
     code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--heads", gates)
     assert code == 1 and "say which share of the KV heads keeps every token" in stderr

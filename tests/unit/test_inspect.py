@@ -41,8 +41,8 @@ def test_a_model_with_a_profile(folder):
         "profile  3 of 6 KV heads are retrieval heads (50.0%), 4 sinks,"
         " window max(512, context/8), compensation on",
         "context  4,096 tokens, K f16, V f16, flash attention on",
-        "plan     3 KV heads keep 4,096 tokens, 3 keep 4 sinks and the last 512"
-        " (768 cells each, folded by 128)",
+        "plan     3 KV heads keep 4,096 tokens; 3 keep 4 sinks and the last 512"
+        " (768 cells each, folded in blocks of 128)",
         "",
         "layer  KV heads (# retrieval, . local)  retrieval   MiB",
         "    0  #.                                     1/2  0.59",
@@ -61,7 +61,7 @@ def test_a_model_without_a_profile(folder):
     assert (code, stderr) == (0, "")
     out = lines(stdout)
     assert out[1:4] == [
-        "profile  none: every KV head keeps every token (razor-local convert adds one)",
+        "profile  none: every KV head keeps every token; 'razor-local convert' adds one",
         "context  1,024 tokens, K q8_0, V f16, flash attention on",
         "plan     full cache: no profile",
     ]
@@ -76,7 +76,10 @@ def test_a_model_without_a_profile(folder):
 
 def test_a_context_too_short_for_razor_says_so(folder):
     _, stdout, _ = run("inspect", folder / "razor.gguf", "-c", 768)
-    assert "plan     full cache: a local head would take 768 cells, the context has 768" in stdout
+    assert (
+        "plan     full cache: a local head would take 768 cells, so RazorAttention saves nothing in"
+        " a context of 768 tokens\n"
+    ) in stdout
 
 
 def test_sidecar(folder):
@@ -164,7 +167,7 @@ def test_features_that_razor_may_refuse_are_noted(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(small_model([kv_array("llama.rope.dimension_sections", 5, [1, 2, 3, 0])]))
     code, stdout, stderr = run("inspect", path)
-    assert code == 0 and stdout and stderr.startswith("Note: the model has M-RoPE;")
+    assert code == 0 and stdout and stderr.startswith("Note: the model has M-RoPE, which")
 
 
 def test_help_names_every_command_that_exists():

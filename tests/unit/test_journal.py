@@ -53,7 +53,7 @@ def test_what_was_cut_off_is_forgotten(tmp_path_factory, n):
     path.write_bytes(cut)
     n_whole = cut.count(b"\n")
     if n_whole == 0:
-        with pytest.raises(RazorError, match="is no journal of a test"):
+        with pytest.raises(RazorError, match="is not a journal of a test"):
             open_journal(path)
         assert path.read_bytes() == cut
         return
@@ -75,14 +75,16 @@ def test_wrong_fields_are_refused(path):
         changed = before.replace(old.encode(), new.encode())
         assert changed != before
         path.write_bytes(changed)
-        with pytest.raises(RazorError, match="does not hold what a test writes, .*name a new file"):
+        with pytest.raises(
+            RazorError, match="does not hold what a test writes, .*choose a new file"
+        ):
             Journal(path, HEAD, "a test", lambda head: {"version": head["version"]}, check)
         assert path.read_bytes() == changed
 
 
 def test_deeply_nested_json_is_no_journal(path):
     path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(RazorError, match="is no journal of a test"):
+    with pytest.raises(RazorError, match="is not a journal of a test"):
         open_journal(path)
 
 
@@ -95,7 +97,7 @@ def test_a_second_process_is_refused(path):
         f"Journal(Path(sys.argv[1]), {HEAD!r}, 'a test', lambda head: {{'version': 1}})"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-    assert done.returncode == 1 and "is the journal of a run that goes on" in done.stderr
+    assert done.returncode == 1 and "is the journal of a run in progress" in done.stderr
     assert path.read_bytes() == before
     with journal:
         journal.add({"kind": "answer", "i": 3})
@@ -108,7 +110,7 @@ def test_two_runs_that_begin_at_once(tmp_path):
     path = tmp_path / "run.jsonl"
     with open_journal(path) as one, open_journal(path) as two:
         one.begin(HEAD)
-        with pytest.raises(RazorError, match="is the journal of a run that goes on"):
+        with pytest.raises(RazorError, match="is the journal of a run in progress"):
             two.begin(HEAD)
     with pytest.raises(RazorError, match="was made by another run just now"):
         two.begin(HEAD)
