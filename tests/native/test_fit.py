@@ -595,3 +595,7 @@ def test_bad_input_is_one_sentence(files, tmp_path):
             assert found == 2 and "there is only one memory; pass --vram or --ram" in stderr
     with pytest.raises(UnsupportedError, match="'q9_9' is not a KV cache type"):
         ContextOptions(type_k="q9_9")
+
+
+def test_without_a_model_the_built_in_one_is_used():
+    assert "MiB of weights" in run("-c", "512")[1]

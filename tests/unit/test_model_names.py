@@ -150,4 +150,3 @@ def test_mistakes_end_with_code_2(args, text) -> None:
 
 def test_without_a_model_the_built_in_one_is_used(tmp_path) -> None:
     assert "24 KV heads" in run("inspect", "-c", "8192").stdout
-    assert "MiB of weights" in run("fit", "-c", "512").stdout
