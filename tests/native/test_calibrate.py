@@ -655,8 +655,8 @@ def test_scores_that_cannot_be_saved_are_kept_elsewhere(known, tmp_path, kept_in
     code, stdout, stderr = run(*args, "--save-scores", wanted)
     (kept,) = kept_in.iterdir()
     assert stderr == (
-        f"Note: {wanted} could not be written (No space left on device); the measured scores are in"
-        f" {kept}, for --scores.\n"
+        f"Note: {wanted} could not be written (No space left on device); the measured scores were"
+        f" saved to {kept} (pass it with --scores).\n"
     )
     assert code == 1 and "KV heads are retrieval heads" in stdout  # the conversion went on
     record = read_profile(out)

@@ -269,8 +269,8 @@ TEMPLATE = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<assi
     [
         ("Be brief. " * 300 + TEMPLATE, "no room for facts that are folded"),
         (TEMPLATE + "{{ messages[0].content }}", "are not in the folded part of the text"),
-        ("{{ messages[0].content | length }}" + TEMPLATE, "behind what all prompts have in common"),
-        (TEMPLATE + "Think about it. " * 400, "larger lengths|behind what all prompts"),
+        ("{{ messages[0].content | length }}" + TEMPLATE, "after the common prefix of the prompts"),
+        (TEMPLATE + "Think about it. " * 400, "larger lengths|after the common prefix"),
         ("{{ raise_exception('no') }}", "no"),
     ],
     ids=["long before", "twice", "early", "long behind", "refuses"],
