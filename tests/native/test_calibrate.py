@@ -356,7 +356,7 @@ def test_memory_really_stays_within_the_budget(tmp_path):
     [
         ({"tokens": 5000}, "4 x 5,000 tokens are more than the 10,240 that the model was trained"),
         ({"tokens": 15}, "15 tokens are too few to measure heads with, expected 16 or more"),
-        ({"repeats": 1}, "1 is no number of repeats, expected 2 or more"),
+        ({"repeats": 1}, "1 is not a number of repeats; expected 2 or more"),
         ({"repeats": 5000}, "2 tokens are too few.*5000 repeats of them do not fit into 10,240"),
         ({"seed": -1}, "the seed is -1, expected 0 to 4294967295"),
         ({"max_memory": 1 << 20}, "2.048 tokens need|10,000 tokens need .* MiB beside the model"),

@@ -478,7 +478,7 @@ def test_another_text(tmp_path):
     code, _, stderr = run(
         "convert", MODEL, "-o", tmp_path / "x.gguf", "--haystack", tmp_path / "none"
     )
-    assert code == 1 and "is no folder, expected one with .txt files" in stderr
+    assert code == 1 and "is not a folder, expected one with .txt files" in stderr
     code, _, stderr = run("convert", MODEL, "-o", folder / "a.txt", "--haystack", folder, "--force")
     assert code == 1 and "is read by this command" in stderr
     assert not (tmp_path / "x.gguf").exists()
