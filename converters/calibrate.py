@@ -90,7 +90,7 @@ def calibrate(
     file = open_model(model_path)
     model_path, shape = file.path, file.shape
     if repeats < 2:
-        raise ConvertError(f"{repeats} is no number of repeats, expected 2 or more")
+        raise ConvertError(f"{repeats} is not a number of repeats; expected 2 or more")
     if not 0 <= seed < 2**32:
         raise ConvertError(f"the seed is {seed}, expected 0 to {2**32 - 1}")
     lib = native.load()

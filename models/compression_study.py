@@ -610,7 +610,7 @@ def main() -> None:
         output: Path,
     ) -> None:
         if not output.absolute().parent.is_dir():  # known now, not after hours
-            raise click.ClickException(f"{output.parent} is no folder, name an output in one")
+            raise click.ClickException(f"{output.parent} is not a folder; choose an output in one")
         try:
             setting = read_setting(model, ctx_size, ablation)
             texts = [*book_texts(setting, book, slices), *needle_texts(setting, samples, seed)]

@@ -73,7 +73,7 @@ def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) 
     check_overrides(kwargs.get("kv_overrides"))
     lora = kwargs.get("lora_path")
     if lora is not None and not os.path.isfile(lora):
-        raise UnsupportedError(f"lora_path is {lora!r}, which is no file; name a LoRA adapter")
+        raise UnsupportedError(f"lora_path is {lora!r}, which is not a file; name a LoRA adapter")
 
 
 def type_name(kv_type: int | str | None) -> str:

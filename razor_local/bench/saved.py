@@ -35,7 +35,8 @@ def load_report(path: str | os.PathLike[str]) -> Report:
             differences(report, report)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError):
         raise RazorError(
-            f"{path} is no report of a benchmark; make one with 'razor-local bench -o {path.name}'"
+            f"{path} is not a report of a benchmark; make one with 'razor-local bench -o"
+            f" {path.name}'"
         ) from None
     if version != VERSION:
         raise RazorError(

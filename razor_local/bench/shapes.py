@@ -114,7 +114,9 @@ def write_shape_model(
     """
     shape = find_shape(name) if isinstance(name, str) else name
     if quant not in QUANTS:
-        raise UnsupportedError(f"{quant!r} is no type for a shape, expected {', '.join(QUANTS)}")
+        raise UnsupportedError(
+            f"{quant!r} is not a weight type for a shape; expected {', '.join(QUANTS)}"
+        )
     if not 0 <= retrieval <= 1:
         raise UnsupportedError(f"the share of retrieval heads is {retrieval}, expected 0 to 1")
     path = Path(path)

@@ -114,7 +114,7 @@ def check_new_file(
     if path.is_dir():
         raise error(f"{path} is a folder, expected the name of a file")
     if path.exists() and not path.is_file():  # a device or a pipe: it would be replaced by the file
-        raise error(f"{path} is no ordinary file; choose another name")
+        raise error(f"{path} is not a regular file; choose another name")
     try:
         # permissions are not enough: root has them in /proc and on read-only disks
         fd, part = create_part(path)

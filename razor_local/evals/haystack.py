@@ -100,7 +100,7 @@ class FolderText:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         folder = Path(folder)
         if not folder.is_dir():
-            raise RazorError(f"{folder} is no folder, expected one with .txt files")
+            raise RazorError(f"{folder} is not a folder, expected one with .txt files")
         files = sorted(folder.glob("*.txt"))
         texts = []
         for file in files:

@@ -217,13 +217,13 @@ def _base(name: str) -> str:
 
 def _find_files(folder: Path, names: Sequence[str] | None) -> dict[str, Path]:
     if not folder.is_dir():
-        raise RazorError(f"{folder} is no folder, expected one with LongBench's .jsonl files")
+        raise RazorError(f"{folder} is not a folder, expected one with LongBench's .jsonl files")
     found = {
         file.stem: file for file in sorted(folder.glob("*.jsonl")) if _base(file.stem) in DATA_SETS
     }
     for name in names or ():
         if _base(name) not in DATA_SETS:
-            raise RazorError(f"{name!r} is no data set of LongBench: {', '.join(DATA_SETS)}")
+            raise RazorError(f"{name!r} is not a data set of LongBench: {', '.join(DATA_SETS)}")
         if name not in found:
             raise RazorError(f"{folder} has no {name}.jsonl")
     if not found:

@@ -95,7 +95,7 @@ class NeedleSettings:
                 raise RazorError(f"{kind!r} is not a kind of needle; expected {', '.join(KINDS)}")
         for depth in self.depths:
             if not 0 <= depth <= 100:
-                raise RazorError(f"depth {depth:g} is no percentage from 0 to 100")
+                raise RazorError(f"depth {depth:g} is not a percentage from 0 to 100")
         if not N_QUESTIONS <= self.facts <= len(NAMES):
             raise RazorError(
                 f"{self.facts} facts in a text, expected {N_QUESTIONS} to {len(NAMES)}"

@@ -127,7 +127,7 @@ def _share(text: str, name: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share <= 1:
-        raise RazorError(f"the budget of {name!r} is no share from 0 to 1")
+        raise RazorError(f"the budget of {name!r} is not a share from 0 to 1")
     return share
 
 

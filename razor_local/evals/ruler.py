@@ -75,7 +75,7 @@ class RulerSettings:
     def __post_init__(self) -> None:
         for task in self.tasks:
             if task not in TASKS:
-                raise RazorError(f"{task!r} is no task of RULER, expected {', '.join(TASKS)}")
+                raise RazorError(f"{task!r} is not a task of RULER; expected {', '.join(TASKS)}")
 
 
 def make_samples(

@@ -32,7 +32,7 @@ _GRAMMAR = "the grammar is malformed: a rule has bad syntax, is not defined or b
 _NOT_NULL = {
     "llama_sampler_init_grammar": _GRAMMAR,
     "llama_sampler_init_grammar_lazy_patterns": _GRAMMAR,
-    "llama_adapter_lora_init": "lora_path is no LoRA adapter for this model",
+    "llama_adapter_lora_init": "lora_path is not a LoRA adapter for this model",
 }
 
 

@@ -489,7 +489,7 @@ def test_weights_that_a_token_reads(tiny) -> None:
         (("MODEL", "--real-prefill", "5k", "-c", "2k", "-d", "0"), "real prefill of 5120 tokens"),
         (("MODEL", "--window-min", "0"), "razor.window_min is 0, expected 1 to"),
         (("MODEL", "--retrieval", "0.5"), "has no head scores"),
-        (("--report", "MODEL"), "is no report of a benchmark"),
+        (("--report", "MODEL"), "is not a report of a benchmark"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(
@@ -510,7 +510,7 @@ def test_pipes_and_devices_are_neither_read_nor_replaced(tiny, tmp_path, option)
     os.mkfifo(path)
     done = run(tiny(SPEC, KV), "-d", "0", "-c", "2048", option, path)
     assert done.exit_code == 1 and done.stdout == ""
-    assert done.stderr == f"Error: {path} is no ordinary file; choose another name\n"
+    assert done.stderr == f"Error: {path} is not a regular file; choose another name\n"
     assert path.is_fifo() and list(tmp_path.iterdir()) == [path]
 
 

@@ -356,7 +356,7 @@ def test_memory_really_stays_within_the_budget(tmp_path):
     [
         ({"tokens": 5000}, "4 x 5,000 tokens are more than the 10,240 that the model was trained"),
         ({"tokens": 15}, "15 tokens are too few to measure heads with, expected 16 or more"),
-        ({"repeats": 1}, "1 is no number of repeats, expected 2 or more"),
+        ({"repeats": 1}, "1 is not a number of repeats; expected 2 or more"),
         ({"repeats": 5000}, "2 tokens are too few.*5000 repeats of them do not fit into 10,240"),
         ({"seed": -1}, "the seed is -1, expected 0 to 4294967295"),
         ({"max_memory": 1 << 20}, "2.048 tokens need|10,000 tokens need .* MiB beside the model"),
@@ -655,8 +655,8 @@ def test_scores_that_cannot_be_saved_are_kept_elsewhere(known, tmp_path, kept_in
     code, stdout, stderr = run(*args, "--save-scores", wanted)
     (kept,) = kept_in.iterdir()
     assert stderr == (
-        f"Note: {wanted} could not be written (No space left on device); the measured scores are in"
-        f" {kept}, for --scores.\n"
+        f"Note: {wanted} could not be written (No space left on device); the measured scores were"
+        f" saved to {kept} (pass it with --scores).\n"
     )
     assert code == 1 and "KV heads are retrieval heads" in stdout  # the conversion went on
     record = read_profile(out)

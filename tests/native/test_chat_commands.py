@@ -431,7 +431,7 @@ def test_answers_follow_a_schema(talk, capsys, tmp_path):
         ("{", "/json is not JSON: Expecting property name"),
         ("none.json", "none.json: No such file or directory"),
         ('{"type": "nonsense"}', "the JSON schema of /json cannot be converted to a grammar"),
-        ('{"$ref": "https://example.org/x"}', "the JSON schema of /json cannot be made into a"),
+        ('{"$ref": "https://example.org/x"}', "the JSON schema of /json cannot be converted to a"),
         ("bad.json", "bad.json is not JSON: "),
         ("list.json", "the JSON schema of list.json cannot be converted to a grammar"),
     ],

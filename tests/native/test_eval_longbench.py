@@ -166,9 +166,9 @@ def test_a_missing_library_is_one_sentence(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["/nowhere"], "/nowhere is no folder"),
+        (["/nowhere"], "/nowhere is not a folder"),
         (["."], "has no file of LongBench"),
-        ([".", "--datasets", "nothing"], "'nothing' is no data set of LongBench"),
+        ([".", "--datasets", "nothing"], "'nothing' is not a data set of LongBench"),
         ([".", "--datasets", "trec"], "has no trec.jsonl"),
     ],
 )

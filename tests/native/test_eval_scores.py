@@ -216,7 +216,7 @@ def test_a_head_list_is_a_policy(tmp_path) -> None:
     [
         (["rasor"], [], RazorError, "'rasor' is not a policy, expected one of full"),
         (["razor-q9_0"], [], RazorError, "is not a policy"),
-        (["razor@2"], [], RazorError, "no share from 0 to 1"),
+        (["razor@2"], [], RazorError, "is not a share from 0 to 1"),
         (["full"], [0.1], RazorError, "no policy to give budgets to"),
         (["heads=/nowhere.tsv"], [], OSError, "nowhere"),
         (["razor@0.3"], [], ProfileError, "no head scores|scores"),

@@ -105,7 +105,7 @@ def test_a_folder_is_read_as_sentences_in_paragraphs(tmp_path) -> None:
 
 def test_folders_without_texts_are_told(tmp_path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(RazorError, match="no .txt files|is no folder"):
+        with pytest.raises(RazorError, match="no .txt files|is not a folder"):
             FolderText(folder)
     (tmp_path / "a.txt").write_text("One. Two. Three.")
     with pytest.raises(RazorError, match="the texts end after"):
@@ -176,7 +176,7 @@ def test_samples_are_the_same_for_the_same_seed_and_differ_else(prompts) -> None
     ("changes", "text"),
     [
         ({"kinds": ("double",)}, "'double' is not a kind of needle; expected single"),
-        ({"depths": (101,)}, "depth 101 is no percentage"),
+        ({"depths": (101,)}, "depth 101 is not a percentage"),
         ({"facts": 2}, "2 facts in a text, expected 3 to"),
         ({"lengths": (100,)}, "the facts and the question alone take"),
     ],
@@ -254,7 +254,7 @@ def test_words_can_be_counted(prompts, length) -> None:
 
 
 def test_ruler_that_cannot_be_made_is_told(prompts) -> None:
-    with pytest.raises(RazorError, match="'qa_1' is no task of RULER, expected niah_single_1"):
+    with pytest.raises(RazorError, match="'qa_1' is not a task of RULER; expected niah_single_1"):
         RulerSettings((1024,), ("qa_1",))
     for task in TASKS:
         with pytest.raises(RazorError, match=f"{task} at 100 tokens: .*use larger lengths"):

@@ -70,7 +70,7 @@ def test_a_journal_that_is_a_named_pipe_is_refused(folder) -> None:
         cwd=folder,
         timeout=60,
     )
-    assert done.returncode == 1 and "PIPE is no ordinary file" in done.stderr
+    assert done.returncode == 1 and "PIPE is not a regular file" in done.stderr
 
 
 def test_other_kinds_are_named(tmp_path) -> None:

@@ -222,7 +222,7 @@ def test_options_that_razor_cannot_serve_are_refused(plain):
         ({"n_batch": -1}, "n_batch is -1, expected a whole number from 1"),
         ({"n_ubatch": 0}, "n_ubatch is 0, expected a whole number from 1"),
         ({"n_threads": 513}, "n_threads is 513, expected a whole number from 0 to 512 or None"),
-        ({"lora_path": "nowhere.gguf"}, "lora_path is 'nowhere.gguf', which is no file"),
+        ({"lora_path": "nowhere.gguf"}, "lora_path is 'nowhere.gguf', which is not a file"),
         ({"window": 0}, "window is 0, expected 1 to"),
         ({"compensation": "no"}, "compensation is 'no', expected True or False"),
     ],
@@ -317,7 +317,9 @@ def test_a_malformed_grammar_is_refused(llama, rules):
 
 def test_a_lora_adapter_that_is_none_is_refused():
     for path in (DEFAULT_MODEL, __file__):
-        with pytest.raises(RazorError, match="lora_path is no LoRA adapter .*: llama_adapter_lora"):
+        with pytest.raises(
+            RazorError, match="lora_path is not a LoRA adapter .*: llama_adapter_lora"
+        ):
             Llama(DEFAULT_MODEL, n_ctx=256, lora_path=str(path))
 
 
@@ -768,7 +770,7 @@ def test_a_plan_that_the_library_does_not_follow_is_noticed(monkeypatch):
 
     make_params = native.make_params
     monkeypatch.setattr(native, "make_params", lambda *_: make_params(None))  # razor off
-    with pytest.raises(LibraryError, match="the plan says"):
+    with pytest.raises(LibraryError, match="but the plan has"):
         Llama(DEFAULT_MODEL, n_ctx=2048)
 
 

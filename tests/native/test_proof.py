@@ -269,8 +269,8 @@ TEMPLATE = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<assi
     [
         ("Be brief. " * 300 + TEMPLATE, "no room for facts that are folded"),
         (TEMPLATE + "{{ messages[0].content }}", "are not in the folded part of the text"),
-        ("{{ messages[0].content | length }}" + TEMPLATE, "behind what all prompts have in common"),
-        (TEMPLATE + "Think about it. " * 400, "larger lengths|behind what all prompts"),
+        ("{{ messages[0].content | length }}" + TEMPLATE, "after the common prefix of the prompts"),
+        (TEMPLATE + "Think about it. " * 400, "larger lengths|after the common prefix"),
         ("{{ raise_exception('no') }}", "no"),
     ],
     ids=["long before", "twice", "early", "long behind", "refuses"],
@@ -478,7 +478,7 @@ def test_another_text(tmp_path):
     code, _, stderr = run(
         "convert", MODEL, "-o", tmp_path / "x.gguf", "--haystack", tmp_path / "none"
     )
-    assert code == 1 and "is no folder, expected one with .txt files" in stderr
+    assert code == 1 and "is not a folder, expected one with .txt files" in stderr
     code, _, stderr = run("convert", MODEL, "-o", folder / "a.txt", "--haystack", folder, "--force")
     assert code == 1 and "is read by this command" in stderr
     assert not (tmp_path / "x.gguf").exists()

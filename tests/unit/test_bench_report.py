@@ -188,7 +188,7 @@ def test_command_shows_a_saved_run(tmp_path) -> None:
 def test_other_files_are_no_reports(tmp_path, text) -> None:
     path = tmp_path / "x.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(RazorError, match="x.json is no report of a benchmark"):
+    with pytest.raises(RazorError, match="x.json is not a report of a benchmark"):
         load_report(path)
 
 

@@ -255,7 +255,7 @@ def test_a_pipe_is_not_replaced(model, tmp_path):
     except (AttributeError, OSError):
         pytest.skip("no named pipes here")
     for write in (write_copy, write_sidecar):
-        with pytest.raises(ConvertError, match="is no ordinary file; choose another name"):
+        with pytest.raises(ConvertError, match="is not a regular file; choose another name"):
             write(model, pipe, PROFILE, force=True)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 

@@ -91,7 +91,11 @@ def test_cached_file_is_not_written_again(tmp_path, monkeypatch) -> None:
     ("name", "options", "message"),
     [
         ("gpt-5", {}, "no shape is called 'gpt-5'; there are 30m, llama-3.2-1b"),
-        ("30m", {"quant": "q9_9"}, "'q9_9' is no type for a shape, expected q4_0, q8_0, f16"),
+        (
+            "30m",
+            {"quant": "q9_9"},
+            "'q9_9' is not a weight type for a shape; expected q4_0, q8_0, f16",
+        ),
         ("30m", {"retrieval": 1.5}, "share of retrieval heads is 1.5"),
     ],
 )
