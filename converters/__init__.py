@@ -1,1 +1,1 @@
-"""Ways from a model or a published head list to a razor profile in a GGUF."""
+"""Converters from a model or a published head list to a razor profile in a GGUF file."""

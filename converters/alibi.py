@@ -1,13 +1,13 @@
-"""Scopes of the heads of ALiBi models, computed from their weights.
+"""Compute the scopes of the heads of ALiBi models from their weights.
 
-ALiBi subtracts slope * distance from every attention logit, and a normalization bounds what the
-rest of the logit can reach. So for each head there is a distance, its *scope*, from which on no
-token can get more than epsilon of the attention, whatever the text: theorem 1 of RazorAttention
-(arXiv 2407.15891, section 3.1). docs/alibi.md derives the bounds below, with the names used here,
-and says where they differ from the printed formula.
+ALiBi subtracts slope * distance from every attention logit, and a normalization bounds the rest of
+the logit. So each head has a distance, its *scope*, from which on no token can get more than
+epsilon of the attention, whatever the text: theorem 1 of RazorAttention (arXiv 2407.15891, section
+3.1). docs/alibi.md derives the bounds below with the same names, and explains how they differ from
+the printed formula.
 
-Weights are read and dequantized one group of heads at a time: memory is bounded by a few matrices
-of [head_dim, n_embd], whatever the model.
+Weights are read and dequantized one group of heads at a time. Memory is bounded by a few matrices
+of [head_dim, n_embd] for every model.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Measures how much each attention head of a model looks for repetitions, on the running model.
+"""Measure how much each attention head of a running model looks for repetitions.
 
-The method is that of RazorAttention (arXiv 2407.15891, sections 3.2 and 3.3): a text without any
-meaning, K random tokens repeated several times, in which attention to distant tokens can only be
-due to the repetition. For a query at position i let the *echo tokens* be the earlier positions
-with the same token as i, and the *induction tokens* the positions one after them. With A[h, i, j]
-the attention after softmax that query head h pays from i to j,
+The method is that of RazorAttention (arXiv 2407.15891, sections 3.2 and 3.3). The text is
+meaningless: K random tokens, repeated several times, so that only the repetition can draw attention
+to distant tokens. For a query at position i, the *echo tokens* are the earlier positions with the
+same token as i, and the *induction tokens* are the positions one after them. With A[h, i, j] the
+attention after softmax of query head h from i to j,
 
     echo(h)      = mean over i of the sum of A[h, i, j] over the echo tokens j of i
     induction(h) = mean over i of the sum of A[h, i, j] over the induction tokens j of i
@@ -12,9 +12,9 @@ the attention after softmax that query head h pays from i to j,
 where i runs over all positions from the second repetition on (K to repeats * K - 1, counted from
 the first random token). Both are between 0 and 1.
 
-The model runs as it is, quantized, on any backend. llama.cpp's eval callback hands over
-`kq_soft_max-<layer>`, which exists with flash attention off, and of which only a few numbers per
-query are kept: memory is bounded by one ubatch of attention, whatever the model.
+The model runs unchanged, quantized or not, on any backend. llama.cpp's eval callback provides
+`kq_soft_max-<layer>`, which exists only without flash attention. Only a few numbers per query are
+kept, so memory is bounded by one ubatch of attention for every model.
 """
 
 from __future__ import annotations

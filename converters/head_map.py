@@ -1,4 +1,4 @@
-"""Looking at the heads of a profile: a map in text, a picture, a comparison with other heads."""
+"""Show the heads of a profile: a map in text, a picture, and a comparison with other heads."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Head lists of others: which KV heads of a model are retrieval heads.
+"""Read published head lists, which name the retrieval heads of a model.
 
-Three kinds, told apart by their content:
+The content determines which of three kinds a file is:
 
 heads   text, a row per layer and a column per KV head, 1 = retrieval head, 0 = local head: the
         published RazorAttention lists
 gates   the same with numbers between 0 and 1: DuoAttention's full_attention_heads.tsv
 scores  JSON, {"layer-head": score or list of scores} over query heads: Retrieval_Head and HeadKV
 
-Gates and scores only order the heads. The share of them that is kept is the user's decision.
+Gates and scores only rank the heads. The user decides which share of them is kept.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes a razor profile into a copy of a GGUF model, or into a sidecar.
+"""Write a razor profile into a copy of a GGUF model, or into a sidecar.
 
-The copy is made of byte ranges of the model: the old metadata without its razor keys, the new
-keys, the tensor table, padding, the tensor data. Nothing is decoded and encoded again, so the
+The copy consists of byte ranges of the model: the old metadata without its razor keys, the new
+keys, the tensor table, padding and the tensor data. Nothing is decoded and encoded again, so the
 tensors and all other keys stay byte-identical, and memory does not grow with the model.
 
 A file appears under its final name only when it is complete, on disk and verified.

@@ -1,7 +1,7 @@
-"""RazorAttention for GGUF models: llama.cpp with a KV cache in which local heads hold less.
+"""RazorAttention for GGUF models: llama.cpp with a smaller KV cache for local heads.
 
-`from razor_local import Llama` loads the native library; everything else here does not, so that
-plans, profiles and the command line's help stay fast and work without it.
+`from razor_local import Llama` loads the native library. Everything else works without it, so
+plans, profiles and the command line's help stay fast.
 """
 
 from __future__ import annotations

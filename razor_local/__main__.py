@@ -1,4 +1,4 @@
-"""Where the `razor-local` command and `python -m razor_local` start."""
+"""Entry point of the `razor-local` command and of `python -m razor_local`."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`import llama_cpp` after `import razor_local`: the bindings find our library."""
+"""Make `import llama_cpp` after `import razor_local` load the patched library."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A conversation with a model, apart from any user interface.
+"""A conversation with a model, independent of any user interface.
 
-Chat keeps the messages, renders them with the model's own chat template, reuses what the KV cache
-already holds of them, and streams the answer. It never cuts a prompt: what does not fit is refused.
+Chat keeps the messages, renders them with the model's own chat template, reuses the part that the
+KV cache already holds, and streams the answer. It never truncates a prompt: a prompt that does not
+fit is refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Answers to completion requests: what Llama.create_completion() and its like are made of.
+"""Build the responses of completion requests, such as Llama.create_completion().
 
-llama_cpp's own loop puts the whole answer together again, and copies the prompt, for every token.
-Here every byte is looked at once: what has been given out is forgotten.
+llama_cpp's own loop assembles the whole answer again and copies the prompt for every token. Here
+every byte is processed once, and text that has been returned is forgotten.
 """
 
 from __future__ import annotations

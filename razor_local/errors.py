@@ -1,4 +1,7 @@
-"""Exceptions of razor_local. Each message says what was expected, what was found, what to do."""
+"""Exceptions of razor_local.
+
+Each message says what was expected, what was found, and what to do.
+"""
 
 from .printable import printable
 

@@ -1,8 +1,8 @@
-"""Evaluating tokens: what a Llama does to its cache, and what it knows of it.
+"""Evaluate tokens into the cache of a Llama, and track what the cache holds.
 
 llama.n_tokens is never more than the cache holds, so that an exception at any line leaves a Llama
-whose next answer is right. llama._requires_eval is True where the logits in memory may not be those
-of the last token.
+whose next answer is right. llama._requires_eval is True if the logits in memory may not be those of
+the last token.
 """
 
 from __future__ import annotations

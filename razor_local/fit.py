@@ -1,13 +1,13 @@
-"""What a model and its context will take, before anything is loaded.
+"""Estimate the memory of a model and its context, before anything is loaded.
 
-llama.cpp is asked itself: a model opened with no_alloc has its headers read and nothing else, and a
-context made on it lays out its KV cache and compute buffers without allocating them. So the numbers
-are those of the real thing, for the devices and backends of this build.
+The numbers come from llama.cpp itself. A model opened with no_alloc only has its headers read, and
+a context made on it lays out its KV cache and compute buffers without allocating them. The numbers
+are therefore exact for the devices and backends of this build.
 
-Weights count in full, mapped from the file (mmap) or not: pages of a mapped file can be dropped by
-the operating system, but every token reads them all, and a model that does not stay in memory runs
-at the speed of the disk. They count once: where a backend keeps a copy of its own (CPU_REPACK), the
-mapped pages that it was made from are not needed any more.
+Weights count in full, mapped from the file (mmap) or not. The operating system can drop pages of a
+mapped file, but every token reads them all, and a model that does not stay in memory runs at the
+speed of the disk. Weights count once: if a backend keeps its own copy (CPU_REPACK), the mapped
+pages of the original are no longer needed.
 """
 
 from __future__ import annotations

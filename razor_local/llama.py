@@ -1,4 +1,4 @@
-"""Llama: llama_cpp.Llama whose KV cache follows a razor profile."""
+"""Llama: a llama_cpp.Llama whose KV cache follows a razor profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of Llama(): checked, and made into the cache that its context will have."""
+"""Check the arguments of Llama(), and choose the cache of its context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a KV cache takes and holds, as the native library reports it."""
+"""Report the size and the content of a KV cache, as the native library states them."""
 
 from __future__ import annotations
 

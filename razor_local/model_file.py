@@ -1,4 +1,4 @@
-"""A model file: its header is read once, what follows from it when it is asked for."""
+"""A model file whose header is read once; derived values are computed on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model file with the changes of its profile that a command line asks for."""
+"""A model file with the profile changes that a command line asks for."""
 
 from __future__ import annotations
 

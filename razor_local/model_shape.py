@@ -1,4 +1,4 @@
-"""The attention shape of a model, as its metadata has it, and what razor cannot run of it.
+"""The attention shape of a model from its metadata, and the reasons why razor cannot run it.
 
 Every key's type, count and range is checked here, before any library sees the file.
 """

@@ -1,8 +1,9 @@
-"""One request at a time: a call, or a generator from its first value until it ends or is closed.
+"""Allow one request to a Llama at a time.
 
-A request that an interrupt leaves at any bytecode must not block the next one, and Python code in
-__exit__ or finally can be interrupted before it does anything. So nothing has to be released here:
-a request holds a lock in a with statement, which C code releases, and is over when the lock is.
+A request is a call, or a generator from its first value until it ends or is closed. A request that
+an interrupt leaves at any bytecode must not block the next one, and Python code in __exit__ or
+finally can be interrupted before it does anything. Therefore nothing has to be released here: a
+request holds a lock in a with statement, which C code releases, and ends with the lock.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The plan of a context: which KV heads keep everything, and how many bytes that takes.
 
-Pure arithmetic: no model, no native library. The same numbers as native/src/llama-razor.h, where
-the formulas stand; Plan.kv_bytes is what the backends allocate, to the byte.
+The plan is pure arithmetic and needs neither a model nor the native library. The formulas are those
+of native/src/llama-razor.h. The backends allocate exactly Plan.kv_bytes.
 """
 
 from __future__ import annotations

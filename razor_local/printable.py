@@ -1,4 +1,4 @@
-"""Text from outside: names in files, generated text, what a terminal would obey."""
+"""Escape terminal control codes in text of files and models."""
 
 from __future__ import annotations
 

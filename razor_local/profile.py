@@ -1,7 +1,7 @@
-"""The razor profile of a model: which KV heads keep everything, and what goes with them.
+"""The razor profile of a model: its retrieval heads, and the parameters of its local heads.
 
-Read from the `razor.*` metadata of a GGUF, or from a sidecar (a GGUF without tensors). Every key's
-type, element type, count and range is checked here, before any library sees the file.
+It is read from the `razor.*` metadata of a GGUF, or from a sidecar (a GGUF without tensors). Every
+key's type, element type, count and range is checked here, before any library sees the file.
 docs/format.md describes each key.
 """
 

@@ -1,4 +1,4 @@
-"""Choosing tokens: by a sampler of the library, and logits processors in Python before it."""
+"""Choose tokens with a sampler of the library, after logits processors in Python."""
 
 from __future__ import annotations
 

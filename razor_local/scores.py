@@ -1,7 +1,7 @@
 """Head scores: how much each query head looks for repetitions, and the heads chosen by it.
 
-Scores are measured by calibrate.py, kept in a model's metadata or in a file (JSON), and turned
-into retrieval heads by choose_heads(). docs/format.md describes the files.
+calibrate.py measures the scores. They are kept in a model's metadata or in a JSON file, and
+choose_heads() turns them into retrieval heads. docs/format.md describes the files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Saved states: written with a seal, which is checked before the library reads one.
+"""Saved states with a seal, which is checked before the library reads one.
 
-The library's state is followed by a seal: 8 bytes magic, 16 bytes fingerprint of the model and the
-options that decide what the cache holds, u32 tokens, 16 bytes digest of all this and the tokens.
+The library's state is followed by a seal: 8 bytes magic, 16 bytes fingerprint of the model and of
+the options that determine the content of the cache, u32 tokens, 16 bytes digest of all this and the
+tokens.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""What a benchmark measures: contexts side by side, and the measurements that are made on them.
+"""Plan a benchmark: batches of contexts side by side, and the measurements in each of them.
 
-A context is as large as its depth needs, as a user would set it: the window of razor is a part of
-the context, so a small depth in a large context has another plan. Settings.n_ctx fixes one size for
-all depths instead.
+A context is as large as its depth needs. The window of razor is a share of the context, so a small
+depth in a large context has another plan. Settings.n_ctx sets one size for all depths instead.
 
-Batches of prefill begin where a prompt's do, at multiples of the largest batch, which any fold
-block divides: one that crosses the end of a block would be cut in two.
+Batches of prefill begin where a prompt's do, at multiples of the largest batch, which every fold
+block divides. A batch that crosses the end of a block would be split.
 """
 
 from __future__ import annotations

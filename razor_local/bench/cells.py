@@ -1,4 +1,4 @@
-"""Cells of the tables, empty where nothing was measured."""
+"""Cells of benchmark tables, which are empty without a measurement."""
 
 from __future__ import annotations
 

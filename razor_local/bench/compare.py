@@ -1,4 +1,4 @@
-"""Two runs of a benchmark compared."""
+"""Compare two runs of a benchmark."""
 
 from __future__ import annotations
 

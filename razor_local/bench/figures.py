@@ -1,4 +1,4 @@
-"""What the records of a benchmark mean: the figures of its tables and plots."""
+"""Compute the figures of tables and plots from the records of a benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The functions of ggml that a benchmark needs beside llama.cpp's own."""
+"""Functions of ggml that a benchmark calls in addition to llama.cpp's."""
 
 from __future__ import annotations
 

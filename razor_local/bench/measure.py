@@ -1,10 +1,10 @@
-"""The measurements of a batch of contexts.
+"""Measure a batch of contexts.
 
-The contexts take turns, never at once, and what counts is the median of the paired ratios: a
-machine that is slow for a second is slow for both. Whoever comes first alternates. After each token
-the cache is rolled back, so that all of them are decoded at the same depth. Where steps are short a
-turn is several of them, because the first one after the other side's turn takes longer; where a
-step takes seconds, fewer turns are made.
+The contexts take turns and never run at once, and the side that begins alternates. The result is
+the median of the paired ratios, because a slow second of the machine affects both sides alike.
+After each token the cache is rolled back, so all contexts decode at the same depth. A turn has
+several steps if they are short, because the first one after the other side's turn takes longer. If
+a step takes seconds, fewer turns are made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The picture of a benchmark."""
+"""Plot a benchmark."""
 
 from __future__ import annotations
 

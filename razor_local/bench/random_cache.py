@@ -1,6 +1,6 @@
-"""Saved states with random rows, to fill a deep cache in seconds.
+"""Saved states with random rows, which fill a deep cache in seconds.
 
-How long a token takes does not depend on what the rows hold.
+The time of a token does not depend on the content of the rows.
 """
 
 from __future__ import annotations

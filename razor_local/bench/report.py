@@ -1,4 +1,4 @@
-"""The tables of a benchmark, and its report as JSON."""
+"""Make the tables of a benchmark, and its JSON report."""
 
 from __future__ import annotations
 

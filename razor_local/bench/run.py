@@ -1,9 +1,10 @@
-"""Razor against a full cache: speed at depth, memory, folding. What `razor-local bench` measures.
+"""Run a benchmark of razor against a full cache: speed at depth, memory and folds.
 
-Measurements come in the order that loads the fewest random caches: the deepest first, because a
-full cache only has to lose tokens then, and contexts that the next batch needs too stay open.
+Measurements are ordered to load as few random caches as possible. The deepest comes first, because
+a full cache then only has to drop tokens, and contexts that the next batch needs stay open.
 
-Every finished measurement is a record, a dict of plain numbers, which figures.py makes figures of.
+Every finished measurement is a record, a dict of plain numbers. figures.py computes figures from
+the records.
 """
 
 from __future__ import annotations

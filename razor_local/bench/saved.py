@@ -1,4 +1,4 @@
-"""Runs of a benchmark that were saved as JSON."""
+"""Read runs of a benchmark that were saved as JSON."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Random-weight GGUF models in the shapes of well-known ones, to time without downloads.
+"""Random-weight GGUF models in well-known shapes, for timing without downloads.
 
-How long a token takes depends on the shape and the types of the tensors, not on what they hold. So
-the weights are a few random rows repeated: the right amount of work, meaningless text. The files
-say that they are random (KEY_RANDOM), and every report about them does.
+The time of a token depends on the shape and the types of the tensors, not on their content. The
+weights are therefore a few random rows repeated: the amount of work is right, and the text is
+meaningless. The files are marked as random (KEY_RANDOM), and every report says so.
 """
 
 from __future__ import annotations

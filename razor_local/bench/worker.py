@@ -1,13 +1,13 @@
-"""The process in which a benchmark runs: one model, several contexts on it, driven by JSON lines.
+"""The process of a benchmark: one model and several contexts on it, driven by JSON lines.
 
-All contexts share one model in one process: two copies of the weights would lie differently in
-memory, which alone was seen to cost one side 10 %. Only another build of llama.cpp needs a process
-of its own, with that uncertainty.
+All contexts share one model in one process. Two copies of the weights would have different places
+in memory, which can cost one side 10 %. Only another build of llama.cpp needs a process of its own,
+and accepts this uncertainty.
 
-Deep caches are not prefilled but loaded as a state with random rows, which takes seconds instead
-of hours; how long a token takes does not depend on what the rows hold. Where a cache already holds
-more random rows than are wanted, the newest are taken out instead, and a worker whose model is on a
-GPU keeps the last state in the host's memory, to load it again.
+Deep caches are loaded as a state with random rows, which takes seconds instead of the hours of a
+prefill. The time of a token does not depend on the content of the rows. If a cache already holds
+more random rows than needed, the newest are removed instead. A worker with a model on a GPU keeps
+the last state in host memory and loads it again from there.
 """
 
 from __future__ import annotations

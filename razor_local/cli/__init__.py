@@ -1,4 +1,4 @@
-"""The `razor-local` command. One file per command, loaded only when it is called."""
+"""The `razor-local` command. Each subcommand has one file, which is loaded when it is called."""
 
 from __future__ import annotations
 

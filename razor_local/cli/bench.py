@@ -1,4 +1,4 @@
-"""razor-local bench: memory and speed against full caches, in turn, with plots."""
+"""razor-local bench: measure memory and speed against full caches, with plots."""
 
 from __future__ import annotations
 

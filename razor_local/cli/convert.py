@@ -1,4 +1,4 @@
-"""razor-local convert: a razor profile into a copy of a model, or into a sidecar."""
+"""razor-local convert: write a razor profile into a copy of a model, or into a sidecar."""
 
 from __future__ import annotations
 

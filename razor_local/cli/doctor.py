@@ -1,4 +1,4 @@
-"""razor-local doctor: what is installed, which library really runs, and what is wrong."""
+"""razor-local doctor: show the installation, the loaded library, and problems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""razor-local eval: what compression costs in quality, policies side by side."""
+"""razor-local eval: measure what compression costs in quality, policies side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""razor-local fit: which context fits which memory, without loading the model."""
+"""razor-local fit: show which context fits which memory, without loading the model."""
 
 from __future__ import annotations
 

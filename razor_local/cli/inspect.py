@@ -1,4 +1,4 @@
-"""razor-local inspect: the plan of a model and its bytes, without loading the model."""
+"""razor-local inspect: show the plan of a model and its bytes, without loading the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Signals while a command runs. The command line alone handles them: libraries take stop=."""
+"""Handle signals while a command runs.
+
+Only the command line handles signals. Libraries take stop=.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""razor-local models: the models on this machine, and those that can be named."""
+"""razor-local models: list, find, download and remove models."""
 
 from __future__ import annotations
 

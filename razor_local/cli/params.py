@@ -1,4 +1,4 @@
-"""Types of command line options that more than one command has."""
+"""Types of command line options that several commands share."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The terminal side of the commands: reading messages, pasted texts too, the progress bar, tables.
+"""The terminal side of the commands: message input with pasted text, progress bar and tables.
 
-Messages and bars are written to stderr; stdout is for answers and tables. All text goes through
-printable(), because names in model files and generated text may hold codes that a terminal obeys.
+Messages and bars are written to stderr, answers and tables to stdout. All text goes through
+printable(), because names in model files and generated text may hold terminal control codes.
 """
 
 from __future__ import annotations

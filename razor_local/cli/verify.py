@@ -1,4 +1,4 @@
-"""razor-local verify: every layer's attention against the reference, as it runs here."""
+"""razor-local verify: compare the attention of every layer with the reference."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What all rooms use."""
+"""Helpers that all rooms share."""

@@ -1,4 +1,4 @@
-"""Python processes that run our own code, whatever the current folder holds."""
+"""Start Python processes that run the package's own code, whatever the current folder holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports as compact JSON."""
+"""Write reports as compact JSON."""
 
 from __future__ import annotations
 

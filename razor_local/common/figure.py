@@ -1,4 +1,4 @@
-"""Pictures for --plot, drawn by matplotlib, which is an optional part of the installation."""
+"""Draw pictures for --plot with matplotlib, an optional dependency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New files that appear under their name only when they are complete and on disk."""
+"""Write files that appear under their name only when they are complete and on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Opening files that are read: regular files alone, because others can block or never end."""
+"""Open input files.
+
+Only regular files are opened, because others can block or never end.
+"""
 
 from __future__ import annotations
 

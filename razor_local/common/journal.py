@@ -1,4 +1,4 @@
-"""The journal of a long run: its finished records in a file, from which the run is resumed."""
+"""The journal of a long run: a file of its finished records, from which the run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark records of the machine and the code, and the memory that is free."""
+"""Describe the machine and the code of a benchmark, and measure free memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports in Markdown."""
+"""Write reports in Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the caller of a long operation follows it, and how it ends it."""
+"""Progress reports and cancellation of long operations."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What compression costs in quality: the tasks of `razor-local eval`, policies side by side."""
+"""Measure what compression costs in quality: the tasks of `razor-local eval`."""

@@ -1,7 +1,7 @@
 """Planted facts: a text with facts in it, and questions that are scored by teacher forcing.
 
-The prompt and the answer up to the value are given ("The secret code of Marlow is"). A fact is
-found if each token of the value is the most likely one, given the tokens before it. This needs no
+The model gets the prompt and the answer up to the value ("The secret code of Marlow is"). A fact is
+found if each token of the value is the most likely one after the tokens before it. This needs no
 instruction following, takes a few tokens per question, and yields a log probability that separates
 caches that find the same facts.
 

@@ -1,4 +1,4 @@
-"""Texts to hide facts in: plain English made here, or a folder of the user's texts."""
+"""Texts to hide facts in: generated plain English, or a folder of the user's texts."""
 
 from __future__ import annotations
 

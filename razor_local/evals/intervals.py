@@ -1,4 +1,7 @@
-"""Confidence intervals of scores. docs/evaluation.md says which is used where, and why."""
+"""Confidence intervals of scores.
+
+docs/evaluation.md explains which one is used where, and why.
+"""
 
 from __future__ import annotations
 

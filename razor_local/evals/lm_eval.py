@@ -1,9 +1,9 @@
-"""A model for lm-evaluation-harness: its suites on razor_local's runtime.
+"""A model class for lm-evaluation-harness, which runs its suites on razor_local.
 
     python -m razor_local.evals.lm_eval --model razor --tasks hellaswag \\
         --model_args model=model-razor.gguf,policy=razor-q8_0,n_ctx=8192
 
-That is the harness's own command line with one more model, `razor`. In Python, importing this file
+This is the harness's own command line with one more model, `razor`. In Python, importing this file
 registers it. docs/evaluation.md has more.
 """
 

@@ -1,10 +1,10 @@
-"""LongBench (Bai et al., 2023, arXiv 2308.14508) on files that the user has.
+"""LongBench (Bai et al., 2023, arXiv 2308.14508) on the user's files.
 
-A data set is a file NAME.jsonl, or NAME_e.jsonl of LongBench-E; each line is an object with
-context, input, answers and, for classification, all_classes. Metrics are LongBench's, from
-libraries where there are (rouge-score, rapidfuzz, jieba for Chinese); the prompts are our own, one
-for each kind of task, so that scores are to be compared with each other and not with published
-ones.
+A data set is a file NAME.jsonl, or NAME_e.jsonl for LongBench-E. Each line is an object with
+context, input, answers and, for classification, all_classes. The metrics are LongBench's, computed
+by libraries if there are any (rouge-score, rapidfuzz, jieba for Chinese). The prompts are not
+LongBench's: there is one for each kind of task. Compare the scores with each other, not with
+published ones.
 """
 
 from __future__ import annotations

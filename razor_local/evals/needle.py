@@ -2,11 +2,11 @@
 
     single      one fact, one question in its words
     reworded    the same text, a question in other words
-    keys        several facts of one kind, one is asked for
-    values      several numbers for one name, all have to be named
+    keys        several facts of one kind, a question about one of them
+    values      several numbers for one name, all of which must be named
     questions   several facts, several questions one after the other in one conversation
 
-A question is answered right when the number stands in the answer, not as a part of a longer one.
+An answer is right if it contains the number, and not only as part of a longer one.
 """
 
 from __future__ import annotations

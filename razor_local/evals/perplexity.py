@@ -1,11 +1,11 @@
-"""Perplexity of a text, and how far each policy's predictions are from the full cache's.
+"""Perplexity of a text, and the distance of each policy's predictions from the full cache's.
 
-The text is cut into windows of a context each. All contexts read a window in step, batch by batch:
-the logits of a batch are compared with the full f16 cache's and forgotten. What is kept are sums
-over blocks of BLOCK tokens, from which everything in the report follows.
+The text is split into windows of one context each. All contexts read a window in step, batch by
+batch. The logits of a batch are compared with those of the full f16 cache and then dropped. Only
+sums over blocks of BLOCK tokens are kept, and the whole report is computed from them.
 
-None of these figures shows whether a fact in the text is still found: so each policy is also asked
-for planted facts (facts.py), in a context of the same size.
+None of these figures shows whether a fact in the text is still found. Each policy is therefore also
+asked for planted facts (facts.py), in a context of the same size.
 """
 
 from __future__ import annotations

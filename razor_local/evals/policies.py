@@ -1,4 +1,4 @@
-"""Ways to keep a KV cache, by name, that are compared on the same weights and questions.
+"""Policies of a KV cache, by name, which are compared on the same weights and questions.
 
     full            llama.cpp's own cache
     razor           the profile of the model
@@ -8,8 +8,9 @@
     random-heads    as many retrieval heads as the profile has, drawn at random
     heads=FILE      the retrieval heads of another profile, sidecar, head list or file of scores
 
-Each can be followed by a KV type (razor-q8_0; f16 without), razor and razor-no-comp by a budget
-(razor-q8_0@0.1): the share of retrieval heads, chosen again by the scores in the profile.
+A KV type may follow each name (razor-q8_0; the default is f16). A budget may follow razor and
+razor-no-comp (razor-q8_0@0.1): the share of retrieval heads, chosen again by the scores in the
+profile.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Prove a choice of retrieval heads: facts are planted in a text and asked for.
+"""Prove a choice of retrieval heads by asking for facts that are planted in a text.
 
 Head scores measure how heads treat random tokens. They do not show whether the model still finds
-facts with the chosen heads, and neither does a small KL divergence on plain text. So the full cache
-and a razor context, whose local heads have folded every fact, read the same text and are asked the
-same questions (evals/facts.py).
+facts with the chosen heads, and neither does a small KL divergence on plain text. Therefore the
+full cache and a razor context, whose local heads have folded every fact, read the same text and
+answer the same questions (evals/facts.py).
 
-Where facts are lost, heads are added in order of their *fact score*: the attention that the query
-heads of the full cache pay from a question and its answer to the sentence of the fact. Attention
-to a fact does not mean that it is used, so the questions are asked again without each of the weaker
-heads, and the least useful ones are removed.
+If facts are lost, heads are added in order of their *fact score*: the attention of the query heads
+of the full cache from a question and its answer to the sentence of the fact. Attention to a fact
+does not mean that it is used, so the questions are asked again without each of the weaker heads,
+and the least useful ones are removed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables, heat maps and curves of the questions that run.py had answered."""
+"""Make tables, heat maps and curves from the answers that run.py collected."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""The synthetic tasks of RULER (Hsieh et al., 2024, arXiv 2404.06654), from generators of our own.
+"""The synthetic tasks of RULER (Hsieh et al., 2024, arXiv 2404.06654), generated here.
 
     niah_single_1..3    one fact: in repeated sentences, in a text, in a text with a uuid as value
     niah_multikey_1..3  one of four facts; the whole text is facts; the same with uuids
     niah_multivalue     all four values of one key
     niah_multiquery     the values of four keys in one question
     vt                  the names of five variables that are assigned to each other in a chain
-    cwe                 the ten words that stand most often in a list
-    fwe                 the three coded words that stand most often in a text
+    cwe                 the ten most common words of a list
+    fwe                 the three most common coded words of a text
 
-Task names, sizes and scoring are RULER's; wordings and word lists are not, there is no worked
-example in the prompt, and the answer is not begun for the model. Its two question answering tasks
-need data sets and are left out.
+Task names, sizes and scoring are RULER's. Wordings and word lists are not. The prompts have no
+worked example, and the answer is not begun for the model. RULER's two question answering tasks need
+data sets and are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the same questions with each policy, and keeps the answers."""
+"""Ask each policy the same questions, and keep the answers."""
 
 from __future__ import annotations
 

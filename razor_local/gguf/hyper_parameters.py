@@ -1,7 +1,7 @@
-"""The ranges of the numbers in a model's metadata that llama.cpp computes with.
+"""Valid ranges of the numbers in a model's metadata that llama.cpp computes with.
 
 llama.cpp divides by some of them and asserts on others in its compute threads, where a failure ends
-the process. A bad one is refused here, before the file is loaded.
+the process. A bad number is refused here, before the file is loaded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Models split into several files, as llama-gguf-split writes them.
+"""Models that llama-gguf-split has split into several files.
 
-NAME-00001-of-00003.gguf holds the metadata and usually tensors, the other files hold tensors and
-the keys split.no (u16, from 0) and split.count (u16) alone. llama.cpp opens the first file and
-finds the others by their names.
+NAME-00001-of-00003.gguf holds the metadata and usually tensors. The other files hold only tensors
+and the keys split.no (u16, from 0) and split.count (u16). llama.cpp opens the first file and finds
+the others by their names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models by name: found on this machine, or downloaded.
+"""Find a model by its name on this machine, or download it.
 
 `resolve("llama3.2:1b")` returns the path of a GGUF file for `Llama`.
 """

@@ -1,4 +1,4 @@
-"""The catalog: short names of well-known models, and the published file that each one means."""
+"""The catalog: short names of well-known models, and the published file of each one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Models of Hugging Face: what a repository has, downloads, and the cache that others share.
+"""Models of Hugging Face: the files of a repository, downloads, and the shared cache.
 
-huggingface_hub knows the endpoint, the tokens, the proxies and the folder. Its own downloads begin
-anew after an interruption and check no checksum, so files are fetched here: into BLOB.incomplete,
-which a later download goes on with, and a file gets its name only when its sha256 is right. What is
-left in the cache is what huggingface_hub writes, too:
+huggingface_hub provides the endpoint, the tokens, the proxies and the folder. Its own downloads
+start over after an interruption and verify no checksum, so files are fetched here. The data goes
+into BLOB.incomplete, which a later download resumes, and a file gets its name only when its sha256
+is right. The layout of the cache is huggingface_hub's:
 
     models--OWNER--REPO/blobs/SHA256             the file
     models--OWNER--REPO/snapshots/COMMIT/NAME    a link to it

@@ -1,4 +1,7 @@
-"""The models on this machine: the built-in one, the cache of Hugging Face, razor_local's own."""
+"""The models on this machine: the built-in one, and those in two caches.
+
+The caches are Hugging Face's and razor_local's own.
+"""
 
 from __future__ import annotations
 

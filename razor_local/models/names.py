@@ -1,4 +1,4 @@
-"""What a MODEL argument may be: a path, a name of the catalog, or hf:OWNER/REPO[:QUANT]."""
+"""Parse a MODEL argument: a path, a name of the catalog, or hf:OWNER/REPO[:QUANT]."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which file of a repository a quantization means, by the rules of llama.cpp.
+"""Find the file of a repository that a quantization means, by the rules of llama.cpp.
 
-They are those of common/download.cpp in the pinned release, so that a name means the same file as
-with `llama-cli -hf`.
+The rules are those of common/download.cpp in the pinned release, so that a name means the same file
+as with `llama-cli -hf`.
 """
 
 from __future__ import annotations

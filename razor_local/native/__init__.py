@@ -1,4 +1,4 @@
-"""The patched llama.cpp library under Python: finding it, its C API, and why its calls fail.
+"""Find the patched llama.cpp library, bind its C API, and explain why its calls fail.
 
 Importing this loads nothing; load() does.
 """

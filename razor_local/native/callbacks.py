@@ -1,6 +1,6 @@
-"""Python functions that native code calls: what they raise is raised after the native call.
+"""Python functions that native code calls: their exceptions are raised after the native call.
 
-ctypes prints an exception of a callback and goes on. A signal that arrived during the computation
+ctypes prints an exception of a callback and continues. A signal that arrived during the computation
 is handled at the first bytecode of the next Python function, so a try block in a callback comes too
 late for KeyboardInterrupt. A generator is resumed inside its try block.
 """

@@ -1,7 +1,8 @@
-"""Why a native call failed.
+"""Find the reason why a native call failed.
 
-What razor refuses on a thread is that thread's last error. All other reasons are error lines of the
-log. clear() before a call forgets both, so that reason() after it is about this call.
+If razor refuses something on a thread, the reason is that thread's last error. All other reasons
+are error lines of the log. clear() before a call forgets both, so that reason() after it is about
+this call.
 """
 
 from __future__ import annotations

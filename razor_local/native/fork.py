@@ -1,4 +1,7 @@
-"""Processes that were forked: the library's threads are not in them, and would be waited for."""
+"""Refuse native calls in forked processes.
+
+A forked process does not have the threads of the library and would wait for them forever.
+"""
 
 from __future__ import annotations
 

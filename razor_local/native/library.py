@@ -1,6 +1,6 @@
 """Find and load the patched llama.cpp library, and bind the functions of llama-razor.h.
 
-The bindings (llama_cpp) read LLAMA_CPP_LIB_PATH once, when they are imported: load() sets it, so
+The bindings (llama_cpp) read LLAMA_CPP_LIB_PATH once, when they are imported. load() sets it, so
 razor_local.Llama has to be imported before llama_cpp. Nothing is searched outside the package's own
 folder (or the folder named by RAZOR_LOCAL_LIB).
 """

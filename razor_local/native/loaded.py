@@ -1,4 +1,7 @@
-"""The loaded library, and the bindings (llama_cpp) on it. Importing this module loads them."""
+"""The loaded library, and the bindings (llama_cpp) that use it.
+
+Importing this module loads them.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The native log: its error lines are kept for exceptions, and all of it is printed if wanted.
+"""Keep the error lines of the native log for exceptions, and print the whole log on request.
 
-(The callback of the bindings takes warnings for errors and prints them.)
+(The callback of the bindings prints warnings as errors.)
 """
 
 from __future__ import annotations

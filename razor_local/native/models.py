@@ -1,4 +1,4 @@
-"""Models and contexts on the low-level bindings."""
+"""Open models and contexts with the low-level bindings."""
 
 from __future__ import annotations
 

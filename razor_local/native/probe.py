@@ -1,7 +1,7 @@
-"""Reading the attention of a running model in the eval callback.
+"""Read the attention of a running model in the eval callback.
 
-llama.cpp calls the eval callback twice for the nodes of a graph: it asks whether the data of a node
-are wanted, and hands the computed node over if they are. Nothing may be raised in there.
+llama.cpp calls the eval callback twice for a node of a graph. It first asks whether the data of the
+node are wanted, and if so passes the computed node. The callback must not raise exceptions.
 """
 
 from __future__ import annotations

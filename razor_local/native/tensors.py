@@ -1,4 +1,4 @@
-"""Tensors of the library, read by their addresses."""
+"""Read tensors of the library by their addresses."""
 
 from __future__ import annotations
 

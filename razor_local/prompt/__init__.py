@@ -1,1 +1,1 @@
-"""From messages to tokens."""
+"""Turn messages into tokens."""

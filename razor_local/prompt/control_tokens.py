@@ -1,10 +1,9 @@
-"""Messages are plain text: only the chat template writes control tokens.
+"""Keep the text of messages from becoming control tokens, which only the chat template writes.
 
 A template renders its own text and the messages into one string, where "<|im_end|>" in a message
-looks like the end of a turn. So such texts in messages are put between two
-marks before the template renders them. tokenize() takes the marks out and reads what stands between
-them as ordinary text. A conversation without such texts has no marks and is tokenized by llama.cpp
-as it is.
+looks like the end of a turn. Such texts in messages are therefore put between two marks before the
+template renders them. tokenize() removes the marks and reads the text between them as ordinary
+text. A conversation without such texts has no marks, and llama.cpp tokenizes it directly.
 """
 
 from __future__ import annotations

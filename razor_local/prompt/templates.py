@@ -1,10 +1,10 @@
-"""Chat templates of model files, rendered in a process of their own.
+"""Render the chat templates of model files in a separate process.
 
 A template is a program that comes with the model. Jinja's sandbox keeps it from files and modules,
-but not from running forever or taking all memory, and neither does anything inside the process: one
-`9**(9**9)` or the text of a list nested in itself is a single call that cannot be interrupted. So a
-child process compiles and renders templates, with a limit of memory, and is killed when it takes
-too long. One child serves all templates; it starts with the first of them.
+but not from running forever or using all memory. Nothing inside the process can: one `9**(9**9)`,
+or the text of a list nested in itself, is a single call that cannot be interrupted. Therefore a
+child process with a memory limit compiles and renders templates, and is killed when it takes too
+long. One child serves all templates and starts with the first of them.
 """
 
 from __future__ import annotations

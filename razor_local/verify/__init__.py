@@ -1,1 +1,1 @@
-"""The check of a real model against the reference."""
+"""Verify a running model against the reference."""

@@ -1,4 +1,4 @@
-"""What goes in and out of the attention of each layer while a model runs."""
+"""Capture the inputs and outputs of the attention of each layer while a model runs."""
 
 from __future__ import annotations
 

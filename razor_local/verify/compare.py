@@ -1,4 +1,4 @@
-"""A layer that ran, and the reference: how far they differ, and what passes.
+"""Compare a layer that ran with the reference, and decide whether it passes.
 
 Errors are relative to the root mean square of a head's output.
 """

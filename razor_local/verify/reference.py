@@ -1,21 +1,21 @@
-"""RazorAttention written from the paper (arXiv 2407.15891): what the native cache is checked with.
+"""RazorAttention written from the paper (arXiv 2407.15891), to check the native cache with.
 
-One layer at a time, straight from the definitions: no ubatches, no ring, no accumulators, and
-nothing of the C++ code. For a query q at position p and the keys and values k_j, v_j of its KV head
-(query head h reads KV head h // (n_head / n_head_kv)):
+It computes one layer at a time from the definitions, without ubatches, ring or accumulators, and
+shares nothing with the C++ code. For a query q at position p and the keys and values k_j, v_j of
+its KV head (query head h reads KV head h // (n_head / n_head_kv)):
 
     retrieval head  attends to all j in [0, p]
     local head      attends to the sinks j in [0, S), to the window j in [F, p], and to one
-                    compensation token, which stands for the folded positions [S, F):
+                    compensation token, which represents the folded positions [S, F):
                         k^ = 1/N_d sum k_j,  v^ = 1/N_d sum v_j,  N_d = F - S          (eq. 4)
                     whose weight is N_d exp(q.k^ / sqrt(d)), so + log N_d on its logit (eq. 5)
     ALiBi head      attends to j in (p - L_h, p], L_h its scope (theorem 1), with
                     - m_h (p - j) on the logit, m_h its slope
 
 The fold frontier F moves in blocks of B tokens (docs/architecture.md): with a window of L tokens,
-F = max(S, B floor(p / B) - L). A cache holds rows as its type can: round_rows().
+F = max(S, B floor(p / B) - L). round_rows() rounds rows to the type of the cache.
 
-Numbers: scores and weights in F32, sums over tokens in F64.
+Scores and weights are F32, and sums over tokens are F64.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Is what runs RazorAttention, and is it right? Every layer's attention against the reference.
+"""Compare the attention of every layer of a running model with the reference.
 
-The model runs as it always does, with the native cache, on any backend and any KV type. The eval
-callback hands over what goes into each layer's attention (queries, keys and values, after RoPE) and
-what comes out of it; reference.py computes the same from the paper, with the heads as
-Python reads them from the file. The library is not asked what it does, that is measured: also
-which KV heads' keys it stores for the whole context, by comparing what is written into each cache
-with the keys of all heads.
+The model runs as usual, with the native cache, on any backend and with any KV type. The eval
+callback passes the inputs of each layer's attention (queries, keys and values, after RoPE) and its
+output. reference.py computes the same output from the paper, with the heads that Python reads from
+the file. The library's own statements are not used. Even the KV heads whose keys it stores for the
+whole context are measured: the keys of all heads are compared with the rows written into each
+cache.
 
-A second context with a full cache reads the same tokens. Its own error against the reference is
-the yardstick of what the arithmetic of this backend can do, and the KL divergence of the logits
-says what RazorAttention costs on this text.
+A second context with a full cache reads the same tokens. Its error against the reference shows what
+the arithmetic of this backend can achieve, and the KL divergence of the logits shows what
+RazorAttention costs on this text.
 
-docs/verification.md: what is checked, with which bounds, and what is not.
+docs/verification.md explains what is checked, with which bounds, and what is not.
 """
 
 from __future__ import annotations
