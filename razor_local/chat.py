@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import secrets
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Turn:
     ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
     "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an interrupt; with
     n_answer 0 the message was taken back).
+    n_dropped: messages that were dropped with their answers, so that the prompt fits.
     """
 
     n_prompt: int
@@ -81,6 +83,7 @@ class Turn:
     prompt_seconds: float
     answer_seconds: float
     ended: str
+    n_dropped: int = 0
 
     @property
     def prompt_per_second(self) -> float:
@@ -155,7 +158,8 @@ class Chat:
 
     render: see chat_template. max_tokens: of an answer, None for as many as fit; also the room that
     a prompt must leave (None: a sixteenth of the context, at most 256). end_loops: end an answer
-    that repeats itself without end, see Loop.
+    that repeats itself without end, see Loop. drop_oldest: a message that does not fit drops the
+    oldest ones behind the system prompt, with their answers, as far as need be.
     """
 
     def __init__(
@@ -167,9 +171,11 @@ class Chat:
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
         end_loops: bool = True,
+        drop_oldest: bool = False,
     ) -> None:
         self.model = model
         self.end_loops = end_loops
+        self.drop_oldest = drop_oldest
         self.max_tokens = max_tokens
         self.grammar: Any = None  # a llama_cpp.LlamaGrammar that answers follow
         self.last: Turn | None = None
@@ -212,7 +218,7 @@ class Chat:
 
     def clear(self) -> None:
         """Forgets the conversation, keeps the system prompt."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self.messages = self._system_messages()
         self._known = None
 
     def stop(self) -> None:
@@ -268,7 +274,10 @@ class Chat:
     @property
     def n_left(self) -> int:
         """Tokens left for the next message."""
-        return max(self.model.n_ctx() - self.n_used - self.reserve, 0)
+        used = self.n_used
+        if self.drop_oldest and used:
+            used = len(self._tokenize(self._rendered([*self._system_messages(), _user("")])))
+        return max(self.model.n_ctx() - used - self.reserve, 0)
 
     def say(self, text: str, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
         """Adds a user message and streams the answer in pieces of text; then last tells of it.
@@ -310,10 +319,15 @@ class Chat:
         """Stream the answer to a new message; again: in place of the last one."""
         n_ctx = model.n_ctx()
         before = self._before_last() if again else self.messages
-        messages = [*before, {"role": "user", "content": text}]
+        messages = [*before, _user(text)]
         prompt = self._rendered(messages)
         known = self._known_of(before) if again else self._known_now()
         tokens, goes_on = self._tokens_after(known, prompt)
+        if self.drop_oldest and len(tokens) + self.reserve > n_ctx:
+            messages = self._shortened(messages)
+            prompt = self._rendered(messages)
+            tokens, goes_on = self._tokenize(prompt), False
+        n_dropped = (len(before) + 1 - len(messages)) // 2
         n_prompt, reserve = len(tokens), self.reserve
         if n_prompt + reserve > n_ctx:
             # a longer context than trained may be possible, but it answers nothing well
@@ -378,6 +392,7 @@ class Chat:
                 prompt_seconds=prefilled - started,
                 answer_seconds=time.perf_counter() - prefilled,
                 ended=ended,
+                n_dropped=n_dropped,
             )
 
     def _generate(self, model: Model, tokens: list[int]) -> Iterable[int]:
@@ -391,6 +406,26 @@ class Chat:
 
     def _rendered(self, messages: list[Message]) -> str:
         return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))
+
+    def _system_messages(self) -> list[Message]:
+        return [m for m in self.messages if m["role"] == "system"]
+
+    def _shortened(self, messages: list[Message]) -> list[Message]:
+        """Return messages without the oldest ones and their answers, as few as make them fit.
+
+        If nothing does, the system prompt and the last message are returned.
+        """
+        first = len(self._system_messages())
+
+        def without(n: int) -> list[Message]:
+            return messages[:first] + messages[first + 2 * n :]
+
+        def fits(n: int) -> bool:
+            n_prompt = len(self._tokenize(self._rendered(without(n))))
+            return n_prompt + self.reserve <= self.model.n_ctx()
+
+        n_pairs = (len(messages) - first) // 2
+        return without(bisect_left(range(n_pairs), True, key=fits))
 
     def _before_last(self) -> list[Message]:
         """Return the messages before the last one of the user."""
@@ -440,6 +475,10 @@ class Chat:
         # (bytes that are no UTF-8 come from a terminal as surrogates)
         data = text.encode("utf-8", "surrogateescape")
         return self.model.tokenize(data, add_bos=False, special=True)
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def _checked(message: Any) -> Message:

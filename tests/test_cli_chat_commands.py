@@ -20,7 +20,7 @@ OTHER = FACT.replace("48213", "90517")
 def ask(t, text: str, *answer: str) -> None:
     """Send a message, and wait for what its answer holds and the next prompt."""
     t.send(f"{text}\r")
-    for part in (*answer, "MiB full", ">>>"):
+    for part in (*answer, "tok/s | context", ">>>"):
         t.expect(part)
 
 
@@ -303,3 +303,32 @@ def test_settings_and_answers_in_json(tmp_path):
         t.expect(">>>")
         t.send("/context\r")
         t.expect("# used, + kept, . free")
+
+
+def test_a_full_context():
+    text = "word " * 60
+    with terminal("-c", "256", "-n", "4") as t:
+        t.expect(">>>")
+        ask(t, text)
+        ask(t, text)
+        t.send(f"{text}\r")
+        t.expect("note: 9")
+        t.expect("% of the context is used; /clear, or start with a larger -c")
+        t.expect(">>>")
+        t.send(f"{text}\r")
+        t.expect("Error: the conversation with this message has")
+        t.expect(">>>")
+        t.send("/context\r")
+        t.expect("by 6 messages")
+    with terminal("-c", "256", "-n", "4", "--on-full", "drop-oldest") as t:
+        t.expect(">>>")
+        ask(t, text)
+        ask(t, text)
+        t.send(f"{text}\r")
+        t.expect("% of the context is used; messages that do not fit will drop the oldest ones")
+        t.expect(">>>")
+        t.send(f"{text}\r")
+        t.expect("(dropped to make room: the oldest message and its answer)")
+        assert "note: " not in t.expect(">>>")
+        t.send("/context\r")
+        t.expect("by 6 messages")

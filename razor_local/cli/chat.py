@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # begins an answer, given what is called while the prompt is read: chat.regenerate and the like
 Begin = Callable[[Callable[[int, int], object]], Iterator[str]]
 
+FILLING = 0.9  # the part of the context from which on a note says so
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
 
 MAX_STDIN = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB of text
@@ -83,6 +84,11 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     help="Tokens of an answer at most, -1: until it ends.",
 )  # fmt: skip
 @click.option(
+    "--on-full", type=click.Choice(["stop", "drop-oldest"]), default="stop", show_default=True,
+    help="What happens to a message for which the context has no room: it is refused, or the oldest"
+    " messages and their answers are dropped.",
+)  # fmt: skip
+@click.option(
     "--session", metavar="NAME", help="Go on with a conversation that /save NAME has saved."
 )
 @click.option(
@@ -117,6 +123,7 @@ def chat(model: Path | None, **options: Any) -> None:
         chat_template(llama),
         system=options["system"],
         max_tokens=options["predict"] if options["predict"] > 0 else None,
+        drop_oldest=options["on_full"] == "drop-oldest",
         sampling=Sampling(
             temp=temp if temp is not None else (0.8 if model else 0.0),
             top_p=options["top_p"],
@@ -232,6 +239,10 @@ def _converse(
         def answer(begin: Begin, again: bool = True) -> None:
             with reader.hold_input():
                 _answer(llama, conversation, begin, again)
+            part, was_filling = conversation.n_used / llama.n_ctx(), talk.is_filling
+            talk.is_filling = part >= FILLING
+            if talk.is_filling and not was_filling:
+                say(f"note: {part:.0%} of the context is used; {_when_full(conversation)}")
 
         talk = chat_commands.Talk(llama, conversation, reader, answer, session)
         while not talk.is_over:
@@ -276,12 +287,23 @@ def _answer(llama: Llama, conversation: Chat, begin: Begin, again: bool = False)
         kept = "what was answered is kept" if turn.n_answer else nothing
         say(f"(stopped; {kept})")
     elif turn.ended == "context":
-        say(f"(the context of {llama.n_ctx()} tokens is full: /clear, or start with a larger -c)")
+        say(f"(the context of {llama.n_ctx()} tokens is full: {_when_full(conversation)})")
     elif turn.ended == "loop":
         say("(the answer was ended because it repeated itself without end)")
     elif turn.ended == "length":
         say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
+    if turn.n_dropped and (turn.n_answer or turn.ended == "end"):
+        what = f"the {turn.n_dropped} oldest messages and their answers"
+        if turn.n_dropped == 1:
+            what = "the oldest message and its answer"
+        say(f"(dropped to make room: {what})")
     say(numbers(llama, conversation, turn))
+
+
+def _when_full(conversation: Chat) -> str:
+    if conversation.drop_oldest:
+        return "messages that do not fit will drop the oldest ones"
+    return "/clear, or start with a larger -c"
 
 
 def _write(piece: str) -> None:
