@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import ContextFullError, RazorError
+from .prompt.reasoning import Reasoning
 from .prompt.templates import Template
 
 if TYPE_CHECKING:
     from .llama import Llama, Prefill
 
-# {"role": "system" | "user" | "assistant", "content": text}; an answer has its "tokens", too, while
-# the conversation holds them as the model produced them
+# {"role": "system" | "user" | "assistant", "content": text}. An answer has its "tokens", too, while
+# the conversation holds them as the model produced them, and what the model thought before it as
+# "reasoning_content": chat templates that know of it leave it out of the next prompt, or do not.
 Message = dict[str, Any]
 
 LOOP_PERIOD = 16  # tokens of the longest period that counts as a loop
@@ -39,6 +41,7 @@ class Model(Protocol):
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
     def mark_plain(self, messages: Any) -> Any: ...
     def piece(self, token: int) -> bytes: ...
+    def control_text(self, token: int) -> str: ...
     def is_end(self, token: int) -> bool: ...
     def is_special(self, token: int) -> bool: ...
     def prefill(
@@ -282,6 +285,7 @@ class Chat:
     def say(self, text: str, progress: Callable[[int, int], object] | None = None) -> Iterator[str]:
         """Adds a user message and streams the answer in pieces of text; then last tells of it.
 
+        What the model thinks before its answer comes in pieces of the class Thought, a str.
         progress(n_done, n_prompt), in tokens, while the prompt is evaluated. The message and the
         answer enter the conversation together: a turn stopped before its first token leaves no
         trace, one stopped later keeps what was answered.
@@ -312,14 +316,14 @@ class Chat:
     def _answer(
         self,
         model: Model,
-        text: str,
+        message: str,
         again: bool,
         progress: Callable[[int, int], object] | None,
     ) -> Iterator[str]:
         """Stream the answer to a new message; again: in place of the last one."""
         n_ctx = model.n_ctx()
         before = self._before_last() if again else self.messages
-        messages = [*before, _user(text)]
+        messages = [*before, _user(message)]
         prompt = self._rendered(messages)
         known = self._known_of(before) if again else self._known_now()
         tokens, goes_on = self._tokens_after(known, prompt)
@@ -346,7 +350,7 @@ class Chat:
         ended = "stopped"
         loop = Loop()
         answer: list[int] = []
-        said: list[str] = []
+        reasoning = Reasoning(prompt)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
             for token in self._generate(model, tokens) if prefill.complete else ():
@@ -354,12 +358,13 @@ class Chat:
                     ended = "end"
                     break
                 answer.append(token)
-                piece = decoder.decode(model.piece(token))
-                if len(answer) == 1 and piece[:1] == " " and piece[1:2].strip():
-                    piece = piece[1:]  # SentencePiece puts a space before the first word
-                if piece:
-                    said.append(piece)
-                    yield piece
+                data = model.piece(token)
+                text = decoder.decode(data)
+                if len(answer) == 1 and text[:1] == " " and text[1:2].strip():
+                    text = text[1:]  # SentencePiece puts a space before the first word
+                yield from reasoning.add(text)
+                if not data:
+                    yield from reasoning.add_control(model.control_text(token))
                 if self._stopped:
                     break
                 if self.end_loops and loop.add(token):
@@ -371,19 +376,23 @@ class Chat:
                 if n_prompt + len(answer) >= n_ctx:
                     ended = "context"
                     break
-            rest = decoder.decode(b"", final=True)  # an unfinished character
-            if rest:
-                said.append(rest)
-                yield rest
+            yield from reasoning.add(decoder.decode(b"", final=True))  # an unfinished character
+            yield from reasoning.rest()
         finally:
             # here too if the caller stops listening, or an interrupt or error comes in between
             if answer or ended == "end":
                 if not goes_on:  # the earlier answers were tokenized again
                     messages = [_without_tokens(m) for m in messages]
-                message = {"role": "assistant", "content": "".join(said), "tokens": answer}
+                reasoning.rest()
+                content, thoughts = reasoning.answer, reasoning.reasoning
+                if ended == "end" and not content:  # all of it was the answer
+                    content, thoughts = thoughts, ""
+                said: Message = {"role": "assistant", "content": content, "tokens": answer}
+                if thoughts:
+                    said["reasoning_content"] = thoughts
                 self._known = None
-                self.messages = [*messages, message]
-                self._known = self._known_after(prompt, tokens, message)
+                self.messages = [*messages, said]
+                self._known = self._known_after(prompt, tokens, said)
             self.last = Turn(
                 n_prompt=n_prompt,
                 n_reused=prefill.n_reused,
@@ -465,8 +474,10 @@ class Chat:
 
     def _known_after(self, prompt: str, tokens: list[int], answer: Message) -> Known:
         raw = b"".join(map(self.model.piece, answer["tokens"])).decode("utf-8", "replace")
-        content = answer["content"]
-        texts = self.model.mark_plain([raw, content, content.strip()])  # some templates strip
+        texts = [raw]
+        if "reasoning_content" not in answer:  # else these would not be the text of the tokens
+            texts += [answer["content"], answer["content"].strip()]  # some templates strip
+        texts = self.model.mark_plain(texts)
         known = tuple(prompt + text for text in dict.fromkeys(texts))
         return Known(known, tokens + answer["tokens"])
 
@@ -486,7 +497,9 @@ def _checked(message: Any) -> Message:
     checked: Message = {"role": message["role"], "content": message["content"]}
     if "tokens" in message:
         checked["tokens"] = [int(token) for token in message["tokens"]]
-    if not isinstance(checked["content"], str) or not isinstance(checked["role"], str):
+    if "reasoning_content" in message:
+        checked["reasoning_content"] = message["reasoning_content"]
+    if not all(isinstance(value, str) for key, value in checked.items() if key != "tokens"):
         raise TypeError
     return checked
 

@@ -332,3 +332,37 @@ def test_a_full_context():
         assert "note: " not in t.expect(">>>")
         t.send("/context\r")
         t.expect("by 6 messages")
+
+
+# the built-in model, its first answer in thoughts
+THINKING = f"""
+from razor_local.prompt import reasoning
+init = reasoning.Reasoning.__init__
+def thinking(self, prompt):
+    init(self, prompt)
+    self._held = "<think>Hm." + chr(27) + "[2J</think>"
+reasoning.Reasoning.__init__ = thinking
+{MAIN}
+"""
+
+
+def test_thoughts_are_dim_or_hidden(tmp_path):
+    with terminal("-n", "1", code=THINKING) as t:
+        t.expect(">>>")
+        ask(t, "hi", "<think>", r"Hm.\x1b[2J", "</think>")
+        assert "\x1b[2m<think>\x1b[0m" in t.raw and "\x1b[2J" not in t.raw
+    with terminal("-n", "1", code=THINKING, NO_COLOR="1") as t:
+        t.expect(">>>")
+        ask(t, "hi", "<think>", "Hm.", "</think>")
+        assert "\x1b[2m" not in t.raw
+    with terminal("-n", "1", "--hide-thinking", code=THINKING) as t:
+        t.expect(">>>")
+        t.send("hi\r")
+        t.expect("(thinking)")
+        assert "think" not in t.expect("tok/s")
+    shown = piped("hi", tmp_path, THINKING).stdout
+    assert shown.startswith("<think>Hm.\x1b[2J</think>")
+    command = [sys.executable, "-c", THINKING, "chat", "--hide-thinking"]
+    hidden = subprocess.run(command, input="hi", capture_output=True, text=True)
+    assert hidden.stdout == shown.removeprefix("<think>Hm.\x1b[2J</think>")
+    assert "think" not in hidden.stderr

@@ -47,8 +47,7 @@ class Talk:
 
     answer: called with a function such as chat.regenerate, shows what it streams.
     session: the name it was saved or loaded as. schema: of chat.grammar, as it was given. line:
-    what the next line begins with. is_edit: the next message replaces the last one. is_filling: the
-    context is nearly full, as a note said.
+    what the next line begins with. is_edit: the next message replaces the last one.
     """
 
     llama: Llama
@@ -59,7 +58,6 @@ class Talk:
     schema: str = ""
     line: str = ""
     is_edit: bool = False
-    is_filling: bool = False
     is_over: bool = False
 
 
