@@ -350,7 +350,7 @@ def test_thoughts_are_dim_or_hidden(tmp_path):
     with terminal("-n", "1", code=THINKING) as t:
         t.expect(">>>")
         ask(t, "hi", "<think>", r"Hm.\x1b[2J", "</think>")
-        assert "\x1b[2m<think>\x1b[0m" in t.raw and "\x1b[2J" not in t.raw
+        assert "\x1b[2m<think>Hm." in t.raw and "\x1b[2J" not in t.raw
     with terminal("-n", "1", code=THINKING, NO_COLOR="1") as t:
         t.expect(">>>")
         ask(t, "hi", "<think>", "Hm.", "</think>")
@@ -366,3 +366,13 @@ def test_thoughts_are_dim_or_hidden(tmp_path):
     hidden = subprocess.run(command, input="hi", capture_output=True, text=True)
     assert hidden.stdout == shown.removeprefix("<think>Hm.\x1b[2J</think>")
     assert "think" not in hidden.stderr
+
+
+def test_lines_are_broken_at_the_width_of_the_terminal():
+    for columns, answer in (
+        (25, "The secret code of Marlow\nis 48213."),
+        (10, "The secret code of Marlow is 48213."),
+    ):
+        with terminal("-c", "2048", COLUMNS=str(columns)) as t:
+            t.expect(">>>")
+            ask(t, f"{FACT} {QUESTION}", answer)

@@ -93,8 +93,11 @@ class Display:
         from .chat_output import AnswerWriter
         from .terminal import ProgressBar
 
-        writer = AnswerWriter(self.hide_thinking)
-        with ProgressBar("reading the prompt") as bar, on_interrupt(self.chat.stop):
+        with (
+            AnswerWriter(self.hide_thinking) as writer,
+            ProgressBar("reading the prompt") as bar,
+            on_interrupt(self.chat.stop),
+        ):
             for piece in begin(bar.update):
                 bar.close()
                 writer.write(piece)
