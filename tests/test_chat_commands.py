@@ -12,7 +12,7 @@ from test_chat import ScriptedModel, make, render, roles
 
 from razor_local import ContextFullError, RazorError
 from razor_local.chat import Chat, Sampling
-from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run
+from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run, unescape
 from razor_local.cli.terminal import MessageReader, is_ascii
 
 
@@ -32,7 +32,13 @@ from razor_local.cli.terminal import MessageReader, is_ascii
         ("/etc holds files", None),
         (" /help", None),
         ("/help\n/clear", None),
+        ("exit", ("exit", "")),
+        ("quit ", ("exit", "")),
+        (" exit", None),
+        ("exit the building", None),
+        ("Exit", None),
         ("//", None),
+        ("//help", None),
         ("/", None),
         ("", None),
         ("hello", None),
@@ -40,6 +46,24 @@ from razor_local.cli.terminal import MessageReader, is_ascii
 )
 def test_what_is_a_command(text, expected):
     assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("//help", "/help"),
+        ("//system You know codes.", "/system You know codes."),
+        ("//text", "/text"),
+        ("// a comment in C", "// a comment in C"),
+        ("//usr/bin is a path", "//usr/bin is a path"),
+        ("//set up the board\nmain();", "//set up the board\nmain();"),
+        ("///help", "///help"),
+        ("//", "//"),
+        ("http://help", "http://help"),
+    ],
+)
+def test_what_looks_like_a_command_is_sent_with_another_slash(text, sent):
+    assert unescape(text) == sent
 
 
 def test_help_fits_a_terminal_and_names_every_command():

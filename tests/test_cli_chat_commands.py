@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 
+import pytest
 from test_chat import FACT, QUESTION
 from test_cli_chat import COUNTING, MAIN, UP, paste, piped, terminal
 
@@ -376,3 +377,20 @@ def test_lines_are_broken_at_the_width_of_the_terminal():
         with terminal("-c", "2048", COLUMNS=str(columns)) as t:
             t.expect(">>>")
             ask(t, f"{FACT} {QUESTION}", answer)
+
+
+@pytest.mark.parametrize("word", ["exit", "quit"])
+def test_a_word_alone_leaves(word):
+    with terminal("-n", "1", code=COUNTING) as t:
+        t.expect(">>>")
+        t.send(f"{word} is a word\r")
+        t.expect(f"<14 '{word} is a word' 1 lines>")
+        t.expect(">>>")
+        t.send(f" {word}\r")
+        t.expect(f"<5 ' {word}' 1 lines>")
+        t.expect(">>>")
+        t.send(f"//{word}\r")
+        t.expect(f"<5 '/{word}' 1 lines>")
+        t.expect(">>>")
+        t.send(f"{word}\r")
+        assert t.wait()[0] == 0

@@ -54,7 +54,7 @@ def converse(display: Display, session: str | None, keep_history: bool) -> None:
             try:
                 if chat_commands.run(talk, line):
                     continue
-                text = reader.message(line)
+                text = chat_commands.unescape(reader.message(line))
                 if text.strip():
                     answer(partial(chat.edit if is_edit else chat.say, text), is_edit)
             except RazorError as error:
