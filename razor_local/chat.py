@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import secrets
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .common.progress import Progress, Stop
 from .errors import ContextFullError, RazorError
+from .prompt.reasoning import Reasoning
 from .prompt.templates import Template
 
 if TYPE_CHECKING:
     from .llama import Llama, Prefill
 
-# {"role": "system" | "user" | "assistant", "content": text}; an answer has its "tokens", too, while
-# the conversation holds them as the model produced them
+# {"role": "system" | "user" | "assistant", "content": text}. An answer has its "tokens", too, while
+# the conversation holds them as the model produced them, and what the model thought before it as
+# "reasoning_content": chat templates that know of it leave it out of the next prompt, or do not.
 Message = dict[str, Any]
 
 LOOP_PERIOD = 16  # tokens of the longest period that counts as a loop
@@ -40,6 +43,7 @@ class Model(Protocol):
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
     def mark_plain(self, messages: Any) -> Any: ...
     def piece(self, token: int) -> bytes: ...
+    def control_text(self, token: int) -> str: ...
     def is_end(self, token: int) -> bool: ...
     def is_special(self, token: int) -> bool: ...
     def prefill(
@@ -74,6 +78,7 @@ class Turn:
     ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
     "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an exception; with
     n_answer 0 the message was taken back).
+    n_dropped: messages that were dropped with their answers, so that the prompt fits.
     """
 
     n_prompt: int
@@ -83,6 +88,7 @@ class Turn:
     prompt_seconds: float
     answer_seconds: float
     ended: str
+    n_dropped: int = 0
 
     @property
     def prompt_per_second(self) -> float:
@@ -157,7 +163,8 @@ class Chat:
 
     render: see chat_template. max_tokens: of an answer, None for as many as fit; also the room that
     a prompt must leave (None: a sixteenth of the context, at most 256). end_loops: end an answer
-    that repeats itself without end, see Loop.
+    that repeats itself without end, see Loop. drop_oldest: a message that does not fit drops the
+    oldest ones behind the system prompt, with their answers, as far as need be.
     """
 
     def __init__(
@@ -169,9 +176,11 @@ class Chat:
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
         end_loops: bool = True,
+        drop_oldest: bool = False,
     ) -> None:
         self.model = model
         self.end_loops = end_loops
+        self.drop_oldest = drop_oldest
         self.max_tokens = max_tokens
         self.grammar: Any = None  # a llama_cpp.LlamaGrammar that answers follow
         self.last: Turn | None = None
@@ -213,7 +222,7 @@ class Chat:
 
     def clear(self) -> None:
         """Forgets the conversation, keeps the system prompt."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
+        self.messages = self._system_messages()
         self._known = None
 
     def dump(self) -> dict[str, Any]:
@@ -265,13 +274,17 @@ class Chat:
     @property
     def n_left(self) -> int:
         """Tokens left for the next message."""
-        return max(self.model.n_ctx() - self.n_used - self.reserve, 0)
+        used = self.n_used
+        if self.drop_oldest and used:
+            used = len(self._tokenize(self._rendered([*self._system_messages(), _user("")])))
+        return max(self.model.n_ctx() - used - self.reserve, 0)
 
     def say(
         self, text: str, progress: Progress | None = None, stop: Stop | None = None
     ) -> Iterator[str]:
         """Adds a user message and streams the answer in pieces of text; then last tells of it.
 
+        What the model thinks before its answer comes in pieces of the class Thought, a str.
         progress is called, in tokens, while the prompt is evaluated. Where stop() is true the turn
         ends. The message and the answer enter the conversation together: a turn stopped before its
         first token leaves no trace, one stopped later keeps what was answered.
@@ -304,7 +317,7 @@ class Chat:
     def _answer(
         self,
         model: Model,
-        text: str,
+        message: str,
         again: bool,
         progress: Progress | None,
         stop: Stop | None,
@@ -312,10 +325,15 @@ class Chat:
         """Stream the answer to a new message; again: in place of the last one."""
         n_ctx = model.n_ctx()
         before = self._before_last() if again else self.messages
-        messages = [*before, {"role": "user", "content": text}]
+        messages = [*before, _user(message)]
         prompt = self._rendered(messages)
         known = self._known_of(before) if again else self._known_now()
         tokens, goes_on = self._tokens_after(known, prompt)
+        if self.drop_oldest and len(tokens) + self.reserve > n_ctx:
+            messages = self._shortened(messages)
+            prompt = self._rendered(messages)
+            tokens, goes_on = self._tokenize(prompt), False
+        n_dropped = (len(before) + 1 - len(messages)) // 2
         n_prompt, reserve = len(tokens), self.reserve
         if n_prompt + reserve > n_ctx:
             # a longer context than trained may be possible, but it answers nothing well
@@ -333,7 +351,7 @@ class Chat:
         ended = "stopped"
         loop = Loop()
         answer: list[int] = []
-        said: list[str] = []
+        reasoning = Reasoning(prompt)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
             for token in self._generate(model, tokens) if prefill.complete else ():
@@ -341,12 +359,13 @@ class Chat:
                     ended = "end"
                     break
                 answer.append(token)
-                piece = decoder.decode(model.piece(token))
-                if len(answer) == 1 and piece[:1] == " " and piece[1:2].strip():
-                    piece = piece[1:]  # SentencePiece puts a space before the first word
-                if piece:
-                    said.append(piece)
-                    yield piece
+                data = model.piece(token)
+                text = decoder.decode(data)
+                if len(answer) == 1 and text[:1] == " " and text[1:2].strip():
+                    text = text[1:]  # SentencePiece puts a space before the first word
+                yield from reasoning.add(text)
+                if not data:
+                    yield from reasoning.add_control(model.control_text(token))
                 if stop is not None and stop():
                     break
                 if self.end_loops and loop.add(token):
@@ -358,19 +377,23 @@ class Chat:
                 if n_prompt + len(answer) >= n_ctx:
                     ended = "context"
                     break
-            rest = decoder.decode(b"", final=True)  # an unfinished character
-            if rest:
-                said.append(rest)
-                yield rest
+            yield from reasoning.add(decoder.decode(b"", final=True))  # an unfinished character
+            yield from reasoning.rest()
         finally:
             # here too if the caller stops listening, or an interrupt or error comes in between
             if answer or ended == "end":
                 if not goes_on:  # the earlier answers were tokenized again
                     messages = [_without_tokens(m) for m in messages]
-                message = {"role": "assistant", "content": "".join(said), "tokens": answer}
+                reasoning.rest()
+                content, thoughts = reasoning.answer, reasoning.reasoning
+                if ended == "end" and not content:  # all of it was the answer
+                    content, thoughts = thoughts, ""
+                said: Message = {"role": "assistant", "content": content, "tokens": answer}
+                if thoughts:
+                    said["reasoning_content"] = thoughts
                 self._known = None
-                self.messages = [*messages, message]
-                self._known = self._known_after(prompt, tokens, message)
+                self.messages = [*messages, said]
+                self._known = self._known_after(prompt, tokens, said)
             self.last = Turn(
                 n_prompt=n_prompt,
                 n_reused=prefill.n_reused,
@@ -379,6 +402,7 @@ class Chat:
                 prompt_seconds=prefilled - started,
                 answer_seconds=time.perf_counter() - prefilled,
                 ended=ended,
+                n_dropped=n_dropped,
             )
 
     def _generate(self, model: Model, tokens: list[int]) -> Iterable[int]:
@@ -392,6 +416,26 @@ class Chat:
 
     def _rendered(self, messages: list[Message]) -> str:
         return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))
+
+    def _system_messages(self) -> list[Message]:
+        return [m for m in self.messages if m["role"] == "system"]
+
+    def _shortened(self, messages: list[Message]) -> list[Message]:
+        """Return messages without the oldest ones and their answers, as few as make them fit.
+
+        If nothing does, the system prompt and the last message are returned.
+        """
+        first = len(self._system_messages())
+
+        def without(n: int) -> list[Message]:
+            return messages[:first] + messages[first + 2 * n :]
+
+        def fits(n: int) -> bool:
+            n_prompt = len(self._tokenize(self._rendered(without(n))))
+            return n_prompt + self.reserve <= self.model.n_ctx()
+
+        n_pairs = (len(messages) - first) // 2
+        return without(bisect_left(range(n_pairs), True, key=fits))
 
     def _before_last(self) -> list[Message]:
         """Return the messages before the last one of the user."""
@@ -431,8 +475,10 @@ class Chat:
 
     def _known_after(self, prompt: str, tokens: list[int], answer: Message) -> Known:
         raw = b"".join(map(self.model.piece, answer["tokens"])).decode("utf-8", "replace")
-        content = answer["content"]
-        texts = self.model.mark_plain([raw, content, content.strip()])  # some templates strip
+        texts = [raw]
+        if "reasoning_content" not in answer:  # else these would not be the text of the tokens
+            texts += [answer["content"], answer["content"].strip()]  # some templates strip
+        texts = self.model.mark_plain(texts)
         known = tuple(prompt + text for text in dict.fromkeys(texts))
         return Known(known, tokens + answer["tokens"])
 
@@ -443,12 +489,18 @@ class Chat:
         return self.model.tokenize(data, add_bos=False, special=True)
 
 
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
 def _checked(message: Any) -> Message:
     """Return a message. Raises TypeError, ValueError or LookupError for anything else."""
     checked: Message = {"role": message["role"], "content": message["content"]}
     if "tokens" in message:
         checked["tokens"] = [int(token) for token in message["tokens"]]
-    if not isinstance(checked["content"], str) or not isinstance(checked["role"], str):
+    if "reasoning_content" in message:
+        checked["reasoning_content"] = message["reasoning_content"]
+    if not all(isinstance(value, str) for key, value in checked.items() if key != "tokens"):
         raise TypeError
     return checked
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ProfileError, RazorError
-from .chat_status import describe, numbers
+from .chat_loop import Display, converse
+from .chat_status import describe
 from .interrupt import stop_on_interrupt
 from .params import (
     DEFAULT_MODEL,
@@ -23,15 +23,10 @@ from .params import (
     flash_attention,
     model_argument,
 )
-from .terminal import ProgressBar, echo, is_dumb, say, sentence
+from .terminal import ProgressBar, say
 
 if TYPE_CHECKING:
-    from ..chat import Chat
-    from ..common.progress import Progress, Stop
     from ..llama import Llama
-    from .history import History
-
-    Begin = Callable[[Progress, Stop], Iterator[str]]  # begins an answer, as chat.regenerate
 
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
 
@@ -122,6 +117,12 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     help="Tokens of an answer at most, -1: until it ends.",
 )  # fmt: skip
 @click.option(
+    "--on-full", type=click.Choice(["stop", "drop-oldest"]), default="stop", show_default=True,
+    help="What happens to a message for which the context has no room: it is refused, or the oldest"
+    " messages and their answers are dropped.",
+)  # fmt: skip
+@click.option("--hide-thinking", is_flag=True, help="Leave out what the model thinks.")
+@click.option(
     "--session", metavar="NAME", help="Go on with a conversation that /save NAME has saved."
 )
 @click.option(
@@ -159,6 +160,7 @@ def chat(model: Path | None, **options: Any) -> None:
         chat_template(llama),
         system=options["system"],
         max_tokens=options["predict"] if options["predict"] > 0 else None,
+        drop_oldest=options["on_full"] == "drop-oldest",
         sampling=Sampling(
             temp=temp if temp is not None else (0.8 if model else 0.0),
             top_p=options["top_p"],
@@ -171,8 +173,9 @@ def chat(model: Path | None, **options: Any) -> None:
         from .chat_commands import load_session
 
         loaded = load_session(options["session"], llama, conversation)
+    display = Display(llama, conversation, options["hide_thinking"])
     if piped is not None:
-        _answer(llama, conversation, partial(conversation.say, piped))
+        display.show(partial(conversation.say, piped))
         if conversation.last is not None and conversation.last.ended == "stopped":
             sys.exit(130)
         return
@@ -188,8 +191,7 @@ def chat(model: Path | None, **options: Any) -> None:
     if loaded is not None:
         say(loaded)
     say("/help for help, /exit to leave")
-    history = None if options["no_history"] or is_dumb() else _history()
-    _converse(llama, conversation, history, options["session"])
+    converse(display, options["session"], keep_history=not options["no_history"])
 
 
 def _read_stdin() -> str:
@@ -250,82 +252,3 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
                 options["n_gpu_layers"],
             ),
         )
-
-
-def _history() -> History | None:
-    """The history of earlier chats; None, with a note, where it cannot be used."""
-    from .history import History
-
-    try:
-        return History()
-    except (RazorError, OSError) as error:
-        say(f"note: the history of earlier chats cannot be used: {sentence(error)}")
-        return None
-
-
-def _converse(
-    llama: Llama, conversation: Chat, history: History | None, session: str | None
-) -> None:
-    from . import chat_commands
-    from .terminal import MessageReader
-
-    with MessageReader(chat_commands.complete, history) as reader:
-
-        def answer(begin: Begin, again: bool = True) -> None:
-            with reader.hold_input():
-                _answer(llama, conversation, begin, again)
-
-        talk = chat_commands.Talk(llama, conversation, reader, answer, session)
-        while not talk.is_over:
-            begin, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
-            try:
-                line = reader.read(begin)
-            except KeyboardInterrupt:
-                say("/exit or Ctrl-D to leave")
-                continue
-            if line is None:
-                return
-            try:
-                if chat_commands.run(talk, line):
-                    continue
-                text = reader.message(line)
-                if text.strip():
-                    answer(
-                        partial(conversation.edit if is_edit else conversation.say, text), is_edit
-                    )
-            except RazorError as error:
-                say(f"Error: {error}")
-
-
-def _answer(llama: Llama, conversation: Chat, begin: Begin, again: bool = False) -> None:
-    """Streams one answer to stdout, then one line of numbers to stderr.
-
-    again: it replaces the answer to the last message.
-    """
-    with ProgressBar() as bar, stop_on_interrupt() as stop:
-        for piece in begin(bar, stop):
-            bar.close()
-            _write(piece)
-    turn = conversation.last
-    assert turn is not None  # say() has answered
-    if turn.n_answer:
-        echo()
-    if turn.ended == "stopped":
-        nothing = "nothing has changed" if again else "the message is not kept"
-        kept = "what was answered is kept" if turn.n_answer else nothing
-        say(f"(stopped; {kept})")
-    elif turn.ended == "context":
-        say(f"(the context of {llama.n_ctx()} tokens is full: /clear, or start with a larger -c)")
-    elif turn.ended == "loop":
-        say("(the answer was ended because it repeated itself without end)")
-    elif turn.ended == "length":
-        say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
-    say(numbers(llama, conversation, turn))
-
-
-def _write(piece: str) -> None:
-    """Write a piece of an answer: printable on a terminal, as it is to a pipe or a file."""
-    if sys.stdout.isatty():
-        echo(piece, nl=False)
-    else:
-        click.echo(piece, nl=False, color=True)  # without it click takes escape sequences out

@@ -81,8 +81,11 @@ def parse(text: str) -> tuple[str, str] | None:
     """Return the name and the argument of a command, None for a message.
 
     A command that takes no argument is one word: "/exit code 3" and "/usr/bin/ls is a path" are
-    messages. Any other word behind a slash is taken for a misspelled command.
+    messages. Any other word behind a slash is taken for a misspelled command. Two words leave
+    without a slash, as they do in other programs.
     """
+    if text.rstrip() in ("exit", "quit"):
+        return "exit", ""
     match = re.fullmatch(r"/([A-Za-z?]+)(?:\s+(.*))?", text, re.DOTALL)
     if match is None:
         return None
@@ -90,6 +93,15 @@ def parse(text: str) -> tuple[str, str] | None:
     if argument and not (name in COMMANDS and COMMANDS[name].takes_argument):
         return None
     return name, argument
+
+
+def unescape(text: str) -> str:
+    """Return a message without the slash that was put before what looks like a command.
+
+    Texts of several lines, such as code that begins with a comment, are left as they are.
+    """
+    is_escaped = text.startswith("//") and "\n" not in text and parse(text[1:]) is not None
+    return text[1:] if is_escaped else text
 
 
 def run(talk: Talk, line: str) -> bool:
@@ -104,8 +116,7 @@ def run(talk: Talk, line: str) -> bool:
     name, argument = command
     if name not in COMMANDS:
         raise RazorError(
-            f"there is no /{name}; /help shows the commands, and a space in front of it makes it a"
-            " message"
+            f"there is no /{name}; /help shows the commands, and //{name} sends it as a message"
         )
     talk.line = markers
     try:
@@ -392,4 +403,5 @@ ABOUT_INPUT = '''\
 Paste a text of several lines and type a question behind it; Enter sends both, with an empty line
 between them. If your terminal does not mark what is pasted, put the message between two lines
 of """. Alt-Enter begins another line. Ctrl-C stops an answer and keeps what was said.
-Other lines that begin with a slash are messages.'''
+exit or quit alone leave, too. To send a message that looks like a command, put another slash before
+it: //help. Other lines that begin with a slash are messages.'''

@@ -189,6 +189,15 @@ class PlainMessages(_Base):
             return messages
         return self._control_texts.mark(messages)
 
+    @cached_property
+    def _texts_of_controls(self) -> dict[int, str]:
+        controls = self._control_texts.controls
+        return {control.token: text for text, control in controls.items()}
+
+    def control_text(self, token: int) -> str:
+        """The text of a control token, "" for other tokens."""
+        return self._texts_of_controls.get(token, "")
+
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """As the base class. What mark_plain() has marked in text is plain text.
 

@@ -11,7 +11,7 @@ import pytest
 
 from razor_local import ContextFullError, RazorError
 from razor_local.chat import Chat, Sampling
-from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run
+from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run, unescape
 from razor_local.cli.terminal import MessageReader, is_ascii
 from tests.support.scripted_model import ScriptedModel, make, render, roles
 
@@ -32,7 +32,13 @@ from tests.support.scripted_model import ScriptedModel, make, render, roles
         ("/etc holds files", None),
         (" /help", None),
         ("/help\n/clear", None),
+        ("exit", ("exit", "")),
+        ("quit ", ("exit", "")),
+        (" exit", None),
+        ("exit the building", None),
+        ("Exit", None),
         ("//", None),
+        ("//help", None),
         ("/", None),
         ("", None),
         ("hello", None),
@@ -40,6 +46,24 @@ from tests.support.scripted_model import ScriptedModel, make, render, roles
 )
 def test_what_is_a_command(text, expected):
     assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("//help", "/help"),
+        ("//system You know codes.", "/system You know codes."),
+        ("//text", "/text"),
+        ("// a comment in C", "// a comment in C"),
+        ("//usr/bin is a path", "//usr/bin is a path"),
+        ("//set up the board\nmain();", "//set up the board\nmain();"),
+        ("///help", "///help"),
+        ("//", "//"),
+        ("http://help", "http://help"),
+    ],
+)
+def test_what_looks_like_a_command_is_sent_with_another_slash(text, sent):
+    assert unescape(text) == sent
 
 
 def test_help_fits_a_terminal_and_names_every_command():
@@ -443,3 +467,77 @@ def test_what_is_no_schema_is_refused(talk, argument, expected, tmp_path, monkey
     with pytest.raises(RazorError, match=re.escape(expected)):
         run(talk, f"/json {argument}")
     assert talk.chat.grammar is None
+
+
+# -- a full context
+
+
+def filled(n_ctx, **kwargs):
+    """A conversation of three turns whose messages are answered by their first letter."""
+    model, chat = make(["a\0", "b\0", "c\0", "d\0"], n_ctx=n_ctx, max_tokens=4, **kwargs)
+    for letter in "abc":
+        list(chat.say(letter * 20))
+    return model, chat
+
+
+def test_the_oldest_messages_are_dropped_as_far_as_need_be():
+    for n_message in range(1, 60):
+        model, chat = filled(124, system="s", drop_oldest=True)
+        text = "d" * n_message
+        list(chat.say(text))
+        full = "<s:s>" + "".join(f"<u:{c * 20}><a:{c}>" for c in "abc") + f"<u:{text}><a:"
+        n_dropped = -(-max(0, len(full) + 4 - 124) // len("<u:aaaaaaaaaaaaaaaaaaaa><a:a>"))
+        assert chat.last.n_dropped == n_dropped
+        kept = [("system", "s")]
+        for c in "abc"[n_dropped:]:
+            kept += [("user", c * 20), ("assistant", c)]
+        assert roles(chat) == [*kept, ("user", text), ("assistant", "d")]
+        assert bytes(model.cache).decode() == render(chat.messages[:-1]) + "d"
+        assert chat.undo() == text and chat.n_used <= 124
+        model.answers = [b"e\0"]
+        assert "".join(chat.say("e")) == "e"
+
+
+def test_a_message_that_does_not_fit_alone_is_refused():
+    for again in (False, True):
+        model, chat = filled(124, system="s", drop_oldest=True)
+        before = roles(chat)
+        assert chat.n_left == 124 - 4 - len("<s:s><u:><a:")
+        begin = chat.edit if again else chat.say
+        with pytest.raises(ContextFullError, match="has 121 tokens and 4 are kept .* holds 124"):
+            list(begin("x" * (chat.n_left + 1)))
+        assert roles(chat) == before
+        assert "".join(begin("x" * chat.n_left)) == "d" and chat.last.n_dropped == 3 - again
+        assert [role for role, _ in roles(chat)] == ["system", "user", "assistant"]
+
+
+def test_by_default_nothing_is_dropped():
+    model, chat = filled(124, system="s")
+    before = roles(chat)
+    with pytest.raises(ContextFullError):
+        list(chat.say("d" * 40))
+    assert roles(chat) == before and chat.n_left == 124 - 4 - chat.n_used
+
+
+def test_a_stopped_turn_drops_nothing():
+    model, chat = filled(124, drop_oldest=True)
+    before = roles(chat)
+    assert list(chat.say("d" * 60, lambda done, total: chat.stop())) == []
+    assert roles(chat) == before
+
+
+def test_dropping_takes_a_few_renderings_of_a_long_conversation():
+    n_renderings = 0
+
+    def counting(messages):
+        nonlocal n_renderings
+        n_renderings += 1
+        return render(messages)
+
+    model = ScriptedModel([b"ok\0"] * 300, n_ctx=5000)
+    chat = Chat(model, counting, drop_oldest=True)
+    for i in range(300):
+        list(chat.say(str(i)))
+    n_renderings, model.answers = 0, [b"ok\0"]
+    list(chat.say("x" * 4000))
+    assert chat.last.n_dropped > 200 and n_renderings < 12

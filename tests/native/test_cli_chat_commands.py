@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 
+import pytest
+
 from razor_local.cli.history import History
 from tests.support.cli import MAIN, piped
 from tests.support.terminal import COUNTING, UP, paste, terminal
@@ -20,7 +22,7 @@ OTHER = FACT.replace("48213", "90517")
 def ask(t, text: str, *answer: str) -> None:
     """Send a message, and wait for what its answer holds and the next prompt."""
     t.send(f"{text}\r")
-    for part in (*answer, "MiB full", ">>>"):
+    for part in (*answer, "tok/s | context", ">>>"):
         t.expect(part)
 
 
@@ -303,3 +305,93 @@ def test_settings_and_answers_in_json(tmp_path):
         t.expect(">>>")
         t.send("/context\r")
         t.expect("# used, + kept, . free")
+
+
+def test_a_full_context():
+    text = "word " * 60
+    with terminal("-c", "256", "-n", "4") as t:
+        t.expect(">>>")
+        ask(t, text)
+        ask(t, text)
+        t.send(f"{text}\r")
+        t.expect("note: 9")
+        t.expect("% of the context is used; /clear, or start with a larger -c")
+        t.expect(">>>")
+        t.send(f"{text}\r")
+        t.expect("Error: the conversation with this message has")
+        t.expect(">>>")
+        t.send("/context\r")
+        t.expect("by 6 messages")
+    with terminal("-c", "256", "-n", "4", "--on-full", "drop-oldest") as t:
+        t.expect(">>>")
+        ask(t, text)
+        ask(t, text)
+        t.send(f"{text}\r")
+        t.expect("% of the context is used; messages that do not fit will drop the oldest ones")
+        t.expect(">>>")
+        t.send(f"{text}\r")
+        t.expect("(dropped to make room: the oldest message and its answer)")
+        assert "note: " not in t.expect(">>>")
+        t.send("/context\r")
+        t.expect("by 6 messages")
+
+
+# the built-in model, its first answer in thoughts
+THINKING = f"""
+from razor_local.prompt import reasoning
+init = reasoning.Reasoning.__init__
+def thinking(self, prompt):
+    init(self, prompt)
+    self._held = "<think>Hm." + chr(27) + "[2J</think>"
+reasoning.Reasoning.__init__ = thinking
+{MAIN}
+"""
+
+
+def test_thoughts_are_dim_or_hidden(tmp_path):
+    with terminal("-n", "1", code=THINKING) as t:
+        t.expect(">>>")
+        ask(t, "hi", "<think>", r"Hm.\x1b[2J", "</think>")
+        assert "\x1b[2m<think>Hm." in t.raw and "\x1b[2J" not in t.raw
+    with terminal("-n", "1", code=THINKING, NO_COLOR="1") as t:
+        t.expect(">>>")
+        ask(t, "hi", "<think>", "Hm.", "</think>")
+        assert "\x1b[2m" not in t.raw
+    with terminal("-n", "1", "--hide-thinking", code=THINKING) as t:
+        t.expect(">>>")
+        t.send("hi\r")
+        t.expect("(thinking)")
+        assert "think" not in t.expect("tok/s")
+    shown = piped("hi", tmp_path, THINKING).stdout
+    assert shown.startswith("<think>Hm.\x1b[2J</think>")
+    command = [sys.executable, "-c", THINKING, "chat", "--hide-thinking"]
+    hidden = subprocess.run(command, input="hi", capture_output=True, text=True)
+    assert hidden.stdout == shown.removeprefix("<think>Hm.\x1b[2J</think>")
+    assert "think" not in hidden.stderr
+
+
+def test_lines_are_broken_at_the_width_of_the_terminal():
+    for columns, answer in (
+        (25, "The secret code of Marlow\nis 48213."),
+        (10, "The secret code of Marlow is 48213."),
+    ):
+        with terminal("-c", "2048", COLUMNS=str(columns)) as t:
+            t.expect(">>>")
+            ask(t, f"{FACT} {QUESTION}", answer)
+
+
+@pytest.mark.parametrize("word", ["exit", "quit"])
+def test_a_word_alone_leaves(word):
+    with terminal("-n", "1", code=COUNTING) as t:
+        t.expect(">>>")
+        t.send(f"{word} is a word\r")
+        t.expect(f"<14 '{word} is a word' 1 lines>")
+        t.expect(">>>")
+        t.send(f" {word}\r")
+        t.expect(f"<5 ' {word}' 1 lines>")
+        t.expect(">>>")
+        t.send(f"//{word}\r")
+        t.expect(f"<5 '/{word}' 1 lines>")
+        t.expect(">>>")
+        t.send(f"{word}\r")
+        assert t.wait()[0] == 0
