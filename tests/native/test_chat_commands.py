@@ -522,7 +522,7 @@ def test_by_default_nothing_is_dropped():
 def test_a_stopped_turn_drops_nothing():
     model, chat = filled(124, drop_oldest=True)
     before = roles(chat)
-    assert list(chat.say("d" * 60, lambda done, total: chat.stop())) == []
+    assert list(chat.say("d" * 60, stop=lambda: True)) == []
     assert roles(chat) == before
 
 

@@ -157,8 +157,9 @@ def test_a_template_that_begins_the_thoughts():
     assert roles(chat)[-1] == ("assistant", "just an answer")
     assert "reasoning_content" not in chat.messages[-1]
     assert bytes(model.cache).decode().startswith("<u:x><a:yes><u:y><a:<think>\njust")
-    for _ in chat.say("z"):
-        chat.stop()
+    heard: list[str] = []
+    for piece in chat.say("z", stop=lambda: bool(heard)):
+        heard.append(piece)
     assert roles(chat)[-1] == ("assistant", "") and chat.messages[-1]["reasoning_content"] == "h"
 
 

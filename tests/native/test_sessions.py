@@ -17,6 +17,7 @@ import pytest
 from razor_local import Llama, RazorError, StateError, sessions
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.params import DEFAULT_MODEL
+from tests.support import embedded_model
 from tests.support.scripted_model import ScriptedModel, make, render, roles
 from tests.support.texts import FACT, QUESTION, text_with
 
@@ -277,8 +278,6 @@ def test_another_plan_is_refused_by_name(llama, options, expected):
 
 
 def test_another_model_is_refused_by_name(llama, tmp_path):
-    import embedded_model
-
     chat = talk(llama)
     list(chat.say(TEXT))
     sessions.save("work", llama, chat)
