@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ..common.inputs import read_text_file
+from ..common.inputs import check_input, read_text_file
 from ..errors import RazorError
 from ..printable import printable
 from .chat_status import context, stats
@@ -111,7 +112,9 @@ def run(talk: Talk, line: str) -> bool:
     """
     markers, typed = talk.reader.split(line)
     command = parse(talk.reader.expand(typed))
-    if command is None or (markers and command[0] not in COMMANDS):
+    if command is None:
+        return False
+    if markers and not (typed.startswith("/") and command[0] in COMMANDS):
         return False
     name, argument = command
     if name not in COMMANDS:
@@ -122,6 +125,8 @@ def run(talk: Talk, line: str) -> bool:
     try:
         COMMANDS[name].run(talk, argument)
     except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of stdout has gone
+            raise
         raise RazorError(sentence(error)) from error
     return True
 
@@ -166,7 +171,7 @@ def _save(talk: Talk, argument: str) -> None:
 
 
 def _load(talk: Talk, argument: str) -> None:
-    name, messages_only = argument.removesuffix("--messages").strip(), "--messages" in argument
+    name, messages_only = argument.replace("--messages", "").strip(), "--messages" in argument
     if not name:
         raise RazorError("expected a name: /load NAME")
     with _stoppable("nothing was loaded"):
@@ -217,7 +222,9 @@ def _about_session(name: str) -> str:
 def _session_names(text: str) -> list[str]:
     from .. import sessions
 
-    return [name for name in sessions.names() if name.startswith(text)]
+    with suppress(RazorError, OSError):
+        return [name for name in sessions.names() if name.startswith(text)]
+    return []
 
 
 def _session_actions(text: str) -> list[str]:
@@ -246,7 +253,7 @@ def _undo(talk: Talk, argument: str) -> None:
 
 def _regen(talk: Talk, argument: str) -> None:
     if talk.chat.sampling.temp == 0:
-        say("(at temperature 0 the answer is the same again; /set temp 0.8 draws others)")
+        say("(temperature 0 draws the most likely answer again; /set temp 0.8 draws others)")
     talk.answer(talk.chat.regenerate)
 
 
@@ -265,7 +272,14 @@ def _file(talk: Talk, argument: str) -> None:
     if not argument:
         raise RazorError("expected the path of a text file: /file PATH")
     path, n_ctx = _path(argument), talk.llama.n_ctx()
-    text = read_text_file(path, max_bytes=n_ctx * MAX_BYTES_PER_TOKEN)
+    check_input(path, "a text file")
+    n_bytes, max_bytes = path.stat().st_size, n_ctx * MAX_BYTES_PER_TOKEN
+    if n_bytes > max_bytes:
+        raise RazorError(
+            f"{path} has {n_bytes / 2**20:,.1f} MiB, more text than a context of {n_ctx} tokens"
+            " holds; use a shorter file, or start with a larger -c"
+        )
+    text = read_text_file(path, max_bytes)
     if "\0" in text:
         raise RazorError(f"{path} is a binary file, expected a text file")
     if not text.strip():

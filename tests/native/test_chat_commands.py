@@ -6,11 +6,13 @@ import os
 import random
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from razor_local import ContextFullError, RazorError
+from razor_local import ContextFullError, RazorError, sessions
 from razor_local.chat import Chat, Sampling
+from razor_local.cli.chat import chat as chat_command
 from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run, unescape
 from razor_local.cli.terminal import MessageReader, is_ascii
 from tests.support.scripted_model import ScriptedModel, make, render, roles
@@ -73,6 +75,16 @@ def test_help_fits_a_terminal_and_names_every_command():
         assert width + 2 + len(command.help) <= 79, command.usage
 
 
+def test_the_page_names_every_command_and_option():
+    page = (Path(__file__).parents[1] / "docs" / "chat.md").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        assert f"`/{name}" in page, name
+    options = {option for parameter in chat_command.params for option in parameter.opts}
+    named = set(re.findall(r"`(?:razor-local chat )?(--[a-z-]+)", page))
+    assert named - {"--messages"} <= options
+    assert {"--session", "--no-history", "--on-full", "--hide-thinking"} <= named
+
+
 @pytest.fixture
 def reader(monkeypatch) -> MessageReader:
     monkeypatch.setenv("TERM", "dumb")  # no prompt_toolkit, which would want a terminal
@@ -93,6 +105,11 @@ def talk(reader) -> Talk:
     chat = Chat(model, render)
     list(chat.say("first"))
     return Talk(model, chat, reader, lambda begin: list(begin()))
+
+
+def told(talk, line, capsys):
+    assert run(talk, line)
+    return capsys.readouterr().err
 
 
 # -- Tab
@@ -157,7 +174,8 @@ def test_commands_behind_a_file_leave_it_in_the_line(talk, tmp_path, capsys):
     assert run(talk, f"{talk.line}/context") and f"; {left + 2} are left" in capsys.readouterr().err
     assert talk.line == "[file 1: a, 10 tokens][file 2: b, 10 tokens]"
     assert talk.reader.message(talk.line) == "a a a a a \n\nb b b b b "
-    assert not run(talk, f"{talk.line}/etc") and not run(talk, f"{talk.line}/exit code 3")
+    for text in ("/etc", "/exit code 3", "exit", " /help"):
+        assert not run(talk, talk.line + text)
 
 
 @pytest.mark.parametrize("quoted", ["'{}'", '"{}"', "escaped", "~"])
@@ -182,7 +200,7 @@ def test_paths_may_be_quoted_as_shells_do_it(talk, tmp_path, monkeypatch, quoted
         ("latin", "latin is not a text in UTF-8"),
         ("empty", "empty is empty"),
         ("long", "long has 395 tokens, 36[0-9] of the context of 400 are left: use a shorter"),
-        ("huge", r"huge has 1.0 MiB, expected at most 25,600 bytes"),
+        ("huge", "huge has 1.0 MiB, more text than a context of 400 tokens holds; use a"),
         ("a\0b", "is not the name of a file"),
     ],
 )
@@ -369,12 +387,35 @@ def test_random_turns_leave_a_conversation_that_a_fresh_cache_would_have():
         assert said == ["user", "assistant"] * (len(said) // 2), n_before
 
 
+# -- /save, /load, /sessions
+
+
+def test_damaged_sessions_are_listed_as_such(talk, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = tmp_path / "razor_local" / "sessions"
+    folder.mkdir(parents=True)
+    (folder / "bad.session").write_text("x")
+    (folder / "other.txt").write_text("x")
+    (folder / ".bad.session.0.part").write_text("x")
+    assert re.fullmatch(
+        r"bad  the file of session bad is damaged .*\n", told(talk, "/sessions", capsys)
+    )
+    assert complete("/load ") == (0, ["bad"]) and complete("/sessions rm b") == (4, ["rm bad"])
+    assert told(talk, "/sessions rm bad", capsys) == "session bad is removed\n"
+    assert told(talk, "/sessions", capsys).startswith("there are no sessions")
+
+
+@pytest.mark.parametrize("name", ["save", "load"])
+def test_an_interrupt_ends_saving_and_not_the_chat(talk, monkeypatch, name):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sessions, name, interrupted)
+    with pytest.raises(RazorError, match="stopped; nothing was"):
+        run(talk, f"/{name} work")
+
+
 # -- /set, /context, /json
-
-
-def told(talk, line, capsys):
-    assert run(talk, line)
-    return capsys.readouterr().err
 
 
 def test_settings_are_shown_and_changed(talk, capsys):

@@ -38,7 +38,7 @@ def test_undo_regen_and_edit():
         t.expect(">>>")
         ask(t, paste(f"{FACT}\nSecond line.") + QUESTION, "48213.")
         t.send("/regen\r")
-        t.expect("at temperature 0 the answer is the same again")
+        t.expect("temperature 0 draws the most likely answer again")
         assert "prompt 1 new tokens" in t.expect("tok/s")
         t.expect(">>>")
         t.send("/edit\r")
