@@ -7,20 +7,15 @@ every byte is processed once, and text that has been returned is forgotten.
 from __future__ import annotations
 
 import codecs
-import json
-import secrets
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
 
-from .errors import ContextFullError, RazorError, StateError
-from .ownership import Inside
-
-_ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
+from .completion_request import read_prompt, read_sampling, read_stops
+from .errors import RazorError
 
 
 def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
@@ -35,14 +30,12 @@ def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
         RazorError: an argument is not understood.
     """
     stops = read_stops(request["stop"])
-    processors = _with_logit_bias(llama, request)
     if request["logprobs"] is not None and not 0 <= request["logprobs"] <= llama.n_vocab():
         raise RazorError(
             f"logprobs is {request['logprobs']!r}, expected the number of top tokens to return"
         )
-    prompt, options = _read_prompt(
-        llama, request | {"logit_bias": None, "logits_processor": processors, "stop": []}
-    )
+    prompt = read_prompt(llama, request["prompt"], request["suffix"])
+    options = read_sampling(llama, request, prompt)
     n_max = llama.n_ctx() - len(prompt)
     if request["max_tokens"] is not None and request["max_tokens"] > 0:
         n_max = min(n_max, request["max_tokens"])
@@ -112,212 +105,6 @@ def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
     }
     told = logprobs and logprobs.take_all()
     yield {**response(whole, finish_reason, told), "usage": usage}
-
-
-def read_stops(stop: str | Iterable[str] | None) -> list[bytes]:
-    """Return the stop strings of a request. Raises RazorError if they are none."""
-    stops: Iterable[Any] = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    try:
-        stops = list(stops)
-    except TypeError:
-        stops = [stop]
-    for one in stops:
-        if not isinstance(one, str) or not one:
-            raise RazorError(f"stop contains {one!r}, expected non-empty strings")
-    return [one.encode("utf-8", "surrogatepass") for one in stops]
-
-
-def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, Any]:
-    """Return the arguments of create_chat_completion() in the forms that llama_cpp understands.
-
-    Args:
-        request: all arguments by name.
-        reads_parts: True if messages may contain parts other than text, such as images.
-
-    Raises:
-        RazorError: an argument is not understood, or contradicts another one.
-    """
-    request = dict(request)
-    if not reads_parts:
-        messages = request["messages"]
-        if not isinstance(messages, (list, tuple)) or not messages:
-            raise RazorError(f"messages is {messages!r}, expected a list of one message or more")
-        request["messages"] = [_read_message(message) for message in messages]
-    request["stop"] = [stop.decode() for stop in read_stops(request.get("stop"))]
-    grammar = _read_response_format(request.pop("response_format", None))
-    if grammar is not None and request.get("grammar") is not None:
-        raise RazorError("grammar and response_format both constrain the answer; pass one of them")
-    request["grammar"] = grammar or request.get("grammar")
-    choice = request.get("tool_choice")
-    chosen = (
-        choice["function"]["name"] if isinstance(choice, dict) and "function" in choice else None
-    )
-    tools = [tool for tool in request.get("tools") or () if isinstance(tool, dict)]
-    names = [tool.get("function", {}).get("name") for tool in tools]
-    if chosen is not None and tools and chosen not in names:
-        raise RazorError(f"tool_choice names {chosen!r}, expected one of the tools {names}")
-    for tool in tools:
-        if tool.get("function", {}).get("name") == chosen is not None:
-            # llama_cpp answers with any JSON where it cannot convert the schema
-            grammar_of(f"parameters of {chosen!r}", tool["function"].get("parameters"))
-    return request
-
-
-def _read_message(message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise RazorError(
-            f"{message!r} is not a message; expected a dict such as"
-            ' {"role": "user", "content": "Hello"}'
-        )
-    content = message.get("content")
-    what = f"the content of the {message['role']} message"
-    if isinstance(content, list):
-        texts: list[Any] = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-            for part in content
-        ]
-        for part, text in zip(content, texts, strict=True):
-            if not isinstance(text, str):
-                kind = part.get("type") if isinstance(part, dict) else part
-                raise RazorError(f"{what} has a part of the type {kind!r}, this model reads text")
-        content = "\n".join(texts)
-    if isinstance(content, str):
-        _check_text(what, content)
-    elif content is not None or not (message.get("tool_calls") or message.get("function_call")):
-        raise RazorError(f"{what} is {content!r}, expected text")
-    return {**message, "content": content}
-
-
-def _read_response_format(response_format: Any) -> Any:
-    """Return the grammar of a response_format, None if it does not constrain the answer."""
-    if response_format is None:
-        return None
-    kind = response_format.get("type") if isinstance(response_format, dict) else response_format
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        schema = response_format.get("schema", {"type": "object"})
-    elif kind == "json_schema":
-        schema = response_format.get("json_schema")
-        schema = schema.get("schema") if isinstance(schema, dict) else None
-        if schema is None:
-            raise RazorError(
-                "response_format has no json_schema.schema, expected"
-                ' {"type": "json_schema", "json_schema": {"schema": {…}}}'
-            )
-    else:
-        raise RazorError(
-            f"response_format is of the type {kind!r}, expected text, json_object or json_schema"
-        )
-    return grammar_of("response_format", schema)
-
-
-def grammar_of(what: str, schema: Any) -> Any:
-    """Return the grammar of a JSON schema. Raises RazorError if it cannot be converted."""
-    from llama_cpp import LlamaGrammar
-
-    try:
-        return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
-    except Exception as error:  # the converter asserts, or fails at what it does not expect
-        raise RazorError(
-            f"the JSON schema of {what} cannot be converted to a grammar"
-            f" ({type(error).__name__}: {error}); llama.cpp does not support lookaheads or"
-            " unresolved references"
-        ) from error
-
-
-def _with_logit_bias(llama: Any, request: dict[str, Any]) -> list[Any]:
-    """Return the logits processors of a request, its logit_bias the last of them.
-
-    The base class fails at tokens that do not exist while it samples, and drops both beside each
-    other.
-    """
-    processors = request["logits_processor"] or []
-    if callable(processors) and not isinstance(processors, list):
-        processors = [processors]
-    if not request["logit_bias"]:
-        return list(processors)
-    tokens = [int(token) for token in request["logit_bias"]]
-    bias = np.array([float(value) for value in request["logit_bias"].values()], np.float32)
-    llama._check_tokens(tokens)
-
-    def add_bias(input_ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
-        logits[tokens] += bias
-        return logits
-
-    return [*processors, add_bias]
-
-
-class _Read(Exception):
-    """Leaves the base class where it would begin to generate."""
-
-
-def _read_prompt(llama: Any, request: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
-    """Return the tokens of a request's prompt and the arguments of generate()."""
-    from llama_cpp import Llama
-
-    prompt = request["prompt"]
-    if isinstance(prompt, str):
-        _check_text("the prompt", prompt)
-    elif isinstance(prompt, (list, tuple, np.ndarray)):
-        request["prompt"] = prompt = [_token(llama, token) for token in prompt]
-    else:
-        raise RazorError(
-            f"the prompt is of the type {type(prompt).__name__}, expected a text or a list of"
-            " tokens"
-        )
-    seed = request["seed"]
-    if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool)):
-        raise RazorError(f"seed is {seed!r}, expected a whole number or None")
-    if seed is None and llama._seed in _ANY_SEED:
-        seed = secrets.randbits(31)
-    seeds: list[int] = []
-
-    def load_state(state: Any) -> None:
-        """Load a state of set_cache(); one of another context counts as not found."""
-        with suppress(StateError):
-            llama.load_state(state)
-
-    def generate(tokens: list[int], **options: Any) -> None:
-        raise _Read(tokens, options)
-
-    # reads the request as the base class does, and generates nothing
-    reader: Any = Inside(
-        llama._llama, generate=generate, load_state=load_state, set_seed=seeds.append
-    )
-    logprobs = None  # read here; the base class would want logits_all=True
-    try:
-        next(Llama._create_completion(reader, **request | {"seed": seed, "logprobs": logprobs}))
-    except _Read as read:
-        tokens, options = read.args
-    except ValueError as error:
-        if "exceed context window" not in str(error):
-            raise
-        n_tokens = "".join(c for c in str(error).split("(")[1].split(")")[0] if c.isdigit())
-        raise ContextFullError(
-            f"the prompt has {n_tokens} tokens and the context holds {llama.n_ctx()}, of which an"
-            " answer needs one at least; use a larger n_ctx or a shorter prompt"
-        ) from None
-    if seed is None:  # the next request has another seed, in a sequence that a program can repeat
-        llama.set_seed(seeds[-1])
-    return tokens, options | {"seed": seeds[-1] % 2**32}
-
-
-def _check_text(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RazorError(
-            f"{what} has a lone surrogate ({text[error.start]!r}) at character {error.start}; fix"
-            " the decoding or replace it"
-        ) from None
-
-
-def _token(llama: Any, token: Any) -> int:
-    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-        raise RazorError(f"the prompt has {token!r} as a token, expected whole numbers")
-    llama._check_token(int(token))
-    return int(token)
 
 
 def _text(llama: Any, tokens: Sequence[int]) -> str:

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -15,7 +14,8 @@ import numpy as np
 
 from . import evaluation, native, sampling
 from .common.progress import Progress, Stop
-from .completion import complete, read_chat_request
+from .completion import complete
+from .completion_request import read_chat_request
 from .errors import GGUFError, LibraryError, RazorError, UnsupportedError
 from .evaluation import Prefill
 from .llama_options import choose_cache, refuse_arguments, type_name
@@ -44,8 +44,6 @@ class _Untouched(nullcontext):
 # the classes of that name are replaced
 llama_cpp.llama.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
 llama_cpp._internals.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
-# a prompt that begins with BOS twice is run as it is; stderr belongs to the program
-warnings.filterwarnings("ignore", 'Detected duplicate leading "', RuntimeWarning)
 
 isolate_formatters()
 

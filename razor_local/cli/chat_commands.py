@@ -362,7 +362,7 @@ def _settings(text: str) -> list[str]:
 
 
 def _json(talk: Talk, argument: str) -> None:
-    from ..completion import grammar_of
+    from ..completion_request import grammar_of
 
     if argument == "off":
         talk.chat.grammar, talk.schema = None, ""

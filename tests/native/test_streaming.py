@@ -6,12 +6,15 @@ expected; test_chunks_are_those_of_llama_cpp says when.
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from hypothesis import strategies as st
 
 from razor_local import Llama, RazorError
 from razor_local.cli.chat import DEFAULT_MODEL
+from razor_local.completion_request import read_prompt
 from razor_local.llama import llama_cpp
 from tests.support.texts import FACT, QUESTION, text_with
 from tests.support.tiny_models import TinySpec, make_model
@@ -178,6 +182,59 @@ def test_rare_arguments(both) -> None:
     for llama in both:
         with pytest.raises(TypeError):
             next(llama.generate([70], no_such_option=1))
+
+
+class Tokenizer:
+    """The part of a Llama that puts a prompt together. Texts have a token per byte."""
+
+    spm_infill = verbose = False
+    cache, model_path, _seed, _n_ctx, ctx = None, "", 1, 512, None
+
+    def __init__(self, bos: int, eos: int, cls: int, sep: int, adds: tuple[bool, bool]) -> None:
+        self.bos, self.eos = bos, eos
+        self.metadata = {}
+        self.tokens: list[int] = []
+        names = ("token_cls", "token_sep", "add_bos_token", "add_eos_token")
+        values = zip(names, (cls, sep, *adds), strict=True)
+        self._model = SimpleNamespace(**{name: lambda value=value: value for name, value in values})
+        self._model.token_get_text = str
+
+    def token_bos(self) -> int:
+        return self.bos
+
+    def token_eos(self) -> int:
+        return self.eos
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        assert not add_bos
+        return [*text, 300 + special]
+
+    def _check_token(self, token: int) -> None:
+        pass
+
+    def set_seed(self, seed: int) -> None:
+        pass
+
+    def generate(self, tokens: list[int], **_) -> Iterator[int]:
+        self.tokens = tokens
+        raise InterruptedError
+
+
+@pytest.mark.parametrize("adds", list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("special", list(itertools.product([-1, 7], [-1, 8])))
+def test_prompts_are_put_together_as_by_llama_cpp(adds, special) -> None:
+    for bos, prompt, suffix, infill, space in itertools.product(
+        [-1, 5], ["", "a text", [1, 2]], [None, "", " end"], [False, True], ["true", "false", None]
+    ):
+        tokenizer = Tokenizer(bos, 6, *special, adds)
+        tokenizer.spm_infill = infill
+        if space is not None:
+            tokenizer.metadata["tokenizer.ggml.add_space_prefix"] = space
+        with warnings.catch_warnings():  # of two BOS
+            warnings.simplefilter("ignore")
+            with pytest.raises(InterruptedError):
+                next(llama_cpp.Llama._create_completion(tokenizer, prompt, suffix))
+        assert read_prompt(tokenizer, prompt, suffix) == tokenizer.tokens
 
 
 def rounded(found):

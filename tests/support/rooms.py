@@ -15,8 +15,8 @@ from tests.support.native_build import ROOT
 ROOMS = (
     "printable", "errors", "common", "gguf", "plan", "model_shape", "profile", "scores",
     "model_file", "model_setup", "models", "prompt", "chat", "native", "bindings", "ownership",
-    "completion", "memory", "fit", "llama_options", "evaluation", "sampling", "state", "llama",
-    "sessions", "converters", "evals", "bench", "verify", "cli", "__main__",
+    "completion_request", "completion", "memory", "fit", "llama_options", "evaluation", "sampling",
+    "state", "llama", "sessions", "converters", "evals", "bench", "verify", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -65,8 +65,8 @@ GROUPS = {
     "profile": ("plan", "model_shape", "profile", "scores", "model_file", "model_setup"),
     "native": ("native", "bindings"),
     "llama": (
-        "ownership", "completion", "memory", "llama_options", "evaluation", "sampling", "state",
-        "llama",
+        "ownership", "completion_request", "completion", "memory", "llama_options", "evaluation",
+        "sampling", "state", "llama",
     ),
     "chat": ("chat", "sessions"),
     "cli": ("cli", "__main__"),

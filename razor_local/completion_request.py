@@ -1,0 +1,281 @@
+"""Completion requests: checked, and put into the form that the library understands."""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from .errors import ContextFullError, RazorError, StateError
+
+_ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
+_SAMPLING = (  # arguments that create_completion() and generate() have in common
+    "top_k", "top_p", "min_p", "typical_p", "tfs_z", "mirostat_mode", "mirostat_tau",
+    "mirostat_eta", "frequency_penalty", "presence_penalty", "repeat_penalty",
+    "stopping_criteria", "grammar",
+)  # fmt: skip
+
+
+def read_stops(stop: str | Iterable[str] | None) -> list[bytes]:
+    """Return the stop strings of a request. Raises RazorError if they are none."""
+    stops: Iterable[Any] = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    try:
+        stops = list(stops)
+    except TypeError:
+        stops = [stop]
+    for one in stops:
+        if not isinstance(one, str) or not one:
+            raise RazorError(f"stop contains {one!r}, expected non-empty strings")
+    return [one.encode("utf-8", "surrogatepass") for one in stops]
+
+
+def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, Any]:
+    """Return the arguments of create_chat_completion() in the forms that llama_cpp understands.
+
+    Args:
+        request: all arguments by name.
+        reads_parts: True if messages may contain parts other than text, such as images.
+
+    Raises:
+        RazorError: an argument is not understood, or contradicts another one.
+    """
+    request = dict(request)
+    if not reads_parts:
+        messages = request["messages"]
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise RazorError(f"messages is {messages!r}, expected a list of one message or more")
+        request["messages"] = [_read_message(message) for message in messages]
+    request["stop"] = [stop.decode() for stop in read_stops(request.get("stop"))]
+    grammar = _read_response_format(request.pop("response_format", None))
+    if grammar is not None and request.get("grammar") is not None:
+        raise RazorError("grammar and response_format both constrain the answer; pass one of them")
+    request["grammar"] = grammar or request.get("grammar")
+    choice = request.get("tool_choice")
+    chosen = (
+        choice["function"]["name"] if isinstance(choice, dict) and "function" in choice else None
+    )
+    tools = [tool for tool in request.get("tools") or () if isinstance(tool, dict)]
+    names = [tool.get("function", {}).get("name") for tool in tools]
+    if chosen is not None and tools and chosen not in names:
+        raise RazorError(f"tool_choice names {chosen!r}, expected one of the tools {names}")
+    for tool in tools:
+        if tool.get("function", {}).get("name") == chosen is not None:
+            # llama_cpp answers with any JSON where it cannot convert the schema
+            grammar_of(f"parameters of {chosen!r}", tool["function"].get("parameters"))
+    return request
+
+
+def _read_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise RazorError(
+            f"{message!r} is not a message; expected a dict such as"
+            ' {"role": "user", "content": "Hello"}'
+        )
+    content = message.get("content")
+    what = f"the content of the {message['role']} message"
+    if isinstance(content, list):
+        texts: list[Any] = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+            for part in content
+        ]
+        for part, text in zip(content, texts, strict=True):
+            if not isinstance(text, str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise RazorError(f"{what} has a part of the type {kind!r}, this model reads text")
+        content = "\n".join(texts)
+    if isinstance(content, str):
+        _check_text(what, content)
+    elif content is not None or not (message.get("tool_calls") or message.get("function_call")):
+        raise RazorError(f"{what} is {content!r}, expected text")
+    return {**message, "content": content}
+
+
+def _read_response_format(response_format: Any) -> Any:
+    """Return the grammar of a response_format, None if it does not constrain the answer."""
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, dict) else response_format
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = response_format.get("schema", {"type": "object"})
+    elif kind == "json_schema":
+        schema = response_format.get("json_schema")
+        schema = schema.get("schema") if isinstance(schema, dict) else None
+        if schema is None:
+            raise RazorError(
+                "response_format has no json_schema.schema, expected"
+                ' {"type": "json_schema", "json_schema": {"schema": {…}}}'
+            )
+    else:
+        raise RazorError(
+            f"response_format is of the type {kind!r}, expected text, json_object or json_schema"
+        )
+    return grammar_of("response_format", schema)
+
+
+def grammar_of(what: str, schema: Any) -> Any:
+    """Return the grammar of a JSON schema. Raises RazorError if it cannot be converted."""
+    from llama_cpp import LlamaGrammar
+
+    try:
+        return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+    except Exception as error:  # the converter asserts, or fails at what it does not expect
+        raise RazorError(
+            f"the JSON schema of {what} cannot be converted to a grammar"
+            f" ({type(error).__name__}: {error}); llama.cpp does not support lookaheads or"
+            " unresolved references"
+        ) from error
+
+
+def _with_logit_bias(llama: Any, request: dict[str, Any]) -> list[Any]:
+    """Return the logits processors of a request, its logit_bias the last of them.
+
+    The base class fails at tokens that do not exist while it samples, and drops both beside each
+    other.
+    """
+    processors = request["logits_processor"] or []
+    if callable(processors) and not isinstance(processors, list):
+        processors = [processors]
+    if not request["logit_bias"]:
+        return list(processors)
+    tokens = [int(token) for token in request["logit_bias"]]
+    bias = np.array([float(value) for value in request["logit_bias"].values()], np.float32)
+    llama._check_tokens(tokens)
+
+    def add_bias(input_ids: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        logits[tokens] += bias
+        return logits
+
+    return [*processors, add_bias]
+
+
+def read_prompt(llama: Any, prompt: Any, suffix: Any) -> list[int]:
+    """Return the tokens of a prompt, put together as llama_cpp does.
+
+    A text is between BOS (or CLS) and EOS (or SEP) if the model's tokenizer adds them. llama_cpp
+    does not know the model's tokens for filling in before a suffix, and takes token 0 for them.
+
+    Args:
+        llama: a Llama from inside a request.
+        prompt: a text or a list of tokens.
+        suffix: the text behind the one to fill in, None: the prompt is continued.
+
+    Raises:
+        ContextFullError: the prompt does not fit.
+        RazorError: an argument is not understood.
+    """
+    if isinstance(prompt, str):
+        _check_text("the prompt", prompt)
+        tokens = llama.tokenize(prompt.encode(), False, suffix is None) if prompt else []
+    elif isinstance(prompt, (list, tuple, np.ndarray)):
+        tokens = [_token(llama, token) for token in prompt]
+    else:
+        raise RazorError(
+            f"the prompt is of the type {type(prompt).__name__}, expected a text or a list of"
+            " tokens"
+        )
+    if suffix is not None:
+        behind = _suffix_tokens(llama, suffix)
+        parts = ([0], behind, [0], tokens) if llama.spm_infill else ([0], tokens, [0], behind)
+        tokens = [*(token for part in parts for token in part), 0]
+    if isinstance(prompt, str) or suffix is not None:
+        model = llama._model
+        cls, sep = model.token_cls(), model.token_sep()
+        begin = cls if cls != -1 else llama.token_bos()
+        if model.add_bos_token() and begin != -1:
+            tokens = [begin, *tokens]
+        if model.add_eos_token() or sep != -1:
+            tokens = [*tokens, sep if sep != -1 else llama.token_eos()]
+    if len(tokens) >= llama._n_ctx:
+        raise ContextFullError(
+            f"the prompt has {len(tokens)} tokens and the context holds {llama.n_ctx()}, of which"
+            " an answer needs one at least; use a larger n_ctx or a shorter prompt"
+        )
+    return tokens
+
+
+def _suffix_tokens(llama: Any, suffix: Any) -> list[int]:
+    if not isinstance(suffix, str):
+        raise RazorError(f"suffix is {suffix!r}, expected a text or None")
+    _check_text("the suffix", suffix)
+    if not suffix:
+        return []
+    if llama.metadata.get("tokenizer.ggml.add_space_prefix", "true") != "true":
+        return llama.tokenize(suffix.encode(), False, False)
+    # so that the tokenizer adds no space before the suffix
+    return llama.tokenize(f"☺{suffix}".encode(), False, False)[2:]
+
+
+def read_sampling(llama: Any, request: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
+    """Return the arguments of generate() for a request.
+
+    Args:
+        llama: a Llama from inside a request.
+        request: the arguments of create_completion().
+        prompt: its tokens. A state of set_cache() that holds more of them is loaded.
+
+    Raises:
+        RazorError: an argument is not understood.
+    """
+    seed = request["seed"]
+    if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool)):
+        raise RazorError(f"seed is {seed!r}, expected a whole number or None")
+    if seed is None and llama._seed in _ANY_SEED:
+        seed = secrets.randbits(31)
+    processors = _with_logit_bias(llama, request)
+    if llama.verbose:
+        llama._ctx.reset_timings()
+    if llama.cache:
+        _load_cached(llama, prompt)
+    if seed is None:  # the next request has another seed, in a sequence that a program can repeat
+        seed = random.Random(llama._seed).randint(0, 2**32)
+        llama.set_seed(seed)
+    return {name: request[name] for name in _SAMPLING} | {
+        "temp": request["temperature"],
+        "logits_processor": processors,
+        "seed": seed % 2**32,
+    }
+
+
+def _load_cached(llama: Any, prompt: list[int]) -> None:
+    from llama_cpp import Llama
+
+    def n_same(tokens: np.ndarray) -> int:
+        return Llama.longest_token_prefix(tokens.tolist(), prompt)
+
+    def tell(what: str) -> None:
+        if llama.verbose:
+            print(f"Llama._create_completion: {what}", file=sys.stderr)
+
+    try:
+        state = llama.cache[prompt]
+    except KeyError:
+        return tell("cache miss")
+    if n_same(state.input_ids) > n_same(llama._input_ids):
+        with suppress(StateError):  # one of another context counts as not found
+            llama.load_state(state)
+        tell("cache hit")
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RazorError(
+            f"{what} has a lone surrogate ({text[error.start]!r}) at character {error.start}; fix"
+            " the decoding or replace it"
+        ) from None
+
+
+def _token(llama: Any, token: Any) -> int:
+    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+        raise RazorError(f"the prompt has {token!r} as a token, expected whole numbers")
+    llama._check_token(int(token))
+    return int(token)
