@@ -17,15 +17,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from ctypes import c_char_p, c_size_t, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import native
-from .common.machine import free_memory
+from . import available_memory, native
 from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
 from .model_file import open_model
 from .model_shape import ModelShape
@@ -286,9 +284,9 @@ class DryModel:
 
         A device that does not tell is left out.
         """
-        free = {RAM: available_ram()}
+        free = {RAM: available_memory.available_ram()}
         for name in self.devices():
-            n_free, total = device_memory(name)
+            n_free, total = available_memory.device_memory(name)
             if total:
                 free[name] = n_free
         return free
@@ -470,54 +468,6 @@ def paper_profile(shape: ModelShape) -> Profile:
     heads = np.zeros(total, np.uint8)
     heads[np.arange(n) * total // max(n, 1)] = 1
     return Profile(retrieval=split_heads(heads, shape.n_head_kv))
-
-
-def available_ram() -> int:
-    """Bytes of memory that this process can still get without swapping.
-
-    What the system calls available (free, and caches that can be dropped), or what is left of the
-    limit of a control group (a container) if that is less.
-    """
-    left = [_cgroup_left(*files) for files in _CGROUP_FILES]
-    return min([free_memory(), *(n for n in left if n is not None)])
-
-
-# of versions 2 and 1: limit, usage, statistics
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
-
-
-def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
-    """Bytes left of a control group's limit, by its files; None without one."""
-    try:
-        lines = Path(statistics).read_text(encoding="ascii").splitlines()
-        stat = dict(line.split() for line in lines)
-        # parts of files that were read are let go of when memory is short
-        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-        return max(int(Path(limit).read_text()) - int(Path(used).read_text()) + cached, 0)
-    except (OSError, ValueError):  # "max": no limit
-        return None
-
-
-def device_memory(name: str) -> tuple[int, int]:
-    """Bytes free and in total of a ggml device such as "CUDA0", (0, 0) if it does not tell."""
-    lib = library.lib
-    find, ask = lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_memory
-    find.argtypes, find.restype = [c_char_p], c_void_p
-    ask.argtypes = [c_void_p, ctypes.POINTER(c_size_t), ctypes.POINTER(c_size_t)]
-    ask.restype = None
-    device = find(name.encode())
-    if not device:
-        return 0, 0
-    free, total = c_size_t(), c_size_t()
-    ask(device, ctypes.byref(free), ctypes.byref(total))
-    return free.value, total.value
 
 
 def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:

@@ -225,7 +225,7 @@ def _report(
     found: dict[str, list[Need | None]],
 ) -> dict[str, Any]:
     """What --json prints; "needs" of a plan are in the order of "memories"."""
-    from ..fit import available_ram, device_memory
+    from ..available_memory import available_ram, device_memory
 
     def described(need: Need | None, memory: Memory | None) -> dict[str, Any] | None:
         if need is None:

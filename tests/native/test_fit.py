@@ -17,7 +17,16 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from razor_local import Llama, Profile, RazorError, UnsupportedError, fit, make_plan, native
+from razor_local import (
+    Llama,
+    Profile,
+    RazorError,
+    UnsupportedError,
+    available_memory,
+    fit,
+    make_plan,
+    native,
+)
 from razor_local.bench.shapes import SHAPES, write_shape_model
 from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
@@ -49,7 +58,9 @@ def run(*args: object) -> tuple[int, str, str]:
 
 
 def test_a_narrow_terminal_cuts_no_number(monkeypatch) -> None:
-    monkeypatch.setattr("razor_local.fit.available_ram", lambda: 3 << 30)  # it changes by itself
+    monkeypatch.setattr(
+        "razor_local.available_memory.available_ram", lambda: 3 << 30
+    )  # it changes by itself
     monkeypatch.setenv("COLUMNS", "200")
     wide = [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")]
     monkeypatch.setenv("COLUMNS", "30")
@@ -358,7 +369,7 @@ def test_paper_shares(model):
 
 def leave(monkeypatch, n_bytes: int) -> None:
     """Lets this machine have n_bytes for a model, beside the margin."""
-    monkeypatch.setattr(fit, "available_ram", lambda: n_bytes + fit.MARGIN)
+    monkeypatch.setattr(available_memory, "available_ram", lambda: n_bytes + fit.MARGIN)
 
 
 def test_auto(model, monkeypatch):
@@ -414,18 +425,18 @@ def test_chat_auto(monkeypatch):
 
 
 def test_available_memory(tmp_path, monkeypatch):
-    assert 0 < fit.available_ram() <= fit.device_memory("CPU")[1]
-    assert fit.device_memory("no such device") == (0, 0)
+    assert 0 < available_memory.available_ram() <= available_memory.device_memory("CPU")[1]
+    assert available_memory.device_memory("no such device") == (0, 0)
     files = [tmp_path / name for name in ("limit", "used", "stat")]
     for path, text in zip(
         files, ("5000000\n", "3000000\n", "x 1\ninactive_file 500000"), strict=True
     ):
         path.write_text(text)
-    monkeypatch.setattr(fit, "_CGROUP_FILES", [tuple(map(str, files))])
+    monkeypatch.setattr(available_memory, "_CGROUP_FILES", [tuple(map(str, files))])
     if sys.platform == "linux":
-        assert fit.available_ram() == 2500000
+        assert available_memory.available_ram() == 2500000
         files[0].write_text("max\n")
-        assert fit.available_ram() > 5000000
+        assert available_memory.available_ram() > 5000000
 
 
 def test_flash_attention_is_on_where_llama_cpp_turns_it_on(files, monkeypatch):

@@ -15,8 +15,9 @@ from tests.support.native_build import ROOT
 ROOMS = (
     "printable", "errors", "common", "gguf", "plan", "model_shape", "profile", "scores",
     "model_file", "model_setup", "models", "prompt", "chat", "native", "bindings", "ownership",
-    "completion_request", "completion", "memory", "fit", "llama_options", "evaluation", "sampling",
-    "state", "llama", "sessions", "converters", "evals", "bench", "verify", "cli", "__main__",
+    "completion_request", "completion", "memory", "available_memory", "fit", "llama_options",
+    "evaluation", "sampling", "state", "llama", "sessions", "converters", "evals", "bench",
+    "verify", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -68,6 +69,7 @@ GROUPS = {
         "ownership", "completion_request", "completion", "memory", "llama_options", "evaluation",
         "sampling", "state", "llama",
     ),
+    "fit": ("available_memory", "fit"),
     "chat": ("chat", "sessions"),
     "cli": ("cli", "__main__"),
 }  # fmt: skip

@@ -1,0 +1,57 @@
+"""Memory that is free now: of the machine, and of the devices that ggml knows."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_char_p, c_size_t, c_void_p
+from pathlib import Path
+
+from .common.machine import free_memory
+from .native import load
+
+# of versions 2 and 1: limit, usage, statistics
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+
+
+def available_ram() -> int:
+    """Bytes of memory that this process can still get without swapping.
+
+    What the system calls available (free, and caches that can be dropped), or what is left of the
+    limit of a control group (a container) if that is less.
+    """
+    left = [_cgroup_left(*files) for files in _CGROUP_FILES]
+    return min([free_memory(), *(n for n in left if n is not None)])
+
+
+def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
+    """Bytes left of a control group's limit, by its files; None without one."""
+    try:
+        lines = Path(statistics).read_text(encoding="ascii").splitlines()
+        stat = dict(line.split() for line in lines)
+        # parts of files that were read are let go of when memory is short
+        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return max(int(Path(limit).read_text()) - int(Path(used).read_text()) + cached, 0)
+    except (OSError, ValueError):  # "max": no limit
+        return None
+
+
+def device_memory(name: str) -> tuple[int, int]:
+    """Bytes free and in total of a ggml device such as "CUDA0", (0, 0) if it does not tell."""
+    lib = load().lib
+    find, ask = lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_memory
+    find.argtypes, find.restype = [c_char_p], c_void_p
+    ask.argtypes = [c_void_p, ctypes.POINTER(c_size_t), ctypes.POINTER(c_size_t)]
+    ask.restype = None
+    device = find(name.encode())
+    if not device:
+        return 0, 0
+    free, total = c_size_t(), c_size_t()
+    ask(device, ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
