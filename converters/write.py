@@ -17,35 +17,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from ..common import files
 from ..common.files import check_new_file, check_room, create_part, publish
 from ..common.progress import Progress, silent
 from ..errors import ConvertError, ProfileError
-from ..gguf.header import ARRAY, BOOL, F32, MAGIC, STRING, U8, U32, Header, read_header
+from ..gguf.header import MAGIC, STRING, Header, read_header
 from ..gguf.split import part_paths
 from ..model_file import ModelFile, open_model
 from ..model_shape import model_fingerprint
 from ..profile import (
-    KEY_CALIBRATION_PREFIX,
-    KEY_COMPENSATION,
-    KEY_ECHO,
     KEY_FINGERPRINT,
-    KEY_INDUCTION,
-    KEY_METHOD,
     KEY_PREFIX,
     KEY_RETRIEVAL,
-    KEY_SCOPE,
-    KEY_SINK_TOKENS,
-    KEY_VERSION,
-    KEY_WINDOW_DIVISOR,
-    KEY_WINDOW_MIN,
-    VERSION,
     Profile,
     profile_from_header,
     sidecar_from_header,
 )
+from .encode import encode, profile_keys
 
 CHUNK = 8 << 20
 SIDECAR_VERSION = 3  # GGUF version
@@ -194,49 +182,6 @@ def write_sidecar(
     needed = sum(map(len, new)) + sum(e.end - e.start for e in kept) + 4096
     _write_files([out], [write], needed, header.path, verify, force)
     return out
-
-
-def profile_keys(profile: Profile) -> list[bytes]:
-    """The razor keys of a profile, encoded, in the order of docs/format.md."""
-    keys = [
-        encode(KEY_VERSION, U32, VERSION),
-        encode(KEY_METHOD, STRING, profile.method),
-        encode(KEY_SINK_TOKENS, U32, profile.sink_tokens),
-        encode(KEY_WINDOW_MIN, U32, profile.window_min),
-        encode(KEY_WINDOW_DIVISOR, U32, profile.window_divisor),
-        encode(KEY_COMPENSATION, BOOL, profile.compensation),
-        encode_array(KEY_RETRIEVAL, U8, profile.flat()),
-    ]
-    for key, score in ((KEY_ECHO, profile.echo_score), (KEY_INDUCTION, profile.induction_score)):
-        if score is not None:
-            keys.append(encode_array(key, F32, score))
-    if profile.scope is not None:
-        keys.append(encode_array(KEY_SCOPE, U32, np.concatenate(profile.scope)))
-    for key, value in profile.calibration.items():
-        kind = STRING if isinstance(value, str) else U32
-        keys.append(encode(KEY_CALIBRATION_PREFIX + key, kind, value))
-    return keys
-
-
-def encode(key: str, kind: int, value: int | str | bool) -> bytes:
-    """One key with a u32, bool or string value, as GGUF stores it."""
-    if kind == STRING:
-        assert isinstance(value, str)
-        raw = _string(value)
-    else:
-        raw = struct.pack("<?" if kind == BOOL else "<I", value)
-    return _string(key) + struct.pack("<I", kind) + raw
-
-
-def encode_array(key: str, element: int, values: np.ndarray) -> bytes:
-    """One key with a u8, u32 or f32 array, as GGUF stores it."""
-    raw = np.ascontiguousarray(values, {U8: "<u1", U32: "<u4", F32: "<f4"}[element]).tobytes()
-    return _string(key) + struct.pack("<IIQ", ARRAY, element, len(values)) + raw
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode("utf-8")
-    return struct.pack("<Q", len(raw)) + raw
 
 
 def _head(version: int, n_tensors: int, n_keys: int) -> bytes:

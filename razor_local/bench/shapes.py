@@ -17,7 +17,7 @@ import numpy as np
 
 from ..common.files import cache_folder, new_file
 from ..common.progress import Progress, silent
-from ..converters.write import encode, profile_keys
+from ..converters.encode import encode, profile_keys
 from ..errors import UnsupportedError
 from ..gguf.header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
 from ..profile import Profile, split_heads

@@ -1,0 +1,67 @@
+"""The razor keys of a profile as bytes of a GGUF file."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from ..gguf.header import ARRAY, BOOL, F32, STRING, U8, U32
+from ..profile import (
+    KEY_CALIBRATION_PREFIX,
+    KEY_COMPENSATION,
+    KEY_ECHO,
+    KEY_INDUCTION,
+    KEY_METHOD,
+    KEY_RETRIEVAL,
+    KEY_SCOPE,
+    KEY_SINK_TOKENS,
+    KEY_VERSION,
+    KEY_WINDOW_DIVISOR,
+    KEY_WINDOW_MIN,
+    VERSION,
+    Profile,
+)
+
+
+def profile_keys(profile: Profile) -> list[bytes]:
+    """The razor keys of a profile, encoded, in the order of docs/format.md."""
+    keys = [
+        encode(KEY_VERSION, U32, VERSION),
+        encode(KEY_METHOD, STRING, profile.method),
+        encode(KEY_SINK_TOKENS, U32, profile.sink_tokens),
+        encode(KEY_WINDOW_MIN, U32, profile.window_min),
+        encode(KEY_WINDOW_DIVISOR, U32, profile.window_divisor),
+        encode(KEY_COMPENSATION, BOOL, profile.compensation),
+        encode_array(KEY_RETRIEVAL, U8, profile.flat()),
+    ]
+    for key, score in ((KEY_ECHO, profile.echo_score), (KEY_INDUCTION, profile.induction_score)):
+        if score is not None:
+            keys.append(encode_array(key, F32, score))
+    if profile.scope is not None:
+        keys.append(encode_array(KEY_SCOPE, U32, np.concatenate(profile.scope)))
+    for key, value in profile.calibration.items():
+        kind = STRING if isinstance(value, str) else U32
+        keys.append(encode(KEY_CALIBRATION_PREFIX + key, kind, value))
+    return keys
+
+
+def encode(key: str, kind: int, value: int | str | bool) -> bytes:
+    """One key with a u32, bool or string value, as GGUF stores it."""
+    if kind == STRING:
+        assert isinstance(value, str)
+        raw = _string(value)
+    else:
+        raw = struct.pack("<?" if kind == BOOL else "<I", value)
+    return _string(key) + struct.pack("<I", kind) + raw
+
+
+def encode_array(key: str, element: int, values: np.ndarray) -> bytes:
+    """One key with a u8, u32 or f32 array, as GGUF stores it."""
+    raw = np.ascontiguousarray(values, {U8: "<u1", U32: "<u4", F32: "<f4"}[element]).tobytes()
+    return _string(key) + struct.pack("<IIQ", ARRAY, element, len(values)) + raw
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
