@@ -367,15 +367,17 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     context.
     """
     from ..evals.perplexity import (
-        PerplexityReport,
         context_size,
-        format_report,
         make_windows,
-        plot_curve,
-        plot_positions,
         read_text,
         run_facts,
         run_perplexity,
+    )
+    from ..evals.perplexity_report import (
+        PerplexityReport,
+        format_report,
+        plot_curve,
+        plot_positions,
     )
     from ..evals.run import describe_run, open_journal
 

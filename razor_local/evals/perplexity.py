@@ -10,9 +10,8 @@ asked for planted facts (facts.py), in a context of the same size.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ..common.compact_json import compact_json
-from ..common.figure import make_figure, save_figure
 from ..common.inputs import read_text_file
 from ..common.journal import Journal
 from ..common.machine import free_memory
-from ..common.markdown import markdown_table
 from ..common.progress import Clock, Progress, Stop, check_stop, silent
 from ..errors import RazorError
 from ..model_setup import ModelSetup
@@ -33,10 +29,8 @@ from ..model_shape import ModelShape
 from ..plan import padded_n_ctx
 from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
-from .intervals import block_bootstrap
 from .policies import Policy
 from .questions import Prompts
-from .report import INSTEAD, draw_curves, head_lines, share
 from .run import describe_cache, open_llama
 
 BLOCK = 128  # tokens
@@ -292,208 +286,6 @@ def _compare(
     }
     for name, value in values.items():
         np.add.at(sums[name], blocks, value)
-
-
-# -- report
-
-
-@dataclass(frozen=True)
-class PerplexityReport:
-    """A run: what was read by what (head), and the records of run_perplexity."""
-
-    head: dict[str, Any]
-    records: list[dict[str, Any]]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """A row per policy over all positions; intervals by a bootstrap over blocks.
-
-        perplexity; ratio: to the full f16 cache's; kl: mean, nats; same_top: share of the tokens
-        where both find the same one most likely; facts_found of facts_asked planted facts, None
-        where no facts were planted.
-        """
-        return list(self._rows([(0, 1 << 62)]))
-
-    @property
-    def by_position(self) -> list[dict[str, Any]]:
-        """The same by policy and position in the window, [from_position, to_position)."""
-        return list(self._rows(position_buckets(self.head["settings"]["n_ctx"])))
-
-    @property
-    def missing(self) -> int:
-        """Windows that were not read by a policy yet, an interrupted run."""
-        wanted = self.head["settings"]["n_windows"] * len(self.head["policies"])
-        return wanted - sum(r["kind"] == "window" for r in self.records)
-
-    def _rows(self, buckets: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-        caches = {r["policy"]: r for r in self.records if r["kind"] == "cache"}
-        facts = {r["policy"]: r for r in self.records if r["kind"] == "facts"}
-        for policy in self.head["policies"]:
-            windows = [
-                r for r in self.records if r["kind"] == "window" and r["policy"] == policy["name"]
-            ]
-            windows.sort(key=lambda r: r["window"])
-            for low, high in buckets if windows else ():
-                found = _figures(windows, low, high, self.head["settings"]["seed"])
-                if found is not None:
-                    cache = caches[policy["name"]]
-                    full = cache["kv_bytes_full_f16"]
-                    yield {
-                        "policy": policy["name"],
-                        "from_position": low,
-                        "to_position": min(high, self.head["settings"]["n_ctx"]),
-                        "active": cache["active"],
-                        "kv_bytes": cache["kv_bytes"],
-                        "share": cache["kv_bytes"] / full if full else None,
-                        "facts_found": facts.get(policy["name"], {}).get("found"),
-                        "facts_asked": facts.get(policy["name"], {}).get("asked"),
-                    } | found
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": "razor-local eval perplexity",
-            "head": self.head,
-            "missing": self.missing,
-            "rows": self.rows,
-            "by_position": self.by_position,
-            "records": sorted(
-                (r for r in self.records if r["kind"] in ("window", "facts")),
-                key=lambda r: (r["kind"], r["policy"], r.get("window", 0)),
-            ),
-        }
-
-
-def position_buckets(n_ctx: int) -> list[tuple[int, int]]:
-    """[0, 256), [256, 512), [512, 1024) and so on up to n_ctx."""
-    edges = [0, 2 * BLOCK]
-    while edges[-1] < n_ctx:
-        edges.append(2 * edges[-1])
-    edges[-1] = n_ctx
-    return list(zip(edges, edges[1:], strict=False))
-
-
-def _figures(
-    windows: Sequence[dict[str, Any]], low: int, high: int, seed: int
-) -> dict[str, Any] | None:
-    chosen: dict[str, list[float]] = {name: [] for name in ("n", "nll", "full_nll", "kl", "same")}
-    for window in windows:
-        for name, values in chosen.items():
-            values += window[name][low // BLOCK : -(-high // BLOCK)]
-    arrays = {name: np.array(values) for name, values in chosen.items()}
-    some = arrays["n"] > 0
-    if not some.any():
-        return None
-    n = arrays["n"][some]
-    excess = arrays["nll"] - arrays["full_nll"]
-    sums = np.stack([a[some] for a in (arrays["nll"], excess, arrays["kl"], arrays["same"])], 1)
-    means = sums.sum(axis=0) / n.sum()
-    bounds = block_bootstrap(n, sums, seed)
-    figures: dict[str, Any] = {"n": int(n.sum())}
-    for i, (name, convert) in enumerate(
-        (("perplexity", math.exp), ("ratio", math.exp), ("kl", float), ("same_top", float))
-    ):
-        figures[name] = convert(means[i])
-        figures[f"{name}_low"], figures[f"{name}_high"] = (convert(b[i]) for b in bounds)
-    return figures
-
-
-def format_report(report: PerplexityReport, kind: str) -> str:
-    """As "json" or "md", with a line end."""
-    if kind == "json":
-        return compact_json(report.to_dict())
-    return "\n".join(_markdown(report)) + "\n"
-
-
-def _markdown(report: PerplexityReport) -> Iterator[str]:
-    settings = report.head["settings"]
-    yield from head_lines(report.head)
-    yield (
-        f"- {settings['text']}: {settings['n_windows']:,} windows of {settings['n_ctx']:,} tokens,"
-        f" one every {settings['stride']:,} tokens, from a text of {settings['n_tokens']:,} tokens"
-    )
-    yield "- compared with a full f16 cache; 95 % confidence intervals; KL divergence in nats"
-    if any(r["kind"] == "facts" for r in report.records):
-        yield (
-            "- planted facts: 20 questions about a second text that fills the context, every fact"
-            " outside the local windows; perplexity and KL divergence on plain text do not show"
-            " whether facts are lost"
-        )
-    if report.missing:
-        yield f"- **unfinished: {report.missing:,} windows were not read yet**"
-    yield ""
-    rows = report.rows
-    yield from markdown_table(
-        ["policy", "KV bytes", "share of full f16", "planted facts found", "perplexity",
-         "ratio to full", "KL divergence", "same top token, %", "tokens"],
-        [
-            [
-                r["policy"], f"{r['kv_bytes']:,}", share(r["share"]),
-                "" if r["facts_found"] is None else f"{r['facts_found']} of {r['facts_asked']}",
-                f"{r['perplexity']:.3f}",
-                f"{r['ratio']:.4f} ({r['ratio_low']:.4f} to {r['ratio_high']:.4f})",
-                f"{r['kl']:.5f} ({r['kl_low']:.5f} to {r['kl_high']:.5f})",
-                f"{100 * r['same_top']:.2f} ({100 * r['same_top_low']:.2f} to"
-                f" {100 * r['same_top_high']:.2f})",
-                f"{r['n']:,}",
-            ]
-            for r in rows
-        ],
-    )  # fmt: skip
-    found = {(r["policy"], r["from_position"]): r for r in report.by_position}
-    buckets = position_buckets(settings["n_ctx"])
-    yield ""
-    yield "## KL divergence by position in the context"
-    yield ""
-    yield from markdown_table(
-        ["policy", *(f"{low:,} to {high - 1:,}" for low, high in buckets)],
-        [
-            [r["policy"]]
-            + [
-                f"{found[r['policy'], low]['kl']:.5f}" if (r["policy"], low) in found else ""
-                for low, _ in buckets
-            ]
-            for r in rows
-        ],
-    )
-    yield ""
-    yield f"Measured {report.head['date']}."
-
-
-def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Path:
-    """KL divergence over the position in the context, a line per policy.
-
-    Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
-    """
-    figure = make_figure(path, (8.5, 4.5), INSTEAD)
-    figure.set_layout_engine("constrained")
-    ax = figure.subplots()
-    rows = report.by_position
-    for i, policy in enumerate(dict.fromkeys(r["policy"] for r in rows)):
-        some = [r for r in rows if r["policy"] == policy and r["kl"] > 0]
-        x = [(r["from_position"] + r["to_position"]) / 2 for r in some]
-        y = [r["kl"] for r in some]
-        errors = [[r["kl"] - r["kl_low"] for r in some], [r["kl_high"] - r["kl"] for r in some]]
-        if some:
-            line = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colours
-            ax.errorbar(x, y, np.maximum(errors, 0), fmt=line, color=f"C{i % 10}", label=policy,
-                        capsize=2, markersize=3, linewidth=1)  # fmt: skip
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    ax.set(yscale="log", xlabel="position, tokens", ylabel="KL divergence, nats")
-    ax.grid(alpha=0.3)
-    figure.legend(fontsize="x-small", loc="outside right upper")
-    return save_figure(figure, path)
-
-
-def plot_curve(report: PerplexityReport, path: str | os.PathLike[str]) -> Path:
-    """KL divergence over bytes of the KV cache. Raises as plot_positions()."""
-    points = [
-        (r["policy"], r["kv_bytes"], r["kl"], r["kl_low"], r["kl_high"])
-        for r in report.rows
-        if r["kl"] > 0
-    ]
-    title = f"{report.head['settings']['n_ctx']:,} tokens"
-    return draw_curves(report.head, {title: points}, "KL divergence, nats", path, log=True)
 
 
 def context_size(shape: ModelShape, n_ctx: int) -> int:

@@ -75,11 +75,13 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
 
     def check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Format the records, as is done when the run has ended."""
-        from . import perplexity, report
+        from . import perplexity_report, report
 
         if head["eval"] == "perplexity":
             for kind in ("json", "md"):
-                perplexity.format_report(perplexity.PerplexityReport(head, records), kind)
+                perplexity_report.format_report(
+                    perplexity_report.PerplexityReport(head, records), kind
+                )
             return
         for record in records:
             if record["kind"] == "answer" and not 0 <= record["score"] <= 1:

@@ -15,13 +15,8 @@ from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
 from razor_local.evals import needle, ruler
 from razor_local.evals.intervals import block_bootstrap, paired_difference, score_interval, wilson
-from razor_local.evals.perplexity import (
-    BLOCK,
-    Window,
-    log_softmax,
-    make_windows,
-    position_buckets,
-)
+from razor_local.evals.perplexity import BLOCK, Window, log_softmax, make_windows
+from razor_local.evals.perplexity_report import position_buckets
 from razor_local.evals.policies import DEFAULT, make_policies
 from razor_local.evals.questions import Question, Sample
 from razor_local.evals.run import open_llama
