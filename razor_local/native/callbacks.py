@@ -35,8 +35,9 @@ class Callback:
         result = None
         while True:
             try:
-                argument = yield result
-                result = self._on_error if self.error else self._function(argument)
+                while True:  # within the try, so that no instruction between two calls is outside of it
+                    argument = yield result
+                    result = self._on_error if self.error else self._function(argument)
             except GeneratorExit:
                 return
             except BaseException as error:

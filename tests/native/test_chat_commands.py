@@ -76,7 +76,7 @@ def test_help_fits_a_terminal_and_names_every_command():
 
 
 def test_the_page_names_every_command_and_option():
-    page = (Path(__file__).parents[1] / "docs" / "chat.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
     for name in COMMANDS:
         assert f"`/{name}" in page, name
     options = {option for parameter in chat_command.params for option in parameter.opts}
