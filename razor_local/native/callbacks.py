@@ -35,7 +35,7 @@ class Callback:
         result = None
         while True:
             try:
-                while True:  # within the try, so that no instruction between two calls is outside of it
+                while True:  # inside the try: an exception can come between two calls, too
                     argument = yield result
                     result = self._on_error if self.error else self._function(argument)
             except GeneratorExit:
