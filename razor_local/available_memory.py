@@ -43,7 +43,7 @@ def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
 
 
 def device_memory(name: str) -> tuple[int, int]:
-    """Bytes free and in total of a ggml device such as "CUDA0", (0, 0) if it does not tell."""
+    """Return free and total bytes of a ggml device such as "CUDA0"; (0, 0) if unknown."""
     lib = load().lib
     find, ask = lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_memory
     find.argtypes, find.restype = [c_char_p], c_void_p

@@ -193,7 +193,7 @@ class Chat:
 
     @property
     def sampling(self) -> Sampling:
-        """How answers are drawn. Another seed begins another sequence of seeds."""
+        """The sampling options. Setting a seed starts a new sequence of seeds."""
         assert self._sampling is not None  # set by __init__()
         return self._sampling
 

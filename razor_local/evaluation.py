@@ -148,7 +148,7 @@ def after_cached(llama: Llama, tokens: Sequence[int]) -> list[int]:
             f"{llama.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
             f" {llama._n_ctx}; use a larger n_ctx or a shorter text"
         )
-    # asked first: taking nothing back looks at all cells of a cache of llama.cpp's own
+    # checked first: removing nothing scans all cells of llama.cpp's own cache
     cached = n_cached(llama)
     if cached < llama.n_tokens or (
         cached > llama.n_tokens and not llama._ctx.kv_cache_seq_rm(-1, llama.n_tokens, -1)

@@ -136,7 +136,7 @@ def _read(
     sink_tokens: int | None,
     compensation: bool | None,
 ) -> tuple[ModelShape | None, Profile | None, str]:
-    """Shape and profile of a model, and why there is no profile. Shape None: not understood."""
+    """Return shape, profile and the reason for no profile. Shape None: not understood."""
     overridden = not (budget is window is sink_tokens is compensation is None)
     disabled = native.is_disabled()
     if razor is False or disabled:

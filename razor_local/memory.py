@@ -21,7 +21,7 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the KV cache takes. All sizes in bytes, allocated when the context was created.
+    """The size of the KV cache. All sizes in bytes, allocated when the context was created.
 
     active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
     reason). own_attention: layers whose cache is in host memory run our attention, also with

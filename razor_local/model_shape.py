@@ -162,7 +162,7 @@ def alibi_max_bias(header: Header, shape: ModelShape) -> float:
 
 
 def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
-    """What in the metadata lets the native library refuse razor for this model, None if nothing.
+    """Return the feature for which the native library refuses razor, None if there is none.
 
     The library decides by architecture when a context is created; this is for the tools that never
     load it.
@@ -186,7 +186,7 @@ def why_not_converted(header: Header, shape: ModelShape) -> str | None:
 
 
 def model_fingerprint(parts: Sequence[Header]) -> str:
-    """sha256 (hex) that tells model files apart, for sidecars.
+    """Return the sha256 (hex) that identifies a model, for sidecars.
 
     parts: the headers of the model's files, usually one. Over the architecture and attention shape,
     the tensor tables (names, types, shapes, offsets relative to the data section) and a sample of

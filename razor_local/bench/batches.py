@@ -61,7 +61,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The measurements of a run.
 
     types: (K, V) of razor and of the full cache it is compared with; where that is not f16, with a
     full f16 cache too. n_ctx: tokens, 0: as each depth needs. max_pairs: of turns to decode;
@@ -109,7 +109,7 @@ class Batch:
     steps: tuple[Step, ...]
 
     def key(self, step: Step) -> dict[str, Any]:
-        """The fields by which a record is told from all others."""
+        """Return the fields that identify a record."""
         razor = self.sides[0]
         return {
             "kind": step.kind,

@@ -37,7 +37,7 @@ def compare_rows(here: Report, there: Report) -> list[dict[str, Any]]:
 
 
 def differences(here: Report, there: Report) -> list[str]:
-    """What of the two runs is not the same, apart from the figures: one sentence each."""
+    """Return a sentence for each difference between the setups of two runs."""
     found = []
     for path in (
         "model.name", "model.fingerprint", "model.retrieval_kv_heads", "model.window_min",

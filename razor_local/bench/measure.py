@@ -92,11 +92,11 @@ class Measure:
         (context,) = self.contexts.take([side])
         self.show(f"memory ({side.name})")
         context.fill(depth)
-        told = context.worker.ask("peak_rss", True) is not None
+        is_known = context.worker.ask("peak_rss", True) is not None
         context.run(2 if depth + 2 <= side.n_ctx else 1)
         return {
             "kv_bytes": context.kv_bytes(),
-            "peak_rss": context.worker.ask("peak_rss") if told else None,
+            "peak_rss": context.worker.ask("peak_rss") if is_known else None,
             "device": context.device_bytes(),
         }
 

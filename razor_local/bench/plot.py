@@ -14,7 +14,7 @@ from .figures import Report, types_of
 def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
     """KV memory, decode speed and time to the first token over the context.
 
-    Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
+    Raises UnsupportedError if matplotlib is missing or the name is not that of a picture, OSError.
     """
     figure = make_figure(path, (15.0, 4.5), "look at the tables in the Markdown report")
     from matplotlib.ticker import NullLocator

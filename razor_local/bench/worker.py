@@ -360,22 +360,22 @@ class SessionContext:
     def kv_bytes(self) -> int | None:
         if self.native is not None:
             return int(self.native.stats(self.ctx).kv_bytes)
-        told = self.logged.get("KV")
-        return sum(told.values()) if told else None
+        logged = self.logged.get("KV")
+        return sum(logged.values()) if logged else None
 
     def device_bytes(self) -> int | None:
         devices = self.session.devices
         if not devices:
             return None
         if self.native is None:
-            told = [
+            logged = [
                 self.session.logged.get("model"),
                 self.logged.get("KV"),
                 self.logged.get("compute"),
             ]
-            if None in told:
+            if None in logged:
                 return None
-            return sum(found.get(name, 0) for found in told if found for name in devices)
+            return sum(found.get(name, 0) for found in logged if found for name in devices)
         buffers = [m for m in self.native.memory(self.ctx) if not m.is_host]
         return sum(m.weights + m.cache + m.compute for m in buffers)
 

@@ -102,5 +102,5 @@ def main() -> None:
     Retrieval heads keep every token. All other KV heads keep the first tokens, a recent window and
     one compensation token.
     """
-    # huggingface_hub would tell the hub which libraries and tools are installed
+    # huggingface_hub would send the names of installed libraries and tools
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

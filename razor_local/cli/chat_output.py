@@ -1,4 +1,4 @@
-"""How an answer is written to stdout while it is generated."""
+"""Writes an answer to stdout while it is generated."""
 
 from __future__ import annotations
 

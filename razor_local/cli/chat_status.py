@@ -1,4 +1,4 @@
-"""What a chat reports of its model, its cache and its speed, as lines of text."""
+"""Reports on a chat as lines of text: its model, its cache and its speed."""
 
 from __future__ import annotations
 

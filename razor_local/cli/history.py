@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 1 << 20  # longer texts are not kept
 
 
 class History:
-    """What was typed, in this chat and in earlier ones. Several chats may share the file.
+    """The input history of this chat and of earlier ones. Several chats may share the file.
 
     Raises RazorError, OSError where the file cannot be used.
     """

@@ -207,7 +207,7 @@ class MessageReader:
 
     @property
     def can_edit(self) -> bool:
-        """Whether a line can begin with a text that can be changed."""
+        """Return True if a line can start with text that the user can edit."""
         return self._session is not None
 
     def _read_line(self, prompt: str, begin: str = "") -> str:
@@ -222,7 +222,7 @@ class MessageReader:
     def read(self, begin: str = "") -> str | None:
         """The next line, None at the end of input. Raises KeyboardInterrupt for Ctrl-C.
 
-        begin: what stands in the line already; where can_edit is False it cannot be changed.
+        begin: text that the line starts with; it cannot be edited if can_edit is False.
         """
         try:
             line = self._read_line(">>> ", begin)
@@ -276,7 +276,7 @@ class MessageReader:
         return marker
 
     def add_file(self, name: str, text: str, n_tokens: int) -> str:
-        """What stands in the line for a file: a marker."""
+        """Return the marker that represents a file in the line."""
         name = printable(name, one_line=True)
         marker = f"[file {len(self._pastes) + 1}: {name}, {n_tokens} tokens]"
         self._pastes[marker] = text.strip("\n")

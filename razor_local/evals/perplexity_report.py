@@ -184,7 +184,7 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
 def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Path:
     """KL divergence over the position in the context, a line per policy.
 
-    Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
+    Raises UnsupportedError if matplotlib is missing or the name is not that of a picture, OSError.
     """
     figure = make_figure(path, (8.5, 4.5), INSTEAD)
     figure.set_layout_engine("constrained")

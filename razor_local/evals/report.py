@@ -232,7 +232,7 @@ def plot_heat(report: Report, path: str | os.PathLike[str]) -> Path:
     """Scores as colours, over length: a row of panels per policy with a panel per task, in it the
     depths; or where tasks have no depth a panel per policy, in it the tasks.
 
-    Raises UnsupportedError where matplotlib is missing or the name is no picture's, OSError.
+    Raises UnsupportedError if matplotlib is missing or the name is not that of a picture, OSError.
     """
     cells = report.cells
     lengths = sorted({c["length"] for c in cells})

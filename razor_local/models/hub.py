@@ -62,7 +62,7 @@ def endpoint() -> str:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids downloads."""
+    """Return True if HF_HUB_OFFLINE forbids downloads."""
     from huggingface_hub import constants
 
     return constants.is_offline_mode()
@@ -108,7 +108,7 @@ def snapshots(repo: str) -> list[dict[str, Path]]:
 
 
 def unfinished(repo: str) -> list[Path]:
-    """What interrupted downloads from a repository have left."""
+    """Return the files that interrupted downloads from a repository left behind."""
     return sorted((repo_folder(repo) / "blobs").glob("*.incomplete"))
 
 
@@ -132,7 +132,7 @@ def remove(repo: str, paths: list[str]) -> int:
 
 
 def _blob(link: Path) -> Path:
-    """What a file of a snapshot links to. (Not further: a blob may be a link itself.)"""
+    """Return the target of a snapshot file. A blob may be a link itself and is not followed."""
     return Path(os.path.normpath(link.parent / os.readlink(link))) if link.is_symlink() else link
 
 
@@ -175,7 +175,7 @@ def read_repo(name: str) -> Repo:
 
 
 def bytes_missing(repo: Repo, files: list[RemoteFile]) -> int:
-    """How many bytes of the files a download would fetch."""
+    """Return the bytes that a download would fetch."""
     blobs = repo_folder(repo.name) / "blobs"
     there = 0
     for file in files:

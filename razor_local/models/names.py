@@ -63,6 +63,6 @@ def parse(text: str) -> Path | ModelName:
 
 
 def is_path(text: str) -> bool:
-    """Whether text looks like a path, so that a file is missing where there is none."""
+    """Return True if text looks like a path rather than a name."""
     separators = {os.sep, os.altsep or "/", "/"}
     return not text.startswith(HUB) and (text.endswith(".gguf") or bool(separators & set(text)))

@@ -30,12 +30,12 @@ PIP = "import runpy; sys.argv[0] = 'pip'; runpy.run_module('pip', run_name='__ma
 
 
 def folder() -> Path:
-    """Where the models are."""
+    """Return the folder of the models."""
     return cache_folder() / "models"
 
 
 def path_of(entry: Entry) -> Path:
-    """Where the model of an entry is once it was downloaded."""
+    """Return the path of the model of an entry after its download."""
     return folder() / entry.file
 
 

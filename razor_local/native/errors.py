@@ -28,7 +28,7 @@ _TRIED: dict[str, tuple[int | None, str | None]] = {
 }
 TRIED_FUNCTIONS = {name: name.replace("llama_", "llama_razor_try_", 1) for name in _TRIED}
 
-# functions whose NULL the bindings hand on, to what does not look at it, and what it means
+# functions whose NULL the bindings pass on to code that does not check it, and its meaning
 _GRAMMAR = "the grammar is malformed: a rule has bad syntax, is not defined or begins with itself"
 _NOT_NULL = {
     "llama_sampler_init_grammar": _GRAMMAR,

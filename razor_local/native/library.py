@@ -51,7 +51,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 
 @dataclass(frozen=True)
 class Build:
-    """What the library was built from: the pinned sdist and the build's options."""
+    """Build information: the pinned sdist and the build options."""
 
     version: str
     sha256: str
@@ -97,7 +97,7 @@ class Native:
             self.lib.llama_razor_set_override(None)
 
     def stats(self, ctx: int) -> Stats:
-        """Of a whole context. ctx: llama_context pointer."""
+        """Return the statistics of a context. ctx: llama_context pointer."""
         return self._get("llama_razor_get_stats", Stats(), ctx)
 
     def layer(self, ctx: int, il: int) -> LayerStats:
@@ -111,7 +111,7 @@ class Native:
         return [self._get("llama_razor_get_buffer", BufferStats(), ctx, i) for i in range(n)]
 
     def memory(self, ctx: int) -> list[Memory]:
-        """What a context and its model take, one entry per buffer type."""
+        """Return the memory of a context and its model, one entry per buffer type."""
         found: list[Memory] = []
         with contextlib.suppress(IndexError):
             while True:
@@ -208,7 +208,7 @@ def library_folder() -> Path:
 
 
 def _package_folders() -> list[Path]:
-    """Where an installation can have put the library, the most likely first.
+    """Yield the folders where an installation may have put the library, the most likely first.
 
     An editable installation leaves the Python sources in the checkout and puts what CMake installs
     into site-packages, which only the distribution's list of files tells for certain.

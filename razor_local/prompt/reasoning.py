@@ -1,4 +1,4 @@
-"""What a model thinks before it answers: taken apart from the answer while both are generated.
+"""Separates the reasoning of a model from its answer while both are generated.
 
 Models write their thoughts between <think> and </think>, at the beginning of an answer; many chat
 templates write the <think> themselves. gpt-oss writes them into a channel, by control tokens:

@@ -19,16 +19,16 @@ from ..plan import Plan
 from ..profile import Profile
 from . import reference
 
-KEYS_COMPARED = 8  # tokens of each ubatch whose keys tell which heads are stored
+KEYS_COMPARED = 8  # tokens of each ubatch whose keys show which heads are stored
 
-_CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # tensors of llama_kv_cache and of ours
+_CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # of both caches
 _OUTPUT = re.compile(r"kqv_out-(\d+)$")
 _SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer's attention was given and gave.
+    """The inputs and outputs of one layer's attention.
 
     q: f32 [n_rows, n_head, d_k] after RoPE, at positions int [n_rows]; out: f32 [n_rows, n_head,
     d_v], rotated if V is (reference.rotation_sizes). k, v: all tokens, packed in the KV types of
@@ -86,7 +86,7 @@ class Capture:
         self.checked = False
 
     def layer(self, il: int) -> Layer:
-        """What was collected of a layer, which is given away. Raises UnsupportedError."""
+        """Return the captured data of a layer and forget it. Raises UnsupportedError."""
         parts = self.layers.pop(il, None)
         n_rows = sum(map(len, parts["q"])) if parts else 0
         if parts is None or n_rows != len(self.positions):
@@ -137,7 +137,7 @@ class Capture:
         return is_input or _OUTPUT.match(self._name(pointer)) is not None
 
     def _is_input(self, pointer: int, tensor: Tensor) -> bool:
-        """Whether a tensor may be what a layer's attention reads."""
+        """Return True if a tensor may be an input of a layer's attention."""
         op = self._op(pointer)
         name = tensor.name.decode("utf-8", "replace")
         if op == "SET_ROWS":
@@ -275,7 +275,7 @@ class Capture:
 
 
 def _which(same: np.ndarray) -> int | None:
-    """The only head with the same keys, None if there is no such or more than one."""
+    """Return the only head with the same keys; None if there is none or more than one."""
     return int(np.argmax(same)) if same.sum() == 1 else None
 
 

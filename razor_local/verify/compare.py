@@ -18,7 +18,7 @@ from .result import Errors, GroupResult
 KL_ROWS = 16  # logits converted to F64 at a time
 
 # Errors relative to the root mean square of a head's output: of a head over all checked queries,
-# and of any single number. What was measured stands in docs/verification.md.
+# and of any single number. docs/verification.md has the measurements.
 # CPUs round q to 8 bits for products with quantized keys: near ties between keys of a sharp head
 # fall the other way in single rows
 QUANTIZED = (1e-2, 5e-1)
@@ -67,7 +67,7 @@ def compare_layer(
 
 
 def expected_output(layer: Layer, retrieval: np.ndarray, plan: Plan) -> np.ndarray:
-    """What the reference computes for a layer: f32 [n_rows, n_head, d_v]."""
+    """Return the output of the reference for a layer: f32 [n_rows, n_head, d_v]."""
     size_k, _ = rotation_sizes(plan)
     return reference.attention(
         layer.q if size_k is None else reference.rotate(layer.q, size_k),

@@ -11,7 +11,7 @@ from ..plan import Plan
 
 @dataclass(frozen=True)
 class Errors:
-    """Of some heads of one layer, relative to the root mean square of each head's own output.
+    """Relative errors of a group of heads in one layer, normalized by each head's output RMS.
 
     largest: of any number; rms: over all heads; worst_rms: of the head worst_head (a query head).
     """

@@ -8,7 +8,7 @@
 // block of query rows: thread blocks with the same range read the same rows of K and V at about the same time, from the L2 cache
 // a second kernel combines the partial results of heads that more than one range contains
 //
-// there is no mask: each cell stores the first token that sees it, and only tiles that some tokens see and others do not are masked
+// without a mask: each cell stores the first token that sees it, and only tiles that are seen in part are masked
 
 #include "../ggml-razor.h"
 
