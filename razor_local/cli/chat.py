@@ -39,7 +39,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
 
 @click.command(
     "chat",
-    epilog="With a pipe on stdin the whole of it is one message: the answer goes to stdout. "
+    epilog="With a pipe on stdin, the whole input is one message, and the answer goes to stdout. "
     "Example: cat text.txt question.txt | razor-local chat",
 )
 @model_argument()
@@ -48,8 +48,8 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     "--ctx-size",
     type=ContextSize(),
     metavar="N",
-    help="Context size in tokens, 0: as trained, auto: the largest for the memory that is free."
-    "  [default: as trained, at most 32768]",
+    help="Context size in tokens (0: trained length, auto: largest that fits the free memory)."
+    "  [default: trained length, up to 32768]",
 )
 @click.option(
     "-ngl",
@@ -58,9 +58,9 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     default=-1,
     metavar="N",
     show_default=True,
-    help="Layers on the GPU, -1: all. Without a GPU in the build it does nothing.",
+    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
 )
-@click.option("-t", "--threads", type=THREADS, metavar="N", help="CPU threads.")
+@click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
 @click.option(
     "-b",
     "--batch-size",
@@ -68,7 +68,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     default=512,
     metavar="N",
     show_default=True,
-    help="Prompt tokens per step.",
+    help="Logical batch size: prompt tokens per call.",
 )
 @click.option(
     "-ub",
@@ -77,26 +77,34 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     default=512,
     metavar="N",
     show_default=True,
-    help="Prompt tokens per computation.",
+    help="Physical batch size: prompt tokens per graph.",
 )
-@click.option("-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True)
-@click.option("-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True)
+@click.option(
+    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True, help="Type of K."
+)
+@click.option(
+    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True, help="Type of V."
+)
 @FLASH_ATTN
-@click.option("-s", "--seed", type=int, default=-1, metavar="N", help="-1: random.")
+@click.option("-s", "--seed", type=int, default=-1, metavar="N", help="Sampling seed (-1: random).")
 @click.option(
     "--temp",
     type=Number(0),
     metavar="T",
-    help="Temperature, 0: always the most likely token.  [default: 0.8, built-in model 0]",
+    help="Sampling temperature (0: greedy).  [default: 0.8; 0 for the built-in model]",
 )
-@click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True)
-@click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True)
+@click.option(
+    "--top-p", type=Number(0, 1), default=0.95, show_default=True, help="Top-p threshold (1: off)."
+)
+@click.option(
+    "--min-p", type=Number(0, 1), default=0.05, show_default=True, help="Min-p threshold (0: off)."
+)
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option(
     "--sidecar",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Razor profile of the model, if it is not in the model file.",
+    help="Sidecar with the profile of the model.",
 )
 @click.option(
     "--budget",
@@ -104,9 +112,13 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     "budget",
     type=Number(0, 1),
     metavar="SHARE",
-    help="KV heads that keep every token, chosen again by the scores in the profile.",
+    help="Share of retrieval heads, chosen by the scores in the profile.",
 )
-@click.option("--razor/--no-razor", default=True, help="RazorAttention.  [default: on]")
+@click.option(
+    "--razor/--no-razor",
+    default=True,
+    help="Use RazorAttention, or a full cache.  [default: --razor]",
+)
 @click.option(
     "-n",
     "--predict",
@@ -114,20 +126,18 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     default=-1,
     metavar="N",
     show_default=True,
-    help="Tokens of an answer at most, -1: until it ends.",
+    help="Maximum tokens to generate (-1: unlimited).",
 )  # fmt: skip
 @click.option(
     "--on-full", type=click.Choice(["stop", "drop-oldest"]), default="stop", show_default=True,
-    help="What happens to a message for which the context has no room: it is refused, or the oldest"
-    " messages and their answers are dropped.",
+    help="Refuse a message that does not fit into the context, or drop the oldest messages and"
+    " their answers.",
 )  # fmt: skip
-@click.option("--hide-thinking", is_flag=True, help="Leave out what the model thinks.")
-@click.option(
-    "--session", metavar="NAME", help="Go on with a conversation that /save NAME has saved."
-)
+@click.option("--hide-thinking", is_flag=True, help="Hide the reasoning of the model.")
+@click.option("--session", metavar="NAME", help="Continue the conversation that /save NAME saved.")
 @click.option(
     "--no-history", is_flag=True,
-    help="Neither read nor keep what was typed in the user's data folder.",
+    help="Do not read or write the input history.",
 )  # fmt: skip
 def chat(model: Path | None, **options: Any) -> None:
     """Chat with MODEL, or with the small built-in model.
