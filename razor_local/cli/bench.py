@@ -12,6 +12,7 @@ from ..bench.batches import KINDS
 from .params import (
     DEFAULT_MODEL,
     KV_TYPE,
+    N_GPU_LAYERS,
     THREADS,
     ListOf,
     Number,
@@ -86,15 +87,7 @@ Examples:
     help="Time limit of one measurement in seconds; slow caches get fewer turns, but at least 5.",
 )
 @click.option("-t", "--threads", type=THREADS, help="Number of CPU threads.  [default: all cores]")
-@click.option(
-    "-ngl",
-    "--n-gpu-layers",
-    type=click.IntRange(-1),
-    default=-1,
-    metavar="N",
-    show_default=True,
-    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
-)
+@N_GPU_LAYERS
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",

@@ -14,10 +14,14 @@ from .chat_loop import Display, converse
 from .chat_status import describe
 from .interrupt import stop_on_interrupt
 from .params import (
+    BATCH_SIZE,
+    CACHE_TYPE_K,
+    CACHE_TYPE_V,
     DEFAULT_MODEL,
     FLASH_ATTN,
-    KV_TYPE,
+    N_GPU_LAYERS,
     THREADS,
+    UBATCH_SIZE,
     ContextSize,
     Number,
     flash_attention,
@@ -51,40 +55,12 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     help="Context size in tokens (0: trained length, auto: largest that fits the free memory)."
     "  [default: trained length, up to 32768]",
 )
-@click.option(
-    "-ngl",
-    "--n-gpu-layers",
-    type=click.IntRange(-1),
-    default=-1,
-    metavar="N",
-    show_default=True,
-    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
-)
+@N_GPU_LAYERS
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
-@click.option(
-    "-b",
-    "--batch-size",
-    type=click.IntRange(1),
-    default=512,
-    metavar="N",
-    show_default=True,
-    help="Logical batch size: prompt tokens per call.",
-)
-@click.option(
-    "-ub",
-    "--ubatch-size",
-    type=click.IntRange(1),
-    default=512,
-    metavar="N",
-    show_default=True,
-    help="Physical batch size: prompt tokens per graph.",
-)
-@click.option(
-    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True, help="Type of K."
-)
-@click.option(
-    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True, help="Type of V."
-)
+@BATCH_SIZE
+@UBATCH_SIZE
+@CACHE_TYPE_K
+@CACHE_TYPE_V
 @FLASH_ATTN
 @click.option("-s", "--seed", type=int, default=-1, metavar="N", help="Sampling seed (-1: random).")
 @click.option(

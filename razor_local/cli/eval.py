@@ -14,6 +14,7 @@ from ..errors import RazorError
 from .interrupt import stop_on_interrupt
 from .params import (
     DEFAULT_MODEL,
+    N_GPU_LAYERS,
     THREADS,
     ListOf,
     Number,
@@ -110,15 +111,7 @@ _MODEL_OPTIONS = (
         metavar="N",
         help="Number of sink tokens.  [default: the profile's]",
     ),
-    click.option(
-        "-ngl",
-        "--n-gpu-layers",
-        type=click.IntRange(-1),
-        default=-1,
-        show_default=True,
-        metavar="N",
-        help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
-    ),
+    N_GPU_LAYERS,
     click.option(
         "-t",
         "--threads",

@@ -13,7 +13,18 @@ import click
 from ..errors import RazorError, UnsupportedError
 from ..plan import N_CTX_PAD
 from ..printable import printable
-from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, ContextSize, Number, Size, model_argument
+from .params import (
+    BATCH_SIZE,
+    DEFAULT_MODEL,
+    FLASH_ATTN,
+    KV_TYPE,
+    N_GPU_LAYERS,
+    UBATCH_SIZE,
+    ContextSize,
+    Number,
+    Size,
+    model_argument,
+)
 from .terminal import ProgressBar, echo, table_console
 
 if TYPE_CHECKING:
@@ -61,33 +72,9 @@ class Memory:
     help="Memory available on each graphics card, such as 8GiB.",
 )
 @click.option("--ram", type=Size(), metavar="SIZE", help="Main memory available, such as 16GiB.")
-@click.option(
-    "-ngl",
-    "--n-gpu-layers",
-    type=click.IntRange(-1),
-    default=-1,
-    metavar="N",
-    show_default=True,
-    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
-)
-@click.option(
-    "-b",
-    "--batch-size",
-    type=click.IntRange(1),
-    default=512,
-    metavar="N",
-    show_default=True,
-    help="Logical batch size: prompt tokens per call.",
-)
-@click.option(
-    "-ub",
-    "--ubatch-size",
-    type=click.IntRange(1),
-    default=512,
-    metavar="N",
-    show_default=True,
-    help="Physical batch size: prompt tokens per graph.",
-)
+@N_GPU_LAYERS
+@BATCH_SIZE
+@UBATCH_SIZE
 @click.option(
     "-ctk",
     "--cache-type-k",

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..printable import printable
-from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, Number, flash_attention, model_argument
+from .params import (
+    CACHE_TYPE_K,
+    CACHE_TYPE_V,
+    DEFAULT_MODEL,
+    FLASH_ATTN,
+    Number,
+    flash_attention,
+    model_argument,
+)
 from .terminal import echo, table_console
 
 if TYPE_CHECKING:
@@ -43,22 +51,8 @@ Examples:
     default=0,
     help="Context size in tokens.  [default: trained length]",
 )
-@click.option(
-    "-ctk",
-    "--cache-type-k",
-    type=KV_TYPE,
-    default="f16",
-    show_default=True,
-    help="Type of the K cache.",
-)
-@click.option(
-    "-ctv",
-    "--cache-type-v",
-    type=KV_TYPE,
-    default="f16",
-    show_default=True,
-    help="Type of the V cache.",
-)
+@CACHE_TYPE_K
+@CACHE_TYPE_V
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",

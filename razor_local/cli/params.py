@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 
 KV_TYPE = click.Choice(list(KV_TYPES))
 THREADS = click.IntRange(1, 512)  # ggml ends the process above it
+N_GPU_LAYERS = click.option(
+    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
+    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
+)  # fmt: skip
+BATCH_SIZE = click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+    help="Logical batch size: prompt tokens per call.",
+)  # fmt: skip
+UBATCH_SIZE = click.option(
+    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+    help="Physical batch size: prompt tokens per graph.",
+)  # fmt: skip
+CACHE_TYPE_K = click.option(
+    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True,
+    help="Type of the K cache.",
+)  # fmt: skip
+CACHE_TYPE_V = click.option(
+    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True,
+    help="Type of the V cache.",
+)  # fmt: skip
 FLASH_ATTN = click.option(
     "-fa",
     "--flash-attn",

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from .interrupt import stop_on_interrupt
-from .params import DEFAULT_MODEL, FLASH_ATTN, KV_TYPE, THREADS, flash_attention, model_argument
+from .params import (
+    BATCH_SIZE,
+    CACHE_TYPE_K,
+    CACHE_TYPE_V,
+    DEFAULT_MODEL,
+    FLASH_ATTN,
+    THREADS,
+    UBATCH_SIZE,
+    flash_attention,
+    model_argument,
+)
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
@@ -75,40 +85,10 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     help="Layers to offload to the GPU (-1: all, as in chat; 0: verify the CPU).",
 )
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
-@click.option(
-    "-b",
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Logical batch size: prompt tokens per call.",
-)
-@click.option(
-    "-ub",
-    "--ubatch-size",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Physical batch size: prompt tokens per graph.",
-)
-@click.option(
-    "-ctk",
-    "--cache-type-k",
-    type=KV_TYPE,
-    default="f16",
-    show_default=True,
-    help="Type of the K cache.",
-)
-@click.option(
-    "-ctv",
-    "--cache-type-v",
-    type=KV_TYPE,
-    default="f16",
-    show_default=True,
-    help="Type of the V cache.",
-)
+@BATCH_SIZE
+@UBATCH_SIZE
+@CACHE_TYPE_K
+@CACHE_TYPE_V
 @FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
