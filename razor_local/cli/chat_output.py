@@ -10,7 +10,8 @@ import click
 
 from ..printable import printable
 from ..prompt.reasoning import Thought
-from .terminal import echo, say
+from .markdown_output import BlockRenderer
+from .terminal import echo, is_dumb, say, width
 
 MIN_COLUMNS = 20  # narrower terminals break lines themselves
 FENCE = "```"
@@ -19,8 +20,8 @@ FENCE = "```"
 class AnswerWriter:
     """Writes the pieces of an answer: to a pipe or a file as they are, to a terminal printable.
 
-    On a terminal lines are broken between words, and what the model thinks is dim. Use it in a with
-    statement, whose end writes the last word.
+    On a terminal lines are broken between words, Markdown is rendered, and what the model thinks is
+    dim. Use it in a with statement, whose end writes the last word.
 
     Args:
         hide_thinking: leave out what the model thinks
@@ -29,14 +30,18 @@ class AnswerWriter:
     def __init__(self, hide_thinking: bool) -> None:
         self._hide_thinking = hide_thinking
         self._is_thinking = False
+        self._is_line_open = False
         self._wrap = WordWrap() if sys.stdout.isatty() else None
+        self._blocks = BlockRenderer() if self._wrap is not None and not is_dumb() else None
 
     def __enter__(self) -> AnswerWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._wrap is not None:
-            self._put(self._wrap.rest(), self._is_thinking)
+            self._put("", self._wrap.rest(), self._is_thinking)
+            if self._blocks is not None:
+                self._put_drawn(self._blocks.finish())
 
     def write(self, piece: str) -> None:
         was_thinking, self._is_thinking = self._is_thinking, isinstance(piece, Thought)
@@ -46,13 +51,25 @@ class AnswerWriter:
         elif self._wrap is None:
             click.echo(piece, nl=False, color=True)  # without it click takes escape sequences out
         else:
+            text = printable(piece)
             if was_thinking != self._is_thinking:
-                self._put(self._wrap.rest(), was_thinking)
-            self._put(self._wrap.add(printable(piece)), self._is_thinking)
+                self._put("", self._wrap.rest(), was_thinking)
+                if was_thinking and self._is_line_open and not text.startswith("\n"):
+                    self._put("", self._wrap.add("\n"), True)
+            for part in text.splitlines(keepends=True):
+                self._put(part, self._wrap.add(part), self._is_thinking)
 
-    def _put(self, text: str, is_thought: bool) -> None:
+    def _put(self, text: str, written: str, is_thought: bool) -> None:
+        """Write what a piece of text is on the terminal."""
+        if written:
+            echo(written, nl=False, dim=is_thought)
+            self._is_line_open = not written.endswith("\n")
+        if self._blocks is not None and not is_thought:
+            self._put_drawn(self._blocks.add(text, written))
+
+    def _put_drawn(self, text: str) -> None:
         if text:
-            echo(text, nl=False, dim=is_thought)
+            click.echo(text, nl=False, color=True)
 
 
 def _columns() -> int:
@@ -99,7 +116,7 @@ class WordWrap:
                 self._space += char
                 self._is_long = False
             else:
-                is_wide = _width(char) > 1
+                is_wide = width(char) > 1
                 if is_wide:
                     out.append(self._take_word(columns))
                 self._word += char
@@ -123,18 +140,9 @@ class WordWrap:
         if not word:
             return ""
         self._space = self._word = ""
-        width = sum(map(_width, word))
-        if self._column and not self._is_long and self._column + len(space) + width > columns:
-            self._column = width
+        n_columns = sum(map(width, word))
+        if self._column and not self._is_long and self._column + len(space) + n_columns > columns:
+            self._column = n_columns
             return f"\n{word}"
-        self._column += len(space) + width
+        self._column += len(space) + n_columns
         return space + word
-
-
-def _width(char: str) -> int:
-    """Columns that a character takes."""
-    if char.isascii():
-        return 1
-    from prompt_toolkit.utils import get_cwidth
-
-    return get_cwidth(char)

@@ -67,6 +67,15 @@ def sentence(error: RazorError | OSError) -> str:
     return printable(f"{where}{error.strerror or error}", one_line=True)
 
 
+def width(char: str) -> int:
+    """Columns that a character takes."""
+    if char.isascii():
+        return 1
+    from prompt_toolkit.utils import get_cwidth
+
+    return get_cwidth(char)
+
+
 def make_console(**options: Any) -> Console:
     """A rich Console that prints text as it is: no markup, and nothing that a terminal obeys."""
     from rich.console import Console

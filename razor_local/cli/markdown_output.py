@@ -1,0 +1,145 @@
+"""Renders Markdown in an answer, block by block, on a terminal that can move its cursor.
+
+A block is written as it comes in, and drawn again when it is complete: headings and emphasis in
+bold and italic, lists with bullets, tables with lines. Fenced code is left as it is, so that it can
+be copied, and so is every block that has no markup, or some that rich.markdown would leave out.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from typing import Any
+
+from .terminal import width
+
+FENCES = ("```", "~~~")
+PLAIN = frozenset({"paragraph_open", "paragraph_close", "inline", "text", "softbreak", "hardbreak"})
+RENDERED = PLAIN | {
+    "heading_open", "heading_close", "strong_open", "strong_close", "em_open", "em_close",
+    "s_open", "s_close", "code_inline", "hr", "bullet_list_open", "bullet_list_close",
+    "ordered_list_open", "ordered_list_close", "list_item_open", "list_item_close",
+    "blockquote_open", "blockquote_close", "link_open", "link_close",
+    "table_open", "table_close", "thead_open", "thead_close", "tbody_open", "tbody_close",
+    "tr_open", "tr_close", "th_open", "th_close", "td_open", "td_close",
+}  # fmt: skip
+
+
+class BlockRenderer:
+    """Follows what is written to a terminal, and replaces complete blocks by what they mean."""
+
+    def __init__(self) -> None:
+        self._source = ""
+        self._line = ""
+        self._screen = Screen()
+        self._is_code = False
+
+    def add(self, text: str, written: str) -> str:
+        """Return what is to be written to the terminal after a piece of the answer.
+
+        Args:
+            text: a piece of the answer, in which a line break may be the last character alone
+            written: what was written to the terminal for it, broken into lines
+        """
+        self._line += text
+        self._screen.write(written)
+        if not text.endswith("\n"):
+            return ""
+        line, self._line = self._line, ""
+        if line.lstrip(" ").startswith(FENCES):
+            self._is_code = not self._is_code
+            drawn = self._draw(line) if self._is_code else ""
+            self._begin_block()
+            return drawn
+        if self._is_code:
+            self._begin_block()
+            return ""
+        if line.strip():
+            self._source += line
+            return ""
+        drawn = self._draw(line)
+        self._begin_block()
+        return drawn
+
+    def finish(self) -> str:
+        """Return what is to be written after the last piece of the answer."""
+        source, self._source = self._source + self._line, ""
+        if self._is_code or not source.strip():
+            return ""
+        self._source = source.rstrip("\n") + "\n"
+        drawn = self._draw("")
+        return drawn if source.endswith("\n") else drawn.removesuffix("\n")
+
+    def _begin_block(self) -> None:
+        self._source, self._screen = "", Screen()
+
+    def _draw(self, after: str) -> str:
+        """Return what erases the block and writes it anew, then what stands after it."""
+        if not self._source.strip() or not self._screen.can_erase():
+            return ""
+        text = render(self._source, self._screen.columns)
+        return "" if text is None else self._screen.erase() + text + after
+
+
+class Screen:
+    """The rows and columns that some text takes on a terminal."""
+
+    def __init__(self) -> None:
+        self.columns, self._lines = shutil.get_terminal_size()
+        self._row = self._column = 0
+
+    def write(self, text: str) -> None:
+        for char in text:
+            if char == "\n":
+                self._row, self._column = self._row + 1, 0
+                continue
+            n = 8 - self._column % 8 if char == "\t" else width(char)
+            if self._column + n > self.columns:
+                self._row, self._column = self._row + 1, 0
+            self._column += n
+
+    def can_erase(self) -> bool:
+        """Return True if all rows are still on the screen, and lines as long as they were."""
+        columns, _ = shutil.get_terminal_size()
+        return columns == self.columns and self._row < self._lines - 1
+
+    def erase(self) -> str:
+        """Return the escape sequences that erase what was written."""
+        return "\r" + (f"\x1b[{self._row}A" if self._row else "") + "\x1b[J"
+
+
+def render(source: str, columns: int) -> str | None:
+    """Return a block of Markdown as text for a terminal, None if it is to be left as it is."""
+    from markdown_it import MarkdownIt
+    from rich.console import Console
+    from rich.theme import Theme
+
+    tokens = MarkdownIt().enable(["strikethrough", "table"]).parse(source)  # as rich.markdown does
+    types = {inner.type for token in tokens for inner in [token, *(token.children or ())]}
+    if not types <= RENDERED or types <= PLAIN:
+        return None
+    out = io.StringIO()
+    console = Console(
+        file=out, width=columns, force_terminal=True, highlight=False, emoji=False,
+        theme=Theme({"markdown.code": "cyan"}),
+    )  # fmt: skip
+    lines = source.rstrip("\n").split("\n")
+    console.print(_markdown("  \n".join(lines)))  # two spaces keep a line break
+    rows = [row.rstrip(" ") for row in out.getvalue().strip("\n").split("\n")]
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _markdown(source: str) -> Any:
+    from rich.markdown import Heading, Markdown
+
+    class LeftHeading(Heading):
+        """A heading at the left; rich's own is centered or in a box."""
+
+        def __rich_console__(self, console: Any, options: Any) -> Any:
+            self.text.justify = "left"
+            yield self.text
+
+    class ChatMarkdown(Markdown):
+        elements = {**Markdown.elements, "heading_open": LeftHeading}
+
+    return ChatMarkdown(source, hyperlinks=False)
