@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ def worker(path: Path, razor: bool, pipe: Any) -> None:
             llama.load_state(state)
             llama.eval([token])
             pipe.send((llama.n_tokens, llama._last_logits().copy()))
+
+
+def end(pipe: Any) -> None:
+    with suppress(OSError):  # the worker may have ended already
+        pipe.send(None)
 
 
 def interrupted(use: Callable[[], object], seconds: float) -> None:
@@ -417,8 +422,9 @@ def run(n: int, seed: int, seconds: float = float("inf")) -> Counter[str]:
             ours, theirs = context.Pipe()
             process = context.Process(target=worker, args=(path, razor, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that recv() raises EOFError if the worker has ended
             stack.callback(process.join)
-            stack.callback(ours.send, None)
+            stack.callback(end, ours)
             fuzzers.append(stack.enter_context(closing(Fuzzer(path, seed, razor, ours))))
         while sum(done.values()) < n and time.monotonic() < ends:
             for fuzzer in fuzzers:

@@ -318,3 +318,25 @@ def test_templates_that_fail_are_one_sentence(llama, monkeypatch):
         refuses([{"role": "user", "content": "x"}])
     with pytest.raises(RazorError, match="refuses this"):
         use(b"{{ messages[7].content }}")([])
+
+
+def test_random_turns(capfd):
+    """Seconds of tests/fuzz/chat.py."""
+    from tests.fuzz import chat
+
+    report = chat.run(DEFAULT_MODEL, seconds=600, seed=1, n_ctx=4096, turns=30, max_growth=0.1)
+    assert report.compared >= 10 and len(report.done) > 5, report
+
+
+def test_a_wrong_answer_is_noticed(monkeypatch):
+    from tests.fuzz import chat
+
+    generate = Llama._UNGUARDED["generate"]
+
+    def wrong(llama, tokens, **options):
+        for i, token in enumerate(generate(llama, tokens, **options)):
+            yield token + 1 if i == 4 else token
+
+    monkeypatch.setitem(Llama._UNGUARDED, "generate", wrong)
+    with pytest.raises(chat.Finding, match="a fresh context gives"):
+        chat.run(DEFAULT_MODEL, seconds=600, seed=1, n_ctx=4096, turns=30, max_growth=0.1)
