@@ -33,18 +33,31 @@ class Terminal:
         """Output from the last expected text to this one."""
         end = time.monotonic() + timeout
         while (at := self.text.find(text, self._seen)) < 0:
-            ready, _, _ = select.select([self.fd], [], [], max(0, end - time.monotonic()))
-            assert ready, f"no {text!r} in {timeout} s, got:\n{self.text[self._seen :]}"
-            try:
-                data = os.read(self.fd, 65536)
-            except OSError:
-                data = b""
-            assert data, f"the process ended before {text!r}:\n{self.text[self._seen :]}"
-            self.raw += data.decode("utf-8", "replace")
-            self.text += ANSI.sub("", data.decode("utf-8", "replace"))
+            ready = self._read(end - time.monotonic())
+            assert ready is not None, f"no {text!r} in {timeout} s, got:\n{self.text[self._seen :]}"
+            assert ready, f"the process ended before {text!r}:\n{self.text[self._seen :]}"
         found = self.text[self._seen : at + len(text)]
         self._seen = at + len(text)
         return found
+
+    def _read(self, timeout: float) -> bool | None:
+        """Read some output. Return False if the process has ended, None after the timeout."""
+        ready, _, _ = select.select([self.fd], [], [], max(0, timeout))
+        if not ready:
+            return None
+        try:
+            data = os.read(self.fd, 65536)
+        except OSError:
+            data = b""
+        self.raw += data.decode("utf-8", "replace")
+        self.text += ANSI.sub("", data.decode("utf-8", "replace"))
+        return bool(data)
+
+    def settle(self, seconds: float) -> None:
+        """Read until there was no output for some seconds."""
+        while self._read(seconds):
+            pass
+        self._seen = len(self.text)
 
     def send(self, text: str) -> None:
         data = text.encode()

@@ -1,0 +1,108 @@
+"""Draw the screenshots of docs/chat.md: real chats on a terminal in memory.
+
+    uv run python -m tests.tools.screenshots            # with the built-in model
+    uv run python -m tests.tools.screenshots --model smollm2:135m
+
+A built-in model and a chat model give one picture each, docs/chat.png and docs/chat-markdown.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import pyte
+from PIL import Image, ImageDraw, ImageFont
+
+from tests.support.terminal import Terminal, terminal
+from tests.support.texts import FACT, QUESTION, text_with
+
+DOCS = Path(__file__).parents[2] / "docs"
+COLUMNS, LINES = 110, 40
+SECONDS = 6  # without output, after which an answer is complete
+SIZE = 15  # of the font, in pixels
+MARGIN = 12
+BACKGROUND, FOREGROUND = "#1e1e2e", "#cdd6f4"
+DIM = "#7f849c"
+COLORS = {
+    "black": "#45475a", "red": "#f38ba8", "green": "#a6e3a1", "brown": "#f9e2af",
+    "blue": "#89b4fa", "magenta": "#cba6f7", "cyan": "#94e2d5", "white": "#bac2de",
+}  # fmt: skip
+
+
+class DimScreen(pyte.Screen):
+    """A screen that knows of dim text, which pyte leaves out: it becomes a color of its own."""
+
+    def select_graphic_rendition(self, *attributes: int, **options: bool) -> None:
+        super().select_graphic_rendition(*attributes, **options)
+        if 2 in attributes:
+            self.cursor.attrs = self.cursor.attrs._replace(fg=DIM[1:])
+
+
+def screen_of(output: str) -> pyte.Screen:
+    screen = DimScreen(COLUMNS, LINES)
+    pyte.Stream(screen).feed(output)
+    return screen
+
+
+def draw(screen: pyte.Screen, path: Path) -> None:
+    """Write the used rows of a screen as a PNG file."""
+    fonts = Path(matplotlib.get_data_path()) / "fonts/ttf"
+    normal, bold, italic = (
+        ImageFont.truetype(fonts / f"DejaVuSansMono{style}.ttf", SIZE)
+        for style in ("", "-Bold", "-Oblique")
+    )
+    used = [y for y in range(LINES) if screen.display[y].strip()]
+    width, height = round(normal.getlength("M")), SIZE + 5
+    size = (COLUMNS * width + 2 * MARGIN, (used[-1] + 1) * height + 2 * MARGIN)
+    image = Image.new("RGB", size, BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    for y in range(used[-1] + 1):
+        for x in range(COLUMNS):
+            cell = screen.buffer[y][x]
+            if not cell.data.strip():
+                continue
+            fill = COLORS.get(cell.fg, FOREGROUND if cell.fg == "default" else f"#{cell.fg}")
+            font = bold if cell.bold else italic if cell.italics else normal
+            pen.text((MARGIN + x * width, MARGIN + y * height), cell.data, fill=fill, font=font)
+    image.save(path, optimize=True)
+    print(path)
+
+
+def say(t: Terminal, text: str) -> None:
+    t.send(f"{text}\r")
+    t.settle(SECONDS)
+
+
+def built_in(path: Path) -> None:
+    with terminal(LINES=str(LINES), COLUMNS=str(COLUMNS)) as t:
+        t.expect(">>>")
+        text = text_with(FACT, 4000, 1).replace(". ", ".\n")
+        t.send(f"\x1b[200~{text}\x1b[201~")
+        say(t, QUESTION)
+        say(t, "/context")
+        say(t, "/stats")
+        draw(screen_of(t.raw), path)
+
+
+def chat_model(model: str, path: Path) -> None:
+    with terminal(model, "--temp", "0", LINES=str(LINES), COLUMNS=str(COLUMNS)) as t:
+        t.expect(">>>", timeout=600)
+        say(t, "List three ways to sleep better, as a numbered list.")
+        say(t, "/context")
+        draw(screen_of(t.raw), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="a chat model, for docs/chat-markdown.png alone")
+    model = parser.parse_args().model
+    if model is None:
+        built_in(DOCS / "chat.png")
+    else:
+        chat_model(model, DOCS / "chat-markdown.png")
+
+
+if __name__ == "__main__":
+    main()
