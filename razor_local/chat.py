@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .common.progress import Progress, Stop
-from .errors import ContextFullError, RazorError
+from .errors import ContextFullError, RazorError, options
 from .prompt.reasoning import Reasoning
 from .prompt.templates import Template
 
@@ -340,7 +340,8 @@ class Chat:
             needed, trained = -(-(n_prompt + reserve) // 256) * 256, model.n_ctx_train()
             advice = "shorten it, or clear the conversation"
             if needed <= trained or not trained:
-                advice = f"shorten it, clear the conversation, or use a context of {needed} or more"
+                more = options(n_ctx=needed)
+                advice = f"shorten it, clear the conversation, or use {more} or more"
             raise ContextFullError(
                 f"the conversation with this message has {n_prompt} tokens and {reserve} are kept"
                 f" for the answer, the context holds {n_ctx}: {advice}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ContextFullError, RazorError, StateError
+from .errors import ContextFullError, RazorError, StateError, option
 
 _ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
 _SAMPLING = (  # arguments that create_completion() and generate() have in common
@@ -196,7 +196,7 @@ def read_prompt(llama: Any, prompt: Any, suffix: Any) -> list[int]:
     if len(tokens) >= llama._n_ctx:
         raise ContextFullError(
             f"the prompt has {len(tokens)} tokens and the context holds {llama.n_ctx()}, of which"
-            " an answer needs one at least; use a larger n_ctx or a shorter prompt"
+            f" an answer needs one at least; use a larger {option('n_ctx')} or a shorter prompt"
         )
     return tokens
 

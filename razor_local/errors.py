@@ -1,9 +1,48 @@
 """Exceptions of razor_local.
 
-Each message says what was expected, what was found, and what to do.
+Each message says what was expected, what was found, and what to do. It names arguments of Llama
+with option() and options(), so that the command line can name its own options instead.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 from .printable import printable
+
+_options: Mapping[str, str] = {}  # of the command line, by argument or argument=value of Llama
+
+
+@contextmanager
+def command_line(options: Mapping[str, str]) -> Iterator[None]:
+    """Let messages that are written inside the block name options of the command line.
+
+    Args:
+        options: by argument of Llama ("n_ctx": "-c"), or with a value ("razor=False": "--no-razor").
+    """
+    global _options
+    before, _options = _options, options
+    try:
+        yield
+    finally:
+        _options = before
+
+
+def option(argument: str) -> str:
+    """Return the name of an argument of Llama for a message, such as "n_ctx" or "-c"."""
+    return _options.get(argument, argument)
+
+
+def options(**arguments: object) -> str:
+    """Return arguments of Llama with values for a message.
+
+    For example "n_ctx=4096, type_k='q8_0'", or "-c 4096 -ctk q8_0".
+    """
+    written = {f"{name}={value!r}": (name, value) for name, value in arguments.items()}
+    if not _options:
+        return ", ".join(written)
+    return " ".join(
+        _options.get(whole) or f"{option(name)} {value}" for whole, (name, value) in written.items()
+    )
 
 
 class RazorError(Exception):

@@ -15,7 +15,7 @@ import numpy as np
 
 from . import native
 from .common.progress import Progress, Stop, silent
-from .errors import ContextFullError, RazorError, UnsupportedError
+from .errors import ContextFullError, RazorError, UnsupportedError, option
 from .native.callbacks import Callback
 from .native.loaded import C, library, llama_cpp
 
@@ -77,7 +77,7 @@ def prefill(
     if len(tokens) > llama._n_ctx:
         raise ContextFullError(
             f"the prompt has {len(tokens)} tokens, the context {llama._n_ctx}; use a larger"
-            " n_ctx or a shorter text"
+            f" {option('n_ctx')} or a shorter text"
         )
     keep = rewind(llama, tokens)
     asked = Callback(lambda _data: stop is not None and bool(stop()), on_error=True)
@@ -146,7 +146,7 @@ def after_cached(llama: Llama, tokens: Sequence[int]) -> list[int]:
     if llama.n_tokens + len(tokens) > llama._n_ctx:
         raise ContextFullError(
             f"{llama.n_tokens} tokens are in the context and {len(tokens)} more do not fit its"
-            f" {llama._n_ctx}; use a larger n_ctx or a shorter text"
+            f" {llama._n_ctx}; use a larger {option('n_ctx')} or a shorter text"
         )
     # checked first: removing nothing scans all cells of llama.cpp's own cache
     cached = n_cached(llama)
@@ -186,7 +186,7 @@ def eval_batch(llama: Llama, batch: list[int], wanted: list[bool] | None = None)
         full = code == _NO_SLOT and reason in ("", "the context is full")
         what = f"{n} tokens after {n_past} in a context of {llama._n_ctx}"
         if full:
-            raise ContextFullError(f"there is no room for {what}; use a larger n_ctx")
+            raise ContextFullError(f"there is no room for {what}; use a larger {option('n_ctx')}")
         raise RazorError(f"evaluating {what} failed: {reason or f'llama_decode {code}'}")
     if n == 1:
         llama.input_ids[n_past] = batch[0]  # in a third of the time

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import native
-from .errors import GGUFError, ProfileError, RazorError, UnsupportedError
+from .errors import GGUFError, ProfileError, RazorError, UnsupportedError, option, options
 from .gguf.hyper_parameters import check_overrides
 from .model_file import ModelFile
 from .model_shape import ModelShape
@@ -68,7 +68,8 @@ def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) 
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or not low <= value <= high:
             raise UnsupportedError(
-                f"{name} is {value!r}, expected a whole number from {low} to {high}{instead}"
+                f"{option(name)} is {value!r}, expected a whole number from {low} to"
+                f" {high}{instead}"
             )
     check_overrides(kwargs.get("kv_overrides"))
     lora = kwargs.get("lora_path")
@@ -140,11 +141,11 @@ def _read(
     overridden = not (budget is window is sink_tokens is compensation is None)
     disabled = native.is_disabled()
     if razor is False or disabled:
-        why = "razor=False" if razor is False else f"{native.DISABLE_ENV} is set"
+        why = options(razor=False) if razor is False else f"{native.DISABLE_ENV} is set"
         if overridden and not disabled:
             raise ProfileError(
                 "budget, window, sink_tokens and compensation change a razor profile, which"
-                " razor=False switches off; leave one or the other out"
+                f" {options(razor=False)} switches off; leave one or the other out"
             )
         try:
             return file.shape, None, why
@@ -161,9 +162,9 @@ def _read(
             shape = None
         if overridden and (shape is None or file.profile is None):
             raise ProfileError(
-                f"{file} has no razor profile that budget, window, sink_tokens or"
+                f"{file} has no razor profile that {option('budget')}, window, sink_tokens or"
                 " compensation could change; make one with 'razor-local convert MODEL.gguf -o"
-                " OUT.gguf', or pass razor=SIDECAR"
+                f" OUT.gguf', or pass {option('razor=SIDECAR')}"
             )
         if shape is None:
             return None, None, no_profile
@@ -179,9 +180,11 @@ def _auto_n_ctx(
     from .fit import ContextOptions, auto_n_ctx
 
     if n_ctx != "auto":
-        raise UnsupportedError(f"n_ctx is {n_ctx!r}, expected a number of tokens or 'auto'")
+        raise UnsupportedError(f"{option('n_ctx')} is {n_ctx!r}, expected a number of tokens or 'auto'")
     if options.get("embedding"):
-        raise UnsupportedError("n_ctx='auto' plans for text; pass a number with embedding=True")
+        raise UnsupportedError(
+            f"{options(n_ctx='auto')} plans for text; pass a number with embedding=True"
+        )
 
     def chosen(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names if name in options}
@@ -199,11 +202,12 @@ def _refuse_options(kwargs: dict[str, Any]) -> None:
     if kwargs.get("draft_model") is not None:
         raise UnsupportedError(
             "draft_model does not work with razor, because rejected drafts cannot be rolled back"
-            " past a fold; pass razor=False"
+            f" past a fold; pass {options(razor=False)}"
         )
     if kwargs.get("embedding"):
         raise UnsupportedError(
-            "embedding=True needs several sequences and razor supports one; pass razor=False"
+            "embedding=True needs several sequences and razor supports one; pass"
+            f" {options(razor=False)}"
         )
 
 

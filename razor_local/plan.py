@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedError
+from .errors import UnsupportedError, options
 from .gguf.hyper_parameters import MAX_N_CTX
 
 if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
@@ -209,7 +209,7 @@ def make_plan(
     if profile.method != "rope":
         raise UnsupportedError(
             f"razor cannot run profiles of the method '{profile.method}', only of 'rope'; pass"
-            " razor=False (--no-razor) to run a full cache"
+            f" {options(razor=False)} to run a full cache"
         )
     divided = n_ctx // profile.window_divisor if profile.window_divisor else 0
     length = max(profile.window_min, divided)

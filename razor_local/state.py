@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import StateError
+from .errors import StateError, option
 from .evaluation import clear_cache, n_cached
 from .gguf.header import Header
 from .native.loaded import C, library, llama_cpp
@@ -44,7 +44,8 @@ def load_state(llama: Llama, state: llama_cpp.LlamaState) -> None:
     n = state.n_tokens
     if n > llama._n_ctx:
         raise StateError(
-            f"the state holds {n} tokens, the context only {llama._n_ctx}; use a larger n_ctx"
+            f"the state holds {n} tokens, the context only {llama._n_ctx}; use a larger"
+            f" {option('n_ctx')}"
         )
     sealed = state.llama_state
     if len(sealed) != state.llama_state_size:

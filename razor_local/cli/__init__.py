@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..errors import RazorError
+from ..errors import RazorError, command_line
 from ..printable import printable
 from .terminal import echo
 
@@ -26,6 +26,22 @@ COMMANDS = {
     "inspect": "Show the retrieval heads and the KV cache size of a GGUF model.",
     "models": "List, find, download and remove models.",
     "verify": "Check RazorAttention on this machine against a reference.",
+}
+
+# arguments of Llama in messages, as the options that stand for them
+OPTIONS = {
+    "n_ctx": "-c",
+    "n_batch": "-b",
+    "n_ubatch": "-ub",
+    "n_threads": "-t",
+    "n_threads_batch": "-t",
+    "n_gpu_layers": "-ngl",
+    "type_k": "-ctk",
+    "type_v": "-ctv",
+    "budget": "--budget",
+    "flash_attn=True": "-fa on",
+    "razor=False": "--no-razor",
+    "razor=SIDECAR": "--sidecar FILE",
 }
 
 
@@ -53,7 +69,7 @@ class _Group(click.Group):
         from .interrupt import removed_if_terminated
 
         files.guard = removed_if_terminated
-        with _one_line():
+        with _one_line(), command_line(OPTIONS):
             return super().invoke(ctx)
 
 

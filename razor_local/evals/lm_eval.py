@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..common.machine import n_cores
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, option
 from ..model_setup import DEFAULT_MODEL, ModelSetup
 from .perplexity import log_softmax
 from .policies import make_policies
@@ -150,7 +150,7 @@ class RazorLM(TemplateLM):
         if len(continuation) > self.max_length:
             raise UnsupportedError(
                 f"a continuation of {len(continuation):,} tokens is longer than the context"
-                f" ({self.max_length:,}); use a larger n_ctx"
+                f" ({self.max_length:,}); use a larger {option('n_ctx')}"
             )
         tokens = self._fitting(context + continuation, self.max_length + 1)[:-1]
         n = len(continuation)
@@ -208,7 +208,7 @@ class RazorLM(TemplateLM):
         if most >= self.max_length:
             raise UnsupportedError(
                 f"an answer of {most:,} tokens leaves no room for its question in a context of"
-                f" {self.max_length:,}; use a larger n_ctx"
+                f" {self.max_length:,}; use a larger {option('n_ctx')}"
             )
         tokens = self._fitting(self.tok_encode(context), self.max_length - most)
         self.llama.prefill(tokens)
