@@ -33,6 +33,7 @@ _EXPORTS = {
     "UnsupportedError": "errors",
     "LibraryError": "errors",
     "ContextFullError": "errors",
+    "MemoryFullError": "errors",
     "StateError": "errors",
     "Stopped": "errors",
 }

@@ -6,6 +6,8 @@ import ctypes
 from ctypes import c_char_p, c_size_t, c_void_p
 from pathlib import Path
 
+import psutil
+
 from .common.machine import free_memory
 from .native import load
 
@@ -24,10 +26,19 @@ def available_ram() -> int:
     """Bytes of memory that this process can still get without swapping.
 
     What the system calls available (free, and caches that can be dropped), or what is left of the
-    limit of a control group (a container) if that is less.
+    limit of a control group (a container) or of the process (ulimit -v) if that is less.
     """
-    left = [_cgroup_left(*files) for files in _CGROUP_FILES]
+    left = [*(_cgroup_left(*files) for files in _CGROUP_FILES), _process_left()]
     return min([free_memory(), *(n for n in left if n is not None)])
+
+
+def _process_left() -> int | None:
+    """Bytes left of the limit of this process's address space; None without one."""
+    if not hasattr(psutil, "RLIMIT_AS"):  # Linux alone
+        return None
+    process = psutil.Process()
+    limit = process.rlimit(psutil.RLIMIT_AS)[0]
+    return None if limit == psutil.RLIM_INFINITY else max(limit - process.memory_info().vms, 0)
 
 
 def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
@@ -44,14 +55,24 @@ def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
 
 def device_memory(name: str) -> tuple[int, int]:
     """Return free and total bytes of a ggml device such as "CUDA0"; (0, 0) if unknown."""
-    lib = load().lib
-    find, ask = lib.ggml_backend_dev_by_name, lib.ggml_backend_dev_memory
-    find.argtypes, find.restype = [c_char_p], c_void_p
+    device, ask = _device(name), load().lib.ggml_backend_dev_memory
     ask.argtypes = [c_void_p, ctypes.POINTER(c_size_t), ctypes.POINTER(c_size_t)]
     ask.restype = None
-    device = find(name.encode())
     if not device:
         return 0, 0
     free, total = c_size_t(), c_size_t()
     ask(device, ctypes.byref(free), ctypes.byref(total))
     return free.value, total.value
+
+
+def device_description(name: str) -> str:
+    """Return what a ggml device is, such as "NVIDIA H100"; its name if unknown."""
+    device, ask = _device(name), load().lib.ggml_backend_dev_description
+    ask.argtypes, ask.restype = [c_void_p], c_char_p
+    return ((ask(device) if device else None) or name.encode()).decode("utf-8", "replace")
+
+
+def _device(name: str) -> int | None:
+    find = load().lib.ggml_backend_dev_by_name
+    find.argtypes, find.restype = [c_char_p], c_void_p
+    return find(name.encode())

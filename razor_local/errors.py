@@ -17,7 +17,8 @@ def command_line(options: Mapping[str, str]) -> Iterator[None]:
     """Let messages that are written inside the block name options of the command line.
 
     Args:
-        options: by argument of Llama ("n_ctx": "-c"), or with a value ("razor=False": "--no-razor").
+        options: by argument of Llama ("n_ctx": "-c"), with or without a value ("razor=False":
+            "--no-razor").
     """
     global _options
     before, _options = _options, options
@@ -77,6 +78,10 @@ class LibraryError(RazorError, ImportError):
 
 class ContextFullError(RazorError):
     """A prompt or an answer does not fit the context; nothing was cut."""
+
+
+class MemoryFullError(RazorError):
+    """A model or its context does not fit into the free memory."""
 
 
 class Stopped(Exception):

@@ -24,7 +24,15 @@ from typing import Any
 import numpy as np
 
 from . import available_memory, native
-from .errors import LibraryError, ProfileError, RazorError, UnsupportedError
+from .errors import (
+    LibraryError,
+    MemoryFullError,
+    ProfileError,
+    RazorError,
+    UnsupportedError,
+    option,
+)
+from .errors import options as written
 from .model_file import open_model
 from .model_shape import ModelShape
 from .native.loaded import C, library
@@ -34,6 +42,7 @@ from .profile import Profile, split_heads
 
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
+MIN_AUTO = 1024  # tokens: auto refuses a context that holds less
 MAX_DRY_RUN = 2**22  # tokens: a dry run takes some 100 bytes for each
 CARDS = tuple(n * 2**30 for n in (8, 12, 16, 24, 32, 48))  # memory of common graphics cards
 
@@ -90,6 +99,11 @@ class Need:
         """
         rooms = [limits[place.name] - place.total for place in self.places if place.name in limits]
         return min(rooms, default=math.inf)
+
+    def fullest(self, limits: Mapping[str, int]) -> Place:
+        """The memory with the fewest bytes left. limits: see room(); it names one of the places."""
+        places = [place for place in self.places if place.name in limits]
+        return min(places, key=lambda place: limits[place.name] - place.total)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts (for JSON)."""
@@ -425,30 +439,114 @@ def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[in
     return low * N_CTX_PAD
 
 
-def auto_n_ctx(path: str | os.PathLike[str], options: ContextOptions, **model_options: Any) -> int:
-    """The largest context, up to the trained length, for the memory that is free now.
+@dataclass(frozen=True)
+class AutoContext:
+    """The context that auto chooses, in tokens.
 
-    MARGIN stays free in RAM and in each device. model_options: of DryModel.
-    Raises RazorError if there is no room for 256 tokens, and as DryModel and DryModel.need.
+    n_max: what it would be with enough memory. free: bytes in the memory that limits it, place.
+    """
+
+    n_ctx: int
+    n_max: int
+    place: str
+    free: int
+
+
+def auto_context(
+    path: str | os.PathLike[str], options: ContextOptions, n_max: int = 0, **model_options: Any
+) -> AutoContext:
+    """Return the largest context, up to the trained length, for the memory that is free now.
+
+    MARGIN stays free in RAM and in each device.
+
+    Args:
+        n_max: tokens, not searched beyond (0: trained length).
+        model_options: of DryModel.
+
+    Raises:
+        MemoryFullError: there is no room for MIN_AUTO tokens.
+        RazorError, OSError: as DryModel and DryModel.need.
     """
     with DryModel(path, **model_options) as model:
-        limits = {name: free - MARGIN for name, free in model.available().items()}
-        need = model.largest(limits, options)
-        if need is None:
-            raise RazorError(no_room(model, limits, options))
-        return need.n_ctx
+        n_max = model.padded(min(n_max or MAX_DRY_RUN, model.n_ctx_train or MAX_DRY_RUN))
+        free = model.available()
+        limits = {name: n - MARGIN for name, n in free.items()}
+        need = model.largest(limits, options, n_max)
+        smallest = min(MIN_AUTO, n_max)
+        if need is None or need.n_ctx < smallest:
+            spare = f"or pass {written(n_ctx=smallest)} to use the 1 GiB that is kept free"
+            raise MemoryFullError(f"{no_room(model, limits, options, smallest)}, {spare}")
+        place = need.fullest(limits)
+        return AutoContext(need.n_ctx, n_max, place.name, free[place.name])
 
 
-def no_room(model: DryModel, limits: Mapping[str, int], options: ContextOptions) -> str:
-    """Return a sentence that says why the smallest context does not fit."""
-    need = model.need(N_CTX_PAD, options)
-    full = min((p for p in need.places if p.name in limits), key=lambda p: limits[p.name] - p.total)
+def out_of_memory(
+    what: str,
+    path: str | os.PathLike[str],
+    options: ContextOptions,
+    n_ctx: int,
+    **model_options: Any,
+) -> MemoryFullError:
+    """Return the error for a context that could not be allocated, with contexts that fit.
+
+    Args:
+        what: a clause that says what failed.
+        n_ctx: tokens of that context.
+        model_options: of DryModel.
+    """
+    try:
+        with DryModel(path, **model_options) as model:
+            free = model.available()
+            for margin in (MARGIN, 0):
+                limits = {name: max(n - margin, 0) for name, n in free.items()}
+                fitting = _fitting(model, limits, options, n_ctx)
+                if fitting:
+                    first, *others = fitting
+                    spare = "with 1 GiB to spare, " if margin else ""
+                    other = "".join(f", or {other}" for other in others)
+                    return MemoryFullError(f"{what}; {spare}{first} fits{other}")
+            return MemoryFullError(no_room(model, limits, options))
+    except (RazorError, OSError, MemoryError):  # it takes memory to plan, too
+        smaller = written(type_k="q8_0", type_v="q8_0")
+        return MemoryFullError(f"{what}; use a smaller {option('n_ctx')}, or {smaller}")
+
+
+def _fitting(
+    model: DryModel, limits: Mapping[str, int], options: ContextOptions, n_ctx: int
+) -> list[str]:
+    """The largest context that fits, and a larger one with smaller KV types, as arguments."""
+    smaller = "q4_0" if "q8_0" in (options.type_k, options.type_v) else "q8_0"
+    found: list[str] = []
+    n_found = 0
+    for type_k, type_v, n_max in (
+        (options.type_k, options.type_v, n_ctx - N_CTX_PAD),  # n_ctx has failed, whatever is free
+        (smaller, smaller, n_ctx),
+    ):
+        if n_max < N_CTX_PAD:
+            continue
+        try:
+            need = model.largest(limits, replace(options, type_k=type_k, type_v=type_v), n_max)
+        except UnsupportedError:  # needs flash attention, or another head size
+            continue
+        if need is not None and need.n_ctx > n_found:
+            types = {} if type_k == type_v == "f16" else {"type_k": type_k, "type_v": type_v}
+            found.append(written(n_ctx=need.n_ctx, **types))
+            n_found = need.n_ctx
+    return found
+
+
+def no_room(
+    model: DryModel, limits: Mapping[str, int], options: ContextOptions, n_ctx: int = N_CTX_PAD
+) -> str:
+    """Return a sentence that says why not even a context of n_ctx tokens fits."""
+    need = model.need(n_ctx, options)
+    full = need.fullest(limits)
     memory = "memory" if need.places == (full,) else full.name
     hint = "take a smaller quantization of the model"
     if full.name != RAM:
-        hint += " or fewer layers on the device (-ngl)"
+        hint += f" or fewer layers on the device ({option('n_gpu_layers')})"
     return (
-        f"{model.path}: even a context of {need.n_ctx} tokens needs {full.total / 2**20:,.1f} MiB"
+        f"{model.path}: even a context of {need.n_ctx:,} tokens needs {full.total / 2**20:,.1f} MiB"
         f" of {memory} ({full.weights / 2**20:,.1f} MiB of weights), and"
         f" {max(limits[full.name], 0) / 2**20:,.1f} MiB are available; {hint}"
     )

@@ -16,9 +16,9 @@ from . import evaluation, native, sampling
 from .common.progress import Progress, Stop
 from .completion import complete
 from .completion_request import read_chat_request
-from .errors import GGUFError, LibraryError, RazorError, UnsupportedError
+from .errors import GGUFError, LibraryError, MemoryFullError, RazorError, UnsupportedError
 from .evaluation import Prefill
-from .llama_options import choose_cache, refuse_arguments, type_name
+from .llama_options import choose_cache, out_of_memory, refuse_arguments, type_name
 from .memory import Memory, SequenceStats, read_memory, read_sequence
 from .model_file import open_model
 from .native.callbacks import Callback
@@ -67,7 +67,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         trained length for the memory that is free now, of which fit.MARGIN stays free (adapters
         are not counted).
 
-    Other defaults than the base class: flash_attn=True, verbose=False.
+    Other defaults than the base class: flash_attn=True, n_gpu_layers=-1 (all), verbose=False.
 
     One request at a time: a call, or a generator (a stream of chunks too) from its first value
     until it is exhausted or closed. Another request meanwhile, from any thread, a callback or a
@@ -75,7 +75,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
     that was forked after the first computation.
 
     Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
-    refuses), RazorError (loading failed; with the native library's reason), OSError.
+    refuses), MemoryFullError (with contexts that fit), RazorError (loading failed; with the native
+    library's reason), OSError.
     """
 
     # what the request that owns a Llama calls, where all others call the method of that name
@@ -105,6 +106,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         type_k: int | str | None = None,
         type_v: int | str | None = None,
         flash_attn: bool = True,
+        n_gpu_layers: int = -1,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -131,6 +133,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._ends: dict[int, bool] = {}  # likewise
         self._state_fingerprint: bytes | None = None
         self._abort_callback: Any = None  # of prefill(); lives as long as it may be called
+        kwargs["n_gpu_layers"] = n_gpu_layers
         refuse_arguments(os.fspath(model_path), n_ctx, kwargs)
         type_k, type_v = type_name(type_k), type_name(type_v)
         if kwargs.get("vocab_only"):
@@ -173,13 +176,16 @@ class Llama(PlainMessages, llama_cpp.Llama):
                     f"{model_path}: the vocabulary in its metadata has a token that is not UTF-8"
                     f" ({error.object[:32]!r}); convert the model again"
                 )
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, MemoryError) as error:
                 refusal = self._refusal(model_path, error)
                 self.close()
                 if refusal is None:
                     raise
         if self._loading is not None:
             self._loading.check()
+        if isinstance(refusal, MemoryFullError):  # now that the model itself is freed
+            given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
+            raise out_of_memory(str(refusal), self._file, cache.n_ctx, cache.profile, given)
         if refusal is not None:
             raise refusal
         self._check_plan()
@@ -424,6 +430,11 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def _refusal(self, model_path: str, error: Exception) -> RazorError | None:
         """Why loading failed, by the library; None for a mistake in the arguments."""
+        if isinstance(error, MemoryError) or library.is_out_of_memory():
+            n_ctx = f"{self._plan.n_ctx:,} tokens" if self._plan else "this size"
+            return MemoryFullError(
+                f"{model_path}: there is not enough memory for a context of {n_ctx}"
+            )
         reason = library.reason()
         kind = UnsupportedError if library.last_error() else RazorError
         if hasattr(self, "_model"):

@@ -5,18 +5,30 @@ from __future__ import annotations
 import inspect
 import os
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from . import native
-from .errors import GGUFError, ProfileError, RazorError, UnsupportedError, option, options
+from .available_memory import available_ram
+from .errors import (
+    GGUFError,
+    MemoryFullError,
+    ProfileError,
+    UnsupportedError,
+    option,
+    options,
+)
 from .gguf.hyper_parameters import check_overrides
 from .model_file import ModelFile
 from .model_shape import ModelShape
 from .native.loaded import C, llama_cpp
 from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import KEY_PREFIX, Profile
+
+if TYPE_CHECKING:
+    from .fit import ContextOptions
 
 _TYPE_NAMES = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
 _MAX_THREADS = 512  # GGML_MAX_N_THREADS; ggml ends the process above it
@@ -110,13 +122,13 @@ def choose_cache(
     Raises:
         GGUFError, ProfileError: the file is damaged, or has no profile to change.
         UnsupportedError: razor cannot run the model, or has none of the options.
-        RazorError: the cache is larger than the memory.
+        MemoryFullError: the cache is larger than the memory.
     """
-    shape, profile, why = _read(file, razor, budget, window, sink_tokens, compensation)
+    shape, profile, why = choose_profile(file, razor, budget, window, sink_tokens, compensation)
     own_attention = razor is not False and not native.is_disabled()
+    given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **others}
     if isinstance(n_ctx, str):
-        options = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **others}
-        n_ctx = _auto_n_ctx(file, n_ctx, profile, options)
+        n_ctx = _auto_n_ctx(file, n_ctx, profile, given)
     if shape is None:
         return CacheChoice(profile, None, why, own_attention, n_ctx)
     n_ctx = padded_n_ctx(shape, n_ctx)
@@ -125,19 +137,22 @@ def choose_cache(
         plan = replace(plan, why_inactive=why)
     if plan.active:
         _refuse_options(others)
-    _refuse_too_large(plan)
+    _refuse_too_large(file, plan, profile, given)
     return CacheChoice(profile, plan, plan.why_inactive, own_attention, n_ctx)
 
 
-def _read(
+def choose_profile(
     file: ModelFile,
     razor: bool | str | os.PathLike[str] | Profile,
     budget: float | None,
-    window: int | None,
-    sink_tokens: int | None,
-    compensation: bool | None,
+    window: int | None = None,
+    sink_tokens: int | None = None,
+    compensation: bool | None = None,
 ) -> tuple[ModelShape | None, Profile | None, str]:
-    """Return shape, profile and the reason for no profile. Shape None: not understood."""
+    """Return shape, profile and the reason for no profile. Shape None: not understood.
+
+    Arguments and exceptions as of choose_cache().
+    """
     overridden = not (budget is window is sink_tokens is compensation is None)
     disabled = native.is_disabled()
     if razor is False or disabled:
@@ -174,28 +189,47 @@ def _read(
     return file.shape, profile, no_profile
 
 
-def _auto_n_ctx(
-    file: ModelFile, n_ctx: str, profile: Profile | None, options: dict[str, Any]
-) -> int:
-    from .fit import ContextOptions, auto_n_ctx
+def _auto_n_ctx(file: ModelFile, n_ctx: str, profile: Profile | None, given: dict[str, Any]) -> int:
+    from .fit import auto_context
 
     if n_ctx != "auto":
-        raise UnsupportedError(f"{option('n_ctx')} is {n_ctx!r}, expected a number of tokens or 'auto'")
-    if options.get("embedding"):
+        raise UnsupportedError(
+            f"{option('n_ctx')} is {n_ctx!r}, expected a number of tokens or 'auto'"
+        )
+    if given.get("embedding"):
         raise UnsupportedError(
             f"{options(n_ctx='auto')} plans for text; pass a number with embedding=True"
         )
+    context, model = _planned(profile, given)
+    return auto_context(file, context, **model).n_ctx
 
-    def chosen(*names: str) -> dict[str, Any]:
-        return {name: options[name] for name in names if name in options}
 
-    names = [f.name for f in fields(ContextOptions) if f.name != "profile"]
-    return auto_n_ctx(
-        file,
-        ContextOptions(profile=profile, **chosen(*names)),
-        # the base class's own default is 0
-        **{"n_gpu_layers": 0} | chosen("n_gpu_layers", "split_mode", "main_gpu", "tensor_split"),
-    )
+def out_of_memory(
+    what: str, file: ModelFile, n_ctx: int, profile: Profile | None, given: dict[str, Any]
+) -> MemoryFullError:
+    """Return the error for a context of n_ctx tokens that does not fit into the memory.
+
+    Args:
+        what: a clause that says what does not fit.
+        given: arguments of Llama(), type_k, type_v and flash_attn among them.
+    """
+    from . import fit
+
+    context, model = _planned(profile, given)
+    return fit.out_of_memory(what, file, context, n_ctx, **model)
+
+
+def _planned(
+    profile: Profile | None, given: dict[str, Any]
+) -> tuple[ContextOptions, dict[str, Any]]:
+    """Return those arguments of Llama() that decide about its memory, for fit.py."""
+    from .fit import ContextOptions
+
+    names = {f.name for f in fields(ContextOptions)} - {"profile"}
+    context = {name: given[name] for name in names if name in given}
+    names = {"n_gpu_layers", "split_mode", "main_gpu", "tensor_split"}
+    model = {name: given[name] for name in names if name in given}
+    return ContextOptions(profile=profile, **context), model
 
 
 def _refuse_options(kwargs: dict[str, Any]) -> None:
@@ -211,14 +245,16 @@ def _refuse_options(kwargs: dict[str, Any]) -> None:
         )
 
 
-def _refuse_too_large(plan: Plan) -> None:
+def _refuse_too_large(
+    file: ModelFile, plan: Plan, profile: Profile | None, given: dict[str, Any]
+) -> None:
     # allocating it would succeed and filling it end the process, where memory is overcommitted
-    if C.llama_supports_gpu_offload() or not hasattr(os, "sysconf"):
+    if C.llama_supports_gpu_offload():
         return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if plan.kv_bytes > memory:
-        raise RazorError(
-            f"the KV cache of {plan.n_ctx} tokens takes {plan.kv_bytes / 2**30:.1f} GiB, this"
-            f" machine has {memory / 2**30:.1f} GiB; use a smaller n_ctx or q8_0 for type_k and"
-            " type_v"
+    free = available_ram() + psutil.swap_memory().free
+    if plan.kv_bytes > free:
+        what = (
+            f"the KV cache of {plan.n_ctx:,} tokens takes {plan.kv_bytes / 2**30:.1f} GiB and"
+            f" {free / 2**30:.1f} GiB of memory are free"
         )
+        raise out_of_memory(what, file, plan.n_ctx, profile, given)

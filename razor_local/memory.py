@@ -1,4 +1,4 @@
-"""Report the size and the content of a KV cache, as the native library states them."""
+"""Report the size and the content of a KV cache, and the memory of its model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """The size of the KV cache. All sizes in bytes, allocated when the context was created.
+    """The size of the KV cache and of its model, in bytes as allocated with the context.
 
     active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
     reason). own_attention: layers whose cache is in host memory run our attention, also with
     llama.cpp's full cache; False: llama.cpp's attention. kv_bytes: sum of the backend buffers.
     kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a full f16 cache,
     None where the model's cache is of a kind that the plan does not describe. layers: empty where
-    not active. n_tokens: in the cache now.
+    not active. n_tokens: in the cache now. weights_bytes: of the whole model, mapped from the file
+    or not. compute_bytes: buffers for the computation of a batch. devices: names of those that hold
+    a part of the model or its cache, besides the CPU.
     """
 
     active: bool
@@ -40,6 +42,9 @@ class Memory:
     layers: tuple[LayerMemory, ...]
     n_tokens: int
     n_ctx: int
+    weights_bytes: int
+    compute_bytes: int
+    devices: tuple[str, ...]
 
     @property
     def share(self) -> float:
@@ -79,6 +84,8 @@ def read_memory(
             LayerMemory(il, r.n_retrieval, r.n_local, r.bytes_k + r.bytes_v + r.bytes_sums)
             for il, r in enumerate(rows)
         )
+    places = library.memory(ctx)
+    devices = [m.device.decode("utf-8", "replace") for m in places if not m.is_host]
     return Memory(
         active=bool(stats.active),
         why=why,
@@ -89,6 +96,9 @@ def read_memory(
         layers=layers,
         n_tokens=n_tokens,
         n_ctx=n_ctx,
+        weights_bytes=sum(m.weights for m in places),
+        compute_bytes=sum(m.compute for m in places),
+        devices=tuple(dict.fromkeys(devices)),
     )
 
 

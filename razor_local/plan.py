@@ -222,8 +222,7 @@ def make_plan(
     if cells >= n_ctx:
         return replace(
             full,
-            why_inactive=f"a local head would take {cells:,} cells, so RazorAttention saves nothing"
-            f" in a context of {n_ctx:,} tokens",
+            why_inactive=f"RazorAttention saves nothing up to {cells:,} tokens of context",
         )
     return replace(
         full,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ProfileError, RazorError
+from ..errors import MemoryFullError, ProfileError, RazorError
 from .chat_loop import Display, converse
 from .chat_status import describe
 from .interrupt import stop_on_interrupt
@@ -30,9 +30,11 @@ from .params import (
 from .terminal import ProgressBar, say
 
 if TYPE_CHECKING:
+    from ..fit import AutoContext
     from ..llama import Llama
+    from ..model_file import ModelFile
 
-MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given; a model's own length can fill the memory
+MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given
 
 MAX_STDIN = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB of text
 DEFAULT_MODEL_HINT = """\
@@ -53,7 +55,7 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     type=ContextSize(),
     metavar="N",
     help="Context size in tokens (0: trained length, auto: largest that fits the free memory)."
-    "  [default: trained length, up to 32768]",
+    "  [default: the largest up to 32768 and the trained length that fits]",
 )
 @N_GPU_LAYERS
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
@@ -136,7 +138,7 @@ def chat(model: Path | None, **options: Any) -> None:
     # a locale may not have every character; sys.stdout has more methods than any TextIO
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
-    llama = _load(model or DEFAULT_MODEL, options)
+    llama, chosen = _load(model or DEFAULT_MODEL, options)
 
     from ..chat import Chat, Sampling, chat_template
 
@@ -165,7 +167,14 @@ def chat(model: Path | None, **options: Any) -> None:
         if conversation.last is not None and conversation.last.ended == "stopped":
             sys.exit(130)
         return
-    say(describe(llama))
+    say(describe(llama, chosen))
+    if options["n_gpu_layers"] != 0:
+        from ..native import load
+        from .doctor import unused_gpu
+
+        unused = unused_gpu(load().build.options)
+        if unused is not None:
+            say(f"note: {unused}")
     from ..profile import facts_line
 
     profile = llama.profile if llama.memory().active else None
@@ -195,18 +204,27 @@ def _read_stdin() -> str:
     return text
 
 
-def _load(path: Path, options: dict[str, Any]) -> Llama:
+def _load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None]:
+    """Return the model, and how its context was chosen if --ctx-size is not a number."""
     from ..common.progress import check_stop
     from ..model_file import ModelFile
 
-    n_ctx, model = options["ctx_size"], ModelFile(path)
+    n_ctx, chosen, model = options["ctx_size"], None, ModelFile(path)
     try:
         trained = model.shape.n_ctx_train
     except ProfileError:  # not a shape that a plan describes; llama.cpp may know better
         trained = 0
-    if n_ctx is None:
-        n_ctx = min(trained, MAX_DEFAULT_CTX)
-    elif trained and n_ctx != "auto" and n_ctx > trained:
+    use_flash_attn = flash_attention(
+        options["flash_attn"],
+        path,
+        options["cache_type_k"],
+        options["cache_type_v"],
+        options["n_gpu_layers"],
+    )
+    if n_ctx is None or n_ctx == "auto":
+        chosen = _choose_context(model, options, use_flash_attn)
+        n_ctx = chosen.n_ctx if chosen else min(trained, MAX_DEFAULT_CTX)
+    elif trained and n_ctx > trained:
         say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
     from ..llama import Llama
 
@@ -217,7 +235,7 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
             check_stop(stop)
 
         progress(0.0)
-        return Llama(
+        llama = Llama(
             model,
             razor=options["sidecar"] or options["razor"],
             budget=options["budget"],
@@ -230,11 +248,34 @@ def _load(path: Path, options: dict[str, Any]) -> Llama:
             n_ubatch=options["ubatch_size"],
             type_k=options["cache_type_k"],
             type_v=options["cache_type_v"],
-            flash_attn=flash_attention(
-                options["flash_attn"],
-                path,
-                options["cache_type_k"],
-                options["cache_type_v"],
-                options["n_gpu_layers"],
-            ),
+            flash_attn=use_flash_attn,
         )
+    return llama, chosen
+
+
+def _choose_context(
+    model: ModelFile, options: dict[str, Any], use_flash_attn: bool
+) -> AutoContext | None:
+    """Return the context for the free memory; None for a model that loading will refuse.
+
+    Raises MemoryFullError.
+    """
+    from ..fit import ContextOptions, auto_context
+    from ..llama_options import choose_profile
+
+    profile = choose_profile(model, options["sidecar"] or options["razor"], options["budget"])[1]
+    context = ContextOptions(
+        profile=profile,
+        type_k=options["cache_type_k"],
+        type_v=options["cache_type_v"],
+        flash_attn=use_flash_attn,
+        n_batch=options["batch_size"],
+        n_ubatch=options["ubatch_size"],
+    )
+    n_max = MAX_DEFAULT_CTX if options["ctx_size"] is None else 0
+    try:
+        return auto_context(model, context, n_max, n_gpu_layers=options["n_gpu_layers"])
+    except MemoryFullError:
+        raise
+    except RazorError:
+        return None

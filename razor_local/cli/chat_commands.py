@@ -253,7 +253,7 @@ def _undo(talk: Talk, argument: str) -> None:
 
 def _regen(talk: Talk, argument: str) -> None:
     if talk.chat.sampling.temp == 0:
-        say("(temperature 0 draws the most likely answer again; /set temp 0.8 draws others)")
+        say("Temperature 0 gives the most likely answer again; /set temp 0.8 gives others.")
     talk.answer(talk.chat.regenerate)
 
 
@@ -404,7 +404,7 @@ COMMANDS = {
     ),
     "clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
     "system": Command("/system [TEXT]", "show the system prompt, or set it", _system),
-    "stats": Command("/stats", "heads, window and bytes of the cache, speed", _stats),
+    "stats": Command("/stats", "device, memory, heads and speed", _stats),
     "context": Command("/context", "tokens used and left", _context),
     "set": Command("/set [NAME VALUE]", f"show or set {', '.join(SETTINGS)}", _set, _settings),
     "json": Command(

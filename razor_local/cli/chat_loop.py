@@ -107,20 +107,19 @@ class Display:
         if turn.n_answer:
             echo()
         if turn.ended == "stopped":
-            nothing = "nothing has changed" if again else "the message is not kept"
-            kept = "what was answered is kept" if turn.n_answer else nothing
-            say(f"(stopped; {kept})")
+            nothing = "Nothing has changed." if again else "The message is not kept."
+            say(f"Stopped. {'The answer so far is kept.' if turn.n_answer else nothing}")
         elif turn.ended == "context":
-            say(f"(the context of {self.llama.n_ctx()} tokens is full: {self._when_full()})")
+            say(f"The context of {self.llama.n_ctx():,} tokens is full: {self._when_full()}.")
         elif turn.ended == "loop":
-            say("(the answer was ended because it repeated itself without end)")
+            say("The answer was ended because it kept repeating itself.")
         elif turn.ended == "length":
-            say(f"(the answer was ended after {turn.n_answer} tokens by --predict)")
+            say(f"The answer was ended after {turn.n_answer:,} tokens, the limit of --predict.")
         if turn.n_dropped and (turn.n_answer or turn.ended == "end"):
             what = f"the {turn.n_dropped} oldest messages and their answers"
             if turn.n_dropped == 1:
                 what = "the oldest message and its answer"
-            say(f"(dropped to make room: {what})")
+            say(f"Dropped to make room: {what}.")
         say(numbers(self.llama, self.chat, turn))
 
     def note_filling(self) -> None:
@@ -133,4 +132,4 @@ class Display:
     def _when_full(self) -> str:
         if self.chat.drop_oldest:
             return "messages that do not fit will drop the oldest ones"
-        return "/clear, or start with a larger -c"
+        return "/clear empties it, a larger -c at the start enlarges it"

@@ -1,56 +1,87 @@
-"""Reports on a chat as lines of text: its model, its cache and its speed."""
+"""Reports on a chat as lines of text: its model, its memory and its speed."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..printable import printable
+from .params import size_text
 
 BAR_WIDTH = 50  # columns of the bar of /context
+MIN_TOKENS = 64  # prompts of fewer tokens say nothing about the speed
 
 if TYPE_CHECKING:
     from ..chat import Chat, Turn
+    from ..fit import AutoContext
     from ..llama import Llama
+    from ..memory import Memory
 
 
-def describe(llama: Llama) -> str:
-    """Return one line: the model, its context, its heads and the size of the cache."""
-    memory, plan = llama.memory(), llama.plan
+def describe(llama: Llama, chosen: AutoContext | None = None) -> str:
+    """Return the lines above a chat: model and device, memory, and why razor is off.
+
+    Args:
+        chosen: the context, if it was chosen by the free memory.
+    """
+    memory = llama.memory()
     name = llama.metadata.get("general.name") or Path(llama.model_path).name
-    name = printable(name[:300], one_line=True)
-    if not memory.active or plan is None:
-        return f"{name}, {memory.n_ctx} tokens; razor is off ({memory.why}); {_kv(memory)}"
-    return (
-        f"{name}, {memory.n_ctx} tokens; {plan.retrieval_kv_heads} of {plan.kv_heads} KV heads keep"
-        f" every token, the others {plan.sink_tokens} and the last {plan.window}; {_kv(memory)}"
+    parts = (
+        f"weights {size_text(memory.weights_bytes)}",
+        _kv(memory),
+        f"compute {size_text(memory.compute_bytes)}",
+        f"context {memory.n_ctx:,} tokens{_why_smaller(chosen)}",
     )
+    lines = [
+        f"{printable(name[:300], one_line=True)} · {_weights_type(llama)} · {_device(llama)}",
+        " · ".join(parts),
+    ]
+    if not memory.active:
+        lines.append(f"{memory.why}, so the full cache runs")
+    return "\n".join(lines)
 
 
 def stats(llama: Llama, conversation: Chat) -> str:
     """Return the lines of /stats."""
+    memory, plan, last = llama.memory(), llama.plan, conversation.last
+    types = "" if plan is None else f", {plan.type_k}"
+    if plan is not None and plan.type_v != plan.type_k:
+        types = f", keys {plan.type_k}, values {plan.type_v}"
+    rows = [
+        ("device", _device(llama)),
+        ("weights", f"{size_text(memory.weights_bytes)}, {_weights_type(llama)}"),
+        ("KV cache", _kv(memory).removeprefix("KV cache ") + types),
+        ("heads", _heads(llama)),
+        ("compute", f"{size_text(memory.compute_bytes)} of buffers"),
+        ("context", f"{conversation.n_used:,} of {memory.n_ctx:,} tokens used"),
+    ]
+    if last is not None:
+        rows += [
+            ("prompt", f"{last.n_evaluated:,} new tokens{_prompt_rate(last)}"),
+            ("answer", f"{last.n_answer:,} tokens, {last.answer_per_second:.1f} per second"),
+        ]
+    return "\n".join(f"{name:<9} {value}" for name, value in rows)
+
+
+def _heads(llama: Llama) -> str:
     memory, plan = llama.memory(), llama.plan
-    lines = [describe(llama)]
-    if memory.active and plan is not None:
-        seq = llama.stats()
-        lines.append(
-            f"cache: {seq.n_tokens} tokens, {seq.n_folded} of them folded in local heads"
-            f" (frontier {seq.frontier}), types {plan.type_k}/{plan.type_v}"
-        )
-    if plan is not None:
-        sizes = ", ".join(f"{t} {_mib(plan.kv_bytes_full_as(t))}" for t in _full_types(plan))
-        lines.append(f"full cache of {memory.n_ctx} tokens: {sizes}")
-    if conversation.last is not None:
-        lines.append(numbers(llama, conversation, conversation.last))
-    return "\n".join(lines)
+    if not memory.active or plan is None:
+        return f"all keep every token: {memory.why}"
+    between = "the average of those between" if plan.compensation else "drop those between"
+    between += f" ({llama.stats().n_folded:,} so far)"
+    return (
+        f"{plan.retrieval_kv_heads} of {plan.kv_heads} keep every token; the others keep the first"
+        f" {plan.sink_tokens:,} and the last {plan.window:,}, and {between}"
+    )
 
 
 def numbers(llama: Llama, conversation: Chat, turn: Turn) -> str:
     """Return the line of numbers under an answer."""
     memory = llama.memory()
-    prompt = f"{turn.n_evaluated} new tokens, {turn.prompt_per_second:.1f} tok/s"
     return (
-        f"prompt {prompt} | answer {turn.n_answer} tokens, {turn.answer_per_second:.1f} tok/s"
+        f"prompt {turn.n_evaluated} new tokens{_prompt_rate(turn, 'tok/s')}"
+        f" | answer {turn.n_answer} tokens, {turn.answer_per_second:.1f} tok/s"
         f" | context {conversation.n_used}/{memory.n_ctx} | {_kv(memory)}"
     )
 
@@ -70,17 +101,48 @@ def context(chat: Chat, ascii_only: bool) -> str:
     )
 
 
-def _full_types(plan: Any) -> list[str]:
-    quantized = [t for t in ("q8_0", "q4_0") if plan.shape.head_dim_k % 32 == 0]
-    return ["f16", *(quantized if plan.shape.head_dim_v % 32 == 0 else [])]
+def _prompt_rate(turn: Turn, unit: str = "per second") -> str:
+    if turn.n_evaluated < MIN_TOKENS:
+        return ""
+    return f", {turn.prompt_per_second:.1f} {unit}"
 
 
-def _kv(memory: Any) -> str:
+def _kv(memory: Memory) -> str:
+    size = size_text(memory.kv_bytes)
     if not memory.active:
-        return f"KV {_mib(memory.kv_bytes)} (full cache)"
-    full = _mib(memory.kv_bytes_full)
-    return f"KV {_mib(memory.kv_bytes)} of {full} full ({memory.share:.0%})"
+        return f"KV cache {size} (full)"
+    full = size_text(memory.kv_bytes_full)
+    return f"KV cache {size} instead of {full} (−{1 - memory.share:.0%})".replace("%", " %")
 
 
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
+def _why_smaller(chosen: AutoContext | None) -> str:
+    if chosen is None or chosen.n_ctx == chosen.n_max:
+        return ""
+    where = "free memory" if chosen.place == "RAM" else f"free memory of {chosen.place}"
+    free = size_text(chosen.free)
+    return f" (the largest that fits into {free} of {where} with 1 GiB to spare)"
+
+
+def _weights_type(llama: Llama) -> str:
+    """Return the quantization as files name it, such as "Q4_K_M"."""
+    from ..native.loaded import C
+
+    name = (C.llama_ftype_name(C.llama_model_ftype(llama.model)) or b"").decode()
+    name = re.sub(r" - (Small|Medium|Large)\b", lambda size: f"_{size[1][0]}", name)
+    return re.sub(r"\(guessed\)|^all | - .*", "", name).strip()
+
+
+def _device(llama: Llama) -> str:
+    from ..available_memory import device_description
+    from ..native.loaded import C
+
+    n_threads = llama.n_threads
+    cpu = f"CPU, {n_threads} thread{'s' if n_threads != 1 else ''}"
+    names = [device_description(name) for name in llama.memory().devices]
+    if not names:
+        return cpu
+    n_layers = C.llama_model_n_layer(llama.model) + 1  # and the output
+    n_offloaded = llama.model_params.n_gpu_layers
+    if n_offloaded >= n_layers:
+        return " and ".join(names)
+    return f"{' and '.join(names)} ({n_offloaded} of {n_layers} layers) and {cpu}"

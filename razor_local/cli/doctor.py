@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ..common.child import python_command
+from ..common.machine import find_gpus
 from ..errors import LibraryError, RazorError
 from ..printable import printable
 from .terminal import echo
@@ -52,6 +53,7 @@ def doctor(as_json: bool) -> None:
 def examine() -> dict[str, Any]:
     """Everything that doctor reports, as a JSON-able dict; "problems" is a list of sentences."""
     problems: list[str] = []
+    native = _native_report(problems)
     report: dict[str, Any] = {
         "razor_local": _version("razor-local"),
         "python": platform.python_version(),
@@ -62,13 +64,32 @@ def examine() -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith("RAZOR_") or name in VARIABLES
         },
-        "native": _native_report(problems),
+        "gpus": [name for name, _ in find_gpus()],
+        "native": native,
         "default_model": _default_model(problems),
     }
     for name, version in report["packages"].items():
         if version is None:
             problems.append(f"the Python package {name} is not installed; reinstall razor-local")
-    return {**report, "problems": problems}
+    unused = unused_gpu(native["build_options"]) if native else None
+    return {**report, "notes": [unused] if unused else [], "problems": problems}
+
+
+def unused_gpu(build_options: str) -> str | None:
+    """Return a sentence about a GPU that this build cannot use; None if there is none.
+
+    Args:
+        build_options: of native.Build, such as "cpu,cuda,native".
+    """
+    built = build_options.split(",")
+    for name, backend in find_gpus():
+        if backend not in built:
+            return (
+                f"this build does not use the {name}; to use it, run 'export"
+                f" RAZOR_{backend.upper()}=ON && uv sync --reinstall-package razor-local' in the"
+                " folder of razor_local (see native/README.md)"
+            )
+    return None
 
 
 def _native_report(problems: list[str]) -> dict[str, Any] | None:
@@ -211,6 +232,7 @@ def _text(report: dict[str, Any]) -> str:
             memory = f", {d['memory_total'] / 2**30:.1f} GiB" if d["memory_total"] else ""
             rows.append(("" if i else "devices", f"{d['name']}: {d['description']}{memory}"))
         rows.append(("features", native["cpu_features"]))
+    rows.append(("graphics", ", ".join(report["gpus"]) or "no GPU found"))
     model = report["default_model"]
     if model:
         heads = f"{model['retrieval_kv_heads']} of {model['kv_heads']} KV heads are retrieval heads"
@@ -219,5 +241,6 @@ def _text(report: dict[str, Any]) -> str:
     for i, (name, value) in enumerate(report["environment"].items()):
         rows.append(("" if i else "environment", f"{name}={value}"))
     lines = [f"{name:<12} {printable(value, one_line=True)}".rstrip() for name, value in rows]
+    notes = [f"note         {note}" for note in report["notes"]]
     problems = [f"problem      {problem}" for problem in report["problems"]]
-    return "\n".join([*lines, "", *(problems or ["no problems found"])])
+    return "\n".join([*lines, "", *notes, *(problems or ["no problems found"])])

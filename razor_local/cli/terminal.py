@@ -56,6 +56,10 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = Fals
 
 def say(text: str) -> None:
     """Print a message of a chat to stderr, dim."""
+    try:
+        "·−".encode(sys.stderr.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = text.replace("·", "|").replace("−", "-")
     echo(text, err=True, dim=True)
 
 

@@ -1,4 +1,4 @@
-"""Describe the machine and the code of a benchmark, and measure free memory."""
+"""Describe the machine, its graphics cards and the code, and measure free memory."""
 
 from __future__ import annotations
 
@@ -110,3 +110,33 @@ def describe_gpus() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+_CARDS = Path("/sys/class/drm")  # of Linux
+_MIN_MEMORY = 2**30  # bytes of a card; less is set aside for the graphics of a processor
+
+
+def find_gpus() -> list[tuple[str, str]]:
+    """Return the GPUs of this machine that llama.cpp can use: name and backend of each.
+
+    The backend is "cuda", "metal" or "vulkan". NVIDIA's GPUs are found through their driver, others
+    on Linux through the kernel; those that are part of a processor are left out, but for Apple's.
+    """
+    found = [(gpu["name"] or "NVIDIA GPU", "cuda") for gpu in describe_gpus()]
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        found.append((f"{_cpu_name()} GPU", "metal"))
+    for device in sorted(_CARDS.glob("card*/device")):
+        vendor = _read(device / "vendor")
+        memory = _read(device / "mem_info_vram_total")  # by AMD's driver alone
+        if vendor == "0x1002" and memory.isdigit() and int(memory) > _MIN_MEMORY:
+            found.append((f"AMD GPU with {int(memory) / 2**30:.0f} GiB", "vulkan"))
+        if vendor == "0x8086" and not device.resolve().name.startswith("0000:00:"):
+            found.append(("Intel GPU", "vulkan"))  # on the first bus they are part of a processor
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""

@@ -8,6 +8,7 @@ this call.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,11 @@ _NOT_NULL = {
     "llama_adapter_lora_init": "lora_path is not a LoRA adapter for this model",
 }
 
+_OUT_OF_MEMORY = re.compile(
+    r"(failed|unable) to allocate|cannot allocate|insufficient memory|out of memory|bad_alloc",
+    re.IGNORECASE,
+)
+
 
 def clear(lib: ctypes.CDLL) -> None:
     """Forget why earlier calls of this thread failed. This ends an override, too."""
@@ -55,6 +61,11 @@ def reason(lib: ctypes.CDLL, otherwise: str) -> str:
         otherwise: what to return where the library gives no reason.
     """
     return last_error(lib) or "; ".join(log.error_lines(lib)[-2:]) or otherwise
+
+
+def is_out_of_memory(lib: ctypes.CDLL) -> bool:
+    """Return True if the last call of this thread failed because memory ran out."""
+    return any(map(_OUT_OF_MEMORY.search, [last_error(lib), *log.error_lines(lib)]))
 
 
 def raise_in_bindings(bindings: Any, lib: ctypes.CDLL) -> None:

@@ -86,6 +86,10 @@ class Native:
         """
         return errors.reason(self.lib, otherwise)
 
+    def is_out_of_memory(self) -> bool:
+        """Return True if the last call of this thread failed because memory ran out."""
+        return errors.is_out_of_memory(self.lib)
+
     @contextlib.contextmanager
     def override(self, params: Params) -> Iterator[None]:
         """Contexts that this thread creates inside the block follow params. Raises ValueError."""

@@ -41,25 +41,30 @@ def test_the_whole_of_stdin_is_one_message():
     assert result.stdout == "The secret code of Marlow is 48213.\n"
     assert re.fullmatch(
         r"prompt \d+ new tokens, \d+\.\d tok/s \| answer \d+ tokens, \d+\.\d tok/s"
-        rf" \| context \d+/{PLAN.n_ctx} \| KV \d+\.\d MiB of {FULL} full \(\d+%\)\n",
+        rf" \| context \d+/{PLAN.n_ctx} \| KV cache \d+\.\d MiB instead of {FULL} \(−\d+ %\)\n",
         result.stderr,
     ), result.stderr
 
 
 def test_the_line_of_numbers_is_the_plan():
-    share = f"KV {PLAN.kv_bytes / 2**20:.1f} MiB of {FULL} full ({PLAN.share:.0%})"
+    saved = f"(−{100 - 100 * PLAN.share:.0f} %)"
+    share = f"KV cache {PLAN.kv_bytes / 2**20:.1f} MiB instead of {FULL} {saved}"
     assert share in run().stderr
-    assert f"KV {FULL} (full cache)" in run("--no-razor").stderr
+    assert f"KV cache {FULL} (full)" in run("--no-razor").stderr
     quantized = run("-ctk", "q8_0", "-ctv", "q8_0")
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 0, "q8_0", "q8_0").kv_bytes / 2**20
-    assert "48213" in quantized.stdout and f"of {full:.1f} MiB full" in quantized.stderr
+    assert "48213" in quantized.stdout and f"instead of {full:.1f} MiB (−" in quantized.stderr
     assert "48213" in run("-fa", "off").stdout
     assert "48213" in run("-fa", "auto").stdout
     assert "/1024 |" in run("-c", "1000").stderr
 
 
+def test_no_speed_is_shown_of_a_short_prompt():
+    assert re.match(r"prompt \d+ new tokens \| answer \d+ tokens, ", run(message="hello").stderr)
+
+
 def test_options_reach_the_answer():
-    assert "was ended after 3 tokens by --predict" in run("-n", 3).stderr
+    assert "The answer was ended after 3 tokens, the limit of --predict." in run("-n", 3).stderr
     warm = ["--temp", "3", "--top-p", "1", "--min-p", "0", "-n", "12"]
     one, same, other = (run(*warm, "-s", seed).stdout for seed in (1, 1, 2))
     assert one == same != other
@@ -74,7 +79,7 @@ def test_a_model_and_its_sidecar(tmp_path):
     sidecar = tmp_path / "side.gguf"
     write_sidecar(DEFAULT_MODEL, sidecar, profile)
     result = run(DEFAULT_MODEL, "--sidecar", sidecar, "--temp", "0")
-    assert "48213" in result.stdout and f"of {FULL} full" in result.stderr
+    assert "48213" in result.stdout and f"instead of {FULL} (−" in result.stderr
     other = tiny_models.make_model(tmp_path / "other.gguf", tiny_models.TinySpec())
     result = run(other, "--sidecar", sidecar)
     assert result.exit_code == 1 and "sidecar of another model" in result.stderr
@@ -170,26 +175,32 @@ def test_a_reader_that_goes_away_ends_it_quietly():
 
 # -- on a terminal --
 
+WITH_A_CARD = f"""
+from razor_local.cli import doctor
+doctor.find_gpus = lambda: [("A GPU", "metal")]
+{MAIN}
+"""
+
 
 def test_a_session():
     with terminal("-c", "2048") as t:
         start = t.expect(">>>")
-        assert "KV heads keep every token" in start and "built-in model" in start
+        assert "KV cache 5.3 MiB instead of 12.0 MiB (−" in start and "built-in model" in start
         t.send(paste(TEXT.replace(". ", ".\n")))
         t.expect("lines]")
         t.send(f"{QUESTION}\r")
         t.expect("The secret code of Marlow is 48213.\n")
-        t.expect("MiB full")
+        t.expect(" %)")
         t.expect(">>>")
         t.send(f"{QUESTION}\r")  # a second turn, from the cache
-        numbers = t.expect("MiB full")
+        numbers = t.expect(" %)")
         assert "48213" in numbers and int(re.search(r"prompt (\d+) new", numbers)[1]) < 40
         t.expect(">>>")
         t.send("/context\r")
         used = r"\d{3,} of 2048 tokens used by 4 messages; \d+ left"
         assert re.search(used, t.expect("answer"))
         t.send("/stats\r")
-        assert re.search(r"cache: \d+ tokens, [1-9]\d* of them folded", t.expect("frontier"))
+        assert re.search(r"the average of those between \([1-9][\d,]* so far", t.expect("context"))
         t.expect(">>>")
         t.send("/clear\r")
         t.expect("the conversation is empty")
@@ -209,6 +220,40 @@ def test_a_session():
         t.expect(">>>")
         t.send("/exit\r")
         assert t.wait()[0] == 0
+
+
+def test_what_is_said_of_model_and_memory():
+    with terminal("-c", "2048", "-t", "1", code=WITH_A_CARD) as t:
+        start = t.expect(">>>").splitlines()
+        plan = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 2048)
+        full, saved = plan.kv_bytes_full / 2**20, round(100 * (1 - plan.share))
+        kv = f"{plan.kv_bytes / 2**20:.1f} MiB instead of {full:.1f} MiB (−{saved} %)"
+        assert start[0] == "razor-default · Q8_0 · CPU, 1 thread"
+        assert re.fullmatch(
+            rf"weights 4\.\d MiB · KV cache {re.escape(kv)} · compute \d+\.\d MiB"
+            r" · context 2,048 tokens",
+            start[1],
+        )
+        assert start[2].startswith("note: this build does not use the A GPU; to use it, run")
+        t.send("/stats\r")
+        t.expect("device    CPU, 1 thread\n")
+        t.expect(f"KV cache  {kv}, f16\n")
+        t.expect(
+            "heads     4 of 24 keep every token; the others keep the first 4 and the last 409, and"
+        )
+        t.expect("context   0 of 2,048 tokens used")
+        t.expect(">>>")
+        t.send("hello\r")
+        t.expect(" %)")
+        t.expect(">>>")
+        t.send("/stats\r")
+        assert re.search(
+            r"prompt    \d+ new tokens\nanswer    \d+ tokens, ", t.expect("per second")
+        )
+    with terminal("-c", "256", "-ngl", "0", code=WITH_A_CARD, PYTHONIOENCODING="ascii") as t:
+        start = t.expect(">>>")
+        assert "A GPU" not in start and "-default | Q8_0 | CPU, " in start
+        assert "\nRazorAttention saves nothing up to 512 tokens of context, so the full" in start
 
 
 def test_a_block_between_quotes_and_a_prompt_that_is_too_long():
@@ -354,7 +399,7 @@ def test_answers_are_printable_on_a_terminal_and_as_they_are_in_a_pipe(tmp_path)
     with terminal("-n", "2", code=ERASING) as t:
         t.expect(">>>")
         t.send("hi\r")
-        assert r"\x1b[2J" in t.expect("MiB full")
+        assert r"\x1b[2J" in t.expect(" %)")
     assert piped("hi", tmp_path, ERASING).stdout.count("\x1b[2J") > 1
 
 
@@ -386,14 +431,14 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
         t.expect("48213.")
         time.sleep(0.3)  # it goes on
         t.send("\x03")
-        t.expect("(stopped; what was answered is kept)")
+        t.expect("Stopped. The answer so far is kept.")
         t.expect(">>>")
         t.send("/context\r")
         t.expect("tokens used by 2 messages")
         t.expect(">>>")
         t.send(f"{QUESTION}\r")
         t.expect("The secret code of Marlow is 48213.")
-        t.expect("MiB full")
+        t.expect(" %)")
         t.expect(">>>")
         t.send("/exit\r")
         assert t.wait()[0] == 0
@@ -409,7 +454,7 @@ def test_what_is_pasted_during_an_answer_is_one_message():
         pasted = paste(text) if marked else text  # as a terminal does it
         writer = threading.Thread(target=t.send, args=(pasted + "\r",))
         writer.start()  # it waits until the program reads
-        t.expect("MiB full")
+        t.expect(" %)")
         t.expect(">>>")
         t.expect("200 lines]")
         t.expect(f"<{len(text)} {text[:20]!r} 200 lines>")
@@ -437,7 +482,7 @@ def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back():
         t.send(paste(f"{TEXT}\n\n{QUESTION}") + "\r")
         t.expect("reading the prompt")
         t.send("\x03")
-        t.expect("(stopped; the message is not kept)")
+        t.expect("Stopped. The message is not kept.")
         t.expect("answer 0 tokens")
         t.expect(">>>")
         t.send("/context\r")
@@ -464,7 +509,7 @@ def test_ctrl_c_with_a_pipe_ends_with_130():
     rest = child.stdout.read()
     assert child.wait(timeout=300) == 130
     assert first == b"The secret" and rest.endswith(b"\n")
-    assert b"(stopped; what was answered is kept)" in child.stderr.read()
+    assert b"Stopped. The answer so far is kept." in child.stderr.read()
 
 
 def test_from_start_to_prompt_takes_less_than_three_seconds():

@@ -96,3 +96,16 @@ def test_missing_packages(monkeypatch):
     assert problems() == [
         "the Python package no-such-package is not installed; reinstall razor-local"
     ]
+
+
+def test_a_card_that_the_build_does_not_use_is_a_note(monkeypatch):
+    monkeypatch.setattr(doctor, "find_gpus", lambda: [("A GPU", "metal")])
+    report = json.loads(run("--json").stdout)
+    assert report["gpus"] == ["A GPU"] and report["problems"] == []
+    (note,) = report["notes"]
+    assert note.startswith("this build does not use the A GPU; to use it, run 'export RAZOR_METAL")
+    result = run()
+    assert result.exit_code == 0 and result.stdout.endswith(
+        f"\nnote         {note}\nno problems found\n"
+    )
+    assert "\ngraphics     A GPU\n" in result.stdout

@@ -397,7 +397,10 @@ def test_auto(model, monkeypatch):
     leave(monkeypatch, 2**40)
     assert Llama(model.path, n_ctx="auto").n_ctx() == 8192  # as trained
     leave(monkeypatch, 100_000)
-    with pytest.raises(RazorError, match="even a context of 256 tokens needs"):
+    with pytest.raises(
+        RazorError,
+        match="even a context of 1,024 tokens needs .* or pass n_ctx=1024 to use the 1 GiB",
+    ):
         Llama(model.path, n_ctx="auto")
 
 
@@ -419,9 +422,49 @@ def test_chat_auto(monkeypatch):
         leave(monkeypatch, dry.need(1280, options).total)
     result = CliRunner().invoke(main, ["chat", "-c", "auto", "-n", "1"], input="hello")
     assert result.exit_code == 0 and "/1280 |" in result.stderr
+    leave(monkeypatch, 100_000)
+    result = CliRunner().invoke(main, ["chat"], input="hello")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert re.fullmatch(
+        r"Error: .*razor-default.gguf: even a context of 1,024 tokens needs \d+\.\d MiB of memory"
+        r" \(\d+\.\d MiB of weights\), and 0\.1 MiB are available; take a smaller quantization of"
+        r" the model, or pass -c 1024 to use the 1 GiB that is kept free\n",
+        result.stderr,
+    )
     result = CliRunner().invoke(main, ["chat", "-c", "lots"], input="hello")
     assert result.exit_code == 2
     assert "'lots' is not a context size, expected a number or auto" in result.stderr
+
+
+def test_chat_takes_the_largest_context_that_fits(tmp_path, monkeypatch):
+    """Up to 32,768 tokens and the trained length, whichever is less; and says where it is less."""
+    from razor_local.cli.chat import MAX_DEFAULT_CTX, _load, chat
+    from razor_local.cli.chat_status import describe
+
+    with DryModel(DEFAULT_MODEL) as dry:
+        if dry.devices():
+            pytest.skip("this build has a device")
+        enough = dry.need(2048, ContextOptions(dry.file.profile)).total
+    defaults = {p.name: p.default for p in chat.params if p.name not in ("model", "hf_repo")}
+
+    def header(path, n_bytes, **options):
+        leave(monkeypatch, n_bytes)
+        llama, chosen = _load(path, defaults | options)
+        line = describe(llama, chosen).splitlines()[1]
+        llama.close()
+        return line.partition("context ")[2]
+
+    fits = f"the largest that fits into {(enough + fit.MARGIN) / 2**30:.1f} GiB of free memory"
+    smaller = f"2,048 tokens ({fits} with 1 GiB to spare)"
+    assert header(DEFAULT_MODEL, enough) == smaller
+    assert header(DEFAULT_MODEL, enough, ctx_size="auto") == smaller
+    assert header(DEFAULT_MODEL, 2**40) == header(DEFAULT_MODEL, 2**40, ctx_size=0)
+    assert header(DEFAULT_MODEL, 2**40) == "8,192 tokens"
+    assert header(DEFAULT_MODEL, enough, ctx_size=4096) == "4,096 tokens"
+    spec = TinySpec("llama", 1, 2, 1, 64, n_ctx_train=2 * MAX_DEFAULT_CTX)
+    long = make_model(tmp_path / "long.gguf", spec)
+    assert header(long, 2**40) == "32,768 tokens"
+    assert header(long, 2**40, ctx_size="auto") == "65,536 tokens"
 
 
 def test_available_memory(tmp_path, monkeypatch):
@@ -535,7 +578,9 @@ def test_a_context_a_memory_and_both(model, files):
     assert full["n_ctx"] < razor["n_ctx"] and full["fits"] and razor["fits"]
 
     inactive = run(files["llama"], "-c", 2048)[1]
-    assert "razor f16 runs the full cache: a local head would take 4,608 cells" in inactive
+    assert (
+        "razor f16 runs the full cache: RazorAttention saves nothing up to 4,608 tokens" in inactive
+    )
 
 
 def test_profiles_of_the_file_a_sidecar_and_another_budget(files, tmp_path):

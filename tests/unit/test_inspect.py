@@ -76,10 +76,8 @@ def test_a_model_without_a_profile(folder):
 
 def test_a_context_too_short_for_razor_says_so(folder):
     _, stdout, _ = run("inspect", folder / "razor.gguf", "-c", 768)
-    assert (
-        "plan     full cache: a local head would take 768 cells, so RazorAttention saves nothing in"
-        " a context of 768 tokens\n"
-    ) in stdout
+    said = "plan     full cache: RazorAttention saves nothing up to 768 tokens of context\n"
+    assert said in stdout
 
 
 def test_sidecar(folder):

@@ -1,0 +1,116 @@
+"""Memory that does not suffice: one sentence, with contexts that fit.
+
+The memory of a child process is limited, so that allocations really fail there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from razor_local import MemoryFullError, llama_options
+from razor_local.cli.chat import DEFAULT_MODEL
+from razor_local.llama import Llama
+from razor_local.native.loaded import C
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit address space"),
+    pytest.mark.skipif(C.llama_supports_gpu_offload(), reason="devices take address space"),
+]
+
+# runs the code of sys.argv[2] with sys.argv[1] MiB more address space than is taken
+LIMITED = f"""
+import resource, sys, psutil
+from razor_local import Llama
+import razor_local.fit
+from razor_local.cli import main
+MODEL = {str(DEFAULT_MODEL)!r}
+room = psutil.Process().memory_info().vms + int(sys.argv[1]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+try:
+    exec(sys.argv[2])
+except razor_local.MemoryFullError as error:
+    print(error)
+"""
+# 6 KiB of KV cache per token: 144 MiB, and as much again for the scores of a batch of 1,200 tokens
+KV = "n_ctx=24576, razor=False"
+
+
+def limited(n_mib: int, code: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", LIMITED, str(n_mib), code]
+    return subprocess.run(command, input="hello", capture_output=True, text=True)
+
+
+def fitting(sentence: str, pattern: str) -> tuple[int, int]:
+    """The context that fits with the types that were asked for, and the one with smaller types."""
+    match = re.fullmatch(pattern, sentence)
+    assert match, sentence
+    return int(match[1]), int(match[2])
+
+
+def test_more_than_is_free_is_refused_before_it_is_allocated():
+    done = limited(1200, "Llama(MODEL, n_ctx=1048576, razor=False)")
+    small, large = fitting(
+        done.stdout,
+        r"the KV cache of 1,048,576 tokens takes 6\.0 GiB and 1\.[12] GiB of memory are free; with"
+        r" 1 GiB to spare, n_ctx=(\d+) fits, or n_ctx=(\d+), type_k='q8_0', type_v='q8_0'\n",
+    )
+    assert 1024 <= small < large
+    done = limited(1200, f"Llama(MODEL, n_ctx={large}, razor=False, type_k='q8_0', type_v='q8_0')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("n_mib", "options"),
+    [
+        (130, KV),  # the KV cache cannot be allocated, or the buffers after it
+        (160, KV),
+        (180, f"{KV}, n_batch=24576, n_ubatch=24576"),  # the compute buffers cannot
+        (300, f"{KV}, logits_all=True"),  # what the bindings keep cannot
+    ],
+)
+def test_an_allocation_that_fails(n_mib, options):
+    done = limited(n_mib, f"Llama(MODEL, {options})")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
+    small, large = fitting(
+        done.stdout.rpartition("; ")[2],
+        r"n_ctx=(\d+) fits, or n_ctx=(\d+), type_k='q8_0', type_v='q8_0'\n",
+    )
+    assert 1024 <= small < large <= 24576
+    done = limited(n_mib, f"Llama(MODEL, n_ctx={small // 2}, razor=False)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_command_line_names_its_options():
+    done = limited(1200, "main(['chat', MODEL, '-c', '1048576', '--no-razor'])")
+    assert done.returncode == 1 and done.stdout == ""
+    fitting(
+        done.stderr.splitlines()[-1].rpartition("; ")[2],
+        r"with 1 GiB to spare, -c (\d+) fits, or -c (\d+) -ctk q8_0 -ctv q8_0",
+    )
+
+
+def test_where_not_even_planning_is_possible():
+    done = limited(20, "Llama(MODEL, n_ctx=8192)")
+    assert done.returncode == 0 and done.stdout.endswith(
+        "; use a smaller n_ctx, or type_k='q8_0', type_v='q8_0'\n"
+    )
+
+
+def test_other_types_and_models_for_which_nothing_fits(monkeypatch):
+    def refused(n_free: int, **options: object) -> str:
+        monkeypatch.setattr(llama_options, "available_ram", lambda: 0)
+        monkeypatch.setattr("psutil.swap_memory", lambda: type("Swap", (), {"free": 0}))
+        monkeypatch.setattr("razor_local.available_memory.available_ram", lambda: n_free)
+        with pytest.raises(MemoryFullError) as caught:
+            Llama(DEFAULT_MODEL, n_ctx=8192, razor=False, **options)
+        return str(caught.value).rpartition("free; ")[2]
+
+    two = refused(30 << 20, type_k="q8_0", type_v="q8_0")
+    assert re.fullmatch(r"(n_ctx=\d+, type_k='(q\d_0)', type_v='\2'( fits, or )?){2}", two)
+    # a quantized V cache needs flash attention
+    assert re.fullmatch(r"n_ctx=\d+ fits", refused(30 << 20, flash_attn=False))
+    assert "even a context of 256 tokens needs" in refused(1 << 20)
