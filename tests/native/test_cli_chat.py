@@ -185,7 +185,7 @@ doctor.find_gpus = lambda: [("A GPU", "metal")]
 def test_a_session():
     with terminal("-c", "2048") as t:
         start = t.expect(">>>")
-        assert "KV cache 5.3 MiB instead of 12.0 MiB (−" in start and "built-in model" in start
+        assert "KV cache 4.5 MiB instead of 12.0 MiB (−" in start and "built-in model" in start
         t.send(paste(TEXT.replace(". ", ".\n")))
         t.expect("lines]")
         t.send(f"{QUESTION}\r")
@@ -239,7 +239,7 @@ def test_what_is_said_of_model_and_memory():
         t.expect("device    CPU, 1 thread\n")
         t.expect(f"KV cache  {kv}, f16\n")
         t.expect(
-            "heads     4 of 24 keep every token; the others keep the first 4 and the last 409, and"
+            "heads     4 of 24 keep every token; the others keep the first 4 and the last 256, and"
         )
         t.expect("context   0 of 2,048 tokens used")
         t.expect(">>>")

@@ -445,7 +445,7 @@ def test_chat_takes_the_largest_context_that_fits(tmp_path, monkeypatch):
         if dry.devices():
             pytest.skip("this build has a device")
         enough = dry.need(2048, ContextOptions(dry.file.profile)).total
-    defaults = {p.name: p.default for p in chat.params if p.name not in ("model", "hf_repo")}
+    defaults = chat.make_context("chat", []).params
 
     def header(path, n_bytes, **options):
         leave(monkeypatch, n_bytes)
