@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..fit import AutoContext
     from ..llama import Llama
     from ..model_file import ModelFile
+    from ..profile import Profile
 
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given
 
@@ -207,6 +208,7 @@ def _read_stdin() -> str:
 def _load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None]:
     """Return the model, and how its context was chosen if --ctx-size is not a number."""
     from ..common.progress import check_stop
+    from ..llama_options import choose_profile
     from ..model_file import ModelFile
 
     n_ctx, chosen, model = options["ctx_size"], None, ModelFile(path)
@@ -214,6 +216,7 @@ def _load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | Non
         trained = model.shape.n_ctx_train
     except ProfileError:  # not a shape that a plan describes; llama.cpp may know better
         trained = 0
+    profile = choose_profile(model, options["sidecar"] or options["razor"], options["budget"])[1]
     use_flash_attn = flash_attention(
         options["flash_attn"],
         path,
@@ -222,7 +225,7 @@ def _load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | Non
         options["n_gpu_layers"],
     )
     if n_ctx is None or n_ctx == "auto":
-        chosen = _choose_context(model, options, use_flash_attn)
+        chosen = _choose_context(model, profile, options, use_flash_attn)
         n_ctx = chosen.n_ctx if chosen else min(trained, MAX_DEFAULT_CTX)
     elif trained and n_ctx > trained:
         say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
@@ -237,8 +240,7 @@ def _load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | Non
         progress(0.0)
         llama = Llama(
             model,
-            razor=options["sidecar"] or options["razor"],
-            budget=options["budget"],
+            razor=options["razor"] if profile is None else profile,
             progress=progress,
             n_ctx=n_ctx,
             n_gpu_layers=options["n_gpu_layers"],
@@ -254,16 +256,14 @@ def _load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | Non
 
 
 def _choose_context(
-    model: ModelFile, options: dict[str, Any], use_flash_attn: bool
+    model: ModelFile, profile: Profile | None, options: dict[str, Any], use_flash_attn: bool
 ) -> AutoContext | None:
     """Return the context for the free memory; None for a model that loading will refuse.
 
     Raises MemoryFullError.
     """
     from ..fit import ContextOptions, auto_context
-    from ..llama_options import choose_profile
 
-    profile = choose_profile(model, options["sidecar"] or options["razor"], options["budget"])[1]
     context = ContextOptions(
         profile=profile,
         type_k=options["cache_type_k"],

@@ -132,4 +132,4 @@ class Display:
     def _when_full(self) -> str:
         if self.chat.drop_oldest:
             return "messages that do not fit will drop the oldest ones"
-        return "/clear empties it, a larger -c at the start enlarges it"
+        return "/clear empties it, or start with a larger -c"

@@ -316,7 +316,7 @@ def test_a_full_context():
         ask(t, text)
         t.send(f"{text}\r")
         t.expect("note: 9")
-        t.expect("% of the context is used; /clear, or start with a larger -c")
+        t.expect("% of the context is used; /clear empties it, or start with a larger -c")
         t.expect(">>>")
         t.send(f"{text}\r")
         t.expect("Error: the conversation with this message has")
