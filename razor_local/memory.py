@@ -85,7 +85,7 @@ def read_memory(
             for il, r in enumerate(rows)
         )
     places = library.memory(ctx)
-    devices = [m.device.decode("utf-8", "replace") for m in places if not m.is_host]
+    held = [m for m in places if not m.is_host and m.weights + m.cache]
     return Memory(
         active=bool(stats.active),
         why=why,
@@ -98,7 +98,7 @@ def read_memory(
         n_ctx=n_ctx,
         weights_bytes=sum(m.weights for m in places),
         compute_bytes=sum(m.compute for m in places),
-        devices=tuple(dict.fromkeys(devices)),
+        devices=tuple(dict.fromkeys(m.device.decode("utf-8", "replace") for m in held)),
     )
 
 

@@ -118,7 +118,9 @@ def _kv(memory: Memory) -> str:
 def _why_smaller(chosen: AutoContext | None) -> str:
     if chosen is None or chosen.n_ctx == chosen.n_max:
         return ""
-    where = "free memory" if chosen.place == "RAM" else f"free memory of {chosen.place}"
+    from ..fit import RAM
+
+    where = "free memory" if chosen.place == RAM else f"free memory of {chosen.place}"
     free = size_text(chosen.free)
     return f" (the largest that fits into {free} of {where} with 1 GiB to spare)"
 

@@ -229,8 +229,9 @@ class RazorLM(TemplateLM):
         if len(tokens) > most and not self._warned:
             log.warning(
                 "a prompt of %d tokens does not fit the context: its beginning is left out, as of"
-                " all others that follow; use a larger n_ctx",
+                " all others that follow; use a larger %s",
                 len(tokens),
+                option("n_ctx"),
             )
             self._warned = True
         return tokens[-most:]

@@ -99,6 +99,7 @@ def test_memory_is_what_the_plan_says(kv_type, flash_attn):
     full = Llama(DEFAULT_MODEL, n_ctx=2000, razor=False, **with_types).memory()
     assert not full.active and full.kv_bytes == full.kv_bytes_full == memory.kv_bytes_full
     assert full.why == "razor=False" and full.layers == () and full.share == 1.0
+    assert full.weights_bytes == memory.weights_bytes > 10**6 and full.compute_bytes > 10**6
 
 
 def test_memory_counts_tokens_and_stats_tell_what_was_folded(llama):
