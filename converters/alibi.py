@@ -1,10 +1,10 @@
 """Compute the scopes of the heads of ALiBi models from their weights.
 
 ALiBi subtracts slope * distance from every attention logit, and a normalization bounds the rest of
-the logit. So each head has a distance, its *scope*, from which on no token can get more than
-epsilon of the attention, whatever the text: theorem 1 of RazorAttention (arXiv 2407.15891, section
-3.1). docs/alibi.md derives the bounds below with the same names, and explains how they differ from
-the printed formula.
+the logit. Each head therefore has a distance, its *scope*, from which on no token of any text can
+get more than epsilon of the attention. This is theorem 1 of RazorAttention (arXiv 2407.15891,
+section 3.1). docs/alibi.md derives the bounds below with the same names, and explains how they
+differ from the printed formula.
 
 Weights are read and dequantized one group of heads at a time. Memory is bounded by a few matrices
 of [head_dim, n_embd] for every model.
@@ -37,15 +37,20 @@ def profile_from_weights(
     epsilon: float = DEFAULT_EPSILON,
     progress: Progress | None = None,
 ) -> Profile:
-    """Profile of an ALiBi model: the scope of every KV head, by the weights of the file.
+    """Compute the profile of an ALiBi model: the scope of every KV head, from the weights.
 
-    The scope of a KV head is the largest of its group of query heads, in tokens, the query's own
-    included. 0 (the whole context, a retrieval head) where it would be more than 2^30 tokens.
-    epsilon: attention that a token outside of the scope may get at most, between 0 and 1.
-    progress is called after each KV head.
+    The scope of a KV head is the largest of its group of query heads, in tokens, including the
+    query's own. It is 0 (the whole context, a retrieval head) where it would exceed 2^30 tokens.
 
-    Raises ConvertError (epsilon; a model without ALiBi), UnsupportedError (an architecture or
-    tensor type that cannot be handled), GGUFError, ProfileError, OSError.
+    Args:
+        model_path: the model file.
+        epsilon: maximum attention to a token outside of the scope, between 0 and 1.
+        progress: called after each KV head.
+
+    Raises:
+        ConvertError: epsilon is out of range, or the model has no ALiBi.
+        UnsupportedError: the architecture or a tensor type cannot be handled.
+        GGUFError, ProfileError, OSError: the model cannot be read.
     """
     if not 0 < epsilon < 1:
         raise ConvertError(f"epsilon is {epsilon:g}, expected a number between 0 and 1")
@@ -54,7 +59,7 @@ def profile_from_weights(
     max_bias = alibi_max_bias(header, shape)
     if not max_bias:
         raise ConvertError(
-            f"{header.path} ({shape.arch}) has no ALiBi; its heads are measured instead"
+            f"{header.path} ({shape.arch}) does not use ALiBi; measure its heads instead"
         )
     attention = _Attention(shape)
     report = progress or silent
@@ -88,7 +93,7 @@ def profile_from_weights(
 
 
 def alibi_slopes(n_head: int, max_bias: float) -> np.ndarray:
-    """The slopes of a layer's query heads, f32 [n_head], computed as ggml's soft_max does."""
+    """Compute the slopes of a layer's query heads, f32 [n_head], as ggml's soft_max does."""
     if n_head == 0:
         return np.zeros(0, np.float32)
     n = 1 << (n_head.bit_length() - 1)  # the largest power of two <= n_head
@@ -100,10 +105,16 @@ def alibi_slopes(n_head: int, max_bias: float) -> np.ndarray:
 
 
 def head_scope(logit_range: float, slope: float, epsilon: float) -> int:
-    """Smallest distance from which on attention is at most epsilon, in tokens; 0: none is.
+    """Return the smallest distance in tokens from which on attention is at most epsilon.
 
-    logit_range: how much higher than its own token's a query's logit of another token can be
-    before slope * distance is subtracted.
+    Args:
+        logit_range: how far a query's logit of another token can exceed that of its own token,
+            before slope * distance is subtracted.
+        slope: the head's slope.
+        epsilon: the bound of the attention.
+
+    Returns:
+        The distance, or 0 if there is none.
     """
     if not slope > 0:
         return 0
@@ -113,15 +124,15 @@ def head_scope(logit_range: float, slope: float, epsilon: float) -> int:
     return math.ceil(distance) if distance <= MAX_WINDOW else 0
 
 
-# -- how far logits can be apart, for one query head
+# -- bounds of the distance between logits, for one query head
 #
-# q = u z_m + f and k = v z_n + g, where z is the normalized input before its weight: its squared
-# length is at most radius2, the number of elements. u, v: f64 [head_dim, n_embd]; f, g:
-# f64 [head_dim]. Returned: a bound of q_m . (k_n - k_m) over all such z_m and z_n.
+# q = u z_m + f and k = v z_n + g, where z is the normalized input before its weight. The squared
+# length of z is at most radius2, its number of elements. u, v: f64 [head_dim, n_embd]; f, g:
+# f64 [head_dim]. Each function returns a bound of q_m . (k_n - k_m) over all such z_m and z_n.
 
 
 def linear_range(u: np.ndarray, v: np.ndarray, f: np.ndarray, radius2: float) -> float:
-    """Bound for plain projections: their maximum, up to the search. g cancels out."""
+    """Return the bound for plain projections: their maximum, up to the search. g cancels out."""
     # u, v in an orthonormal basis of both; numpy's types do not know that this is an array
     r: Any = np.linalg.qr(np.concatenate([u, v]).T, mode="r")
     r_u, r_v = r[:, : len(u)], r[:, len(u) :]
@@ -129,10 +140,10 @@ def linear_range(u: np.ndarray, v: np.ndarray, f: np.ndarray, radius2: float) ->
 
 
 def _largest_difference(a: np.ndarray, c: np.ndarray) -> float:
-    """A bound of (x . a + c) . (y - x) over vectors x and y of length at most 1.
+    """Return a bound of (x . a + c) . (y - x) over vectors x and y of length at most 1.
 
-    a: f64 [n, n], c: f64 [n]. For every mu > 0 and every lambda >= 0 above the eigenvalues of the
-    quadratic form below the result is a bound (docs/alibi.md); the search makes it a good one.
+    Every mu > 0 and every lambda >= 0 above the eigenvalues of the quadratic form below give a
+    bound (docs/alibi.md). The search finds a good one. a: f64 [n, n], c: f64 [n].
     """
     square, symmetric = a @ a.T, (a + a.T) / 2
     norm = math.sqrt(max(np.linalg.eigvalsh(square)[-1], 0.0))
@@ -170,14 +181,14 @@ def _largest_difference(a: np.ndarray, c: np.ndarray) -> float:
 def clamped_range(
     u: np.ndarray, v: np.ndarray, f: np.ndarray, g: np.ndarray, limit: float, radius2: float
 ) -> float:
-    """Bound where every element of q and k is clamped to -limit..limit."""
+    """Return the bound where every element of q and k is clamped to -limit..limit."""
     radius = math.sqrt(radius2)
     q = radius * np.linalg.norm(u, axis=1) + np.abs(f)  # largest elements
     k = radius * np.linalg.norm(v, axis=1)
     if q.max() <= limit and (k + np.abs(g)).max() <= limit:
         return linear_range(u, v, f, radius2)  # nothing is ever clamped
     q, k = np.minimum(q, limit), np.minimum(2 * k, 2 * limit)
-    # clamping makes no vector longer, and no difference either
+    # Clamping lengthens neither vectors nor their differences.
     q_length = min(radius * np.linalg.norm(u, 2) + np.linalg.norm(f), np.linalg.norm(q))
     k_length = min(2 * radius * np.linalg.norm(v, 2), np.linalg.norm(k))
     return float(min(q @ k, q_length * k_length))
@@ -190,9 +201,9 @@ def normalized_range(
     q_radius2: float,
     k_radius2: float,
 ) -> float:
-    """Bound where q and k are normalized, over the heads of a layer together, after projection.
+    """Return the bound where q and k of all heads of a layer are normalized after projection.
 
-    q_weight, q_bias, k_weight: f64 [head_dim], this head's part of the normalizations'.
+    q_weight, q_bias, k_weight: f64 [head_dim], this head's part of the normalization's weights.
     """
     product = math.sqrt(q_radius2 * k_radius2) * float(np.abs(q_weight * k_weight).max())
     constant = math.sqrt(k_radius2) * float(np.linalg.norm(q_bias * k_weight))
@@ -211,7 +222,7 @@ class _Attention:
             )
         self.path, self.shape = header.path, shape
         n_embd = header.entries[f"{shape.arch}.embedding_length"].value
-        assert isinstance(n_embd, int)  # shape_from_header() has checked it
+        assert isinstance(n_embd, int)  # shape_from_parts() has checked it
         self.n_embd = n_embd
         self.tensors = {t.name: (part, t) for part in shape.parts for t in part.tensors}
         # jais was trained with another scale
@@ -220,7 +231,7 @@ class _Attention:
         self.clamp = float(clamp) if clamp is not None and clamp > 0 else None
 
     def logit_ranges(self, il: int, ih: int) -> list[float]:
-        """Bounds for the query heads of KV head ih in layer il, scaled as the logits are."""
+        """Return the bounds for the query heads of KV head ih in layer il, scaled like logits."""
         size, n_q, n_kv = self.shape.head_dim_k, self.shape.n_head[il], self.shape.n_head_kv[il]
         group = n_q // n_kv
         queries = [slice(i * size, (i + 1) * size) for i in range(ih * group, (ih + 1) * group)]
@@ -251,14 +262,14 @@ class _Attention:
         return ranges
 
     def folded(self, weight: np.ndarray, gamma: np.ndarray) -> np.ndarray:
-        """weight with the normalization's weight inside; z of a LayerNorm has mean 0."""
+        """Multiply weight by the normalization's weight. The z of a LayerNorm has mean 0."""
         folded = weight * gamma
         if self.shape.arch in LAYER_NORM:
             folded -= folded.mean(axis=1, keepdims=True)
         return folded
 
     def projection(self, il: int, which: str, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of a layer's q or k projection: weight f64 [rows, n_embd], bias f64 [rows]."""
+        """Return rows of the q or k projection: weight f64 [rows, n_embd], bias f64 [rows]."""
         size, blk = self.shape.head_dim_k, f"blk.{il}.attn"
         n_q, n_k = self.shape.n_head[il] * size, self.shape.n_head_kv[il] * size
         n = n_q if which == "q" else n_k
@@ -282,13 +293,13 @@ class _Attention:
         return weight, bias
 
     def vector(self, name: str, size: int, optional: bool = False) -> np.ndarray:
-        """A tensor of one dimension: f64 [size]; zeros for an optional one that is missing."""
+        """Return a vector, f64 [size]; zeros for an optional one that is missing."""
         if optional and name not in self.tensors:
             return np.zeros(size)
         return self.rows(name, (size,), 0, 1)[0]
 
     def rows(self, name: str, dims: tuple[int, ...], start: int, count: int) -> np.ndarray:
-        """Some rows of a tensor, dequantized: f64 [count, dims[0]]."""
+        """Return some rows of a tensor, dequantized: f64 [count, dims[0]]."""
         part, tensor = self.find(name, dims)
         block, block_bytes = TENSOR_TYPES[tensor.kind]
         row_bytes = dims[0] // block * block_bytes
@@ -319,7 +330,7 @@ class _Attention:
         return part, tensor
 
     def dequantize(self, raw: np.ndarray, tensor: Tensor) -> np.ndarray:
-        """Rows of bytes as f64."""
+        """Dequantize rows of bytes to f64."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -328,5 +339,5 @@ class _Attention:
         except (ValueError, NotImplementedError):
             raise UnsupportedError(
                 f"{self.path}: tensor '{tensor.name}' has the type {tensor.kind}, which gguf cannot"
-                " dequantize; take another quantization of the model"
+                " dequantize; use another quantization of the model"
             ) from None

@@ -1,9 +1,9 @@
-"""Measure how much each attention head of a running model looks for repetitions.
+"""Measure how strongly each attention head of a running model attends to repetitions.
 
-The method is that of RazorAttention (arXiv 2407.15891, sections 3.2 and 3.3). The text is
-meaningless: K random tokens, repeated several times, so that only the repetition can draw attention
-to distant tokens. For a query at position i, the *echo tokens* are the earlier positions with the
-same token as i, and the *induction tokens* are the positions one after them. With A[h, i, j] the
+The method is that of RazorAttention (arXiv 2407.15891, sections 3.2 and 3.3). The text is K random
+tokens, repeated several times: it has no meaning, so only the repetition can draw attention to
+distant tokens. For a query at position i, the *echo tokens* are the earlier positions with the same
+token as i, and the *induction tokens* are the positions one after them. With A[h, i, j] the
 attention after softmax of query head h from i to j,
 
     echo(h)      = mean over i of the sum of A[h, i, j] over the echo tokens j of i
@@ -51,7 +51,7 @@ MAX_UBATCH = 512  # more is not faster
 
 @dataclass(frozen=True)
 class Memory:
-    """What a measurement takes beside the model, in bytes."""
+    """The bytes that a measurement needs in addition to the model."""
 
     n_ubatch: int
     kv_cache: int
@@ -75,17 +75,28 @@ def calibrate(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Scores:
-    """Echo and induction score of every query head of a model; see above.
+    """Measure the echo and induction score of every query head of a model.
 
-    tokens: K, by default 2,500 or as many as the trained context holds; repeats: how often they
-    stand in the text. Special, control, unused and byte tokens are left out, and no token is drawn
-    twice before all others were. A BOS token comes first where the model's tokenizer adds one.
-    max_memory: bytes beside the model's own; it decides the size of the ubatches, on which the
-    scores do not depend. n_gpu_layers: -1, all. stop() is asked between two operations of the
-    computation.
+    Special, control, unused and byte tokens are left out, and no token is drawn twice before all
+    others were. A BOS token comes first if the model's tokenizer adds one.
 
-    Raises UnsupportedError (a model that cannot have a razor cache), ConvertError (too much text or
-    too little memory), Stopped, GGUFError, ProfileError, RazorError, OSError.
+    Args:
+        model_path: the model file.
+        tokens: K, by default 2,500 or as many as the trained context allows.
+        repeats: how often the K tokens occur in the text.
+        seed: seed of the random tokens.
+        max_memory: bytes to use in addition to the model. It limits the size of the ubatches, on
+            which the scores do not depend.
+        n_threads: number of CPU threads, by default one per core.
+        n_gpu_layers: number of layers on the GPU, -1 for all.
+        progress: called with the progress.
+        stop: asked between two operations of the computation.
+
+    Raises:
+        UnsupportedError: the model cannot have a razor cache.
+        ConvertError: the text is too long, or the memory too small.
+        Stopped: stop() returned True.
+        GGUFError, ProfileError, RazorError, OSError: the model cannot be read or run.
     """
     file = open_model(model_path)
     model_path, shape = file.path, file.shape
@@ -137,13 +148,15 @@ def calibrate(
 
 
 def draw_tokens(usable: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """n random ones of the usable tokens, int32.
+    """Draw n of the usable tokens at random, int32, each equally often up to a difference of one.
 
-    Each is drawn as often as any other, give or take one. No token stands beside an equal one, at
-    the seam of two repetitions neither: its echo token would be its induction token as well.
+    No two neighbors are equal, not even where two repetitions meet: the echo token of the second
+    would be its induction token as well.
     """
     if len(usable) < 3:
-        raise ConvertError(f"the vocabulary has {len(usable)} ordinary tokens, too few to repeat")
+        raise ConvertError(
+            f"the vocabulary has only {len(usable)} ordinary tokens, which are too few to repeat"
+        )
     rng = np.random.default_rng(seed)
     text: np.ndarray = np.empty(0, np.int32)
     while len(text) < n:
@@ -156,10 +169,10 @@ def draw_tokens(usable: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 def plan_memory(shape: ModelShape, n_tokens: int, max_memory: int) -> Memory:
-    """The largest ubatch within max_memory bytes and what it takes. Raises ConvertError."""
+    """Find the largest ubatch that fits max_memory bytes, and its memory. Raises ConvertError."""
     n_ctx = -(-n_tokens // 256) * 256
     n_head, n_kv = max(shape.n_head), max(shape.n_head_kv)
-    # without flash attention every layer's V cache is as wide as the widest
+    # Without flash attention every layer's V cache is as wide as the widest.
     kv_cache = 2 * n_ctx * (
         sum(shape.n_head_kv) * shape.head_dim_k + shape.n_layer * n_kv * shape.head_dim_v
     )  # fmt: skip
@@ -178,7 +191,7 @@ def plan_memory(shape: ModelShape, n_tokens: int, max_memory: int) -> Memory:
         if n_ubatch == 1:
             raise ConvertError(
                 f"{n_tokens:,} tokens need {_mib(memory.total)} beside the model"
-                f" ({_mib(kv_cache)} of them for the KV cache), {_mib(max_memory)} are allowed;"
+                f" ({_mib(kv_cache)} of it for the KV cache), but {_mib(max_memory)} are allowed;"
                 " allow more with --max-memory or take fewer --tokens"
             )
         n_ubatch //= 2
@@ -202,13 +215,13 @@ class _Probe(AttentionProbe):
         self.n_seen = np.zeros(shape.n_layer, np.int64)  # queries per layer
 
     def start(self, text: np.ndarray, first_query: int, work: Callable[[int, int], float]) -> None:
-        """text: int32 tokens; queries count from position first_query on."""
+        """Begin a text of int32 tokens whose queries count from position first_query on."""
         self.text, self.first_query, self.work = text, first_query, work
         self.starts, self.copies = find_copies(text, first_query)
         self.total_work = work(0, len(text))
 
     def read(self, ctx: int, start: int, part: np.ndarray) -> int:
-        """llama_decode of the tokens at positions start and up; its result."""
+        """Decode tokens from position start on and return the result of llama_decode."""
         self.wanted = start + len(part) > self.first_query
         code = self.decode(ctx, start, part)
         if code == 0 and not self.stopped:
@@ -216,7 +229,12 @@ class _Probe(AttentionProbe):
         return code
 
     def scores(self) -> dict[str, np.ndarray]:
-        """Means over all queries: f32 [sum of n_head]. Raises UnsupportedError, RazorError."""
+        """Return the means over all queries, f32 [sum of n_head].
+
+        Raises:
+            UnsupportedError: the model does not show the attention of all queries.
+            RazorError: a value is not finite.
+        """
         n_queries = len(self.text) - self.first_query
         for il, n_kv in enumerate(self.shape.n_head_kv):
             if n_kv and self.n_seen[il] != n_queries:
@@ -233,7 +251,7 @@ class _Probe(AttentionProbe):
         return means
 
     def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
-        skip = max(self.first_query - self.position, 0)  # rows that are no queries yet
+        skip = max(self.first_query - self.position, 0)  # rows before the first query
         first = self.position + skip - self.first_query
         starts = self.starts[first : first + self.n_part - skip + 1]
         echo, induction = self.kernel(attention[skip:], starts, self.copies)
@@ -251,10 +269,10 @@ class _Probe(AttentionProbe):
 
 
 def find_copies(text: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Earlier positions of the same token, for each position of text from first on.
+    """Find the earlier positions of the same token for each position of text from first on.
 
-    Returns starts i64 [len(text) - first + 1] and copies i64: those of position first + q are
-    copies[starts[q]:starts[q + 1]].
+    Returns starts i64 [len(text) - first + 1] and copies i64. The earlier positions for position
+    first + q are copies[starts[q]:starts[q + 1]].
     """
     seen: dict[int, list[int]] = {}
     starts, copies = [0], []
@@ -268,9 +286,9 @@ def find_copies(text: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _add_up(attention: np.ndarray, starts: np.ndarray, copies: np.ndarray) -> tuple[float, float]:
-    """Sums over queries of the attention to copies, and to the positions after them.
+    """Sum the attention of all queries to copies, and to the positions after them.
 
-    attention: f32 [n_queries, n_kv] of one head; starts, copies: as find_copies() gives them.
+    attention: f32 [n_queries, n_kv] of one head. starts, copies: the result of find_copies().
     """
     echo = induction = 0.0
     for q in range(len(starts) - 1):
@@ -282,20 +300,20 @@ def _add_up(attention: np.ndarray, starts: np.ndarray, copies: np.ndarray) -> tu
 
 @cache
 def _kernel() -> Callable[..., tuple[float, float]]:
-    """_add_up() as machine code. It reads a few numbers per row: one thread is enough."""
+    """Compile _add_up(). It reads a few numbers per row, so one thread is enough."""
     from numba import njit
 
     try:
         kernel = njit(cache=True, nogil=True)(_add_up)
-    except RuntimeError:  # no folder to keep the code in
+    except RuntimeError:  # numba found no folder to cache the code in
         kernel = njit(nogil=True)(_add_up)
     none = np.zeros(0, np.int64)
-    kernel(np.zeros((0, 1), np.float32), np.zeros(1, np.int64), none)  # compiles now, not midway
+    kernel(np.zeros((0, 1), np.float32), np.zeros(1, np.int64), none)  # compile now
     return kernel
 
 
 def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) -> None:
-    """Raises UnsupportedError where no razor cache could ever use what is measured."""
+    """Raise UnsupportedError if this model can never run with a razor cache."""
     local = Profile(tuple(np.zeros(n, np.uint8) for n in shape.n_head_kv), window_min=64)
     params = C.llama_context_default_params()
     params.n_ctx = params.n_batch = 1024
@@ -311,12 +329,12 @@ def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) 
 
 
 def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -> int:
-    """K. Raises ConvertError where the model cannot read K tokens that often."""
+    """Return K. Raises ConvertError if the text would not fit the model's context."""
     most = (shape.n_ctx_train or MAX_N_CTX) - n_bos
     n = min(DEFAULT_TOKENS, most // repeats) if tokens is None else tokens
     if n < MIN_TOKENS:
         raise ConvertError(
-            f"{n} tokens are too few to measure heads with, expected {MIN_TOKENS} or more"
+            f"{n} tokens are too few to measure heads, expected {MIN_TOKENS} or more"
             + (f"; {repeats} repeats of them do not fit into {most:,}" if tokens is None else "")
         )
     if n * repeats > most:
@@ -328,10 +346,10 @@ def _n_tokens(tokens: int | None, repeats: int, n_bos: int, shape: ModelShape) -
 
 
 def _work(tensors: Iterable[Tensor], shape: ModelShape) -> Callable[[int, int], float]:
-    """How much there is to compute for the positions [start, end), in multiplications."""
+    """Return a function that counts the multiplications for the positions [start, end)."""
     per_token = sum(math.prod(t.dims) for t in tensors if len(t.dims) > 1)
     heads = sum(q for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True) if kv)
-    # attention takes several times as long per multiplication as products with weights
+    # A multiplication of attention takes several times as long as one with weights.
     per_pair = 4 * heads * (shape.head_dim_k + shape.head_dim_v)
 
     def work(start: int, end: int) -> float:

@@ -1,4 +1,4 @@
-"""The razor keys of a profile as bytes of a GGUF file."""
+"""Encode the razor keys of a profile as bytes of a GGUF file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..profile import (
 
 
 def profile_keys(profile: Profile) -> list[bytes]:
-    """The razor keys of a profile, encoded, in the order of docs/format.md."""
+    """Encode the razor keys of a profile, in the order of docs/format.md."""
     keys = [
         encode(KEY_VERSION, U32, VERSION),
         encode(KEY_METHOD, STRING, profile.method),
@@ -47,7 +47,7 @@ def profile_keys(profile: Profile) -> list[bytes]:
 
 
 def encode(key: str, kind: int, value: int | str | bool) -> bytes:
-    """One key with a u32, bool or string value, as GGUF stores it."""
+    """Encode one key with a u32, bool or string value."""
     if kind == STRING:
         assert isinstance(value, str)
         raw = _string(value)
@@ -57,7 +57,7 @@ def encode(key: str, kind: int, value: int | str | bool) -> bytes:
 
 
 def encode_array(key: str, element: int, values: np.ndarray) -> bytes:
-    """One key with a u8, u32 or f32 array, as GGUF stores it."""
+    """Encode one key with a u8, u32 or f32 array."""
     raw = np.ascontiguousarray(values, {U8: "<u1", U32: "<u4", F32: "<f4"}[element]).tobytes()
     return _string(key) + struct.pack("<IIQ", ARRAY, element, len(values)) + raw
 

@@ -28,7 +28,7 @@ ASCII_SHADES = ".-+*#"  # for terminals without the blocks
 
 
 def query_head_scores(profile: Profile, shape: ModelShape) -> dict[str, tuple[np.ndarray, ...]]:
-    """Induction and echo score, as far as the profile has them: one f32 [n_head] per layer."""
+    """Return the induction and echo scores that the profile has: one f32 [n_head] per layer."""
     found = {"induction": profile.induction_score, "echo": profile.echo_score}
     ends = np.cumsum(shape.n_head)[:-1]
     return {
@@ -37,7 +37,7 @@ def query_head_scores(profile: Profile, shape: ModelShape) -> dict[str, tuple[np
 
 
 def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iterator[str]:
-    """The map of a profile, a line per layer and a character per KV head, scores as shades.
+    """Yield the map of a profile: a line per layer, a character per KV head, shades for scores.
 
     The score of a KV head is the highest of its group of query heads.
     """
@@ -61,7 +61,7 @@ def map_lines(profile: Profile, shape: ModelShape, shades: str = SHADES) -> Iter
 
 
 def profile_cuts(profile: Profile, shape: ModelShape) -> dict[str, Cut]:
-    """The cut of each score, {} for a profile without scores."""
+    """Return the cut of each score, {} for a profile without scores."""
     from ..scores import find_cuts, profile_scores
 
     if profile.echo_score is None or profile.induction_score is None:
@@ -70,7 +70,7 @@ def profile_cuts(profile: Profile, shape: ModelShape) -> dict[str, Cut]:
 
 
 def gap_lines(profile: Profile, shape: ModelShape) -> Iterator[str]:
-    """How far the heads that stand out are above the others, a line for each score."""
+    """Yield a line for each score: how far the heads that stand out are above the others."""
     for name, cut in profile_cuts(profile, shape).items():
         if not cut.n_above:
             yield f"{name}: no KV head stands out, the highest score is {cut.below:.3g}"
@@ -89,7 +89,7 @@ def _shade(value: float, top: float, shades: str) -> str:
 
 
 def scope_line(profile: Profile, n_ctx: int) -> str:
-    """What the scopes of an ALiBi profile mean in a context of n_ctx tokens."""
+    """Describe the effect of an ALiBi profile in a context of n_ctx tokens."""
     assert profile.scope is not None  # the method is "alibi"
     scopes = np.concatenate(profile.scope)
     local = scopes[(scopes > 0) & (scopes < n_ctx)]
@@ -108,7 +108,7 @@ def scope_line(profile: Profile, n_ctx: int) -> str:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Retrieval heads here, there and in both; jaccard: both / either, None where it is 0 / 0."""
+    """Number of retrieval heads here, there and in both. jaccard is both / either, None for 0/0."""
 
     here: int
     there: int
@@ -118,18 +118,18 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Retrieval heads of two profiles of one shape, per layer and in all."""
+    """The overlap of two profiles of one shape, per layer and in total."""
 
     total: Overlap
     layers: tuple[Overlap, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the total's fields, and layers: a list of the same."""
+        """Return the fields of the total, and the same fields per layer, for JSON."""
         return asdict(self.total) | {"layers": [asdict(layer) for layer in self.layers]}
 
 
 def compare_heads(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]) -> Comparison:
-    """here, there: one uint8 array [n_head_kv] of 0/1 per layer, of the same shape."""
+    """Compare two sets of retrieval heads: one uint8 array [n_head_kv] of 0/1 per layer."""
     layers = tuple(_overlap(a, b) for a, b in zip(here, there, strict=True))
     return Comparison(_overlap(np.concatenate(here), np.concatenate(there)), layers)
 
@@ -142,12 +142,19 @@ def _overlap(here: np.ndarray, there: np.ndarray) -> Overlap:
 def read_other_heads(
     path: str | os.PathLike[str], shape: ModelShape, n_retrieval: int
 ) -> tuple[np.ndarray, ...]:
-    """Retrieval heads to compare with: of a model with a profile, a sidecar, a head list, or a file
-    of scores that 'convert --save-scores' wrote.
+    """Read the retrieval heads of another file to compare with.
 
-    The file may be of another model of the same shape: another quantization or fine-tune. Of gates
-    and scores the n_retrieval highest count. Raises ProfileError where the shapes differ or there
-    are no heads in the file, GGUFError, OSError.
+    The file may belong to another model of the same shape, such as a quantization or a fine-tune.
+
+    Args:
+        path: a model with a profile, a sidecar, a head list, or a file of scores written by
+            'convert --save-scores'.
+        shape: the shape of this model.
+        n_retrieval: number of highest heads to take from gates or scores.
+
+    Raises:
+        ProfileError: the shapes differ, or the file has no heads.
+        GGUFError, OSError: the file cannot be read.
     """
     path = Path(path)
     with open_input(path, "a profile, a sidecar or a head list", ProfileError) as file:
@@ -174,13 +181,13 @@ def read_other_heads(
 def _check_heads(path: Path, n_head_kv: tuple[int, ...], shape: ModelShape) -> None:
     if n_head_kv != shape.n_head_kv:
         raise ProfileError(
-            f"{path} is of {describe_heads(n_head_kv)}, the model has"
+            f"{path} has {describe_heads(n_head_kv)}, the model has"
             f" {describe_heads(shape.n_head_kv)}; only heads of one shape can be compared"
         )
 
 
 def comparison_lines(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]) -> Iterator[str]:
-    """A comparison as a table, a line per layer and a character per KV head."""
+    """Yield a comparison as a table with a line per layer and a character per KV head."""
     compared = compare_heads(here, there)
     rows = [*compared.layers, compared.total]
     yield from _table(
@@ -207,7 +214,7 @@ def comparison_lines(here: tuple[np.ndarray, ...], there: tuple[np.ndarray, ...]
 
 
 def _table(columns: dict[str, list[str]], *right: str) -> Iterator[str]:
-    """Lines of a table with a head line; the columns named in right are aligned to the right."""
+    """Yield the lines of a table with a header; the columns in right are right-aligned."""
     for cells in zip(*([name, *values] for name, values in columns.items()), strict=True):
         parts = []
         for cell, (name, values) in zip(cells, columns.items(), strict=True):
@@ -220,10 +227,10 @@ def _table(columns: dict[str, list[str]], *right: str) -> Iterator[str]:
 
 
 def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]) -> Path:
-    """Draws the chosen KV heads, and scopes, or scores per query head, where there are any.
+    """Draw the retrieval heads, and the scopes or the scores per query head if there are any.
 
-    path ends in .png, .svg or .pdf; a file of that name is replaced. Raises UnsupportedError where
-    matplotlib is missing or the name ends otherwise, OSError.
+    A file at path, which ends in .png, .svg or .pdf, is replaced. Raises UnsupportedError for
+    another ending or if matplotlib is missing, OSError.
     """
     panels = {"retrieval heads": (profile.retrieval, "KV head")}
     if profile.scope is not None:
@@ -262,7 +269,7 @@ def plot_heads(profile: Profile, shape: ModelShape, path: str | os.PathLike[str]
 
 
 def _plot_gaps(axes: Any, profile: Profile, shape: ModelShape, cuts: dict[str, Cut]) -> None:
-    """Scores of the KV heads by rank, and where those that stand out end."""
+    """Plot the scores of the KV heads by rank, and mark the cut below those that stand out."""
     from ..scores import group_max
 
     for name, layers in query_head_scores(profile, shape).items():

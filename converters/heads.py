@@ -44,10 +44,12 @@ KIND_NAMES = {"heads": "head list", "gates": "gates", "scores": "head scores"}
 
 @dataclass(frozen=True, eq=False)
 class HeadList:
-    """A head list as it stands in a file, whatever the model.
+    """The content of a head list, before it is matched with a model.
 
-    kind: "heads", "gates" or "scores". layers: one array per layer: uint8 0/1 per KV head, f64 0..1
-    per KV head, or f64 per query head.
+    Attributes:
+        kind: "heads", "gates" or "scores".
+        layers: one array per layer: uint8 0/1 per KV head, f64 0..1 per KV head, or f64 per query
+            head.
     """
 
     path: Path
@@ -56,11 +58,11 @@ class HeadList:
 
     @property
     def n_heads(self) -> tuple[int, ...]:
-        """Heads per layer: KV heads, or query heads of kind "scores"."""
+        """Number of heads per layer: query heads for the kind "scores", KV heads otherwise."""
         return tuple(map(len, self.layers))
 
     def check_shape(self, shape: ModelShape) -> None:
-        """Raises ProfileError, naming both shapes, where the list is for another model."""
+        """Raise ProfileError, naming both shapes, if the list is for another model."""
         heads, unit = (shape.n_head, "query") if self.kind == "scores" else (shape.n_head_kv, "KV")
         if self.n_heads != heads:
             swapped = len(set(heads)) == 1 and self.n_heads == (len(heads),) * heads[0]
@@ -71,9 +73,9 @@ class HeadList:
             )
 
     def values(self, shape: ModelShape) -> np.ndarray:
-        """f64 [sum of n_head_kv], layer-major: the value of each KV head of the model.
+        """Return the value of each KV head of the model: f64 [sum of n_head_kv], layer-major.
 
-        A KV head has the highest score of its group of query heads. Raises ProfileError.
+        The score of a KV head is the highest of its group of query heads. Raises ProfileError.
         """
         self.check_shape(shape)
         layers = self.layers
@@ -86,18 +88,6 @@ class HeadList:
         return np.concatenate([np.zeros(0), *layers])
 
 
-def read_heads(
-    path: str | os.PathLike[str], shape: ModelShape, budget: float | None = None
-) -> tuple[np.ndarray, ...]:
-    """Retrieval heads for the model: one uint8 array [n_head_kv] of 0/1 per layer.
-
-    budget: the share of KV heads to take from gates or scores, rounded up to whole heads.
-    Raises ProfileError where the file is no head list, is one of another shape, or does not go with
-    a budget; OSError.
-    """
-    return profile_from_heads(path, shape, budget=budget).retrieval
-
-
 def profile_from_heads(
     path: str | os.PathLike[str],
     shape: ModelShape,
@@ -108,7 +98,18 @@ def profile_from_heads(
     window_divisor: int = DEFAULT_WINDOW_DIVISOR,
     compensation: bool = DEFAULT_COMPENSATION,
 ) -> Profile:
-    """Profile of a head list, with a record of where it comes from. Raises as read_heads does."""
+    """Make a profile from a head list, with a record of its source.
+
+    Args:
+        path: the head list.
+        shape: the shape of the model.
+        budget: the share of KV heads to take from gates or scores, rounded up to whole heads.
+        sink_tokens, window_min, window_divisor, compensation: fields of the profile.
+
+    Raises:
+        ProfileError: the file is not a head list, has another shape, or does not match the budget.
+        OSError: the file cannot be read.
+    """
     heads = parse_heads(path)
     values = heads.values(shape)
     name = heads.path.name.encode(errors="replace").decode()
@@ -150,12 +151,15 @@ def profile_from_heads(
 
 
 def choose_by_rank(values: np.ndarray, n: int) -> tuple[np.ndarray, int, int]:
-    """The n highest of values [heads]: uint8 0/1 [heads], and the lowest of them: taken, tied.
+    """Choose the n highest values of heads.
 
-    Of tied heads those are taken that spread them evenly over the layers: saturated gates are
-    equal in every layer, and the order of the model would take them from its first layers alone.
-    The i-th tied head has the rank of i * (golden ratio) modulo 1, so no random numbers are needed
-    and a larger n always takes what a smaller one took.
+    Heads tied for the last places are chosen so that they spread evenly over the layers. Saturated
+    gates are equal in every layer, and taking them in order would choose the first layers alone.
+    The i-th tied head has the rank of i * (golden ratio) modulo 1, which needs no random numbers,
+    and a larger n always includes the choice of a smaller one.
+
+    Returns:
+        uint8 0/1 [heads], the number of tied heads that were taken, and the number of tied heads.
     """
     chosen = np.zeros(len(values), np.uint8)
     if n == 0:
@@ -170,12 +174,14 @@ def choose_by_rank(values: np.ndarray, n: int) -> tuple[np.ndarray, int, int]:
 
 
 def parse_heads(path: str | os.PathLike[str]) -> HeadList:
-    """Reads a head list of any kind. Raises ProfileError (one sentence), OSError."""
+    """Read a head list of any kind. Raises ProfileError, OSError."""
     path = Path(path)
     with open_input(path, "a head list", ProfileError) as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise ProfileError(f"{path} is larger than {MAX_BYTES >> 20} MiB, no head list is")
+        raise ProfileError(
+            f"{path} is larger than {MAX_BYTES >> 20} MiB, which is too large for a head list"
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -217,7 +223,7 @@ def _cell(path: Path, il: int, ih: int, text: str) -> float:
 
 
 def _parse_json(path: Path, text: str) -> tuple[np.ndarray, ...]:
-    """Scores of the query heads: f64 [n_head] per layer, the mean where a head has a list."""
+    """Parse the scores of query heads: f64 [n_head] per layer, the mean of a list of scores."""
 
     def bad(what: str) -> ProfileError:
         return ProfileError(f'{path} {what}; expected {{"layer-head": score or [scores], ...}}')
@@ -234,11 +240,11 @@ def _parse_json(path: Path, text: str) -> tuple[np.ndarray, ...]:
             raise
         raise bad("is not valid JSON") from None
     if not isinstance(entries, dict) or not entries:
-        raise bad("is no JSON object of heads")
+        raise bad("is not a JSON object of heads")
     if entries.get("format") == FORMAT:
-        raise ProfileError(f"{path} holds scores of razor-local itself; pass it with --scores")
+        raise ProfileError(f"{path} was written by --save-scores; pass it with --scores")
     if len(entries) > MAX_ENTRIES:
-        raise bad(f"has {len(entries)} entries, no model has as many heads")
+        raise bad(f"has {len(entries)} entries, more than any model has heads")
     scores: dict[tuple[int, int], float] = {}
     for key, value in entries.items():
         match = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", key)
@@ -264,7 +270,7 @@ def _parse_json(path: Path, text: str) -> tuple[np.ndarray, ...]:
 
 
 def _mean(value: Any) -> float:
-    """The mean of a number or a list of numbers, NaN where it is neither."""
+    """Return the mean of a number or a list of numbers, NaN for anything else."""
     numbers = value if isinstance(value, list) else [value]
     if not numbers or not all(type(n) in (int, float) and abs(n) < 1e30 for n in numbers):
         return math.nan

@@ -38,7 +38,7 @@ from .encode import encode, profile_keys
 CHUNK = 8 << 20
 SIDECAR_VERSION = 3  # GGUF version
 
-# what a sidecar keeps of the model, so that it can be inspected alone
+# Keys of the model that a sidecar keeps, so that it can be inspected alone.
 SHAPE_KEYS = (
     "block_count",
     "nextn_predict_layers",
@@ -58,13 +58,20 @@ def write_copy(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a copy of the model with the profile in place of any razor keys it had.
+    """Write a copy of the model in which the profile replaces any razor keys.
 
     A split model is copied file by file: out "m.gguf" becomes m-00001-of-00003.gguf and so on.
-    Returns the path of the copy (of its first file). Raises ConvertError (output refused, disk too
-    small), ProfileError (profile of another shape), GGUFError (damaged model), OSError. Whatever is
-    raised, Ctrl-C included, out is as it was before; only a split output that is overwritten can be
-    lost when the process ends between two renames.
+    After any exception, including Ctrl-C, out is as it was before. Only a split output that is
+    overwritten can be lost, if the process ends between two renames.
+
+    Returns:
+        The path of the copy, or of its first file.
+
+    Raises:
+        ConvertError: the output is refused, or the disk has too little room.
+        ProfileError: the profile has another shape than the model.
+        GGUFError: the model is damaged.
+        OSError: a file cannot be read or written.
     """
     model = open_model(model)
     _check_model(model, profile)
@@ -107,9 +114,11 @@ def write_copy(
 
 
 class _FirstFile:
-    """The copy of the model's file, or of its first one: old metadata, new keys, tensors.
+    """The copy of the model's only or first file: old metadata, new keys, tensors.
 
-    size, data_start: bytes.
+    Attributes:
+        size: bytes of the copy.
+        data_start: byte at which its data section starts.
     """
 
     def __init__(self, header: Header, new: list[bytes]) -> None:
@@ -154,9 +163,9 @@ def write_sidecar(
     profile: Profile,
     force: bool = False,
 ) -> Path:
-    """Writes a GGUF without tensors that holds the profile and the model's fingerprint.
+    """Write a GGUF without tensors that holds the profile and the model's fingerprint.
 
-    Returns its path; raises as write_copy does.
+    Returns its path. Raises what write_copy() raises.
     """
     model = open_model(model)
     _check_model(model, profile)
@@ -189,7 +198,7 @@ def _head(version: int, n_tensors: int, n_keys: int) -> bytes:
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Joins ranges that touch, so that copying is a few large reads."""
+    """Join ranges that touch, so that copying takes a few large reads."""
     merged: list[tuple[int, int]] = []
     for start, end in ranges:
         if merged and merged[-1][1] == start:
@@ -229,9 +238,9 @@ def check_output(
     force: bool = False,
     sidecar: bool = False,
 ) -> tuple[Path, ...]:
-    """The files to write for out: one, or as many as the model has for a copy of a split one.
+    """Return the files to write for out: one, or as many as a split model has.
 
-    Raises ConvertError where they are not going to be written, GGUFError, OSError.
+    Raises ConvertError if a file must not be written, GGUFError, OSError.
     """
     out = Path(out)
     parts = open_model(model).parts
@@ -258,9 +267,10 @@ def _write_files(
     verify: Callable[[list[Path]], None],
     replace: bool,
 ) -> None:
-    """Temporary files beside outs, fsync, verify, rename. Leaves none behind when it fails.
+    """Write temporary files beside outs, sync, verify and rename them.
 
-    Without replace raises ConvertError where another process has made one of outs meanwhile.
+    No temporary file is left after a failure. Raises ConvertError if replace is False and another
+    process has created one of outs in the meantime.
     """
     folder = outs[0].parent
     check_room(outs[0], max_bytes, ConvertError)
@@ -274,13 +284,13 @@ def _write_files(
                     write(file)
                     file.flush()
                     os.fsync(fd)
-                    # at most what the umask allows, and those who can read the model
+                    # Permit no more than the umask, and no reader who cannot read the model.
                     mode = os.fstat(fd).st_mode & model.stat().st_mode & 0o666
                     os.chmod(part, mode | stat.S_IRUSR | stat.S_IWUSR)
             verify(written)
             if len(outs) > 1 and replace:
-                # A split model is opened by its first file. While the others are renamed there is
-                # none: what a crash leaves cannot be taken for a model.
+                # A split model is opened by its first file. Remove it while the others are
+                # renamed, so that a crash leaves nothing that looks like a model.
                 outs[0].unlink(missing_ok=True)
                 _sync_folder(folder)
             for i in range(1, len(outs)):
@@ -295,15 +305,15 @@ def _write_files(
                 path.unlink()
         if isinstance(error, FileExistsError):
             raise ConvertError(
-                f"{error.filename} was made by another process meanwhile; choose another name or"
-                " pass --force"
+                f"{error.filename} was created by another process in the meantime; choose another"
+                " name or pass --force"
             ) from None
         raise
     _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Renames are on disk only when the folder is."""
+    """Write a folder to disk, which makes its renames permanent."""
     if hasattr(os, "O_DIRECTORY"):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -318,7 +328,7 @@ def _verify_profile(header: Header, read: Profile | None, profile: Profile) -> N
 
 
 def _verify_with_gguf(header: Header) -> None:
-    """A second opinion on a new file by gguf's own reader."""
+    """Check a new file with gguf's reader too."""
     from gguf import GGMLQuantizationType, GGUFReader
 
     known = {int(kind) for kind in GGMLQuantizationType}

@@ -1,1 +1,1 @@
-"""The benchmark."""
+"""Benchmark razor against a full cache."""

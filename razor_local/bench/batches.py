@@ -1,10 +1,10 @@
 """Plan a benchmark: batches of contexts side by side, and the measurements in each of them.
 
-A context is as large as its depth needs. The window of razor is a share of the context, so a small
-depth in a large context has another plan. Settings.n_ctx sets one size for all depths instead.
+A context is as large as its depth needs, because razor's window is a share of the context: a small
+depth in a large context would have another plan. Settings.n_ctx sets one size for all depths.
 
-Batches of prefill begin where a prompt's do, at multiples of the largest batch, which every fold
-block divides. A batch that crosses the end of a block would be split.
+Batches of prefill begin where those of a prompt do, at multiples of the largest batch. Every fold
+block divides that size, and a batch that crossed the end of a block would be split.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ if TYPE_CHECKING:  # it imports numpy, and --help names KINDS
     from ..plan import Plan
     from ..profile import Profile
 
-MIN_DEPTH = 8192  # smaller depths are measured in a context for this one: razor starts at about 4k
-ROOM = 512  # tokens that a context is larger than its depth: a batch of prefill
+MIN_DEPTH = 8192  # the smallest context is made for this depth: razor starts at about 4k tokens
+ROOM = 512  # tokens of a context beyond its depth, for a batch of prefill
 CHUNKS = (512, 256, 128, 64)  # tokens of a batch of prefill
-ALIGNED = CHUNKS[0]  # depths of prefill are multiples of it; it is one of any fold block
-SHORT_PROMPT = 512  # tokens that are prefilled for real
-# of steps, in the order in which a batch makes them; the real prefill leaves other rows behind
+ALIGNED = CHUNKS[0]  # depths of prefill are multiples of this, as it is of every fold block
+SHORT_PROMPT = 512  # tokens of the longest prompt that is always prefilled for real
+# Kinds of steps in the order in which a batch runs them. The real prefill comes last because it
+# replaces the random rows.
 KINDS = ("memory", "decode", "energy", "prefill", "prompt", "fold", "real_prefill")
 
 
@@ -44,7 +45,7 @@ class Side:
     def plan(self, shape: ModelShape, profile: Profile) -> Plan:
         """Return the plan of the context.
 
-        With a retrieval share of 1 the razor side is a full cache with our attention.
+        With a retrieval share of 1 the razor side is a full cache with razor's attention kernel.
 
         Raises:
             RazorError: a razor context would run a full cache though it has local heads.
@@ -63,11 +64,16 @@ class Side:
 class Settings:
     """The measurements of a run.
 
-    types: (K, V) of razor and of the full cache it is compared with; where that is not f16, with a
-    full f16 cache too. n_ctx: tokens, 0: as each depth needs. max_pairs: of turns to decode;
-    seconds: what one measurement may take before it makes fewer pairs. real_prefill: tokens that
-    are prefilled for real as a check of random caches, with the first type, in every context that
-    holds them, 0: as many as fold, in the smallest context, None: no check.
+    Attributes:
+        depths: tokens in the cache.
+        types: (K, V) of razor and of the full cache it is compared with. Unless both are f16, a
+            full f16 cache runs too.
+        n_ctx: tokens of every context; 0 makes each as large as its depth needs.
+        max_pairs: maximum number of turns per decode measurement.
+        seconds: time that one measurement may take before it makes fewer turns.
+        real_prefill: tokens that are prefilled for real to check the random caches, with the first
+            types, in every context that holds them. 0 takes as many as fold, in the smallest
+            context; None makes no check.
     """
 
     depths: tuple[int, ...] = (0, 8192, 32768)
@@ -80,7 +86,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One measurement: its kind, the depth (or tokens, or n_ctx) it is about, its side if one."""
+    """One measurement.
+
+    Attributes:
+        kind: one of KINDS.
+        depth: its depth, or the number of its tokens.
+        side: the name of the side for which it is made, "" for all sides.
+    """
 
     kind: str
     depth: int
@@ -88,7 +100,7 @@ class Step:
 
     @property
     def cost(self) -> float:
-        """A guess of the seconds it takes with a model of 1B on two cores, for the time left."""
+        """Estimate the seconds with a 1B model on two cores, for the progress."""
         d = self.depth
         return {
             "memory": 2 + d / 16000,
@@ -103,7 +115,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """Contexts that are open together, and what is measured on them. sides[0] is razor's."""
+    """Contexts that are open together and the measurements on them. sides[0] is razor's."""
 
     sides: tuple[Side, ...]
     steps: tuple[Step, ...]
@@ -124,21 +136,23 @@ class Batch:
 def make_batches(
     settings: Settings, shape: ModelShape, profile: Profile, energy: bool = False
 ) -> list[Batch]:
-    """All measurements, the small contexts first. Raises RazorError for what cannot be measured."""
+    """Plan all measurements, small contexts first. Raises RazorError if one is impossible."""
+    # 1. Group the depths by the size of their context.
     if not settings.depths or not settings.types:
         raise RazorError("there is nothing to measure: name a depth and a KV type")
     groups: dict[int, list[int]] = {}
     for depth in sorted(set(settings.depths)):
         groups.setdefault(_context_size(settings, shape, depth), []).append(depth)
+    # 2. Make a batch for each size and pair of KV types.
     batches = []
     for n_ctx, depths in sorted(groups.items()):
         for i, types in enumerate(settings.types):
             sides = _sides(types, n_ctx)
             plan = sides[0].plan(shape, profile)
             for side in sides[1:]:
-                side.plan(shape, profile)  # a type may not fit the head size
+                side.plan(shape, profile)  # raises if a type does not fit the head size
             steps = [Step("memory", depths[-1], side.name) for side in sides]
-            # at depth 0 a large context costs what a small one does
+            # At depth 0 a large context costs as much as a small one: measure it once.
             points = {0} if n_ctx == min(groups) else set()
             points |= {_point(depth, n_ctx) for depth in depths if depth > SHORT_PROMPT}
             fills = _round_up(plan.sink_tokens + plan.window + plan.block, ALIGNED)
@@ -183,19 +197,26 @@ def _sides(types: tuple[str, str], n_ctx: int) -> tuple[Side, ...]:
 
 
 def _point(depth: int, n_ctx: int) -> int:
-    """The last depth, up to this one, where a batch begins and fits, one of 256 tokens at least."""
+    """Return the last aligned depth, up to this one, where the smallest batch still fits."""
     return min(depth, n_ctx - CHUNKS[-1]) // ALIGNED * ALIGNED
 
 
 def _real_tokens(settings: Settings, sizes: Collection[int], n_ctx: int, fills: int) -> int:
-    """Tokens of the real prefill in a context of n_ctx, one of these sizes; 0: none there."""
+    """Return the tokens of the real prefill in a context of n_ctx, 0 if it has none.
+
+    Args:
+        settings: see Settings.real_prefill.
+        sizes: the sizes of all contexts.
+        n_ctx: the size of this context.
+        fills: tokens after which the cache folds.
+    """
     wanted, largest = settings.real_prefill, max(sizes)
     if wanted is None or (wanted == 0 and n_ctx > min(sizes)):
         return 0
     real = wanted or min(fills + ALIGNED, n_ctx - CHUNKS[-1])
     if real > largest - CHUNKS[-1]:
         raise RazorError(
-            f"a real prefill of {real} tokens does not fit into the largest context, of {largest}"
+            f"a real prefill of {real} tokens does not fit into the largest context of {largest}"
             " tokens; choose fewer"
         )
     return real if real <= n_ctx - CHUNKS[-1] else 0

@@ -1,4 +1,4 @@
-"""Cells of benchmark tables, which are empty without a measurement."""
+"""Format the cells of benchmark tables; a missing measurement is an empty cell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def kv(row: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """About four significant digits."""
+    """Format a number with about four significant digits."""
     if value is None:
         return ""
     digits = next((n for limit, n in ((1, 3), (100, 2), (1000, 1)) if abs(value) < limit), 0)

@@ -12,7 +12,7 @@ from .figures import Report, types_of
 
 
 def compare_rows(here: Report, there: Report) -> list[dict[str, Any]]:
-    """The rows that both runs have, with there / here of what they measured."""
+    """Pair the rows that both runs have: the value in A and in B, and the change B / A."""
     others = {(*types_of(r), r["depth"]): r for r in there.rows}
     found = []
     for row in here.rows:
@@ -52,7 +52,7 @@ def differences(here: Report, there: Report) -> list[str]:
 
 
 def format_comparison(here: Report, there: Report, kind: str) -> str:
-    """compare_rows() as one of FORMATS. Raises RazorError where the runs have no row in common."""
+    """Format compare_rows() as one of FORMATS. Raises RazorError if no row is in both runs."""
     rows = compare_rows(here, there)
     if not rows:
         raise RazorError("the two runs have no KV type and depth in common to compare")

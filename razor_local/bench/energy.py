@@ -1,4 +1,4 @@
-"""Energy meters of CPUs and GPUs."""
+"""Read the energy meters of CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ RAPL = Path("/sys/class/powercap")
 class EnergyMeter:
     """Measure the energy of CPU packages (RAPL) and NVIDIA GPUs (NVML).
 
-    It is the whole package's or board's, idle power and other programs included. sources: names,
-    empty without such counters.
+    The counters cover the whole package or board, including idle power and other programs.
+
+    Attributes:
+        sources: names of the counters that were found.
     """
 
     def __init__(self, rapl: Path = RAPL) -> None:
@@ -30,7 +32,7 @@ class EnergyMeter:
         self._values = [counter.read() for counter in self._counters]
 
     def stop(self) -> tuple[float, float]:
-        """Joules and seconds since start()."""
+        """Return the joules and seconds since start()."""
         joules = 0.0
         for counter, before in zip(self._counters, self._values, strict=True):
             joules += (counter.read() - before) % counter.wraps_at * counter.joules
@@ -44,7 +46,7 @@ class _Rapl:
         self.name = (folder / "name").read_text().strip()
         self.wraps_at = int((folder / "max_energy_range_uj").read_text()) + 1
         self._file = folder / "energy_uj"
-        self.read()  # raises where only root may
+        self.read()  # raises OSError where only root may read it
 
     def read(self) -> int:
         return int(self._file.read_text())
@@ -57,7 +59,7 @@ class _Nvml:
     def __init__(self, index: int, gpu: Any) -> None:
         self.name = f"GPU {index}"
         self._gpu = gpu
-        self.read()  # raises where the GPU has no counter
+        self.read()  # raises OSError where the GPU has no counter
 
     def read(self) -> int:
         try:
@@ -68,7 +70,7 @@ class _Nvml:
 
 def _rapl_counters(root: Path) -> list[_Rapl]:
     found = []
-    # packages alone: what lies below them is part of them, or memory
+    # Count packages only: their subzones are part of them, or memory.
     for folder in sorted(root.glob("intel-rapl:*")):
         if folder.name.count(":") == 1:
             with suppress(OSError, ValueError):

@@ -14,10 +14,13 @@ SIDES = ("razor", "full", "full_f16")
 
 @dataclass(frozen=True)
 class Report:
-    """A run: what was measured on what (head), the raw records, and the figures made of them.
+    """A run and the figures computed from it.
 
-    rows: one dict per KV types and depth; None where nothing was measured. folds, checks, energy:
-    dicts in the order of the records.
+    Attributes:
+        head: the model, the machine and the settings.
+        records: the raw measurements.
+        rows: a dict per pair of KV types and depth; fields that were not measured are None.
+        folds, checks, energy: dicts in the order of the records.
     """
 
     head: dict[str, Any]
@@ -55,11 +58,11 @@ class Report:
         return row
 
     def _prompt(self, decode: dict[str, Any], same: list[dict[str, Any]]) -> dict[str, Any]:
-        """Prefill at the depth, and the time to the first token of a prompt of that length."""
+        """Return the prefill at a depth, and the time to the first token of such a prompt."""
         depth, n_ctx = decode["depth"], decode["n_ctx"]
         row: dict[str, Any] = {"prefill_at": None, "prefill_batch": None}
         points = _points(same, n_ctx)
-        # the batch that is nearest: it has to fit between the depth and the end of the context
+        # 1. Choose the nearest batch before the depth, or the prompt that was really prefilled.
         near = [r for r in points if r["depth"] <= depth]
         batch = max(near, key=lambda r: r["depth"], default=None)
         prompt, real = (
@@ -70,6 +73,7 @@ class Report:
         if batch is not None:
             row["prefill_at"] = 0 if batch is prompt else batch["depth"]
             row["prefill_batch"] = batch["tokens"]
+        # 2. Compute the prefill speed of both sides and their ratio.
         for side in SIDES[:2]:
             row[f"{side}_prefill_tok_s"] = (
                 None
@@ -81,6 +85,7 @@ class Report:
             ratio = median_ratio(batch["ms"]["full"], batch["ms"]["razor"])
         for name, value in zip(("", "_q1", "_q3"), ratio, strict=True):
             row[f"prefill_ratio{name}"] = value
+        # 3. Find the time to the first token, measured or integrated.
         how: str | None = None
         seconds: dict[str, Any] = dict.fromkeys(SIDES[:2])
         if depth == 0:
@@ -102,7 +107,7 @@ class Report:
 
     @property
     def folds(self) -> list[dict[str, Any]]:
-        """Razor's decodes in a row across folds: the longest step against the median step."""
+        """Return the longest and the median step of razor's decodes across folds."""
         found = []
         for record in self.records:
             if record["kind"] != "fold":
@@ -126,8 +131,11 @@ class Report:
 
     @property
     def checks(self) -> list[dict[str, Any]]:
-        """Real prefills: the full cache's time over the side's, their time under the integrated
-        one, and decode times on random caches over those on real ones (medians)."""
+        """Return how real prefills compare with the estimates, for each side.
+
+        The fields are the full cache's time over the side's, the integrated time over the real
+        one, and the median decode time on a random cache over that on a real one.
+        """
         found = []
         for record in self.records:
             if record["kind"] != "real_prefill":
@@ -155,7 +163,7 @@ class Report:
 
     @property
     def energy(self) -> list[dict[str, Any]]:
-        """Joules per decoded token and watts of what the meters see."""
+        """Return the joules per decoded token and the watts that the meters counted."""
         return [
             {name: record[name] for name in ("type_k", "type_v", "n_ctx", "depth")}
             | {
@@ -193,7 +201,10 @@ def _medians(ms: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _points(records: list[dict[str, Any]], n_ctx: int) -> list[dict[str, Any]]:
-    """Batches of prefill in a context of n_ctx, and the one at depth 0, which any context has."""
+    """Return the prefill batches in a context of n_ctx, by depth.
+
+    A batch at depth 0 costs the same in any context and may come from another one.
+    """
     found = [r for r in records if r["kind"] == "prefill" and n_ctx == r["n_ctx"]]
     if not any(r["depth"] == 0 for r in found):
         found += [r for r in records if r["kind"] == "prefill" and r["depth"] == 0][:1]
@@ -201,10 +212,10 @@ def _points(records: list[dict[str, Any]], n_ctx: int) -> list[dict[str, Any]]:
 
 
 def prompt_seconds(points: Sequence[dict[str, Any]], side: str, n_tokens: int) -> float:
-    """Seconds of a prefill of n_tokens, integrated over batches at some depths.
+    """Integrate the seconds of a prefill of n_tokens over batches at some depths.
 
-    The seconds per token are taken to be straight between the middles of the batches, which they
-    are as long as the work per token grows by the same for each token before it.
+    The seconds per token are interpolated linearly between the middles of the batches. This is
+    exact as long as each earlier token adds the same work per token.
     """
     known = [
         (r["depth"] + r["tokens"] / 2, statistics.median(r["ms"][side]) / 1e3 / r["tokens"])
@@ -214,7 +225,7 @@ def prompt_seconds(points: Sequence[dict[str, Any]], side: str, n_tokens: int) -
     def at(depth: float) -> float:
         if len(known) == 1:
             return known[0][1]
-        # before the first and behind the last middle the line goes on
+        # Extrapolate before the first and after the last middle.
         pairs = list(pairwise(known))
         (x, y), (x2, y2) = next((p for p in pairs if depth <= p[1][0]), pairs[-1])
         return y + (y2 - y) * (depth - x) / (x2 - x)
@@ -224,7 +235,7 @@ def prompt_seconds(points: Sequence[dict[str, Any]], side: str, n_tokens: int) -
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    """Median and quartiles of the paired ratios: (median, lower, upper)."""
+    """Return the median, lower and upper quartile of the paired ratios."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     if len(ratios) == 1:
         return ratios[0], ratios[0], ratios[0]

@@ -1,4 +1,4 @@
-"""Functions of ggml that a benchmark calls in addition to llama.cpp's."""
+"""Bind the functions of ggml that a benchmark calls in addition to llama.cpp's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..native.structs import InitParams
 
 _DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
 _CPU, _GPU = 0, 1
-READ_CAP = 1 << 30  # bytes that read_seconds() really reads; more take in proportion
+READ_CAP = 1 << 30  # bytes that read_seconds() reads at most; larger times are extrapolated
 
 
 class Ggml:
-    """ggml in a loaded library."""
+    """The ggml of a loaded library."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self.lib = lib
@@ -77,7 +77,7 @@ class Ggml:
         return {"backends": [n.decode("utf-8", "replace") for n in names], "devices": devices}
 
     def free_memory(self) -> dict[str, int]:
-        """Free bytes of each device that is no CPU, by name."""
+        """Return the free bytes of each device except the CPU, by name."""
         return {
             self.lib.ggml_backend_dev_name(device).decode("utf-8", "replace"): self._memory(device)[
                 0
@@ -87,8 +87,11 @@ class Ggml:
         }
 
     def read_seconds(self, n_bytes: int, n_threads: int, gpu: bool) -> float:
-        """Seconds that a product of an F32 matrix of n_bytes and a vector takes: its threads have
-        to read every byte once, and do little else. The median of five, after one to warm up."""
+        """Measure the seconds that reading n_bytes of memory takes.
+
+        The backend multiplies an F32 matrix of that size with a vector, which is memory-bound.
+        The result is the median of five products, after one to warm up.
+        """
         lib, n_in = self.lib, 4096
         n_out = max(1, min(n_bytes, READ_CAP) // (4 * n_in))
         devices = {
@@ -112,7 +115,9 @@ class Ggml:
             lib.ggml_build_forward_expand(graph, product)
             buffer = lib.ggml_backend_alloc_ctx_tensors(ctx, backend)
             if not buffer:
-                raise RazorError(f"there is no memory to read {n_bytes:,} bytes; leave out depths")
+                raise RazorError(
+                    f"there is no memory to time a read of {n_bytes:,} bytes; leave out depths"
+                )
             lib.ggml_backend_buffer_clear(buffer, 0)
             seconds = []
             for _ in range(6):

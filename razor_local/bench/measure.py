@@ -3,8 +3,8 @@
 The contexts take turns and never run at once, and the side that begins alternates. The result is
 the median of the paired ratios, because a slow second of the machine affects both sides alike.
 After each token the cache is rolled back, so all contexts decode at the same depth. A turn has
-several steps if they are short, because the first one after the other side's turn takes longer. If
-a step takes seconds, fewer turns are made.
+several steps if they are short, because the first step after the other side's turn takes longer.
+If a step takes seconds, fewer turns are made.
 """
 
 from __future__ import annotations
@@ -22,29 +22,25 @@ from .random_cache import kept_bytes
 from .worker import Context, Worker
 
 MIN_PAIRS, MIN_BATCHES, MAX_BATCHES = 5, 2, 5
-N_WARMUP = 3  # steps per side that do not count, unless they take seconds
-# seconds: where no side's step takes longer, a turn is one that does not count and TURN more
-SHORT_STEP = 0.05
+N_WARMUP = 3  # warm-up steps per side, fewer if they take seconds
+SHORT_STEP = 0.05  # seconds; if all steps are shorter, a turn is a warm-up step and TURN more
 TURN = 4
-# seconds: of shorter rounds MAX_BATCHES always, because a GPU's second one takes longer
-SHORT_ROUND = 0.5
-TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, in batches of 64 and more
-TILED_CHUNK = (
-    256  # at least: in smaller ones tiles are cut, more of them where there are two groups
-)
-SMALL_CHUNKS = (16, 4)  # with the others a token's attention costs the same in any batch
-ENERGY_SECONDS = 2.0  # of decoding per side, or --seconds if that is less
+SHORT_ROUND = 0.5  # seconds; shorter rounds are made MAX_BATCHES times: the second is slow on GPUs
+TILED = ("f32", "f16")  # KV types that flash attention on CPUs tiles, from batches of 64 on
+TILED_CHUNK = 256  # smallest batch for these types: smaller ones cut tiles
+SMALL_CHUNKS = (16, 4)  # for other types: a token's attention costs the same in any batch
+ENERGY_SECONDS = 2.0  # seconds of decoding per side, or --seconds if that is less
 
 
 class Contexts:
-    """The open contexts. Those that are alike have one, under the name of whoever uses it."""
+    """The open contexts. Sides that differ in their name alone share one."""
 
     def __init__(self, worker: Worker, full_worker: Worker, clock: Clock) -> None:
         self._worker, self._full_worker, self._clock = worker, full_worker, clock
         self._open: dict[Side, Context] = {}  # by the side without its name
 
     def take(self, sides: Sequence[Side]) -> list[Context]:
-        """Contexts of the sides, after closing all others."""
+        """Return contexts of the sides after closing all others."""
         for side in self._open.keys() - {nameless(side) for side in sides}:
             self._open.pop(side).close()
         for side in sides:
@@ -66,7 +62,7 @@ class Measure:
     """The measurements of one batch."""
 
     batch: Batch
-    plans: dict[str, Plan]  # by side
+    plans: dict[str, Plan]  # by name of the side
     weights_bytes: int
     contexts: Contexts
     settings: Settings
@@ -75,11 +71,12 @@ class Measure:
     idle: float | None = None  # seconds of a step of razor and the full cache without tokens
 
     def records(self, steps: Sequence[Step]) -> Iterator[tuple[Step, dict[str, Any]]]:
+        """Run the steps and yield each with its record."""
         if not steps:
             return
         contexts = self.contexts.take(self.batch.sides)
         if not self._tiled and any(step.kind == "prefill" for step in steps):
-            self._measure_idle(contexts)  # now: later they would have to be filled again
+            self._measure_idle(contexts)  # while the contexts are empty
         for step in steps:
             yield step, getattr(self, step.kind)(contexts, step.depth)
 
@@ -88,7 +85,7 @@ class Measure:
         self.clock.show(f"{razor.type_k}/{razor.type_v}, {razor.n_ctx:,} tokens: {what}")
 
     def memory(self, side: Side, depth: int) -> dict[str, Any]:
-        """A side alone beside the model: bytes of its KV buffers, and the peak while it decodes."""
+        """Measure one side alone: the bytes of its KV buffers and the peak while it decodes."""
         (context,) = self.contexts.take([side])
         self.show(f"memory ({side.name})")
         context.fill(depth)
@@ -113,7 +110,7 @@ class Measure:
         return self.idle
 
     def decode(self, contexts: list[Context], depth: int) -> dict[str, Any]:
-        """Milliseconds of decodes in turn, and of reading the bytes that each needs."""
+        """Measure the milliseconds of decodes, and of reading the bytes that a decode needs."""
         self._fill(contexts, depth)
         turns = self._steps(contexts, f"decoding at {depth:,}", self.settings.seconds)
         needed = {
@@ -128,14 +125,16 @@ class Measure:
         for context in contexts:
             self.show(f"filling {depth:,} tokens ({context.side.name})")
             context.fill(depth)
-            # a depth is often a multiple of the block: the step after it folds, as one in a block
-            # does, and all the others do not
+            # A depth is often a multiple of the block, where the next step folds. Only one step
+            # per block does that, so go past it.
             if 0 < depth < context.side.n_ctx - 1:
                 context.append(1)
 
     def _steps(self, contexts: list[Context], what: str, seconds: float) -> dict[str, Any]:
-        """Milliseconds of a step in each side's turns, as many as fit into seconds, and the steps
-        of a turn: of several the median counts."""
+        """Measure the milliseconds of a step in turns, as many as fit into seconds.
+
+        If a turn has several steps, their median counts. The number of steps is in the result.
+        """
         self.show(what)
         for _ in range(N_WARMUP):
             took = [context.step() for context in contexts]
@@ -146,7 +145,7 @@ class Measure:
         pairs = min(max(MIN_PAIRS, pairs), self.settings.max_pairs)
 
         def turn(context: Context) -> float:
-            # one after the other side's takes longer: caches are cold, a GPU changes its process
+            # The first step of a turn takes longer: caches are cold, and a GPU switches processes.
             return statistics.median(context.steps(1 + TURN)[1:]) if short else context.step()
 
         ms = self._in_turn(contexts, what, pairs, turn)
@@ -159,7 +158,7 @@ class Measure:
         rounds: int,
         measure: Callable[[Context], float],
     ) -> dict[str, list[float]]:
-        """Milliseconds of each side, in rounds; whoever comes last alternates."""
+        """Measure the milliseconds of each side in rounds whose order alternates."""
         ms: dict[str, list[float]] = {context.side.name: [] for context in contexts}
         for i in range(rounds):
             self.show(f"{what}, {i + 1} of {rounds}")
@@ -168,7 +167,7 @@ class Measure:
         return ms
 
     def prompt(self, contexts: list[Context], depth: int) -> dict[str, Any]:
-        """Milliseconds of a real prefill of depth tokens, at most a batch."""
+        """Measure the milliseconds of a real prefill of depth tokens, at most one batch."""
 
         def prefill(context: Context) -> float:
             context.fill(0)
@@ -180,28 +179,30 @@ class Measure:
         return {"tokens": depth, "ms": self._rest(contexts[:2], what, first, seconds, prefill)}
 
     def prefill(self, contexts: list[Context], depth: int) -> dict[str, Any]:
-        """Milliseconds of a batch of prompt tokens behind depth, against a full cache alike."""
+        """Measure the milliseconds of a batch of prompt tokens after depth tokens."""
         contexts = contexts[:2]
         n_ctx, block = contexts[0].side.n_ctx, self.plans["razor"].block
         what = f"prefill at {depth:,}"
         budget = self.settings.seconds
 
         def prefill(context: Context, n_tokens: int) -> float:
-            # whole blocks fold as often as a prompt's do: a cache that only went back to where a
-            # block begins would have folded for it already
+            # Fill the cache again before whole blocks: a cache that was only rolled back to the
+            # start of a block has already folded for it, and a prompt has not.
             if context.side.razor and n_tokens % block == 0:
                 context.fill(0)
             context.rewind(depth)
             return context.append(n_tokens)
 
+        # 1. Choose the tokens of a first round, fewer if attention takes most of the time.
         idle = 0.0 if self._tiled else self._measure_idle(contexts)
         took = sum(self._first_step(context, depth) for context in contexts)
         n_first = TILED_CHUNK if self._tiled else CHUNKS[-1]
-        if not self._tiled and took > 3 * idle:  # attention is most of it
+        if not self._tiled and took > 3 * idle:
             n_first = next(
                 (n for n in (n_first, *SMALL_CHUNKS) if took * n <= budget), SMALL_CHUNKS[-1]
             )
         n_first = min(n_first, n_ctx - depth)
+        # 2. Time it, and choose the largest batch that the budget allows.
         first = self._in_turn(contexts, what, 1, lambda c: prefill(c, n_first))
         per_token = sum(ms[0] for ms in first.values()) / 1e3 / n_first
         n_tokens = next(
@@ -212,6 +213,7 @@ class Measure:
             ),
             n_first,
         )
+        # 3. Measure.
         ms = self._rest(
             contexts,
             what,
@@ -234,8 +236,13 @@ class Measure:
         seconds: float,
         measure: Callable[[Context], float],
     ) -> dict[str, list[float]]:
-        """Milliseconds of as many rounds as fit, a round takes seconds. A first round counts only
-        if it took so long that warming up means nothing."""
+        """Measure the milliseconds of as many rounds as fit.
+
+        Args:
+            first: milliseconds of a first round, which count if it took 5 seconds or more.
+                A shorter one was a warm-up.
+            seconds: the time of a round.
+        """
         least = MAX_BATCHES if seconds < SHORT_ROUND else MIN_BATCHES
         rounds = min(max(least, int(self.settings.seconds / max(seconds, 1e-9))), MAX_BATCHES)
         rounds = min(rounds, self.settings.max_pairs)
@@ -245,11 +252,11 @@ class Measure:
         return {name: first[name] + rest[name] for name in first}
 
     def fold(self, contexts: list[Context], depth: int) -> dict[str, Any]:
-        """Milliseconds of razor's decodes in a row across folds, near the end of the context."""
+        """Measure the milliseconds of razor's decodes across folds near the end of the context."""
         razor = contexts[0]
         plan = self.plans["razor"]
         last = razor.side.n_ctx - plan.block  # the last position that opens a block
-        # from 8 tokens before a fold to 8 behind one
+        # Start 8 tokens before a fold and end 8 after one.
         starts = [max(0, last - i * plan.block - 8) for i in range(3)]
         razor.fill(starts[-1])
         self.show("decoding across a fold")
@@ -265,7 +272,7 @@ class Measure:
         return {"start": began, "ms": {"razor": ms}, "folds_at": positions}
 
     def energy(self, contexts: list[Context], depth: int) -> dict[str, Any]:
-        """Joules and seconds per decoded token of each side, of what the meters see."""
+        """Measure the joules and seconds of some decoded tokens on each side."""
         found = {}
         for context in contexts:
             self.show(f"energy ({context.side.name})")
@@ -281,8 +288,10 @@ class Measure:
         return {"energy": found}
 
     def real_prefill(self, contexts: list[Context], depth: int) -> dict[str, Any]:
-        """Seconds of a real prefill of depth tokens, then milliseconds of decodes on that cache and
-        on a random one of the same depth."""
+        """Compare a cache that was really prefilled with a random one of the same depth.
+
+        The record has the seconds of the prefill and the milliseconds of decodes on both caches.
+        """
         contexts = contexts[:2]
         seconds = {context.side.name: 0.0 for context in contexts}
         for context in contexts:

@@ -12,11 +12,11 @@ from .figures import Report, types_of
 
 
 def plot_report(report: Report, path: str | os.PathLike[str]) -> Path:
-    """KV memory, decode speed and time to the first token over the context.
+    """Plot KV memory, decode speed and time to the first token over the context.
 
-    Raises UnsupportedError if matplotlib is missing or the name is not that of a picture, OSError.
+    Raises UnsupportedError if matplotlib is missing or path does not name a picture, OSError.
     """
-    figure = make_figure(path, (15.0, 4.5), "look at the tables in the Markdown report")
+    figure = make_figure(path, (15.0, 4.5), "read the tables in the Markdown report")
     from matplotlib.ticker import NullLocator
 
     axes = figure.subplots(1, 3)

@@ -21,20 +21,20 @@ _RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fin
 
 
 def local_rows(plan: Plan, n_tokens: int) -> int:
-    """Rows of a local head's store that n_tokens occupy."""
+    """Return the rows of a local head's store that n_tokens occupy."""
     if _frontier(plan, n_tokens) > plan.sink_tokens:
         return plan.cells
     return min(n_tokens, plan.cells - (COMPENSATION_CELLS if plan.compensation else 0))
 
 
 def _frontier(plan: Plan, n_tokens: int) -> int:
-    """The fold frontier once n_tokens are in the cache."""
+    """Return the fold frontier once n_tokens are in the cache."""
     start = (n_tokens - 1) // plan.block * plan.block
     return max(plan.sink_tokens, start - plan.window)
 
 
 def kept_bytes(plan: Plan, n_tokens: int) -> int:
-    """Bytes of K and V that n_tokens occupy: what a decoded token's attention has to read."""
+    """Return the bytes of K and V of n_tokens, which the attention of a decoded token reads."""
     row = row_size(plan.type_k, plan.shape.head_dim_k) + row_size(
         plan.type_v, plan.shape.head_dim_v
     )
@@ -45,17 +45,22 @@ def kept_bytes(plan: Plan, n_tokens: int) -> int:
 
 
 def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) -> np.ndarray:
-    """A saved sequence of n_tokens with random rows, as llama_state_seq_set_data takes it (uint8).
+    """Return a saved sequence with random rows for llama_state_seq_set_data, as uint8.
 
-    plan: one with flash attention. saved: a state that a context of the plan saved, its head is
-    taken over. The layout is that of state_write() of llama_kv_cache and llama_kv_cache_razor.
+    The layout is that of state_write() in llama_kv_cache and llama_kv_cache_razor.
+
+    Args:
+        plan: a plan with flash attention.
+        n_tokens: number of tokens in the sequence.
+        saved: a state saved by a context with this plan; its head is copied.
+        n_threads: number of threads that write a large state.
     """
     import numpy as np
 
     rng = np.random.default_rng(n_tokens)
 
     def random_row(kv_type: str, n_elements: int) -> bytes:
-        """With small finite values whatever the type."""
+        """Return one row of small finite values."""
         if kv_type in ("f32", "f16"):
             values = rng.standard_normal(n_elements) / 8
             return values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
@@ -71,7 +76,7 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) ->
         return blocks.tobytes()
 
     shape = plan.shape
-    parts: list[tuple[bytes, int]] = [(saved[: _STATE_HEAD.size], 1)]  # bytes, how often
+    parts: list[tuple[bytes, int]] = [(saved[: _STATE_HEAD.size], 1)]  # bytes, repetitions
     dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
     if plan.active:
         parts.append((saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size], 1))
@@ -105,8 +110,10 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) ->
 
 
 def _repeated(parts: Sequence[tuple[bytes, int]], n_threads: int) -> np.ndarray:
-    """The parts one after the other, each as often as it says. What is large is written by several
-    threads: most of the time goes into the memory's first use."""
+    """Concatenate parts, each repeated as often as its number says.
+
+    Several threads write a large result, because first touching the memory takes most of the time.
+    """
     import numpy as np
 
     ends = np.cumsum([len(what) * n for what, n in parts])
@@ -115,7 +122,7 @@ def _repeated(parts: Sequence[tuple[bytes, int]], n_threads: int) -> np.ndarray:
     def write(part: tuple[tuple[bytes, int], int]) -> None:
         (what, n), end = part
         to = out[end - len(what) * n : end]
-        # in pieces, because copying a short row costs as much as copying a long one
+        # Write several rows at once: copying a short row costs as much as copying a long one.
         several = min(n, max(1, 65536 // len(what)))
         piece = np.frombuffer(what * several, np.uint8)
         whole = to.size // piece.size

@@ -1,4 +1,4 @@
-"""Make the tables of a benchmark, and its JSON report."""
+"""Format a benchmark as Markdown tables or as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS = ("md", "json")
 
 
 def format_report(report: Report, kind: str) -> str:
-    """The report as one of FORMATS, with a line end."""
+    """Format the report as one of FORMATS, with a final newline."""
     if kind == "json":
         return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
@@ -121,14 +121,14 @@ def _markdown(report: Report) -> Iterable[str]:
 
 
 def describe_lines(report: Report) -> Iterable[str]:
-    """What was measured on what, one sentence a line."""
+    """Yield sentences that describe the model, the machine and the method."""
     head, model, machine = report.head, report.head["model"], report.head["machine"]
     if model["random_weights"]:
-        yield "The weights are random: the speed of the shape, its answers mean nothing."
+        yield "The weights are random: only the speed is meaningful, not the answers."
     share = model["retrieval_kv_heads"] / model["kv_heads"]
     window = f"window: {model['window_min']:,} tokens"
     if model["window_divisor"]:
-        window += f" or 1/{model['window_divisor']} of the context, whichever is more"
+        window += f" or 1/{model['window_divisor']} of the context, whichever is larger"
     yield (
         f"{model['retrieval_kv_heads']} of {model['kv_heads']} KV heads are retrieval heads"
         f" ({share:.1%}); {window}; {model['sink_tokens']} sinks;"
@@ -159,20 +159,20 @@ def describe_lines(report: Report) -> Iterable[str]:
     )
     where = "two processes" if head["setup"]["full_cache"] == "another build" else "one process"
     yield (
-        f'Flash attention on. The sides in {where}, in turn; "faster by" is the median of the'
-        " paired ratios with its quartiles."
+        f"Flash attention is on. The sides run in {where} and take turns;"
+        ' "faster by" is the median of the paired ratios, with quartiles.'
     )
     steps = max((r.get("steps", 1) for r in report.records if r["kind"] == "decode"), default=1)
     if steps > 1:
         yield (
-            f"Where a step takes less than {SHORT_STEP * 1e3:.0f} ms, a turn is one that does not"
-            f" count and {steps} more, of which the median does."
+            f"Where a step takes less than {SHORT_STEP * 1e3:.0f} ms, a turn is one warm-up step"
+            f" and {steps} more, whose median counts."
         )
     yield "Caches were filled with random rows, not by a prefill."
     if any(row["first_token"] == "integrated" for row in report.rows):
         yield (
-            f"Prompts of more than {SHORT_PROMPT} tokens were not prefilled where the time to the"
-            ' first token is called "integrated": it is, over batches at several depths.'
+            'An "integrated" time to the first token was not measured: it is integrated over'
+            f" batches at several depths, for prompts of more than {SHORT_PROMPT} tokens."
         )
 
 
@@ -211,7 +211,7 @@ def _gpu(gpu: dict[str, Any]) -> str:
 
 
 def readme_block(report: Report) -> str:
-    """What a README shows of a run: a sentence and a short table, Markdown."""
+    """Return a sentence and a short table of a run for a README, in Markdown."""
     model, machine, setup = (report.head[name] for name in ("model", "machine", "setup"))
     where = f"{one_line(machine['cpu'])}, {setup['n_threads']} threads"
     if setup["n_gpu_layers"]:

@@ -10,7 +10,6 @@ the records.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
@@ -23,8 +22,7 @@ from ..common.journal import Journal
 from ..common.machine import describe_code, describe_gpus, describe_machine, free_memory
 from ..common.progress import Clock, Progress
 from ..errors import RazorError
-from ..gguf.header import read_header
-from ..gguf.split import read_parts
+from ..model_file import ModelFile
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..profile import Profile
@@ -40,15 +38,15 @@ from .worker import Worker
 
 
 def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
-    """Raises RazorError for a file of another run, OSError."""
+    """Open the journal of a benchmark. Raises RazorError for a file of another run, OSError."""
 
     def identity(head: dict[str, Any]) -> dict[str, Any]:
         names = ("version", "model", "setup", "settings", "code")
-        cpu = (head.get("machine") or {}).get("cpu")  # its load may differ
+        cpu = (head.get("machine") or {}).get("cpu")  # the load may differ
         return {name: head.get(name) for name in names} | {"machine": cpu}
 
     def check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        """Format the records, as is done when the run has ended."""
+        """Format the records as at the end of a run, which fails if they are malformed."""
         for kind in FORMATS:
             format_report(Report(head, records), kind)
 
@@ -64,12 +62,24 @@ def run_bench(
     only: Collection[str] = KINDS,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measures everything that resume does not hold yet; the head of the run and its records.
+    """Take all measurements that are not in the journal yet.
 
-    only: the KINDS to measure now; a run that is resumed with others has the rest too. stock_lib:
-    folder of a stock build for the full caches, None: the package's own library with razor off.
-    Raises RazorError where a context cannot be set up or memory does not suffice.
+    Args:
+        setup: the model and its profile.
+        settings: the measurements to take.
+        stock_lib: folder of a stock build for the full caches. None uses the package's own library
+            with razor off.
+        resume: path of the journal, or None to keep the records in memory only.
+        only: the KINDS to measure now. The run can be resumed later with the others.
+        progress: called with the progress.
+
+    Returns:
+        The head of the run and all records.
+
+    Raises:
+        RazorError: a context cannot be created, or the machine has too little memory.
     """
+    # 1. Plan the measurements.
     shape, profile = setup.read()
     meter = EnergyMeter()
     batches = make_batches(settings, shape, profile, bool(meter.sources))
@@ -77,6 +87,7 @@ def run_bench(
     for batch in batches:
         _check_memory(setup, batch, shape, profile, head["model"]["file_bytes"])
     with ExitStack() as stack:
+        # 2. Drop those that the journal holds.
         journal = stack.enter_context(open_journal(resume, head))
         left = [
             [s for s in batch.steps if s.kind in only and not journal.has(batch.key(s))]
@@ -85,6 +96,7 @@ def run_bench(
         clock = Clock(progress, sum(step.cost for steps in left for step in steps))
         if not any(left) and journal.head is not None:
             return journal.head, journal.records
+        # 3. Start the workers.
         clock.show("loading the model")
         worker = Worker(setup, beside_another=stock_lib is not None)
         stack.callback(worker.close)
@@ -94,6 +106,7 @@ def run_bench(
             stack.callback(full_worker.close)
         if journal.head is None:
             journal.begin(head | {"library": worker.ask("describe")})
+        # 4. Measure, and add each record to the journal.
         contexts = Contexts(worker, full_worker, clock)
         measures = []
         for batch, steps in zip(batches, left, strict=True):
@@ -112,11 +125,11 @@ def run_bench(
 def _records(
     measures: Sequence[tuple[Measure, Sequence[Step]]],
 ) -> Iterator[tuple[Measure, Step, dict[str, Any]]]:
-    """Measures; what and its record, one after the other, the contexts of a size together."""
+    """Take the measurements and yield each with its record, grouped by the size of the context."""
     for _, group in groupby(measures, lambda pair: pair[0].batch.sides[0].n_ctx):
         together = list(group)
-        # sides that are alike in several batches are measured once; what is measured last stays
-        # open for what comes first of the rest
+        # Measure the memory of a side that several batches share once. The contexts measured last
+        # stay open for the first of the other measurements.
         memory: dict[Side, list[tuple[Measure, Step, Side]]] = {}
         for others in (False, True):
             for measure, steps in reversed(together):
@@ -148,7 +161,6 @@ def _describe_run(
     profile: Profile,
     meter: EnergyMeter,
 ) -> dict[str, Any]:
-    header = read_header(setup.model)
     heads = profile.flat()
     return {
         "version": VERSION,
@@ -159,10 +171,10 @@ def _describe_run(
             "file": Path(setup.model).name,
             "name": shape.name,
             "arch": shape.arch,
-            "random_weights": is_random(header),
+            "random_weights": is_random(setup.file.header),
             "fingerprint": shape.fingerprint,
-            "file_bytes": sum(part.file_size for part in read_parts(header)),
-            "weights_bytes": weights_bytes(setup.model),
+            "file_bytes": sum(part.file_size for part in setup.file.parts),
+            "weights_bytes": weights_bytes(setup.file),
             "n_layer": shape.n_layer,
             "kv_heads": int(heads.size),
             "retrieval_kv_heads": int(heads.sum()),
@@ -177,15 +189,17 @@ def _describe_run(
     }
 
 
-def weights_bytes(model: str | os.PathLike[str]) -> int:
-    """Bytes of weights that decoding one token reads: all but the token embedding where the output
-    head is another tensor, and of the experts those that a token uses."""
-    header = read_header(model)
-    parts = read_parts(header)
-    tensors = {tensor.name: tensor.nbytes for part in parts for tensor in part.tensors}
+def weights_bytes(model: ModelFile) -> int:
+    """Return the bytes of weights that decoding one token reads.
+
+    The token embedding is left out unless it is also the output head. Of the experts only the
+    share that a token uses counts.
+    """
+    tensors = {tensor.name: tensor.nbytes for part in model.parts for tensor in part.tensors}
     if "output.weight" in tensors:
         tensors.pop("token_embd.weight", None)
     tensors.pop("position_embd.weight", None)
+    header = model.header
     arch = header.string("general.architecture")
     count, used = (
         header.entries.get(f"{arch}.{key}") for key in ("expert_count", "expert_used_count")
@@ -202,9 +216,9 @@ def _check_memory(
     plans = [side.plan(shape, profile) for side in batch.sides]
     deepest = max(step.depth for step in batch.steps)
     states = [kept_bytes(plan, plan.n_ctx if plan.active else deepest) for plan in plans]
-    needed = max(states) + (512 << 20)  # buffers of the graph are a guess
+    needed = max(states) + (512 << 20)  # a guess for the buffers of the graph
     if not setup.n_gpu_layers:
-        # beside the contexts, one at a time: a state, or what is read to time reading
+        # The contexts stay; a state and the matrix of read_seconds() exist one at a time.
         beside = min(READ_CAP, max(states) + model_bytes)
         needed = max(needed, beside + (512 << 20))
         needed += model_bytes + sum(plan.kv_bytes for plan in plans)
@@ -212,6 +226,6 @@ def _check_memory(
     if needed > free:
         raise RazorError(
             f"{plans[0].type_k}/{plans[0].type_v} against full caches of {plans[0].n_ctx:,} tokens"
-            f" needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free;"
+            f" need about {needed / 2**30:.1f} GiB of memory, but {free / 2**30:.1f} GiB are free;"
             " leave out that depth or type"
         )

@@ -16,7 +16,7 @@ MAX_REPORT_BYTES = 64 << 20
 
 
 def load_report(path: str | os.PathLike[str]) -> Report:
-    """A run that was saved as JSON. Raises RazorError for another file, OSError."""
+    """Load a run that was saved as JSON. Raises RazorError for any other file, OSError."""
     path = Path(path)
     with open_input(path, "a saved run of bench") as file:
         raw = file.read(MAX_REPORT_BYTES + 1)
@@ -28,7 +28,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
             raise ValueError
         version = found["head"]["version"]
         report = Report(found["head"], found["records"])
-        if version == VERSION:  # every field that is needed is there and makes sense
+        if version == VERSION:  # formatting fails if a field is missing or makes no sense
             for kind in FORMATS:
                 format_report(report, kind)
             compare_rows(report, report)
@@ -40,7 +40,7 @@ def load_report(path: str | os.PathLike[str]) -> Report:
         ) from None
     if version != VERSION:
         raise RazorError(
-            f"{path} is a report of version {version}, this razor-local reads {VERSION}; run the"
-            " benchmark again"
+            f"{path} is a report of version {version}, but this razor-local reads version"
+            f" {VERSION}; run the benchmark again"
         )
     return report

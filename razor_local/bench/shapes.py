@@ -1,4 +1,4 @@
-"""Random-weight GGUF models in well-known shapes, for timing without downloads.
+"""Write random-weight GGUF models in well-known shapes, for timing without downloads.
 
 The time of a token depends on the shape and the types of the tensors, not on their content. The
 weights are therefore a few random rows repeated: the amount of work is right, and the text is
@@ -22,17 +22,21 @@ from ..errors import UnsupportedError
 from ..gguf.header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
 from ..profile import Profile, split_heads
 
-VERSION = 2  # of the files in the cache: those of others are not used
+VERSION = 2  # of the files in the cache; files of other versions are ignored
 KEY_RANDOM = "razor_local.random_weights"
 N_ROWS = 64  # random rows of each matrix, repeated
-PIECE_BYTES = 4 << 20  # of a matrix that are written at once
+PIECE_BYTES = 4 << 20  # bytes of a matrix per write
 QUANTS = {"q4_0": (2, 32, 18), "q8_0": (8, 32, 34), "f16": (1, 1, 2)}  # ggml type, block, bytes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense transformer. Sizes in elements, n_ctx_train in tokens; tied: the output head is the
-    token embedding; qk_norm: RMS norm of queries and keys (qwen3)."""
+    """The shape of a dense transformer, in elements (n_ctx_train in tokens).
+
+    Attributes:
+        tied: whether the output head is the token embedding.
+        qk_norm: whether queries and keys pass an RMS norm (qwen3).
+    """
 
     arch: str
     n_layer: int
@@ -73,9 +77,9 @@ def cached_shape_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """The model of a shape in the user's cache folder, written if it is not there yet.
+    """Return the model of a shape in the user's cache folder, and write it first if needed.
 
-    Raises as write_shape_model does.
+    The arguments and errors are those of write_shape_model().
     """
     shape = find_shape(name)
     label = f"{name}-{quant}-{round(retrieval * shape.n_layer * shape.n_head_kv)}heads-seed{seed}"
@@ -89,9 +93,9 @@ def cached_shape_model(
 
 
 def find_shape(name: str) -> Shape:
-    """Raises UnsupportedError for a name that is not known."""
+    """Return the shape of that name. Raises UnsupportedError if there is none."""
     if name not in SHAPES:
-        raise UnsupportedError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}")
+        raise UnsupportedError(f"{name!r} is not a known shape; expected {', '.join(SHAPES)}")
     return SHAPES[name]
 
 
@@ -105,12 +109,21 @@ def write_shape_model(
     profile: Profile | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Streams a random model to path, with a razor profile.
+    """Write a random model with a razor profile. Memory use does not grow with the model.
 
-    retrieval: share of the KV heads that are retrieval heads, at places drawn with the seed (as are
-    the weights), unless there is a profile; quant: type of the matrices. Memory does not grow with
-    the model. Raises UnsupportedError for an unknown shape or type, RazorError where the disk is
-    too small, OSError; nothing is left then.
+    Args:
+        path: the new file.
+        name: one of SHAPES, or a shape.
+        quant: type of the matrices, one of QUANTS.
+        retrieval: share of retrieval heads, at random places, if there is no profile.
+        seed: seed of the weights and of the places.
+        profile: the profile to write.
+        progress: called with the progress.
+
+    Raises:
+        UnsupportedError: the shape or the type is not known.
+        RazorError: the disk has too little room.
+        OSError: the file cannot be written. No part of it is left.
     """
     shape = find_shape(name) if isinstance(name, str) else name
     if quant not in QUANTS:
@@ -146,14 +159,14 @@ def write_shape_model(
 def scattered_heads(
     n_layer: int, n_head_kv: int, share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """uint8 [n_layer * n_head_kv], layer-major, 1 at randomly drawn places."""
+    """Mark a share of the heads at random: uint8 [n_layer * n_head_kv], layer-major."""
     heads = np.zeros(n_layer * n_head_kv, np.uint8)
     heads[rng.choice(heads.size, round(share * heads.size), replace=False)] = 1
     return heads
 
 
 def is_random(header: Header) -> bool:
-    """Whether the file says that its weights are random."""
+    """Return True if the file is marked as having random weights."""
     return KEY_RANDOM in header.entries
 
 
@@ -171,7 +184,7 @@ def _padded(n: int) -> int:
 
 
 def _nbytes(n_out: int, n_in: int, quant: str) -> int:
-    """Vectors (n_out = 0) are F32."""
+    """Return the bytes of a tensor. Vectors (n_out = 0) are F32."""
     if not n_out:
         return n_in * 4
     _, block, block_bytes = QUANTS[quant]
@@ -179,7 +192,7 @@ def _nbytes(n_out: int, n_in: int, quant: str) -> int:
 
 
 def _tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
-    """Name, rows (0: a vector) and columns of each tensor."""
+    """Yield the name, rows (0 for a vector) and columns of each tensor."""
     d, ff = shape.n_embd, shape.n_ff
     n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
     yield "token_embd.weight", shape.n_vocab, d
@@ -205,7 +218,7 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
 
 
 def _head(name: str, shape: Shape, quant: str, profile: Profile) -> list[bytes]:
-    """The metadata, encoded."""
+    """Encode the metadata, one item per key."""
     texts = {
         "general.architecture": shape.arch,
         "general.name": f"{name} shape, random weights",
@@ -238,7 +251,7 @@ def _head(name: str, shape: Shape, quant: str, profile: Profile) -> list[bytes]:
 
 
 def _table(tensors: list[tuple[str, int, int]], quant: str) -> bytes:
-    """The tensor table: name, dimensions (the innermost first), type, offset in the data."""
+    """Encode the tensor table: name, dimensions (innermost first), type, offset in the data."""
     table, offset = b"", 0
     for name, n_out, n_in in tensors:
         dims = (n_in, n_out) if n_out else (n_in,)
@@ -252,7 +265,7 @@ def _table(tensors: list[tuple[str, int, int]], quant: str) -> bytes:
 def _data(
     n_out: int, n_in: int, quant: str, rng: np.random.Generator
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor: a vector of ones, or N_ROWS random rows over and over."""
+    """Yield the bytes of a tensor: a vector of ones, or N_ROWS random rows repeated."""
     if not n_out:
         yield np.ones(n_in, "<f4").tobytes()
         return
@@ -261,14 +274,15 @@ def _data(
         rows = (rng.standard_normal((N_ROWS, n_in)) / n_in**0.5).astype("<f2")
     else:
         rows = rng.integers(0, 256, (N_ROWS, n_in // block, block_bytes), np.uint8)
-        # activations stay of order 1: a uniform q4_0 has a deviation of 4.6 scales, q8_0 of 74
+        # Keep activations near 1: uniform q4_0 values deviate by 4.6 scales, q8_0 by 74.
         scale = (0.22 if quant == "q4_0" else 0.0135) / n_in**0.5
-        # of both signs: the values of a block have a mean (q4_0's -0.5 scales), and if all weights
-        # share it logits are so far apart that softmax gives denormal numbers, which are slow
+        # Draw the sign of each scale. The values of a block have a nonzero mean (-0.5 scales in
+        # q4_0). If all weights shared it, logits would be so far apart that softmax gives denormal
+        # numbers, which are slow.
         scales = rng.choice((-scale, scale), rows.shape[:2]).astype("<f2")
         rows[:, :, :2] = scales[:, :, None].view(np.uint8)
     row_bytes = rows.nbytes // N_ROWS
-    several = max(1, PIECE_BYTES // rows.nbytes)  # large pieces: thousands of writes take seconds
+    several = max(1, PIECE_BYTES // rows.nbytes)  # thousands of small writes would take seconds
     chunk = memoryview(rows.tobytes() * min(several, -(-n_out // N_ROWS)))
     left = n_out * row_bytes
     while left:

@@ -1,8 +1,8 @@
-"""The process of a benchmark: one model and several contexts on it, driven by JSON lines.
+"""The worker process of a benchmark: one model and several contexts on it, driven by JSON lines.
 
 All contexts share one model in one process. Two copies of the weights would have different places
-in memory, which can cost one side 10 %. Only another build of llama.cpp needs a process of its own,
-and accepts this uncertainty.
+in memory, which can cost one side 10 %. Only another build of llama.cpp runs in a process of its
+own, and accepts this uncertainty.
 
 Deep caches are loaded as a state with random rows, which takes seconds instead of the hours of a
 prefill. The time of a token does not depend on the content of the rows. If a cache already holds
@@ -43,18 +43,20 @@ if TYPE_CHECKING:
 BUFFER_SIZE = re.compile(r": +(\S+) +(model|KV|compute) buffer size = +([\d.]+) MiB")
 
 
-# -- the process that drives
+# -- the parent process
 
 
 class Worker:
-    """A running worker process. Raises RazorError where it fails, in ask() or on creation.
+    """A running worker process. The constructor and ask() raise RazorError if it fails.
 
-    beside_another: two of them take turns.
+    Args:
+        setup: the model to load.
+        beside_another: whether it takes turns with a second worker.
     """
 
     def __init__(self, setup: ModelSetup, beside_another: bool = False) -> None:
         env = dict(os.environ)
-        if beside_another:  # its threads must not spin on the cores of the other's
+        if beside_another:  # idle threads must not spin on the cores of the other worker
             env.setdefault("OMP_WAIT_POLICY", "passive")
         self._process = subprocess.Popen(
             python_command(
@@ -72,8 +74,9 @@ class Worker:
             raise
 
     def ask(self, command: str, *args: Any) -> Any:
+        """Send a command to the worker and return its answer."""
         assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended: _read says why
+        with suppress(OSError):  # the worker has ended: _read() reports why
             print(json.dumps([command, *args]), file=self._process.stdin, flush=True)
         return self._read()
 
@@ -85,8 +88,8 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            why = "what it said last stands above"
-            if code == -getattr(signal, "SIGKILL", 9):  # as a system that runs out of memory does
+            why = "see its last message above"
+            if code == -getattr(signal, "SIGKILL", 9):  # what the out-of-memory killer sends
                 why = "is there enough memory for all contexts? leave out depths or types"
             raise RazorError(f"the process of the benchmark ended with exit code {code}; {why}")
         answer = json.loads(line)
@@ -95,7 +98,7 @@ class Worker:
         return answer["ok"]
 
     def close(self) -> None:
-        # it has nothing to save, and may be in the middle of a step of minutes
+        # Kill it: it has nothing to save, and a step can take minutes.
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -106,68 +109,76 @@ class Worker:
 
 @dataclass
 class Context:
-    """A context in a worker. depth: tokens in its cache."""
+    """A context in a worker."""
 
     worker: Worker
     side: Side
     key: int
-    depth: int = 0
+    depth: int = 0  # tokens in the cache
 
     def fill(self, depth: int) -> None:
-        """Leaves depth tokens in the cache, with random rows: loads them, or removes the newest of
-        a cache that has them."""
+        """Fill the cache with depth tokens of random rows.
+
+        If the cache already holds more such tokens, the newest are removed instead.
+        """
         self.worker.ask("fill", self.key, depth)
         self.depth = depth
 
     def step(self) -> float:
-        """Seconds of one decode at the current depth; the token is taken out again."""
+        """Decode one token, remove it from the cache again, and return the seconds."""
         return self.worker.ask("step", self.key)
 
     def steps(self, n: int) -> list[float]:
-        """Seconds of each of n such decodes in a row."""
+        """Repeat step() n times and return the seconds of each."""
         return self.worker.ask("steps", self.key, n)
 
     def append(self, n_tokens: int) -> float:
-        """Seconds of a batch of n_tokens, which stay in the cache."""
+        """Decode a batch of n_tokens, keep them in the cache, and return the seconds."""
         seconds = self.worker.ask("append", self.key, n_tokens)
         self.depth += n_tokens
         return seconds
 
     def run(self, n_tokens: int) -> list[float]:
-        """Seconds of each of n_tokens decodes in a row, which stay in the cache."""
+        """Decode n_tokens one by one, keep them in the cache, and return the seconds of each."""
         seconds = self.worker.ask("run", self.key, n_tokens)
         self.depth += n_tokens
         return seconds
 
     def rewind(self, depth: int) -> None:
-        """Back to depth tokens: by removing the newest, or by filling again."""
+        """Go back to depth tokens by removing the newest, or by filling the cache again."""
         if self.depth != depth:
             self.worker.ask("rewind", self.key, depth)
             self.depth = depth
 
     def kv_bytes(self) -> int | None:
-        """Bytes in the backends' KV buffers. Of a build that does not report them: what its log
-        says, to 0.01 MiB; None if it says nothing."""
+        """Return the bytes of the backends' KV buffers.
+
+        For a stock build they are read from its log, to 0.01 MiB, or None if the log has no such
+        line.
+        """
         return self.worker.ask("kv_bytes", self.key)
 
     def device_bytes(self) -> int | None:
-        """Bytes of the model's and the context's buffers on devices that are no CPU, None without
-        any. Of a build that does not report them: what its log says, to 0.01 MiB."""
+        """Return the bytes of the model's and the context's buffers on GPUs and other devices.
+
+        Return None without such a device. For a stock build the bytes are read from its log, to
+        0.01 MiB.
+        """
         return self.worker.ask("device_bytes", self.key)
 
     def close(self) -> None:
         self.worker.ask("close", self.key)
 
 
-# -- what runs in the worker process
+# -- the worker process
 
 
 class Session:
-    """A model on the low-level bindings, which a stock build has too, and the contexts on it."""
+    """A model and the contexts on it, through the low-level bindings that stock builds share."""
 
     def __init__(self, setup: ModelSetup) -> None:
         self.setup = setup
-        self.logged: dict[str, dict[str, int]] = {}  # bytes, by what they are for and by device
+        self.logged: dict[str, dict[str, int]] = {}  # bytes by purpose and device
         self.shape, self.profile = setup.read()
         self.native = None
         if setup.lib:
@@ -195,12 +206,12 @@ class Session:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         self._contexts: dict[int, SessionContext] = {}
         self._n_opened = 0
-        self._state: tuple[Plan, int, np.ndarray] | None = None  # plan, depth, what was loaded
+        self._state: tuple[Plan, int, np.ndarray] | None = None  # plan, depth, state
 
     def _read_log(self, level: int, text: bytes | None, data: int | None) -> None:
-        """What a build without our functions tells of its buffers."""
+        """Read the buffer sizes that a stock build logs."""
         match = BUFFER_SIZE.search((text or b"").decode("utf-8", "replace"))
-        if match:  # a compute buffer that is made anew replaces the one before
+        if match:  # a compute buffer that is allocated again replaces the earlier one
             device, what, mebibytes = match.groups()
             self.logged.setdefault(what, {})[device] = round(float(mebibytes) * 2**20)
 
@@ -208,7 +219,7 @@ class Session:
         return self.native.reason() if self.native else "llama.cpp gives no reason"
 
     def answer(self, command: str, *args: Any) -> Any:
-        """The answer to one command of Worker or Context."""
+        """Run one command of Worker or Context and return its result."""
         if command in ("describe", "open", "peak_rss", "read_seconds"):
             return getattr(self, command)(*args)
         key, *rest = args
@@ -217,7 +228,7 @@ class Session:
         return getattr(self._contexts[key], command)(*rest)
 
     def describe(self) -> dict[str, Any]:
-        """The build, its backends and devices."""
+        """Describe the build, its backends and devices."""
         info = self.api.llama_print_system_info().decode("utf-8", "replace").strip()
         build = None if self.native is None else asdict(self.native.build)
         return {"build": build, "cpu_features": info} | self.ggml.describe()
@@ -228,17 +239,17 @@ class Session:
         return self._n_opened
 
     def peak_rss(self, reset: bool = False) -> int | None:
-        """Bytes since the last reset; None where the system does not tell, or cannot reset."""
+        """Return the peak of resident bytes since the last reset; None where it is unknown."""
         if reset:
-            self._state = None  # it is no part of what a context takes
+            self._state = None  # not part of a context's memory
         if reset and not _reset_peak_rss():
             return None
         return _peak_rss()
 
     def random_state(self, plan: Plan, depth: int, saved: bytes) -> np.ndarray:
-        """random_state(), which is kept for the next time if the host's memory is free anyway."""
+        """Return random_state(), kept for the next call while the host has memory to spare."""
         if self._state is None or self._state[:2] != (plan, depth):
-            self._state = None  # before there is another
+            self._state = None  # free the old one first
             self._state = (plan, depth, random_state(plan, depth, saved, self.setup.n_threads))
         state = self._state[2]
         if not self.setup.n_gpu_layers or free_memory() < state.nbytes:
@@ -258,7 +269,7 @@ class SessionContext:
         self.session, self.api, self.native = session, session.api, session.native
         self.plan = side.plan(session.shape, session.profile)
         self.depth = 0
-        self.n_random = 0  # tokens at the beginning of the cache that have random rows
+        self.n_random = 0  # tokens at the start of the cache that have random rows
         self._saved = b""
         params = self.api.llama_context_default_params()
         params.n_ctx = self.plan.n_ctx
@@ -304,23 +315,25 @@ class SessionContext:
         return rng.integers(0, self.session.n_vocab, n).tolist()
 
     def fill(self, depth: int) -> None:
-        """Leaves depth tokens in the cache, with random rows."""
-        # a full cache is the same whatever was behind its rows; razor's goes back over its newest
-        # tokens alone
+        """Fill the cache with depth tokens of random rows."""
+        # 1. Reuse the rows that are there. A full cache can drop any number of tokens, a razor
+        #    cache can only go back over its newest ones.
         kept = self.n_random == depth if self.plan.active else self.n_random >= depth
         if depth and kept and self._remove_from(depth):
             return
-        # not its data: rows that no token has are not attended to, and what they hold is finite
+        # 2. Clear the cells but not the data: unused rows hold finite values and are never read.
         self.api.llama_memory_clear(self.memory, False)
         self.depth = self.n_random = 0
         if depth == 0:
             return
+        # 3. Save a state of one token for its head, once.
         if not self._saved:
             self._decode([0])
             size = self.api.llama_state_seq_get_size(self.ctx, 0)
             saved = (ctypes.c_uint8 * size)()
             self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
             self._saved = bytes(saved)
+        # 4. Load a state with random rows.
         state = self.session.random_state(self.plan, depth, self._saved)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if not self.api.llama_state_seq_set_data(self.ctx, data, state.nbytes, 0):
@@ -328,7 +341,7 @@ class SessionContext:
         self.depth = self.n_random = depth
 
     def _remove_from(self, depth: int) -> bool:
-        """Takes the tokens from depth on out of the cache; False: it cannot do that."""
+        """Remove the tokens from depth on. Return False where the cache cannot do that."""
         if not self.api.llama_memory_seq_rm(self.memory, 0, depth, -1):
             return False
         self.depth, self.n_random = depth, min(self.n_random, depth)
@@ -381,9 +394,9 @@ class SessionContext:
 
 
 def _peak_rss() -> int | None:
-    """Bytes that this process had at most since the last reset; None where it cannot be reset.
+    """Return the peak of this process's resident bytes since the last reset, None if unknown.
 
-    psutil has no peak that can start anew; without that it would include what filling took.
+    psutil cannot reset the peak, so its value would include the memory that filling takes.
     """
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -415,8 +428,8 @@ def _serve(setup: ModelSetup, commands: IO[str], answers: IO[str]) -> None:
 
 
 def main() -> None:
-    """Serve the process that started this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this one ends it
+    """Answer the commands of the parent process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing a library prints may get between the answers
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     _serve(ModelSetup(**json.loads(sys.argv[1])), sys.stdin, answers)

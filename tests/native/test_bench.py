@@ -31,6 +31,7 @@ from razor_local.bench.worker import Context, Session, SessionContext
 from razor_local.cli import main
 from razor_local.common.machine import describe_code, describe_gpus, describe_machine, free_memory
 from razor_local.errors import RazorError
+from razor_local.model_file import ModelFile
 from razor_local.model_setup import ModelSetup
 from razor_local.model_shape import ModelShape
 from razor_local.plan import make_plan
@@ -442,7 +443,7 @@ def test_real_prefill_is_made_in_every_context_that_holds_it() -> None:
     assert real(8192, types=(("q8_0", "q8_0"), ("f16", "f16"))) == [
         (n_ctx, "q8_0", 8192) for n_ctx in (8704, 33280, 131584)
     ]
-    with pytest.raises(RazorError, match="does not fit into the largest context, of 131584 tok"):
+    with pytest.raises(RazorError, match="does not fit into the largest context of 131584 tok"):
         real(131584)
 
 
@@ -458,13 +459,16 @@ def test_weights_that_a_token_reads(tiny) -> None:
     d, ff, n_q, n_kv, layers = 64, 96, 256, 128, 3
     blocks = layers * (2 * d * n_q + 2 * d * n_kv + 3 * d * ff + 2 * d) + d
     # the table of token embeddings is the output head, or one row of it is read
-    assert weights_bytes(tied) == weights_bytes(untied) == (blocks + 128 * d) * 4
+    assert (
+        weights_bytes(ModelFile(tied)) == weights_bytes(ModelFile(untied)) == (blocks + 128 * d) * 4
+    )
     # experts of which a number for each layer is used: all of them are counted
     some = {
         "llama.expert_count": (8, GGUFValueType.UINT32),
         "llama.expert_used_count": ([2, 2, 2], GGUFValueType.ARRAY),
     }
-    assert weights_bytes(tiny(TinySpec("llama", 3, 4, 2, 64), some)) == weights_bytes(untied)
+    experts = ModelFile(tiny(TinySpec("llama", 3, 4, 2, 64), some))
+    assert weights_bytes(experts) == weights_bytes(ModelFile(untied))
 
 
 # -- refused
@@ -482,7 +486,7 @@ def test_weights_that_a_token_reads(tiny) -> None:
         (("MODEL", "--types", "f16,q9"), "'q9' is not one of"),
         (("MODEL", "--types", "f16", "-ctk", "q8_0"), "--types and -ctk, -ctv exclude"),
         (("MODEL", "--shape", "30m"), "expected one of MODEL, --shape"),
-        (("--shape", "llama-9"), "no shape is called 'llama-9'; there are 30m, llama-3.2-1b"),
+        (("--shape", "llama-9"), "'llama-9' is not a known shape; expected 30m, llama-3.2-1b"),
         (("MODEL", "--seed", "3"), "belong to --shape"),
         (("MODEL", "-o", "no/where/x.json"), "the folder no/where does not exist"),
         (("MODEL", "--plot", "x.bmp"), "x.bmp is not the name of a picture"),

@@ -192,7 +192,7 @@ def test_process_serves_contexts_and_says_what_is_wrong(tiny) -> None:
 
 @pytest.mark.parametrize(
     ("how", "why"),
-    [(signal.SIGKILL, "is there enough memory"), (signal.SIGABRT, "what it said last")],
+    [(signal.SIGKILL, "is there enough memory"), (signal.SIGABRT, "see its last message above")],
 )
 def test_a_worker_that_ends_is_told_from_one_that_answers(tiny, how: int, why: str) -> None:
     worker = Worker(ModelSetup(str(tiny(SPEC, KV))))

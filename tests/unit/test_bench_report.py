@@ -117,9 +117,7 @@ def test_steps_in_a_row_are_told() -> None:
     report = make_report()
     assert "of which the median does" not in format_report(report, "md")
     report.records[0]["steps"] = 4
-    assert "less than 50 ms, a turn is one that does not count and 4 more" in format_report(
-        report, "md"
-    )
+    assert "less than 50 ms, a turn is one warm-up step and 4 more" in format_report(report, "md")
 
 
 # -- formats
@@ -197,7 +195,9 @@ def test_report_of_another_version_is_refused(tmp_path) -> None:
     report.head["version"] = 2
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"format": "razor-local bench"} | vars(report)))
-    with pytest.raises(RazorError, match="is a report of version 2, this razor-local reads 1"):
+    with pytest.raises(
+        RazorError, match="is a report of version 2, but this razor-local reads version 1"
+    ):
         load_report(path)
 
 

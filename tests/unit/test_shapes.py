@@ -90,7 +90,7 @@ def test_cached_file_is_not_written_again(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gpt-5", {}, "no shape is called 'gpt-5'; there are 30m, llama-3.2-1b"),
+        ("gpt-5", {}, "'gpt-5' is not a known shape; expected 30m, llama-3.2-1b"),
         (
             "30m",
             {"quant": "q9_9"},
