@@ -14,7 +14,6 @@ from pathlib import Path
 
 from .errors import ProfileError
 from .gguf.header import ARRAY, F32, I32, U16, U32, Header
-from .gguf.split import read_parts
 
 MAX_LAYERS = 512  # llama.cpp's own limit
 MAX_HEADS = 4096  # per layer
@@ -73,14 +72,6 @@ def describe_heads(heads: tuple[int, ...], kind: str = "KV") -> str:
     low, high = min(heads, default=0), max(heads, default=0)
     count = str(low) if low == high else f"{low} to {high}"
     return f"{len(heads)} layers x {count} {kind} heads"
-
-
-def shape_from_header(header: Header) -> ModelShape:
-    """ModelShape of a header that was read already. Raises GGUFError, ProfileError or OSError.
-
-    The other files of a split model are read for it.
-    """
-    return shape_from_parts(read_parts(header))
 
 
 def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:

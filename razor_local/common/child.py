@@ -6,10 +6,10 @@ import sys
 
 
 def python_command(code: str, *args: str) -> list[str]:
-    """The command that runs code, with args in sys.argv[1:].
+    """Return the command that runs code with args in sys.argv[1:].
 
-    `python -m` and `python -c` look for modules in the current folder first: a json.py there would
-    be run instead of the library's.
+    The current folder is taken off sys.path. Otherwise a json.py there would be imported instead
+    of the standard library's.
     """
     return [
         sys.executable,

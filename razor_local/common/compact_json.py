@@ -8,7 +8,7 @@ from typing import Any
 
 
 def compact_json(report: Mapping[str, Any]) -> str:
-    """Return the report with a field per line, an element per line where the field is a list."""
+    """Return the report with one field per line, and one element per line in a list."""
     return "{\n" + ",\n".join(f"{_line(k)}:{_lines(v)}" for k, v in report.items()) + "\n}\n"
 
 

@@ -17,10 +17,15 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def make_figure(path: str | os.PathLike[str], size: tuple[float, float], instead: str) -> Figure:
-    """An empty figure of size inches, to be saved as path.
+    """Return an empty figure to be saved as path.
 
-    Raises UnsupportedError where path does not end in .png, .svg or .pdf, or matplotlib is missing;
-    instead says then what to do without it.
+    Args:
+        path: the name of the picture, which ends in .png, .svg or .pdf.
+        size: width and height in inches.
+        instead: what to do without matplotlib, for the message.
+
+    Raises:
+        UnsupportedError: path ends otherwise, or matplotlib is missing.
     """
     if Path(path).suffix.lower() not in PICTURES:
         raise UnsupportedError(
@@ -37,11 +42,11 @@ def make_figure(path: str | os.PathLike[str], size: tuple[float, float], instead
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes the picture; a file of that name is replaced when it is complete.
+    """Write the picture, and replace a file of that name once it is complete.
 
-    Raises RazorError where path cannot be written to, OSError.
+    Raises RazorError if path cannot be written, OSError.
     """
-    picture = io.BytesIO()  # what draws into a file hides why it cannot be written
+    picture = io.BytesIO()  # matplotlib would hide why a file cannot be written
     figure.savefig(picture, format=Path(path).suffix[1:].lower())
     with new_file(path) as file:
         file.write(picture.getbuffer())

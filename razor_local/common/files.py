@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 
 from ..errors import RazorError
 
-# Wraps the writing of files that are not complete yet, given their paths as they are then. The
-# command line, which handles signals, sets it to remove them when it is terminated.
+# A context manager around the writing of incomplete files, called with their temporary paths. The
+# command line sets it to remove the files when a signal ends the process.
 guard: Callable[[list[Path]], AbstractContextManager[Any]] = nullcontext
 
 
 def cache_folder() -> Path:
-    """razor_local's folder in the user's cache, the one that the build uses."""
+    """Return razor_local's folder in the user's cache, which the build uses too."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local"
     elif sys.platform == "darwin":
@@ -34,22 +34,24 @@ def cache_folder() -> Path:
 def new_file(
     path: str | os.PathLike[str], n_bytes: int = 0, replace: bool = True, private: bool = False
 ) -> Iterator[BinaryIO]:
-    """Yield a binary file to write; it becomes path when the block ends well.
-
-    When the block raises, nothing is left. Raises RazorError where path cannot be written to or the
-    disk is too small, OSError; without replace, FileExistsError where path exists by then.
+    """Yield a binary file that becomes path when the block ends, or is removed if the block raises.
 
     Args:
         path: the name of the complete file
-        n_bytes: how many are going to be written, as far as known
+        n_bytes: number of bytes to write, as far as known
         replace: whether to replace a file of that name
-        private: whether its owner alone may read it, whatever the umask
+        private: whether only its owner may read it, whatever the umask
+
+    Raises:
+        RazorError: path cannot be written, or the disk has too little room.
+        FileExistsError: replace is False and path exists at the end.
+        OSError: writing failed.
     """
     path = Path(path)
     check_new_file(path, n_bytes=n_bytes)
     fd, part = create_part(path, 0o600 if private else 0o666)
     try:
-        if private and hasattr(os, "fchmod"):  # a umask may take even more away
+        if private and hasattr(os, "fchmod"):  # the umask may have removed even these bits
             os.fchmod(fd, 0o600)
         with open(fd, "wb") as file, guard([part]):
             yield file
@@ -60,14 +62,14 @@ def new_file(
         with suppress(OSError):
             os.unlink(part)
         if isinstance(error, OSError) and not error.filename:
-            error.filename = str(path)  # a full disk does not say which
+            error.filename = str(path)  # the error of a full disk has no name
         raise
 
 
 def create_part(path: Path, mode: int = 0o666) -> tuple[int, Path]:
-    """Create a hidden file beside path, to be renamed to it; its descriptor and name.
+    """Create a hidden file beside path, to be renamed to it. Return its descriptor and name.
 
-    The umask is taken from its mode, as that of any new file. Raises OSError.
+    The umask applies to its mode, as for any new file. Raises OSError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
@@ -82,13 +84,16 @@ def create_part(path: Path, mode: int = 0o666) -> tuple[int, Path]:
 
 
 def publish(part: Path, path: Path, replace: bool) -> None:
-    """Rename part to path. Without replace raise FileExistsError where path exists, even if another
-    process made it just now."""
+    """Rename part to path.
+
+    Raises FileExistsError if replace is False and path exists, even if another process has just
+    created it.
+    """
     if replace:
         os.replace(part, path)
         return
     try:
-        os.link(part, path)  # unlike a rename it fails where the name is taken
+        os.link(part, path)  # unlike a rename this fails if the name is taken
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
     except (OSError, AttributeError, NotImplementedError):  # a file system without hard links
@@ -102,21 +107,21 @@ def publish(part: Path, path: Path, replace: bool) -> None:
 def check_new_file(
     path: str | os.PathLike[str], error: type[RazorError] = RazorError, n_bytes: int = 0
 ) -> None:
-    """Raise error where no file of that name and size can be made; for before a long computation.
+    """Raise error if a file of that name and size cannot be created.
 
-    Raises OSError for a name that the system refuses.
+    Call this before a long computation. Raises OSError for a name that the system refuses.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise error(f"the folder {path.parent} does not exist; make it first")
     with suppress(FileNotFoundError):
-        os.stat(path)  # a name that is too long, for example
+        os.stat(path)  # raises for a name that is too long, for example
     if path.is_dir():
         raise error(f"{path} is a folder, expected the name of a file")
-    if path.exists() and not path.is_file():  # a device or a pipe: it would be replaced by the file
+    if path.exists() and not path.is_file():  # a rename would replace a device or a pipe
         raise error(f"{path} is not a regular file; choose another name")
     try:
-        # permissions are not enough: root has them in /proc and on read-only disks
+        # Checking permissions is not enough: root has them in /proc and on read-only disks.
         fd, part = create_part(path)
     except OSError as reason:
         raise error(
@@ -130,7 +135,7 @@ def check_new_file(
 def check_room(
     path: str | os.PathLike[str], n_bytes: int, error: type[RazorError] = RazorError
 ) -> None:
-    """Raise error where the disk of a new file has less than n_bytes free."""
+    """Raise error if the disk of a new file has less than n_bytes free."""
     path = Path(path)
     free = shutil.disk_usage(path.parent).free
     if free < n_bytes:
@@ -144,9 +149,9 @@ def check_outputs(
     outputs: Iterable[str | os.PathLike[str] | None],
     inputs: Iterable[str | os.PathLike[str] | None],
 ) -> None:
-    """The same for all outputs of a run that reads inputs; None: not given.
+    """Check all outputs of a run with check_new_file(). None means that a file was not given.
 
-    Raises RazorError also where an output is one of the inputs, or the same file as another output.
+    Raises RazorError also if an output is the same file as an input or another output.
     """
     taken = [(Path(path), "is read by this command") for path in inputs if path is not None]
     for path in outputs:
@@ -167,9 +172,9 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def data_folder() -> Path:
-    """razor_local's folder for what a user keeps, such as conversations.
+    """Return razor_local's folder for the user's data, such as conversations.
 
-    Raises RazorError where the user has no home folder.
+    Raises RazorError if the user has no home folder.
     """
     try:
         if sys.platform == "win32":
@@ -179,13 +184,13 @@ def data_folder() -> Path:
         else:
             base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share"
     except RuntimeError:
-        raise RazorError("there is no home folder to keep data in; set XDG_DATA_HOME") from None
+        raise RazorError("there is no home folder to store data in; set XDG_DATA_HOME") from None
     return Path(base) / "razor_local"
 
 
 def make_private_folder(path: Path) -> None:
-    """Make a folder that its owner alone may use, unless it exists. Raises OSError."""
+    """Create a folder that only its owner may use, unless it exists. Raises OSError."""
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
-        path.chmod(0o700)  # a umask may have taken even more away
+        path.chmod(0o700)  # the umask may have removed even these bits

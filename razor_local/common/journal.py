@@ -17,29 +17,31 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# what Python raises of data with other fields or types than expected
+# the exceptions of Python for data with unexpected fields or types
 WRONG = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError)
 
 Check = Callable[[dict[str, Any], list[dict[str, Any]]], object]
 
 
 class Journal:
-    """Finished records of a run, in a file of JSON lines if path is not None.
+    """The finished records of a run, kept in a file of JSON lines unless path is None.
 
-    The first line is the head. A last line that was cut off, by a killed process, is forgotten.
-    Where the system has locks, one journal at a time may use the file, until it is closed, as it is
-    at the end of a with block. self.head is None while the run has not begun.
+    The first line is the head. An incomplete last line, left by a killed process, is dropped. Where
+    the system has locks, only one journal may use the file until it is closed, for example by a
+    with block. self.head is None until the run begins.
 
     Args:
         path: the file
-        head: what the run is, for identity
-        what: the kind of run, for errors
+        head: the head of this run, for identity
+        what: the kind of run, for messages
         identity: maps a head to the fields that must match before a run may be resumed. Accepts any
             dict: files are untrusted.
-        check: given the head and the records of a file, raises any of WRONG where they are not what
-            such a run writes, for example because they cannot be formatted
+        check: takes the head and the records of a file, and raises one of WRONG if such a run does
+            not write them, for example because they cannot be formatted
 
-    Raises RazorError for a file of another run, one with wrong fields and one in use, OSError.
+    Raises:
+        RazorError: the file is of another run, has wrong fields, or is in use.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(
@@ -74,13 +76,13 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Lets others use the file; what was added is on disk already."""
+        """Close the file, so that others may use it. All records are on disk already."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _open(self, path: Path) -> None:
-        # unbuffered: closing would write once more what had no room
+        # Do not buffer: after a full disk, closing would try to write the rest again.
         self._file = open(path, "ab", buffering=0)
         if fcntl is None:
             return
@@ -114,28 +116,29 @@ class Journal:
         for name, here in identity(head).items():
             if json.loads(json.dumps(here)) != there[name]:
                 raise RazorError(
-                    f"{path} is of a run with another {name}; resume it with the same command, code"
-                    " and machine, or choose a new file"
+                    f"{path} is from a run with another {name}; resume it with the same command,"
+                    " code and machine, or choose a new file"
                 )
         try:
             if check is not None:
                 check(found, records)
         except WRONG as error:
             raise RazorError(
-                f"{path} does not hold what {what} writes, a field is missing or has a wrong value"
+                f"{path} is not a valid journal of {what}: a field is missing or has a wrong value"
                 f" ({type(error).__name__}: {' '.join(str(error).split())[:80]}); choose a new file"
             ) from None
         self.head, self.records = found, records
         os.truncate(path, len(whole))
 
     def begin(self, head: dict[str, Any]) -> None:
+        """Write the head of a new run."""
         self.head = head
         if self.path is None:
             return
         self._open(self.path)
-        if self.path.stat().st_size:  # it was not there before
+        if self.path.stat().st_size:  # the file did not exist when this run started
             self.close()
-            raise RazorError(f"{self.path} was made by another run just now; choose a new file")
+            raise RazorError(f"{self.path} was just created by another run; choose a new file")
         try:
             self._write({"kind": "head"} | head)
         except BaseException:
@@ -145,9 +148,11 @@ class Journal:
             raise
 
     def has(self, key: dict[str, Any]) -> bool:
+        """Return True if a record has all fields of key."""
         return any(all(r.get(k) == v for k, v in key.items()) for r in self.records)
 
     def add(self, record: dict[str, Any]) -> None:
+        """Add a finished record and write it to disk."""
         self.records.append(record)
         if self.path is not None:
             self._write(record)
@@ -160,5 +165,5 @@ class Journal:
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            error.filename = str(self.path)  # a full disk does not say which
+            error.filename = str(self.path)  # the error of a full disk has no name
             raise

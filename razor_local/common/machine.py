@@ -15,7 +15,7 @@ import psutil
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU, cores this process may use, memory in bytes, system, load average."""
+    """Describe the CPU, the cores of this process, the memory in bytes, the system and its load."""
     return {
         "cpu": _cpu_name(),
         "cores": n_cores(),
@@ -27,19 +27,19 @@ def describe_machine() -> dict[str, Any]:
 
 
 def n_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
+    """Return the bytes that can be allocated without swapping."""
     return psutil.virtual_memory().available
 
 
 def describe_code() -> dict[str, Any]:
-    """Version, and the commit of the checkout this code runs from; "-dirty" if it was changed."""
+    """Return the installed version and the commit of the checkout, with "-dirty" if modified."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -52,7 +52,7 @@ def describe_code() -> dict[str, Any]:
 def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None  # an installed package, even if it lies in someone else's repository
+        return None  # an installed package, even inside another repository
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty"]
     command += ["--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):
@@ -75,7 +75,7 @@ def _cpu_name() -> str:
 
 
 def nvidia_gpus() -> dict[int, Any]:
-    """Return NVML's handles of NVIDIA's GPUs by index, none where it has no library or driver."""
+    """Return NVML's handles of NVIDIA GPUs by index, {} without its library or driver."""
     import pynvml
 
     found = {}
@@ -88,8 +88,10 @@ def nvidia_gpus() -> dict[int, Any]:
 
 
 def describe_gpus() -> list[dict[str, Any]]:
-    """Describe NVIDIA's GPUs: name, memory in bytes, version of the driver, the latest CUDA that it
-    can run; None for what the driver does not report."""
+    """Describe the NVIDIA GPUs: name, memory in bytes, driver version, newest supported CUDA.
+
+    Fields that the driver does not report are None.
+    """
     import pynvml
 
     def ask(function: Callable[..., Any], *args: Any) -> Any:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from ..errors import Stopped
 
 # progress(done, total, label) is called often while an operation runs, in the thread that runs it.
-#   done, total: work in any unit that is about proportional to time, such as tokens or bytes;
-#     where total changes, or done becomes less, another part of the work has begun
-#   label: what is going on, a few words in lower case
-# Its result is ignored. What it raises ends the operation, which raises it.
+#   done, total: work in any unit that is about proportional to time, such as tokens or bytes.
+#     If total changes or done decreases, another part of the work has begun.
+#   label: the current work, a few words in lower case
+# Its result is ignored. An exception ends the operation, which raises it.
 Progress = Callable[[float, float, str], object]
 
-# stop() is asked often, from inside of computations too. Once it is true the operation ends at the
-# next safe point and raises Stopped, unless it says what it returns then. What was saved is kept.
+# stop() is called often, also during a computation. Once it returns True, the operation ends at the
+# next safe point and raises Stopped unless documented otherwise. Saved results are kept.
 Stop = Callable[[], bool]
 
 
@@ -29,7 +29,7 @@ def check_stop(stop: Stop | None) -> None:
 
 
 class Clock:
-    """Add up what is done of a run of many steps, and report it.
+    """Report the progress of a run of many steps.
 
     Args:
         total: the cost of the whole run, in any unit that is about proportional to time.
@@ -39,7 +39,7 @@ class Clock:
         self._progress, self._total, self._done = progress or silent, total, 0.0
 
     def show(self, label: str) -> None:
-        """Report what is going on."""
+        """Report the current work."""
         self._progress(self._done, self._total, label)
 
     def done(self, cost: float) -> None:

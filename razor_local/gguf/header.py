@@ -1,9 +1,8 @@
-"""A bounded reader of GGUF headers: metadata and tensor table, never the tensors' data.
+"""Read GGUF headers within bounds: metadata and tensor table, never the tensors' data.
 
-Every file passes through it before any library sees it, because the readers of those libraries
-hang or crash on crafted files. Each count is checked against the bytes that are left in the file
-before it is used, arrays are skipped and read only on request, and every refusal is one GGUFError
-sentence.
+Every file is read here before any library opens it, because the readers of those libraries hang or
+crash on crafted files. Each count is checked against the bytes left in the file before it is used,
+arrays are skipped and read only on request, and every refusal is one GGUFError sentence.
 
 Layout of the format (versions 2 and 3, little-endian):
     magic "GGUF" | u32 version | u64 n_tensors | u64 n_kv
@@ -31,7 +30,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
-# Caps: each an order of magnitude above the largest real model, so that a crafted file costs
+# Each cap is an order of magnitude above the largest real model, so that a crafted file costs
 # little time and memory. llama.cpp itself refuses names of 64 bytes and arrays of arrays.
 MAX_KEYS = 100_000
 MAX_TENSORS = 100_000
@@ -39,11 +38,11 @@ MAX_KEY_BYTES = 65_535
 MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 MAX_STRING_BYTES = 64 << 20
-MAX_STRINGS = 2_000_000  # elements of all string arrays together; each costs a step in Python
-MAX_TEXT_BYTES = 64 << 20  # key names and kept values together: up to four bytes of memory each
+MAX_STRINGS = 2_000_000  # elements of all string arrays together; each takes a step in Python
+MAX_TEXT_BYTES = 64 << 20  # of key names and kept values; each byte takes up to four in memory
 MAX_METADATA_BYTES = 512 << 20
 MAX_ALIGNMENT = 1 << 20
-MAX_HYPER_PARAMETERS = 100_000  # numbers; each costs a step in Python
+MAX_HYPER_PARAMETERS = 100_000  # numbers; each takes a step in Python
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 TYPE_NAMES = (
@@ -70,7 +69,7 @@ TENSOR_TYPES = {
 
 
 def type_name(kind: int, element: int | None = None) -> str:
-    """Readable name of a metadata type, for example "u32" or "u8[]" (an array of u8)."""
+    """Return the name of a metadata type, for example "u32" or "u8[]" (an array of u8)."""
     if kind == ARRAY and element is not None:
         return f"{TYPE_NAMES[element]}[]"
     return TYPE_NAMES[kind]
@@ -78,13 +77,14 @@ def type_name(kind: int, element: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One metadata key: where its bytes lie in the file, and its value if it is small.
+    """One metadata key: the position of its bytes in the file, and its value if it is small.
 
-    kind, element: type ids above; element is None unless kind is ARRAY.
-    count: elements of an array, 1 otherwise.
-    start, end: bytes of the whole pair (key, type, value) in the file.
-    data: first byte of the value itself (of the first element of an array).
-    value: int, float, or str of at most 64 KiB; None for arrays and longer strings.
+    Attributes:
+        kind, element: type ids above; element is None unless kind is ARRAY.
+        count: elements of an array, 1 otherwise.
+        start, end: bytes of the whole pair (key, type, value) in the file.
+        data: first byte of the value itself (of the first element of an array).
+        value: int, float, or str of at most 64 KiB; None for arrays and longer strings.
     """
 
     key: str
@@ -116,8 +116,11 @@ class Tensor:
 class Header:
     """A checked header. All offsets are bytes from the start of the file.
 
-    metadata: [start, end) of the key/value section; tensor_table: [start, end) of the table.
-    data_start: first byte of the data section; data_end: after the last tensor, not padded.
+    Attributes:
+        metadata: [start, end) of the key/value section.
+        tensor_table: [start, end) of the tensor table.
+        data_start: first byte of the data section.
+        data_end: end of the last tensor, without padding.
     """
 
     path: Path
@@ -132,26 +135,26 @@ class Header:
     file_size: int
 
     def number(self, key: str, kinds: tuple[int, ...]) -> int | float | None:
-        """Value of a number key whose type must be one of kinds; None where the key is missing."""
+        """Return a number whose type must be one of kinds, None if the key is missing."""
         entry = self._checked(key, kinds)
         return None if entry is None else entry.value  # type: ignore[return-value]
 
     def string(self, key: str, max_bytes: int = 65_536) -> str | None:
-        """Value of a string key; None where it is missing. GGUFError beyond max_bytes."""
+        """Return a string, None if the key is missing. Raises GGUFError beyond max_bytes."""
         entry = self._checked(key, (STRING,))
         if entry is None:
             return None
         if entry.value is None or entry.end - entry.data > max_bytes:
             raise GGUFError(
                 f"{self.path}: key '{key}' holds {entry.end - entry.data} bytes of text,"
-                f" more than the {max_bytes} that make sense there"
+                f" expected at most {max_bytes}"
             )
         return str(entry.value)
 
     def array(self, key: str, element: int, max_count: int) -> np.ndarray | None:
-        """Array key as a new numpy array [count]; None where it is missing.
+        """Read an array as a new numpy array [count]; return None if the key is missing.
 
-        Raises GGUFError on another type, another element type or more than max_count elements.
+        Raises GGUFError for another type or element type, or more than max_count elements.
         """
         entry = self.entries.get(key)
         if entry is None:
@@ -183,11 +186,10 @@ class Header:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads and checks the header of a GGUF file.
+    """Read and check the header of a GGUF file.
 
-    Takes well under a second for a vocabulary of 150,000 tokens. Memory is bounded by the number
-    of keys and tensors. Raises GGUFError (one sentence) on anything malformed, OSError where the
-    file cannot be read.
+    A vocabulary of 150,000 tokens takes well under a second. Memory is bounded by the number of
+    keys and tensors. Raises GGUFError for anything malformed, OSError if the file cannot be read.
     """
     path = Path(path)
     with open_input(path, "a GGUF file", GGUFError) as file:
@@ -219,7 +221,7 @@ class _Reader:
         return self.base + self.at
 
     def need(self, n: int, what: str) -> None:
-        """Refuses what the rest of the file cannot hold, before anything is read or allocated."""
+        """Raise GGUFError if fewer than n bytes are left, before anything is read or allocated."""
         if n > self.size - self.pos:
             raise self.fail(
                 f"the file ends inside {what} (needs {n} bytes at offset {self.pos},"
@@ -231,7 +233,7 @@ class _Reader:
             )
 
     def fill(self, n: int, what: str) -> None:
-        """Makes n bytes available at the cursor (n is small: a scalar, a key, a kept string)."""
+        """Buffer n bytes at the cursor (n is small: a scalar, a key, a kept string)."""
         if self.at + n <= len(self.buffer):
             return
         self.need(n, what)
@@ -249,7 +251,7 @@ class _Reader:
         return raw
 
     def text(self, n: int, what: str) -> bytes:
-        """Bytes that are kept as long as the header is."""
+        """Take bytes that are kept as long as the header."""
         self.text_left -= n
         if self.text_left < 0:
             raise self.fail(f"{what}: its keys hold more than {MAX_TEXT_BYTES >> 20} MiB of text")
@@ -290,7 +292,7 @@ class _Reader:
         version = self.u32("the version")
         if version not in VERSIONS:
             if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
-                raise self.fail("a big-endian GGUF; only little-endian files can be run here")
+                raise self.fail("a big-endian GGUF, but only little-endian files are supported")
             raise self.fail(
                 f"GGUF version {version}, expected 2 or 3; convert the model again"
                 " with a current converter"
@@ -345,7 +347,9 @@ class _Reader:
         if kind == ARRAY:
             element = self.kind(key)
             if element == ARRAY:
-                raise self.fail(f"key '{key[:80]}' is an array of arrays, llama.cpp refuses those")
+                raise self.fail(
+                    f"key '{key[:80]}' is an array of arrays, which llama.cpp does not support"
+                )
             count = self.u64(what)
             data = self.pos
             if element == STRING:
@@ -358,7 +362,7 @@ class _Reader:
                 raise self.fail(f"{what} is {length} bytes long, more than {MAX_STRING_BYTES}")
             data = self.pos
             if length <= 65_536:
-                # free text may hold any bytes, a name of a key or an architecture may not
+                # Unlike names of keys, free text may hold any bytes.
                 value = self.text(length, what).decode("utf-8", errors="replace")
             else:
                 self.skip(length, what)
@@ -378,7 +382,7 @@ class _Reader:
         self.need(count * 8, what)
         self.strings_left -= count
         if self.strings_left < 0:
-            raise self.fail(f"{what}: more than {MAX_STRINGS} strings, no real vocabulary has them")
+            raise self.fail(f"{what}: more than {MAX_STRINGS} strings, the limit of a vocabulary")
         buffer, at = self.buffer, self.at  # local: half a million steps in a large vocabulary
         end, number = len(buffer), int.from_bytes
         for _ in range(count):
@@ -419,7 +423,7 @@ class _Reader:
     def place(
         self, rows: list[tuple[str, tuple[int, ...], int, int]], alignment: int, data_start: int
     ) -> tuple[tuple[Tensor, ...], int]:
-        """Checks that the tensors lie one after the other inside the file, as llama.cpp demands."""
+        """Check that the tensors follow one another inside the file, as llama.cpp requires."""
         if rows and data_start > self.size:
             raise self.fail("the file ends before its tensors; its download was cut")
         tensors, names, offset, data_end = [], set(), 0, data_start
@@ -453,7 +457,7 @@ class _Reader:
         return tuple(tensors), data_end
 
     def check_hyper_parameters(self, entries: dict[str, Entry]) -> None:
-        """Refuse numbers with which llama.cpp would end the process, or compute nonsense."""
+        """Raise GGUFError for numbers that would make llama.cpp crash or compute nonsense."""
         arch = entries.get("general.architecture")
         if arch is None or not isinstance(arch.value, str):
             return

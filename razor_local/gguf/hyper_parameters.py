@@ -17,7 +17,7 @@ MAX_N_CTX = 2**31 - 1  # the bindings take it for an int
 MAX_VOCAB = 2_000_000  # llama.cpp allocates this many tokens for a model without a vocabulary
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
-# by key, without the architecture: what is expected, in words and as a check
+# by key without the architecture: the expected values in words, and a check
 _POSITIVE = ("above 0", lambda value: value > 0)
 _NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
 _DIVISOR = ("1 or more", lambda value: value >= 1)
@@ -43,7 +43,7 @@ _RANGES = {
 }
 _EPSILON = ("0 to 1", lambda value: 0 <= value <= 1)
 
-# of these architectures alone: others do not divide by the key, and know 0
+# for these architectures only: others do not divide by the key and allow 0
 _RANGES_OF_ARCHS = {
     "ssm.group_count": (
         ("mamba2", "nemotron_h", "nemotron_h_moe", "granitehybrid", "falcon-h1", "qwen3next",
@@ -57,7 +57,7 @@ _RANGES_OF_ARCHS = {
     ),
 }  # fmt: skip
 
-# architectures whose positions always have sections; others where the first two are above 0
+# architectures whose positions always have sections; others have them if the first two are above 0
 _MROPE_ARCHS = (
     "qwen2vl",
     "paddleocr",
@@ -74,7 +74,7 @@ def find_fault(arch: str, values: Mapping[str, Any]) -> str | None:
     """Return what is wrong with hyper-parameters, as "KEY is X, expected Y"; None if nothing.
 
     Args:
-        arch: the architecture, with which the names of their keys begin
+        arch: the architecture, the prefix of the keys
         values: by key, without the architecture: a number, a text, or a list of numbers
     """
     for key, value in values.items():
@@ -97,7 +97,7 @@ def check_overrides(overrides: Mapping[str, Any] | None) -> None:
 
 
 def _expected(arch: str, key: str, value: Any) -> str | None:
-    """Return what one value should be, None where it is that."""
+    """Return the expected range of one value, None if the value is valid."""
     if key == "rope.scaling.type":
         known = value in ROPE_SCALING_TYPES
         return None if known else f"one of {', '.join(ROPE_SCALING_TYPES)}"
@@ -118,7 +118,7 @@ def _expected(arch: str, key: str, value: Any) -> str | None:
 
 
 def _whole(values: Mapping[str, Any], key: str, default: int = 0) -> int:
-    """Return a whole number, the largest of a list; default where there is none."""
+    """Return an integer value, or the largest of a list, or default if there is neither."""
     value = values.get(key, default)
     if isinstance(value, list):
         value = max(value, default=default)
@@ -129,7 +129,7 @@ def _experts(arch: str, values: Mapping[str, Any]) -> str | None:
     n, used = _whole(values, "expert_count"), _whole(values, "expert_used_count")
     groups, groups_used = (_whole(values, f"expert_group_{key}") for key in ("count", "used_count"))
     if arch in ("hunyuan_vl", "hunyuan-dense") and n <= 1:
-        return None  # they have no experts, whatever the keys say
+        return None  # models without experts, whatever the keys say
     if not 0 <= n <= MAX_EXPERTS:
         return f"expert_count is {n}, expected 0 to {MAX_EXPERTS}"
     low = min(n, 1)
@@ -163,7 +163,7 @@ def _rotation(arch: str, values: Mapping[str, Any]) -> str | None:
     if not isinstance(sections, list):
         return None
     if arch not in _MROPE_ARCHS and not all(n > 0 for n in sections[:2]):
-        return None  # llama.cpp leaves the sections out
+        return None  # llama.cpp ignores the sections
     if min(sections) < 0 or not any(sections[:3]) or sum(sections) > size:
         return (
             f"{key} is {sections}, expected numbers of 0 or more, not all of the first 3 being 0,"

@@ -1,4 +1,4 @@
-"""Models that llama-gguf-split has split into several files.
+"""Find and read the files of models that llama-gguf-split has split.
 
 NAME-00001-of-00003.gguf holds the metadata and usually tensors. The other files hold only tensors
 and the keys split.no (u16, from 0) and split.count (u16). llama.cpp opens the first file and finds
@@ -20,9 +20,9 @@ MAX_PARTS = 1024  # llama.cpp's names allow 99999; the largest models have a few
 
 
 def part_paths(first: Path, n: int) -> tuple[Path, ...]:
-    """Paths of the n files of a split model, by the name of the first of them.
+    """Return the paths of the n files of a split model, from the name of the first.
 
-    A name without -00001-of-0000N gets it. n = 1: the path itself.
+    A name without -00001-of-0000N gets one. With n = 1 the only path is first.
     """
     if n == 1:
         return (first,)
@@ -33,10 +33,10 @@ def part_paths(first: Path, n: int) -> tuple[Path, ...]:
 
 
 def read_parts(header: Header) -> tuple[Header, ...]:
-    """The headers of all files of a model, given that of the first; of any other model, its own.
+    """Return the headers of all files of a model, from the header of its first or only file.
 
-    Raises GGUFError where header is not of the first file, a file is missing or does not belong to
-    the others; OSError.
+    Raises GGUFError if header is not that of the first file, or if a file is missing or does not
+    belong to the others; OSError.
     """
 
     def bad(text: str) -> GGUFError:
@@ -56,16 +56,16 @@ def read_parts(header: Header) -> tuple[Header, ...]:
         raise bad(f"has {KEY_COUNT} but no {KEY_NO}; split the model again")
     if not name.endswith(f"-00001-of-{n:05}.gguf"):
         raise bad(
-            f"is the first of {n} files of a split model, whose names must end in"
-            f" -00001-of-{n:05}.gguf and so on; give them their names back"
+            f"is the first of {n} files of a split model, so its name must end in"
+            f" -00001-of-{n:05}.gguf; rename the files"
         )
     paths = part_paths(header.path, n)
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise bad(
-            f"is the first of {n} files of a split model, missing beside it:"
-            f" {', '.join(missing[:5])}{more}; download them too"
+            f"is the first of {n} files of a split model, but {', '.join(missing[:5])}{more}"
+            f" {'is' if len(missing) == 1 else 'are'} missing beside it; download all files"
         )
     parts, n_tensors, names = [header], len(header.tensors), {t.name for t in header.tensors}
     for i, path in enumerate(paths[1:], 1):
@@ -73,8 +73,8 @@ def read_parts(header: Header) -> tuple[Header, ...]:
         found = (part.number(KEY_NO, (U16,)), part.number(KEY_COUNT, (U16,)))
         if found != (i, n):
             raise GGUFError(
-                f"{path}: should be file {i + 1} of {n} of a split model, its keys {KEY_NO} and"
-                f" {KEY_COUNT} say {found[0]} and {found[1]}; it is of another model"
+                f"{path}: expected file {i + 1} of {n} of a split model, but its keys {KEY_NO} and"
+                f" {KEY_COUNT} are {found[0]} and {found[1]}; it belongs to another model"
             )
         parts.append(part)
         n_tensors += len(part.tensors)
@@ -82,11 +82,11 @@ def read_parts(header: Header) -> tuple[Header, ...]:
         if n_tensors > MAX_TENSORS:
             raise bad(f"its files hold more than {MAX_TENSORS} tensors")
     if len(names) != n_tensors:
-        raise bad("two of its files hold a tensor of the same name; they are of different models")
+        raise bad("two of its files hold the same tensor; they belong to different models")
     claimed = header.number(KEY_TENSORS, (I32, U16))
     if claimed is not None and claimed != n_tensors:
         raise bad(
-            f"its {n} files hold {n_tensors} tensors, {KEY_TENSORS} says {claimed}; they are of"
-            " different models"
+            f"its {n} files hold {n_tensors} tensors, but {KEY_TENSORS} is {claimed}; they belong"
+            " to different models"
         )
     return tuple(parts)

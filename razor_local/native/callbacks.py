@@ -1,8 +1,8 @@
-"""Python functions that native code calls: their exceptions are raised after the native call.
+"""Python functions that native code calls. Their exceptions are raised after the native call.
 
-ctypes prints an exception of a callback and continues. A signal that arrived during the computation
-is handled at the first bytecode of the next Python function, so a try block in a callback comes too
-late for KeyboardInterrupt. A generator is resumed inside its try block.
+ctypes only prints an exception of a callback and continues. A signal that arrived during the
+computation is handled at the first bytecode of the next Python function, so a try block in a
+callback starts too late for KeyboardInterrupt. A generator is resumed inside its try block.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Callback:
         result = None
         while True:
             try:
-                while True:  # inside the try: an exception can come between two calls, too
+                while True:  # inside the try: an exception can also come between two calls
                     argument = yield result
                     result = self._on_error if self.error else self._function(argument)
             except GeneratorExit:
@@ -51,12 +51,12 @@ class Callback:
 
 
 class Control:
-    """The callbacks of a model and its contexts, which end what it does if stop() is true.
+    """The callbacks of a model and its contexts, which end a computation when stop() is true.
 
-    Nothing may be raised into native code: what a callback raises ends it too, and is kept.
+    An exception must not reach native code. It is kept, and ends the computation too.
 
     Attributes:
-        progress: reports the loading of the model, too.
+        progress: called with the progress, including that of loading the model.
         load_callback, abort_callback: for the parameters of the model and of its contexts.
     """
 
@@ -80,7 +80,7 @@ class Control:
         return self._stopped
 
     def check(self) -> None:
-        """Raise what a callback has raised, Stopped if stop() is or was true."""
+        """Raise the exception of a callback, or Stopped if stop() is or was true."""
         for callback, _ in self._callbacks:
             callback.check()
         if self.stopped:
@@ -90,14 +90,15 @@ class Control:
         """Return the eval callback of a context.
 
         Args:
-            wanted: whether the data of a tensor (a pointer) are.
-            computed: takes a tensor that was wanted.
+            wanted: returns whether the data of a tensor (a pointer) are wanted.
+            computed: called with each wanted tensor after its computation.
         """
         asked: int | None = None
 
         def on_eval(pointer: int) -> bool:
-            # llama.cpp asks for one tensor after the other until one is wanted. It computes them,
-            # and the next call is that tensor's: the second argument would say so, but see Callback
+            # llama.cpp asks for one tensor after the other until one is wanted. It computes all of
+            # them, and the next call passes that tensor. (Callback drops the second argument,
+            # which distinguishes the two kinds of calls.)
             nonlocal asked
             if self.stopped:
                 return False
@@ -116,7 +117,7 @@ class Control:
     def _make(
         self, kind: Any, argument: Any, function: Callable[[Any], bool], on_error: bool
     ) -> Any:
-        """A native callback of a kind, which calls function with its first argument."""
+        """Return a native callback of a kind that calls function with its first argument."""
         callback = Callback(function, on_error)
         first = ctypes.CFUNCTYPE(c_bool, argument)(callback.call)
         self._callbacks.append((callback, first))

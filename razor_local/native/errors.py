@@ -1,8 +1,7 @@
 """Find the reason why a native call failed.
 
 If razor refuses something on a thread, the reason is that thread's last error. All other reasons
-are error lines of the log. clear() before a call forgets both, so that reason() after it is about
-this call.
+are error lines of the log. Call clear() before a native call and reason() after it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 from ..errors import RazorError
 from . import log
 
-# functions of the bindings that llama_razor_try_... take the place of: the result that means
-# failure, and what llama_razor_last_error() then completes (None: the caller asks for the reason)
+# functions of the bindings that llama_razor_try_... functions replace: the result that means
+# failure, and the message to complete with llama_razor_last_error() (None: the caller does that)
 _TRIED: dict[str, tuple[int | None, str | None]] = {
     "llama_model_load_from_file": (None, None),
     "llama_init_from_model": (None, None),
@@ -29,7 +28,7 @@ _TRIED: dict[str, tuple[int | None, str | None]] = {
 }
 TRIED_FUNCTIONS = {name: name.replace("llama_", "llama_razor_try_", 1) for name in _TRIED}
 
-# functions whose NULL the bindings pass on to code that does not check it, and its meaning
+# functions whose NULL result the bindings do not check, and what it means
 _GRAMMAR = "the grammar is malformed: a rule has bad syntax, is not defined or begins with itself"
 _NOT_NULL = {
     "llama_sampler_init_grammar": _GRAMMAR,
@@ -44,13 +43,13 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def clear(lib: ctypes.CDLL) -> None:
-    """Forget why earlier calls of this thread failed. This ends an override, too."""
+    """Forget why earlier calls of this thread failed. This also ends an override."""
     log.clear(lib)
     lib.llama_razor_set_override(None)  # resets the last error
 
 
 def last_error(lib: ctypes.CDLL) -> str:
-    """Return what razor refused in the last call of this thread, or ""."""
+    """Return why razor refused the last call of this thread, or ""."""
     return (lib.llama_razor_last_error() or b"").decode("utf-8", "replace")
 
 
@@ -69,7 +68,7 @@ def is_out_of_memory(lib: ctypes.CDLL) -> bool:
 
 
 def raise_in_bindings(bindings: Any, lib: ctypes.CDLL) -> None:
-    """Let functions of the bindings raise RazorError where they would end the process or crash."""
+    """Make functions of the bindings raise RazorError instead of ending the process."""
     for name, (failure, what) in _TRIED.items():
         function = getattr(lib, TRIED_FUNCTIONS[name])
         plain = getattr(bindings.llama_cpp, name)
@@ -87,7 +86,7 @@ def raise_in_bindings(bindings: Any, lib: ctypes.CDLL) -> None:
 
 
 def _raise_on(failure: int | None, what: str, why: Callable[[], str]) -> Callable[..., Any]:
-    """For errcheck: RazorError where the result is the one that means failure (None: NULL)."""
+    """Return an errcheck function that raises RazorError on failure (None means NULL)."""
 
     def check(result: Any, _function: Any, _arguments: Any) -> Any:
         if result == failure if failure is not None else not result:

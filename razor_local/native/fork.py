@@ -28,7 +28,7 @@ def refuse_after_fork() -> None:
     """Raise RazorError in a process that was forked after computed()."""
     if _is_forked:
         raise RazorError(
-            "this process was forked from one in which razor_local had computed, and has none of"
+            "this process was forked from one in which razor_local had computed, and does not have"
             " its threads; start processes with multiprocessing's 'spawn' instead of 'fork'"
         )
 

@@ -60,7 +60,13 @@ class Build:
 
 @dataclass(frozen=True)
 class Native:
-    """The loaded library. lib: the ctypes handle that llama_cpp uses, with our functions bound."""
+    """The loaded library.
+
+    Attributes:
+        path: the file of libllama.
+        build: its build information.
+        lib: the ctypes handle that llama_cpp uses, with the functions of llama-razor.h bound.
+    """
 
     path: Path
     build: Build
@@ -71,11 +77,11 @@ class Native:
         log.show(self.lib, shown)
 
     def clear_errors(self) -> None:
-        """Forget why earlier calls of this thread failed. Not inside override(), which ends so."""
+        """Forget why earlier calls of this thread failed. This ends override()."""
         errors.clear(self.lib)
 
     def last_error(self) -> str:
-        """Return what razor refused in the last call of this thread, or ""."""
+        """Return why razor refused the last call of this thread, or ""."""
         return errors.last_error(self.lib)
 
     def reason(self, otherwise: str = "llama.cpp gives no reason") -> str:
@@ -92,7 +98,7 @@ class Native:
 
     @contextlib.contextmanager
     def override(self, params: Params) -> Iterator[None]:
-        """Contexts that this thread creates inside the block follow params. Raises ValueError."""
+        """Apply params to the contexts that this thread creates in the block. Raises ValueError."""
         if not self.lib.llama_razor_set_override(ctypes.byref(params)):
             raise ValueError(self.last_error())
         try:
@@ -134,8 +140,8 @@ def make_params(profile: Profile | None, own_attention: bool = False) -> Params:
 
     Args:
         profile: None switches razor off.
-        own_attention: with llama.cpp's own cache, in the host's memory, our attention runs; False:
-            llama.cpp's. With a profile it is ours.
+        own_attention: whether a full cache in host memory runs razor's attention kernel instead of
+            llama.cpp's. With a profile razor's kernel always runs.
     """
     params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
     if profile is None:
@@ -158,7 +164,8 @@ def is_disabled() -> bool:
 
 @cache
 def load() -> Native:
-    """Loads the library and the bindings on top of it, once per process. Raises LibraryError."""
+    """Load the library and the bindings on top of it, once per process. Raises LibraryError."""
+    # 1. Import the bindings with this library.
     folder = library_folder()
     path = _library_in(folder)
     bindings = _import_bindings(folder)
@@ -169,6 +176,7 @@ def load() -> Native:
             f"llama_cpp was imported before razor_local and loaded {used}, razor-local needs"
             f" {path}; import razor_local.Llama first, in a new process"
         )
+    # 2. Check and bind the functions of llama-razor.h.
     for name in [*_FUNCTIONS, *errors.TRIED_FUNCTIONS.values()]:
         if not hasattr(lib, name):
             raise LibraryError(
@@ -181,16 +189,18 @@ def load() -> Native:
     version = lib.llama_razor_api_version()
     if version != API_VERSION:
         raise LibraryError(
-            f"{path} speaks razor API version {version}, this Python code {API_VERSION};"
+            f"{path} has razor API version {version}, but this Python code needs {API_VERSION};"
             f" {REINSTALL}"
         )
+    # 3. Check that the bindings and ggml belong to the same build.
     build = _parse_build(lib.llama_razor_build_info())
     if build.version != bindings.__version__:
         raise LibraryError(
-            f"{path} was built from llama-cpp-python {build.version}, the installed bindings are"
-            f" {bindings.__version__}; install llama-cpp-python=={build.version}"
+            f"{path} was built from llama-cpp-python {build.version}, but the installed bindings"
+            f" are {bindings.__version__}; install llama-cpp-python=={build.version}"
         )
     _check_dependencies(lib, path)
+    # 4. Prepare the library: backends, log and error handling.
     if lib.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
         lib.ggml_backend_load_all_from_path(os.fsencode(folder))
     log.show(lib, False)
@@ -200,7 +210,7 @@ def load() -> Native:
 
 
 def library_folder() -> Path:
-    """The folder that has to hold libllama. Raises LibraryError if none does."""
+    """Return the folder that contains libllama. Raises LibraryError if none does."""
     named = os.environ.get(LIB_ENV)
     folders = [Path(named)] if named else _package_folders()
     for folder in folders:
@@ -212,10 +222,10 @@ def library_folder() -> Path:
 
 
 def _package_folders() -> list[Path]:
-    """Yield the folders where an installation may have put the library, the most likely first.
+    """Return the folders where an installation may have put the library, most likely first.
 
-    An editable installation leaves the Python sources in the checkout and puts what CMake installs
-    into site-packages, which only the distribution's list of files tells for certain.
+    An editable installation leaves the Python sources in the checkout and puts the files that CMake
+    installs into site-packages. Their place is only listed in the distribution's metadata.
     """
     from importlib.metadata import PackageNotFoundError, files
 
@@ -240,7 +250,7 @@ def _library_in(folder: Path) -> Path:
 
 
 def _import_bindings(folder: Path) -> Any:
-    """Imports llama_cpp so that it loads its library from folder. Raises LibraryError."""
+    """Import llama_cpp with the library in folder. Raises LibraryError."""
     before = os.environ.get("LLAMA_CPP_LIB_PATH")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
     try:
@@ -253,7 +263,7 @@ def _import_bindings(folder: Path) -> Any:
             f"{_library_in(folder)} cannot be loaded ({error}); {REINSTALL}"
         ) from error
     finally:
-        # a process started from this one may want a llama_cpp of its own
+        # Restore the variable: a child process may use another llama_cpp.
         if before is None:
             del os.environ["LLAMA_CPP_LIB_PATH"]
         else:
@@ -276,7 +286,7 @@ class _DlInfo(ctypes.Structure):
 
 
 def file_of(lib: ctypes.CDLL, symbol: str) -> Path | None:
-    """The file that a function of the loaded library really comes from; None if not known."""
+    """Return the file from which a function of the library was loaded, None if unknown."""
     try:
         dladdr = ctypes.CDLL(None).dladdr
         function = ctypes.cast(getattr(lib, symbol), c_void_p)
@@ -290,11 +300,11 @@ def file_of(lib: ctypes.CDLL, symbol: str) -> Path | None:
 
 
 def _check_dependencies(lib: ctypes.CDLL, path: Path) -> None:
-    # LD_LIBRARY_PATH or an earlier llama.cpp in this process can put another ggml under ours
+    # LD_LIBRARY_PATH, or another llama.cpp in this process, can replace the ggml beside libllama.
     for symbol in ("ggml_backend_dev_count", "ggml_init"):
         found = file_of(lib, symbol)
         if found is not None and found.resolve().parent != path.resolve().parent:
             raise LibraryError(
-                f"{path} runs on {found} instead of the ggml beside it; unset LD_LIBRARY_PATH, or"
+                f"{path} uses {found} instead of the ggml beside it; unset LD_LIBRARY_PATH, or"
                 " import razor_local before the package that loaded it"
             )

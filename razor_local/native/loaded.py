@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .library import load
 
-library = load()  # before llama_cpp, which would load a library of its own
+library = load()  # before llama_cpp, which would load another library
 
 import llama_cpp  # noqa: E402
 import llama_cpp._internals  # noqa: E402

@@ -1,6 +1,6 @@
 """Keep the error lines of the native log for exceptions, and print the whole log on request.
 
-(The callback of the bindings prints warnings as errors.)
+This replaces the log callback of the bindings, which prints warnings as errors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ended = threading.Lock()
 
 @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 def on_end(sentence: bytes) -> None:
-    """Called before an assertion of llama.cpp, or an uncaught exception, ends the process."""
+    """Print a sentence before a failed assertion or an uncaught exception ends the process."""
     if not _ended.acquire(blocking=False):  # several threads may fail at once
         return
     said = " ".join(sentence.decode("utf-8", "replace").split())

@@ -20,7 +20,7 @@ from .structs import Params
 def load_model(
     lib: Native, C: Any, path: Path, n_gpu_layers: int, control: Control
 ) -> Iterator[int]:
-    """The loaded model (a pointer). Raises RazorError, and what control.check() raises."""
+    """Load a model and yield its pointer. Raises RazorError, and what control.check() raises."""
     params = C.llama_model_default_params()
     params.n_gpu_layers = 0x7FFFFFFF if n_gpu_layers < 0 else n_gpu_layers
     params.progress_callback = control.load_callback
@@ -45,12 +45,12 @@ def new_context(
     override: Params | None,
     failed: Callable[[str], RazorError],
 ) -> Iterator[int]:
-    """A new context (a pointer) of a model.
+    """Create a context of a model and yield its pointer.
 
     Args:
         params: a llama_context_params.
-        override: None: the context does what the model file says.
-        failed: the exception for a context that could not be created, given the reason.
+        override: the razor parameters. None uses the profile in the model file.
+        failed: makes the exception for a context that could not be created, from the reason.
     """
     lib.clear_errors()
     with ExitStack() as stack:
@@ -66,7 +66,7 @@ def new_context(
 
 
 def vocabulary(C: Any, model: int) -> tuple[np.ndarray, np.ndarray]:
-    """[BOS] or [], and the ordinary tokens: int32."""
+    """Return [BOS] or [], and the ordinary tokens, both as int32."""
     vocab = C.llama_model_get_vocab(model)
     ids = np.arange(C.llama_vocab_n_tokens(vocab), dtype=np.int32)
     if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:

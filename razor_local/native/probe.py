@@ -1,7 +1,8 @@
 """Read the attention of a running model in the eval callback.
 
-llama.cpp calls the eval callback twice for a node of a graph. It first asks whether the data of the
-node are wanted, and if so passes the computed node. The callback must not raise exceptions.
+llama.cpp calls the eval callback twice for a node of a graph. The first call asks whether the data
+of the node are wanted, and if so the second one passes the computed node. The callback must not
+raise exceptions.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ATTENTION = b"kq_soft_max-"  # tensor name before the layer index; only without 
 
 
 class AttentionProbe(Control):
-    """Reads the attention of a running model head by head.
+    """Read the attention of a running model head by head.
 
     A subclass overrides on_head() and optionally on_layer().
 
@@ -66,8 +67,12 @@ class AttentionProbe(Control):
     ) -> int:
         """Decode the next tokens and return the result of llama_decode.
 
-        start: their first position, the number of tokens that the context holds already.
-        outputs: i8 [len(part)], 1 where the logits of a token are wanted; None: the last one.
+        Args:
+            ctx: pointer of the context.
+            start: position of the first token, which is the number of tokens in the context.
+            part: the tokens.
+            outputs: i8 [len(part)], 1 where the logits of a token are wanted. None wants those of
+                the last one.
         """
         self.position, self.n_part = start, len(part)
         errors.clear(self.lib)
@@ -133,7 +138,7 @@ def attention_context(
     probe: AttentionProbe,
     n_outputs: int = 1,
 ) -> AbstractContextManager[int]:
-    """A context (a pointer) that shows its attention: razor and flash attention off."""
+    """Create a context (a pointer) that shows its attention: razor and flash attention are off."""
     params = C.llama_context_default_params()
     params.n_ctx = n_tokens
     params.n_batch = params.n_ubatch = n_ubatch

@@ -21,7 +21,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 
 def bind(lib: ctypes.CDLL) -> None:
-    """Declares the functions of ggml that read tensors."""
+    """Declare the functions of ggml that read tensors."""
     for name, args, result in (
         ("ggml_get_name", [c_void_p], c_char_p),
         ("ggml_get_data", [c_void_p], c_void_p),
@@ -35,16 +35,16 @@ def bind(lib: ctypes.CDLL) -> None:
 
 
 def check_layout(lib: ctypes.CDLL, pointer: int) -> None:
-    """Raises LibraryError where Tensor does not describe the library's tensors."""
+    """Raise LibraryError if the struct Tensor does not match the library's tensors."""
     tensor = Tensor.from_address(pointer)
     if tensor.name != lib.ggml_get_name(pointer) or tensor.data != lib.ggml_get_data(pointer):
         raise LibraryError(
-            f"struct ggml_tensor of the library is not the one this Python code knows; {REINSTALL}"
+            f"struct ggml_tensor of the library differs from this Python code's; {REINSTALL}"
         )
 
 
 def read(lib: ctypes.CDLL, pointer: int) -> np.ndarray:
-    """A copy of a computed F32, I32 or I64 tensor of any strides, the innermost dimension last."""
+    """Copy a computed F32, I32 or I64 tensor of any strides, with the innermost dimension last."""
     tensor = Tensor.from_address(pointer)
     dtype = _DTYPES.get(tensor.type)
     if dtype is None:

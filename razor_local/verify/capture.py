@@ -30,9 +30,12 @@ _SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
 class Layer:
     """The inputs and outputs of one layer's attention.
 
-    q: f32 [n_rows, n_head, d_k] after RoPE, at positions int [n_rows]; out: f32 [n_rows, n_head,
-    d_v], rotated if V is (reference.rotation_sizes). k, v: all tokens, packed in the KV types of
-    the plan after rotation (reference.pack_rows). scale: factor of q.k.
+    Attributes:
+        q: f32 [n_rows, n_head, d_k], after RoPE.
+        positions: int [n_rows], the positions of q.
+        k, v: all tokens, packed in the KV types of the plan after rotation (reference.pack_rows).
+        out: f32 [n_rows, n_head, d_v], rotated if V is (reference.rotation_sizes).
+        scale: factor of q.k.
     """
 
     q: np.ndarray
@@ -44,14 +47,15 @@ class Layer:
 
 
 class Capture:
-    """Collects what goes in and out of the attention of each layer, from the eval callback.
+    """Collect the inputs and outputs of the attention of each layer in the eval callback.
 
-    Tensors are not told by their names, which differ from model to model, but by what is done with
-    them: what is stored in a cache tensor is k or v, and what flash attention (or the product with
-    K) reads first is q. Following these back through views, the rotation and the gathering of heads
-    leads to what the model computed, before razor touched it. Its data are copied when they are
-    computed, because ggml uses memory again: all tensors of the right shape are, until the output
-    of the layer tells which ones count.
+    Tensors are not recognized by their names, which differ from model to model, but by their use: a
+    tensor stored in a cache is k or v, and the first input of flash attention (or of the product
+    with K) is q. These are followed back through views, the rotation and the gathering of heads to
+    the tensors that the model computed before razor changed them.
+
+    ggml reuses memory, so all tensors of a fitting shape are copied when they are computed. Once
+    the output of the layer is there, the three that count are kept.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class Capture:
         return Layer(q, self.positions, k, v, out, self.scales[il])
 
     def misplaced(self, profile: Profile) -> tuple[str, ...]:
-        """A sentence for each layer whose keys are not stored as the profile says."""
+        """Return a sentence for each layer whose keys are not stored as the profile says."""
         sentences = []
         for il in self.n_seen:
             heads = {
@@ -113,7 +117,7 @@ class Capture:
             if found != {whole: expected.tolist() for whole, expected in heads.items()}:
                 sentences.append(
                     f"layer {il} keeps the whole context for the KV heads {_names(found[True])} and"
-                    f" a window for {_names(found[False])}, the profile says"
+                    f" a window for {_names(found[False])}, but the profile says"
                     f" {_names(heads[True].tolist())} and {_names(heads[False].tolist())}"
                 )
         return tuple(sentences)
@@ -166,10 +170,10 @@ class Capture:
         return False
 
     def _custom(self, tensor: Tensor) -> bool:
-        """Ours: attention, the storing of K and V, or a fold (native/src/ggml-razor.h)."""
+        """Handle an operation of native/src/ggml-razor.h: attention, storing K and V, folding."""
         if _CACHE.match(self._name(tensor.src[0])):
             return False  # a fold
-        if _CACHE.match(self._name(tensor.src[1])):  # attention; one without k only adds up
+        if _CACHE.match(self._name(tensor.src[1])):  # attention; without k it only combines parts
             self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
             self.scale = c_float.from_address(CustomParams.from_buffer(tensor.op_params).data).value
         elif cache := _CACHE.match(self._name(tensor.src[2])):
@@ -181,7 +185,7 @@ class Capture:
         return False
 
     def _find(self, what: str, pointer: int | None, d: int, n_heads: int) -> None:
-        """Follows data back to the tensor of shape [d, n_heads, n_tokens] the model computed."""
+        """Follow data back to the model's tensor of shape [d, n_heads, n_tokens]."""
         found = None
         while pointer:
             tensor = Tensor.from_address(pointer)
@@ -197,12 +201,17 @@ class Capture:
                 pointer = tensor.src[1]
             else:
                 break
-        if found is not None:  # else the mean of a fold is being stored
+        if found is not None:  # otherwise the mean of a fold is being stored
             self.found[what] = found
 
     def _note_stored(self, stored: int, places: int, cache: int) -> None:
-        """Which KV heads' keys were just written into a cache tensor: the tensors of what, of the
-        rows it went to, and of the cache."""
+        """Note the KV heads whose keys were just written into a cache tensor.
+
+        Args:
+            stored: the tensor that was written.
+            places: the tensor of its row numbers in the cache.
+            cache: the cache tensor.
+        """
         k = self.copies.get(self.found.get("k", 0))
         if k is None:
             return  # the mean of a fold
@@ -221,8 +230,10 @@ class Capture:
             self.stored[place] = same[order] & before if fits else same[order]
 
     def _places(self, places: int, cache: int, n_heads: int) -> dict[bool, np.ndarray]:
-        """Whether for the whole context -> the heads of a token's rows in the order of the cache,
-        by the rows of the cache they are written to."""
+        """Return the heads of a token's rows in the order of the cache.
+
+        The key is True for those stored for the whole context, and False for the others.
+        """
         rows = read(self.lib, places).reshape(-1)[:n_heads]
         cells, n_ctx = self.plan.cells, self.plan.n_ctx
         n_rows = Tensor.from_address(cache).ne[1]  # n_ctx or cells of each head
@@ -242,10 +253,10 @@ class Capture:
             self._refuse("soft-capped attention logits")
 
     def _refuse(self, feature: str) -> None:
-        raise UnsupportedError(f"the reference does not know {feature}, which this model has")
+        raise UnsupportedError(f"this model has {feature}, which the reference does not support")
 
     def _finish(self, il: int, pointer: int) -> None:
-        """Keeps what a layer was given and gave in this ubatch."""
+        """Keep the inputs and outputs of a layer in this ubatch."""
         if il != self.il or set(self.found) != {"q", "k", "v"}:
             raise UnsupportedError(
                 f"layer {il} of this model ({self.shape.arch}) does not show what its attention"

@@ -17,23 +17,27 @@ from .result import Errors, GroupResult
 
 KL_ROWS = 16  # logits converted to F64 at a time
 
-# Errors relative to the root mean square of a head's output: of a head over all checked queries,
-# and of any single number. docs/verification.md has the measurements.
-# CPUs round q to 8 bits for products with quantized keys: near ties between keys of a sharp head
-# fall the other way in single rows
+# Bounds of the errors relative to the RMS of a head's output: of the RMS error of a head over all
+# checked queries, and of any single element. docs/verification.md has the measurements. With
+# quantized keys CPUs round q to 8 bits, which can decide near ties between the keys of a sharp head
+# in single rows.
 QUANTIZED = (1e-2, 5e-1)
 BOUNDS = {"f32": (1e-5, 5e-4), "f16": (3e-3, 5e-2), "bf16": (5e-3, 1e-1)} | {
     kv_type: QUANTIZED for kv_type, info in KV_TYPES.items() if info.block > 1
 }
-WORSE_THAN_FULL = 2.0  # times the full cache's own error is allowed where that is above the bound
+WORSE_THAN_FULL = 2.0  # allowed multiple of the full cache's error where that exceeds the bound
 
 
 def compare_layer(
     il: int, razor: Layer, full: Layer, retrieval: np.ndarray, plan: Plan
 ) -> list[GroupResult]:
-    """The head groups of a layer that ran with razor, and with a full cache, against the reference.
+    """Compare each head group of a layer with the reference.
 
-    retrieval: 0/1 [n_head_kv], from the profile.
+    Args:
+        il: index of the layer.
+        razor, full: the layer as it ran with razor and with a full cache.
+        retrieval: 0/1 [n_head_kv], from the profile.
+        plan: the plan of the razor context.
     """
     everything = np.ones_like(retrieval)
     group = razor.q.shape[1] // len(retrieval)
@@ -86,7 +90,7 @@ def expected_output(layer: Layer, retrieval: np.ndarray, plan: Plan) -> np.ndarr
 
 
 def kl_divergence(full: np.ndarray, razor: np.ndarray) -> np.ndarray:
-    """KL(softmax(full) || softmax(razor)) of logits [n, n_vocab], f64 [n], in nats."""
+    """Compute KL(softmax(full) || softmax(razor)) of logits [n, n_vocab], f64 [n], in nats."""
     result = np.empty(len(full))
     for i in range(0, len(full), KL_ROWS):
         p, q = (_log_softmax(x[i : i + KL_ROWS].astype(np.float64)) for x in (full, razor))
@@ -100,11 +104,11 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def _errors(diff: np.ndarray, out: np.ndarray, heads: np.ndarray) -> Errors:
-    """diff f64, out f32 [n_rows, n_head, d]; of the query heads in heads."""
+    """Compute the errors of some query heads. diff: f64, out: f32, both [n_rows, n_head, d]."""
     squares = (diff[:, heads] ** 2).mean(axis=(0, 2))
     size = (out[:, heads].astype(np.float64) ** 2).mean(axis=(0, 2))
     with np.errstate(divide="ignore", invalid="ignore"):
-        # a head that gives nothing has no error if nothing is right
+        # A head whose output is zero has no error if zero is right.
         each = np.where((squares == 0) & (size == 0), 0.0, np.sqrt(squares / size))
         largest = np.abs(diff[:, heads]).max(axis=(0, 2))
         largest = np.where((largest == 0) & (size == 0), 0.0, largest / np.sqrt(size))

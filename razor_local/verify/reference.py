@@ -1,4 +1,4 @@
-"""RazorAttention written from the paper (arXiv 2407.15891), to check the native cache with.
+"""Compute RazorAttention as the paper defines it (arXiv 2407.15891), to check the native cache.
 
 It computes one layer at a time from the definitions, without ubatches, ring or accumulators, and
 shares nothing with the C++ code. For a query q at position p and the keys and values k_j, v_j of
@@ -34,7 +34,7 @@ Rounding = Callable[[np.ndarray], np.ndarray]
 
 
 def frontier(positions: np.ndarray, sink_tokens: int, window: int, block: int) -> np.ndarray:
-    """F of each position: [sink_tokens, F) is folded for a query there. int64, tokens."""
+    """Return F for each position, int64: [sink_tokens, F) is folded for a query there."""
     start = np.asarray(positions, np.int64) // block * block
     return np.maximum(sink_tokens, start - window)
 
@@ -56,27 +56,41 @@ def attention(
     round_k: Rounding | None = None,
     round_v: Rounding | None = None,
 ) -> np.ndarray:
-    """Attention output of one layer, before the output projection: f32 [n_rows, n_head, d_v].
+    """Compute the attention output of one layer, before the output projection.
 
-    q: f32 [n_rows, n_head, d_k], queries after RoPE; positions: int [n_rows], any of 0 to n - 1.
-    k, v: f32 [n, n_head_kv, d_k], [n, n_head_kv, d_v], keys after RoPE and values of all tokens, as
-    the cache gives them back (round_rows). retrieval: 0/1 [n_head_kv].
-    window, block, sink_tokens: L, B and S in tokens. compensation: False drops the folded tokens.
-    scale: factor of q.k, by default 1 / sqrt(d_k). slopes: ALiBi's m_h, f32 [n_head]. scopes: int
-    [n_head_kv], L_h in tokens, 0 for the whole context; the heads then follow them instead of
-    retrieval. round_k, round_v: what storing does to the compensation token, rows f32 [..., d].
+    Args:
+        q: f32 [n_rows, n_head, d_k], queries after RoPE.
+        positions: int [n_rows], the position of each query, from 0 to n - 1.
+        k, v: f32 [n, n_head_kv, d_k] and [n, n_head_kv, d_v], keys after RoPE and values of all
+            tokens, as the cache returns them (round_rows).
+        retrieval: 0/1 [n_head_kv].
+        window, block, sink_tokens: L, B and S in tokens.
+        compensation: whether folded tokens are compensated; False drops them.
+        scale: factor of q.k, by default 1 / sqrt(d_k).
+        slopes: ALiBi's m_h, f32 [n_head].
+        scopes: L_h in tokens, int [n_head_kv], 0 for the whole context. If given, they replace
+            retrieval.
+        round_k, round_v: how the cache rounds the compensation token, rows f32 [..., d].
 
-    Raises ValueError for shapes that do not fit.
+    Returns:
+        f32 [n_rows, n_head, d_v].
+
+    Raises:
+        ValueError: the shapes do not match.
     """
     n, n_kv, d_k = k.shape
     n_rows, n_head = q.shape[:2]
     positions = np.asarray(positions, np.int64)
     if q.shape[2] != d_k or v.shape[:2] != (n, n_kv) or n_head % n_kv or len(retrieval) != n_kv:
-        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}, {len(retrieval)} heads: no layer")
+        raise ValueError(
+            f"the shapes of q {q.shape}, k {k.shape}, v {v.shape} and of {len(retrieval)} KV heads"
+            " do not match"
+        )
     if positions.shape != (n_rows,) or (n_rows and not 0 <= positions.min() <= positions.max() < n):
         raise ValueError(f"{n_rows} queries at {positions.shape} positions of {n} tokens")
 
-    # per KV head and query: sees [0, sinks) and [first, position], and compensation token comp
+    # 1. For each KV head and query: it attends to [0, sinks) and [first, position], and to the
+    #    compensation token with the index comp (-1: none).
     first = np.zeros((n_kv, n_rows), np.int64)
     sinks = np.zeros((n_kv, n_rows), np.int64)
     comp = np.full((n_kv, n_rows), -1, np.int64)
@@ -100,7 +114,8 @@ def attention(
             which = np.where(fronts > sink_tokens, np.searchsorted(folded, fronts), -1)
             comp[local] = which
 
-    order = np.argsort(positions, kind="stable")  # neighbours see almost the same keys
+    # 2. Run the kernel with the queries in order: neighbors attend to almost the same keys.
+    order = np.argsort(positions, kind="stable")
     out = np.empty((n_rows, n_head, v.shape[2]), np.float32)
     out[order] = _kernel()(
         _heads_first(q[order] * np.float32(scale or 1 / math.sqrt(d_k))),
@@ -121,10 +136,15 @@ def attention(
 def fold(
     k: np.ndarray, v: np.ndarray, frontiers: np.ndarray, sink_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compensation tokens of all KV heads (eq. 4), and log N_d, one for each frontier.
+    """Compute the compensation tokens of all KV heads (eq. 4), and log N_d, for each frontier.
 
-    k, v: [n, n_head_kv, d]; frontiers: ascending, each above sink_tokens. Returns f64
-    [len(frontiers), n_head_kv, d_k], the same for v, and f64 [len(frontiers)].
+    Args:
+        k, v: [n, n_head_kv, d].
+        frontiers: ascending, each above sink_tokens.
+        sink_tokens: S.
+
+    Returns:
+        f64 [len(frontiers), n_head_kv, d_k], the same for v, and log N_d as f64 [len(frontiers)].
     """
     counts = np.asarray(frontiers, np.float64) - sink_tokens
     edges = [sink_tokens, *frontiers]
@@ -139,12 +159,12 @@ def fold(
 
 
 def round_rows(rows: np.ndarray, kv_type: str) -> np.ndarray:
-    """Rows f32 [..., d] as a KV cache of kv_type (plan.KV_TYPES) gives them back, f32."""
+    """Round rows f32 [..., d] to a KV cache type (plan.KV_TYPES), and return f32."""
     return unpack_rows(pack_rows(rows, kv_type), kv_type)
 
 
 def pack_rows(rows: np.ndarray, kv_type: str) -> np.ndarray:
-    """Rows f32 [..., d] as a KV cache of kv_type holds them: [..., bytes] or [..., d] (gguf)."""
+    """Convert rows f32 [..., d] to a KV cache type: [..., bytes] or [..., d], as gguf does."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -152,7 +172,7 @@ def pack_rows(rows: np.ndarray, kv_type: str) -> np.ndarray:
 
 
 def unpack_rows(packed: np.ndarray, kv_type: str) -> np.ndarray:
-    """The values of pack_rows(), f32 [..., d]."""
+    """Convert the result of pack_rows() back to f32 [..., d]."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -160,10 +180,10 @@ def unpack_rows(packed: np.ndarray, kv_type: str) -> np.ndarray:
 
 
 def rotate(rows: np.ndarray, size: int) -> np.ndarray:
-    """Each run of size elements of rows [..., d] times the orthonormal Walsh-Hadamard matrix.
+    """Multiply each run of size elements of rows [..., d] by the Walsh-Hadamard matrix.
 
-    llama.cpp does that to q, k and v of quantized caches, which spreads outliers over the row. It
-    is its own inverse, and leaves q.k as it is.
+    llama.cpp does this to q, k and v of quantized caches to spread outliers over the row. The
+    matrix is orthonormal and its own inverse, so q.k does not change.
     """
     x = np.asarray(rows, np.float32).reshape(-1, size)
     return (x @ _hadamard(size)).astype(np.float32).reshape(rows.shape)
@@ -172,10 +192,10 @@ def rotate(rows: np.ndarray, size: int) -> np.ndarray:
 def rotation_sizes(
     type_k: str, type_v: str, head_dim_k: int, head_dim_v: int
 ) -> tuple[int | None, int | None]:
-    """Sizes for rotate() that llama.cpp uses for K (and q) and for V; None: it does not rotate.
+    """Return the sizes for rotate() that llama.cpp uses for K (and q) and for V.
 
-    K: the largest 64 * 2^i that divides the head size; V: 64; both only if the type is quantized
-    and the head size a multiple of 64.
+    For K it is the largest 64 * 2^i that divides the head size, and for V it is 64. It is None
+    unless the type is quantized and the head size is a multiple of 64.
     """
     from ..plan import KV_TYPES
 
@@ -198,7 +218,7 @@ def _hadamard(size: int) -> np.ndarray:
 
 
 def _heads_first(x: np.ndarray) -> np.ndarray:
-    """[n, heads, d] -> f32 [heads, n, d]."""
+    """Transpose [n, heads, d] to f32 [heads, n, d]."""
     return np.ascontiguousarray(x.transpose(1, 0, 2), np.float32)
 
 
@@ -215,10 +235,10 @@ def _attend(
     comp_log: np.ndarray,
     slopes: np.ndarray,
 ) -> np.ndarray:
-    """softmax(q.k + bias) v of what each query sees, f32 [n_head, n_rows, d_v]; q is scaled.
+    """Compute softmax(q.k + bias) v for each query: f32 [n_head, n_rows, d_v]. q is scaled.
 
-    Queries in chunks against keys in tiles, with the running maximum and sum of softmax: each tile
-    is read once for a whole group of query heads.
+    Chunks of queries are multiplied with tiles of keys, with an online softmax (running maximum and
+    sum). Each tile is loaded once for a whole group of query heads.
     """
     n_head, n_rows, d_k = q.shape
     n_kv, _, d_v = v.shape
@@ -236,6 +256,7 @@ def _attend(
         keys = np.empty((d_k, TILE), np.float32)
         score = np.empty(TILE, np.float32)
 
+        # 1. Start with the compensation token, and find the range of keys for the chunk.
         low: Any
         high: Any
         n_sinks: Any
@@ -255,6 +276,7 @@ def _attend(
                     for i in range(d_v):
                         acc[g, r - start, i] = comp_v[kv, c, i]
 
+        # 2. Add the tiles of keys that any query of the chunk attends to.
         for t in range(0, high, TILE):
             if t >= n_sinks and t + TILE <= low:
                 continue
@@ -305,6 +327,7 @@ def _attend(
                     for i in range(d_v):
                         acc[g, r - start, i] += part[i]
 
+        # 3. Normalize.
         for r in range(rows):
             for g in range(group):
                 for i in range(d_v):
@@ -312,19 +335,19 @@ def _attend(
     return out
 
 
-prange: Any = range  # numba's, once _kernel() has compiled _attend
+prange: Any = range  # numba's prange once _kernel() has compiled _attend()
 
 
 @cache
 def _kernel() -> Callable[..., np.ndarray]:
-    """_attend() as machine code on all threads that numba has (NUMBA_NUM_THREADS)."""
+    """Compile _attend() for all threads of numba (NUMBA_NUM_THREADS)."""
     global prange
     import numba
 
     prange = numba.prange
-    # products may be fused and sums reordered, but -inf and NaN mean what they say
+    # Products may be fused and sums reordered, but -inf and NaN keep their meaning.
     options: dict[str, Any] = {"parallel": True, "fastmath": {"contract", "reassoc"}}
     try:
         return numba.njit(cache=True, **options)(_attend)
-    except RuntimeError:  # no folder to keep the code in
+    except RuntimeError:  # numba found no folder to cache the code in
         return numba.njit(**options)(_attend)

@@ -13,7 +13,11 @@ from ..plan import Plan
 class Errors:
     """Relative errors of a group of heads in one layer, normalized by each head's output RMS.
 
-    largest: of any number; rms: over all heads; worst_rms: of the head worst_head (a query head).
+    Attributes:
+        largest: largest error of any element.
+        rms: RMS error over all heads.
+        worst_rms: RMS error of the worst head.
+        worst_head: index of that query head.
     """
 
     largest: float
@@ -24,9 +28,11 @@ class Errors:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """The retrieval or local KV heads of one layer; full: the same heads in the full cache.
+    """The errors of the retrieval or local KV heads of one layer.
 
-    limit_rms, limit_largest: what passes, for errors.worst_rms and errors.largest.
+    Attributes:
+        full: errors of the same heads in the full cache.
+        limit_rms, limit_largest: the bounds of errors.worst_rms and errors.largest.
     """
 
     il: int
@@ -39,7 +45,7 @@ class GroupResult:
 
     @property
     def passed(self) -> bool:
-        # a NaN does not pass
+        # False for NaN
         return self.errors.worst_rms <= self.limit_rms and self.errors.largest <= self.limit_largest
 
 
@@ -47,8 +53,12 @@ class GroupResult:
 class Divergence:
     """KL(full cache || razor) of the next token's probabilities, in nats, over the checked rows.
 
-    mean, largest: all rows; end: mean over the last eighth of the text; same_top: share of the rows
-    where both find the same token most likely. (No bound: this is what the method costs.)
+    It has no bound, because it is the cost of the method.
+
+    Attributes:
+        mean, largest: over all rows.
+        end: mean over the last eighth of the text.
+        same_top: share of the rows where both predict the same token.
     """
 
     mean: float
@@ -61,10 +71,14 @@ class Divergence:
 class Verification:
     """The result of verify().
 
-    buffers: where the cache lies, for example CUDA0. n_tokens: run; n_text: of the text, what was
-    left out included; n_rows: queries checked in each layer; n_folded: tokens in the compensation
-    token at the end. misplaced: a sentence for each layer that keeps the whole context for other KV
-    heads than the profile says.
+    Attributes:
+        buffers: the buffers that hold the cache, for example CUDA0.
+        n_tokens: tokens that ran.
+        n_text: tokens of the text, including those that were left out.
+        n_rows: queries that were checked in each layer.
+        n_folded: tokens in the compensation token at the end.
+        misplaced: a sentence for each layer that keeps the whole context for other KV heads than
+            those of the profile.
     """
 
     model: str
@@ -84,7 +98,7 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         failed = [group for group in self.groups if not group.passed]
         what = f"{self.n_tokens:,} tokens, {self.plan.type_k}/{self.plan.type_v} KV"
         if self.misplaced:
@@ -107,7 +121,7 @@ class Verification:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, strings, lists and dicts (for JSON)."""
+        """Return everything as plain numbers, strings, lists and dicts, for JSON."""
         plan = self.plan.to_dict()
         del plan["layers"]
         return {
@@ -127,7 +141,7 @@ class Verification:
 
 
 def _excess(group: GroupResult) -> tuple[float, float]:
-    """The errors as parts of what is allowed: rms of the worst head, largest of any number."""
+    """Return worst_rms and largest as multiples of their bounds."""
     ratios = (
         group.errors.worst_rms / group.limit_rms,
         group.errors.largest / group.limit_largest,

@@ -3,12 +3,12 @@
 The model runs as usual, with the native cache, on any backend and with any KV type. The eval
 callback passes the inputs of each layer's attention (queries, keys and values, after RoPE) and its
 output. reference.py computes the same output from the paper, with the heads that Python reads from
-the file. The library's own statements are not used. Even the KV heads whose keys it stores for the
-whole context are measured: the keys of all heads are compared with the rows written into each
-cache.
+the file. Nothing that the library reports is trusted. Even the choice of KV heads whose keys it
+stores for the whole context is measured: the keys of all heads are compared with the rows written
+into each cache.
 
-A second context with a full cache reads the same tokens. Its error against the reference shows what
-the arithmetic of this backend can achieve, and the KL divergence of the logits shows what
+A second context with a full cache reads the same tokens. Its error against the reference shows how
+precise the arithmetic of this backend is, and the KL divergence of the logits shows what
 RazorAttention costs on this text.
 
 docs/verification.md explains what is checked, with which bounds, and what is not.
@@ -64,16 +64,34 @@ def verify(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Verification:
-    """Runs a model and compares each layer's attention with the reference; see above.
+    """Run a model and compare each layer's attention with the reference.
 
-    n_ctx: context in tokens, 0: 8,192 or the trained length if that is less. n_tokens: tokens to
-    run, 0: enough for a few folds, or all of text. text: what to run, else random ordinary tokens
-    (seed). The last 64 tokens are decoded one by one. rows: queries compared in each layer, spread
-    over the text with all of the last 64; 0: all. n_gpu_layers: -1, all.
+    The last 64 tokens are decoded one by one.
 
-    Raises UnsupportedError (a model whose attention cannot be seen), ProfileError (no profile, a
-    plan that is not active, nothing would be folded), Stopped, GGUFError, RazorError, OSError.
+    Args:
+        model_path: the model file.
+        n_ctx: context in tokens. 0 means 8,192, or the trained length if that is less.
+        n_tokens: tokens to run. 0 means enough for a few folds, or all of text.
+        text: the text to run, by default random ordinary tokens.
+        seed: seed of the random tokens and of the choice of rows.
+        rows: queries to compare in each layer, spread over the text, including the last 64. 0
+            compares all.
+        sidecar: the profile, if not the one in the model.
+        type_k, type_v: KV types.
+        flash_attn: whether to use flash attention.
+        n_batch, n_ubatch: tokens per batch and per ubatch.
+        n_threads: number of CPU threads, by default one per core.
+        n_gpu_layers: number of layers on the GPU, -1 for all.
+        progress: called with the progress.
+        stop: asked between two operations of the computation.
+
+    Raises:
+        UnsupportedError: the model does not show its attention.
+        ProfileError: there is no profile, its plan is not active, or nothing would be folded.
+        Stopped: stop() returned True.
+        GGUFError, RazorError, OSError: the model cannot be read or run.
     """
+    # 1. Read the model and plan the cache.
     file = open_model(model_path)
     model_path, shape = file.path, file.shape
     profile = file.choose_profile(sidecar)
@@ -82,8 +100,8 @@ def verify(
     plan = _plan(shape, profile, n_ctx, type_k, type_v, flash_attn)
     if n_ubatch > n_batch or n_batch < 1 or n_ubatch < 1:
         raise RazorError(
-            f"the batch is {n_batch} and the ubatch {n_ubatch} tokens, expected 1 to the batch for"
-            " the ubatch"
+            f"the batch has {n_batch} tokens and the ubatch {n_ubatch}; expected an ubatch from 1"
+            " to the size of the batch"
         )
     lib = native.load()
     from llama_cpp import llama_cpp as C
@@ -92,11 +110,12 @@ def verify(
     bind(lib.lib)
     control = Control(C, progress, stop)
     with ExitStack() as stack:
+        # 2. Load the model, and create a razor context and one with a full cache.
         model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, control))
         tokens, n_text = _tokens(C, model, plan, n_tokens, text, seed)
         positions = sample_positions(len(tokens), rows, seed)
         sides = []
-        # without a sidecar the library reads the profile from the file, as Python did above
+        # Without a sidecar the library reads the profile from the file itself.
         own = None if sidecar is None else native.make_params(profile)
         for params in (own, native.make_params(None)):
             capture = Capture(lib.lib, shape, plan, positions, control)
@@ -109,13 +128,13 @@ def verify(
         active = [bool(lib.stats(ctx).active) for ctx, _ in sides]
         if active != [True, False]:
             raise RazorError(
-                f"the library runs {'razor' if active[1] else 'a full cache'} where"
-                f" {'a full cache' if active[1] else 'razor'} was asked for; unset"
+                f"the library runs {'razor' if active[1] else 'a full cache'} instead of"
+                f" {'a full cache' if active[1] else 'razor'}; unset"
                 f" {native.DISABLE_ENV}, or reinstall razor-local"
             )
         buffers = {buffer.name.decode() for buffer in lib.buffers(sides[0][0])}
+        # 3. Run both, and compare each layer with the reference.
         kl = _run(C, lib, model, sides, tokens, positions, n_batch, plan.block, control)
-
         misplaced = sides[0][1].misplaced(profile)
         groups: list[GroupResult] = []
         layers = [il for il, n in enumerate(shape.n_head_kv) if n]
@@ -142,9 +161,10 @@ def verify(
 
 
 def sample_positions(n: int, rows: int, seed: int) -> np.ndarray:
-    """Positions to check among n: all if rows is 0 or enough, else rows of them, ascending.
+    """Choose rows of n positions to check, ascending; all of them if rows is 0 or at least n.
 
-    The last SINGLE are always among them, and one from each of as many equal parts of the rest.
+    The last SINGLE positions are always chosen. The others are drawn one from each of equal parts
+    of the rest.
     """
     if rows == 0 or n <= rows:
         return np.arange(n)
@@ -156,14 +176,14 @@ def sample_positions(n: int, rows: int, seed: int) -> np.ndarray:
 
 
 def first_fold(plan: Plan) -> int:
-    """The position at which the first tokens are folded."""
+    """Return the position at which the first tokens are folded."""
     return ((plan.sink_tokens + plan.window) // plan.block + 1) * plan.block
 
 
 def _plan(
     shape: ModelShape, profile: Profile, n_ctx: int, type_k: str, type_v: str, flash_attn: bool
 ) -> Plan:
-    """An active plan. Raises ProfileError."""
+    """Make a plan. Raises ProfileError if it is not active."""
     n_ctx = n_ctx or min(DEFAULT_N_CTX, shape.n_ctx_train or DEFAULT_N_CTX)
     plan = make_plan(shape, profile, padded_n_ctx(shape, n_ctx), type_k, type_v, flash_attn)
     if not plan.active:
@@ -177,9 +197,9 @@ def _plan(
 def _tokens(
     C: Any, model: int, plan: Plan, n_tokens: int, text: str | None, seed: int
 ) -> tuple[np.ndarray, int]:
-    """The tokens to run, int32, and how many the text has.
+    """Return the tokens to run, int32, and the number of tokens in the text.
 
-    Raises ProfileError where nothing would be folded.
+    Raises ProfileError if nothing would be folded.
     """
     least = first_fold(plan) + 1
     if text is not None:
@@ -187,12 +207,12 @@ def _tokens(
         n_text = len(tokens)
         wanted = n_tokens or min(n_text, plan.n_ctx)
         if n_text < wanted:
-            raise RazorError(f"the text has {n_text:,} tokens, {wanted:,} were asked for")
+            raise RazorError(f"the text has {n_text:,} tokens, expected at least {wanted:,}")
         tokens = tokens[:wanted]
     else:
         from ..converters.calibrate import draw_tokens
 
-        # the last tokens, decoded one by one, go over the edge of a block
+        # The tokens that are decoded one by one cross the edge of a block.
         wanted = n_tokens or min(
             plan.n_ctx, first_fold(plan) + MORE_FOLDS * plan.block + SINGLE // 2
         )
@@ -206,9 +226,8 @@ def _tokens(
         )
     if len(tokens) < least:
         raise ProfileError(
-            f"the first fold (window {plan.window:,}, block {plan.block}) comes with token"
-            f" {least:,} and {len(tokens):,} are to be run, so it would not be verified;"
-            " use a larger -n, or a longer text"
+            f"the first fold (window {plan.window:,}, block {plan.block}) needs {least:,} tokens,"
+            f" found {len(tokens):,}; use a larger -n, or a longer text"
         )
     return tokens, n_text
 
@@ -237,7 +256,10 @@ def _context(
     n_ubatch: int,
     n_threads: int,
 ) -> AbstractContextManager[int]:
-    """A context (a pointer) whose attention is captured. override None: as the file says."""
+    """Create a context (a pointer) whose attention is captured.
+
+    With override None the context uses the profile in the model file.
+    """
     params = C.llama_context_default_params()
     params.n_ctx = plan.n_ctx
     params.n_batch, params.n_ubatch = min(n_batch, plan.n_ctx), min(n_ubatch, plan.n_ctx)
@@ -268,14 +290,14 @@ def _run(
     block: int,
     control: Control,
 ) -> Divergence:
-    """Decodes tokens in both contexts in step and compares the logits at positions."""
+    """Decode tokens in both contexts in step, and compare the logits at positions."""
     n, n_vocab = len(tokens), C.llama_vocab_n_tokens(C.llama_model_get_vocab(model))
     n_prompt = max(n - SINGLE, 0)
     wanted = np.zeros(n, bool)
     wanted[positions] = True
 
     def logits(ctx: int, edges: list[int]) -> np.ndarray:
-        """Decodes a batch between each two edges: f32 [wanted rows, n_vocab]."""
+        """Decode a batch between each two edges, and return f32 [wanted rows, n_vocab]."""
         parts = [np.empty((0, n_vocab), np.float32)]
         for a, b in zip(edges, edges[1:], strict=False):
             _decode(C, lib, ctx, tokens[a:b], a, wanted[a:b], control)
@@ -291,8 +313,8 @@ def _run(
     for start, end in zip(starts, [*starts[1:], n], strict=True):
         control.progress(start, n, "running")
         razor = logits(razor_ctx, [start, end])
-        # razor's ubatches end where blocks do: the full cache gets the same, because the size of
-        # an ubatch can decide which kernel computes it
+        # Razor's ubatches end where blocks do. The full cache gets the same ubatches, because
+        # their size can decide which kernel computes them.
         first = (start // block + 1) * block
         full = logits(full_ctx, [start, *range(first, end, block), end])
         kl.append(kl_divergence(full, razor))

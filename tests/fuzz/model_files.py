@@ -151,15 +151,12 @@ def _change_a_value(rng: random.Random, data: bytearray) -> None:
 def read(path: Path) -> None:
     """The header, the profile, the plan, and fit."""
     from razor_local import fit
-    from razor_local.gguf.header import read_header
-    from razor_local.model_shape import shape_from_header
+    from razor_local.model_file import ModelFile
     from razor_local.plan import make_plan
-    from razor_local.profile import profile_from_header
 
-    header = read_header(path)
-    shape = shape_from_header(header)
-    profile = profile_from_header(header, shape)
-    make_plan(shape, profile, 1024)
+    model_file = ModelFile(path)
+    profile = model_file.profile
+    make_plan(model_file.shape, profile, 1024)
     with fit.DryModel(path) as model:
         model.need(1024, fit.ContextOptions(profile=profile))
 

@@ -53,12 +53,12 @@ SPARSE = 700 << 20  # bytes: a claim of any size that the header's limits allow 
 
 def load() -> None:
     """Imports what is tested: later than this file, so that atheris can instrument it."""
-    global np, errors, header, heads, model_file, model_shape, plan, profile, scores, shape
+    global np, errors, header, heads, model_file, model_shape, plan, profile, scores, shape, split
     import numpy as np
     from razor_local.converters import heads
 
     from razor_local import errors, model_file, model_shape, plan, profile, scores
-    from razor_local.gguf import header
+    from razor_local.gguf import header, split
 
     shape = model_shape.ModelShape("llama", 2, (4, 4), (2, 2), 32, 32, 4096, "small")
     vars(shape)["fingerprint"] = "0" * 64  # there is no file to compute it from
@@ -96,7 +96,7 @@ def _use(path: Path) -> None:
 
 
 def _plan(h: object) -> None:
-    found = model_shape.shape_from_header(h)
+    found = model_shape.shape_from_parts(split.read_parts(h))
     model_shape.unsupported_feature(h, found)
     for n_ctx in (0, 32768):
         _expect_errors(
@@ -123,17 +123,17 @@ def read_split(path: Path, data: bytes) -> None:
 def read_heads(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     for share in (None, 0.3):
-        _expect_errors(lambda s: heads.read_heads(path, shape, s), share)
+        _expect_errors(lambda s: heads.profile_from_heads(path, shape, budget=s), share)
     found = heads.parse_heads(path)
     n = found.n_heads
     if found.kind == "scores":
         assert all(np.isfinite(layer).all() for layer in found.layers)
-    mask = heads.read_heads(
+    read = heads.profile_from_heads(
         path,
         model_shape.ModelShape("llama", len(n), n, n, 32, 32, 4096),
-        None if found.kind == "heads" else 0.5,
+        budget=None if found.kind == "heads" else 0.5,
     )
-    assert tuple(map(len, mask)) == n
+    assert tuple(map(len, read.retrieval)) == n
 
 
 def read_scores(path: Path, data: bytes) -> None:

@@ -206,7 +206,7 @@ def test_other_files_are_no_journals(measured, tmp_path, text) -> None:
     path.write_bytes(text.encode("latin-1"))
     head = measured.report["head"]
     with pytest.raises(
-        RazorError, match="is not a journal of a benchmark|is of a run with another"
+        RazorError, match="is not a journal of a benchmark|is from a run with another"
     ):
         open_journal(path, head)
     assert path.read_bytes() == text.encode("latin-1")

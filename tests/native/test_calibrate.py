@@ -283,7 +283,7 @@ def test_drawn_tokens(n_usable, n):
 
 
 def test_two_tokens_cannot_be_drawn_from():
-    with pytest.raises(ConvertError, match="the vocabulary has 2 ordinary tokens, too few"):
+    with pytest.raises(ConvertError, match="the vocabulary has only 2 ordinary tokens"):
         draw_tokens(np.arange(2), 16, 0)
 
 
@@ -310,8 +310,8 @@ def test_ubatch_fits_the_budget():
     with pytest.raises(ConvertError) as error:
         plan_memory(shape, 10001, 300 << 20)
     assert str(error.value) == (
-        "10,001 tokens need 323 MiB beside the model (320 MiB of them for the KV cache),"
-        " 300 MiB are allowed; allow more with --max-memory or take fewer --tokens"
+        "10,001 tokens need 323 MiB beside the model (320 MiB of it for the KV cache),"
+        " but 300 MiB are allowed; allow more with --max-memory or take fewer --tokens"
     )
 
 
@@ -355,7 +355,7 @@ def test_memory_really_stays_within_the_budget(tmp_path):
     ("options", "text"),
     [
         ({"tokens": 5000}, "4 x 5,000 tokens are more than the 10,240 that the model was trained"),
-        ({"tokens": 15}, "15 tokens are too few to measure heads with, expected 16 or more"),
+        ({"tokens": 15}, "15 tokens are too few to measure heads, expected 16 or more"),
         ({"repeats": 1}, "1 is not a number of repeats; expected 2 or more"),
         ({"repeats": 5000}, "2 tokens are too few.*5000 repeats of them do not fit into 10,240"),
         ({"seed": -1}, "the seed is -1, expected 0 to 4294967295"),

@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_on_and_reports_the_same(needles, tmp_path) -> N
         assert report(*args, "--resume", journal) == found
         assert len(journal.read_text().splitlines()) == len(lines)
     other = run(*args, "--resume", journal, "--seed", 1)
-    assert other.exit_code == 1 and "is of a run with another" in other.output
+    assert other.exit_code == 1 and "is from a run with another" in other.output
 
 
 def test_stop_keeps_whole_answers(tmp_path) -> None:
@@ -489,7 +489,7 @@ def test_a_journal_of_another_kind_is_refused(tmp_path) -> None:
     journal = tmp_path / "run.jsonl"
     journal.write_text('{"kind": "head", "version": 1}\n')
     done = run(*NEEDLE, "--policies", "full", "--resume", journal)
-    assert done.exit_code == 1 and "is of a run with another eval" in done.output
+    assert done.exit_code == 1 and "is from a run with another eval" in done.output
     journal.write_text("notes\n")
     done = run(*NEEDLE, "--policies", "full", "--resume", journal)
     assert done.exit_code == 1 and "is not a journal of an evaluation" in done.output

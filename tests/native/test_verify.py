@@ -240,7 +240,8 @@ def test_heads_stored_in_another_order_are_found(seen) -> None:
         (sentence,) = capture.misplaced(profile)
     finally:
         capture.stored[place] = right
-    assert "for the KV heads 1, 0, 2 and a window for 3, the profile says 0, 1, 2 and 3" in sentence
+    assert "for the KV heads 1, 0, 2 and a window for 3, but the profile says" in sentence
+    assert sentence.endswith("the profile says 0, 1, 2 and 3")
 
 
 def test_a_file_with_another_mask_than_the_reference_fails(monkeypatch) -> None:
@@ -251,7 +252,7 @@ def test_a_file_with_another_mask_than_the_reference_fails(monkeypatch) -> None:
     assert not result.passed
     assert result.verdict == (
         "FAIL: layer 2 keeps the whole context for the KV heads none and a window for 0, 1, 2, 3,"
-        " the profile says 1 and 0, 2, 3"
+        " but the profile says 1 and 0, 2, 3"
     )
     assert [(g.il, g.group) for g in result.groups if not g.passed] == [(2, "retrieval")]
     done = CliRunner().invoke(main, ["verify", str(MIXED), *COMMAND])
@@ -394,10 +395,10 @@ def test_the_command(tmp_path) -> None:
     ("options", "sentence"),
     [
         ({"n_ctx": 512}, "razor would not be active in a context of 512 tokens"),
-        ({"n_tokens": 320}, "the first fold (window 256, block 64) comes with token 321 and 320"),
+        ({"n_tokens": 320}, "the first fold (window 256, block 64) needs 321 tokens, found 320"),
         ({"n_tokens": 2049}, "2,049 tokens do not fit into a context of 2,048"),
-        ({"text": "too short"}, "comes with token 321"),
-        ({"text": "short", "n_tokens": 400}, "tokens, 400 were asked for"),
+        ({"text": "too short"}, "needs 321 tokens"),
+        ({"text": "short", "n_tokens": 400}, "tokens, expected at least 400"),
         ({"type_v": "q8_0", "flash_attn": False}, "a quantized V cache (q8_0) needs flash"),
         ({"n_batch": 8, "n_ubatch": 16}, "the batch is 8 and the ubatch 16 tokens"),
     ],
@@ -410,7 +411,7 @@ def test_what_cannot_be_verified_is_refused(options: dict, sentence: str) -> Non
 
 def test_razor_that_is_switched_off_is_no_pass(monkeypatch) -> None:
     monkeypatch.setenv(native.DISABLE_ENV, "1")
-    with pytest.raises(RazorError, match="runs a full cache where razor was asked for"):
+    with pytest.raises(RazorError, match="runs a full cache instead of razor"):
         verify(MIXED, **QUICK)
 
 

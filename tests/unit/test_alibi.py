@@ -26,7 +26,6 @@ from razor_local.model_file import read_model_shape, read_profile
 from razor_local.model_shape import (
     ModelShape,
     alibi_max_bias,
-    shape_from_header,
     unsupported_feature,
 )
 from razor_local.profile import read_sidecar
@@ -256,8 +255,7 @@ def test_which_models_have_alibi(tmp_path):
         raw = small_model([*extra], n_layer=n_layer).replace(b"llama", arch.encode()[:5].ljust(5))
         path = tmp_path / "m"
         path.write_bytes(raw)
-        header = read_header(path)
-        shape = shape_from_header(header)
+        header, shape = read_header(path), read_model_shape(path)
         assert shape.arch == arch
         assert (unsupported_feature(header, shape) == "ALiBi") == (
             alibi_max_bias(header, shape) > 0

@@ -319,7 +319,7 @@ def test_what_another_process_made_meanwhile_is_not_replaced(
     monkeypatch.setattr(writer, "_verify_with_gguf", made)
     if not links:
         monkeypatch.setattr(os, "link", no_links)
-    with pytest.raises(ConvertError, match="out.gguf was made by another process meanwhile"):
+    with pytest.raises(ConvertError, match="out.gguf was created by another process"):
         write(model, out, PROFILE)
     assert out.read_text() == "theirs" and len(list(out.parent.iterdir())) == 1
     write(model, out, PROFILE, force=True)

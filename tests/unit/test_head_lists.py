@@ -13,7 +13,6 @@ from razor_local.converters.heads import (
     choose_by_rank,
     parse_heads,
     profile_from_heads,
-    read_heads,
 )
 from razor_local.converters.write import write_copy
 
@@ -24,6 +23,10 @@ from tests.support.tiny_models import TinySpec, make_model
 
 # a folder of published head lists (*.tsv, *.json, in folders of any depth), for those who have one
 PUBLISHED = os.environ.get("RAZOR_HEAD_LISTS")
+
+
+def read_heads(path, shape: ModelShape, budget: float | None = None) -> tuple[np.ndarray, ...]:
+    return profile_from_heads(path, shape, budget=budget).retrieval
 
 
 def shape(*n_head_kv: int, group: int = 1) -> ModelShape:
@@ -202,15 +205,15 @@ BAD = {
     "a layer is missing": ('{"0-0": 1, "2-0": 2}', "lists 3 layers x 0 to 1 query heads"),
     "cut json": ('{"0-0": [1, 2', "is not valid JSON; " + SCORES_EXPECTED),
     "deep json": ("[" * 100_000, "is not valid JSON"),
-    "json list": ("[1, 2]", "is no JSON object of heads"),
-    "json without heads": ("{}", "is no JSON object of heads"),
+    "json list": ("[1, 2]", "is not a JSON object of heads"),
+    "json without heads": ("{}", "is not a JSON object of heads"),
     "other json": ('{"model": "llama"}', "has the entry 'model'; " + SCORES_EXPECTED),
     "negative layer": ('{"-1-0": 1}', "has the entry '-1-0'"),
     "other digits in json": ('{"\u0661-0": 1}', "has the entry '\u0661-0'"),
     "many layers": ('{"9999-0": 1}', "has the entry '9999-0', more than 512 layers of 4096 heads"),
     "many heads": (
         json.dumps({f"{i % 512}-{i // 512}": 1 for i in range(65_537)}),
-        "has 65537 entries, no model has as many heads",
+        "has 65537 entries, more than any model has heads",
     ),
     "twice": ('{"0-0": 1, "0-0": 2}', "names a head twice"),
     "twice, spelt differently": ('{"0-0": 1, "00-0": 2}', "names head '0-0' twice"),

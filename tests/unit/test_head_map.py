@@ -215,7 +215,7 @@ def test_refusals(folder, tmp_path):
         ([folder / "razor.gguf", "--compare", folder / "plain.gguf"], "no razor profile to comp"),
         (
             [folder / "razor.gguf", "--compare", other],
-            "is of 2 layers x 2 KV heads, the model has 3 layers x 2 KV heads; only heads of one",
+            "has 2 layers x 2 KV heads, the model has 3 layers x 2 KV heads; only heads of one",
         ),
         (
             [folder / "razor.gguf", "--compare", wide],

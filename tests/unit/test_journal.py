@@ -76,7 +76,7 @@ def test_wrong_fields_are_refused(path):
         assert changed != before
         path.write_bytes(changed)
         with pytest.raises(
-            RazorError, match="does not hold what a test writes, .*choose a new file"
+            RazorError, match="is not a valid journal of a test: .*choose a new file"
         ):
             Journal(path, HEAD, "a test", lambda head: {"version": head["version"]}, check)
         assert path.read_bytes() == changed

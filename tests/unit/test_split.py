@@ -148,11 +148,11 @@ def split_keys(no: int, count: int = 2, tensors: int = 3) -> list[bytes]:
 @pytest.mark.parametrize(
     ("first", "second", "name", "text"),
     [
-        (split_keys(0), split_keys(0), "b", "should be file 2 of 2 .* say 0 and 2"),
-        (split_keys(0), split_keys(1, 3), "b", "should be file 2 of 2 .* say 1 and 3"),
-        (split_keys(0), [], "b", "should be file 2 of 2 .* say None and None"),
-        (split_keys(0), split_keys(1), "b.weight", "two of its files hold a tensor of the same"),
-        (split_keys(0, 2, 4), split_keys(1), "b", r"hold 3 tensors, split.tensors.count says 4"),
+        (split_keys(0), split_keys(0), "b", "expected file 2 of 2 .* are 0 and 2"),
+        (split_keys(0), split_keys(1, 3), "b", "expected file 2 of 2 .* are 1 and 3"),
+        (split_keys(0), [], "b", "expected file 2 of 2 .* are None and None"),
+        (split_keys(0), split_keys(1), "b.weight", "two of its files hold the same tensor"),
+        (split_keys(0, 2, 4), split_keys(1), "b", r"hold 3 tensors, but split.tensors.count is 4"),
         (split_keys(0)[1:], split_keys(1), "b", "has split.count but no split.no"),
         ([kv("split.count", U32, 2)], [], "b", "'split.count' should be u16, found u32"),
         (split_keys(0, 60000), [], "b", "one of 60000 files of a split model, expected at most"),
