@@ -1,1 +1,1 @@
-"""Measure what compression costs in quality: the tasks of `razor-local eval`."""
+"""Measure the quality of compressed caches: the tasks of `razor-local eval`."""

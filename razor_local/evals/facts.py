@@ -1,4 +1,4 @@
-"""Planted facts: a text with facts in it, and questions that are scored by teacher forcing.
+"""Planted facts: a text that contains facts, and questions that are scored by teacher forcing.
 
 The model gets the prompt and the answer up to the value ("The secret code of Marlow is"). A fact is
 found if each token of the value is the most likely one after the tokens before it. This needs no
@@ -33,8 +33,8 @@ from .haystack import Haystack
 from .needle import NAMES
 from .questions import Prompts, fit_text, message
 
-MIN_TOKENS = 640  # a shorter text holds little beside the facts
-ROOM = 128  # tokens of the context beside the text: a question and its answer
+MIN_TOKENS = 640  # a shorter text would hold little but the facts
+ROOM = 128  # tokens of the context for a question and its answer
 MARGIN = 64  # tokens between the last fact and what local heads keep
 N_UBATCH = 512
 SEED = 0  # fixed, so that repeated runs ask the same questions
@@ -99,7 +99,7 @@ class Question:
     """A question about one fact.
 
     Attributes:
-        tokens: i32, question and answer after the common prefix; the last n_value are the value.
+        tokens: i32, question and answer after the common prefix. The last n_value are the value.
         fact: positions [start, end) of the sentence in the prompt.
     """
 
@@ -113,8 +113,8 @@ class Exam:
     """A text with planted facts and the questions about them, in tokens.
 
     Attributes:
-        prefix: i32, the text, with which all prompts begin.
-        n_ctx: tokens that a context needs.
+        prefix: i32, the text with which all prompts begin.
+        n_ctx: tokens of the context.
     """
 
     prefix: np.ndarray
@@ -123,7 +123,7 @@ class Exam:
 
     @property
     def n_outputs(self) -> int:
-        """Logits of this many tokens are read at once."""
+        """The number of tokens whose logits are read at once."""
         return max(question.n_value for question in self.questions)
 
 
@@ -147,18 +147,21 @@ class Outcome:
 def make_exam(
     prompts: Prompts, haystack: Haystack, n_tokens: int, reach: int, sink_tokens: int = 0
 ) -> Exam:
-    """Plant the facts in a text of the haystack.
+    """Plant facts in a text of the haystack.
 
-    The facts stand at even distances, all of them where local heads have folded them.
+    The facts are evenly spaced, and all of them are in the part that local heads have folded.
 
     Args:
-        n_tokens: of a prompt, the text with its question.
-        reach: tokens at the end of the text that hold no fact: a window, and a block of folding.
-        sink_tokens: tokens at the beginning that hold no fact.
+        prompts: the model's tokenizer and template.
+        haystack: the text.
+        n_tokens: tokens of a prompt, which is the text with a question.
+        reach: tokens at the end of the text without facts: a window and a fold block.
+        sink_tokens: tokens at the start of the text without facts.
 
     Raises:
-        UnsupportedError: n_tokens are too few to hold the facts before the last reach tokens.
+        UnsupportedError: the facts do not fit before the last reach tokens.
     """
+    # 1. Choose the facts.
     if n_tokens < MIN_TOKENS:
         raise UnsupportedError(
             f"a text of {max(n_tokens, 0):,} tokens is too short to plant facts in, expected"
@@ -175,18 +178,19 @@ def make_exam(
         for wording, key, value in zip(wordings, keys, values, strict=True)
     ]
     n_facts = sum(prompts.count(f"{statement} ") for statement in statements)
-    # depths count neither the template nor the facts before them
+    # 2. Place them. Depths do not count the template and the facts before them.
     n_before, n_around = _template_tokens(prompts)
     first = max(sink_tokens - n_before, 0)
     last = n_tokens - reach - MARGIN - n_facts - n_before
     if last - first < n_facts / 4:
         raise UnsupportedError(
-            f"of {n_tokens:,} tokens all but {max(last + n_facts - first, 0):,} belong to the chat"
-            " template, the sink tokens and the window, which leaves no room for facts that are"
-            " folded"
+            f"of {n_tokens:,} tokens only {max(last + n_facts - first, 0):,} are outside of the"
+            " chat template, the sink tokens and the window, which leaves no room for facts that"
+            " are folded; use a larger context"
         )
     depths = np.linspace(first, last, len(statements)) / (n_tokens - n_facts - n_around)
     facts = list(zip(depths.tolist(), statements, strict=True))
+    # 3. Write the text and the questions.
     asked = []
     for wording, key, value, statement in zip(wordings, keys, values, statements, strict=True):
         asked += [
@@ -201,6 +205,7 @@ def make_exam(
     def tokenize(string: str) -> list[int]:
         return prompts.model.tokenize(string.encode(), add_bos=False, special=True)
 
+    # 4. Split the prompts into tokens and find the facts in them.
     prompts_of = [
         prompts.render([{"role": "user", "content": message(text, words)}]) for words, _, _ in asked
     ]
@@ -213,8 +218,8 @@ def make_exam(
         at = prompt.find(statement)
         if at < 0:
             raise UnsupportedError(
-                "the model's chat template does not contain the text of a message as it is, so"
-                " that planted facts are not found again in the prompt"
+                "the model's chat template changes the text of a message, so the planted facts"
+                " cannot be found in the prompt"
             )
         before, after = tokenize(prompt[:at]), tokenize(prompt[: at + len(statement)])
         spans.append((_common([whole, before]), _common([whole, after])))
@@ -232,7 +237,7 @@ def make_exam(
 
 
 def _template_tokens(prompts: Prompts) -> tuple[int, int]:
-    """Tokens of the chat template before a message, and in all."""
+    """Count the tokens of the chat template before a message, and in total."""
     mark = "Here"
     before = prompts.render([{"role": "user", "content": mark}]).partition(mark)[0]
     n_before = len(prompts.model.tokenize(before.encode(), add_bos=False, special=True))
@@ -240,7 +245,7 @@ def _template_tokens(prompts: Prompts) -> tuple[int, int]:
 
 
 def _check(exam: Exam, reach: int, sink_tokens: int) -> None:
-    """Raise UnsupportedError where the questions would not show what is asked."""
+    """Raise UnsupportedError if the questions would not test folded facts."""
     longest = max(len(question.tokens) for question in exam.questions)
     if longest > N_UBATCH:
         raise UnsupportedError(
@@ -256,7 +261,7 @@ def _check(exam: Exam, reach: int, sink_tokens: int) -> None:
 
 
 def _numbers(rng: Random, n: int, haystack: Haystack) -> list[str]:
-    """Different numbers of five digits that are nowhere in the haystack."""
+    """Draw different numbers of five digits that the haystack does not contain."""
     found: list[str] = []
     for _ in range(20 * n):
         value = str(rng.randrange(10_000, 100_000))
@@ -271,7 +276,7 @@ def _numbers(rng: Random, n: int, haystack: Haystack) -> list[str]:
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     shortest = min(map(len, sequences))
     first = sequences[0]
     for i in range(shortest):
@@ -281,7 +286,7 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
 
 
 class Examiner:
-    """A loaded model that takes an exam, with one context after the other."""
+    """A loaded model that answers the questions of an exam, with one context after the other."""
 
     def __init__(
         self,
@@ -314,9 +319,10 @@ class Examiner:
     def full(self) -> tuple[Outcome, np.ndarray]:
         """Ask the full f16 cache, without flash attention.
 
-        Returns the fact score of every query head too, f64 [sum of n_head]: the attention that it
-        pays from a question and its answer to the sentence of the fact, averaged over these tokens
-        and all questions.
+        Returns:
+            The outcome, and the fact score of every query head, f64 [sum of n_head]. That is its
+            attention from a question and its answer to the sentence of the fact, averaged over
+            these tokens and all questions.
         """
         probe = self._probe
         with attention_context(
@@ -343,7 +349,7 @@ class Examiner:
         type_v: str = "f16",
         what: str = "planting facts",
     ) -> Outcome:
-        """Ask a context with flash attention; profile None: llama.cpp's own cache."""
+        """Ask a context with flash attention. With profile None it has a full cache."""
         with self._context(profile, type_k, type_v) as ctx:
             return self._take(ctx, what)
 
@@ -368,7 +374,8 @@ class Examiner:
         )
 
     def _take(self, ctx: int, what: str, read_attention: bool = False) -> Outcome:
-        """Read the text once, and ask each question from there."""
+        """Read the text once, and ask each question after it."""
+        # 1. Read the text.
         exam, probe, C = self._exam, self._probe, self._C
         n_prefix = len(exam.prefix)
         work = [min(N_UBATCH, n_prefix - i) for i in range(0, n_prefix, N_UBATCH)]
@@ -380,10 +387,12 @@ class Examiner:
             self._decode(ctx, start, part, np.zeros(len(part), np.int8))
             done += len(part)
             probe.progress(done, sum(work), what)
+        # 2. Save the state.
         size = C.llama_state_get_size(ctx)
         state = (ctypes.c_uint8 * size)()
         size = C.llama_state_get_data(ctx, state, size)
         n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self._model))
+        # 3. Ask each question, from the restored state.
         found, logprob = [], []
         for i, question in enumerate(exam.questions):
             if i and C.llama_state_set_data(ctx, state, size) != size:
@@ -422,7 +431,7 @@ class Examiner:
 
 
 class _FactProbe(AttentionProbe):
-    """Sums up the attention to the fact that is asked for, averaged over the decoded tokens."""
+    """Sum the attention to the fact in question, averaged over the decoded tokens."""
 
     fact = (0, 0)
 

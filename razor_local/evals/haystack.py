@@ -14,7 +14,7 @@ from typing import Protocol
 from ..common.inputs import open_input
 from ..errors import RazorError
 
-# Whole sentences of these never name a person or a number, so that no fact can be mistaken.
+# Sentences made of these contain no names and no numbers, so they cannot be mistaken for a fact.
 PEOPLE = (
     "the miller", "an old sailor", "the baker's daughter", "a tired traveller", "the gardener",
     "two brothers", "the captain", "a quiet woman", "the schoolmaster", "a young painter",
@@ -58,20 +58,25 @@ ASIDES = (
 
 
 class Haystack(Protocol):
-    """name: for the report. digest: of the text, by which runs are told apart."""
+    """A text to hide facts in.
+
+    Attributes:
+        name: its name in reports.
+        digest: a hash of the text, which identifies it when a run is resumed.
+    """
 
     name: str
     digest: str
 
     def pieces(self, rng: Random) -> Iterator[str]:
-        """Sentences with the white space behind them, from anywhere in the text."""
+        """Yield sentences with the white space after them, from anywhere in the text."""
 
     def __contains__(self, text: str) -> bool:
-        """Whether the text stands somewhere in it, in any case."""
+        """Return True if the haystack contains a text, ignoring case."""
 
 
 class MadeText:
-    """English sentences without end, drawn at random: about 2 million different ones."""
+    """Endless random English sentences, about 2 million different ones."""
 
     name = "built in"
 
@@ -93,8 +98,8 @@ class MadeText:
 class FolderText:
     """The .txt files of a folder, one after the other in the order of their names.
 
-    Files are UTF-8, or else Latin-1 as many old electronic texts are. Lines that are broken inside
-    paragraphs are joined. Raises RazorError for a folder without texts, OSError.
+    Files that are not UTF-8 are read as Latin-1, like many old electronic texts. Lines within a
+    paragraph are joined. Raises RazorError for a folder without texts, OSError.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -122,7 +127,7 @@ class FolderText:
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pieces(self, rng: Random) -> Iterator[str]:
-        """Every sentence once: from a random one to the end, then from the beginning."""
+        """Yield every sentence once, from a random one to the end and then from the beginning."""
         start = rng.randrange(len(self._pieces))
         yield from self._pieces[start:]
         yield from self._pieces[:start]
@@ -132,7 +137,7 @@ class FolderText:
 
 
 def _without_blanks(text: str) -> str:
-    """The text with empty lines for blank ones, and no white space at the end of lines before."""
+    """Empty the blank lines, and strip the ends of the lines before them."""
     lines = [line if line.strip(" \t") else "" for line in text.split("\n")]
     followed = zip(lines, lines[1:], strict=False)
     return "\n".join([a if b else a.rstrip(" \t") for a, b in followed] + lines[-1:])
@@ -150,6 +155,6 @@ def _sentence(rng: Random) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Sentences with the white space behind them; "".join of them is the text and a line's end."""
+    """Split a text into sentences with the white space after them."""
     pieces = re.findall(r"\S.*?(?:[.!?][\"'”’)\]]*\s+|\n\n|\Z)", text + "\n", re.S)
     return [piece if piece[-1].isspace() else piece + " " for piece in pieces]

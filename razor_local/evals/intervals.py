@@ -1,7 +1,4 @@
-"""Confidence intervals of scores.
-
-docs/evaluation.md explains which one is used where, and why.
-"""
+"""Compute confidence intervals of scores. docs/evaluation.md explains the choice of methods."""
 
 from __future__ import annotations
 
@@ -10,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Z = 1.959963984540054  # of 95 %
+Z = 1.959963984540054  # quantile of the normal distribution for 95 %
 N_BOOTSTRAP = 2000
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion p found in n trials (Wilson's score interval)."""
+    """Return Wilson's 95 % score interval of a proportion p found in n trials."""
     middle = p + Z**2 / (2 * n)
     half = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     low, high = ((middle + sign * half) / (1 + Z**2 / n) for sign in (-1, 1))
@@ -23,11 +20,12 @@ def wilson(p: float, n: int) -> tuple[float, float]:
 
 
 def score_interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of scores from 0 to 1.
+    """Return the 95 % interval of the mean of scores from 0 to 1.
 
-    Wilson's where all are 0 or 1, else the percentiles of a bootstrap. Where all are the same a
-    bootstrap would claim certainty: Wilson's again, which is wide enough for any scores from 0 to 1
-    (none has a larger variance with the same mean than 0 and 1).
+    This is Wilson's interval if all scores are 0 or 1, and the percentiles of a bootstrap
+    otherwise. If all scores are equal, a bootstrap would claim certainty, so Wilson's interval is
+    used again. It is wide enough for any scores from 0 to 1, because scores of 0 and 1 have the
+    largest variance of all scores with the same mean.
     """
     values = np.asarray(scores, np.float64)
     if np.isin(values, (0.0, 1.0)).all() or (values == values[0]).all():
@@ -39,11 +37,11 @@ def score_interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of a - b for scores of the same questions, and its 95 % interval.
+    """Return the mean of a - b for scores of the same questions, and its 95 % interval.
 
-    Newcombe's square-and-add of two Wilson intervals with the correlation of the pairs and its
-    continuity correction (method 10 of Statist. Med. 17, 2635, 1998): exact fields of a 2 x 2 table
-    where scores are 0 or 1, their expectations where they lie between.
+    This is Newcombe's square-and-add interval of two Wilson intervals with the correlation of the
+    pairs and its continuity correction (method 10 of Statist. Med. 17, 2635, 1998). The fields of
+    the 2 x 2 table are exact if scores are 0 or 1, and expectations otherwise.
     """
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     n = len(x)
@@ -71,11 +69,18 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
 def block_bootstrap(
     weights: np.ndarray, sums: np.ndarray, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of sums / weights over blocks of neighbouring tokens.
+    """Return the 95 % interval of sums / weights over blocks of neighboring tokens.
 
-    weights: tokens of each block [n]; sums: [n, k], k quantities summed over each block. Blocks are
-    drawn again with replacement, the same for all k, so that a difference of two quantities is a
-    quantity of its own. Returns low, high: [k].
+    Blocks are resampled with replacement, the same ones for all k quantities, so a difference of
+    two quantities can be one of them.
+
+    Args:
+        weights: tokens of each block, [n].
+        sums: k quantities summed over each block, [n, k].
+        seed: seed of the resampling.
+
+    Returns:
+        The lower and the upper bounds, [k] each.
     """
     rng = np.random.default_rng(seed)
     n = len(weights)

@@ -1,10 +1,10 @@
-"""A model class for lm-evaluation-harness, which runs its suites on razor_local.
+"""A model class for lm-evaluation-harness, to run its suites on razor_local.
 
     python -m razor_local.evals.lm_eval --model razor --tasks hellaswag \\
         --model_args model=model-razor.gguf,policy=razor-q8_0,n_ctx=8192
 
-This is the harness's own command line with one more model, `razor`. In Python, importing this file
-registers it. docs/evaluation.md has more.
+This is the command line of the harness with one more model, `razor`. In Python, importing this
+module registers it. See docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -33,17 +33,25 @@ except ImportError as error:
         " 'pip install razor-local[lm-eval]'"
     ) from None
 
-MAX_GEN_TOKENS = 256  # where a task does not say
+MAX_GEN_TOKENS = 256  # default for tasks without a limit
 log = logging.getLogger(__name__)
 
 
 @register_model("razor")
 class RazorLM(TemplateLM):
-    """model: a GGUF file, by default the built-in one. policy: see razor_local.evals.policies.
+    """A GGUF model that runs with one policy.
 
-    n_ctx: tokens, by default as trained, at most 8,192; longer prompts lose their beginning, as the
-    harness's other models do it, with a warning. sidecar, retrieval, window_min, window_divisor,
-    sinks, n_threads, n_gpu_layers: as in `razor-local eval`.
+    Prompts longer than the context lose their beginning, with a warning, as in the harness's other
+    models.
+
+    Args:
+        model: a GGUF file, by default the built-in one.
+        policy: see razor_local.evals.policies.
+        n_ctx: tokens, by default the trained context up to 8,192.
+        sidecar, retrieval, window_min, window_divisor, sinks, n_threads, n_gpu_layers: as in
+            `razor-local eval`.
+        seed: seed of random-heads.
+        batch_size, max_batch_size, device: passed by the harness, and ignored.
     """
 
     def __init__(
@@ -63,7 +71,6 @@ class RazorLM(TemplateLM):
         max_batch_size: int | None = None,
         device: str | None = None,
     ) -> None:
-        # batch_size, max_batch_size and device come from the harness and mean nothing here
         super().__init__()
         setup = ModelSetup(
             model=str(model),
@@ -99,7 +106,7 @@ class RazorLM(TemplateLM):
         return self._name
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results: the cache's bytes and plan."""
+        """Return the bytes of the cache, which the harness writes with its results."""
         memory = self.llama.memory()
         return {
             "kv_bytes": memory.kv_bytes,
@@ -127,7 +134,7 @@ class RazorLM(TemplateLM):
     ) -> str:
         if add_generation_prompt:
             return self._render(chat_history)
-        # the last message is the beginning of an answer
+        # Here the last message is the beginning of an answer.
         return self._render(chat_history[:-1]) + chat_history[-1]["content"]
 
     def _loglikelihood_tokens(
@@ -145,8 +152,10 @@ class RazorLM(TemplateLM):
         return found
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """The log likelihood of continuation after context, and whether each of its tokens is the
-        most likely one."""
+        """Return the log likelihood of continuation after context.
+
+        The second result is whether each of its tokens is the most likely one.
+        """
         if len(continuation) > self.max_length:
             raise UnsupportedError(
                 f"a continuation of {len(continuation):,} tokens is longer than the context"
@@ -154,7 +163,7 @@ class RazorLM(TemplateLM):
             )
         tokens = self._fitting(context + continuation, self.max_length + 1)[:-1]
         n = len(continuation)
-        before = tokens[: len(tokens) - n + 1][:-1]  # what comes before the first row that counts
+        before = tokens[: len(tokens) - n + 1][:-1]  # tokens before the first row that counts
         if before:
             self.llama.prefill(before)
         else:
@@ -193,7 +202,7 @@ class RazorLM(TemplateLM):
         return found
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
-        """The answer up to the first of options["until"], which is left out."""
+        """Generate an answer up to the first of options["until"], which is left out."""
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         most = int(options.get("max_gen_toks") or MAX_GEN_TOKENS)
@@ -207,7 +216,7 @@ class RazorLM(TemplateLM):
             }
         if most >= self.max_length:
             raise UnsupportedError(
-                f"an answer of {most:,} tokens leaves no room for its question in a context of"
+                f"an answer of {most:,} tokens leaves no room for the question in a context of"
                 f" {self.max_length:,}; use a larger {option('n_ctx')}"
             )
         tokens = self._fitting(self.tok_encode(context), self.max_length - most)
@@ -228,8 +237,8 @@ class RazorLM(TemplateLM):
     def _fitting(self, tokens: list[int], most: int) -> list[int]:
         if len(tokens) > most and not self._warned:
             log.warning(
-                "a prompt of %d tokens does not fit the context: its beginning is left out, as of"
-                " all others that follow; use a larger %s",
+                "a prompt of %d tokens does not fit the context, so its beginning is left out"
+                " (further prompts are cut without a warning); use a larger %s",
                 len(tokens),
                 option("n_ctx"),
             )
@@ -244,7 +253,7 @@ def _progress(items: list[Any], what: str, disable: bool) -> Iterator[Any]:
 
 
 def main() -> None:
-    """The harness's command line with the model razor."""
+    """Run the command line of the harness with the model razor."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

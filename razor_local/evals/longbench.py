@@ -1,10 +1,10 @@
 """LongBench (Bai et al., 2023, arXiv 2308.14508) on the user's files.
 
 A data set is a file NAME.jsonl, or NAME_e.jsonl for LongBench-E. Each line is an object with
-context, input, answers and, for classification, all_classes. The metrics are LongBench's, computed
-by libraries if there are any (rouge-score, rapidfuzz, jieba for Chinese). The prompts are not
-LongBench's: there is one for each kind of task. Compare the scores with each other, not with
-published ones.
+context, input, answers and, for classification, all_classes. The metrics are those of LongBench,
+with libraries where possible (rouge-score, rapidfuzz, jieba for Chinese). The prompts differ from
+LongBench's, with one for each kind of task. Compare the scores with each other, not with published
+ones.
 """
 
 from __future__ import annotations
@@ -34,9 +34,16 @@ N_CUT = 20  # attempts to cut a context to a length
 
 @dataclass(frozen=True)
 class DataSet:
-    """text, question: the prompt, with {context} and {input}. metric: see METRICS. raw: the prompt
-    is continued, not put as a message of a chat, as LongBench does where it gives examples or code.
-    first_line: the rest of the answer does not count."""
+    """The prompt and the metric of a data set.
+
+    Attributes:
+        text, question: the prompt, with {context} and {input}.
+        metric: one of METRICS.
+        max_tokens: maximum tokens of an answer.
+        raw: whether the model continues the prompt directly, without a chat template. LongBench
+            does this for examples and code.
+        first_line: whether only the first line of an answer counts.
+    """
 
     text: str
     question: str
@@ -120,11 +127,27 @@ DATA_SETS = {
 
 
 class LongBench:
-    """The samples of a folder of files. left_out: by data set, samples that do not fit n_ctx.
+    """The samples of a folder of files.
 
-    names: data sets to read; None: all files that are known. n_samples: at most, drawn at random by
-    seed. cut: instead of leaving a sample out its context is cut in the middle, as LongBench does.
-    Raises RazorError (a damaged file, no file, a library that is missing), OSError.
+    Args:
+        folder: the folder.
+        prompts: the model's tokenizer and template.
+        n_ctx: tokens of the context.
+        names: data sets to read, by default all known files.
+        n_samples: maximum samples per data set, drawn at random.
+        cut: whether to cut the middle out of contexts that do not fit, as LongBench does, instead
+            of leaving the sample out.
+        seed: seed of the choice of samples.
+        progress: called with the progress.
+
+    Attributes:
+        samples: the samples that fit.
+        left_out: number of samples that do not fit n_ctx, by data set.
+        n_cut: number of samples that were cut, by data set.
+
+    Raises:
+        RazorError: a file is damaged, there is no file, or a library is missing.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -165,7 +188,7 @@ class LongBench:
             )
 
     def score(self, sample: Sample, answers: Sequence[str]) -> float:
-        """The best score of the answer over all right ones, from 0 to 1."""
+        """Return the best score of the answer over all expected ones, from 0 to 1."""
         data_set = DATA_SETS[_base(sample.task)]
         answer = answers[0]
         if data_set.first_line:
@@ -269,7 +292,7 @@ def _read(file: Path, digest: Any) -> list[dict[str, Any]]:
 def _chosen(
     items: list[dict[str, Any]], n_samples: int | None, seed: str
 ) -> list[tuple[int, dict[str, Any]]]:
-    """At most n_samples with their places in the file, in its order."""
+    """Choose at most n_samples with their indices in the file, in its order."""
     indices: Sequence[int] = range(len(items))
     if n_samples is not None and n_samples < len(items):
         indices = sorted(Random(seed).sample(indices, n_samples))
@@ -279,7 +302,7 @@ def _chosen(
 def _cut_middle(
     prompts: Prompts, context: str, size: Callable[[str], int], n_tokens: int
 ) -> tuple[str, int]:
-    """The longest beginning and end of the same number of tokens that fit."""
+    """Keep the longest start and end, of the same number of tokens, that fit n_tokens."""
     tokens = prompts.model.tokenize(context.encode(), add_bos=False, special=False)
     keep = len(tokens)
     for _ in range(N_CUT):
@@ -302,7 +325,7 @@ def _cut_middle(
 
 
 def check_libraries(name: str) -> None:
-    """Raises UnsupportedError where a library that the data set's metric needs is missing."""
+    """Raise UnsupportedError if a library for the data set's metric is missing."""
     metric = DATA_SETS[_base(name)].metric
     for module, package in LIBRARIES.get(metric, ()):
         if find_spec(module) is None:
@@ -313,7 +336,7 @@ def check_libraries(name: str) -> None:
 
 
 def _normalized(text: str) -> str:
-    """As SQuAD compares answers: no case, punctuation, articles or double spaces."""
+    """Normalize a text like SQuAD: drop case, punctuation, articles and double spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -327,19 +350,19 @@ def _f1_of(found: list[str], expected: list[str]) -> float:
 
 
 def f1(answer: str, right: str, classes: Sequence[str]) -> float:
-    """F1 of the words of both."""
+    """F1 of the words."""
     return _f1_of(_normalized(answer).split(), _normalized(right).split())
 
 
 def _cut_words(text: str) -> list[str]:
     import jieba
 
-    jieba.setLogLevel("WARNING")  # it tells on stderr that it loads its dictionary
+    jieba.setLogLevel("WARNING")  # do not log that the dictionary is loaded
     return [word for word in jieba.cut(text, cut_all=False) if word.strip()]
 
 
 def f1_zh(answer: str, right: str, classes: Sequence[str]) -> float:
-    """F1 of the Chinese words of both, without punctuation."""
+    """F1 of the Chinese words, without punctuation."""
 
     def words(text: str) -> list[str]:
         found = (re.sub(r"[\W_]+", "", word.lower()) for word in _cut_words(text))
@@ -366,19 +389,21 @@ _SPACES = _Words()
 
 
 def rouge(answer: str, right: str, classes: Sequence[str]) -> float:
-    """F of ROUGE-L."""
+    """F-measure of ROUGE-L."""
     return float(_rouge_scorer().score(right, answer)["rougeL"].fmeasure)
 
 
 def rouge_zh(answer: str, right: str, classes: Sequence[str]) -> float:
-    """F of ROUGE-L over Chinese words."""
+    """F-measure of ROUGE-L over Chinese words."""
     texts = (" ".join(_cut_words(text)) for text in (right, answer))
     return float(_rouge_scorer(_SPACES).score(*texts)["rougeL"].fmeasure)
 
 
 def classes_named(answer: str, right: str, classes: Sequence[str]) -> float:
-    """1 / number of classes that the answer names, if the right one is among them. A class whose
-    name is a part of the right one's does not count."""
+    """1 / number of classes that the answer names, or 0 if the right one is not among them.
+
+    A class whose name is part of the right one's name does not count.
+    """
     named = [name for name in classes if name in answer]
     named = [name for name in named if name == right or name not in right]
     return 1 / len(named) if right in named else 0.0
@@ -395,12 +420,12 @@ def count_named(answer: str, right: str, classes: Sequence[str]) -> float:
 
 
 def paragraph_named(answer: str, right: str, classes: Sequence[str]) -> float:
-    """The same for the number of a paragraph; right is such as "Paragraph 3"."""
+    """The share of the numbers in the answer that name the right paragraph ("Paragraph 3")."""
     return _share_of_numbers(answer, "".join(re.findall(r"\d+", right)[:1]))
 
 
 def code(answer: str, right: str, classes: Sequence[str]) -> float:
-    """Edit similarity of the first line that is neither a comment nor the fence of a code block."""
+    """Edit similarity of the first line that is not a comment or the fence of a code block."""
     from rapidfuzz.fuzz import ratio
 
     lines = answer.lstrip("\n").split("\n")

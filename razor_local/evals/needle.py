@@ -1,10 +1,10 @@
-"""Needles in a haystack: facts hidden at chosen depths of a text, and questions about them.
+"""Needle in a haystack: facts hidden at chosen depths of a text, and questions about them.
 
-    single      one fact, one question in its words
-    reworded    the same text, a question in other words
-    keys        several facts of one kind, a question about one of them
-    values      several numbers for one name, all of which must be named
-    questions   several facts, several questions one after the other in one conversation
+    single      one fact and one question in its words
+    reworded    the same text with a question in other words
+    keys        several facts of one kind and a question about one of them
+    values      several numbers for one name, all of which the answer must name
+    questions   several facts and several questions in one conversation
 
 An answer is right if it contains the number, and not only as part of a longer one.
 """
@@ -40,9 +40,10 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Fact:
-    """The wordings of one kind of fact; {key} is a name, {value} a number.
+    """The wordings of one kind of fact, where {key} is a name and {value} a number.
 
-    one_of, all_of: of several values for one name.
+    Attributes:
+        one_of, all_of: statement and question where one name has several values.
     """
 
     statement: str
@@ -79,7 +80,16 @@ FACTS = (
 
 @dataclass(frozen=True)
 class NeedleSettings:
-    """lengths: tokens of the contexts. depths: percent. samples: texts per length and depth."""
+    """The settings of the needle task.
+
+    Attributes:
+        lengths: tokens of the contexts.
+        depths: positions of the fact, in percent of the text.
+        kinds: some of KINDS.
+        samples: texts per length and depth.
+        facts: facts in a text with several.
+        max_tokens: tokens of an answer.
+    """
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)
@@ -98,7 +108,8 @@ class NeedleSettings:
                 raise RazorError(f"depth {depth:g} is not a percentage from 0 to 100")
         if not N_QUESTIONS <= self.facts <= len(NAMES):
             raise RazorError(
-                f"{self.facts} facts in a text, expected {N_QUESTIONS} to {len(NAMES)}"
+                f"the number of facts in a text is {self.facts}, expected {N_QUESTIONS} to"
+                f" {len(NAMES)}"
             )
 
 
@@ -108,10 +119,10 @@ def make_samples(
     prompts: Prompts,
     progress: Progress | None = None,
 ) -> list[Sample]:
-    """All samples, those of one length together and those of one text behind each other.
+    """Make all samples, ordered by length and text.
 
-    They depend on the settings, the haystack and the model's tokenizer alone. Raises RazorError
-    where a length has no room for the facts or the haystack is too short.
+    They depend only on the settings, the haystack and the model's tokenizer. Raises RazorError if
+    the facts do not fit a length, or the haystack is too short.
     """
     cells = [
         (length, depth, index)
@@ -147,7 +158,7 @@ class _Cell:
         return samples
 
     def single(self, kinds: Sequence[str]) -> list[Sample]:
-        """One text with one or two questions, each in a conversation of its own."""
+        """Make one text with one or two questions, each in a separate conversation."""
         rng = self._rng("single")
         fact, key = rng.choice(FACTS), rng.choice(NAMES)
         (value,) = self._numbers(rng, 1)
@@ -189,7 +200,7 @@ class _Cell:
         return self._sample("values", self._text(rng, facts, question.text), question)
 
     def _several(self, rng: Random) -> tuple[list[tuple[float, str]], list[Question]]:
-        """Facts of one kind about different names, and the questions for them."""
+        """Make facts of one kind about different names, and the questions about them."""
         fact = rng.choice(FACTS)
         keys = rng.sample(NAMES, self.settings.facts)
         values = self._numbers(rng, self.settings.facts)
@@ -206,7 +217,7 @@ class _Cell:
         return Random("/".join(map(str, names)))
 
     def _numbers(self, rng: Random, n: int) -> list[str]:
-        """Different numbers of five digits that are nowhere in the haystack."""
+        """Draw different numbers of five digits that the haystack does not contain."""
         found: list[str] = []
         while len(found) < n:
             value = str(rng.randrange(10_000, 100_000))
@@ -215,7 +226,7 @@ class _Cell:
         return found
 
     def _depths(self, rng: Random, items: Sequence[Any]) -> list[tuple[float, Any]]:
-        """The first item at the depth, the others anywhere."""
+        """Place the first item at the depth, and the others anywhere."""
         depths = [self.depth / 100, *(rng.random() for _ in items[1:])]
         return list(zip(depths, items, strict=True))
 
@@ -245,7 +256,7 @@ class _Cell:
 
 
 def score(sample: Sample, answers: Sequence[str]) -> float:
-    """The share of the sample's questions that were answered with all their numbers."""
+    """Return the share of questions whose answer contains all expected numbers."""
     right = [
         all(re.search(rf"(?<!\d){re.escape(value)}(?!\d)", answer) for value in question.answers)
         for question, answer in zip(sample.questions, answers, strict=True)

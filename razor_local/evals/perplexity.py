@@ -4,8 +4,8 @@ The text is split into windows of one context each. All contexts read a window i
 batch. The logits of a batch are compared with those of the full f16 cache and then dropped. Only
 sums over blocks of BLOCK tokens are kept, and the whole report is computed from them.
 
-None of these figures shows whether a fact in the text is still found. Each policy is therefore also
-asked for planted facts (facts.py), in a context of the same size.
+These figures do not show whether a fact in the text is still found. Each policy therefore also
+answers questions about planted facts (facts.py), in a context of the same size.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ from .questions import Prompts
 from .run import describe_cache, open_llama
 
 BLOCK = 128  # tokens
-N_BATCH = 256  # tokens whose logits of one context exist at a time; a multiple of BLOCK
-BESIDE = 256 << 20  # bytes of a context beside its cache and logits: a guess
+N_BATCH = 256  # tokens of a context whose logits are in memory at a time; a multiple of BLOCK
+BESIDE = 256 << 20  # a guess for the bytes of a context besides its cache and logits
 REFERENCE = Policy("full-f16", "full-f16", None, "f16")
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens [start, end) of the text. Those from position first on count: the others were counted
-    in an earlier window, or have nothing before them."""
+    """Tokens [start, end) of the text, of which those from position first on count.
+
+    The others were counted in an earlier window, or have no token before them.
+    """
 
     start: int
     end: int
@@ -50,11 +52,11 @@ class Window:
 
 
 def make_windows(n_tokens: int, n_ctx: int, stride: int, most: int | None = None) -> list[Window]:
-    """Windows of n_ctx tokens that begin every stride tokens; each token counts once.
+    """Make windows of n_ctx tokens that begin every stride tokens. Each token counts once.
 
-    A rest of less than a window at the end is left out, unless it is all there is. Raises
-    RazorError for a stride that is no multiple of BLOCK or longer than a window, or too short a
-    text.
+    Tokens at the end that do not fill a window are left out, unless the whole text is shorter than
+    one. Raises RazorError for a text that is too short, or a stride that is longer than a window or
+    not a multiple of BLOCK.
     """
     if not 0 < stride <= n_ctx or (stride < n_ctx and stride % BLOCK):
         raise RazorError(
@@ -75,8 +77,13 @@ def make_windows(n_tokens: int, n_ctx: int, stride: int, most: int | None = None
 
 @dataclass(frozen=True)
 class Text:
-    """tokens: int32, without BOS. bos: stands in place of the first token of every window, as the
-    model was trained; None for models that have none."""
+    """A text in tokens.
+
+    Attributes:
+        tokens: int32, without BOS.
+        bos: the token that replaces the first one of every window, as in training. None for models
+            without it.
+    """
 
     tokens: np.ndarray
     bos: int | None
@@ -90,7 +97,7 @@ class Text:
 
 
 def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
-    """A UTF-8 text file as the model's tokens. Raises RazorError, OSError."""
+    """Read a UTF-8 text file as the model's tokens. Raises RazorError, OSError."""
     from .questions import load_vocabulary
 
     text = read_text_file(path)
@@ -114,10 +121,10 @@ def run_perplexity(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> None:
-    """Adds a record for each policy and window that the journal does not hold yet.
+    """Add a record for each policy and window that is not in the journal yet.
 
-    As many policies as have room in memory read each window together, beside a full f16 cache.
-    Raises RazorError where a context cannot be created, Stopped between two batches.
+    Each window is read by a full f16 cache and as many policies at once as memory allows. Raises
+    RazorError if a context cannot be created, Stopped between two batches.
     """
     done = {(r["policy"], r["window"]) for r in journal.records if r["kind"] == "window"}
     groups = _groups(shape, policies, n_ctx, text.n_vocab, setup.n_gpu_layers)
@@ -164,11 +171,11 @@ def run_facts(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> None:
-    """Add a record of the planted facts that each policy finds, where the journal has none.
+    """Add a record of the planted facts that each policy finds, unless the journal has it.
 
-    All facts are placed where the local heads of every policy have folded them. If no policy has
-    local heads, the last third of the text is left free. Raises UnsupportedError where a context is
-    too short for that, Stopped.
+    All facts are in the part that the local heads of every policy have folded. If no policy has
+    local heads, the last third of the text has no facts. Raises UnsupportedError if the context is
+    too short for this, Stopped.
     """
     some = [p for p in policies if not journal.has({"kind": "facts", "policy": p.name})]
     if not some:
@@ -200,8 +207,10 @@ def run_facts(
 def _groups(
     shape: ModelShape, policies: Sequence[Policy], n_ctx: int, n_vocab: int, n_gpu_layers: int
 ) -> list[list[Policy]]:
-    """Policies whose contexts have room in memory together, in their order; one at a time on a
-    device, whose memory is not known here."""
+    """Group policies, in their order, whose contexts fit in memory together.
+
+    With layers on a GPU each group has one policy, because the memory there is not known here.
+    """
     from llama_cpp import llama_cpp as C
 
     def size(policy: Policy) -> int:
@@ -224,9 +233,12 @@ def _groups(
 def _read_window(
     sides: dict[str, Any], tokens: np.ndarray, first: int, clock: Clock, stop: Stop | None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """For each side sums over the blocks of a window, see _compare(). The first is the reference.
+    """Sum over the blocks of a window, for each side (see _compare()).
 
-    tokens: of the window; first: the first position whose prediction counts.
+    Args:
+        sides: the contexts, with the reference first.
+        tokens: the tokens of the window.
+        first: the first position whose prediction counts.
     """
     n = len(tokens)
     names = ("n", "nll", "full_nll", "kl", "same")
@@ -244,7 +256,7 @@ def _read_window(
             clock.show(f"{side}, {start:,} of {n:,} tokens")
             for logits in llama.eval_logits(batch.tolist(), counted):  # one batch, or no row of it
                 ours = log_softmax(logits)
-                if not np.isfinite(ours.max()):  # nan, if any of them is
+                if not np.isfinite(ours.max()):  # the maximum is NaN if any element is
                     raise RazorError(
                         f"{side} computes logits that are not numbers within tokens {start:,} to"
                         f" {start + len(batch):,} of a window; the model file is damaged, or its"
@@ -257,7 +269,7 @@ def _read_window(
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """[n, n_vocab], a new array in float64."""
+    """Return log softmax of [n, n_vocab] as a new float64 array."""
     x = logits.astype(np.float64)
     x -= x.max(axis=1, keepdims=True)
     x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
@@ -271,10 +283,14 @@ def _compare(
     targets: np.ndarray,
     positions: np.ndarray,
 ) -> None:
-    """Adds what some rows of log probabilities say to the sums of their blocks.
+    """Add some rows of log probabilities to the sums of their blocks.
 
-    positions: of the predicted tokens in the window. n: tokens; nll, full_nll: negative log
-    likelihood of the text; kl: KL(full || ours), nats; same: the same token is most likely.
+    Args:
+        sums: n: number of tokens; nll, full_nll: negative log likelihood of the text; kl:
+            KL(full || ours) in nats; same: how often both predict the same token.
+        full, ours: log probabilities of the reference and of this side.
+        targets: the tokens of the text.
+        positions: their positions in the window.
     """
     rows, blocks = np.arange(len(targets)), positions // BLOCK
     values = {
@@ -289,5 +305,5 @@ def _compare(
 
 
 def context_size(shape: ModelShape, n_ctx: int) -> int:
-    """Tokens of a window: n_ctx, or the trained length up to 8,192, rounded up to 256."""
+    """Return the tokens of a window: n_ctx, or the trained length up to 8,192, in steps of 256."""
     return padded_n_ctx(shape, n_ctx or min(shape.n_ctx_train or 8192, 8192))

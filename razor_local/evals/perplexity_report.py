@@ -1,4 +1,4 @@
-"""The report of a perplexity run: tables, and pictures."""
+"""Report a perplexity run: tables and pictures."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from .report import INSTEAD, draw_curves, head_lines, share
 
 @dataclass(frozen=True)
 class PerplexityReport:
-    """A run: what was read by what (head), and the records of run_perplexity."""
+    """A run: its head (model, policies, settings) and the records of run_perplexity()."""
 
     head: dict[str, Any]
     records: list[dict[str, Any]]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A row per policy over all positions; intervals by a bootstrap over blocks.
+        """A row per policy over all positions, with intervals by a bootstrap over blocks.
 
-        perplexity; ratio: to the full f16 cache's; kl: mean, nats; same_top: share of the tokens
-        where both find the same one most likely; facts_found of facts_asked planted facts, None
-        where no facts were planted.
+        ratio is the perplexity over that of the full f16 cache, kl the mean KL divergence in nats,
+        and same_top the share of tokens where both predict the same one. facts_found of facts_asked
+        planted facts were found; both are None if none were planted.
         """
         return list(self._rows([(0, 1 << 62)]))
 
     @property
     def by_position(self) -> list[dict[str, Any]]:
-        """The same by policy and position in the window, [from_position, to_position)."""
+        """The same rows by policy and position in the window, [from_position, to_position)."""
         return list(self._rows(position_buckets(self.head["settings"]["n_ctx"])))
 
     @property
     def missing(self) -> int:
-        """Windows that were not read by a policy yet, an interrupted run."""
+        """The number of windows that were not read yet, if the run was interrupted."""
         wanted = self.head["settings"]["n_windows"] * len(self.head["policies"])
         return wanted - sum(r["kind"] == "window" for r in self.records)
 
@@ -86,7 +86,7 @@ class PerplexityReport:
 
 
 def position_buckets(n_ctx: int) -> list[tuple[int, int]]:
-    """[0, 256), [256, 512), [512, 1024) and so on up to n_ctx."""
+    """Return [0, 256), [256, 512), [512, 1024) and so on up to n_ctx."""
     edges = [0, 2 * BLOCK]
     while edges[-1] < n_ctx:
         edges.append(2 * edges[-1])
@@ -120,7 +120,7 @@ def _figures(
 
 
 def format_report(report: PerplexityReport, kind: str) -> str:
-    """As "json" or "md", with a line end."""
+    """Format the report as "json" or "md", with a final newline."""
     if kind == "json":
         return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
@@ -182,9 +182,9 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
 
 
 def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Path:
-    """KL divergence over the position in the context, a line per policy.
+    """Plot the KL divergence over the position in the context, with a line per policy.
 
-    Raises UnsupportedError if matplotlib is missing or the name is not that of a picture, OSError.
+    Raises UnsupportedError if matplotlib is missing or path does not name a picture, OSError.
     """
     figure = make_figure(path, (8.5, 4.5), INSTEAD)
     figure.set_layout_engine("constrained")
@@ -196,7 +196,7 @@ def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Pa
         y = [r["kl"] for r in some]
         errors = [[r["kl"] - r["kl_low"] for r in some], [r["kl_high"] - r["kl"] for r in some]]
         if some:
-            line = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colours
+            line = ("o-", "s--", "^:")[i // 10 % 3]  # there are ten colors
             ax.errorbar(x, y, np.maximum(errors, 0), fmt=line, color=f"C{i % 10}", label=policy,
                         capsize=2, markersize=3, linewidth=1)  # fmt: skip
     ax.set_xscale("log", base=2)
@@ -208,7 +208,7 @@ def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Pa
 
 
 def plot_curve(report: PerplexityReport, path: str | os.PathLike[str]) -> Path:
-    """KL divergence over bytes of the KV cache. Raises as plot_positions()."""
+    """Plot the KL divergence over the bytes of the KV cache. Raises as plot_positions() does."""
     points = [
         (r["policy"], r["kv_bytes"], r["kl"], r["kl_low"], r["kl_high"])
         for r in report.rows

@@ -1,4 +1,4 @@
-"""Policies of a KV cache, by name, which are compared on the same weights and questions.
+"""The named policies of a KV cache that are compared on the same weights and questions.
 
     full            llama.cpp's own cache
     razor           the profile of the model
@@ -40,7 +40,13 @@ DEFAULT_FOR_BUDGETS = (
 
 @dataclass(frozen=True)
 class Policy:
-    """profile None: a full cache. series: the name without a budget; budget: a share or None."""
+    """A policy of a KV cache.
+
+    Attributes:
+        series: the name without the budget.
+        profile: the profile, or None for a full cache.
+        budget: the share of retrieval heads, or None for the profile's.
+    """
 
     name: str
     series: str
@@ -52,7 +58,7 @@ class Policy:
         return make_plan(shape, self.profile, n_ctx, self.kv_type, self.kv_type)
 
     def llama_args(self) -> dict[str, Any]:
-        """Arguments of razor_local.Llama."""
+        """Return the arguments of razor_local.Llama."""
         return {
             "razor": self.profile if self.profile is not None else False,
             "type_k": self.kv_type,
@@ -66,12 +72,22 @@ def make_policies(
     budgets: Sequence[float] = (),
     seed: int = 0,
 ) -> tuple[ModelShape, tuple[Policy, ...]]:
-    """The shape of the model, and the policies of these names for it.
+    """Make the policies of these names for a model.
 
-    names None: DEFAULT, without the KV types that the head size does not allow. budgets: of each
-    razor policy, beside the profile's own; those that choose the same heads as another are left
-    out. seed: of the random heads. Raises RazorError for unknown names, ProfileError where a policy
-    needs a profile or scores that the model does not have, UnsupportedError, OSError.
+    Args:
+        setup: the model.
+        names: the policies, by default DEFAULT without KV types that do not fit the head size.
+        budgets: budgets for each razor policy, in addition to the profile's. Budgets that choose
+            the same heads as another are left out.
+        seed: seed of the random heads.
+
+    Returns:
+        The shape of the model, and the policies.
+
+    Raises:
+        RazorError: a name is not known.
+        ProfileError: the model lacks the profile or the scores that a policy needs.
+        UnsupportedError, OSError: the model cannot be used.
     """
     shape = setup.file.shape
     if names is None:
@@ -97,14 +113,14 @@ def make_policies(
         name = series if budget is None else f"{series}@{budget:g}"
         profile = _profile(kind, budget, base, shape, setup, seed)
         policy = Policy(name, series, profile, kv_type, budget)
-        policy.plan(shape, shape.n_ctx_train or 4096)  # the type may not fit the head size
+        policy.plan(shape, shape.n_ctx_train or 4096)  # raises if the type does not fit the head
         heads = b"" if profile is None else profile.flat().tobytes()
         policies.setdefault((series, heads), policy)
     return shape, tuple(policies.values())
 
 
 def _split(name: str) -> tuple[str, str, float | None]:
-    """Kind, KV type and budget of a policy's name."""
+    """Split a policy's name into kind, KV type and budget."""
     rest, budget = name, None
     match = re.fullmatch(r"(razor.*)@([0-9.]+)", name)
     if match:

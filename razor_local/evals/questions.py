@@ -1,4 +1,4 @@
-"""Questions about a text, and prompts of a given number of tokens made of them."""
+"""Questions about a text, and prompts with a given number of tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..common.progress import Progress, Stop
 from ..errors import RazorError, Stopped, UnsupportedError
 from ..llama import Llama
 
-N_FIT = 6  # attempts to reach a length: the tokens of pieces do not quite add up
-MAX_PIECES = 1000  # of a text more than its tokens: a tokenizer without words makes none of any
-TURN_SLACK = 8  # tokens: an answer in a conversation may take a few more than the model wrote
+N_FIT = 6  # attempts to reach a length, because the tokens of pieces do not quite add up
+MAX_PIECES = 1000  # pieces of a text beyond its tokens; a broken tokenizer gives 0 tokens
+TURN_SLACK = 8  # tokens that an answer may take in a conversation beyond those the model wrote
 
 
 @dataclass(frozen=True)
 class Question:
-    """answers: what has to be in the answer, see the scoring of the task."""
+    """A question and the texts that its answer must contain (see the score of the task)."""
 
     text: str
     answers: tuple[str, ...]
@@ -29,10 +29,13 @@ class Question:
 class Sample:
     """One text and the questions about it, asked one after the other in one conversation.
 
-    length: tokens of the context in which the prompts and all answers have room. depth: where the
-    fact that is asked for stands, in percent of the text, None for tasks without. text: may be
-    empty. max_tokens: of an answer. n_prompt: tokens of the first prompt. raw: text and question
-    are continued as they are, without a chat template.
+    Attributes:
+        length: tokens of the context that holds the prompts and all answers.
+        depth: position of the fact in percent of the text, None for tasks without depths.
+        text: the text, which may be empty.
+        max_tokens: maximum tokens of an answer.
+        n_prompt: tokens of the first prompt.
+        raw: whether the model continues text and question directly, without a chat template.
     """
 
     task: str
@@ -46,7 +49,7 @@ class Sample:
     raw: bool = False
 
     def key(self) -> dict[str, object]:
-        """By what the sample is told from all others of a run."""
+        """Return the fields that identify the sample within a run."""
         return {
             "task": self.task,
             "length": self.length,
@@ -58,7 +61,7 @@ class Sample:
 class Prompts:
     """A model's tokenizer and chat template, without its weights.
 
-    A model without a template is given plain text that ends in "Answer:".
+    A model without a template gets plain text that ends in "Answer:".
     """
 
     def __init__(self, model: str | os.PathLike[str]) -> None:
@@ -68,28 +71,28 @@ class Prompts:
         self._count = lru_cache(1 << 16)(self._count_uncached)
 
     def count(self, text: str) -> int:
-        """Tokens of a piece of text."""
+        """Count the tokens of a piece of text."""
         return self._count(text)
 
     def _count_uncached(self, text: str) -> int:
         return len(self.model.tokenize(text.encode(), add_bos=False, special=False))
 
     def render(self, messages: list[Message]) -> str:
-        """The prompt, with marks around the texts of control tokens in messages."""
+        """Render the prompt, with marks around the texts of control tokens in messages."""
         return self._render(self.model.mark_plain(messages))
 
     def n_prompt(self, content: str) -> int:
-        """Tokens of the prompt whose only message is content."""
+        """Count the tokens of the prompt whose only message is content."""
         prompt = self.render([{"role": "user", "content": content}])
         return len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
 
     def n_raw(self, content: str) -> int:
-        """Tokens of content as it is, without a template."""
+        """Count the tokens of content without a template."""
         prompt = (self._bos + self.model.mark_plain(content)).encode()
         return len(self.model.tokenize(prompt, add_bos=False, special=True))
 
     def n_turn(self, question: str) -> int:
-        """Tokens by which a conversation grows with another question, its answer left out."""
+        """Count the tokens that another question adds to a conversation, without its answer."""
         turns = [("user", "a"), ("assistant", "b"), ("user", question)]
         messages = [{"role": role, "content": content} for role, content in turns]
         prompt = self.render(messages)
@@ -134,7 +137,7 @@ def renderer(model: Llama) -> Callable[[list[Message]], str]:
 
 
 def bos_text(model: Llama) -> str:
-    """The token that begins a text of this model, "" for models without."""
+    """Return the text of the model's BOS token, "" if it adds none."""
     from llama_cpp import llama_cpp as C
 
     vocab = C.llama_model_get_vocab(model.model)
@@ -144,7 +147,7 @@ def bos_text(model: Llama) -> str:
 
 
 def message(text: str, question: str) -> str:
-    """The text comes first, so that several questions can follow without reading it again."""
+    """Join text and question. The text comes first, so that more questions can reuse its cache."""
     return "\n\n".join(part for part in (text, question) if part)
 
 
@@ -155,20 +158,28 @@ def fit_text(
     question: str,
     n_tokens: int,
 ) -> tuple[str, int]:
-    """A text of pieces with the facts in it, and the tokens of its prompt: at most n_tokens, and as
-    many as whole pieces make.
+    """Make the longest text of whole pieces, with facts in it, whose prompt fits n_tokens.
 
-    pieces(): sentences with the white space behind them, the same at each call. facts: (depth,
-    sentence), depth from 0 to 1 by tokens of the text. Raises RazorError where the pieces end
-    before n_tokens are reached, or the facts alone are more.
+    Args:
+        prompts: the model's tokenizer and template.
+        pieces: yields sentences with the white space after them, the same at each call.
+        facts: (depth, sentence), with the depth from 0 to 1 in tokens of the text.
+        question: the question of the prompt.
+        n_tokens: maximum tokens of the prompt.
+
+    Returns:
+        The text, and the number of tokens of its prompt.
+
+    Raises:
+        RazorError: the pieces are too short for n_tokens, or the facts alone are too long.
     """
     facts = sorted(facts, key=lambda fact: fact[0])
     bare = "".join(_spaced(fact) for _, fact in facts)
     empty = prompts.n_prompt(message(bare.strip(), question))
     if empty > n_tokens:
         raise RazorError(
-            f"the facts and the question alone take {empty:,} tokens, and {max(n_tokens, 0):,} are"
-            " left for them beside the answers; use larger lengths"
+            f"the facts and the question alone take {empty:,} tokens, but the answers leave"
+            f" {max(n_tokens, 0):,}; use larger lengths"
         )
     budget = n_tokens - empty
     best: tuple[str, int] | None = None
@@ -193,8 +204,8 @@ def fit_text(
             total += n
         if ended:
             raise RazorError(
-                f"the texts end after {total:,} tokens, {n_tokens:,} are needed; name a folder with"
-                " more text, or smaller lengths"
+                f"the texts have {total:,} tokens, expected {n_tokens:,}; use a folder with more"
+                " text, or smaller lengths"
             )
         text = _insert(chosen, counts, facts)
         found = prompts.n_prompt(message(text, question))
@@ -204,12 +215,12 @@ def fit_text(
         if 0 <= missing <= max((*counts, 16)):
             break
         budget = max((total if missing < 0 else budget) + missing, 0)
-    assert best is not None  # a text that fits ends the loop, no other one does
+    assert best is not None  # the loop ends only with a text that fits
     return best
 
 
 def _insert(pieces: list[str], counts: list[int], facts: Sequence[tuple[float, str]]) -> str:
-    """Each fact before the piece whose beginning is nearest to its depth."""
+    """Insert each fact before the piece whose start is nearest to its depth."""
     total, done, parts, left = sum(counts), 0, [], list(facts)
     for piece, n in zip(pieces, counts, strict=True):
         while left and left[0][0] * total <= done + n / 2:
@@ -225,7 +236,7 @@ def _spaced(fact: str) -> str:
 
 
 class Answerer:
-    """A context that answers the questions of samples, always the most likely token."""
+    """A context that answers the questions of samples by greedy decoding."""
 
     def __init__(self, llama: Llama) -> None:
         self.llama = llama
@@ -236,16 +247,16 @@ class Answerer:
     def ask(
         self, sample: Sample, progress: Progress | None = None, stop: Stop | None = None
     ) -> list[str]:
-        """The answers to the sample's questions. What the cache holds of its text is used again.
+        """Answer the sample's questions. The part of its text that is in the cache is reused.
 
-        Raises Stopped, instead of unfinished answers.
+        Raises Stopped instead of returning unfinished answers.
         """
         chat = Chat(
             self.llama,
             self._raw if sample.raw else self._render,
             max_tokens=sample.max_tokens,
             sampling=Sampling(temp=0, seed=0),
-            end_loops=False,  # what policies are compared by is the answer as the model gives it
+            end_loops=False,  # compare the answers as the model gives them
         )
         answers = []
         for i, question in enumerate(sample.questions):

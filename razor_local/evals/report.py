@@ -1,4 +1,4 @@
-"""Make tables, heat maps and curves from the answers that run.py collected."""
+"""Report the answers that run.py collected: tables, heat maps and curves."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..common.markdown import markdown_table, one_line, short_tokens
 from .intervals import paired_difference, score_interval
 
 ALL = "all"  # the mean over all tasks
-INSTEAD = "leave out --plot and look at the tables"
+INSTEAD = "leave out --plot and read the tables"
 
 
 @dataclass(frozen=True)
 class Report:
-    """A run: what was asked of what (head), and the records of run_questions."""
+    """A run: its head (model, policies, settings) and the records of run_questions()."""
 
     head: dict[str, Any]
     records: list[dict[str, Any]]
 
     @property
     def answers(self) -> list[dict[str, Any]]:
-        """In the order of the run, however often it was resumed."""
+        """The answers in the order of the run, even if it was resumed."""
         found = [r for r in self.records if r["kind"] == "answer"]
         order = {name: i for i, name in enumerate(self.policies)}
         return sorted(
@@ -52,10 +52,10 @@ class Report:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A row per task, length and policy, and where there are several tasks of all of them.
+        """A row per task, length and policy, and for all tasks together if there are several.
 
-        score: mean of the answered samples, with its 95 % interval. difference: from the first
-        policy on the samples that both have answered, None for the first.
+        score is the mean of the answered samples, with its 95 % interval. difference is the
+        difference from the first policy on the samples that both have answered, or None.
         """
         answers = self.answers
         scores: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
@@ -80,7 +80,7 @@ class Report:
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """A cell per task, length, policy and depth: number, mean and interval of its scores."""
+        """A cell per task, length, policy and depth: number, mean and interval of the scores."""
         groups: dict[tuple[Any, ...], list[float]] = {}
         for r in self.answers:
             key = (r["task"], r["length"], r["policy"], r["depth"])
@@ -92,7 +92,7 @@ class Report:
 
     @property
     def missing(self) -> int:
-        """Samples that have no answer yet, an interrupted run."""
+        """The number of samples without an answer, if the run was interrupted."""
         wanted = self.head["settings"]["n_samples"] * len(self.policies)
         return wanted - len(self.answers)
 
@@ -132,14 +132,14 @@ def _cache(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_report(report: Report, kind: str) -> str:
-    """As "json" or "md", with a line end."""
+    """Format the report as "json" or "md", with a final newline."""
     if kind == "json":
         return compact_json(report.to_dict())
     return "\n".join(_markdown(report)) + "\n"
 
 
 def head_lines(head: dict[str, Any]) -> Iterator[str]:
-    """The head of a Markdown report."""
+    """Yield the first lines of a Markdown report."""
     model = head["model"]
     yield f"# razor-local eval {head['eval']}: {one_line(model['name'] or model['file'])}"
     yield ""
@@ -229,10 +229,12 @@ def share(value: float | None) -> str:
 
 
 def plot_heat(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Scores as colours, over length: a row of panels per policy with a panel per task, in it the
-    depths; or where tasks have no depth a panel per policy, in it the tasks.
+    """Plot the scores as colors over the length.
 
-    Raises UnsupportedError if matplotlib is missing or the name is not that of a picture, OSError.
+    Tasks with depths have a row of panels per policy, a panel per task and a line per depth. Other
+    tasks have a panel per policy and a line per task.
+
+    Raises UnsupportedError if matplotlib is missing or path does not name a picture, OSError.
     """
     cells = report.cells
     lengths = sorted({c["length"] for c in cells})
@@ -286,7 +288,10 @@ def plot_heat(report: Report, path: str | os.PathLike[str]) -> Path:
 
 
 def plot_curve(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Score over bytes of the KV cache, a panel per length. Raises as plot_heat()."""
+    """Plot the score over the bytes of the KV cache, with a panel per length.
+
+    Raises what plot_heat() raises.
+    """
     tasks = [r["task"] for r in report.rows]
     task = ALL if ALL in tasks else report.tasks[0]
     rows = [r for r in report.rows if r["task"] == task]
@@ -308,8 +313,17 @@ def draw_curves(
     path: str | os.PathLike[str],
     log: bool = False,
 ) -> Path:
-    """Quality over bytes: points of (policy, bytes, value, low, high) in a panel per title. The
-    budgets of a policy are joined by a line. Raises as plot_heat()."""
+    """Plot quality over bytes, with a line through the budgets of each policy.
+
+    Raises what plot_heat() raises.
+
+    Args:
+        head: the head of the run.
+        panels: by title, points of (policy, bytes, value, low, high).
+        label: the label of the values.
+        path: the picture.
+        log: whether the values have a logarithmic axis.
+    """
     figure = make_figure(path, (0.8 + 4.6 * max(len(panels), 1), 4.4), INSTEAD)
     figure.set_layout_engine("constrained")
     axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]

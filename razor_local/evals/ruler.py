@@ -8,9 +8,9 @@
     cwe                 the ten most common words of a list
     fwe                 the three most common coded words of a text
 
-Task names, sizes and scoring are RULER's. Wordings and word lists are not. The prompts have no
-worked example, and the answer is not begun for the model. RULER's two question answering tasks need
-data sets and are left out.
+Task names, sizes and scoring are RULER's, but wordings and word lists are not. The prompts contain
+no worked example and no beginning of the answer. RULER's two question answering tasks need data
+sets and are left out.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .questions import Prompts, Question, Sample, fit_text, message
 N_NEEDLES = 4  # of multikey_1, multivalue and multiquery
 N_VARIABLES = 5  # of vt: four hops
 N_COMMON = 10  # words of cwe
-COMMON, UNCOMMON = 30, 3  # how often they and all others stand in the list
-SHORT = 4096  # tokens, below which the list of cwe has a third of that
-FWE_ALPHA = 2.0  # the word of rank r stands there in proportion to r ** -alpha
-FWE_ASKED = (2, 3, 4)  # ranks: the first are dots
+COMMON, UNCOMMON = 30, 3  # occurrences of the common words and of the others
+SHORT = 4096  # tokens; in shorter contexts these are divided by three
+FWE_ALPHA = 2.0  # the frequency of the word of rank r is proportional to r ** -alpha
+FWE_ASKED = (2, 3, 4)  # ranks of the words; rank 1 is the dots
 
 INTRO = "Pay attention to what is hidden in the following text: there will be a question about it."
 NOISE = (
@@ -64,7 +64,14 @@ NOUNS = (
 
 @dataclass(frozen=True)
 class RulerSettings:
-    """lengths: tokens of the contexts. samples: per length and task. max_tokens None: RULER's."""
+    """The settings of RULER.
+
+    Attributes:
+        lengths: tokens of the contexts.
+        tasks: some of TASKS.
+        samples: samples per length and task.
+        max_tokens: maximum tokens of an answer, by default RULER's.
+    """
 
     lengths: tuple[int, ...]
     tasks: tuple[str, ...] = ()
@@ -84,8 +91,11 @@ def make_samples(
     prompts: Prompts,
     progress: Progress | None = None,
 ) -> list[Sample]:
-    """All samples, those of one length together. They depend on the settings, the haystack and the
-    model's tokenizer alone. Raises RazorError where a task does not fit a length."""
+    """Make all samples, ordered by length.
+
+    They depend only on the settings, the haystack and the model's tokenizer. Raises RazorError if a
+    task does not fit a length.
+    """
     cells = [
         (length, task, index)
         for length in settings.lengths
@@ -110,14 +120,14 @@ def make_samples(
 
 
 def score(sample: Sample, answers: Sequence[str]) -> float:
-    """RULER's string_match_all: the share of the expected strings that the answer contains."""
+    """Return RULER's string_match_all: the share of the expected strings in the answer."""
     answer, expected = answers[0].lower(), sample.questions[0].answers
     return sum(text.lower() in answer for text in expected) / len(expected)
 
 
 @dataclass(frozen=True)
 class _Room:
-    """What a prompt is made of and how long it may be."""
+    """The material of a prompt, and the number of tokens it may have."""
 
     prompts: Prompts
     haystack: Haystack
@@ -135,7 +145,7 @@ class _Room:
         return text, question, n_prompt
 
     def fill(self, make: Callable[[int], str], question: Question) -> tuple[str, Question, int]:
-        """make(n) with the largest n that fits."""
+        """Call make(n) with the largest n that fits."""
 
         def size(n: int) -> int:
             return self.prompts.n_prompt(message(make(n), question.text))
@@ -143,8 +153,8 @@ class _Room:
         low, high = 0, 1
         if size(0) > self.n_tokens:
             raise RazorError(
-                f"the task takes {size(0):,} tokens, and {max(self.n_tokens, 0):,} are left for it"
-                " beside the answer; use larger lengths"
+                f"the task takes {size(0):,} tokens, but the answer leaves"
+                f" {max(self.n_tokens, 0):,}; use larger lengths"
             )
         while size(high) <= self.n_tokens:
             low, high = high, 2 * high
@@ -164,10 +174,10 @@ def _noise(rng: Random) -> Iterator[str]:
 
 
 def _keys(rng: Random) -> Iterator[str]:
-    """Different keys without end, such as gentle-river."""
+    """Yield different keys without end, such as gentle-river."""
     seen: set[str] = set()
     while True:
-        # of more words when most of those with two are taken
+        # Use more words once half of the keys with two are taken.
         n = 1 + (len(seen) > len(ADJECTIVES) * len(NOUNS) // 2)
         key = "-".join([*rng.sample(ADJECTIVES, n), rng.choice(NOUNS)])
         if key not in seen:
@@ -181,7 +191,7 @@ def _uuids(rng: Random) -> Iterator[str]:
 
 
 def _numbers(rng: Random) -> Iterator[str]:
-    """Different numbers of seven digits without end."""
+    """Yield different numbers of seven digits without end."""
     seen: set[str] = set()
     while True:
         value = str(rng.randrange(1_000_000, 10_000_000))
@@ -205,7 +215,7 @@ def _niah(
     n_values: int = 1,
     n_asked: int = 1,
 ) -> tuple[str, Question, int]:
-    """pieces: what the facts are hidden in: "noise", "text", or "needles" of the same kind."""
+    """Make a task that hides facts in "noise", "text", or "needles" of the same kind (pieces)."""
     kind = "number" if values is _numbers else "id"
     key_stream, value_stream = keys(rng), values(rng)
     chosen = [(key, list(islice(value_stream, n_values))) for key in islice(key_stream, n_keys)]
@@ -262,7 +272,7 @@ def _variables(room: _Room, rng: Random) -> tuple[str, Question, int]:
 
 
 def _words(rng: Random) -> Iterator[str]:
-    """Different words without end that can be spoken and mean nothing."""
+    """Yield different pronounceable words without a meaning, without end."""
     seen: set[str] = set()
     while True:
         n = 2 + (len(seen) > 3000)
@@ -322,12 +332,12 @@ def _frequent_words(room: _Room, rng: Random) -> tuple[str, Question, int]:
     words = text.split()
     least = min(words.count(word) for word in question.answers)
     if least <= max((words.count(word) for word in coded[max(FWE_ASKED) :]), default=0):
-        raise RazorError("the text is too short to tell frequent words; use larger lengths")
+        raise RazorError("the text is too short to rank frequent words; use larger lengths")
     return text, question, n_prompt
 
 
 def _zipf_counts(n: int) -> list[int]:
-    """How often the words of rank 1, 2 and so on stand among about n, as long as it is once."""
+    """Return the frequencies of the words of rank 1, 2 and so on in about n words, down to 1."""
     first = n / sum(rank**-FWE_ALPHA for rank in range(1, 2001))
     counts: list[int] = []
     while (times := round(first * (len(counts) + 1) ** -FWE_ALPHA)) and len(counts) < 2000:

@@ -24,7 +24,7 @@ VERSION = 1  # of the records
 def describe_run(
     what: str, setup: ModelSetup, shape: ModelShape, policies: Sequence[Policy], **settings: Any
 ) -> dict[str, Any]:
-    """The head of a run. what: needle, ruler, perplexity or longbench."""
+    """Return the head of a run. what is needle, ruler, perplexity or longbench."""
     return {
         "version": VERSION,
         "eval": what,
@@ -66,15 +66,15 @@ def _describe_policy(policy: Policy) -> dict[str, Any]:
 
 
 def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
-    """Raises RazorError for a file of another run, OSError."""
+    """Open the journal of an evaluation. Raises RazorError for a file of another run, OSError."""
 
     def identity(head: dict[str, Any]) -> dict[str, Any]:
         names = ("version", "eval", "model", "setup", "policies", "settings", "code")
-        cpu = (head.get("machine") or {}).get("cpu")  # its load may differ
+        cpu = (head.get("machine") or {}).get("cpu")  # the load may differ
         return {name: head.get(name) for name in names} | {"machine": cpu}
 
     def check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        """Format the records, as is done when the run has ended."""
+        """Format the records as at the end of a run, which fails if they are malformed."""
         from . import perplexity_report, report
 
         if head["eval"] == "perplexity":
@@ -102,11 +102,11 @@ def run_questions(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> None:
-    """Answers what the journal does not hold yet, length by length and policy by policy.
+    """Ask the questions that have no answer in the journal, by length and policy.
 
-    A context is as large as its length, so that the window follows it. For each policy and length a
-    record says what its cache takes, and for each sample one the answers and their score. Raises
-    RazorError where a context cannot be created, Stopped with the finished answers kept.
+    A context is as large as its length, because the window depends on it. The journal gets a record
+    of the cache for each policy and length, and one with the answers and their score for each
+    sample. Raises RazorError if a context cannot be created, Stopped; finished answers are kept.
     """
     done = {
         (r["policy"], r["task"], r["length"], r["depth"], r["index"])
@@ -158,7 +158,7 @@ def run_questions(
 def open_llama(
     setup: ModelSetup, policy: Policy, n_ctx: int, stop: Stop | None = None, **options: Any
 ) -> Any:
-    """A razor_local.Llama with the policy's cache. Raises Stopped while it loads."""
+    """Open a razor_local.Llama with the policy's cache. Raises Stopped while it loads."""
     from ..llama import Llama
 
     return Llama(
@@ -174,7 +174,7 @@ def open_llama(
 
 
 def describe_cache(llama: Any) -> dict[str, Any]:
-    """What the cache takes, counted by the native library."""
+    """Return the bytes of the cache, counted by the native library."""
     memory = llama.memory()
     return {
         "n_ctx": memory.n_ctx,
@@ -186,7 +186,7 @@ def describe_cache(llama: Any) -> dict[str, Any]:
 
 
 def _costs(samples: Sequence[Sample]) -> list[int]:
-    """About the tokens that each sample takes: a text that was just read is not read again."""
+    """Estimate the tokens that each sample takes. The same text is not read twice in a row."""
     costs, before = [], None
     for sample in samples:
         read = 0 if sample.text == before else sample.n_prompt

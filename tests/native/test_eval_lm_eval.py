@@ -129,7 +129,7 @@ def test_answers_end_where_they_are_told_to(razor) -> None:
         add_generation_prompt=False,
     )
     assert started == prompt + "The secret"
-    with pytest.raises(UnsupportedError, match="leaves no room for its question"):
+    with pytest.raises(UnsupportedError, match="leaves no room for the question"):
         ask(max_gen_toks=4096)
 
 

@@ -108,7 +108,7 @@ def test_folders_without_texts_are_told(tmp_path) -> None:
         with pytest.raises(RazorError, match="no .txt files|is not a folder"):
             FolderText(folder)
     (tmp_path / "a.txt").write_text("One. Two. Three.")
-    with pytest.raises(RazorError, match="the texts end after"):
+    with pytest.raises(RazorError, match="the texts have .* tokens, expected"):
         needle.make_samples(
             NeedleSettings((1024,), kinds=("single",)),
             FolderText(tmp_path),
@@ -177,7 +177,7 @@ def test_samples_are_the_same_for_the_same_seed_and_differ_else(prompts) -> None
     [
         ({"kinds": ("double",)}, "'double' is not a kind of needle; expected single"),
         ({"depths": (101,)}, "depth 101 is not a percentage"),
-        ({"facts": 2}, "2 facts in a text, expected 3 to"),
+        ({"facts": 2}, "the number of facts in a text is 2, expected 3 to"),
         ({"lengths": (100,)}, "the facts and the question alone take"),
     ],
 )
