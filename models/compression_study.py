@@ -558,6 +558,9 @@ def table(found: dict) -> str:
     lines = [
         f"# Simulated compression of {found['model']}",
         "",
+        "This report shows how much the model's predictions and answers change when its cache is"
+        " compressed in a simulation.",
+        "",
         f"- {found['retrieval_heads']} of {found['kv_heads']} KV heads are retrieval heads;"
         f" {found['n_ctx']:,} tokens, window {found['window']:,}, blocks of {found['block']}",
         f"- {found['books']} slices of a book, KL over their last {TAIL} tokens;"

@@ -1,4 +1,4 @@
-"""Puts the reports in docs/quality/ into docs/quality.md, between <!-- NAME --> and <!-- /NAME -->.
+"""Copy reports of docs/quality/ into docs/quality.md, between <!-- NAME --> and <!-- /NAME -->.
 
 python models/quality_doc.py
 """
@@ -13,13 +13,17 @@ BLOCK = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- /\2 -->)", re.S)
 
 
 def report(name: str, folder: Path = DOCS / "quality") -> str:
-    """docs/quality/NAME.md without its title, headings one level down."""
+    """Return docs/quality/NAME.md from its list on, with headings one level down.
+
+    The page's title and first paragraph are left out: the section around it has its own.
+    """
     text = (folder / f"{name}.md").read_text(encoding="utf-8")
-    _, _, body = text.partition("\n")
+    body = text[text.index("\n- ") :]
     return re.sub(r"^#", "##", body.strip(), flags=re.M) + "\n"
 
 
 def filled(text: str, folder: Path = DOCS / "quality") -> str:
+    """Return the text of a page with the current reports between its marks."""
     return BLOCK.sub(lambda m: f"{m[1]}\n{report(m[2], folder)}\n{m[3]}", text)
 
 

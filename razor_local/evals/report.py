@@ -16,6 +16,16 @@ from ..common.markdown import markdown_table, one_line, short_tokens
 from .intervals import paired_difference, score_interval
 
 ALL = "all"  # the mean over all tasks
+PURPOSE = {  # the first paragraph of a report
+    "needle": "This report shows how many of the facts hidden in long texts the model finds with"
+    " each cache policy.",
+    "ruler": "This report shows the model's scores on the synthetic tasks of RULER with each cache"
+    " policy.",
+    "longbench": "This report shows the model's scores on data sets of LongBench with each cache"
+    " policy.",
+    "perplexity": "This report shows how much each cache policy changes the model's predictions of"
+    " a plain text.",
+}
 INSTEAD = "leave out --plot and read the tables"
 
 
@@ -142,6 +152,8 @@ def head_lines(head: dict[str, Any]) -> Iterator[str]:
     """Yield the first lines of a Markdown report."""
     model = head["model"]
     yield f"# razor-local eval {head['eval']}: {one_line(model['name'] or model['file'])}"
+    yield ""
+    yield PURPOSE[head["eval"]]
     yield ""
     yield f"- CPU: {one_line(head['machine']['cpu'])}; seed {head['settings']['seed']}"
     counts = {p["retrieval_kv_heads"] for p in head["policies"] if p["series"].startswith("razor")}

@@ -348,7 +348,7 @@ def test_refusals_of_the_function(tmp_path):
         with pytest.raises(ConvertError, match="expected a number between 0 and 1"):
             profile_from_weights(path, epsilon=epsilon)
     llama = tiny_models.make_model(tmp_path / "llama.gguf", tiny_models.TinySpec())
-    with pytest.raises(ConvertError, match=r"\(llama\) has no ALiBi"):
+    with pytest.raises(ConvertError, match=r"\(llama\) does not use ALiBi"):
         profile_from_weights(llama)
 
 

@@ -112,7 +112,7 @@ def test_two_runs_that_begin_at_once(tmp_path):
         one.begin(HEAD)
         with pytest.raises(RazorError, match="is the journal of a run in progress"):
             two.begin(HEAD)
-    with pytest.raises(RazorError, match="was made by another run just now"):
+    with pytest.raises(RazorError, match="was just created by another run"):
         two.begin(HEAD)
     with open_journal(path) as journal:
         assert journal.head == HEAD and journal.records == []

@@ -309,7 +309,7 @@ BAD_KEYS = {
     "calibration type": ({"x": kv("razor.calibration.seed", U16, 1)}, "string or u32, found u16"),
     "calibration text": (
         {"x": kv("razor.calibration.note", STRING, "n" * 5000)},
-        "holds 5000 bytes of text, more than the 4096",
+        "holds 5000 bytes of text, expected at most 4096",
     ),
     "calibration keys": (
         {str(i): kv(f"razor.calibration.k{i}", U32, i) for i in range(65)},

@@ -22,7 +22,7 @@ def quality_doc():
 
 
 def test_a_report_stands_between_its_marks(quality_doc, tmp_path):
-    (tmp_path / "some-name.md").write_text("# title\n\n- a\n\n## b\n\n| c |\n")
+    (tmp_path / "some-name.md").write_text("# title\n\nA paragraph.\n\n- a\n\n## b\n\n| c |\n")
     page = "# x\n<!-- some-name -->\nold\n<!-- /some-name -->\nrest\n"
     new = "# x\n<!-- some-name -->\n\n- a\n\n### b\n\n| c |\n\n<!-- /some-name -->\nrest\n"
     assert quality_doc.filled(page, tmp_path) == new

@@ -125,7 +125,7 @@ def test_a_later_file_is_no_model(split):
 
 def test_other_names_are_refused(split, tmp_path):
     shutil.copy(split, split.with_name("model.gguf"))
-    with pytest.raises(GGUFError, match=r"whose names must end in -00001-of-0000\d\.gguf"):
+    with pytest.raises(GGUFError, match=r"so its name must end in -00001-of-0000\d\.gguf"):
         read_model_shape(split.with_name("model.gguf"))
 
 
