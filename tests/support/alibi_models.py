@@ -1,7 +1,7 @@
 """Tiny models of all architectures with ALiBi, and their attention in float64 numpy.
 
-attention() is written from the models' definition and shares no code with the converter; inputs
-that bring a head to the edge of its bound are found by adversary().
+attention() is written from the models' definition and shares no code with the converter.
+adversary() finds inputs that bring a head to the edge of its bound.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class AlibiSpec:
-    """gain: standard deviation of query and key entries. max_bias: only mpt and jais have another
-    than 8. fused: one attn_qkv tensor; bloom, jais and mpt know no other. bias: of the
-    normalization and of the projections, where the architecture has them (mpt if asked for)."""
+    """The shape of a tiny ALiBi model.
+
+    Attributes:
+        gain: standard deviation of query and key entries.
+        max_bias: always 8, except for mpt and jais.
+        fused: whether there is one attn_qkv tensor, as bloom, jais and mpt always have.
+        bias: whether the normalization and the projections have a bias (optional for mpt).
+    """
 
     arch: str = "bloom"
     n_layer: int = 1
@@ -52,7 +57,7 @@ class AlibiSpec:
 
 
 def make_weights(spec: AlibiSpec) -> dict[str, np.ndarray]:
-    """Tensors by GGUF name: f32, rows = outputs."""
+    """Make the tensors by GGUF name: f32, rows = outputs."""
     d, ff = spec.n_embd, 64
     n_kv = spec.n_head_kv * spec.head_dim
     biased = spec.bias and (spec.arch in (*BIASED, "mpt"))
@@ -106,7 +111,7 @@ def write(
     extra_kv: dict[str, tuple[Any, GGUFValueType]] | None = None,
     **split: Any,
 ) -> Path:
-    """The model of a spec, or with these weights instead; matrices have the type of the spec."""
+    """Write the model of a spec, with random or given weights. Matrices have the spec's type."""
     a = spec.arch
     kv: dict[str, tuple[Any, GGUFValueType]] = {
         "general.name": (f"tiny {a}", STR),
@@ -134,7 +139,7 @@ def write(
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """The weights of a file in float64, quantized ones as their values."""
+    """Read the weights of a file, dequantized to float64."""
     return {
         t.name: dequantize(t.data, t.tensor_type).astype(np.float64)
         for t in GGUFReader(path).tensors
@@ -142,8 +147,11 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def slopes(spec: AlibiSpec) -> np.ndarray:
-    """Press et al. (2022): 2^(-8/n), 2^(-16/n), ...; with n no power of two, those of the next
-    smaller one, and every second of its double for the rest."""
+    """Compute the slopes of Press et al. (2022): 2^(-8/n), 2^(-16/n), ...
+
+    If n is not a power of two, these are the slopes of the next smaller power of two, followed by
+    every second slope of its double.
+    """
 
     def powers(n: int) -> list[float]:
         return [2 ** (-spec.max_bias * (i + 1) / n) for i in range(n)]
@@ -160,7 +168,7 @@ def normalize(x: np.ndarray, rms: bool) -> np.ndarray:
 def queries_and_keys(
     spec: AlibiSpec, weights: dict[str, np.ndarray], il: int, residual: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """q, k of the query heads: [n_head, n, head_dim], scaled; residual: [n, n_embd]."""
+    """Compute q and k of the query heads: [n_head, n, head_dim], scaled; residual: [n, n_embd]."""
     blk = f"blk.{il}.attn"
 
     def get(name: str, size: int) -> np.ndarray:
@@ -191,7 +199,7 @@ def queries_and_keys(
 def attention(
     spec: AlibiSpec, weights: dict[str, np.ndarray], il: int, residual: np.ndarray
 ) -> np.ndarray:
-    """Attention of the last position to all: [n_head, n]."""
+    """Compute the attention of the last position to all: [n_head, n]."""
     q, k = queries_and_keys(spec, weights, il, residual)
     distance = np.arange(len(residual))[::-1]
     logits = np.einsum("hd,hnd->hn", q[:, -1], k) - slopes(spec)[:, None] * distance
@@ -201,9 +209,14 @@ def attention(
 
 @dataclass(frozen=True)
 class Adversary:
-    """Inputs of a layer, [n_embd], at which a head comes as far as it can: query is read last,
-    target is what it wants, filler what it wants least. difference: of the logits of target and
-    query's own."""
+    """Inputs of a layer, [n_embd] each, at which a head reaches the edge of its bound.
+
+    Attributes:
+        query: the last token.
+        target: the token to which the head attends most.
+        filler: the token to which it attends least.
+        difference: the logit of target minus that of query itself.
+    """
 
     query: np.ndarray
     target: np.ndarray
@@ -211,19 +224,19 @@ class Adversary:
     difference: float
 
     def text(self, distance: int) -> np.ndarray:
-        """target, filler ..., query: [distance + 1, n_embd]."""
+        """Return target, filler ..., query: [distance + 1, n_embd]."""
         return np.stack([self.target, *[self.filler] * (distance - 1), self.query])
 
 
 def adversary(
     spec: AlibiSpec, weights: dict[str, np.ndarray], il: int, ih: int, seed: int = 0
 ) -> Adversary:
-    """Hill climbing from random starts, for a query head without clamp and q/k normalization.
+    """Search by hill climbing, for a query head without clamp and q/k normalization.
 
-    Normalized inputs have the length sqrt(n_embd) whatever comes in, so z itself is searched.
+    Normalized inputs always have the length sqrt(n_embd), so the search is over z itself.
     """
     rng, d = np.random.default_rng(seed), spec.n_embd
-    # q and k are affine in z: read the maps off the model
+    # q and k are affine in z: evaluate the model to find the maps.
     centre = np.eye(d) - (0 if spec.arch in RMS else 1 / d)
     blk = f"blk.{il}.attn"
     gamma, b = weights[f"{blk}_norm.weight"], weights.get(f"{blk}_norm.bias", np.zeros(d))
@@ -252,7 +265,7 @@ def adversary(
     z = best[1]
     wanted = z @ matrix + constant
     y = radius * wanted / np.linalg.norm(wanted)
-    # what neither q nor k sees brings the query to the length that normalized vectors have
+    # A direction that changes neither q nor k gives the query the length of normalized vectors.
     seen = np.concatenate([q_map, k_map, np.ones((1, d))])
     _, s, rows = np.linalg.svd(seen)
     free = rows[(s > 1e-9).sum() :]

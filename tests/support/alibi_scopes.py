@@ -26,13 +26,13 @@ SPECS = {
 
 
 def query_head_scopes(spec: AlibiSpec, profile: Profile) -> np.ndarray:
-    """[n_layer, n_head]: of the KV head that a query head reads."""
+    """Return the scope of the KV head that each query head reads: [n_layer, n_head]."""
     scopes = np.stack(profile.scope).astype(int)
     return np.repeat(scopes, spec.n_head // spec.n_head_kv, axis=1)
 
 
 def own_scopes(path: Path, spec: AlibiSpec, il: int, epsilon: float = EPSILON) -> list[int]:
-    """Of the query heads of a layer, each by itself."""
+    """Return the scope of each query head of a layer by itself."""
     found = alibi._Attention(read_model_shape(path))
     ranges = [r for ih in range(spec.n_head_kv) for r in found.logit_ranges(il, ih)]
     slopes = alibi_slopes(spec.n_head, spec.max_bias)
@@ -40,7 +40,10 @@ def own_scopes(path: Path, spec: AlibiSpec, il: int, epsilon: float = EPSILON) -
 
 
 def passed_distance(scope: int, slope: float) -> int:
-    """Where inputs made for it must still get more than epsilon: 3 % nearer, and nearer by what
-    the tokens between take away, which the bound leaves out of the denominator. Each of them has at
-    most the query's own logit, less the slope."""
+    """Return a distance at which inputs made for it must still get more than epsilon.
+
+    It is 3 % below the scope, and lower by the attention to the tokens between, which the bound
+    leaves out of the denominator. The logit of each of them is at most that of the query itself
+    minus the slope.
+    """
     return math.floor(0.97 * (scope - 1) + math.log(-math.expm1(-slope)) / slope)

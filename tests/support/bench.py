@@ -1,4 +1,4 @@
-"""What tests of benchmarks share: a model, quick options, a report whose figures are known."""
+"""Helpers of tests of benchmarks: a model, quick options, a report with known figures."""
 
 from __future__ import annotations
 
@@ -54,8 +54,10 @@ def both(razor: list[float], full: list[float], **others: list[float]) -> dict:
 
 
 def make_report() -> Report:
-    """Two types; times of which the figures are known: prefill takes 1 + depth/1000 ms a token with
-    the full cache, 1 + depth/4000 with razor."""
+    """Make a report of two types with known figures.
+
+    Prefill takes 1 + depth/1000 ms per token with the full cache, and 1 + depth/4000 with razor.
+    """
     records = []
     for types in (("f16", "f16"), ("q8_0", "q4_0")):
         more = {} if types == ("f16", "f16") else {"full_f16": [30.0, 33.0, 36.0]}

@@ -1,8 +1,8 @@
-"""What the native tests may expect of the device they run on (see tests/tools/other_backend.py).
+"""Tolerances of the native tests for the device they run on (see tests/tools/other_backend.py).
 
-The CPU sums F32 values in F32, so the tests can ask for 1e-5 there. Devices take shortcuts of their
-own (F16 products in matrix multiplications, other kernels for one token than for many): what counts
-as an error is then what stock does on the same device, measured before it is needed.
+The CPU sums F32 values in F32, so the tests can require 1e-5 there. Devices take shortcuts, such as
+F16 products in matrix multiplications, and different kernels for one token and for many. Their
+tolerance is therefore the error of a stock build on the same device, measured on first use.
 """
 
 from __future__ import annotations
@@ -27,25 +27,31 @@ _MODELS = [
 def tolerance(
     on_cpu: float, type_k: str = "f32", type_v: str = "f32", flash_attn: bool = False
 ) -> float:
-    """Largest accepted |difference| of logits: on_cpu where no layer is offloaded, else twice what
-    stock's logits are off on the device or on the host beside it (twice: a test may compare two
-    runs, and both are off)."""
+    """Return the largest accepted |difference| of logits.
+
+    It is on_cpu if no layer is offloaded, and otherwise twice the error of stock on the device or
+    on its host. Twice, because a test may compare two runs that both have this error.
+    """
     if runner.GPU_LAYERS == 0:
         return on_cpu
     return max(on_cpu, 2 * stock_error(type_k, type_v, flash_attn))
 
 
 def examples(n: int) -> int:
-    """Examples of a property test that takes n on the CPU: devices run what they are given slowly
-    when it is tiny, and what depends on the host alone has been tried there."""
+    """Return the number of examples of a property test that takes n on the CPU.
+
+    Devices get fewer: they are slow with tiny models, and the CPU run covers the host's code.
+    """
     return n if runner.GPU_LAYERS == 0 else max(1, n // 5)
 
 
 @functools.cache
 def stock_error(type_k: str, type_v: str, flash_attn: bool) -> float:
-    """max |logit - float64 reference| of stock, over ubatches of 1 (for the first tokens: devices
-    are slow at it), 32 and 512 tokens, with all layers and the cache on the device, and with none
-    there."""
+    """Return max |logit - float64 reference| of a stock build.
+
+    It runs ubatches of 1, 32 and 512 tokens (1 only for the first tokens, because devices are slow
+    at it), with all layers and the cache on the device, and with none.
+    """
     error = 0.0
     with tempfile.TemporaryDirectory() as folder, runner.Worker(stock_lib_dir()) as stock:
         for spec in _MODELS:

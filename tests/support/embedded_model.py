@@ -20,7 +20,7 @@ PATH = Path(str(files("razor_local") / "data" / "razor-default.gguf"))
 
 
 def read() -> tuple[tiny_models.TinySpec, dict[str, np.ndarray], np.ndarray]:
-    """Shape, dequantized weights and ordinary tokens."""
+    """Return the shape, the dequantized weights and the ordinary tokens."""
     reader, header = GGUFReader(PATH), read_header(PATH)
     shape = read_model_shape(PATH)
     get = {key: field.contents() for key, field in reader.fields.items()}
@@ -47,7 +47,7 @@ def read() -> tuple[tiny_models.TinySpec, dict[str, np.ndarray], np.ndarray]:
 
 
 def write_variant(path: Path, template: str, named: dict[str, str] | None = None) -> Path:
-    """A copy with another chat template, and others by name, and without a profile."""
+    """Write a copy with another chat template, and others by name, but without a profile."""
     reader = GGUFReader(PATH)
     kv = _metadata(reader) | {"tokenizer.chat_template": (template, GGUFValueType.STRING)}
     for name, text in (named or {}).items():
@@ -65,7 +65,7 @@ def _metadata(reader: GGUFReader) -> dict[str, tuple[Any, GGUFValueType]]:
 
 
 def write_random(path: Path, seed: int = 0) -> Path:
-    """Its shape and tokenizer with random weights, without a profile: nothing to find in it."""
+    """Write a model with its shape and tokenizer, but random weights and no profile."""
     reader, rng = GGUFReader(PATH), np.random.default_rng(seed)
     tensors = [
         (
@@ -81,7 +81,7 @@ def write_random(path: Path, seed: int = 0) -> Path:
 
 
 def no_numbers(path, value=np.nan):
-    """The built-in model, with a final norm of nothing but the value."""
+    """Write the built-in model with every element of the final norm set to value."""
     header = read_header(PATH)
     (norm,) = (tensor for tensor in header.tensors if tensor.name == "output_norm.weight")
     data = bytearray(PATH.read_bytes())
@@ -92,7 +92,7 @@ def no_numbers(path, value=np.nan):
 
 
 def model_with_scores(folder):
-    """A copy of the built-in model in whose profile KV head 5 has the highest score."""
+    """Write a copy of the built-in model in whose profile KV head 5 has the highest score."""
     profile, shape = read_profile(PATH), read_model_shape(PATH)
     n = sum(shape.n_head)
     scores = np.linspace(0.1, 0.4, n, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""GGUF files byte by byte, so that tests can write what no library would."""
+"""Write GGUF files byte by byte, so that tests can make files that no library would write."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def gguf(
     n_keys: int | None = None,
     alignment: int = 32,
 ) -> bytes:
-    """A file of these parts; the counts and the version can be made to lie."""
+    """Return a file of these parts, with counts and a version that may be wrong."""
     head = b"GGUF" + u32(version)
     head += u64(len(tensors) if n_tensors is None else n_tensors)
     head += u64(len(keys) if n_keys is None else n_keys)
@@ -62,7 +62,7 @@ def gguf(
 
 
 def small_model(extra: list[bytes] = (), n_layer: int = 2, n_kv: int = 2, n_head: int = 4) -> bytes:
-    """The smallest file that has a model's shape: a few keys, two tensors."""
+    """Return the smallest file that has a model's shape: a few keys and two tensors."""
     keys = [
         kv("general.architecture", STRING, "llama"),
         kv("general.name", STRING, "small"),
@@ -80,7 +80,7 @@ def small_model(extra: list[bytes] = (), n_layer: int = 2, n_kv: int = 2, n_head
 
 
 def razor_keys(retrieval: list[int], **changes: bytes | None) -> list[bytes]:
-    """The keys of a valid profile; changes replace one (by its name, dots as __) or drop it."""
+    """Return the keys of a valid profile. changes replace a key (dots as __) or drop it (None)."""
     keys = {
         "version": kv("razor.version", U32, 1),
         "method": kv("razor.method", STRING, "rope"),

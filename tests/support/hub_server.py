@@ -1,4 +1,4 @@
-"""A hub on loopback that speaks as much of Hugging Face's protocol as downloads need."""
+"""A local server with the part of Hugging Face's protocol that downloads need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 CHUNK = 1 << 16
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# small pieces, so that something of a small file has arrived when a download is interrupted
+# Small pieces, so that an interrupted download has received a part of a small file.
 MAIN = f"""
 from razor_local.cli import main
 from razor_local.models import hub
@@ -40,12 +40,13 @@ class Repo:
 
     Attributes:
         files: content by path
-        status, error_code: what is answered instead of the files; of the error code see
+        status, error_code: the response instead of the files. For the error code see
             huggingface_hub.utils.hf_raise_for_status
-        cuts: bytes after which the connection of each of the next requests for a file is closed
-        sent: content that is sent instead of the announced one, by path
+        cuts: for each of the next requests for a file, the bytes after which to close the
+            connection
+        sent: content to send instead of the announced one, by path
         at: called with the bytes sent so far of a file
-        elsewhere: the address of another server, which requests for files are sent to
+        elsewhere: the address of another server to which requests for files are redirected
     """
 
     files: dict[str, bytes]
@@ -62,7 +63,12 @@ class Repo:
 
 
 class Hub:
-    """The server. requests: method, path and Range of all requests so far; tokens: theirs."""
+    """The server.
+
+    Attributes:
+        requests: method, path and Range of all requests so far.
+        tokens: the access tokens of all requests so far.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -79,7 +85,7 @@ class Hub:
         self._server.server_close()
 
     def downloads(self) -> list[tuple[str, str]]:
-        """Paths and ranges of the files that were asked for."""
+        """Return the paths and ranges of the files that were requested."""
         return [
             (path.rsplit("/", 1)[-1], what)
             for method, path, what in self.requests
@@ -193,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def environment(hub: Hub, home: Path, **more: str) -> dict[str, str]:
-    """The environment of a command that knows this hub alone, with its caches in home."""
+    """Return the environment of a command that uses only this hub, with its caches in home."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -216,7 +222,7 @@ def command(*args: object) -> list[str]:
 def run(
     hub: Hub, home: Path, *args: object, message: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of razor-local in a process of its own."""
+    """Run a command of razor-local in a separate process."""
     return subprocess.run(
         command(*args),
         env=environment(hub, home, **env),
@@ -231,5 +237,5 @@ def wait_for(condition: Callable[[], object]) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < end, "waited a minute in vain"
+        assert time.monotonic() < end, "the condition did not hold within a minute"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Journals of long runs that are damaged."""
+"""Damage the journals of long runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 def damaged(lines: list[str]) -> Iterator[list[str]]:
-    """The lines of a journal with a field of one record missing or of another value.
+    """Yield the lines of a journal with one field of one record missing or changed.
 
     One record of each kind is damaged.
     """

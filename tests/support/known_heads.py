@@ -1,19 +1,19 @@
-"""Models whose retrieval heads are known because they were made by hand, weight by weight.
+"""Models with known retrieval heads, whose weights are constructed by hand.
 
 Each is a llama without feed-forward layers. The residual stream [N_EMBD] holds the token's code
-(CODE dimensions of +-1, no two tokens alike in more than 3/4 of them), a constant, and, once the
-layer of the previous-token head has run, the code of the token before. A head is
+(CODE dimensions of +-1; the codes of two tokens agree in at most 3/4 of them), a constant, and,
+after the layer of the previous-token head, the code of the token before. A head is one of these:
 
-  previous   q and k come from the constant and are turned so that RoPE makes them agree one token
-             apart; writes the code of that token
-  induction  q: code of this token, k: code of the token before the key. Attends to what came
-             after this token earlier
-  echo       q and k: code of the token. Attends to the same token, itself included
-  local      q and k come from the constant: attends to the last tokens
-  blurred    small random q and k: attends to everything about alike
+  previous   q and k come from the constant and are rotated so that RoPE makes them agree one token
+             apart. Writes the code of that token.
+  induction  q: code of this token, k: code of the token before the key. Attends to the tokens that
+             followed earlier occurrences of this token.
+  echo       q and k: code of the token. Attends to the same token, including itself.
+  local      q and k come from the constant. Attends to the last tokens.
+  blurred    small random q and k. Attends to all tokens about equally.
 
-Codes stand in the slow dimensions of RoPE, which do not turn in 10,000 tokens, the constant in the
-fast ones. Almost all weights are one number per row, which quantization keeps.
+Codes use the slow dimensions of RoPE, which barely rotate in 10,000 tokens, and the constant uses
+the fast ones. Almost all weights are one number per row, which quantization preserves.
 """
 
 from __future__ import annotations
@@ -55,10 +55,13 @@ BOS = 1
 
 @dataclass(frozen=True)
 class KnownHeads:
-    """heads: kind of each query head, a row per layer; what is not named is local or blurred.
+    """The shape and heads of a model.
 
-    tokenizer: with one, the vocabulary begins with SPECIAL, a BOS token is added, and the
-    embeddings of all special tokens but BOS are not numbers, so that using one shows.
+    Attributes:
+        heads: kind of each query head, a row per layer. Others are local or blurred.
+        tokenizer: whether there is a tokenizer. Then the vocabulary begins with SPECIAL, a BOS
+            token is added, and the embeddings of all special tokens except BOS are NaN, so that
+            using one is noticed.
     """
 
     heads: tuple[tuple[str, ...], ...]
@@ -79,7 +82,7 @@ class KnownHeads:
         return self.n_head // self.n_head_kv
 
     def kv_kinds(self, il: int) -> list[str]:
-        """Kind of each KV head of a layer: that of the head that needs its keys."""
+        """Return the kind of each KV head: that of the query head that needs its keys."""
         kinds = []
         for ih in range(0, self.n_head, self.group):
             named = {k for k in self.heads[il][ih : ih + self.group] if k not in KINDS[3:]}
@@ -88,7 +91,7 @@ class KnownHeads:
         return kinds
 
     def mask(self, kinds: tuple[str, ...] = ("induction", "echo")) -> list[list[int]]:
-        """1 for each KV head of these kinds, a row per layer."""
+        """Return 1 for each KV head of these kinds, a row per layer."""
         return [[int(kind in kinds) for kind in self.kv_kinds(il)] for il in range(len(self.heads))]
 
 
@@ -101,10 +104,10 @@ def place_heads(
     echo: float = 0.01,
     **options: Any,
 ) -> KnownHeads:
-    """Heads at random places: as many induction and echo heads as these shares ask for.
+    """Place these shares of induction and echo heads at random.
 
-    The previous-token head is in layer 0 or 1 and the induction heads behind it; in each group only
-    one query head is of its kind.
+    The previous-token head is in layer 0 or 1, and the induction heads are in later layers. Each
+    group has at most one query head that is not local or blurred.
     """
     rng = np.random.default_rng(seed)
     kinds = rng.choice(["local", "blurred"], (n_layer, n_head)).tolist()
@@ -126,7 +129,7 @@ def place_heads(
 
 
 def token_codes(n: int, rng: np.random.Generator) -> np.ndarray:
-    """n rows of CODE times +-1, any two of them different in 6 places or more: f32."""
+    """Draw n rows of CODE times +-1 that differ pairwise in at least 6 places: f32."""
     assert n <= 1000, "there are hardly more such codes"
     codes = np.empty((0, CODE), np.float32)
     while len(codes) < n:
@@ -137,7 +140,7 @@ def token_codes(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_weights(spec: KnownHeads) -> dict[str, np.ndarray]:
-    """Tensors of the model by GGUF name: f32, rows = outputs."""
+    """Make the tensors of the model by GGUF name: f32, rows = outputs."""
     rng = np.random.default_rng(spec.seed)
     n_special = len(SPECIAL) if spec.tokenizer else 0
     embedding = np.zeros((n_special + spec.n_tokens, N_EMBD), np.float32)
@@ -160,7 +163,7 @@ def make_weights(spec: KnownHeads) -> dict[str, np.ndarray]:
 def _attention(
     spec: KnownHeads, il: int, scale: float, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Weights of one layer; scale: what its norm multiplies the residual stream with."""
+    """Make the weights of one layer. scale is the factor of its norm."""
     d, n_kv = spec.head_dim, spec.n_head_kv
     q = np.zeros((spec.n_head, d, N_EMBD), np.float32)
     k, v = (np.zeros((n_kv, d, N_EMBD), np.float32) for _ in range(2))
@@ -169,7 +172,7 @@ def _attention(
     match = math.sqrt(40 * math.sqrt(d) / CODE) / scale  # equal codes: a logit of 40
 
     def turned(lag: int, logit: float) -> np.ndarray:
-        """Rows for the 4 fastest pairs, so that the best of all lags gets 4 * logit."""
+        """Return rows for the 4 fastest pairs with which this lag gets a logit of 4 * logit."""
         rows = np.zeros((d, N_EMBD), np.float32)
         size = math.sqrt(logit * math.sqrt(d)) / (scale * CONSTANT_VALUE)
         for i in range(4):
@@ -222,7 +225,7 @@ def _attention(
 
 
 def tiny_spec(spec: KnownHeads) -> tiny_models.TinySpec:
-    """The model's shape, for model_kv() and the float64 reference."""
+    """Return the model's shape for model_kv() and the float64 reference."""
     n_vocab = spec.n_tokens + (len(SPECIAL) if spec.tokenizer else 0)
     return tiny_models.TinySpec(
         "llama", len(spec.heads), spec.n_head, spec.n_head_kv, spec.head_dim, N_EMBD, 32, n_vocab,
@@ -233,7 +236,7 @@ def tiny_spec(spec: KnownHeads) -> tiny_models.TinySpec:
 def make_model(
     path: str | Path, spec: KnownHeads, extra_kv: dict[str, tuple[Any, GGUFValueType]] | None = None
 ) -> Path:
-    """Writes the model, its matrices as spec.weight_type."""
+    """Write the model with matrices of spec.weight_type."""
     kv = tiny_models.model_kv(tiny_spec(spec)) | (_vocabulary(spec) if spec.tokenizer else {})
     kind = TYPES[spec.weight_type]
     tensors = []

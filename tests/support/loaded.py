@@ -1,4 +1,4 @@
-"""Which slow packages a piece of code loads."""
+"""Find the slow packages that a piece of code loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CALL = "from razor_local.cli import main; main({!r}, standalone_mode=False)"
 
 
 def slow_packages(code: str, folder: Path) -> set[str]:
-    """Those of SLOW that are loaded once the code has run in a folder, in a process of its own."""
+    """Run code in a folder, in a separate process, and return the packages of SLOW it loaded."""
     code += "\nimport sys; print('\\n', *sorted(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=True

@@ -1,6 +1,6 @@
-"""Builds of the native library that tests compare with or run on, kept in the user's cache folder.
+"""Build other versions of the native library for tests, in the user's cache folder.
 
-stock.py, broken_builds.py and sanitizers.py use it.
+stock.py, broken_builds.py and sanitizers.py use this module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def cache_dir() -> Path:
-    """The folder that native/sdist.cmake keeps the sdist in."""
+    """Return the folder in which native/sdist.cmake stores the sdist."""
     if sys.platform == "win32":
         base = Path(os.environ["LOCALAPPDATA"])
     elif sys.platform == "darwin":
@@ -36,9 +36,9 @@ def cache_dir() -> Path:
 
 @contextmanager
 def locked(name: str) -> Iterator[Path]:
-    """The folder of that name in the cache, for one process at a time: the others wait.
+    """Yield the folder of that name in the cache to one process at a time.
 
-    Windows has no such locks here; run one process at a time there.
+    Windows does not have these locks, so run only one process there.
     """
     folder = cache_dir() / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def locked(name: str) -> Iterator[Path]:
 
 
 def pin() -> tuple[str, str]:
-    """Version and sha256 of the pin file."""
+    """Return the version and the sha256 of the pin file."""
     text = (ROOT / "native/llama-cpp-python.txt").read_text()
     match = re.search(r"^llama-cpp-python==(\S+) --hash=sha256:([0-9a-f]{64})$", text, re.M)
     assert match, "the pin file has no pin"
@@ -62,8 +62,10 @@ def build(
     source: Path = ROOT,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Configure and build the CMake project `source` in `folder`; what is built there already is
-    kept. Raises RuntimeError with the end of the output."""
+    """Configure and build the CMake project `source` in `folder`, incrementally.
+
+    Raises RuntimeError with the end of the output.
+    """
     cmake, ninja = tool("cmake"), tool("ninja")
     if cmake is None:
         raise RuntimeError("no cmake found: run with 'uv run', which installs it")
@@ -74,7 +76,7 @@ def build(
 
 
 def install(folder: Path, prefix: Path, *options: str) -> Path:
-    """Install what was built in `folder` below `prefix`; the folder of the libraries."""
+    """Install the build in `folder` below `prefix`, and return the folder of the libraries."""
     run([tool("cmake"), "--install", folder, "--prefix", prefix, "--component", "razor", *options])
     return prefix / "razor_local" / "lib"
 
@@ -90,5 +92,5 @@ def run(command: list, env: Mapping[str, str] | None = None) -> None:
 
 
 def tool(name: str) -> str | None:
-    """A program of this Python environment, else of the PATH."""
+    """Find a program in this Python environment, or else in PATH."""
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)

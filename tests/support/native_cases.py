@@ -1,4 +1,4 @@
-"""Models, masks and KV types that several native tests run, with the logits of the reference."""
+"""Models, masks and KV types of several native tests, with the logits of the reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Case:
 
 
 def mask_of(kind: str, n_kv: int, n_layer: int) -> tuple[tuple[int, ...], ...]:
-    """A mask by name; with one KV head per layer the heads of a layer become the layers."""
+    """Return a mask by name. With one KV head per layer it selects layers instead of heads."""
     patterns = {
         "none": [0],
         "prefix": [1, 1, 0, 0],
@@ -74,7 +74,7 @@ def tokens_of(spec: TinySpec, n_tokens: int) -> list[int]:
     return runner.random_tokens(n_tokens, spec.n_vocab, spec.seed)
 
 
-# upstream's flash attention takes F32 rows for F16 ones, ours on CPUs does not
+# llama.cpp's flash attention rounds F32 rows to F16, razor's kernel on CPUs does not
 FLASH_F32 = [False, True] if runner.GPU_LAYERS == 0 else [False]
 
 
@@ -88,7 +88,7 @@ POOL = [
 ]
 
 
-# upstream quantizes V only with flash attention
+# llama.cpp supports a quantized V only with flash attention
 KV = [
     ("f32", "f32", True),
     ("f16", "f16", False),

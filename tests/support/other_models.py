@@ -1,7 +1,6 @@
-"""Tiny random models of architectures that RazorAttention refuses (or leaves alone).
+"""Tiny random models of architectures that razor does not support.
 
-Their logits mean nothing: they show that such a model runs as in stock without razor, and is
-refused by name with it.
+They show that such a model runs as in stock without razor, and is refused by name with it.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def _falcon(blk: str, il: int) -> Shapes:
     }
 
 
-# arch -> (tensors of a layer, metadata below the arch's prefix)
+# arch -> (tensors of a layer, metadata without the arch's prefix)
 MODELS: dict[str, tuple[Any, dict[str, tuple[Any, GGUFValueType]]]] = {
     "falcon": (
         _falcon,

@@ -1,7 +1,7 @@
 """Independent float64 implementation of the tiny models, with a full cache or RazorAttention.
 
-Written from the definitions, position by position (vectorised with masks), not from the cache:
-no ubatches, no ring, no accumulators. A token at position p attends, in a local KV head, to
+It follows the definitions position by position (vectorized with masks) and has none of the cache's
+ubatches, ring or accumulators. In a local KV head, a token at position p attends to
   - the sink tokens [0, N0),
   - the compensation token: mean of the post-RoPE keys and of the values at [N0, F(p)), logit
     q.k / sqrt(d) + log(N_d), N_d = F(p) - N0 (eq. 4 and 5 of arXiv 2407.15891), if N_d > 0,
@@ -23,7 +23,7 @@ SLACK = 64  # LLAMA_RAZOR_SLACK
 
 @dataclass(frozen=True)
 class Razor:
-    """RazorAttention as the reference computes it. mask: a row of 0/1 per layer, 1 = retrieval."""
+    """Parameters of RazorAttention. mask: a row of 0/1 per layer, 1 = retrieval."""
 
     mask: tuple[tuple[int, ...], ...]
     window: int
@@ -32,18 +32,18 @@ class Razor:
     compensation: bool = True
 
     def frontier(self, p: np.ndarray | int) -> np.ndarray:
-        """First position that is not folded when position p attends."""
+        """Return the first position that is not folded when position p attends."""
         start = self.block * (np.asarray(p) // self.block)
         return np.maximum(self.sink_tokens, start - self.window)
 
 
 def window_of(n_ctx: int, window_min: int, window_divisor: int) -> int:
-    """L where no window is given: max(S0, n_ctx / C)."""
+    """Return the default L: max(S0, n_ctx / C)."""
     return max(window_min, n_ctx // window_divisor if window_divisor > 0 else 0)
 
 
 def block_of(window: int) -> int:
-    """B: the largest power of two <= max(L/4, 1), clamped to [64, 512]."""
+    """Return B: the largest power of two <= max(L/4, 1), clamped to [64, 512]."""
     block = 1
     while 2 * block <= max(window // 4, 1):
         block *= 2
@@ -51,7 +51,7 @@ def block_of(window: int) -> int:
 
 
 def cells_of(window: int, sink_tokens: int, compensation: bool) -> int:
-    """Cells of a local head."""
+    """Return the cells of a local head."""
     cells = sink_tokens + (4 if compensation else 0) + window + block_of(window) + SLACK
     return -(-cells // 256) * 256
 
@@ -59,7 +59,7 @@ def cells_of(window: int, sink_tokens: int, compensation: bool) -> int:
 def make_razor(
     mask: Sequence[Sequence[int]], window: int, sink_tokens: int = 4, compensation: bool = True
 ) -> Razor:
-    """The Razor of a mask and a window, with the block size of the plan."""
+    """Make the Razor of a mask and a window, with the block size of the plan."""
     rows = tuple(tuple(int(x) for x in row) for row in mask)
     return Razor(rows, window, block_of(window), sink_tokens, compensation)
 
@@ -72,10 +72,14 @@ def forward(
     probe: dict | None = None,
     see: Callable[[int, int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Logits f64 [n_tokens, n_vocab] of every position. probe, if given, receives per layer the
-    entropy-like number of tokens each query effectively attends to: f64 [n_head, n_tokens].
-    see(layer, query head, attention), if given, is shown every attention matrix: f64 [n_tokens,
-    n_tokens], in a local head with a last column for the compensation token."""
+    """Compute the logits of every position, f64 [n_tokens, n_vocab].
+
+    Args:
+        probe: receives, for each layer, the effective number of tokens to which each query attends
+            (from the entropy): f64 [n_head, n_tokens].
+        see: called as see(layer, query head, attention) with every attention matrix, f64
+            [n_tokens, n_tokens]. In a local head the last column is the compensation token.
+    """
     w = {name: data.astype(np.float64) for name, data in weights.items()}
     tokens = np.asarray(tokens)
     n = len(tokens)
@@ -112,7 +116,7 @@ def _attention(
     probe: dict | None,
     see: Callable[[int, int, np.ndarray], None] | None,
 ) -> np.ndarray:
-    """Heads of layer il side by side, f64 [n, n_head * d], from its normed input h [n, n_embd]."""
+    """Compute the heads of layer il, f64 [n, n_head * d], from its normed input h [n, n_embd]."""
     blk, n, d, n_kv = f"blk.{il}", len(h), spec.head_dim, spec.kv_heads[il]
     if spec.arch == "gpt2":
         q, k, v = np.split(_linear(w, f"{blk}.attn_qkv", h), 3, axis=1)
@@ -140,8 +144,10 @@ def _attention(
 def _attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, razor: Razor | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention of one head over a sequence; q, k, v f64 [n, d] -> [n, d], attention [n, n], with
-    compensation [n, n + 1]."""
+    """Compute one head over a sequence, from q, k, v f64 [n, d].
+
+    Returns the output [n, d] and the attention [n, n], or [n, n + 1] with compensation.
+    """
     n, d = q.shape
     pos = np.arange(n)
     logits = q @ k.T / np.sqrt(d)
@@ -188,12 +194,12 @@ def _norm(spec: TinySpec, w: dict[str, np.ndarray], name: str, x: np.ndarray) ->
 
 
 def _rope(spec: TinySpec, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Rotate pairs of x [n, heads, d]: neighbours (llama) or halves (qwen) by p * base^(-2i/d),
-    divided by the factor of the pair if the model has any.
+    """Rotate pairs of x [n, heads, d], which are neighbors (llama) or halves (qwen).
 
-    The angles are llama.cpp's, which multiplies them up in F32: exact ones differ by up to 1e-4 at
-    position 500, more than the tolerance of the tests leaves room for. The power is taken in F64
-    and rounded, as libm's powf is: numpy's own F32 power is an ulp off on CPUs with AVX-512.
+    The angle is p * base^(-2i/d), divided by the factor of the pair if the model has any. It is
+    multiplied up in F32 as in llama.cpp: exact angles differ by up to 1e-4 at position 500, more
+    than the tolerance of the tests. The power is computed in F64 and rounded like libm's powf,
+    because numpy's F32 power is an ulp off on CPUs with AVX-512.
     """
     n, _, d = x.shape
     angle = np.empty((n, d // 2))
@@ -216,8 +222,10 @@ def _rope(spec: TinySpec, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray
 
 
 def _gelu_f16_table(x: np.ndarray) -> np.ndarray:
-    """GELU (tanh form) as llama.cpp's CPU backend defines it: x and the result rounded to F16,
-    exact beyond +-10."""
+    """Compute GELU (tanh form) as llama.cpp's CPU backend does.
+
+    x and the result are rounded to F16; beyond +-10 the result is exact.
+    """
     r = x.astype(np.float16).astype(np.float64)
     y = 0.5 * r * (1 + np.tanh(np.sqrt(2 / np.pi) * r * (1 + 0.044715 * r * r)))
     y = y.astype(np.float16).astype(np.float64)

@@ -1,6 +1,6 @@
-"""The rooms of razor_local: which module may import which, and a picture of it.
+"""The rooms of razor_local: which module may import which, and a diagram of them.
 
-`python -m tests.support.rooms` writes the picture into docs/architecture.md.
+`python -m tests.support.rooms` writes the diagram into docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOMS = (
 
 
 def imports_of(path: Path, module: str) -> Iterator[str]:
-    """The modules of razor_local that a file imports, but for its types."""
+    """Yield the modules of razor_local that a file imports, except for type annotations."""
     package = module.split(".")[:-1]
     tree = ast.parse(path.read_text())
     for node in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
@@ -38,7 +38,7 @@ def imports_of(path: Path, module: str) -> Iterator[str]:
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """The modules of razor_local and their files."""
+    """Yield the modules of razor_local and their files."""
     for folder, package in (
         ("razor_local", "razor_local"),
         ("converters", "razor_local.converters"),

@@ -1,9 +1,8 @@
-"""Drives libllama through the low-level llama_cpp bindings, in one place for all native tests.
+"""Drive libllama through the low-level llama_cpp bindings, for all native tests.
 
-One process loads one library: the package's own (razor_local.native finds it), or the one in the
-folder that LLAMA_CPP_LIB_PATH names.
-`Worker` runs the same code in a child process on another library, for comparison with a stock
-build, or on the same library, for what must work in another process or may not crash this one.
+A process loads one library: the package's own (found by razor_local.native), or the one in the
+folder LLAMA_CPP_LIB_PATH. `Worker` runs the same code in a child process: on a stock build to
+compare with, or on the same library for code that must work in another process or may crash.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _gpu_layers() -> int:
     return 9999 if text == "all" else int(text)
 
 
-# layers that go to a device with their KV cache (tests/tools/other_backend.py); 0: all on the CPU
+# layers on a device with their KV cache (tests/tools/other_backend.py); 0: all on the CPU
 GPU_LAYERS = _gpu_layers()
 
 
@@ -47,7 +46,7 @@ class LoadError(Exception):
 
 @dataclass(frozen=True)
 class Override:
-    """Arguments of llama_razor_set_override. retrieval: flat 0/1 mask, None: the model's own."""
+    """Arguments of llama_razor_set_override. retrieval: flat 0/1 mask, None for the model's."""
 
     retrieval: bytes | None = None
     window: int = 0
@@ -63,7 +62,7 @@ OFF = Override(enabled=False)
 
 
 def override(razor: Any, **changes: Any) -> Override:
-    """The Override that makes the library do what a reference.Razor says."""
+    """Return the Override that corresponds to a reference.Razor."""
     args: dict[str, Any] = {
         "retrieval": bytes(x for row in razor.mask for x in row),
         "window": razor.window,
@@ -78,7 +77,7 @@ def override(razor: Any, **changes: Any) -> Override:
 
 @functools.cache
 def bindings() -> ModuleType:
-    """The low-level bindings on this process's library, its log switched off."""
+    """Return the low-level bindings on this process's library, with its log switched off."""
     if "LLAMA_CPP_LIB_PATH" in os.environ:
         import llama_cpp.llama_cpp as llama
 
@@ -105,7 +104,10 @@ def _log(level: int, text: bytes, data: Any) -> None:
 
 @functools.cache
 def razor_api() -> ctypes.CDLL:
-    """The library with the prototypes of llama-razor.h set. AttributeError: a stock library."""
+    """Return the library with the prototypes of llama-razor.h.
+
+    Raises AttributeError for a stock library.
+    """
     lib = bindings()._lib
     ctx, u32 = ctypes.c_void_p, ctypes.c_uint32
     for name, args, result in (
@@ -125,17 +127,17 @@ def razor_api() -> ctypes.CDLL:
 
 
 def is_patched() -> bool:
-    """Whether this process's library has the razor API."""
+    """Return True if this process's library has the razor API."""
     return hasattr(bindings()._lib, "llama_razor_api_version")
 
 
 def last_error() -> str:
-    """llama_razor_last_error() of this thread, "" in a stock library."""
+    """Return llama_razor_last_error() of this thread, "" for a stock library."""
     return razor_api().llama_razor_last_error().decode() if is_patched() else ""
 
 
 def raw_params(value: Override) -> Params:
-    """The C struct of an Override; keeps its mask alive."""
+    """Return the C struct of an Override, which keeps its mask alive."""
     params = Params(
         ctypes.sizeof(Params),
         value.enabled,
@@ -156,7 +158,7 @@ def raw_params(value: Override) -> Params:
 
 
 def set_override(value: Override | None) -> None:
-    """llama_razor_set_override; raises LoadError where the library refuses the values."""
+    """Call llama_razor_set_override. Raises LoadError if the library refuses the values."""
     api = razor_api()
     ok = api.llama_razor_set_override(None if value is None else ctypes.byref(raw_params(value)))
     if not ok:
@@ -164,7 +166,7 @@ def set_override(value: Override | None) -> None:
 
 
 class Model:
-    """A loaded model. Raises LoadError where the library refuses the file."""
+    """A loaded model. Raises LoadError if the library refuses the file."""
 
     def __init__(self, path: str | Path, gpu_layers: int = GPU_LAYERS) -> None:
         llama = bindings()
@@ -179,7 +181,7 @@ class Model:
         self.n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.ptr))
 
     def layers(self) -> list[int]:
-        """llama_razor_model_layers: KV heads per layer of the mask."""
+        """Return the KV heads per layer of the mask (llama_razor_model_layers)."""
         heads = (ctypes.c_uint32 * 512)()
         n = razor_api().llama_razor_model_layers(self.ptr, heads, 512)
         return list(heads[:n])
@@ -197,8 +199,10 @@ class Model:
 
 
 class Context:
-    """A context with one sequence. razor: None leaves the decision to the model's metadata (and is
-    the only value that a stock library takes)."""
+    """A context with one sequence.
+
+    With razor=None the model's metadata decides. A stock library allows only None.
+    """
 
     def __init__(
         self,
@@ -245,7 +249,7 @@ class Context:
         self.n_past = 0
 
     def abort_after(self, n_nodes: int | None) -> None:
-        """Let computations abort after n_nodes more graph nodes; None: let them finish."""
+        """Abort computations after n_nodes more graph nodes, or never if it is None."""
         llama, self._abort_after = bindings(), -1 if n_nodes is None else n_nodes
         callback = llama.ggml_abort_callback() if n_nodes is None else self._abort
         llama.llama_set_abort_callback(self.ptr, callback, None)
@@ -270,7 +274,7 @@ class Context:
     def try_decode(
         self, tokens: Sequence[int], pos: int | None = None, last_only: bool = False
     ) -> tuple[int, np.ndarray]:
-        """One llama_decode: its status and, at status 0, the logits f32 [n_outputs, n_vocab]."""
+        """Call llama_decode. Return its status and, if it is 0, the logits f32 [n_outputs, n_vocab]."""
         llama, n = bindings(), len(tokens)
         pos = self.n_past if pos is None else pos
         batch = llama.llama_batch_init(n, 0, 1)
@@ -294,8 +298,13 @@ class Context:
     def decode(
         self, tokens: Sequence[int], splits: Sequence[int] | int | None = None
     ) -> np.ndarray:
-        """Decode tokens after those in the cache, in calls of the sizes of splits: a list whose sum
-        is the number of tokens, or one size, n_batch by default. Logits f32 [n, n_vocab]."""
+        """Decode tokens after those in the cache and return the logits, f32 [n, n_vocab].
+
+        Args:
+            tokens: the tokens.
+            splits: the sizes of the calls: a list whose sum is the number of tokens, or one size,
+                by default n_batch.
+        """
         n = len(tokens)
         if splits is None or isinstance(splits, int):
             size = splits or self.n_batch
@@ -313,7 +322,7 @@ class Context:
     # memory
 
     def seq_rm(self, p0: int, p1: int = -1, seq_id: int = 0) -> bool:
-        """llama_memory_seq_rm; follows n_past where tokens were removed from the end."""
+        """Call llama_memory_seq_rm, and update n_past if tokens were removed from the end."""
         ok = bool(bindings().llama_memory_seq_rm(self.memory, seq_id, p0, p1))
         if ok:
             self.n_past = self.pos_max() + 1
@@ -324,7 +333,7 @@ class Context:
         self.n_past = 0
 
     def pos_max(self, seq_id: int = 0) -> int:
-        """Largest position in the cache, -1 if it is empty."""
+        """Return the largest position in the cache, -1 if it is empty."""
         return bindings().llama_memory_seq_pos_max(self.memory, seq_id)
 
     def pos_min(self, seq_id: int = 0) -> int:
@@ -333,7 +342,7 @@ class Context:
     # state
 
     def save(self, whole: bool = True) -> bytes:
-        """State of the context (whole) or of sequence 0."""
+        """Save the state of the context (whole) or of sequence 0."""
         llama = bindings()
         if whole:
             size = llama.llama_state_get_size(self.ptr)
@@ -347,7 +356,7 @@ class Context:
         return bytes(buf[:n])
 
     def load(self, state: bytes, whole: bool = True) -> bool:
-        """Load what save() gave. False: the library refused it."""
+        """Load the result of save(). Return False if the library refused it."""
         llama = bindings()
         buf = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if whole:
@@ -390,7 +399,7 @@ def logits(
     gpu_layers: int = GPU_LAYERS,
     **params: Any,
 ) -> np.ndarray:
-    """Logits f32 [n_tokens, n_vocab] of a fresh context fed with tokens."""
+    """Return the logits of tokens in a new context, f32 [n_tokens, n_vocab]."""
     with Model(path, gpu_layers) as model, Context(model, razor, **params) as ctx:
         return ctx.decode(tokens, splits)
 
@@ -398,7 +407,7 @@ def logits(
 def save_state(
     path: str, tokens: Sequence[int], razor: Override | None, whole: bool, params: dict[str, Any]
 ) -> bytes:
-    """State of a fresh context fed with tokens."""
+    """Return the state of a new context after these tokens."""
     with Model(path) as model, Context(model, razor, **params) as ctx:
         ctx.decode(tokens)
         return ctx.save(whole)
@@ -412,7 +421,7 @@ def continue_state(
     whole: bool,
     params: dict[str, Any],
 ) -> np.ndarray:
-    """Load a state into a fresh context and decode tokens after it."""
+    """Load a state into a new context and decode tokens after it."""
     with Model(path) as model, Context(model, razor, **params) as ctx:
         if not ctx.load(state, whole):
             raise LoadError(f"state refused: {last_error()}")
@@ -420,7 +429,7 @@ def continue_state(
 
 
 def graph_splits(path: str | Path, razor: Override | None, gpu_layers: int, **params: Any) -> int:
-    """Parts into which the scheduler splits a prefill's graph: it changes devices between them."""
+    """Return the number of parts into which the scheduler splits a prefill's graph by device."""
     with Model(path, gpu_layers) as model, Context(model, razor, **params):
         match = re.search(r" splits = (\d+)", _graphs[-1])
         assert match
@@ -428,7 +437,7 @@ def graph_splits(path: str | Path, razor: Override | None, gpu_layers: int, **pa
 
 
 def refusal(path: str, razor: Override | None = None, **params: Any) -> str | None:
-    """Load a model, make a context and decode one token: the refusal's text, None if it worked."""
+    """Load a model, create a context and decode a token. Return the error, None if it worked."""
     try:
         logits(path, [1], razor, **params)
     except LoadError as e:
@@ -437,7 +446,7 @@ def refusal(path: str, razor: Override | None = None, **params: Any) -> str | No
 
 
 def rss_growth(path: str, razor: Override | None, params: dict[str, Any]) -> int:
-    """Bytes of resident memory that creating a context adds (Linux)."""
+    """Return the bytes of resident memory that a new context adds (Linux)."""
     with Model(path) as model:
         before = _rss()
         with Context(model, razor, **params):
@@ -450,7 +459,7 @@ def _rss() -> int:
 
 
 def ping() -> bool:
-    """Whether the worker's library is patched."""
+    """Return True if the worker's library is patched."""
     return is_patched()
 
 
@@ -462,7 +471,7 @@ runner.serve()
 
 
 class Worker:
-    """A child process on another library: worker(function of a module, arguments)."""
+    """A child process, possibly on another library: worker(function of a module, arguments)."""
 
     def __init__(
         self,
@@ -505,9 +514,9 @@ class Worker:
 
 
 def serve() -> None:
-    """Answer what a Worker asks, until it closes stdin."""
+    """Answer the requests of a Worker until it closes stdin."""
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not mix with the answers
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     while True:
         try:
             function, args, kwargs = pickle.load(sys.stdin.buffer)
@@ -522,12 +531,12 @@ def serve() -> None:
 
 
 def random_tokens(n: int, n_vocab: int, seed: int = 0) -> list[int]:
-    """n random token ids."""
+    """Draw n random token ids."""
     return np.random.default_rng(seed).integers(0, n_vocab, n).tolist()
 
 
 def random_splits(n: int, largest: int, seed: int) -> list[int]:
-    """Random sizes in [1, largest] that add up to n."""
+    """Draw random sizes in [1, largest] that add up to n."""
     rng, sizes = random.Random(seed), []
     while n > 0:
         sizes.append(min(n, rng.randint(1, largest)))

@@ -7,7 +7,10 @@ from razor_local.llama import Prefill
 
 
 class ScriptedModel:
-    """Bytes are tokens, "<" and ">" are special; answers come from a list, b"\\0" ends them."""
+    """A model whose tokens are bytes and whose answers come from a list.
+
+    "<" and ">" are special tokens, and b"\\0" ends an answer.
+    """
 
     def __init__(self, answers, n_ctx=200):
         self.answers = [list(answer) for answer in answers]
@@ -60,7 +63,7 @@ class ScriptedModel:
 
     def generate(self, tokens, **sampling):
         self.sampling = sampling
-        assert self.cache == list(tokens), "generate() must find the prompt evaluated"
+        assert self.cache == list(tokens), "the prompt must be evaluated before generate()"
         for token in self.answers.pop(0):
             yield token
             assert len(self.cache) < self._n_ctx, "a token was evaluated beyond the context"

@@ -1,9 +1,9 @@
-"""An unpatched build of the pinned llama.cpp, to compare ours with bit by bit.
+"""An unpatched build of the pinned llama.cpp, to compare the patched one with bit by bit.
 
-Built once by this repository's own CMakeLists.txt with RAZOR_STOCK=ON and otherwise the same
-options, then kept in the user's cache folder. RAZOR_STOCK_LIB names a folder to take instead.
+This repository's CMakeLists.txt builds it once, with RAZOR_STOCK=ON and otherwise the same options.
+It is kept in the user's cache folder. RAZOR_STOCK_LIB names another folder to use instead.
 
-    python -m tests.support.stock    # builds it if need be and prints the folder
+    python -m tests.support.stock    # builds it if needed and prints the folder
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ _OPTIONS += ["CXXFLAGS", "CMAKE_ARGS"]
 
 
 def stock_lib_dir() -> Path:
-    """The folder with the stock libllama and its ggml libraries.
+    """Return the folder of the stock libllama and its ggml libraries.
 
-    Takes minutes the first time. Raises RuntimeError with the end of the build's output.
+    The first call takes minutes. Raises RuntimeError with the end of the build's output.
     """
     if folder := os.environ.get("RAZOR_STOCK_LIB"):
         if not any(Path(folder).glob("*llama.*")):
-            raise RuntimeError(f"RAZOR_STOCK_LIB names {folder}, which holds no libllama: unset it")
+            raise RuntimeError(
+                f"RAZOR_STOCK_LIB is {folder}, which does not contain libllama; unset it"
+            )
         return Path(folder)
     name = f"stock-{_key()}"
     if not (cache_dir() / name).is_dir():
         with native_build.locked(name) as folder:
-            if not folder.is_dir():  # another process may have built it meanwhile
+            if not folder.is_dir():  # another process may have built it in the meantime
                 with tempfile.TemporaryDirectory(prefix="stock-", dir=folder.parent) as temp:
                     _build(Path(temp)).rename(folder)
     return cache_dir() / name
 
 
 def _build(temp: Path) -> Path:
-    """Configure, build and install into `temp`; the folder of the installed libraries."""
+    """Configure, build and install into `temp`, and return the folder of the libraries."""
     print("building a stock llama.cpp to compare with, once (minutes)", file=sys.stderr)
     more = os.environ.get("CMAKE_ARGS", "").split()
     native_build.build(temp / "build", "-DRAZOR_STOCK=ON", "-DRAZOR_TOOLS=OFF", *more)
@@ -52,7 +54,7 @@ def _build(temp: Path) -> Path:
 
 
 def _key() -> str:
-    """Digest of all that decides what the build gives: inputs, options, compiler and CPU."""
+    """Return a digest of everything the build depends on: inputs, options, compiler and CPU."""
     digest = hashlib.sha256()
     for pattern in _INPUTS:
         for file in sorted(ROOT.glob(pattern)):

@@ -30,7 +30,7 @@ class Terminal:
         self._seen = 0
 
     def expect(self, text: str, timeout: float = 60) -> str:
-        """Output from the last expected text to this one."""
+        """Return the output from the last expected text to this one."""
         end = time.monotonic() + timeout
         while (at := self.text.find(text, self._seen)) < 0:
             ready = self._read(end - time.monotonic())
@@ -65,11 +65,11 @@ class Terminal:
             data = data[os.write(self.fd, data) :]
 
     def wait(self) -> tuple[int, float]:
-        """Exit code and CPU seconds of the child."""
+        """Wait for the child, and return its exit code and CPU seconds."""
         end = time.monotonic() + 30
         while time.monotonic() < end:
             ready, _, _ = select.select([self.fd], [], [], 0.1)
-            try:  # a terminal nobody reads from would block the child
+            try:  # a terminal that is not read would block the child
                 if ready:
                     self.raw += os.read(self.fd, 65536).decode("utf-8", "replace")
             except OSError:
@@ -78,7 +78,7 @@ class Terminal:
             if pid:
                 self.pid = 0
                 return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        raise AssertionError("the process does not end")
+        raise AssertionError("the process did not end")
 
     def close(self) -> None:
         if self.pid:

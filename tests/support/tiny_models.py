@@ -1,8 +1,8 @@
-"""Small random-weight GGUF models, made in the test that needs them.
+"""Small random-weight GGUF models, written by the tests that need them.
 
-The weights are a function of the spec (its seed included). They are scaled so that attention is
-far from uniform and logits are of order 1 to 10: a wrong mask, a lost token or a wrong compensation
-token then shows up in the logits instead of drowning in an average.
+The weights depend only on the spec, including its seed. They are scaled so that attention is far
+from uniform and logits are of order 1 to 10. A wrong mask, a lost token or a wrong compensation
+token then shows up in the logits instead of disappearing in an average.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ ARCHS = ("llama", "qwen2", "qwen3", "gpt2", "deci")
 
 @dataclass(frozen=True)
 class TinySpec:
-    """Shape of a tiny model. gpt2 and qwen2 ignore n_embd: it is n_head * head_dim there.
+    """The shape of a tiny model.
 
-    deci is llama with a KV head count per layer; a layer with 0 is linear, without attention.
+    gpt2 and qwen2 ignore n_embd, which is n_head * head_dim there. deci is llama with a KV head
+    count per layer; a layer with 0 is linear and has no attention.
     """
 
     arch: str = "llama"
@@ -48,7 +49,7 @@ class TinySpec:
         if any(n > 0 and self.n_head % n for n in self.kv_heads):
             raise ValueError("n_head must be a multiple of n_head_kv")
         if isinstance(self.n_head_kv, tuple) != (self.arch == "deci"):
-            raise ValueError("deci, and no other arch, has a KV head count per layer")
+            raise ValueError("only deci has a KV head count per layer")
         if self.arch in ("gpt2", "qwen2"):
             object.__setattr__(self, "n_embd", self.n_head * self.head_dim)
         if self.arch == "gpt2" and self.n_head != self.n_head_kv:
