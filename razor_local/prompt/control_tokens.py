@@ -1,4 +1,4 @@
-"""Keep the text of messages from becoming control tokens, which only the chat template writes.
+"""Keep the text of messages from becoming control tokens, which only the chat template may write.
 
 A template renders its own text and the messages into one string, where "<|im_end|>" in a message
 looks like the end of a turn. Such texts in messages are therefore put between two marks before the
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# Drawn anew for each process, so that no message can contain them. Digits, because they pass
-# through whatever a template may do to a text: upper, tojson, an escape, the repr of a list.
+# They are random in each process, so that no message can contain them. They consist of digits,
+# which templates do not change: by upper, tojson, an escape, or the repr of a list.
 BEGIN, END = (f"{secrets.randbelow(10**24):024}" for _ in range(2))
 _MARK = re.compile(f"{BEGIN}|{END}")
 _WHITESPACE = " \t\n\v\f\r"  # what llama.cpp strips beside tokens with such an attribute
@@ -33,8 +33,10 @@ _WHITESPACE = " \t\n\v\f\r"  # what llama.cpp strips beside tokens with such an 
 class Control(NamedTuple):
     """A token that text may turn into.
 
-    lstrip, rstrip: white space before and after it is dropped. always: llama.cpp reads it in plain
-    text too (special=False), so that its text must be cut.
+    Attributes:
+        lstrip, rstrip: whether white space before and after it is dropped.
+        always: whether llama.cpp also recognizes it in plain text (special=False), so that its
+            text must be cut.
     """
 
     token: int
@@ -54,7 +56,7 @@ class ControlTexts:
         from llama_cpp import llama_cpp as C
 
         self.controls: dict[str, Control] = {}
-        # a model without a tokenizer has no texts; asking for one would end the process
+        # A model without a tokenizer has no texts, and asking for one would end the process.
         has_texts = C.llama_vocab_type(vocab) != C.LLAMA_VOCAB_TYPE_NONE
         for token in range(C.llama_vocab_n_tokens(vocab) if has_texts else 0):
             attr = C.llama_vocab_get_attr(vocab, token)
@@ -78,7 +80,7 @@ class ControlTexts:
         self._prefix = re.compile("|".join(map(re.escape, prefixes)) or "(?!)")
 
     def find(self, text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield where they are in text[start:end], the longest one at each place."""
+        """Yield the positions of control texts in text[start:end], the longest at each place."""
         done = start
         for match in self._prefix.finditer(text, start, end):
             at = match.start()
@@ -105,9 +107,9 @@ class ControlTexts:
         return value
 
     def unmark(self, prompt: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return a rendered prompt without marks, and where in it the marked texts are.
+        """Return a rendered prompt without marks, and the positions of the marked texts in it.
 
-        Raises RazorError where a template has left a text with one of its marks.
+        Raises RazorError if the template has removed one of the two marks of a text.
         """
         parts: list[str] = []
         marks: list[tuple[int, bool]] = []  # position in the text, whether it is BEGIN
@@ -125,7 +127,7 @@ class ControlTexts:
         while i < len(marks) - 1:
             (at, begins), (end, begins_next) = marks[i : i + 2]
             if begins and not begins_next and (at == end or text[at:end] in self.controls):
-                if at < end:  # else the template took the text out
+                if at < end:  # otherwise the template dropped the text
                     plain.append((at, end))
                 i += 2
                 continue
@@ -142,8 +144,8 @@ class ControlTexts:
     def split(self, text: str, plain: Sequence[tuple[int, int]]) -> Iterator[int | str]:
         """Yield the control tokens of text and the ordinary text between them, as llama.cpp does.
 
-        What is in plain is ordinary text; those that llama.cpp reads as a token all the same are
-        cut behind their first character.
+        The ranges in plain are ordinary text. Those that llama.cpp would still read as a token are
+        cut after their first character.
         """
         controls: list[tuple[int, int]] = []
         start = 0
@@ -171,7 +173,7 @@ class ControlTexts:
 class PlainMessages(_Base):
     """The part of Llama that reads messages as plain text.
 
-    It is left out with another tokenizer than the model's own (tokenizer=).
+    It does nothing if Llama has another tokenizer than the model's (tokenizer=).
     """
 
     @cached_property
@@ -195,13 +197,13 @@ class PlainMessages(_Base):
         return {control.token: text for text, control in controls.items()}
 
     def control_text(self, token: int) -> str:
-        """The text of a control token, "" for other tokens."""
+        """Return the text of a control token, "" for other tokens."""
         return self._texts_of_controls.get(token, "")
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """As the base class. What mark_plain() has marked in text is plain text.
+        """Tokenize like the base class, but read texts marked by mark_plain() as plain text.
 
-        Raises RazorError where a template has damaged its marks.
+        Raises RazorError if a template has damaged the marks.
         """
         if not special or (BEGIN.encode() not in text and END.encode() not in text):
             return self._tokens_of(text, add_bos, special)
@@ -228,7 +230,7 @@ class PlainMessages(_Base):
 
         if type(self.tokenizer_) is not LlamaTokenizer:
             return super().tokenize(text, add_bos, special)
-        # the base class allocates room for as many tokens as the model was trained for, each time
+        # The base class would allocate room for the trained context each time.
         size = len(text) + 2
         while True:
             tokens = (C.llama_token * size)()

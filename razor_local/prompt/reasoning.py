@@ -1,7 +1,7 @@
-"""Separates the reasoning of a model from its answer while both are generated.
+"""Separate the reasoning of a model from its answer while both are generated.
 
-Models write their thoughts between <think> and </think>, at the beginning of an answer; many chat
-templates write the <think> themselves. gpt-oss writes them into a channel, by control tokens:
+Models write their thoughts between <think> and </think>, at the start of an answer. Many chat
+templates write the <think> themselves. gpt-oss writes thoughts to a channel, with control tokens:
 <|channel|>analysis<|message|>THOUGHTS<|end|><|start|>assistant<|channel|>final<|message|>ANSWER
 """
 
@@ -13,21 +13,23 @@ THOUGHTS = "analysis"  # the name of that channel
 
 
 class Thought(str):
-    """A piece of what a model thinks, its marks included."""
+    """A piece of a model's thoughts, including their marks."""
 
 
 class Reasoning:
-    """Text in, pieces of text out, those that are no part of the answer as Thought.
+    """Split generated text into pieces; those that are not part of the answer are Thoughts.
 
-    Together the pieces are the text, with BEGIN and END around the thoughts of a channel. reasoning
-    and answer: what was added so far, without marks.
+    Together the pieces are the text, with BEGIN and END around the thoughts of a channel.
 
     Args:
         prompt: the rendered conversation, which may end with BEGIN
+
+    Attributes:
+        reasoning, answer: the thoughts and the answer so far, without marks
     """
 
     def __init__(self, prompt: str) -> None:
-        self._held = ""  # what may belong to a mark
+        self._held = ""  # text that may be part of a mark
         self._thoughts: list[str] = []
         self._answer: list[str] = []
         self._state = "thinking" if prompt.rstrip().endswith(BEGIN) else "begin"
@@ -72,14 +74,14 @@ class Reasoning:
         return pieces
 
     def rest(self) -> list[str]:
-        """Return what was held back, because no more text comes."""
+        """Return the text that was held back. No text may follow."""
         held, self._held = self._held, ""
         if not held:
             return []
         return [self._answered(held) if self._state == "begin" else self._thought(held)]
 
     def _step(self) -> list[str]:
-        """Take from what is held as much as is clear."""
+        """Process as much of the held text as is unambiguous."""
         held = self._held
         if self._state == "begin":
             text = held.lstrip()

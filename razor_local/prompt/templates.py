@@ -1,10 +1,10 @@
 """Render the chat templates of model files in a separate process.
 
 A template is a program that comes with the model. Jinja's sandbox keeps it from files and modules,
-but not from running forever or using all memory. Nothing inside the process can: one `9**(9**9)`,
-or the text of a list nested in itself, is a single call that cannot be interrupted. Therefore a
-child process with a memory limit compiles and renders templates, and is killed when it takes too
-long. One child serves all templates and starts with the first of them.
+but not from running forever or using all memory. This cannot be prevented within the process: one
+`9**(9**9)`, or the text of a list nested in itself, is a single call that cannot be interrupted.
+A child process with a memory limit therefore compiles and renders templates, and is killed when it
+takes too long. One child serves all templates and starts with the first of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..common.child import python_command
 from ..errors import GGUFError, RazorError
 
 MAX_SECONDS = 10.0  # of CPU time; real templates take milliseconds
-MAX_WAIT_SECONDS = 60.0  # for a child that sleeps, or a busy machine
+MAX_WAIT_SECONDS = 60.0  # wall-clock limit, for a child that sleeps
 MAX_MEMORY = 1 << 30
 MAX_SOURCE = 1 << 20  # characters; the longest real templates have 30,000
 MAX_TEXT = 16 << 20  # characters of a rendered conversation
@@ -37,25 +37,27 @@ MEND = "mend tokenizer.chat_template, for example with gguf-new-metadata"
 
 _lock = threading.Lock()
 _child: _Child | None = None
-_renders = 0  # the thread that holds _lock, if any does
+_renders = 0  # the thread that holds _lock
 
 
 class Template:
-    """A chat template; nothing is compiled before it is used."""
+    """A chat template, which is compiled when it is first used."""
 
     def __init__(self, source: str) -> None:
         self.source = source
 
     def check(self) -> None:
-        """Raise GGUFError where the template cannot be compiled."""
+        """Raise GGUFError if the template cannot be compiled."""
         self._ask(None)
 
     def render(self, **variables: Any) -> str:
-        """Return the text that the template makes of messages, bos_token and the like.
+        """Render the template with variables such as messages and bos_token.
 
-        raise_exception and strftime_now are always there, whatever variables say.
-        Raises GGUFError for a template that cannot be compiled or takes too much time or memory,
-        RazorError for one that refuses the messages.
+        The functions raise_exception and strftime_now are always defined.
+
+        Raises:
+            GGUFError: the template cannot be compiled, or takes too much time or memory.
+            RazorError: the template refuses the messages.
         """
         return self._ask({k: v for k, v in variables.items() if not callable(v)})
 
@@ -71,7 +73,7 @@ class Template:
             )
         except (TypeError, ValueError, RecursionError) as error:
             raise RazorError(
-                f"the messages cannot be given to the chat template: {error}; use text, numbers,"
+                f"the messages cannot be passed to the chat template: {error}; use text, numbers,"
                 " lists and dictionaries"
             ) from None
         answer = _exchange(request.encode() + b"\n")
@@ -95,9 +97,9 @@ def _check_unicode(text: str, errors: str) -> None:
 
 
 def isolate_formatters() -> None:
-    """Let llama_cpp.Llama make formatters whose templates are rendered by the child.
+    """Make llama_cpp.Llama use formatters whose templates are rendered by the child.
 
-    Its own compile every template of a file when the model is loaded, in this process.
+    Its original formatters compile every template of a file in this process when it is loaded.
     """
     import llama_cpp
     from llama_cpp import llama_chat_format
@@ -114,16 +116,16 @@ def isolate_formatters() -> None:
             self.template, self.eos_token, self.bos_token = template, eos_token, bos_token
             self.add_generation_prompt = add_generation_prompt
             self.stop_token_ids = None if stop_token_ids is None else set(stop_token_ids)
-            # all that the base class does with it is render()
+            # the base class only calls its render()
             self._environment = Template(template)  # type: ignore[assignment]
 
         def __call__(self, **variables: Any) -> Any:
             response = super().__call__(**variables)
-            _check_unicode(response.prompt, "strict")  # it is encoded so
+            _check_unicode(response.prompt, "strict")  # llama_cpp encodes it strictly
             return response
 
     class Formats:
-        """The module llama_chat_format, as llama_cpp.Llama sees it."""
+        """A replacement for the module llama_chat_format in llama_cpp.Llama."""
 
         Jinja2ChatFormatter = IsolatedFormatter
 
@@ -134,7 +136,7 @@ def isolate_formatters() -> None:
 
 
 class _Child:
-    """The process that renders, and what is read from it."""
+    """The process that renders templates."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -147,11 +149,14 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for this process
+            start_new_session=True,  # Ctrl-C must not reach the child
         )
 
     def read_line(self) -> tuple[bytes, bool]:
-        """Return an answer, cut off if the process ends or MAX_WAIT_SECONDS pass (then True)."""
+        """Return an answer, and whether MAX_WAIT_SECONDS have passed.
+
+        The answer is incomplete if they have, or if the process ended.
+        """
         assert self.process.stdout is not None  # a pipe
         fd, ends = self.process.stdout.fileno(), time.monotonic() + MAX_WAIT_SECONDS
         line = bytearray()
@@ -166,10 +171,10 @@ class _Child:
         return bytes(line), False
 
     def end(self) -> int | None:
-        """Kill the process; return its exit code, None if nobody knows it.
+        """Kill the process and return its exit code, None if it is unknown.
 
-        Popen.poll() and wait() hold a lock of Python's, which an interrupt can leave locked for
-        ever. os.waitpid() needs none.
+        Popen.poll() and wait() hold a lock that an interrupt can leave locked forever.
+        os.waitpid() does not use it.
         """
         if self.ended or self.parent != os.getpid():
             return None
@@ -177,7 +182,7 @@ class _Child:
         with suppress(OSError):
             os.kill(self.process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
         for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):  # what was written last may not have been read
+            with suppress(OSError):  # the child may not have read the last request
                 if pipe is not None:
                     pipe.close()
         if os.name == "nt":
@@ -190,7 +195,7 @@ class _Child:
 
 
 def _exchange(request: bytes) -> dict[str, Any]:
-    """Send a request to the child, started if need be; return its answer."""
+    """Send a request to the child, started if needed, and return its answer."""
     global _renders
     if _lock.locked() and _renders == threading.get_ident():
         raise RazorError("a signal handler cannot use a chat template while its thread renders one")
@@ -198,10 +203,10 @@ def _exchange(request: bytes) -> dict[str, Any]:
         _renders = threading.get_ident()
         child = _send(request) or _send(request)  # a child may have ended since its last answer
         if child is None:
-            raise RazorError("the process for chat templates ends when it is started")
+            raise RazorError("the process for chat templates ends as soon as it is started")
         try:
             line, expired = child.read_line()
-        except BaseException:  # such as KeyboardInterrupt: what comes next answers this request
+        except BaseException:  # such as KeyboardInterrupt: the answer is still to come
             child.end()
             raise
         if line.endswith(b"\n"):
@@ -215,12 +220,12 @@ def _exchange(request: bytes) -> dict[str, Any]:
 
 
 def _send(request: bytes) -> _Child | None:
-    """Write a request to the child, started if need be; return None if it has ended."""
+    """Write a request to the child, started if needed. Return None if it has ended."""
     global _child
     if _child is None or _child.ended or _child.parent != os.getpid():
         try:
             _child = _Child()
-        except TimeoutError:  # of a signal handler
+        except TimeoutError:  # raised by a signal handler
             raise
         except OSError as error:
             raise RazorError(
@@ -250,7 +255,7 @@ def _end_child() -> None:
 
 
 def serve(requests: IO[bytes] | None = None, answers: IO[bytes] | None = None) -> None:
-    """Answer requests, a line of JSON each, until there are no more."""
+    """Answer requests, one line of JSON each, until the input ends."""
     requests, answers = requests or sys.stdin.buffer, answers or sys.stdout.buffer
     _limit_memory()
     for line in requests:
@@ -262,7 +267,7 @@ def serve(requests: IO[bytes] | None = None, answers: IO[bytes] | None = None) -
 
 
 def _limit_time(seconds: float) -> None:
-    """End this process with SIGPROF after so much CPU time; 0: do not."""
+    """End this process with SIGPROF after this much CPU time, or never if seconds is 0."""
     if hasattr(signal, "setitimer"):  # not on Windows, where the parent's longer time counts
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -287,12 +292,12 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         text = template.render(request["variables"] | functions)
         if len(text) <= MAX_TEXT:
             return {"text": text}
-        reason = f"it makes a text of more than {MAX_TEXT} characters"
+        reason = f"its text has more than {MAX_TEXT} characters"
     except RecursionError:
         reason = "it is nested too deeply"
-    except MemoryError:  # which Python's parser raises of deep nesting, too
+    except MemoryError:  # also raised by Python's parser for deep nesting
         reason = f"it takes more than {MAX_MEMORY >> 20} MiB of memory, or is nested too deeply"
-    except SyntaxError as error:  # Python's, of the code that Jinja made of the template
+    except SyntaxError as error:  # in the Python code that Jinja generates
         reason = error.msg
     except Exception as error:
         if what != "is malformed":
@@ -309,7 +314,7 @@ def _compile(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class IgnoreGenerationTags(jinja2.ext.Extension):
-        """Lets the text between generation and endgeneration through."""
+        """Render the text between generation and endgeneration as usual."""
 
         tags = {"generation"}
 

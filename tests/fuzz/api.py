@@ -1,10 +1,10 @@
-"""Differential fuzzer of Llama: random operations, and after each the logits of a fresh context.
+"""Differential fuzzer of Llama: random operations, each compared with a new context.
 
     python -m tests.fuzz.api --operations 20000 --seed 1
 
-Prompts that share beginnings, streams left open, interrupts at any moment, stop(), rollback, edits,
-failing callbacks, states loaded here and in another process, two models used by two threads at
-once. It stops at the first finding and prints the operations that led to it.
+The operations are prompts with common prefixes, open streams, interrupts at any moment, stop(),
+rollback, edits, failing callbacks, states loaded here and in another process, and two models used
+by two threads at once. It stops at the first finding and prints the operations that led to it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.support.tiny_models import TinySpec, make_model
 
 N_CTX = 768
 SPEC = TinySpec(n_layer=2, n_vocab=64, sharpness=1.0, seed=3)
-TOLERANCE = 0.1  # the attention of llama.cpp rounds by the number of rows; logits are near 8
+TOLERANCE = 0.1  # llama.cpp's attention rounds depending on the number of rows; logits are near 8
 OPTIONS = {
     "n_ctx": N_CTX,
     "n_batch": 128,
@@ -44,11 +44,11 @@ OPTIONS = {
 
 
 class Interrupt(BaseException):
-    """What the signal handler raises."""
+    """The exception of the signal handler."""
 
 
 class Finding(AssertionError):
-    """What a fresh context does otherwise."""
+    """A difference from a new context."""
 
 
 def make_llama(path: Path, razor: bool) -> Llama:
@@ -58,7 +58,7 @@ def make_llama(path: Path, razor: bool) -> Llama:
 
 
 def logits_of(llama: Llama, tokens: list[int]) -> np.ndarray:
-    """The logits after the tokens: f32 [n_vocab]."""
+    """Return the logits after the tokens: f32 [n_vocab]."""
     llama.prefill(tokens)
     return llama._last_logits().copy()
 
@@ -79,7 +79,7 @@ def end(pipe: Any) -> None:
 
 
 def interrupted(use: Callable[[], object], seconds: float) -> None:
-    """Call use(), and leave it with an exception of a signal handler unless it is done before."""
+    """Call use(), and interrupt it with an exception of a signal handler unless it ends earlier."""
 
     def handler(*_: Any) -> None:
         raise Interrupt
@@ -98,7 +98,7 @@ def interrupted(use: Callable[[], object], seconds: float) -> None:
 
 
 class Fuzzer:
-    """One Llama, a second one of the same plan to compare with, and what is expected of it."""
+    """A Llama, a second one with the same plan to compare with, and the expected state."""
 
     def __init__(self, path: Path, seed: int, razor: bool, pipe: Any = None) -> None:
         self.rng = random.Random(seed)
@@ -120,7 +120,7 @@ class Fuzzer:
         return [self.rng.randrange(SPEC.n_vocab) for _ in range(n)]
 
     def prompt(self) -> list[int]:
-        """A beginning of one of a few texts, with something of its own behind it."""
+        """Make a prompt from the start of one of a few texts, followed by random tokens."""
         text = self.rng.choice(self.texts)
         return text[: self.rng.randint(1, len(text))] + self.tokens(self.rng.choice([0, 1, 9, 60]))
 
@@ -151,7 +151,7 @@ class Fuzzer:
             self.check()
 
     def refused(self, operation: Callable[[], None]) -> None:
-        """While a stream is open all else is refused, and changes nothing."""
+        """Check that an operation is refused while a stream is open, and changes nothing."""
         before = self.held()
         for use in (
             lambda: self.llama.eval([1]),
@@ -168,7 +168,7 @@ class Fuzzer:
             self.fail("a refused request changed the cache")
 
     def check(self) -> None:
-        """Compare the logits with those of a fresh context."""
+        """Compare the logits with those of a new context."""
         tokens = self.held()
         if not tokens:
             return
@@ -228,7 +228,7 @@ class Fuzzer:
         tokens = self.prompt()
         done = self.llama.prefill(tokens)
         if not done.complete or done.n_reused + done.n_evaluated < len(tokens):
-            self.fail(f"prefill() tells {done} of {len(tokens)} tokens")
+            self.fail(f"prefill() reports {done} of {len(tokens)} tokens")
         self.expected = tokens
 
     def generate(self) -> None:
@@ -264,7 +264,7 @@ class Fuzzer:
         self.stream = None
 
     def interrupt(self) -> None:
-        """Leave a request at any point; what the cache then holds is found out by check()."""
+        """Interrupt a request at any point. check() finds out what the cache then holds."""
         tokens = self.prompt()
         use = self.rng.choice(
             [
@@ -381,7 +381,7 @@ class Fuzzer:
         found = [next(run) for _ in range(n)]
         run.close()
         if bias is None and found != expected:
-            # a prompt in other batches rounds otherwise, which may decide between two tokens
+            # Other batches round differently, which may decide between two tokens.
             i = next(i for i in range(n) if found[i] != expected[i])
             logits = self.reference(tokens + expected[:i])
             if abs(logits[found[i]] - logits[expected[i]]) > 2 * TOLERANCE:
@@ -411,7 +411,7 @@ class Fuzzer:
 
 
 def run(n: int, seed: int, seconds: float = float("inf")) -> Counter[str]:
-    """Do n operations, or as many as the time allows. Raises Finding."""
+    """Run n operations, or as many as the time allows. Raises Finding."""
     ends = time.monotonic() + seconds
     done: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -436,7 +436,7 @@ def run(n: int, seed: int, seconds: float = float("inf")) -> Counter[str]:
 
 
 def _in_threads(fuzzers: list[Fuzzer], n: int) -> None:
-    """Both models at once, each in a thread of its own."""
+    """Use both models at once, each in a separate thread."""
     errors: list[BaseException] = []
 
     def work(fuzzer: Fuzzer) -> None:

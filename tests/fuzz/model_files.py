@@ -1,11 +1,11 @@
-"""Mutating fuzzer of whole model files, in worker processes that go on after each file.
+"""Mutating fuzzer of whole model files, in long-lived worker processes.
 
     python -m tests.fuzz.model_files --read 20000 --run 2000 --seed 1
 
---read files go through the header reader, the profile and fit; --run files through Llama and a turn
-of Chat, too. A finding is a signal that ends a worker, an exception that is no RazorError, a
-message that is not one printable line, output on stderr, or more than 10 seconds. The file is kept
-as crash-*.gguf.
+--read is the number of files for the header reader, the profile and fit. --run is the number of
+files that Llama and a turn of Chat use as well. A finding is a signal that ends a worker, an
+exception other than RazorError, a message that is not one printable line, output on stderr, or more
+than 10 seconds. The file is kept as crash-*.gguf.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TEMPLATE = (
 
 
 class Finding(AssertionError):
-    """A file that ends a process, hangs, or is answered with a traceback."""
+    """A file that ends the process, takes too long, or causes a traceback."""
 
 
 # -- files
 
 
 def write_seeds(folder: Path) -> list[Path]:
-    """Small models of several kinds, with tokenizers, templates and profiles."""
+    """Write small models of several kinds, with tokenizers, templates and profiles."""
     seeds = []
     for i, arch in enumerate(("llama", "qwen2", "qwen3", "gpt2", "deci")):
         n_kv = {"deci": (2, 0, 4), "gpt2": 4}.get(arch, 2)
@@ -60,7 +60,7 @@ def _profile(spec: TinySpec) -> dict[str, Any]:
 
 
 def _tokenizer(n_vocab: int, kind: int) -> dict[str, Any]:
-    """A byte-level BPE vocabulary, or one of SentencePiece."""
+    """Return a byte-level BPE vocabulary, or one of SentencePiece."""
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     if kind % 2:
         pieces = [f"<0x{b:02X}>" for b in range(256)] + [f"▁w{i}" for i in range(n_vocab)]
@@ -127,7 +127,7 @@ def mutate(rng: random.Random, raw: bytes, n_header: int) -> bytes:
 
 
 def _change_a_value(rng: random.Random, data: bytearray) -> None:
-    """Another number behind one of the keys that llama.cpp reads, where it is found."""
+    """Change the value of one of the keys that llama.cpp reads, if the file has it."""
     keys = (
         b".attention.head_count", b".attention.head_count_kv", b".block_count",
         b".embedding_length", b".context_length", b".feed_forward_length", b".rope.freq_base",
@@ -149,7 +149,7 @@ def _change_a_value(rng: random.Random, data: bytearray) -> None:
 
 
 def read(path: Path) -> None:
-    """The header, the profile, the plan, and fit."""
+    """Read the header, the profile and the plan, and run fit."""
     from razor_local import fit
     from razor_local.model_file import ModelFile
     from razor_local.plan import make_plan
@@ -162,7 +162,7 @@ def read(path: Path) -> None:
 
 
 def run(path: Path) -> None:
-    """Loading, and one turn of a conversation."""
+    """Load a model and run one turn of a conversation."""
     from razor_local import Llama
     from razor_local.chat import Chat, Sampling, chat_template
 
@@ -173,7 +173,7 @@ def run(path: Path) -> None:
 
 
 def work(pipe: Any, stderr: str) -> None:
-    """Use the files that are named, and tell how it went."""
+    """Use the files named on the pipe, and send the results."""
     fd = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(fd, 2)
     from razor_local import RazorError
@@ -212,12 +212,12 @@ class Worker:
         theirs.close()
 
     def use(self, target: str, data: bytes) -> str:
-        """Return how it went. Raises Finding."""
+        """Return the kind of result. Raises Finding."""
         self.path.write_bytes(data)
         self.stderr.write_bytes(b"")
         self.pipe.send((target, os.fspath(self.path)))
         started = time.monotonic()
-        if not self.pipe.poll(6 * SECONDS):  # beside other work
+        if not self.pipe.poll(6 * SECONDS):  # longer, because the machine may be busy
             self.process.kill()
             raise Finding(f"{target}: no answer in {6 * SECONDS:g} s")
         try:
@@ -249,9 +249,9 @@ def fuzz(
     go_on: bool = False,
     seconds: float = float("inf"),
 ) -> Counter[str]:
-    """Use n mutated files by target; return how often each kind of result came.
+    """Use n mutated files per target and count the kinds of results.
 
-    Raises Finding, or with go_on prints findings and counts them.
+    Raises Finding, or with go_on prints and counts findings.
     """
     rng = random.Random(seed)
     done: Counter[str] = Counter()

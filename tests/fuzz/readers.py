@@ -1,15 +1,17 @@
-"""Fuzzing target of every reader of foreign files: GGUF header, razor keys, sidecars, split models,
-head lists of all kinds, files of head scores.
+"""Fuzz target of all readers of untrusted files.
+
+These are the readers of GGUF headers, razor keys, sidecars, split models, head lists of all kinds,
+and files of head scores.
 
     python -m tests.fuzz.readers -runs=1000000 -timeout=2 -rss_limit_mb=1024 DIR
     python -m tests.fuzz.readers --random 1000000 DIR
 
-The first needs atheris (uv run --with atheris ...) and runs its libFuzzer, which looks for inputs
-that reach new code and keeps them in DIR; the options are libFuzzer's. The second mutates the seeds
-and what DIR holds at random; the code is not instrumented, so time is measured as users have it,
-also with large files. Both stop at an exception that is no RazorError, a message that is not one
-printable line, more than 2 seconds of CPU time, or 1 GB. The input goes to crash-*; put it into
-found/, where a test runs it.
+The first command needs atheris (uv run --with atheris ...) and takes libFuzzer's options. It
+searches inputs that reach new code and keeps them in DIR. The second mutates the seeds and the
+files in DIR at random. Its code is not instrumented, so it measures the time that users see, also
+with large files. Both stop at an exception other than RazorError, a message that is not one
+printable line, more than 2 seconds of CPU time, or 1 GB. The input is written to crash-*. Move it
+to found/, where a test runs it.
 """
 
 from __future__ import annotations
@@ -48,11 +50,11 @@ from tests.support.gguf_bytes import small_model as model
 FOUND = Path(__file__).parent / "found"
 SECONDS = 2.0
 MEMORY = 1 << 30  # bytes
-SPARSE = 700 << 20  # bytes: a claim of any size that the header's limits allow fits the file
+SPARSE = 700 << 20  # bytes: the file is larger than any size that the header's limits allow
 
 
 def load() -> None:
-    """Imports what is tested: later than this file, so that atheris can instrument it."""
+    """Import the code under test, after this module so that atheris can instrument it."""
     global np, errors, header, heads, model_file, model_shape, plan, profile, scores, shape, split
     import numpy as np
     from razor_local.converters import heads
@@ -64,7 +66,7 @@ def load() -> None:
     vars(shape)["fingerprint"] = "0" * 64  # there is no file to compute it from
 
 
-# -- what is done with an input; its first byte says which of these
+# -- the targets; the first byte of an input selects one
 
 
 def read_gguf(path: Path, data: bytes) -> None:
@@ -73,7 +75,7 @@ def read_gguf(path: Path, data: bytes) -> None:
 
 
 def read_sparse_gguf(path: Path, data: bytes) -> None:
-    """The input and zeros behind it, so that large counts are believed."""
+    """Read the input followed by zeros, so that large counts fit the file."""
     path.write_bytes(data)
     os.truncate(path, SPARSE)
     try:
@@ -111,7 +113,7 @@ def read_sidecar(path: Path, data: bytes) -> None:
 
 
 def read_split(path: Path, data: bytes) -> None:
-    """Two files; the second begins at the second magic."""
+    """Read two files; the second begins at the second magic."""
     at = data.find(b"GGUF", 4)
     at = len(data) if at < 0 else at
     first = path.with_name("m-00001-of-00002.gguf")
@@ -162,17 +164,17 @@ def _expect_errors(function: Callable[..., object], argument: object) -> None:
 
 # a file system in memory, where there is one
 _folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-instrumented = False  # then code is several times slower: large files say nothing about time
+instrumented = False  # instrumented code is several times slower, so time is not checked
 executions: Counter[str] = Counter()
 slowest: dict[str, float] = {}
 
 
 def check(data: bytes) -> None:
-    """Runs one input; raises where something else happens than a result or a RazorError."""
+    """Run one input. Raises unless there is a result or a RazorError."""
     target = TARGETS[data[0] % len(TARGETS)] if data else read_gguf
     if instrumented and target is read_sparse_gguf:
         target = read_gguf
-    started = time.process_time()  # of this process alone: others may keep the machine busy
+    started = time.process_time()  # CPU time, because the machine may be busy
     _expect_errors(lambda rest: target(Path(_folder.name) / "x", rest), data[1:])
     took = time.process_time() - started
     name = target.__name__
@@ -249,7 +251,7 @@ def _input(target: Callable[[Path, bytes], None], raw: bytes) -> bytes:
 
 
 def mutated(rng: random.Random, inputs: list[bytes]) -> bytes:
-    """A few changes of the kinds that break readers: numbers, types, lengths, cuts, splices."""
+    """Make changes of the kinds that break readers: numbers, types, lengths, cuts, splices."""
     raw = bytearray(rng.choice(inputs))
     for _ in range(rng.choice((1, 1, 2, 3, 6))):
         at = rng.randrange(1, len(raw) + 1)

@@ -103,7 +103,7 @@ def test_rendering_takes_no_noticeable_time():
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is malformed: it is nested too deeply"),
         ("{% include 'x' %}", "no loader for this environment"),
         ("{{ '%0999999999d' % 3 }}", "it takes more than 1024 MiB of memory"),
-        ("{{ 'x' * 20000000 }}", "cannot be rendered: it makes a text of more than 16777216 "),
+        ("{{ 'x' * 20000000 }}", "cannot be rendered: its text has more than 16777216 "),
         ("{{ 'x' | center(9999999999) }}", "it takes more than 1024 MiB of memory"),
         (
             "{% set n = namespace(s='x') %}"
@@ -148,7 +148,7 @@ def test_time_is_limited(source, monkeypatch):
 
 
 def test_messages_that_are_no_json_are_one_sentence():
-    with pytest.raises(RazorError, match="cannot be given to the chat template: .*bytes"):
+    with pytest.raises(RazorError, match="cannot be passed to the chat template: .*bytes"):
         Template("x").render(messages=[{"role": "user", "content": b"x"}])
 
 

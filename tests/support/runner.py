@@ -274,7 +274,7 @@ class Context:
     def try_decode(
         self, tokens: Sequence[int], pos: int | None = None, last_only: bool = False
     ) -> tuple[int, np.ndarray]:
-        """Call llama_decode. Return its status and, if it is 0, the logits f32 [n_outputs, n_vocab]."""
+        """Call llama_decode. Return its status and, if it is 0, logits f32 [n_outputs, n_vocab]."""
         llama, n = bindings(), len(tokens)
         pos = self.n_past if pos is None else pos
         batch = llama.llama_batch_init(n, 0, 1)

@@ -1,11 +1,11 @@
-"""Shows that the native tests can fail: builds the library broken in one place at a time.
+"""Show that the native tests can fail: build the library with one break at a time.
 
     python -m tests.tools.broken_builds               # every break, and the tests that have to notice it
     python -m tests.tools.broken_builds fold mask     # the breaks whose name contains one of these
-    python -m tests.tools.broken_builds device-batch  # those of what a batch tells GPUs (NAIVE)
+    python -m tests.tools.broken_builds device-batch  # the breaks of attention on GPUs (NAIVE)
 
-Exits with 1 if a break goes unnoticed. Takes a full build the first time, then about half a minute
-of compilation per break; the working tree is left alone.
+Exits with 1 if a break goes unnoticed. The first run takes a full build, and each break about half a
+minute of compilation. The working tree does not change.
 """
 
 # ruff: noqa: E501 - a table of texts of the sources
@@ -43,9 +43,9 @@ class Break:
     naive: bool = False  # in a library with NAIVE
 
 
-# What libllama tells of a batch is read by GPUs of some kinds alone (ggml-razor.h, "attention of a batch"). These changes
-# give it to CPUs, for batches in place of their own attention, where naive_batch.h computes what it says.
-# test_naive_batch.py runs the native tests so.
+# Only some GPUs read the arrays that libllama prepares for a batch (ggml-razor.h, "attention of a batch"). These changes
+# pass them to CPUs, where naive_batch.h computes the attention of batches from them. test_naive_batch.py runs the native
+# tests in this way.
 NAIVE = [
     (DEVICE, "static void razor_device_abort(ggml_tensor * /* dst */, int /* ith */, int /* nth */, void * /* userdata */) {",
      '#include "naive_batch.h"\n\nstatic void razor_device_abort(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {\n    if (naive_batch(dst, ith, nth)) {\n        return;\n    }\n'),
@@ -95,8 +95,8 @@ BREAKS = [
     Break("any-choice-for-devices", DEVICE, 'if (wanted.empty() || wanted == "on" || wanted == "ampere") {', "if (true) {", "test_an_unknown_choice_for_devices_is_refused"),
     Break("rows-of-64-bits", GRAPH, "any_device ? GGML_TYPE_I64 : GGML_TYPE_I32", "GGML_TYPE_I64", "test_rows_are_of_a_type_that_backends_copy"),
     Break("attention-of-more-nodes", GRAPH, "attn.build(g.ctx0, q_cur, layer.k, layer.v)", "ggml_cont(g.ctx0, attn.build(g.ctx0, q_cur, layer.k, layer.v))", "test_nodes_added_per_layer_on_cpus"),
-    # attention of a batch. That a bias or the end of the cells keeps a tile from being seen whole changes nothing: the
-    # cells of the other compensation token are in that tile, and there are 256*n cells
+    # attention of a batch. There are no breaks for a bias or the end of the cells in a tile: they have no effect, because
+    # the cells of the other compensation token are in the same tile, and there are 256*n cells
     Break("device-batch-sees-the-next-token", GRAPH, "since_full[j] = std::max<int64_t>(i, 0);", "since_full[j] = std::max<int64_t>(i - 1, 0);", "test_f32_cache_equals_the_reference", naive=True),
     Break("device-batch-sees-its-end", GRAPH, "since[plan.cell(step.pos0 + i)] = i;", "since[plan.cell(step.pos0 + i)] = 0;", "test_f32_cache_equals_the_reference", naive=True),
     Break("device-batch-sees-hidden-cells", GRAPH, "since[j] = seen ? 0 : GGML_RAZOR_NEVER;", "since[j] = 0;", "test_f32_cache_equals_the_reference", naive=True),
@@ -151,11 +151,11 @@ BREAKS = [
 
 # native tests that no break of native/src can make fail
 NO_BREAK = {
-    "test_matrix_covers_what_it_says": "looks at the tests' own cases",
-    "test_tight_plans_are_tight": "looks at the tests' own plans",
+    "test_matrix_covers_what_it_says": "checks the tests' own cases",
+    "test_tight_plans_are_tight": "checks the tests' own plans",
     "test_header_constants_match": "compares Python with a header",
     "test_sizes_of_the_structures": "compares Python with Python",
-    "test_states_and_rollbacks": "operations of upstream's own cache, which we do not change",
+    "test_states_and_rollbacks": "operations of upstream's cache, which the patches do not change",
     "test_patches_stay_small": "counts lines",
     "test_nodes_added_per_layer_on_devices": "needs a device",
     "test_lying_array_lengths": "upstream's GGUF reader refuses these before our code sees them",
@@ -165,8 +165,10 @@ NO_BREAK = {
 
 
 def check_table() -> None:
-    """Every text occurs once in its file; every native test function that needs no device is in
-    BREAKS or in NO_BREAK."""
+    """Check that every text occurs once in its file, and that no native test is missing.
+
+    Every test function that runs without a device must be in BREAKS or in NO_BREAK.
+    """
     for file, old, new in [*NAIVE, *((b.file, b.old, b.new) for b in BREAKS)]:
         replace_once(file, (SOURCES / file).read_text(), old, new)
     named = {test for broken in BREAKS for test in broken.tests.split()} | set(NO_BREAK)
@@ -196,8 +198,10 @@ def main(patterns: list[str]) -> int:
 
 
 def copy_sources(tree: Path, changes: Iterable[tuple[str, str, str]] = ()) -> None:
-    """Copy the native sources to `tree`, with changes: file of native/src, text that stands there
-    once, text in its place."""
+    """Copy the native sources to `tree`.
+
+    A change is a file of native/src, a text that occurs in it once, and its replacement.
+    """
     texts = {
         file.relative_to(ROOT): file.read_text()
         for file in [ROOT / "CMakeLists.txt", *(ROOT / "native").rglob("*")]
@@ -224,7 +228,7 @@ def replace_once(file: str, text: str, old: str, new: str) -> str:
 
 
 def write_if_changed(path: Path, text: str) -> None:
-    """Unchanged files keep their time, so that they are not compiled again."""
+    """Write a file unless it is unchanged, so that unchanged files are not compiled again."""
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
 
@@ -237,7 +241,7 @@ def build(tree: Path) -> Path:
 
 
 def run(lib: Path, test: str) -> str:
-    """What becomes of a test function with the library; its first failing case is enough."""
+    """Return the result of a test function with the library, up to its first failing case."""
     env = os.environ | {"RAZOR_LOCAL_LIB": str(lib), "LLAMA_CPP_LIB_PATH": str(lib)}
     files = [
         p

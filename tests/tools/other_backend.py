@@ -1,19 +1,18 @@
-"""Runs the native tests with layers and KV cache on another backend than the CPU.
+"""Run the native tests with layers and KV cache on another backend than the CPU.
 
     python -m tests.tools.other_backend lavapipe           # Vulkan on Mesa's software driver
     python -m tests.tools.other_backend cuda               # a GPU and its toolkit
-    python -m tests.tools.other_backend cuda -k reference  # the rest goes to pytest
+    python -m tests.tools.other_backend cuda -k reference  # further arguments go to pytest
 
 Other backends are metal and vulkan.
 
-Builds a stock library and ours with that backend in the user's cache folder (the first time 5 to 20
-minutes, later what changed), then runs tests/native/test_native_*.py with all layers offloaded. The
-tests measure what stock is off on the device, and allow razor no more than that
-(tests/support/device.py).
-Exits with pytest's status.
+This builds a stock library and the patched one with that backend in the user's cache folder (5 to
+20 minutes the first time, incrementally later). It then runs tests/native/test_native_*.py with all
+layers offloaded. The tests measure the error of stock on the device and use it as the tolerance for
+razor (tests/support/device.py). The exit status is pytest's.
 
-lavapipe on Debian: mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. It takes an hour or more
-on two cores.
+On Debian lavapipe needs mesa-vulkan-drivers libvulkan-dev glslc spirv-headers. It takes an hour or
+more on two cores.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from tests.support.native_build import ROOT, cache_dir
 
 BACKENDS = {"lavapipe": "VULKAN", "vulkan": "VULKAN", "cuda": "CUDA", "metal": "METAL"}
 
-# what these test is decided on the host: it is no other on a device
+# tests of decisions on the host, which do not depend on the device
 SKIPPED = ["test_native_refusals.py", "test_native_memory.py"]
-# bfloat16 is not known to lavapipe's shader compiler
+# lavapipe's shader compiler does not support bfloat16
 LAVAPIPE = "not bf16 and not q5_0 and not q5_1 and not q4_1"
 
 
@@ -52,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def environment(name: str) -> dict[str, str]:
-    """The environment of build and tests."""
+    """Return the environment of the build and the tests."""
     env = dict(os.environ) | {"RAZOR_TEST_GPU_LAYERS": "all"}
     if name == "lavapipe":
         drivers = sorted(Path("/usr/share/vulkan/icd.d").glob("lvp_icd.*.json"))
@@ -61,16 +60,16 @@ def environment(name: str) -> dict[str, str]:
         header = ROOT / "tests/tools/lavapipe/layer_settings.h"
         env["CXXFLAGS"] = f"{env.get('CXXFLAGS', '')} -include {header}".strip()
         env["VK_ICD_FILENAMES"] = env["VK_DRIVER_FILES"] = str(drivers[0])
-        env["GGML_VK_VISIBLE_DEVICES"] = "0"  # else ggml passes over devices that are CPUs
-        # F32 shaders: slow ones in F16 would only widen what stock is off, and with it the bounds
+        env["GGML_VK_VISIBLE_DEVICES"] = "0"  # otherwise ggml skips devices that are CPUs
+        # Use F32 shaders: slow F16 ones would only increase the error of stock and so the bounds.
         env.setdefault("GGML_VK_DISABLE_F16", "1")
-        # compiling shaders is most of a first run: what is compiled stays
+        # Keep compiled shaders: compiling them takes most of a first run.
         env["MESA_SHADER_CACHE_DIR"] = str(cache_dir() / "backend-lavapipe")
     return env
 
 
 def preload(env: dict[str, str]) -> None:
-    """tests/tools/lavapipe/preload.c for the tests (not for the build's compilers)."""
+    """Preload tests/tools/lavapipe/preload.c in the tests, but not in the build's compilers."""
     library = cache_dir() / "backend-lavapipe" / "preload.so"
     source = ROOT / "tests/tools/lavapipe/preload.c"
     native_build.run([env.get("CC", "cc"), "-O2", "-shared", "-fPIC", source, "-o", library])
@@ -78,9 +77,9 @@ def preload(env: dict[str, str]) -> None:
 
 
 def build(name: str, env: dict[str, str]) -> tuple[Path, Path]:
-    """The folders of the stock library and of ours, which are told to the tests in env.
+    """Return the folders of the stock and the patched library, for the tests' environment.
 
-    One build folder for both: they differ in libllama, and with CUDA in two files of its backend.
+    Both use one build folder: they differ in libllama, and with CUDA in two files of its backend.
     """
     folder = cache_dir() / f"backend-{name}"
     pin = (ROOT / "native/llama-cpp-python.txt").read_text()

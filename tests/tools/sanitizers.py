@@ -1,19 +1,18 @@
-"""Runs the native tests and the native fuzz targets on a library built with sanitizers.
+"""Run the native tests and the native fuzz targets on a library built with sanitizers.
 
     python -m tests.tools.sanitizers asan [pytest arguments]
     python -m tests.tools.sanitizers tsan [number of inputs]
     python -m tests.tools.sanitizers fuzz cache [libFuzzer arguments and corpus folders]
     python -m tests.tools.sanitizers fuzz metadata [libFuzzer arguments and corpus folders]
 
-asan finds misused memory, undefined behavior and leaks in the tests; tsan finds races, with random
+asan finds memory errors, undefined behavior and leaks in the tests. tsan finds races, with random
 inputs in several threads.
 
-Ends with a status other than 0 on a finding. Needs clang with its runtime libraries, on Linux; CC
-names another clang than the one of the PATH. The builds (all of llama.cpp, instrumented like our
-own files) take minutes the first time and are kept in the user's cache folder; a changed file is
-compiled alone.
+The exit status is not 0 after a finding. This needs Linux and clang with its runtime libraries; CC
+names another clang than the one in PATH. The builds instrument all of llama.cpp. They take minutes
+the first time, and are kept in the user's cache folder and updated incrementally.
 
-docs/verification.md says what is checked and what was found.
+docs/verification.md lists what is checked and what was found.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ SUPPRESSIONS = FUZZ / "undefined-upstream.supp"
 FOLDER = native_build.cache_dir() / "sanitizers"
 TARGETS = ("cache", "metadata")
 
-# Without asserts, as users run it: upstream's are in its innermost loops. That a finding ends the
-# process is said in _environment().
+# Build without asserts, as for users: llama.cpp has them in its innermost loops. _environment()
+# makes a finding end the process.
 COMMON = "-O1 -g1 -DNDEBUG -fno-omit-frame-pointer"
 FLAGS = {
     "asan": "-fsanitize=address,undefined -shared-libasan",
@@ -56,7 +55,7 @@ def main(args: list[str]) -> int:
 
 
 def run_tests(pytest_args: list[str]) -> int:
-    """The native tests under ASan and UBSan; then what LSan found in the processes that ended."""
+    """Run the native tests under ASan and UBSan, then report the leaks that LSan found."""
     lib = build("asan")
     tests = sorted(str(path) for path in (ROOT / "tests/native").glob("test_native_*.py"))
     with tempfile.TemporaryDirectory() as logs:
@@ -78,7 +77,7 @@ def run_tests(pytest_args: list[str]) -> int:
 
 
 def stock_with_our_ggml(lib: Path) -> Path:
-    """A stock libllama on the kernels of `lib`: those of another compiler give other bits."""
+    """Build a stock libllama on the kernels of `lib`: another compiler's give other bits."""
     folder = FOLDER / "stock"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(lib, folder)
@@ -87,20 +86,23 @@ def stock_with_our_ggml(lib: Path) -> Path:
 
 
 def our_leaks(report: str) -> list[str]:
-    """Leaks whose stack goes through our library: Python itself leaves much behind at its end."""
+    """Return the leaks whose stack contains this library. Python itself leaks much at its exit."""
     leaks = re.split(r"\n(?=(?:Direct|Indirect) leak)", report)[1:]
     return [leak for leak in leaks if re.search("llama|ggml", leak)]
 
 
 def run_fuzzer(target: str, *args: str) -> int:
-    """libFuzzer begins with inputs of a few bytes and lets them grow in hours: a cache's plan alone
-    takes about 15, and each operation some more."""
+    """Run a fuzz target with long inputs from the start.
+
+    libFuzzer would start with a few bytes and let inputs grow over hours, but the plan of a cache
+    alone takes about 15 bytes, and each operation some more.
+    """
     whole = ("-len_control=0", "-max_len=200") if target == "cache" else ()
     return _run_target("asan", target, (*whole, *args))
 
 
 def run_threads(n: int) -> int:
-    """Random inputs for two threads at a time, each with contexts of two threads."""
+    """Run random inputs in two threads at a time, each with contexts of two threads."""
     return _run_target("tsan", "cache", (str(n),))
 
 
@@ -116,7 +118,7 @@ def _run_target(kind: str, target: str, args: tuple[str, ...]) -> int:
 
 
 def build(kind: str) -> Path:
-    """Build the library; its folder."""
+    """Build the library and return its folder."""
     compiler = clang()
     flags = f"{COMMON} {FLAGS[kind]}"
     if kind == "asan":
@@ -130,7 +132,7 @@ def build(kind: str) -> Path:
         folder,
         f"-DCMAKE_C_COMPILER={compiler}",
         f"-DCMAKE_CXX_COMPILER={compiler.replace('clang', 'clang++')}",
-        "-DCMAKE_BUILD_TYPE=Sanitize",  # none of CMake's own: they bring flags along
+        "-DCMAKE_BUILD_TYPE=Sanitize",  # CMake's own build types would add flags
         f"-DCMAKE_C_FLAGS={flags}",
         f"-DCMAKE_CXX_FLAGS={flags}",
         "-DGGML_OPENMP=OFF",  # ggml's own threads, which ThreadSanitizer understands
@@ -139,7 +141,7 @@ def build(kind: str) -> Path:
 
 
 def build_target(kind: str, target: str) -> Path:
-    """Build the library and a fuzz target linked with it; the program."""
+    """Build the library and a fuzz target linked with it, and return the program."""
     lib, compiler = build(kind), clang()
     program = FOLDER / kind / f"fuzz-{target}"
     tree = FOLDER / kind / "llama.cpp"
@@ -155,7 +157,7 @@ def build_target(kind: str, target: str) -> Path:
 
 
 def tiny_model_folder() -> Path:
-    """Folder with the models of the fuzz targets."""
+    """Write the models of the fuzz targets and return their folder."""
     folder = FOLDER / "models"
     folder.mkdir(parents=True, exist_ok=True)
     shape = {"n_embd": 32, "n_ff": 32, "n_vocab": 32, "sharpness": 1.0}
@@ -185,7 +187,7 @@ def clang() -> str:
 
 
 def preload() -> str:
-    """LD_PRELOAD: ASan's runtime first, then what it intercepts exceptions in."""
+    """Return LD_PRELOAD: ASan's runtime, then the C++ library whose exceptions it intercepts."""
     compiler = clang()
     runtime = _file(compiler, f"libclang_rt.asan-{os.uname().machine}.so")
     return f"{runtime} {_file(compiler, 'libstdc++.so.6')}"
@@ -200,7 +202,7 @@ def _file(compiler: str, name: str) -> Path:
 
 
 def _environment(log: Path | None = None) -> dict[str, str]:
-    """Every finding ends the process; leaks of Python are sorted out by our_leaks()."""
+    """Return an environment in which every finding except a leak ends the process."""
     more = f":log_path={log}" if log else ""
     asan = "halt_on_error=1:detect_stack_use_after_return=1:strict_string_checks=1:detect_leaks=1"
     ubsan = f"halt_on_error=1:print_stacktrace=1:suppressions={SUPPRESSIONS}"
@@ -214,7 +216,7 @@ def _environment(log: Path | None = None) -> dict[str, str]:
 
 
 def _symbolizer() -> Path:
-    """llvm-symbolizer without our LD_PRELOAD: with it, it looks for leaks of its own."""
+    """Return llvm-symbolizer without LD_PRELOAD, with which it would report its own leaks."""
     wrapper = FOLDER / "llvm-symbolizer"
     wrapper.write_text('#!/bin/sh\nunset LD_PRELOAD\nexec llvm-symbolizer "$@"\n')
     wrapper.chmod(0o755)

@@ -1,7 +1,7 @@
-"""Models for upstream's own tests, made from what is at hand: nothing is downloaded.
+"""Make the models of upstream's own tests without downloads.
 
-The built-in model with and without its razor metadata, and stand-ins for the models that
-llama-cpp-python's tests download: the same kind of model (transformer, embedding, recurrent,
+These are the built-in model with and without its razor metadata, and replacements for the models
+that llama-cpp-python's tests download: models of the same kind (transformer, embedding, recurrent,
 hybrid) under the same file name, with other weights.
 """
 
@@ -50,12 +50,12 @@ def copy_model(
 
 
 def without_razor(target: Path) -> Path:
-    """The built-in model as it was before its conversion."""
+    """Write the built-in model without its profile."""
     return copy_model(BUILT_IN, target, lambda key: not key.startswith("razor."))
 
 
 def with_letters(source: Path, target: Path) -> Path:
-    """A model without a tokenizer (as test-llama-archs writes them), with one of single letters."""
+    """Copy a model of test-llama-archs, which has no tokenizer, with one of single letters."""
     shapes = {t.name: t.shape for t in GGUFReader(source).tensors}
     n_vocab = int(shapes["token_embd.weight"][-1])
     normal, unknown, control, unused, byte = 1, 2, 3, 5, 6  # enum llama_token_attr of GGUF files
@@ -78,8 +78,13 @@ def with_letters(source: Path, target: Path) -> Path:
 
 
 def make_stand_ins(folder: Path, archs: Path, *, razor: bool) -> Path:
-    """The models of STANDS_IN; archs: what `test-llama-archs -o` wrote; razor: the transformer
-    keeps its razor metadata."""
+    """Write the models of STANDS_IN.
+
+    Args:
+        folder: the folder to write to.
+        archs: the folder that `test-llama-archs -o` wrote.
+        razor: whether the transformer keeps its razor metadata.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     transformer, embedding, recurrent, hybrid = (folder / name for name in STANDS_IN)

@@ -1,8 +1,8 @@
-"""pytest plugin under which upstream_tests.py runs llama-cpp-python's own tests, without a network.
+"""A pytest plugin with which upstream_tests.py runs llama-cpp-python's own tests offline.
 
-UPSTREAM_MODELS: folders (os.pathsep between them) with the files the tests would download; a test
-whose file is in none of them is skipped by that name. UPSTREAM_PATCHED: 1 or 0, which library has
-to be loaded. UPSTREAM_RAZOR=1: the tests get razor_local's Llama in place of llama_cpp's.
+UPSTREAM_MODELS: folders (separated by os.pathsep) with the files that the tests would download. A
+test whose file is missing is skipped with its name. UPSTREAM_PATCHED: 1 if the patched library must
+be loaded, 0 for the stock one. UPSTREAM_RAZOR=1: replace llama_cpp's Llama by razor_local's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 RAZOR = os.environ["UPSTREAM_RAZOR"] == "1"
-n_active = 0  # contexts in which local heads held less than every token
+n_active = 0  # contexts in which razor was active
 
 
 def hf_hub_download(repo_id: str, filename: str, **options: Any) -> str:
@@ -40,7 +40,7 @@ if RAZOR:
     import razor_local  # before llama_cpp
 
     class Llama(razor_local.Llama):
-        """With a context so long that razor saves something: the tests ask for 32 or 64 tokens."""
+        """A Llama whose context is long enough for razor: the tests ask for 32 or 64 tokens."""
 
         def __init__(self, model_path: str, n_ctx: int = 512, **options: Any) -> None:
             global n_active

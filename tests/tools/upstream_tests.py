@@ -1,7 +1,7 @@
-"""Runs llama.cpp's and llama-cpp-python's own tests on the stock and on the patched tree.
+"""Run llama.cpp's and llama-cpp-python's own tests on the stock and on the patched tree.
 
-Both trees are built from the pinned sdist (the first time takes minutes), each test runs on both,
-and every case of it has to end alike. Then some run with razor switched on.
+Both trees are built from the pinned sdist, which takes minutes the first time. Each test runs on
+both, and each of its cases must have the same result. Then some tests run with razor switched on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.native_build import ROOT
 progress = Console(stderr=True)
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-ATTEMPTS = 8  # on a busy machine half of the runs lose lines
+ATTEMPTS = 8  # on a busy machine half of the runs lose lines of output
 Cases = dict[str, str]  # name of a case: PASSED, FAILED or SKIPPED
 
 
@@ -39,7 +39,7 @@ Cases = dict[str, str]  # name of a case: PASSED, FAILED or SKIPPED
 
 @dataclass(frozen=True)
 class Result:
-    """One run of a test. exit_code: negative after a signal, None at the time limit."""
+    """One run of a test. exit_code is negative after a signal and None at the time limit."""
 
     exit_code: int | None
     cases: Cases
@@ -56,9 +56,10 @@ class Result:
 
 
 def differences(stock: Result, patched: Result) -> list[str]:
-    """Why the two runs are not the same verdict, a sentence each; empty if they are.
+    """Return a sentence for each difference between two runs.
 
-    Runs that passed nothing, or did not end, say nothing about the patches: they count too.
+    Runs without a passed case and runs that did not end count as differences, because they show
+    nothing about the patches.
     """
     found = []
     if stock.exit_code is None or patched.exit_code is None:
@@ -75,12 +76,12 @@ def differences(stock: Result, patched: Result) -> list[str]:
 
 
 def cases_of_run(output: str, exit_code: int | None) -> Cases:
-    """A test that is one case: its exit code."""
+    """Return the only case of a test, from its exit code."""
     return {"run": PASSED if exit_code == 0 else FAILED}
 
 
 def cases_of_archs(output: str, exit_code: int | None) -> Cases:
-    """test-llama-archs: a line per architecture, device and kind, with two verdicts."""
+    """Parse test-llama-archs: a line per architecture, device and kind, with two verdicts."""
     words = {"OK": PASSED, "FAIL": FAILED, "SKIP": SKIPPED}
     verdict = r"\|[^|]*?(OK|FAIL|SKIP)[^|]*"  # errors may be printed before it
     line = r"\|\s*([\w.-]+)\|\s*([^|\n]+)\|\s*(Dense|MoE)" + verdict * 2
@@ -93,7 +94,7 @@ def cases_of_archs(output: str, exit_code: int | None) -> Cases:
 
 
 def cases_of_models(output: str, exit_code: int | None) -> Cases:
-    """A table of the tests that run over a folder of models: a line per model."""
+    """Parse the table of a test that runs over a folder of models: a line per model."""
     words = {"PASS": PASSED, "FAIL": FAILED, "SKIP": SKIPPED}
     lines = output.splitlines()
     heads = [re.split(r"  +", line.strip()) for line in lines if re.match(r"Model +\w", line)]
@@ -107,7 +108,7 @@ def cases_of_models(output: str, exit_code: int | None) -> Cases:
 
 
 def cases_of_ops(output: str, exit_code: int | None) -> Cases:
-    """test-backend-ops: a line per operation and its parameters, some more than once."""
+    """Parse test-backend-ops: a line per operation and its parameters, some more than once."""
     cases: Cases = {}
     for case, end in re.findall(r"^  ([A-Z0-9_]+\(.*\)): (.*)$", output, re.MULTILINE):
         verdict = PASSED if end.endswith("OK") else FAILED
@@ -121,7 +122,7 @@ def cases_of_ops(output: str, exit_code: int | None) -> Cases:
 
 
 def cases_of_junit(file: Path) -> Cases:
-    """pytest's --junitxml."""
+    """Parse the file of pytest's --junitxml."""
     cases = {}
     for case in ET.parse(file).iter("testcase"):
         kinds = {child.tag for child in case}
@@ -153,8 +154,12 @@ OPS = {
 
 @dataclass(frozen=True)
 class UpstreamTest:
-    """A test executable of llama.cpp. args: {archs}, {model}, {razor} stand for paths. says: a text
-    of the output."""
+    """A test executable of llama.cpp.
+
+    Attributes:
+        args: its arguments, where {archs}, {model} and {razor} are replaced by paths.
+        says: a text that the output must contain.
+    """
 
     target: str
     args: str
@@ -192,7 +197,7 @@ TESTS = [
 
 @dataclass(frozen=True)
 class RazorTest:
-    """A test on a model with razor metadata, and whether it has to pass on the patched tree."""
+    """A test on a model with razor metadata, and whether it must pass on the patched tree."""
 
     test: UpstreamTest
     passes: bool
@@ -218,7 +223,7 @@ RAZOR_TESTS = [
         False,
         "three sequences: refused by name",
     ),
-    # test-save-load-state wants two sequences too, and crashes where it gets no context
+    # test-save-load-state also needs two sequences, and crashes without a context
     RazorTest(
         UpstreamTest(
             "test-save-load-state",
@@ -239,7 +244,7 @@ PYTHON_TESTS = "llama-cpp-python's tests"
 
 @dataclass(frozen=True)
 class Tree:
-    """A built tree. bin: executables and libraries."""
+    """A built tree. bin contains executables and libraries."""
 
     name: str
     source: Path
@@ -247,7 +252,7 @@ class Tree:
 
 
 def build_tree(name: str, folder: Path, targets: Sequence[str]) -> Tree:
-    """The stock or the patched tree, built in `folder` with these test executables."""
+    """Build the stock or the patched tree in `folder`, with these test executables."""
     from tests.support.runner import Worker, ping
 
     build = folder / name / "build"
@@ -266,7 +271,7 @@ def build_tree(name: str, folder: Path, targets: Sequence[str]) -> Tree:
 
 
 def changed_files(stock: Tree, patched: Tree) -> list[str]:
-    """Files of llama.cpp's sources that are not the same in both trees."""
+    """Return the source files of llama.cpp that differ between the trees."""
 
     def walk(compared: filecmp.dircmp, prefix: str) -> Iterator[str]:
         for name in compared.left_only + compared.right_only + compared.diff_files:
@@ -279,7 +284,7 @@ def changed_files(stock: Tree, patched: Tree) -> list[str]:
 
 
 def unpack_python_tests(folder: Path) -> Path:
-    """llama-cpp-python's own tests from the pinned sdist, with the file they open by its path."""
+    """Unpack llama-cpp-python's tests from the pinned sdist, with the file they open by path."""
     version, _ = native_build.pin()
     name = f"llama_cpp_python-{version}"
     sdist = os.environ.get("RAZOR_LOCAL_SDIST") or native_build.cache_dir() / f"{name}.tar.gz"
@@ -301,8 +306,8 @@ def unpack_python_tests(folder: Path) -> Path:
 def run(
     command: Sequence[str | Path], limit: int, cwd: Path, env: dict[str, str]
 ) -> tuple[int | None, str]:
-    """Exit code (None: time limit) and output without colours of a command."""
-    # nothing of the user's may choose another library or other options
+    """Run a command and return its exit code (None: time limit) and its output without colors."""
+    # The user's environment must not choose another library or other options.
     drop = ("LD_", "DYLD_", "LLAMA_", "GGML_", "RAZOR_LOCAL_", "PYTEST_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     process = subprocess.Popen(
@@ -327,7 +332,7 @@ def run(
 
 
 def run_test(test: UpstreamTest, tree: Tree, paths: dict[str, Path]) -> Result:
-    """Run a test, again where the output lacks its text: upstream's log can lose the last lines."""
+    """Run a test, and repeat it if its text is missing: llama.cpp's log can lose the last lines."""
     args = [arg.format(**paths) for arg in test.args.split()]
     for _ in range(ATTEMPTS):
         with tempfile.TemporaryDirectory() as cwd:  # some write files
@@ -339,7 +344,7 @@ def run_test(test: UpstreamTest, tree: Tree, paths: dict[str, Path]) -> Result:
 
 
 def run_python_tests(tests: Path, tree: Tree, models: Sequence[Path], *, razor: bool) -> Result:
-    """llama-cpp-python's tests on the tree's library; razor: with razor_local's Llama."""
+    """Run llama-cpp-python's tests on the tree's library. razor: with razor_local's Llama."""
     lib = str(tree.bin)
     python_path = [str(ROOT / "tests" / "tools"), os.environ.get("PYTHONPATH", "")]
     env = {
@@ -386,7 +391,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RazorRow:
-    """A test on the patched tree with razor switched on, and what is wrong with its result."""
+    """A test on the patched tree with razor switched on, and the faults of its result."""
 
     name: str
     expected: str
@@ -398,7 +403,7 @@ class RazorRow:
 
 
 def judge(expected: RazorTest, found: Result) -> list[str]:
-    """What is wrong with a run with razor; empty if it is as expected."""
+    """Return the faults of a run with razor, [] if it is as expected."""
     wrong = []
     if found.exit_code is None or (found.exit_code == 0) != expected.passes:
         wrong.append(
@@ -432,7 +437,7 @@ def markdown(rows: Sequence[Row], razor_rows: Sequence[RazorRow]) -> str:
 def compare(
     stock: Tree, patched: Tree, folder: Path, patterns: Sequence[str], models: Path | None
 ) -> tuple[list[Row], list[RazorRow]]:
-    """Run the tests whose names contain a pattern (none: all)."""
+    """Run the tests whose names contain a pattern, or all tests without patterns."""
     from tests.tools import upstream_models
 
     def chosen(name: str) -> bool:
