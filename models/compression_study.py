@@ -1,17 +1,17 @@
-"""Compares ways of compressing what local heads drop, in a simulation of whole models.
+"""Compare ways of compressing the tokens that local heads drop, in a simulation of whole models.
 
     python models/compression_study.py BOOK.txt [MODEL.gguf] -c 2k -o study.json
 
-Everything that the runtime cannot do is tried here first: folding during prefill against
-compressing after it, and other compensation tokens than the mean of eq. 4 (arXiv 2407.15891). The
-model (of llama architecture, with a profile) runs in numpy, F32, one text at a time; a local head
-attends to sinks, compensation tokens and the window, as in razor_local/verify/reference.py.
+The study covers methods that the runtime does not have: compressing after prefill instead of
+folding during it, and other compensation tokens than the mean of eq. 4 (arXiv 2407.15891). The
+model (of llama architecture, with a profile) runs in numpy, in F32, one text at a time. A local
+head attends to sinks, compensation tokens and the window, as in razor_local/verify/reference.py.
 
-Two measures, each against the full cache of the same simulation:
+There are two measures, both relative to the full cache of the same simulation:
 
 - KL(full || policy) of the next token over the last TAIL tokens of slices of BOOK, in nats;
-- answers kept: of needle questions that the full cache answers rightly, the share whose answer the
-  policy says token by token, too (`razor-local eval needle` has the questions).
+- answers kept: the share of needle questions (those of `razor-local eval needle`) answered
+  correctly by the full cache for which the policy gives the same answer, token by token.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # a process a core: threads in each would only wait for each other
+if __name__ == "__main__":  # one process per core, each with one thread
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
 Array = np.ndarray
-TAIL = 256  # tokens at the end of a text over which KL is taken
-CHUNK = 128  # queries of a full cache at once
+TAIL = 256  # tokens at the end of a text over which KL is averaged
+CHUNK = 128  # queries of a full cache that are computed at once
 
 
 # ---- compensation tokens -----------------------------------------------------------------------
 
 
 class Folded(NamedTuple):
-    """What stands for the folded rows: logits [n, c] of n queries, values [c, d] or [n, c, d]."""
+    """Compensation tokens: logits [n, c] of n queries, and values [c, d] or [n, c, d]."""
 
     logits: Array
     values: Array
@@ -49,7 +49,7 @@ Compensation = Callable[[Array, Array, Array, int], Folded]
 
 
 def parts_of(k: Array, v: Array, parts: Sequence[Array], q: Array) -> Folded:
-    """One mean for each set of rows, weighted by the number of rows: eq. 4 and 5 for each."""
+    """Make one mean for each set of rows, weighted by their number, by eq. 4 and 5."""
     parts = [rows for rows in parts if len(rows)]
     keys = np.stack([k[rows].mean(0) for rows in parts])
     values = np.stack([v[rows].mean(0) for rows in parts])
@@ -58,13 +58,12 @@ def parts_of(k: Array, v: Array, parts: Sequence[Array], q: Array) -> Folded:
 
 
 def mean(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
-    """The paper's: the mean of all folded keys and values, log N_d on its logit."""
+    """Make the paper's token: the mean of all folded keys and values, with log N_d on its logit."""
     return parts_of(k, v, [np.arange(len(k))], q)
 
 
 def segments(count: int) -> Compensation:
-    """A mean for each of `count` equal parts of the context, by position: ready to be folded into
-    as tokens arrive."""
+    """Make a mean for each of `count` equal parts of the context. It can be updated online."""
 
     def fold(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
         size = -(-n_ctx // count)
@@ -75,8 +74,11 @@ def segments(count: int) -> Compensation:
 
 
 def buckets(bits: int) -> Compensation:
-    """A mean for each of 2^bits sets of similar keys: the signs of key - centre along `bits` random
-    directions. The centre is the mean of the first 64 folded keys, known when folding begins."""
+    """Make a mean for each of 2^bits sets of similar keys.
+
+    A set has the same signs of key - center along `bits` random directions. The center is the mean
+    of the first 64 folded keys, which are known when folding begins.
+    """
     directions = np.random.default_rng(0).standard_normal((4096, bits)).astype(np.float32)
 
     def fold(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
@@ -88,9 +90,12 @@ def buckets(bits: int) -> Compensation:
 
 
 def clusters(count: int, first: int | None = None) -> Compensation:
-    """A mean for each cluster of keys, by k-means over the `first` folded keys, whose centres stay
-    as they are from then on: rows can be folded into the nearest as they arrive. None: over all of
-    them at every fold, what `count` means can reach, and no cache could do."""
+    """Make a mean for each cluster of keys, by k-means over the `first` folded keys.
+
+    The centers then stay fixed, so later rows can be folded into the nearest one. With None, all
+    folded keys are clustered again at every fold. No cache could do that: it is an upper bound of
+    what `count` means can achieve.
+    """
 
     def fold(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
         known = k[:first]
@@ -104,21 +109,24 @@ def clusters(count: int, first: int | None = None) -> Compensation:
 
 
 def nearest(k: Array, centres: Array) -> list[Array]:
-    """For each centre the keys that are nearer to it than to the others."""
+    """Return the indices of the keys nearest to each center."""
     which = (k @ centres.T - 0.5 * (centres**2).sum(1)).argmax(1)
     return [np.flatnonzero(which == i) for i in range(len(centres))]
 
 
 def by_norm(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
-    """Means weighted by the norms of the keys."""
+    """Make means weighted by the norms of the keys."""
     weight = np.linalg.norm(k, axis=1)
     weight = weight / weight.sum()
     return Folded((q @ (weight @ k) + np.log(len(k)))[:, None], (weight @ v)[None])
 
 
 def by_variance(most: float) -> Compensation:
-    """The mean, and half the variance of the logits on its logit, by the variance of each component
-    of the keys alone: log sum exp to second order without covariances; `most` is added at most."""
+    """Make the mean, with half the variance of the logits, at most `most`, added to its logit.
+
+    The variance is that of each component of the keys: log sum exp to second order, without
+    covariances.
+    """
 
     def fold(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
         correction = np.minimum(0.5 * q**2 @ k.var(0), most)
@@ -129,8 +137,10 @@ def by_variance(most: float) -> Compensation:
 
 
 def by_covariance(q: Array, k: Array, v: Array, n_ctx: int) -> Folded:
-    """To second order with all covariances, and the value tilted to first order:
-    v^ + Cov(v, k) q. Exact for normally distributed keys; d^2 numbers a head."""
+    """Make the mean to second order, with all covariances, and the value v^ + Cov(v, k) q.
+
+    This is exact for normally distributed keys, and takes d^2 numbers per head.
+    """
     centred_k, centred_v = k - k.mean(0), v - v.mean(0)
     covariance = centred_k.T @ centred_k / len(k)
     logits = q @ k.mean(0) + np.log(len(k)) + 0.5 * np.einsum("nd,de,ne->n", q, covariance, q)
@@ -162,10 +172,13 @@ COMPENSATIONS: dict[str, Compensation | None] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """How local heads keep their past. window None: the profile's.
+    """A policy of local heads.
 
-    begin: tokens before the end of the text (or the answer) from which local heads are compressed;
-    earlier tokens attended to everything. None: they fold from the start, as the runtime does.
+    Attributes:
+        window: tokens of the window, None for the profile's.
+        begin: tokens before the end of the text (or the answer) from which on local heads are
+            compressed, while earlier tokens attend to everything. With None they fold from the
+            start, as in the runtime.
     """
 
     name: str
@@ -178,14 +191,14 @@ class Policy:
     only: tuple[int, int] | None = None  # layer and KV head that is local; the rest keeps all
 
     def keeps_all(self, layer: int, head: int, chosen: bool) -> bool:
-        """Whether a head does, chosen or not as a retrieval head."""
+        """Return True if a head keeps all tokens. chosen: whether it is a retrieval head."""
         if self.only is not None:
             return self.only != (layer, head)
         return chosen and not self.all_local
 
 
 def ablation(retrieval: Sequence[Array]) -> list[Policy]:
-    """Each KV head alone made local, all others with a full cache."""
+    """Make a policy for each KV head in which only this head is local."""
     return [
         Policy(
             f"{layer}.{head} local{', chosen as a retrieval head' if chosen else ''}",
@@ -197,8 +210,10 @@ def ablation(retrieval: Sequence[Array]) -> list[Policy]:
 
 
 def comparison(window: int, block: int) -> list[Policy]:
-    """What is compared. Policies with several compensation tokens have a window that is smaller by
-    as many tokens, so that all take the same bytes."""
+    """Make the policies to compare.
+
+    Those with several compensation tokens have a smaller window, so that all take the same bytes.
+    """
     made = [Policy("as the runtime"), Policy("as the runtime, all heads local", all_local=True)]
     for begin, when in ((0, "after the prompt"), (32, "before the question")):
         made += [
@@ -267,7 +282,7 @@ class Model:
             self.frequency = self.frequency / self.w["rope_freqs.weight"]
         for key in ("rope.scaling.type", "rope.dimension_sections", "attention.sliding_window"):
             if reader.get_field(f"llama.{key}") is not None:
-                raise SystemExit(f"{path} has llama.{key}, which the simulation does not know")
+                raise SystemExit(f"{path} has llama.{key}, which the simulation does not support")
 
     def run(
         self,
@@ -280,9 +295,9 @@ class Model:
         past: Cache | None = None,
         keep: Cache | None = None,
     ) -> Array:
-        """States after the last norm, f32 [n, n_embd], of the tokens behind past.
+        """Compute the states after the last norm of the tokens after past, f32 [n, n_embd].
 
-        policy None: a full cache. keep gets k and v of all tokens.
+        With policy None the cache is full. keep receives k and v of all tokens.
         """
         n_past = past.k[0].shape[1] if past else 0
         positions = np.arange(n_past, n_past + len(tokens))
@@ -316,11 +331,11 @@ class Model:
         return self._norm("output_norm", x)
 
     def logits(self, states: Array) -> Array:
-        """Of the next token, f32 [n, n_vocab]."""
+        """Return the logits of the next token, f32 [n, n_vocab]."""
         return states @ self.w.get("output.weight", self.w["token_embd.weight"]).T
 
     def log_probs(self, states: Array) -> Array:
-        """Of the next token, f64 [n, n_vocab]."""
+        """Return the log probabilities of the next token, f64 [n, n_vocab]."""
         logits = self.logits(states).astype(np.float64)
         logits -= logits.max(1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -335,7 +350,7 @@ class Model:
         return x.reshape(len(h), -1, self.head_dim).transpose(1, 0, 2)
 
     def _rope(self, x: Array, positions: Array) -> Array:
-        """Neighbours rotated by their frequency times the position."""
+        """Rotate pairs of neighbors by their frequency times the position."""
         angle = positions[:, None] * self.frequency
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         y = np.empty_like(x)
@@ -345,7 +360,7 @@ class Model:
 
 
 class Seen:
-    """What the queries of a local head see."""
+    """The tokens to which the queries of a local head attend."""
 
     def __init__(self, policy: Policy, window: int, block: int, n_ctx: int):
         self.window = policy.window or window
@@ -358,7 +373,7 @@ class Seen:
 
 
 def attend(q: Array, k: Array, v: Array, n_past: int, seen: Seen | None) -> Array:
-    """Outputs of the query heads of one KV head: q [group, n, d], k and v [n_past + n, d]."""
+    """Compute the query heads of one KV head: q [group, n, d], k and v [n_past + n, d]."""
     group, n, d = q.shape
     out = np.empty_like(q)
     step = seen.block if seen else CHUNK
@@ -395,8 +410,13 @@ def attend(q: Array, k: Array, v: Array, n_past: int, seen: Seen | None) -> Arra
 
 @dataclass(frozen=True)
 class Text:
-    """tokens: of the whole text. n_prompt: tokens before the answer, or before the tail. answer:
-    whether the tail is an answer."""
+    """A text to measure.
+
+    Attributes:
+        tokens: tokens of the whole text.
+        n_prompt: number of tokens before the answer, or before the tail.
+        answer: whether the tail is an answer.
+    """
 
     tokens: Array
     n_prompt: int
@@ -428,15 +448,19 @@ def _start(setting: Setting) -> None:
 
 
 class Result(NamedTuple):
-    """full: whether the full cache's likeliest tokens are those of the tail; policies: mean KL over
-    the tail, and whether the likeliest tokens are those of the tail."""
+    """The result of a text.
+
+    Attributes:
+        full: whether the full cache predicts all tokens of the tail.
+        policies: the mean KL over the tail, and whether the policy predicts all its tokens.
+    """
 
     full: bool
     policies: list[tuple[float, bool]]
 
 
 def measure(text: Text) -> Result:
-    """Of one text, in a worker."""
+    """Measure one text, in a worker process."""
     s, model = _setting, _model
     fixed = (s.retrieval, s.window, s.block, s.n_ctx)
     full_cache = Cache()
@@ -460,7 +484,7 @@ def measure(text: Text) -> Result:
 
 
 def needle_texts(setting: Setting, samples: int, seed: int) -> Iterator[Text]:
-    """Needle prompts with the answers of the full cache, those that are right."""
+    """Yield needle prompts with the correct answers of the full cache."""
     from razor_local import Llama
     from razor_local.evals.haystack import MadeText
     from razor_local.evals.needle import NeedleSettings, make_samples, score
@@ -484,7 +508,7 @@ def needle_texts(setting: Setting, samples: int, seed: int) -> Iterator[Text]:
 
 
 def book_texts(setting: Setting, book: Path, count: int) -> Iterator[Text]:
-    """Slices of a book as long as the context."""
+    """Yield slices of a book as long as the context."""
     from razor_local.evals.questions import load_vocabulary
 
     llama = load_vocabulary(setting.model)
@@ -516,7 +540,7 @@ def read_setting(model: Path, n_ctx: int, ablation: bool = False) -> Setting:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
+    """Return the mean and its 95 % bootstrap interval."""
     x = np.asarray(values)
     rng = np.random.default_rng(0)
     means = x[rng.integers(0, len(x), (2000, len(x)))].mean(1)
@@ -524,8 +548,10 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def report(setting: Setting, texts: Sequence[Text], results: Sequence[Result]) -> dict:
-    """Of each policy: KL on books, KL on answers, answers kept; of answers that the simulated full
-    cache gives, too."""
+    """Return the KL on books, the KL on answers and the answers kept, for each policy.
+
+    Only answers that the simulated full cache gives count.
+    """
     from razor_local.evals.intervals import wilson
 
     pairs = list(zip(texts, results, strict=True))
@@ -612,7 +638,7 @@ def main() -> None:
         jobs: int,
         output: Path,
     ) -> None:
-        if not output.absolute().parent.is_dir():  # known now, not after hours
+        if not output.absolute().parent.is_dir():  # fail now instead of after hours
             raise click.ClickException(f"{output.parent} is not a folder; choose an output in one")
         try:
             setting = read_setting(model, ctx_size, ablation)

@@ -1,11 +1,11 @@
-"""Training documents from a folder of public-domain texts.
+"""Make training documents from a folder of public-domain texts.
 
     books ──▶ tokenizer.json
       └─────▶ slices of text + facts (facts.py) ──▶ documents ──▶ rows of tokens with loss weights
 
-A document is made as text and tokenized as a whole, exactly as a runtime tokenizes what a user
-pastes. Every row depends on the seed, the step and its place in the batch alone: training can stop
-anywhere and go on. Needs numpy and tokenizers, not PyTorch.
+A document is written as text and tokenized as a whole, exactly as a runtime tokenizes the input of
+a user. Every row depends only on the seed, the step and its index in the batch, so training can be
+interrupted and resumed anywhere. This module needs numpy and tokenizers, but not PyTorch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Source = Callable[["Book", int, Generator], tuple[str, np.ndarray]]  # see cut()
 Encode = Callable[[str], tuple[list[int], list[int]]]  # text -> ids, end of each token in the text
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# qwen2's pre-tokenizer in llama.cpp: every digit is a token of its own
+# qwen2's pre-tokenizer in llama.cpp: every digit is a separate token
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,7 +68,7 @@ class Book:
 
 
 def load_books(folder: Path) -> list[Book]:
-    """The .txt files of a folder by name, without Project Gutenberg's head and tail."""
+    """Load the .txt files of a folder by name, without Project Gutenberg's header and footer."""
     books = []
     for path in sorted(Path(folder).glob("*.txt")):
         text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
@@ -80,7 +80,7 @@ def load_books(folder: Path) -> list[Book]:
         text = re.sub(r"\n{3,}", "\n\n", text).strip()
         books.append(make_book(path.stem, text))
     if not books:
-        raise FileNotFoundError(f"{folder} holds no .txt files: give a folder of plain texts")
+        raise FileNotFoundError(f"{folder} has no .txt files; choose a folder of plain texts")
     return books
 
 
@@ -90,26 +90,26 @@ def make_book(name: str, text: str) -> Book:
 
 
 def unwrapped(book: Book) -> Book:
-    """The same book with a paragraph a line."""
+    """Return the same book with one line per paragraph."""
     return make_book(book.name, re.sub(r"(?<!\n)\n(?!\n)", " ", book.text))
 
 
 def split_books(books: Sequence[Book]) -> tuple[list[Book], list[Book]]:
-    """(for training, held out): the shortest book is never trained on."""
+    """Split the books into those for training and the shortest one, which is held out."""
     if len(books) < 2:
-        raise ValueError("one text: at least two are needed, one is held out")
+        raise ValueError("found one text, expected at least two, of which one is held out")
     shortest = min(books, key=lambda book: len(book.text))
     return [book for book in books if book is not shortest], [shortest]
 
 
 def common_words(books: Iterable[Book]) -> list[str]:
-    """Plain words of 4 to 9 letters, values and parts of keys."""
+    """Return plain words of 4 to 9 letters, which serve as values and parts of keys."""
     counts = Counter(w for book in books for w in re.findall(r"(?<=\s)[a-z]{4,9}(?=\s)", book.text))
     return sorted(word for word, n in counts.items() if n >= 8)
 
 
 def cut(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
-    """Whole sentences of about n_chars, and where they end."""
+    """Cut whole sentences of about n_chars from a book, and return where they end."""
     ends = book.ends
     last = np.searchsorted(ends, max(ends[-1] - n_chars, ends[0] + 1))
     first = rng.integers(max(1, last))
@@ -122,7 +122,7 @@ def cut(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
 
 
 def soup(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
-    """As cut(), of 5 to 60 different words of the book in any order; every word ends a sentence."""
+    """Like cut(), but 5 to 60 different words of the book in random order, each a sentence."""
     words = sorted(set(re.findall(r"\b[a-z]{2,9}\b", cut(book, 600, rng)[0]))) or ["and"]
     words = rng.permutation(words)[: rng.integers(5, 61)]
     drawn = words[rng.integers(len(words), size=n_chars // 4 + 1)]
@@ -134,7 +134,7 @@ def soup(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
 
 
 def refrain(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
-    """As cut(), of 1 to 8 sentences of the book again and again."""
+    """Like cut(), but 1 to 8 sentences of the book repeated."""
     text, ends = cut(book, 1000, rng)
     borders = [0, *map(int, ends)]
     some = [text[a:b].strip() for a, b in zip(borders, borders[1:], strict=False)]
@@ -150,7 +150,7 @@ def refrain(book: Book, n_chars: int, rng: Generator) -> tuple[str, np.ndarray]:
 
 
 def train_tokenizer(books: Iterable[Book], n_vocab: int, words: Sequence[str] = ()):
-    """A byte-level BPE tokenizer with ChatML's special tokens first."""
+    """Train a byte-level BPE tokenizer with ChatML's special tokens first."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -195,7 +195,7 @@ def answer_pieces(fact: Fact) -> list[Piece]:
 
 
 def hide(text: str, ends: np.ndarray, hidden: Sequence[str], at: Sequence[int]) -> list[Piece]:
-    """The text with sentence i behind its end of sentence at[i] (ascending)."""
+    """Insert hidden[i] after the end of sentence at[i] (ascending)."""
     pieces, done = [], 0
     for sentence, index in zip(hidden, at, strict=True):
         end = int(ends[index])
@@ -212,7 +212,7 @@ def text_with_facts(
     source: Source = cut,
     exact: float = EXACT,
 ) -> list[Piece]:
-    """Facts at random places of a text, the values of one fact in their order."""
+    """Place facts at random in a text, with the values of one fact in their order."""
     values = [(i, j) for i, fact in enumerate(facts) for j in range(len(fact.values))]
     order = rng.permutation(len(values))
     said = [sentences(fact, rng, exact) for fact in facts]
@@ -256,8 +256,7 @@ def needle_chat(
     greeting: bool = False,
     exact: float = EXACT,
 ) -> list[Piece]:
-    """A text with facts and questions about some of them, one turn or many; after a greeting or
-    not."""
+    """Make a text with facts and questions about some of them, in one turn or several."""
     text = text_with_facts(book, n_chars, facts, rng, source, exact)
     task = TASKS[rng.integers(len(TASKS))] if rng.random() < 0.3 else ""
     text = ([(task + "\n\n", 0.0)] if task else []) + text
@@ -286,8 +285,11 @@ def needle_chat(
 def magic_chat(
     encode: Encode, book: Book, n_tokens: int, chars: float, words: Sequence[str], rng: Generator
 ) -> list[Piece]:
-    """As needle_chat, of about n_tokens: RULER's needles, in a text or in a list of nothing else.
-    Often several keys are asked for in one question. chars: of the book per token."""
+    """Like needle_chat(), but with RULER's needles, in a text or in a list of needles alone.
+
+    A question often asks for several keys. The document has about n_tokens; chars is the number of
+    characters of the book per token.
+    """
     kind = len(PLAIN) + int(rng.choice(len(MAGIC), p=[0.5, 0.25, 0.25]))
     (sample,) = sentences(make_facts(1, words, rng, [kind])[0]._replace(values=("",)), rng)
     size = len(encode(sample)[0]) + VALUE_TOKENS[MAGIC[kind - len(PLAIN)].value]
@@ -329,7 +331,7 @@ def small_talk(rng: Generator) -> list[Piece]:
 
 
 def story_chat(book: Book, n_chars: int, rng: Generator) -> list[Piece]:
-    """Asked for a story, or to continue one."""
+    """Make a request for a story, or to continue one, with its answer."""
     text, ends = cut(book, n_chars, rng)
     if len(ends) > 4 and rng.random() < 0.5:
         end = int(ends[rng.integers(1, len(ends) // 2 + 1)])
@@ -341,7 +343,7 @@ def story_chat(book: Book, n_chars: int, rng: Generator) -> list[Piece]:
 
 
 def encode_pieces(pieces: Sequence[Piece], encode: Encode) -> tuple[np.ndarray, np.ndarray]:
-    """ids and loss weights [n]: a token has the weight of its last character."""
+    """Return ids and loss weights [n]. A token has the weight of its last character."""
     ids, ends = encode("".join(text for text, _ in pieces))
     borders = np.cumsum([len(text) for text, _ in pieces])
     weights = np.array([weight for _, weight in pieces], np.float32)
@@ -350,8 +352,11 @@ def encode_pieces(pieces: Sequence[Piece], encode: Encode) -> tuple[np.ndarray, 
 
 
 def repeated_tokens(length: int, n_vocab: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random tokens, repeated: nothing but looking back tells what comes next. In half of the rows
-    they are of few kinds, so that one token before does not tell which place is meant."""
+    """Repeat random tokens, which can only be predicted by looking back.
+
+    In half of the rows there are few different tokens, so that one token is not enough to identify
+    the position.
+    """
     longest = max(9, length // 2)
     period = int(np.exp(rng.uniform(np.log(8), np.log(longest))))
     kinds = np.arange(len(SPECIALS), n_vocab)
@@ -370,9 +375,14 @@ def repeated_tokens(length: int, n_vocab: int, rng: Generator) -> tuple[np.ndarr
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the rows; the rest are needle chats, the share `odd` of them about texts that are
-    no plain English: words in any order, a few sentences again and again, and the share `magic` in
-    RULER's words. exact: see facts.draw_wording."""
+    """The shares of the kinds of rows. The rest are needle chats.
+
+    Attributes:
+        odd: share of needle chats about texts other than plain English: words in random order, or
+            a few sentences repeated.
+        magic: share of needle chats with RULER's needles.
+        exact: see facts.draw_wording().
+    """
 
     books: float = 0.10
     stories: float = 0.05
@@ -395,7 +405,7 @@ class Rows:
         self.chars = len(sample) / len(encode(sample)[0])  # per token
 
     def batch(self, step: int, batch: int, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
-        """ids int32 and weights f32, both [batch, length + 1]."""
+        """Make ids int32 and weights f32, both [batch, length + 1]."""
         ids, weights = [], []
         for i in range(batch):
             rng = np.random.default_rng([self.seed, step, i])
@@ -405,7 +415,7 @@ class Rows:
         return np.stack(ids), np.stack(weights)
 
     def row(self, rng: Generator, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
-        """Documents one after the other until the row is full."""
+        """Concatenate documents until the row is full."""
         draw = rng.random()
         if draw < mix.repeats:
             return repeated_tokens(length, self.n_vocab, rng)
@@ -420,7 +430,7 @@ class Rows:
         return ids, weights
 
     def document(self, rng: Generator, n_tokens: int, draw: float, mix: Mix) -> list[Piece]:
-        """A book, a story or a needle chat of about n_tokens, by draw from 0 to 1."""
+        """Make a book, a story or a needle chat of about n_tokens. draw, from 0 to 1, chooses."""
         book = self.books[rng.choice(len(self.books), p=self.share)]
         n_chars = int(n_tokens * self.chars)
         if draw < mix.books:
@@ -431,8 +441,8 @@ class Rows:
             n_tokens = int(rng.uniform(min(128, n_tokens), n_tokens))
         if mix.magic and rng.random() < mix.magic:
             return magic_chat(self.encode, book, n_tokens, self.chars, self.words, rng)
-        # up to 40 facts: many in little text teach which value belongs to which key, few in much
-        # text to find it; a fact and its question take about 50 tokens
+        # Use up to 40 facts. Many facts in a short text teach which value belongs to which key, and
+        # few in a long text teach finding it. A fact and its question take about 50 tokens.
         most = min(40, max(1, n_tokens // 50))
         n_facts = int(rng.integers(1, most + 1))
         facts = make_facts(n_facts, self.words, rng)
@@ -455,8 +465,10 @@ class Rows:
 def test_document(
     rows: Rows, rng: Generator, length: int, n_facts: int, reworded: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One question about one of n facts of a kind in a text of about `length` tokens; weights are
-    those of the answer. Not longer than length."""
+    """Make a question about one of n facts of a kind, in a text of at most `length` tokens.
+
+    The weights are those of the answer.
+    """
     book = rows.books[rng.integers(len(rows.books))]
 
     def wording(fact: Fact) -> int:

@@ -1,10 +1,10 @@
-"""Makes a GGUF of a trained model, with a profile by the project's own converter.
+"""Write a trained model as a GGUF file with a profile.
 
     python models/export.py RUN OUT.gguf [--type q8_0]
 
-RUN is the folder that train.py wrote to. The heads are measured with `razor-local convert`, the
-window fits the length the model was trained to: the 4,000 tokens of the paper are as long as this
-model's texts, nothing would be folded.
+RUN is the folder that train.py wrote to. `razor-local convert` measures the heads. The window
+depends on the length of the training texts, because the paper's 4,000 tokens are as long as these
+texts and nothing would be folded.
 """
 
 from __future__ import annotations
@@ -45,15 +45,14 @@ NAMES = {
 
 
 def pairs_together(weight: np.ndarray, n_head: int) -> np.ndarray:
-    """Rows of q or k for llama.cpp's RoPE of this architecture, which rotates neighbours where
-    PyTorch's rotates halves."""
+    """Reorder rows of q or k for llama.cpp's RoPE, which rotates neighbors instead of halves."""
     rows, columns = weight.shape
     halves = weight.reshape(n_head, 2, rows // n_head // 2, columns)
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
 
 def tensors(state: dict[str, torch.Tensor], shape: Shape) -> dict[str, np.ndarray]:
-    """Name in the GGUF -> float32 array."""
+    """Return the float32 arrays by their names in the GGUF."""
     weights = {name: value.float().cpu().numpy() for name, value in state.items()}
     out = {
         "token_embd.weight": weights["embed.weight"],
@@ -71,7 +70,7 @@ def tensors(state: dict[str, torch.Tensor], shape: Shape) -> dict[str, np.ndarra
 
 
 def write_gguf(run: dict, tokenizer: dict, out: Path, type_name: str, name: str) -> None:
-    """run: what train.py saved in model/; tokenizer: the parsed tokenizer.json."""
+    """Write the GGUF. run: the content of model/ from train.py; tokenizer: the parsed JSON."""
     shape = Shape(**run["shape"])
     kind, file_type = TYPES[type_name]
     n_parameters = sum(value.numel() for value in run["model"].values())
@@ -133,7 +132,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, n_vocab: int) -> Non
 
 
 def convert(model: Path, out: Path) -> None:
-    """The profile: the heads that razor-local chooses, and a window of an eighth of the context."""
+    """Add a profile with the heads that razor-local chooses and a window of 1/8 of the context."""
     command = [str(Path(sys.executable).with_name("razor-local")), "convert", str(model)]
     command += ["-o", str(out), "--force", "--window-min", "256"]
     subprocess.run([*command, "--window-divisor", str(WINDOW_DIVISOR)], check=True)

@@ -319,7 +319,7 @@ KINDS = PLAIN + MAGIC
 
 
 def made_up_name(rng: Generator) -> str:
-    """A name nobody has: two or three syllables."""
+    """Make up a name of two or three syllables."""
     parts = []
     for _ in range(rng.integers(2, 4)):
         parts.append(HEADS[rng.integers(len(HEADS))] + HEARTS[rng.integers(len(HEARTS))])
@@ -361,8 +361,11 @@ def make_value(kind: Kind, words: Sequence[str], rng: Generator) -> str:
 def make_facts(
     n: int, words: Sequence[str], rng: Generator, kinds: Sequence[int] | None = None
 ) -> list[Fact]:
-    """n facts with different keys, so that every question has one answer; most often of one kind,
-    so that the key decides. kinds: places in KINDS, those of PLAIN without."""
+    """Make n facts with different keys, so that every question has one answer.
+
+    They are usually of one kind, so that the key decides. kinds: indices into KINDS, by default
+    those of PLAIN.
+    """
     facts: list[Fact] = []
     taken: set[str] = set()
     kinds = range(len(PLAIN)) if kinds is None else kinds
@@ -391,7 +394,7 @@ def draw_wording(n: int, rng: Generator, exact: float) -> int:
 
 
 def sentences(fact: Fact, rng: Generator, exact: float = EXACT) -> list[str]:
-    """The sentences to hide in a text: one for each value."""
+    """Return the sentences to hide in a text, one for each value."""
     wordings = KINDS[fact.kind].facts
     wording = draw_wording(len(wordings), rng, exact)
     return [wordings[wording].format(k=fact.key, v=v, o=fact.thing) for v in fact.values]
@@ -406,13 +409,13 @@ def question(fact: Fact, rng: Generator, wording: int | None = None, exact: floa
 
 
 def question_joint(facts: Sequence[Fact]) -> str:
-    """For the values of several facts of one kind that has such a question."""
+    """Ask for the values of several facts of a kind that has a joint question."""
     *names, last = [fact.key for fact in facts]
     return KINDS[facts[0].kind].question_joint.format(k=f"{', '.join(names)} and {last}")
 
 
 def answer(fact: Fact) -> list[tuple[str, bool]]:
-    """Pieces of the answer, each with whether it is (part of) the value."""
+    """Return the pieces of the answer, each with whether it is (part of) the value."""
     kind = KINDS[fact.kind]
     pattern = kind.answer if len(fact.values) == 1 else kind.answer_many
     before, after = pattern.split("{v}")

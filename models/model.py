@@ -1,4 +1,4 @@
-"""The model in PyTorch: llama as llama.cpp runs it, small enough to read at a glance."""
+"""The model in PyTorch: the llama architecture as llama.cpp runs it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.down = nn.Linear(shape.n_ff, d, bias=False)
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [batch, query heads, tokens, head_dim], k and v repeated for their group."""
+        """Return q, k, v [batch, query heads, tokens, head_dim], k and v repeated per group."""
         s = self.shape
         b, n, _ = x.shape
         x = self.attn_norm(x)
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on halves; export.py reorders the rows of q and k for llama.cpp's pairs."""
+    """Apply RoPE to halves. export.py reorders the rows of q and k for llama.cpp's pairs."""
     a, b = x.float().chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -80,10 +80,13 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Embeddings N(0, 1) with one constant dimension: a direction in which attention can
-        look at positions alone, without which previous-token heads form very slowly. What writes
-        to the residual stream starts small. The head starts as small embeddings, so that a copied
-        token is a step towards saying it: induction forms earlier than from a head of 0."""
+        """Initialize the parameters.
+
+        Embeddings are N(0, 1) with one constant dimension, which lets attention depend on positions
+        alone. Without it previous-token heads form very slowly. Layers that write to the residual
+        stream start small. The head starts as small embeddings, so that copying a token already
+        raises its logit: induction forms earlier than with a head of 0.
+        """
         self.embed.weight.normal_(generator=generator)
         self.embed.weight[:, 0] = BIAS
         self.head.weight.copy_(HEAD * self.embed.weight)
@@ -96,8 +99,10 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def seed_previous(self, offsets: tuple[int, ...]) -> None:
-        """Query heads of layer 0 that look `offsets` tokens back, in the constant direction and the
-        fast halves of RoPE. No other head is seeded."""
+        """Initialize query heads of layer 0 to attend `offsets` tokens back.
+
+        They use the constant direction and the fast half of RoPE.
+        """
         shape, block = self.shape, self.blocks[0]
         half, group = shape.head_dim // 2, shape.n_head // shape.n_head_kv
         fast = torch.arange(half // 2)
@@ -113,9 +118,12 @@ class Llama(nn.Module):
             k[head // group, fast, 0] = strength
 
     def rope(self, n: int, device=None) -> tuple[Tensor, Tensor]:
-        """cos and sin [tokens, head_dim / 2]: the faster half of the pairs turns, by a whole turn
-        within 500 tokens, the other half stands still. So no angle is new in a text longer than
-        those of the training, and half of a head compares contents at any distance."""
+        """Return cos and sin [tokens, head_dim / 2].
+
+        The faster half of the pairs makes a full turn within 500 tokens, and the other half does
+        not rotate. Longer texts than those of the training therefore have no new angles, and half
+        of a head compares contents at any distance.
+        """
         half, base = self.shape.head_dim // 2, self.shape.rope_base
         frequency = base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
         frequency[half // 2 :] = 0
@@ -123,15 +131,14 @@ class Llama(nn.Module):
         return angle.cos().float(), angle.sin().float()
 
     def forward(self, ids: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[batch, tokens] -> states before the head [batch, tokens, n_embd]; cos and sin of
-        rope()."""
+        """Return the states before the head, [batch, tokens, n_embd]. cos, sin: from rope()."""
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.norm(x)
 
     def loss(self, ids: Tensor, weights: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Weighted mean cross-entropy of ids[:, 1:]; both [batch, tokens + 1]."""
+        """Return the weighted mean cross-entropy of ids[:, 1:]; both are [batch, tokens + 1]."""
         logits = self.head(self(ids[:, :-1], cos, sin)).float()
         losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         weights = weights[:, 1:].flatten()
@@ -139,7 +146,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def attention(self, ids: Tensor, see: Callable[[int, Tensor], None]) -> None:
-        """Gives see(layer, attention after softmax [batch, heads, tokens, tokens])."""
+        """Call see(layer, attention) with the attention, [batch, heads, tokens, tokens]."""
         n = ids.shape[1]
         cos, sin = self.rope(n, ids.device)
         future = torch.ones(n, n, dtype=torch.bool, device=ids.device).triu(1)
@@ -151,7 +158,7 @@ class Llama(nn.Module):
             x = block(x, cos, sin)
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        """Matrices, embeddings, all else."""
+        """Return the matrices, the embeddings and all other parameters."""
         matrices = [p for block in self.blocks for p in block.parameters() if p.ndim == 2]
         known = {id(p) for p in matrices} | {id(self.embed.weight)}
         return (

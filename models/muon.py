@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is made orthogonal (https://kellerjordan.github.io/posts/muon)."""
+"""Muon: momentum with orthogonalized updates (https://kellerjordan.github.io/posts/muon)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from torch import Tensor
 
 
 def has_bf16(device: str) -> bool:
-    """Whether matrix products in bf16 are faster than in fp32: on CUDA and on CPUs with
-    instructions for them (1.4 times the steps there)."""
+    """Return True if matrix products are faster in bf16 than in fp32.
+
+    This is so on CUDA, and on CPUs with instructions for them (1.4 times as many steps).
+    """
     return device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """About U V' of the singular value decomposition of each matrix of g [n, rows, columns], by
-    Newton-Schulz steps with the coefficients of the post above."""
+    """Approximate U V' of the singular value decomposition of each matrix of g [n, rows, columns].
+
+    This takes Newton-Schulz steps with the coefficients of the post above.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if has_bf16(g.device.type) else g.float()
     tall = x.shape[-2] > x.shape[-1]
@@ -30,7 +34,7 @@ def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices; those of one shape are made orthogonal together."""
+    """The optimizer of matrices. Those of one shape are orthogonalized together."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})

@@ -1,10 +1,10 @@
-"""Trains the model.
+"""Train the model.
 
     python models/train.py TEXTS RUN --preset cpu
     python models/train.py TEXTS LONGER --preset cpu-long --start RUN
 
-TEXTS is a folder of public-domain .txt files, RUN a folder for tokenizer.json, train.log,
-checkpoint/ (the same command goes on from there) and at the end model/, which export.py reads.
+TEXTS is a folder of public-domain .txt files. RUN is a folder for tokenizer.json, train.log,
+checkpoint/ (from which the same command resumes) and finally model/, which export.py reads.
 """
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Preset:
-    """A training, all of it but the texts.
+    """All settings of a training except the texts.
 
-    previous: query heads of layer 0 seeded to look 1, 2, ... tokens back; all other heads are
-    found by training. muon: learning rate of matrices; adam: of all else, 5 times that for the
-    embeddings. warm_up: steps. decay: the share of the tokens at the end over which the rates
-    fall to 0; power: of what is left of it (2: a parabola).
+    Attributes:
+        previous: number of query heads of layer 0 that are initialized to attend 1, 2, ... tokens
+            back. All other heads form by training.
+        muon: learning rate of matrices.
+        adam: learning rate of all other parameters; embeddings have 5 times this rate.
+        warm_up: steps until the full rate.
+        decay: share of the tokens, at the end, over which the rates fall to 0.
+        power: exponent of this fall (2: a parabola).
     """
 
     shape: Shape
@@ -61,11 +65,11 @@ class Preset:
 
 
 M = 1e6
-# Heads that look for repetitions form on repetitions within 350,000 tokens; in the mix they had not
-# after a million. All else is learned on top of them.
+# On repetitions alone, induction heads form within 350,000 tokens. In the mix they had not formed
+# after a million. Everything else is learned on top of them.
 REPETITIONS = Mix(repeats=0.85, books=0.05, stories=0.0)
 LONG = Mix(repeats=0.12, books=0.08, odd=0.25)
-# With one row a step, every row counts as much as a whole batch of short ones.
+# With one row per step, a row counts as much as a whole batch of short rows.
 FACTS = Mix(repeats=0.08, books=0.04, stories=0.03, odd=0.2)
 # More questions in other words than the facts', and RULER's needles.
 ALL = Mix(repeats=0.06, books=0.04, stories=0.03, odd=0.2, magic=0.35, exact=0.45)
@@ -93,7 +97,7 @@ PRESETS = {
         decay=0.92,
         power=3,
     ),
-    # goes on from a model of `cpu`, whose rates are all but 0 when the long texts come
+    # continues a model of `cpu`, whose rates are almost 0 when the long texts begin
     "cpu-long": Preset(
         shape=Shape(1024, n_layer=6, n_ff=384),
         stages=(
@@ -134,15 +138,15 @@ PRESETS["cpu-ruler"] = replace(
 )
 GOES_ON = {"cpu-long", "cpu-ruler"}  # presets whose rates are for a trained model
 
-# What cpu-short shall reach: values found at 256 tokens, one fact, asked in its own words.
+# the goal of cpu-short: values found at 256 tokens, for one fact and a question in its words
 SHORT_FIGURE = 0.5
 
 
 class Schedule:
-    """Where a training stands: the part done decides the stage and the learning rates.
+    """The stage and the learning rates of a training, which depend on the part done.
 
     The part is that of the preset's tokens or, with `minutes`, that of the time, so that a
-    training ends when it must on a machine of unknown speed.
+    training ends on time on a machine of unknown speed.
     """
 
     def __init__(self, preset: Preset, minutes: float | None):
@@ -158,7 +162,7 @@ class Schedule:
         return self.preset.stages[min(i, len(self.ends) - 1)]
 
     def rate(self, part: float, step: int) -> float:
-        """Factor of all learning rates: up, constant, and down to 0 as a power of what is left."""
+        """Return the factor of all learning rates, which rises, stays constant and falls to 0."""
         up = min(1.0, (step + 1) / self.preset.warm_up)
         return up * min(1.0, max(0.0, 1 - part) / self.preset.decay) ** self.preset.power
 
@@ -176,9 +180,11 @@ def needle(
     n: int = 20,
     seed: int = 99,
 ) -> tuple[float, float]:
-    """Of n texts of `length` tokens with n_facts facts of a kind and one question: (answers right
-    in every token, values right), as greedy decoding would say them: all tokens of a right answer
-    are the likeliest after those before."""
+    """Ask one question about each of n texts of `length` tokens with n_facts facts of a kind.
+
+    Returns the share of answers that greedy decoding would give, and the share of correct values:
+    every token must be the most likely one after the tokens before it.
+    """
     device = model.embed.weight.device
     cos, sin = model.rope(length, device)
     whole = values = 0
@@ -196,8 +202,10 @@ def needle(
 
 @torch.no_grad()
 def induction(model: Llama, period: int = 64, repeats: int = 4) -> np.ndarray:
-    """[layer, query head]: attention paid to the tokens behind earlier copies, on random tokens
-    that repeat; the mean over queries, between 0 and 1."""
+    """Return the induction score of each head on repeated random tokens: [layer, query head].
+
+    It is the attention to the tokens after earlier copies, as a mean over queries from 0 to 1.
+    """
     block = np.random.default_rng(5).integers(3, model.shape.n_vocab, (2, period))
     ids = torch.from_numpy(np.tile(block, (1, repeats))).to(model.embed.weight.device)
     n = period * repeats
@@ -214,7 +222,7 @@ def induction(model: Llama, period: int = 64, repeats: int = 4) -> np.ndarray:
 
 
 def measure(model: Llama, rows: Rows, stage: Stage, n: int) -> str:
-    """A line for the log: whole answer / value right by number of facts, r: reworded."""
+    """Return a log line: correct answers / values by number of facts (r: reworded)."""
     parts = [f"needle at {stage.length}:"]
     for n_facts in (1, 2, 8):
         if stage.length >= 100 * n_facts:
@@ -229,11 +237,11 @@ def measure(model: Llama, rows: Rows, stage: Stage, n: int) -> str:
 
 # ---- files -----------------------------------------------------------------------------------
 
-PART = 15 << 20  # bytes: files that any mail, repository or device machine takes
+PART = 15 << 20  # bytes of a file, below the limits of mail and repositories
 
 
 def save(folder: Path, value: object) -> None:
-    """A torch file in parts; complete or not there at all."""
+    """Save a torch file in parts, completely or not at all."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     data = buffer.getbuffer()
@@ -250,7 +258,7 @@ def save(folder: Path, value: object) -> None:
 
 
 def load(folder: Path, device: str = "cpu") -> dict:
-    """What save() saved."""
+    """Load the result of save()."""
     data = b"".join(part.read_bytes() for part in sorted(folder.glob("part-*")))
     return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
 
@@ -277,7 +285,7 @@ def _work(step: int, stage: Stage) -> Batch:
 
 
 def training_rows(texts: Path, tokenizer: Path, preset: Preset) -> tuple[Rows, Rows]:
-    """Rows of the books to train on, and of the book held out."""
+    """Make the rows of the training books, and those of the book that is held out."""
     from tokenizers import Tokenizer
 
     train, held_out = split_books(load_books(texts))
@@ -292,7 +300,7 @@ def training_rows(texts: Path, tokenizer: Path, preset: Preset) -> tuple[Rows, R
 
 
 class Training:
-    """Model, optimizers and where they stand."""
+    """The model, its optimizers and the progress of the training."""
 
     def __init__(self, preset: Preset, device: str):
         self.preset, self.device = preset, device
@@ -313,14 +321,14 @@ class Training:
             for group in optimizer.param_groups:
                 group["full_lr"] = group["lr"]
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        # compiling takes a minute a length on a CPU and gains a tenth
+        # On a CPU compiling takes a minute per length and saves only a tenth of the time.
         self.loss = (
             self.model.loss if device == "cpu" else torch.compile(self.model.loss, dynamic=False)
         )
         self.rope = self.model.rope(preset.stages[0].length, device)
 
     def learn(self, batch: Batch, stage: Stage, rate: float):
-        """One step; returns the loss before it."""
+        """Take one step and return the loss before it."""
         ids, weights = batch
         if len(self.rope[0]) != stage.length:
             self.rope = self.model.rope(stage.length, self.device)
@@ -358,8 +366,11 @@ class Training:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
 
     def go_on_from(self, state: dict) -> None:
-        """From the end of another training: its steps count on, so that no row comes twice, at
-        this preset's rates. Raises ValueError where the model has another shape."""
+        """Continue from the end of another training, at this preset's rates.
+
+        The count of steps continues, so that no row is used twice. Raises ValueError if the model
+        has another shape.
+        """
         shapes = [
             {name: value.shape for name, value in model.items()}
             for model in (self.model.state_dict(), state["model"])
@@ -377,7 +388,7 @@ class Training:
 def batches(
     training: Training, schedule: Schedule, make: Callable[[int, Stage], Future], ahead: int
 ) -> Iterator[tuple[Batch, Stage]]:
-    """Batches of the stage the training is in, made some steps ahead by workers; ends with it."""
+    """Yield the batches of the current stage, made some steps ahead by workers, until it ends."""
     waiting: deque[tuple[Future, Stage]] = deque()
     step, tokens = training.step, training.tokens
     while True:
@@ -414,9 +425,12 @@ def train(
     start: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Training:
-    """Trains, or goes on; returns when done or, with a checkpoint, after leave_after minutes.
+    """Train from the start or from a checkpoint.
 
-    start: the run of another preset of the same shape, whose end is the beginning of this one."""
+    Args:
+        leave_after: minutes after which to stop with a checkpoint.
+        start: the run of another preset of the same shape, from whose end to continue.
+    """
     run.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(preset.seed)
@@ -431,7 +445,7 @@ def train(
         try:
             training.go_on_from(load(start / "checkpoint", device))
         except ValueError as error:
-            raise SystemExit(f"cannot go on from {start}: {error}") from error
+            raise SystemExit(f"cannot continue from {start}: {error}") from error
     n_parameters = sum(p.numel() for p in training.model.parameters())
     precision = "bf16" if has_bf16(device) else "fp32"
     threads = torch.get_num_threads()
@@ -496,7 +510,7 @@ def train(
 
 
 def changed(preset: Preset, settings: list[str]) -> Preset:
-    """The preset with NAME=VALUE of its own fields or those of its shape."""
+    """Return the preset with changed fields, given as NAME=VALUE, of itself or its shape."""
     for setting in settings:
         name, _, value = setting.partition("=")
         for field, owner in (("shape", preset.shape), ("", preset)):

@@ -1,8 +1,8 @@
 // Fuzz target of the native cache: a random plan, then random operations on a context that runs it.
 //
-// A finding is a report of a sanitizer, an assertion of the library, statistics that disagree with what was done, or
-// wrong logits: those of the same tokens evaluated in one go by a fresh context (that these are right is what
-// test_native_reference.py shows) and, after a saved state was loaded, the very same bits.
+// A finding is a report of a sanitizer, an assertion of the library, statistics that disagree with the operations, or
+// wrong logits. Logits must equal those of a new context that evaluates the same tokens at once (test_native_reference.py
+// shows that these are right). After a saved state was loaded, they must be bit-identical.
 //
 // RAZOR_FUZZ_MODELS: folder with the models. RAZOR_FUZZ_VERBOSE: what is done, and the largest differences of logits.
 // Built and run by tests/tools/sanitizers.py; with RAZOR_FUZZ_THREADS for ThreadSanitizer, without libFuzzer.

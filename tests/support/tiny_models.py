@@ -173,7 +173,7 @@ def razor_kv(
     window_divisor: int = 5,
     compensation: bool = True,
 ) -> dict[str, tuple[Any, GGUFValueType]]:
-    """The razor.* metadata of a profile with this mask (one row of 0/1 per layer)."""
+    """Return the razor.* metadata of a profile with this mask (one row of 0/1 per layer)."""
     u32 = GGUFValueType.UINT32
     return {
         "razor.version": (1, u32),
@@ -187,7 +187,7 @@ def razor_kv(
 
 
 def flat_mask(mask: Sequence[Sequence[int]]) -> np.ndarray:
-    """Layer-major uint8 array of a mask given as one row per layer."""
+    """Flatten a mask of one row per layer into a layer-major uint8 array."""
     return np.concatenate([np.asarray(row, np.uint8) for row in mask])
 
 
@@ -198,8 +198,11 @@ def write_gguf(
     tensors: Iterable[tuple[str, np.ndarray, GGMLQuantizationType | None]],
     **split: Any,
 ) -> Path:
-    """Write a GGUF file. A value of type ARRAY may be bytes (uint8[]), a numpy array of any
-    supported element type, or a list. split: options of GGUFWriter that write several files."""
+    """Write a GGUF file.
+
+    A value of type ARRAY may be bytes (uint8[]), a numpy array of a supported type, or a list.
+    split: options of GGUFWriter that write several files.
+    """
     path = Path(path)
     writer = GGUFWriter(path, arch, **split)
     for key, (value, vtype) in kv.items():
@@ -244,7 +247,7 @@ def make_model(
 def make_split_model(
     folder: Path, spec: TinySpec, max_tensors: int = 12, tensors_in_first: bool = True
 ) -> Path:
-    """The model of a spec in files of at most max_tensors tensors; the path of the first file."""
+    """Write the model of a spec in files of at most max_tensors tensors. Return the first path."""
     tensors = [(name, data, None) for name, data in make_weights(spec).items()]
     write_gguf(
         folder / "split.gguf",
@@ -259,6 +262,6 @@ def make_split_model(
 
 
 def with_kv_heads(spec: TinySpec, grouping: str) -> TinySpec:
-    """The spec with as many KV heads as query heads (mha), half as many (gqa) or one (mqa)."""
+    """Set the number of KV heads to that of query heads (mha), half of it (gqa), or 1 (mqa)."""
     n_head_kv = {"mha": spec.n_head, "gqa": max(1, spec.n_head // 2), "mqa": 1}[grouping]
     return replace(spec, n_head_kv=n_head_kv)

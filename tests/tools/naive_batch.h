@@ -1,7 +1,7 @@
 #pragma once
 
-// Attention of a batch (native/src/ggml-razor.h) on CPUs, as plainly as it can be written and in double: it shows what the
-// arrays say that only GPUs are given. Included by a copy of llama-razor-device.cpp (NAIVE in tests/tools/broken_builds.py).
+// Attention of a batch (native/src/ggml-razor.h) on CPUs, as simple as possible and in double. It tests the arrays that
+// otherwise only GPUs read. Included by a copy of llama-razor-device.cpp (NAIVE in tests/tools/broken_builds.py).
 
 #include "ggml-razor.h"
 
