@@ -76,10 +76,10 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.norm = nn.RMSNorm(shape.n_embd, shape.norm_eps)
         self.head = nn.Linear(shape.n_embd, shape.n_vocab, bias=False)
-        self.initialise(torch.Generator().manual_seed(seed))
+        self.initialize(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Initialize the parameters.
 
         Embeddings are N(0, 1) with one constant dimension, which lets attention depend on positions

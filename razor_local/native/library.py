@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 API_VERSION = 3  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
-REINSTALL = "reinstall razor-local ('razor-local doctor' tells more)"
+REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
 
 
 # name: (argument types, result type)

@@ -237,7 +237,7 @@ def adversary(
     """
     rng, d = np.random.default_rng(seed), spec.n_embd
     # q and k are affine in z: evaluate the model to find the maps.
-    centre = np.eye(d) - (0 if spec.arch in RMS else 1 / d)
+    center = np.eye(d) - (0 if spec.arch in RMS else 1 / d)
     blk = f"blk.{il}.attn"
     gamma, b = weights[f"{blk}_norm.weight"], weights.get(f"{blk}_norm.bias", np.zeros(d))
     if f"{blk}_qkv.weight" in weights:
@@ -250,7 +250,7 @@ def adversary(
     w_q, c_q = w_q[ih * size : (ih + 1) * size], c_q[ih * size : (ih + 1) * size]
     w_k = w_k[kv * size : (kv + 1) * size]
     scale = 1 / (size if spec.arch == "jais" else size**0.5)
-    q_map, k_map = scale * w_q * gamma @ centre, w_k * gamma @ centre
+    q_map, k_map = scale * w_q * gamma @ center, w_k * gamma @ center
     matrix, constant = q_map.T @ k_map, k_map.T @ (scale * (w_q @ b + c_q))
     radius, step = d**0.5, 0.3 / max(np.linalg.norm(matrix, 2), 1e-9)
     best = (-np.inf, np.zeros(d))

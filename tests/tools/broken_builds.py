@@ -129,7 +129,7 @@ BREAKS = [
     Break("folded-miscounted", RAZOR, "res.n_folded   = res.frontier - kv->get_plan().sink_tokens;", "res.n_folded   = res.frontier;", "test_sequence_statistics"),
     Break("active-without-saving", PLAN, "if (!any_local || plan.cells >= plan.n_ctx) {", "if (false) {", "test_window_that_saves_nothing test_window_that_saves_nothing_is_bit_identical_to_stock test_all_retrieval_heads_are_bit_identical_to_stock"),
     Break("nothing-saved-not-noticed", PLAN, "|| plan.cells >= plan.n_ctx", "|| plan.cells + 256 >= plan.n_ctx", "test_least_that_is_saved"),
-    # stock behaviour
+    # stock behavior
     Break("razor-without-metadata", PROFILE, "    if (!any) {\n        return nullptr;\n    }", "    if (!any) {\n        auto res = std::make_shared<llama_razor_profile>();\n        res->window_min = 32;\n        res->window_divisor = 0;\n        res->retrieval.resize(llama_razor_n_kv_heads(hparams));\n        return res;\n    }",
           "test_supported_arch_without_metadata test_other_arch_without_metadata test_two_sequences_without_metadata test_rollback_and_state_without_metadata"),
     Break("switch-ignored", PROFILE, 'return env && strcmp(env, "") != 0 && strcmp(env, "0") != 0;', "(void) env; return false;", "test_environment_switch test_switched_off_malformed_metadata_is_not_read"),
