@@ -400,7 +400,7 @@ def test_the_command(tmp_path) -> None:
         ({"text": "too short"}, "needs 321 tokens"),
         ({"text": "short", "n_tokens": 400}, "tokens, expected at least 400"),
         ({"type_v": "q8_0", "flash_attn": False}, "a quantized V cache (q8_0) needs flash"),
-        ({"n_batch": 8, "n_ubatch": 16}, "the batch is 8 and the ubatch 16 tokens"),
+        ({"n_batch": 8, "n_ubatch": 16}, "the batch has 8 tokens and the ubatch 16"),
     ],
 )
 def test_what_cannot_be_verified_is_refused(options: dict, sentence: str) -> None:
