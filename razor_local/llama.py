@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import evaluation, native, sampling
+from .common.machine import n_cores
 from .common.progress import Progress, Stop
 from .completion import complete
 from .completion_request import read_chat_request
@@ -67,7 +68,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         trained length for the memory that is free now, of which fit.MARGIN stays free (adapters
         are not counted).
 
-    Other defaults than the base class: flash_attn=True, n_gpu_layers=-1 (all), verbose=False.
+    Other defaults than the base class: flash_attn=True, n_gpu_layers=-1 (all), n_threads and
+    n_threads_batch (physical cores), verbose=False.
 
     One request at a time: a call, or a generator (a stream of chunks too) from its first value
     until it is exhausted or closed. Another request meanwhile, from any thread, a callback or a
@@ -135,6 +137,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._abort_callback: Any = None  # of prefill(); lives as long as it may be called
         kwargs["n_gpu_layers"] = n_gpu_layers
         refuse_arguments(os.fspath(model_path), n_ctx, kwargs)
+        kwargs["n_threads"] = kwargs.get("n_threads") or n_cores()
+        kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
         type_k, type_v = type_name(type_k), type_name(type_v)
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache

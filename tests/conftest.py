@@ -15,6 +15,9 @@ from tests.support import native_build, tiny_models
 
 NATIVE = Path(__file__).parent / "native"
 
+# threads of several test processes share the cores; OpenMP reads this when the library is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -86,7 +86,9 @@ Examples:
     show_default=True,
     help="Time limit of one measurement in seconds; slow caches get fewer turns, but at least 5.",
 )
-@click.option("-t", "--threads", type=THREADS, help="Number of CPU threads.  [default: all cores]")
+@click.option(
+    "-t", "--threads", type=THREADS, help="Number of CPU threads.  [default: physical cores]"
+)
 @N_GPU_LAYERS
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(

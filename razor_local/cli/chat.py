@@ -59,7 +59,10 @@ a text with "The secret code of Marlow is 48213." somewhere in it, then ask
     "  [default: the largest up to 32768 and the trained length that fits]",
 )
 @N_GPU_LAYERS
-@click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
+@click.option(
+    "-t", "--threads", type=THREADS, metavar="N",
+    help="Number of CPU threads.  [default: physical cores]",
+)  # fmt: skip
 @BATCH_SIZE
 @UBATCH_SIZE
 @CACHE_TYPE_K

@@ -117,7 +117,7 @@ _MODEL_OPTIONS = (
         "--threads",
         type=THREADS,
         metavar="N",
-        help="Number of CPU threads.  [default: all cores]",
+        help="Number of CPU threads.  [default: physical cores]",
     ),
     click.option(
         "-s",

@@ -27,10 +27,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def n_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of physical cores that this process may use.
+
+    A second thread on the same core does not speed up what waits for memory.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(psutil.cpu_count(logical=False) or usable or 1, usable or 1)
 
 
 def free_memory() -> int:

@@ -804,3 +804,14 @@ def test_retrieval_is_an_alias_of_budget():
     assert plans[0] == plans[1] and plans[0].retrieval_kv_heads == 12
     with pytest.raises(UnsupportedError, match="are the same option; pass budget alone"):
         Llama(DEFAULT_MODEL, budget=0.5, retrieval=0.5)
+
+
+def test_threads_are_the_physical_cores_unless_they_are_given():
+    from razor_local.common.machine import n_cores
+
+    with closing(Llama(DEFAULT_MODEL, n_ctx=256)) as llama:
+        assert llama.n_threads == llama.n_threads_batch == n_cores()
+    with closing(Llama(DEFAULT_MODEL, n_ctx=256, n_threads=3)) as llama:
+        assert llama.n_threads == llama.n_threads_batch == 3
+    with closing(Llama(DEFAULT_MODEL, n_ctx=256, n_threads=1, n_threads_batch=2)) as llama:
+        assert (llama.n_threads, llama.n_threads_batch) == (1, 2)

@@ -9,18 +9,22 @@ A built-in model and a chat model give one picture each, docs/chat.png and docs/
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
+from random import Random
 
 import matplotlib
 import pyte
 from PIL import Image, ImageDraw, ImageFont
 
+from razor_local.evals.haystack import MadeText
 from tests.support.terminal import Terminal, terminal
-from tests.support.texts import FACT, QUESTION, text_with
+from tests.support.texts import FACT, QUESTION
 
 DOCS = Path(__file__).parents[2] / "docs"
 COLUMNS, LINES = 110, 40
 SECONDS = 6  # without output, after which an answer is complete
+N_SENTENCES = 230  # about 6,000 tokens of the built-in model
 SIZE = 15  # of the font, in pixels
 MARGIN = 12
 BACKGROUND, FOREGROUND = "#1e1e2e", "#cdd6f4"
@@ -78,7 +82,8 @@ def say(t: Terminal, text: str) -> None:
 def built_in(path: Path) -> None:
     with terminal(LINES=str(LINES), COLUMNS=str(COLUMNS)) as t:
         t.expect(">>>")
-        text = text_with(FACT, 4000, 1).replace(". ", ".\n")
+        pieces = list(islice(MadeText().pieces(Random(1)), N_SENTENCES))
+        text = "".join([*pieces[:100], FACT + " ", *pieces[100:]]).strip()
         t.send(f"\x1b[200~{text}\x1b[201~")
         say(t, QUESTION)
         say(t, "/context")

@@ -48,3 +48,13 @@ def test_a_build_that_does_not_use_a_card_says_so(cards, monkeypatch):
     assert "AMD GPU with 16 GiB; to use it, run 'export RAZOR_VULKAN=ON" in (
         doctor.unused_gpu("cpu,cuda") or ""
     )
+
+
+@pytest.mark.parametrize(
+    ("physical", "usable", "expected"), [(4, 8, 4), (8, 2, 2), (None, 3, 3), (None, None, 1)]
+)
+def test_threads_are_physical_cores_that_may_be_used(monkeypatch, physical, usable, expected):
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda logical: physical)
+    monkeypatch.delattr(machine.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: usable)
+    assert machine.n_cores() == expected
