@@ -116,7 +116,7 @@ class Journal:
         for name, here in identity(head).items():
             if json.loads(json.dumps(here)) != there[name]:
                 raise RazorError(
-                    f"{path} is from a run with another {name}; resume it with the same command,"
+                    f"{path} is from another run (different {name}); resume it with the same command,"
                     " code and machine, or choose a new file"
                 )
         try:

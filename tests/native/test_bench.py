@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,14 +190,14 @@ def test_kinds_can_be_measured_one_after_the_other(tiny, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("-r", "4"), "another settings"),
-        (("--window-min", "90"), "another model|another setup"),
+        (("-r", "4"), "different settings"),
+        (("--window-min", "90"), "different (model|setup)"),
     ],
 )
 def test_journal_of_another_run_is_refused(measured, change, message) -> None:
     before = (measured.folder / "run.jsonl").read_bytes()
     done = run(*measured.args, *change)
-    assert done.exit_code == 1 and "is of a run with" in done.output
+    assert done.exit_code == 1 and re.search(message, done.output)
     assert (measured.folder / "run.jsonl").read_bytes() == before
 
 
@@ -205,9 +206,7 @@ def test_other_files_are_no_journals(measured, tmp_path, text) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(text.encode("latin-1"))
     head = measured.report["head"]
-    with pytest.raises(
-        RazorError, match="is not a journal of a benchmark|is from a run with another"
-    ):
+    with pytest.raises(RazorError, match="is not a journal of a benchmark|is from another run"):
         open_journal(path, head)
     assert path.read_bytes() == text.encode("latin-1")
 
@@ -544,7 +543,7 @@ def test_too_little_memory_is_told_before_anything_is_loaded(tiny, monkeypatch, 
     monkeypatch.setattr(bench_module, "free_memory", lambda: 500 << 20)
     monkeypatch.setattr(bench_module, "Worker", None)
     journal = tmp_path / "run.jsonl"
-    with pytest.raises(RazorError, match="full caches of 1,024 tokens needs about 0.5 GiB of mem"):
+    with pytest.raises(RazorError, match="full caches of 1,024 tokens need about 0.5 GiB of mem"):
         run_bench(ModelSetup(str(tiny(SPEC, KV))), Settings((0,), n_ctx=1024), resume=journal)
     assert not journal.exists()
 

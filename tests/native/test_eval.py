@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_on_and_reports_the_same(needles, tmp_path) -> N
         assert report(*args, "--resume", journal) == found
         assert len(journal.read_text().splitlines()) == len(lines)
     other = run(*args, "--resume", journal, "--seed", 1)
-    assert other.exit_code == 1 and "is from a run with another" in other.output
+    assert other.exit_code == 1 and "is from another run" in other.output
 
 
 def test_stop_keeps_whole_answers(tmp_path) -> None:
@@ -437,7 +437,7 @@ def test_a_context_too_short_for_facts_is_noted(book) -> None:
         (["needle", "--plot", "a.bmp"], "is not the name of a picture"),
         (["needle", "-o", "/nowhere/run.json"], "the folder /nowhere does not exist"),
         (["needle", "--budget", "2"], "not in the range"),
-        (["needle", "--facts", "1"], "1 facts in a text"),
+        (["needle", "--facts", "1"], "facts in a text is 1"),
         (["ruler", "--tasks", "qa_1"], "'qa_1' is not a task of RULER"),
         (["perplexity"], "Missing option '--text'"),
         (["perplexity", "--text", "/nowhere.txt"], "/nowhere.txt: No such file"),
@@ -489,7 +489,7 @@ def test_a_journal_of_another_kind_is_refused(tmp_path) -> None:
     journal = tmp_path / "run.jsonl"
     journal.write_text('{"kind": "head", "version": 1}\n')
     done = run(*NEEDLE, "--policies", "full", "--resume", journal)
-    assert done.exit_code == 1 and "is from a run with another eval" in done.output
+    assert done.exit_code == 1 and "is from another run (different eval" in done.output
     journal.write_text("notes\n")
     done = run(*NEEDLE, "--policies", "full", "--resume", journal)
     assert done.exit_code == 1 and "is not a journal of an evaluation" in done.output
