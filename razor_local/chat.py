@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .common.progress import Progress, Stop
@@ -67,6 +67,7 @@ class Sampling:
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    repeat_penalty: float = 1.0
     seed: int | None = None
 
 
@@ -410,10 +411,10 @@ class Chat:
         s = self.sampling
         seed = (self._seed + self._n_turns) % 2**32
         self._n_turns += 1
-        options = {"temp": s.temp, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+        options: dict[str, Any] = asdict(s) | {"seed": seed}
         if self.grammar is not None:
             options["grammar"] = self.grammar
-        return model.generate(tokens, seed=seed, **options)
+        return model.generate(tokens, **options)
 
     def _rendered(self, messages: list[Message]) -> str:
         return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))

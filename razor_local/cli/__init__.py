@@ -13,6 +13,7 @@ import click
 
 from ..errors import RazorError, command_line
 from ..printable import printable
+from .parser import Group
 from .terminal import echo
 
 # command: what it is for; the code is in the file of the same name, as a click command of that name
@@ -45,7 +46,7 @@ OPTIONS = {
 }
 
 
-class _Group(click.Group):
+class _Group(Group):
     """Knows its commands without importing them, and turns our errors into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

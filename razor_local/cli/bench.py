@@ -22,6 +22,7 @@ from .params import (
     report_kind,
     write_report,
 )
+from .parser import Command
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Command, epilog=EPILOG)
 @model_argument()
 @click.option(
     "-d",

@@ -37,6 +37,7 @@ SETTINGS: dict[str, click.ParamType] = {
     "top_k": click.IntRange(0, 2**31 - 1),
     "top_p": Number(0, 1),
     "min_p": Number(0, 1),
+    "repeat_penalty": Number(0, min_open=True),
     "seed": click.IntRange(-1, 2**31 - 1),
     "predict": click.IntRange(-1, 2**31 - 1),
 }
@@ -406,7 +407,9 @@ COMMANDS = {
     "system": Command("/system [TEXT]", "show the system prompt, or set it", _system),
     "stats": Command("/stats", "device, memory, heads and speed", _stats),
     "context": Command("/context", "tokens used and left", _context),
-    "set": Command("/set [NAME VALUE]", f"show or set {', '.join(SETTINGS)}", _set, _settings),
+    "set": Command(
+        "/set [NAME VALUE]", "show the sampling options, or change one", _set, _settings
+    ),
     "json": Command(
         "/json SCHEMA|off", "answers in JSON that follows a schema or its file", _json, _schemas
     ),

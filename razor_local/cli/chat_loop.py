@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ from .chat_status import numbers
 from .terminal import echo, is_dumb, say, sentence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from ..chat import Chat
     from ..common.progress import Progress, Stop
@@ -23,12 +25,15 @@ if TYPE_CHECKING:
 FILLING = 0.9  # the part of the context from which on a note says so
 
 
-def converse(display: Display, session: str | None, keep_history: bool) -> None:
+def converse(
+    display: Display, session: str | None, keep_history: bool, first: str | None = None
+) -> None:
     """Read messages and commands, and answer them, until the user leaves.
 
     Args:
         session: the name of the session that was loaded
         keep_history: whether what is typed can be recalled in the next chat
+        first: a message that is answered before the first one is read
     """
     from . import chat_commands
     from .terminal import MessageReader
@@ -42,6 +47,9 @@ def converse(display: Display, session: str | None, keep_history: bool) -> None:
                 display.show(begin, again)
             display.note_filling()
 
+        if first is not None:
+            with _shown():
+                answer(partial(chat.say, first), False)
         talk = chat_commands.Talk(display.llama, chat, reader, answer, session)
         while not talk.is_over:
             begin, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
@@ -52,14 +60,21 @@ def converse(display: Display, session: str | None, keep_history: bool) -> None:
                 continue
             if line is None:
                 return
-            try:
+            with _shown():
                 if chat_commands.run(talk, line):
                     continue
                 text = chat_commands.unescape(reader.message(line))
                 if text.strip():
                     answer(partial(chat.edit if is_edit else chat.say, text), is_edit)
-            except RazorError as error:
-                say(f"Error: {error}")
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    """Show an error of the library within the block, and go on."""
+    try:
+        yield
+    except RazorError as error:
+        say(f"Error: {error}")
 
 
 def _history() -> History | None:

@@ -13,6 +13,7 @@ import click
 
 from .interrupt import stop_on_interrupt
 from .params import DEFAULT_MODEL, THREADS, Number, Size, model_argument
+from .parser import Command
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ NOT_FOR_ALIBI = (
 )  # fmt: skip
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Command, epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
 @click.option("-o", "--output", type=PATH, required=True, help="File to write.")
 @click.option(

@@ -17,6 +17,7 @@ from ..common.child import python_command
 from ..common.machine import find_gpus
 from ..errors import LibraryError, RazorError
 from ..printable import printable
+from .parser import Command
 from .terminal import echo
 
 REINSTALL = "reinstall razor-local (see native/README.md)"
@@ -37,7 +38,7 @@ DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
 PROBE = "from razor_local.cli.doctor import probe; probe()"
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def doctor(as_json: bool) -> None:
     """Show the loaded library, its backends and devices, and any problems.

@@ -24,6 +24,7 @@ from .params import (
     report_kind,
     write_report,
 )
+from .parser import Group
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ Policies (--policies), each with or without a KV type as in razor-q8_0:
 """
 
 
-@click.group("eval", epilog=POLICIES_HELP)
+@click.group("eval", cls=Group, epilog=POLICIES_HELP)
 def eval() -> None:
     """Measure what compression costs in quality.
 

@@ -25,6 +25,7 @@ from .params import (
     Size,
     model_argument,
 )
+from .parser import Command
 from .terminal import ProgressBar, echo, table_console
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Memory:
     limits: dict[str, int]
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Command, epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
 @click.option(
     "-c",

@@ -19,6 +19,7 @@ from .params import (
     flash_attention,
     model_argument,
 )
+from .parser import Command
 from .terminal import echo, table_console
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ Examples:
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Command, epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
 @click.option(
     "-c",

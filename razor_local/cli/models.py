@@ -12,6 +12,7 @@ import click
 
 from ..printable import printable
 from .params import DEFAULT_MODEL, ModelFile, download_model, size_text
+from .parser import Group
 from .terminal import echo
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ Examples:
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-@click.group(invoke_without_command=True, epilog=EPILOG)
+@click.group(cls=Group, invoke_without_command=True, epilog=EPILOG)
 @_JSON
 @click.pass_context
 def models(ctx: click.Context, as_json: bool) -> None:

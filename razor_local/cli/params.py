@@ -23,37 +23,6 @@ if TYPE_CHECKING:
     from ..models import Download
     from ..models.names import ModelName
 
-KV_TYPE = click.Choice(list(KV_TYPES))
-THREADS = click.IntRange(1, 512)  # ggml ends the process above it
-N_GPU_LAYERS = click.option(
-    "-ngl", "--n-gpu-layers", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
-    help="Layers to offload to the GPU (-1: all). No effect in a build without GPU support.",
-)  # fmt: skip
-BATCH_SIZE = click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
-    help="Logical batch size: prompt tokens per call.",
-)  # fmt: skip
-UBATCH_SIZE = click.option(
-    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
-    help="Physical batch size: prompt tokens per graph.",
-)  # fmt: skip
-CACHE_TYPE_K = click.option(
-    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True,
-    help="Type of the K cache.",
-)  # fmt: skip
-CACHE_TYPE_V = click.option(
-    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True,
-    help="Type of the V cache.",
-)  # fmt: skip
-FLASH_ATTN = click.option(
-    "-fa",
-    "--flash-attn",
-    type=click.Choice(["on", "off", "auto"]),
-    default="on",
-    show_default=True,
-    help="Flash attention; auto: if the device of every layer can run it.",
-)
-
 
 class Size(click.ParamType):
     """A number of bytes such as 3G, 512M, 8GiB or 1500000000; G and GiB are 1024 MiB."""
@@ -70,7 +39,7 @@ class Size(click.ParamType):
 
 
 class ContextSize(click.ParamType):
-    """A number of tokens, 0 for the trained length, or auto."""
+    """A number of tokens such as 8192 or 32k, 0 for the trained length, or auto."""
 
     name = "tokens"
 
@@ -79,9 +48,14 @@ class ContextSize(click.ParamType):
     ) -> int | str:
         if isinstance(value, int) or value == "auto":
             return value
-        if not re.fullmatch(r"\d{1,10}", value):
-            self.fail(f"{value!r} is not a context size, expected a number or auto", param, ctx)
-        return int(value)
+        n = _tokens(value)
+        if n is None:
+            self.fail(
+                f"{value!r} is not a context size, expected a number such as 8192 or 32k, or auto",
+                param,
+                ctx,
+            )
+        return n
 
 
 class Tokens(click.ParamType):
@@ -92,13 +66,18 @@ class Tokens(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d{1,10})([kKmM]?)", value.strip())
-        n = -1 if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
-        if not 0 <= n <= MAX_N_CTX:
+        n = _tokens(value)
+        if n is None or n > MAX_N_CTX:
             self.fail(
                 f"{value!r} is not a number of tokens, expected one like 512 or 32k", param, ctx
             )
         return n
+
+
+def _tokens(text: str) -> int | None:
+    """Return the number of tokens that a text such as 512 or 32k means, None if it is none."""
+    match = re.fullmatch(r"(\d{1,10})([kKmM]?)", text.strip())
+    return None if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
 
 
 class Number(click.FloatRange):
@@ -123,6 +102,69 @@ class ListOf(click.ParamType):
         if isinstance(value, tuple):
             return value
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
+
+
+class GpuLayers(click.IntRange):
+    """A number of layers, or all."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return -1 if value == "all" else super().convert(value, param, ctx)
+
+
+class OnOffAuto(click.Choice[str]):
+    """On, off or auto; 1 and 0 and the like, which llama.cpp takes, too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        on, off = ("1", "true", "enabled"), ("0", "false", "disabled")
+        value = "on" if value in on else "off" if value in off else value
+        return super().convert(value, param, ctx)
+
+
+class Prediction(click.ParamType):
+    """A number of tokens to generate, None for -1."""
+
+    name = "tokens"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        n = -1 if value is None else click.INT.convert(value, param, ctx)
+        if n == 0 or n < -1:
+            self.fail(f"{n} is not a number of tokens, or -1 for unlimited", param, ctx)
+        return None if n == -1 else n
+
+
+KV_TYPE = click.Choice(list(KV_TYPES))
+THREADS = click.IntRange(1, 512)  # ggml ends the process above it
+N_GPU_LAYERS = click.option(
+    "-ngl", "--n-gpu-layers", "--gpu-layers", type=GpuLayers(-1), default=-1, show_default=True,
+    metavar="N",
+    help="Layers to offload to the GPU (-1 or all: all). No effect in a build without GPU support.",
+)  # fmt: skip
+BATCH_SIZE = click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+    help="Logical batch size: prompt tokens per call.",
+)  # fmt: skip
+UBATCH_SIZE = click.option(
+    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+    help="Physical batch size: prompt tokens per graph.",
+)  # fmt: skip
+CACHE_TYPE_K = click.option(
+    "-ctk", "--cache-type-k", type=KV_TYPE, default="f16", show_default=True,
+    help="Type of the K cache.",
+)  # fmt: skip
+CACHE_TYPE_V = click.option(
+    "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True,
+    help="Type of the V cache.",
+)  # fmt: skip
+FLASH_ATTN = click.option(
+    "-fa",
+    "--flash-attn",
+    type=OnOffAuto(["on", "off", "auto"]),
+    default="on",
+    show_default=True,
+    help="Flash attention; auto: if the device of every layer can run it.",
+)
 
 
 def flash_attention(
@@ -170,12 +212,12 @@ class ModelFile(click.ParamType):
 
 
 def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
-    """Give a command the arguments MODEL and -hf, and its function the path that they mean.
+    """Give a command MODEL, -m and -hf, and its function the path that they mean.
 
     A named model that is not on this machine is downloaded before the function runs.
 
     Args:
-        default: the path where neither is given
+        default: the path where none is given
     """
 
     def add(command: Any) -> Any:
@@ -183,12 +225,11 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
         def run(
             *args: Any,
             model: Path | ModelName | None,
+            model_option: Path | ModelName | None,
             hf_repo: ModelName | None,
             **options: Any,
         ) -> Any:
-            if model is not None and hf_repo is not None:
-                raise click.UsageError("MODEL and --hf-repo exclude each other")
-            named = model or hf_repo
+            named = _one_model(model=model, model_option=model_option, hf_repo=hf_repo)
             path = default if named is None else model_file(named)
             return command(*args, model=path, **options)
 
@@ -196,9 +237,30 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
             "-hf", "--hf-repo", type=ModelFile("hf:"), metavar="OWNER/REPO[:QUANT]",
             help="Use a Hugging Face repository instead of MODEL.  [default quant: Q4_K_M]",
         )(run)  # fmt: skip
+        run = click.option(
+            "-m", "--model", "model_option", type=ModelFile(), metavar="MODEL",
+            help="Another way to give MODEL.",
+        )(run)  # fmt: skip
         return click.argument("model", type=ModelFile(), required=False)(run)
 
     return add
+
+
+def _one_model(**given: Path | ModelName | None) -> Path | ModelName | None:
+    """Return the model that is given, on the command line if there is one."""
+    ctx = click.get_current_context()
+    names = {param.name: param for param in ctx.command.params}
+    found = {name: model for name, model in given.items() if model is not None}
+    environment = click.core.ParameterSource.ENVIRONMENT
+    named = {name for name in found if ctx.get_parameter_source(name) is not environment}
+    if named:
+        found = {name: model for name, model in found.items() if name in named}
+    if len(found) > 1:
+        shown = [
+            str(names[name].human_readable_name if named else names[name].envvar) for name in found
+        ]
+        raise click.UsageError(f"{' and '.join(shown)} exclude each other")
+    return next(iter(found.values()), None)
 
 
 def model_file(model: Path | ModelName) -> Path:

@@ -20,6 +20,7 @@ from .params import (
     flash_attention,
     model_argument,
 )
+from .parser import Command
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Command, epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
 @click.option(
     "-c",

@@ -164,10 +164,11 @@ def test_system_prompt_is_replaced_and_survives_clear():
 
 
 def test_sampling_reaches_the_model_and_seeds_differ_by_turn():
-    sampling = Sampling(temp=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=0)
+    sampling = Sampling(temp=0.5, top_k=7, top_p=0.9, min_p=0.1, repeat_penalty=1.1, seed=0)
     model, chat = make(["ok\0"] * 2, sampling=sampling)
     list(chat.say("x"))
-    assert model.sampling == {"temp": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 0}
+    values = {"temp": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "repeat_penalty": 1.1}
+    assert model.sampling == values | {"seed": 0}
     list(chat.say("x"))
     assert model.sampling["seed"] == 1
 

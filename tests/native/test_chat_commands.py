@@ -420,13 +420,14 @@ def test_an_interrupt_ends_saving_and_not_the_chat(talk, monkeypatch, name):
 
 def test_settings_are_shown_and_changed(talk, capsys):
     talk.chat.sampling = Sampling(seed=5)
-    shown = "temp 0.8, top_k 40, top_p 0.95, min_p 0.05, seed 5, predict -1\n"
+    shown = "temp 0.8, top_k 40, top_p 0.95, min_p 0.05, repeat_penalty 1.0, seed 5, predict -1\n"
     assert told(talk, "/set", capsys) == shown
-    for name, value in (("temp", 0.2), ("top_k", 7), ("top_p", 0.5), ("min_p", 0.0)):
+    values = {"temp": 0.2, "top_k": 7, "top_p": 0.5, "min_p": 0.0, "repeat_penalty": 1.1}
+    for name, value in values.items():
         assert f"{name} {value}," in told(talk, f"/set {name} {value}", capsys)
     assert told(talk, "/set predict 9", capsys).endswith("predict 9\n") and talk.chat.reserve == 9
     list(talk.chat.say("x"))
-    assert talk.llama.sampling == {"temp": 0.2, "top_k": 7, "top_p": 0.5, "min_p": 0.0, "seed": 5}
+    assert talk.llama.sampling == values | {"seed": 5}
     told(talk, "/set seed 100", capsys)
     talk.llama.answers = [b"ok\0"]
     list(talk.chat.say("x"))
@@ -440,7 +441,11 @@ def test_settings_are_shown_and_changed(talk, capsys):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("temp", "expected /set, or one of temp, top_k, top_p, min_p, seed, predict and its value"),
+        (
+            "temp",
+            "expected /set, or one of temp, top_k, top_p, min_p, repeat_penalty, seed, predict and"
+            " its value",
+        ),
         ("heat 3", "expected /set, or one of temp"),
         ("temp hot", "/set temp: 'hot' is not a valid float range"),
         ("temp nan", "/set temp: nan is not a number that can be used here"),

@@ -95,7 +95,7 @@ def test_a_model_and_its_sidecar(tmp_path):
         ([], b"caf\xe9", 1, "Error: stdin is not UTF-8 text (byte 3)"),
         (["-c", "256"], TEXT, 1, "the context holds 256: shorten it"),
         (["--sidecar", "x", "--no-razor"], "x", 2, "exclude each other"),
-        (["-n", "0"], "x", 2, "--predict is a number of tokens, or -1"),
+        (["-n", "0"], "x", 2, "0 is not a number of tokens, or -1 for unlimited"),
         (["--temp", "nan"], "x", 2, "nan is not a number that can be used here"),
         (["--top-p", "nan"], "x", 2, "nan is not a number that can be used here"),
         (["-t", "1000000"], "x", 2, "1000000 is not in the range 1<=x<=512"),
@@ -554,8 +554,8 @@ def test_a_marker_inside_a_pasted_text_is_left_alone(reader):
 
 
 def test_stdin_that_never_ends_is_refused(monkeypatch):
-    import razor_local.cli.chat as module
+    import razor_local.cli.generation as module
 
-    monkeypatch.setattr(module, "MAX_STDIN", 1 << 20)
+    monkeypatch.setattr(module, "MAX_TEXT", 1 << 20)
     done = CliRunner().invoke(main, ["chat"], input="y\n" * (1 << 20))
     assert done.exit_code == 1 and "stdin has more than 1 MiB, more than any context" in done.output

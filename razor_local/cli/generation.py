@@ -1,0 +1,304 @@
+"""What chat and run share: the options, loading a model, and the text that is given to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..common.inputs import read_text_file
+from ..errors import MemoryFullError, ProfileError, RazorError
+from .interrupt import stop_on_interrupt
+from .params import (
+    BATCH_SIZE,
+    CACHE_TYPE_K,
+    CACHE_TYPE_V,
+    FLASH_ATTN,
+    N_GPU_LAYERS,
+    THREADS,
+    UBATCH_SIZE,
+    ContextSize,
+    Number,
+    Prediction,
+    flash_attention,
+    model_argument,
+)
+from .terminal import ProgressBar, say
+
+if TYPE_CHECKING:
+    from ..chat import Sampling
+    from ..fit import AutoContext
+    from ..llama import Llama
+    from ..model_file import ModelFile
+    from ..profile import Profile
+
+MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given
+MAX_TEXT = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB of text
+
+# by parameter; the names are those of llama.cpp
+ENVVARS = {
+    "model_option": "LLAMA_ARG_MODEL",
+    "hf_repo": "LLAMA_ARG_HF_REPO",
+    "ctx_size": "LLAMA_ARG_CTX_SIZE",
+    "n_gpu_layers": "LLAMA_ARG_N_GPU_LAYERS",
+    "threads": "LLAMA_ARG_THREADS",
+    "batch_size": "LLAMA_ARG_BATCH",
+    "ubatch_size": "LLAMA_ARG_UBATCH",
+    "cache_type_k": "LLAMA_ARG_CACHE_TYPE_K",
+    "cache_type_v": "LLAMA_ARG_CACHE_TYPE_V",
+    "flash_attn": "LLAMA_ARG_FLASH_ATTN",
+    "predict": "LLAMA_ARG_N_PREDICT",
+    "temp": "LLAMA_ARG_TEMPERATURE",
+    "top_k": "LLAMA_ARG_TOP_K",
+    "top_p": "LLAMA_ARG_TOP_P",
+    "min_p": "LLAMA_ARG_MIN_P",
+    "repeat_penalty": "LLAMA_ARG_REPEAT_PENALTY",
+}
+
+CTX_SIZE = click.option(
+    "-c",
+    "--ctx-size",
+    type=ContextSize(),
+    metavar="N",
+    help="Context size in tokens, such as 8192 or 32k (0: trained length, auto: largest that fits"
+    " the free memory).  [default: the largest up to 32768 and the trained length"
+    " that fits]",
+)
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    model_argument(),
+    click.option("-p", "--prompt", metavar="TEXT", help="Message for the model."),
+    click.option(
+        "-f", "--file", type=click.Path(path_type=Path), metavar="FILE",
+        help="Text file that precedes the prompt.",
+    ),
+    click.option(
+        "-sys", "--system-prompt", "--system", "system", metavar="TEXT", help="System prompt."
+    ),
+    CTX_SIZE,
+    N_GPU_LAYERS,
+    click.option(
+        "-t", "--threads", type=THREADS, metavar="N",
+        help="Number of CPU threads.  [default: physical cores]",
+    ),
+    BATCH_SIZE,
+    UBATCH_SIZE,
+    CACHE_TYPE_K,
+    CACHE_TYPE_V,
+    FLASH_ATTN,
+    click.option("--no-mmap", is_flag=True, help="Read the model instead of mapping it."),
+    click.option("--mlock", is_flag=True, help="Keep the model in RAM."),
+    click.option(
+        "-n", "--predict", "--n-predict", type=Prediction(), default=-1, metavar="N",
+        show_default=True, help="Maximum tokens to generate (-1: unlimited).",
+    ),
+    click.option(
+        "-s", "--seed", type=int, default=-1, metavar="N", help="Sampling seed (-1: random)."
+    ),
+    click.option(
+        "--temp", "--temperature", type=Number(0), metavar="T",
+        help="Sampling temperature (0: greedy).  [default: 0.8; 0 for the built-in model]",
+    ),
+    click.option(
+        "--top-k", type=click.IntRange(0, 2**31 - 1), default=40, metavar="N", show_default=True,
+        help="Top-k sampling (0: off).",
+    ),
+    click.option(
+        "--top-p", type=Number(0, 1), default=0.95, show_default=True,
+        help="Top-p threshold (1: off).",
+    ),
+    click.option(
+        "--min-p", type=Number(0, 1), default=0.05, show_default=True,
+        help="Min-p threshold (0: off).",
+    ),
+    click.option(
+        "--repeat-penalty", type=Number(0, min_open=True), default=1.0, metavar="X",
+        show_default=True, help="Penalty of tokens that were generated recently (1: off).",
+    ),
+    click.option(
+        "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
+        help="Sidecar with the profile of the model.",
+    ),
+    click.option(
+        "--budget", "--retrieval", "budget", type=Number(0, 1), metavar="SHARE",
+        help="Share of retrieval heads, chosen by the scores in the profile.",
+    ),
+    click.option(
+        "--razor/--no-razor", default=True,
+        help="Use RazorAttention, or a full cache.  [default: --razor]",
+    ),
+    click.option("--hide-thinking", is_flag=True, help="Hide the reasoning of the model."),
+    click.option(
+        "--jinja", is_flag=True, expose_value=False,
+        help="No effect: chat templates are always Jinja templates.",
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Show the log of llama.cpp on stderr."),
+)  # fmt: skip
+
+
+def generation_options(command: Any) -> Any:
+    """Give a command the arguments of chat and run; its function gets the path of the model."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that exclude each other, and closed streams."""
+    for name in ("sidecar", "budget"):
+        if options[name] is not None and not options["razor"]:
+            raise click.UsageError(f"--{name} and --no-razor exclude each other")
+    if sys.stdin is None or sys.stdout is None:
+        command = click.get_current_context().info_name
+        raise click.UsageError(
+            f"stdin or stdout is closed; {command} reads from one and writes to the other"
+        )
+    # a locale may not have every character; sys.stdout has more methods than any TextIO
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def read_text(options: dict[str, Any]) -> str | None:
+    """Return what is piped into stdin, the file and the prompt, in this order.
+
+    Empty lines separate them. None: nothing was given, and stdin is a terminal.
+    """
+    texts = []
+    if not sys.stdin.isatty():
+        texts.append(_read_stdin())
+    if options["file"] is not None:
+        texts.append(read_text_file(options["file"], MAX_TEXT).strip("\r\n"))
+    if options["prompt"] is not None:
+        texts.append(options["prompt"])
+    if not texts:
+        return None
+    given = [text for text in texts if text.strip()]
+    if not given:
+        raise RazorError(_nothing(options))
+    return "\n\n".join(given)
+
+
+def _nothing(options: dict[str, Any]) -> str:
+    if options["prompt"] is not None:
+        return "the prompt is empty: pass a text with -p"
+    if options["file"] is not None:
+        return f"{options['file']} is empty"
+    return "stdin is empty: pipe a message into it, or start from a terminal"
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise RazorError(
+            f"stdin has more than {MAX_TEXT >> 20} MiB, more than any context holds; pipe in less"
+        )
+    try:
+        return data.decode("utf-8-sig").strip("\r\n")
+    except UnicodeDecodeError as error:
+        raise RazorError(f"stdin is not UTF-8 text (byte {error.start})") from error
+
+
+def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None]:
+    """Load a model and show how far that is.
+
+    Return it, and how its context was chosen if --ctx-size is not a number.
+    """
+    from ..common.progress import check_stop
+    from ..llama_options import choose_profile
+    from ..model_file import ModelFile
+
+    n_ctx, chosen, model = options["ctx_size"], None, ModelFile(path)
+    try:
+        trained = model.shape.n_ctx_train
+    except ProfileError:  # not a shape that a plan describes; llama.cpp may know better
+        trained = 0
+    profile = choose_profile(model, options["sidecar"] or options["razor"], options["budget"])[1]
+    use_flash_attn = flash_attention(
+        options["flash_attn"],
+        path,
+        options["cache_type_k"],
+        options["cache_type_v"],
+        options["n_gpu_layers"],
+    )
+    if n_ctx is None or n_ctx == "auto":
+        chosen = _choose_context(model, profile, options, use_flash_attn)
+        n_ctx = chosen.n_ctx if chosen else min(trained, MAX_DEFAULT_CTX)
+    elif trained and n_ctx > trained:
+        say(f"note: the model was trained for {trained} tokens, -c {n_ctx} goes beyond that")
+    from ..llama import Llama
+
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
+
+        def progress(part: float) -> None:
+            bar(part, 1.0, "loading the model")
+            check_stop(stop)
+
+        progress(0.0)
+        llama = Llama(
+            model,
+            razor=options["razor"] if profile is None else profile,
+            progress=progress,
+            n_ctx=n_ctx,
+            n_gpu_layers=options["n_gpu_layers"],
+            n_threads=options["threads"],
+            n_threads_batch=options["threads"],
+            n_batch=options["batch_size"],
+            n_ubatch=options["ubatch_size"],
+            type_k=options["cache_type_k"],
+            type_v=options["cache_type_v"],
+            flash_attn=use_flash_attn,
+            use_mmap=not options["no_mmap"],
+            use_mlock=options["mlock"],
+            verbose=options["verbose"],
+        )
+    return llama, chosen
+
+
+def _choose_context(
+    model: ModelFile, profile: Profile | None, options: dict[str, Any], use_flash_attn: bool
+) -> AutoContext | None:
+    """Return the context for the free memory; None for a model that loading will refuse.
+
+    Raises MemoryFullError.
+    """
+    from ..fit import ContextOptions, auto_context
+
+    context = ContextOptions(
+        profile=profile,
+        type_k=options["cache_type_k"],
+        type_v=options["cache_type_v"],
+        flash_attn=use_flash_attn,
+        n_batch=options["batch_size"],
+        n_ubatch=options["ubatch_size"],
+    )
+    n_max = MAX_DEFAULT_CTX if options["ctx_size"] is None else 0
+    try:
+        return auto_context(model, context, n_max, n_gpu_layers=options["n_gpu_layers"])
+    except MemoryFullError:
+        raise
+    except RazorError:
+        return None
+
+
+def sampling(options: dict[str, Any], default_temp: float) -> Sampling:
+    """Return the sampling options.
+
+    Args:
+        default_temp: the temperature where none is given
+    """
+    from ..chat import Sampling
+
+    return Sampling(
+        temp=default_temp if options["temp"] is None else options["temp"],
+        top_k=options["top_k"],
+        top_p=options["top_p"],
+        min_p=options["min_p"],
+        repeat_penalty=options["repeat_penalty"],
+        seed=options["seed"] if options["seed"] >= 0 else None,
+    )
+
+
+def default_temp(model: Path | None) -> float:
+    """Return the temperature where none is given. model: None for the built-in model."""
+    return 0.8 if model is not None else 0.0

@@ -1,0 +1,80 @@
+"""How commands read their arguments: options by their whole names, as llama.cpp does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import click
+
+
+class _ExactOptions(click.Command):
+    """Matches options by their whole names.
+
+    click reads a long option with one dash that it does not know as a short option and its value:
+    -mg as -m g. llama.cpp has many such options, so here -mg is an unknown option.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _checked(self, ctx, args))
+
+
+def _checked(command: click.Command, ctx: click.Context, args: list[str]) -> list[str]:
+    """Return the arguments with each -o=value as two. Raises NoSuchOption for unknown options."""
+    params = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
+    options = {name: param for param in params for name in param.opts + param.secondary_opts}
+    checked: list[str] = []
+    rest = list(args)
+    while rest and rest[0] != "--":
+        arg = rest.pop(0)
+        if len(arg) < 2 or arg[0] != "-":
+            if not ctx.allow_interspersed_args:  # the name of a subcommand
+                rest.insert(0, arg)
+                break
+            checked.append(arg)
+            continue
+        name, equals, value = arg.partition("=")
+        if name not in options:
+            raise click.NoSuchOption(name, possibilities=_nearest(name, options), ctx=ctx)
+        option = options[name]
+        n_values = 0 if option.is_flag or option.count else option.nargs
+        if n_values and equals:
+            arg = name
+            rest.insert(0, value)
+        elif isinstance(option.flag_value, str) and (not rest or rest[0].startswith("-")):
+            n_values = 0  # the value may be left out
+        checked.append(arg)
+        checked += rest[:n_values]
+        del rest[:n_values]
+    return checked + rest
+
+
+def _nearest(name: str, options: Mapping[str, click.Option]) -> list[str]:
+    """Return what may be meant by an unknown option."""
+    if name[:2] in options and name[2:].isdecimal():
+        return [f"{name[:2]} {name[2:]}"]
+    return get_close_matches(name, options)
+
+
+class Command(_ExactOptions):
+    """A command.
+
+    Args:
+        envvars: the environment variables that are read where an option is not given, by the name
+            of its parameter
+    """
+
+    def __init__(
+        self, *args: Any, envvars: Mapping[str, str] | None = None, **attributes: Any
+    ) -> None:
+        super().__init__(*args, **attributes)
+        for param in self.params:
+            if envvars is not None and param.name in envvars and isinstance(param, click.Option):
+                param.envvar, param.show_envvar = envvars[param.name], True
+
+
+class Group(_ExactOptions, click.Group):
+    """A command with subcommands."""
+
+    command_class = Command
