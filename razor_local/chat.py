@@ -125,6 +125,17 @@ class Loop:
         return found
 
 
+def has_chat_template(model: Llama) -> bool:
+    """Return True if the model has a chat template; base models have none."""
+    return _template_source(model) is not None
+
+
+def _template_source(model: Llama) -> bytes | None:
+    from llama_cpp import llama_cpp as C
+
+    return C.llama_model_chat_template(model.model, None)
+
+
 def chat_template(model: Llama) -> Callable[[list[Message]], str]:
     """The model's own chat template: renders messages up to where the answer begins.
 
@@ -133,11 +144,11 @@ def chat_template(model: Llama) -> Callable[[list[Message]], str]:
     """
     from llama_cpp import llama_cpp as C
 
-    source = C.llama_model_chat_template(model.model, None)
+    source = _template_source(model)
     if source is None:
         raise RazorError(
             f"{model.model_path} has no chat template: it is not a chat model; use an instruct"
-            " version, or Llama.create_completion() for plain text"
+            " version, or 'razor-local run' to continue a text"
         )
 
     def text_of(token: int) -> str:
@@ -162,16 +173,17 @@ def chat_template(model: Llama) -> Callable[[list[Message]], str]:
 class Chat:
     """One conversation. messages may be read at any time, and is always valid to go on from.
 
-    render: see chat_template. max_tokens: of an answer, None for as many as fit; also the room that
-    a prompt must leave (None: a sixteenth of the context, at most 256). end_loops: end an answer
-    that repeats itself without end, see Loop. drop_oldest: a message that does not fit drops the
-    oldest ones behind the system prompt, with their answers, as far as need be.
+    render: see chat_template; None: no template, the answer continues the text of the message,
+    which may contain control tokens. max_tokens: of an answer, None for as many as fit; also the
+    room that a prompt must leave (None: a sixteenth of the context, at most 256). end_loops: end an
+    answer that repeats itself without end, see Loop. drop_oldest: a message that does not fit drops
+    the oldest ones behind the system prompt, with their answers, as far as need be.
     """
 
     def __init__(
         self,
         model: Model,
-        render: Callable[[list[Message]], str],
+        render: Callable[[list[Message]], str] | None,
         *,
         system: str | None = None,
         max_tokens: int | None = None,
@@ -363,7 +375,7 @@ class Chat:
                 answer.append(token)
                 data = model.piece(token)
                 text = decoder.decode(data)
-                if len(answer) == 1 and text[:1] == " " and text[1:2].strip():
+                if self._render and len(answer) == 1 and text[:1] == " " and text[1:2].strip():
                     text = text[1:]  # SentencePiece puts a space before the first word
                 yield from reasoning.add(text)
                 if not data:
@@ -417,6 +429,8 @@ class Chat:
         return model.generate(tokens, **options)
 
     def _rendered(self, messages: list[Message]) -> str:
+        if self._render is None:
+            return messages[-1]["content"]
         return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))
 
     def _system_messages(self) -> list[Message]:
@@ -485,10 +499,10 @@ class Chat:
         return Known(known, tokens + answer["tokens"])
 
     def _tokenize(self, text: str) -> list[int]:
-        # the template has written the BOS token, if the model wants one
+        # a template has written the BOS token, if the model wants one
         # (bytes that are no UTF-8 come from a terminal as surrogates)
         data = text.encode("utf-8", "surrogateescape")
-        return self.model.tokenize(data, add_bos=False, special=True)
+        return self.model.tokenize(data, add_bos=self._render is None, special=True)
 
 
 def _user(text: str) -> Message:

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "Measure how much quality each KV cache policy costs.",
     "fit": "Estimate the memory of a context, or the context that fits a memory.",
     "inspect": "Show the retrieval heads and the KV cache size of a GGUF model.",
+    "run": "Answer one prompt, or continue a text.",
     "models": "List, find, download and remove models.",
     "verify": "Check RazorAttention on this machine against a reference.",
 }

@@ -92,12 +92,13 @@ def _history() -> History | None:
 class Display:
     """Shows the answers of a conversation: the text on stdout, all else on stderr.
 
-    is_filling: the context is nearly full, as a note said.
+    advice: what to do when the context is full. is_filling: it is nearly full, as a note said.
     """
 
     llama: Llama
     chat: Chat
     hide_thinking: bool = False
+    advice: str = "/clear empties it, or start with a larger -c"
     is_filling: bool = False
 
     def show(self, begin: Begin, again: bool = False) -> None:
@@ -147,4 +148,4 @@ class Display:
     def _when_full(self) -> str:
         if self.chat.drop_oldest:
             return "messages that do not fit will drop the oldest ones"
-        return "/clear empties it, or start with a larger -c"
+        return self.advice

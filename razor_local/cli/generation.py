@@ -184,7 +184,7 @@ def _nothing(options: dict[str, Any]) -> str:
         return "the prompt is empty: pass a text with -p"
     if options["file"] is not None:
         return f"{options['file']} is empty"
-    return "stdin is empty: pipe a message into it, or start from a terminal"
+    return "stdin is empty: pipe a text into it, or pass one with -p"
 
 
 def _read_stdin() -> str:

@@ -249,18 +249,18 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
 def _one_model(**given: Path | ModelName | None) -> Path | ModelName | None:
     """Return the model that is given, on the command line if there is one."""
     ctx = click.get_current_context()
-    names = {param.name: param for param in ctx.command.params}
-    found = {name: model for name, model in given.items() if model is not None}
+    params = {param.name: param for param in ctx.command.params}
     environment = click.core.ParameterSource.ENVIRONMENT
-    named = {name for name in found if ctx.get_parameter_source(name) is not environment}
-    if named:
-        found = {name: model for name, model in found.items() if name in named}
-    if len(found) > 1:
+    found = {name: model for name, model in given.items() if model is not None}
+    from_line = [name for name in found if ctx.get_parameter_source(name) is not environment]
+    chosen = from_line or list(found)
+    if len(chosen) > 1:
         shown = [
-            str(names[name].human_readable_name if named else names[name].envvar) for name in found
+            str(params[name].opts[-1] if from_line else params[name].envvar) for name in chosen
         ]
+        shown = ["MODEL" if name == "model" else name for name in shown]
         raise click.UsageError(f"{' and '.join(shown)} exclude each other")
-    return next(iter(found.values()), None)
+    return found[chosen[0]] if chosen else None
 
 
 def model_file(model: Path | ModelName) -> Path:

@@ -19,7 +19,7 @@ from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.cli.terminal import MessageReader
 from razor_local.printable import printable
 from tests.support import embedded_model, tiny_models
-from tests.support.cli import MAIN, piped
+from tests.support.cli import ENDLESS, MAIN, piped
 from tests.support.terminal import COUNTING, UP, paste, terminal
 from tests.support.texts import FACT, QUESTION, text_with
 
@@ -256,6 +256,21 @@ def test_what_is_said_of_model_and_memory():
         assert "\nRazorAttention saves nothing up to 512 tokens of context, so the full" in start
 
 
+def test_a_prompt_is_the_first_message():
+    with terminal("-p", f"{FACT} {QUESTION}", "-c", "2048") as t:
+        t.expect("The secret code of Marlow is 48213.\n")
+        t.expect(">>>")
+        t.send("/context\r")
+        t.expect("used by 2 messages")
+        t.send("/exit\r")
+        assert t.wait()[0] == 0
+    with terminal("-p", text_with(FACT, 3000), "-c", "512") as t:
+        t.expect("Error: the conversation with this message has")
+        t.expect(">>>")
+        t.send("\x04")
+        assert t.wait()[0] == 0
+
+
 def test_a_block_between_quotes_and_a_prompt_that_is_too_long():
     with terminal("-c", "2048") as t:
         t.expect(">>>")
@@ -303,6 +318,12 @@ def test_a_line_that_only_looks_like_a_command_is_a_message():
         t.expect(">>>")
         t.send("/exit\r")
         assert t.wait()[0] == 0
+
+
+def test_a_prompt_follows_what_is_piped(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert "48213" in run("-p", QUESTION, message=TEXT).stdout
+    assert "48213" in run("-p", QUESTION, "-f", tmp_path / "text.txt", message="").stdout
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -401,27 +422,6 @@ def test_answers_are_printable_on_a_terminal_and_as_they_are_in_a_pipe(tmp_path)
         t.send("hi\r")
         assert r"\x1b[2J" in t.expect(" %)")
     assert piped("hi", tmp_path, ERASING).stdout.count("\x1b[2J") > 1
-
-
-# answers that go on until the context is full, slowly enough to be stopped
-ENDLESS = f"""
-import time
-from razor_local import llama
-generate = llama.Llama.generate
-def slowly(self, *args, **kwargs):
-    for token in generate(self, *args, **kwargs):
-        time.sleep(0.01)
-        yield token
-llama.Llama.generate = slowly
-is_end, endless = llama.Llama.is_end, [True]
-llama.Llama.is_end = lambda self, token: not endless[0] and is_end(self, token)
-set_seed = llama.Llama.set_seed
-def end_from_the_second_turn(self, seed):
-    endless[0] = seed == 7
-    set_seed(self, seed)
-llama.Llama.set_seed = end_from_the_second_turn
-{MAIN}
-"""
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():

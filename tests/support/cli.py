@@ -11,6 +11,26 @@ from razor_local.cli import main
 
 MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
 
+# answers that go on until the context is full, slowly enough to be stopped
+ENDLESS = f"""
+import time
+from razor_local import llama
+generate = llama.Llama.generate
+def slowly(self, *args, **kwargs):
+    for token in generate(self, *args, **kwargs):
+        time.sleep(0.01)
+        yield token
+llama.Llama.generate = slowly
+is_end, endless = llama.Llama.is_end, [True]
+llama.Llama.is_end = lambda self, token: not endless[0] and is_end(self, token)
+set_seed = llama.Llama.set_seed
+def end_from_the_second_turn(self, seed):
+    endless[0] = seed == 7
+    set_seed(self, seed)
+llama.Llama.set_seed = end_from_the_second_turn
+{MAIN}
+"""
+
 
 def run(*args: object) -> tuple[int, str, str]:
     """Run razor-local with these arguments and return the exit code, stdout and stderr."""

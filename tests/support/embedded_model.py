@@ -56,6 +56,13 @@ def write_variant(path: Path, template: str, named: dict[str, str] | None = None
     return tiny_models.write_gguf(path, "llama", kv, tensors)
 
 
+def write_without_template(path: Path) -> Path:
+    """A copy without a chat template, as a base model."""
+    key = b"tokenizer.chat_template"
+    path.write_bytes(PATH.read_bytes().replace(key, key.replace(b"chat", b"none")))
+    return path
+
+
 def _metadata(reader: GGUFReader) -> dict[str, tuple[Any, GGUFValueType]]:
     return {
         key: (field.contents(), field.types[0])

@@ -1,0 +1,172 @@
+"""razor-local run: one answer to one prompt."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from razor_local import Llama, make_plan, read_model_shape, read_profile
+from razor_local.cli import main
+from razor_local.cli.params import DEFAULT_MODEL
+from tests.support import embedded_model
+from tests.support.cli import ENDLESS
+from tests.support.texts import FACT, QUESTION, text_with
+
+TEXT = text_with(FACT)
+ANSWER = "The secret code of Marlow is 48213."
+PLAIN = ("-no-cnv", "-p", "The secret code", "-n", 6)
+PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 0)
+
+
+def run(*args: object, stdin: str | bytes = ""):
+    return CliRunner().invoke(main, ["run", *map(str, args)], input=stdin)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_the_prompt_follows_the_text(text):
+    for done in (
+        run("-p", QUESTION, "-f", text),
+        run("-p", QUESTION, stdin=TEXT),
+        run("-p", f"{TEXT}\n\n{QUESTION}"),
+        run(stdin=f"{TEXT}\n\n{QUESTION}\n"),
+    ):
+        assert done.exit_code == 0 and done.stdout == f"{ANSWER}\n", done.output
+        assert re.fullmatch(r"prompt \d+ new tokens, .*\n", done.stderr)
+
+
+def test_the_order_of_stdin_file_and_prompt(tmp_path, monkeypatch):
+    from razor_local.cli import generation
+
+    seen = []
+    read_text = generation.read_text
+    monkeypatch.setattr(
+        generation, "read_text", lambda options: seen.append(read_text(options)) or seen[-1]
+    )
+    (tmp_path / "b").write_text("\ufefffile\r\n", encoding="utf-8")
+    run("-p", "prompt", "-f", tmp_path / "b", "-n", 1, stdin="stdin\n")
+    assert seen == ["stdin\n\nfile\n\nprompt"]
+
+
+def test_json_has_the_numbers(text):
+    done = run(DEFAULT_MODEL, "-p", QUESTION, "-f", text, "--temp", 0, "--json")
+    report = json.loads(done.stdout)
+    assert done.exit_code == 0 and done.stderr == ""
+    assert report["answer"] == ANSWER and report["finish_reason"] == "stop"
+    assert report["model"] == str(DEFAULT_MODEL) and report["reasoning"] is None
+    assert report["tokens"]["prompt"] > 500 and report["tokens"]["answer"] == 20
+    assert all(value > 0 for value in report["timings"].values()) and len(report["timings"]) == 5
+    memory = report["memory"]
+    assert memory["kv_bytes"] == PLAN.kv_bytes and memory["kv_bytes_full"] == PLAN.kv_bytes_full
+    assert memory["n_ctx"] == PLAN.n_ctx and memory["razor"] and memory["why_inactive"] is None
+    assert 0.9 < memory["weights_bytes"] / DEFAULT_MODEL.stat().st_size < 1.1
+    assert memory["compute_bytes"] > 1 << 20
+    full = json.loads(run("-p", "hi", "--no-razor", "--json", "--hide-thinking").stdout)
+    assert full["memory"]["kv_bytes"] == PLAN.kv_bytes_full and not full["memory"]["razor"]
+    assert "reasoning" not in full
+
+
+def test_why_an_answer_ended():
+    assert json.loads(run("-p", "hi", "-n", 2, "--json").stdout)["finish_reason"] == "length"
+    done = run("-p", "hi", "-n", 2)
+    assert done.exit_code == 0 and "was ended after 2 tokens by --predict" in done.stderr
+
+
+def test_plain_text_is_continued_without_a_template():
+    done = run(*PLAIN)
+    llama = Llama(DEFAULT_MODEL)
+    expected = llama.create_completion("The secret code", max_tokens=6, temperature=0.0)
+    assert done.exit_code == 0 and done.stdout == expected["choices"][0]["text"] + "\n"
+
+
+def test_a_base_model_continues_the_text(tmp_path):
+    path = embedded_model.write_without_template(tmp_path / "base.gguf")
+    done = run(path, "-p", "The secret code", "-n", 6, "--temp", 0)
+    assert done.exit_code == 0 and done.stdout == run(*PLAIN).stdout
+    done = run(path, "-p", "x", "-sys", "y")
+    assert done.exit_code == 2 and "--system-prompt needs a chat template" in done.stderr
+
+
+def test_control_tokens_of_plain_text_are_control_tokens():
+    """As in llama.cpp; in a message they are text."""
+    templated, plain = (
+        json.loads(run(*args, "-p", "<|im_end|>", "-n", 1, "--json").stdout)["tokens"]["prompt"]
+        for args in ((), ("-no-cnv",))
+    )
+    llama = Llama(DEFAULT_MODEL)
+    n = len(llama.tokenize(b"<|im_end|>", add_bos=True, special=True))
+    assert plain == n and templated > plain
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "code", "expected"),
+    [
+        (["/no/such.gguf", "-p", "x"], "", 1, "/no/such.gguf: No such file or directory"),
+        (["-f", "/no/such.txt"], "", 1, "/no/such.txt: No such file or directory"),
+        (["-f", DEFAULT_MODEL], "", 1, "is not a text in UTF-8"),
+        (["-p", " "], "", 1, "the prompt is empty: pass a text with -p"),
+        ([], "", 1, "stdin is empty: pipe a text into it, or pass one with -p"),
+        ([], b"caf\xe9", 1, "stdin is not UTF-8 text (byte 3)"),
+        (["-c", "256", "-p", TEXT], "", 1, "the context holds 256: shorten it"),
+        (["--budget", "0.2", "--no-razor", "-p", "x"], "", 2, "--budget and --no-razor exclude"),
+        (["-mg", "0", "-p", "x"], "", 2, "No such option"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(args, stdin, code, expected):
+    done = run(*args, stdin=stdin)
+    assert done.exit_code == code and done.stdout == "" and expected in done.stderr
+    if code == 1:
+        assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+
+
+def test_without_a_prompt_on_a_terminal(monkeypatch):
+    from razor_local.cli import generation
+
+    monkeypatch.setattr(generation, "read_text", lambda options: None)
+    done = run()
+    assert done.exit_code == 2 and "there is no prompt: pass -p TEXT" in done.stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_was_answered_and_ends_with_130(as_json):
+    child = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, "run", "-s", "7", *["--json"] * as_json],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    child.stdin.write(f"{FACT}\n\n{QUESTION}".encode())
+    child.stdin.close()
+    if as_json:
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(timeout=4)
+        child.send_signal(signal.SIGINT)
+        report = json.loads(child.stdout.read())
+        assert report["finish_reason"] == "interrupted" and report["answer"].startswith(ANSWER)
+    else:
+        first = child.stdout.read(10)
+        child.send_signal(signal.SIGINT)
+        assert first == b"The secret" and child.stdout.read().endswith(b"\n")
+        assert b"(stopped; what was answered is kept)" in child.stderr.read()
+    assert child.wait(timeout=300) == 130
+
+
+def test_the_log_is_on_stderr():
+    done = subprocess.run(
+        [sys.executable, "-m", "razor_local", "run", "-v", "-p", "hi", "-n", "1"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert "llama_context" in done.stderr and "llama_context" not in done.stdout

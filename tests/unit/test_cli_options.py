@@ -1,0 +1,189 @@
+"""Options are matched by their whole names, and read from llama.cpp's environment variables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from razor_local.cli import COMMANDS, main
+from razor_local.cli.chat import chat
+from razor_local.cli.generation import ENVVARS
+from razor_local.cli.parser import Command, Group
+from razor_local.cli.run import run
+
+
+def commands(command: click.Command = main, name: str = "") -> dict[str, click.Command]:
+    """All commands by name, with subcommands such as "eval needle"."""
+    found = {name: command}
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for sub in command.list_commands(context):
+            found |= commands(command.get_command(context, sub), f"{name} {sub}".strip())
+    return found
+
+
+def parsed(*args: str, command: click.Command = run, **env: str) -> dict[str, Any]:
+    """The parameters of a command, without calling it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        return command.make_context(command.name, list(args)).params
+
+
+def refusal(*args: str, **env: str) -> str:
+    with pytest.raises(click.UsageError) as caught:
+        parsed(*args, **env)
+    return caught.value.format_message()
+
+
+def test_all_commands_match_options_by_their_whole_names():
+    for name, command in commands().items():
+        assert isinstance(command, (Command, Group)), name
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["-sys", "ys"], {"system": "ys", "seed": -1}),
+        (["--system-prompt", "ys"], {"system": "ys"}),
+        (["-s", "7"], {"seed": 7, "system": None}),
+        (["-ctk", "q8_0"], {"cache_type_k": "q8_0", "ctx_size": None}),
+        (["-c", "8192"], {"ctx_size": 8192}),
+        (["-c", "32k"], {"ctx_size": 32768}),
+        (["-c", "auto"], {"ctx_size": "auto"}),
+        (["-c=512"], {"ctx_size": 512}),
+        (["--ctx-size=512"], {"ctx_size": 512}),
+        (["-ngl", "all"], {"n_gpu_layers": -1}),
+        (["-ngl", "0"], {"n_gpu_layers": 0}),
+        (["--gpu-layers", "3"], {"n_gpu_layers": 3}),
+        (["-fa", "auto"], {"flash_attn": "auto"}),
+        (["-fa", "1"], {"flash_attn": "on"}),
+        (["-fa", "0"], {"flash_attn": "off"}),
+        (["-n", "-1"], {"predict": None}),
+        (["-n", "5"], {"predict": 5}),
+        (["--n-predict", "5"], {"predict": 5}),
+        (["--temperature", "0.5"], {"temp": 0.5}),
+        (["--top-k", "3", "--repeat-penalty", "1.1"], {"top_k": 3, "repeat_penalty": 1.1}),
+        (["-p", "-mg"], {"prompt": "-mg"}),  # a value, whatever it looks like
+        (["-p=a=b"], {"prompt": "a=b"}),
+        (["-p", ""], {"prompt": ""}),
+        (["--jinja", "-v", "--mlock", "--no-mmap"], {"verbose": True, "mlock": True}),
+        (["-no-cnv"], {"plain": True}),
+        (["--", "-m.gguf"], {"model_option": None}),
+    ],
+    ids=" ".join,
+)
+def test_options_are_those_of_llama_cpp(args, expected):
+    assert expected.items() <= parsed(*args).items()
+
+
+@pytest.mark.parametrize(
+    ("args", "option", "suggested"),
+    [
+        (["-mg", "0"], "-mg", "-m"),
+        (["-cx", "1"], "-cx", "-c"),
+        (["-systm", "x"], "-systm", "-sys"),
+        (["-n20"], "-n20", "-n 20"),
+        (["-ctx", "1"], "-ctx", "-ct"),
+        (["--modle", "x"], "--modle", "--model"),
+        (["--ctx", "1"], "--ctx", "--ctx-size"),
+        (["-vv"], "-vv", "-v"),
+        (["-p", "x", "-dev", "none"], "-dev", ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_unknown_options_suggest_the_nearest(args, option, suggested):
+    message = refusal(*args)
+    assert message.startswith("No such option") and f"'{option}'" in message
+    assert suggested in message.partition(option)[2]
+
+
+def test_other_commands_refuse_them_too():
+    for name, command in commands().items():
+        if isinstance(command, click.Group):
+            continue
+        done = CliRunner().invoke(main, [*name.split(), "-mg", "0"])
+        assert done.exit_code == 2 and "No such option" in done.stderr and "'-mg'" in done.stderr
+
+
+def test_values_that_may_be_left_out():
+    bench = commands()["bench"]
+    assert parsed("--real-prefill", command=bench)["real_prefill"] == 0
+    assert parsed("--real-prefill", "-r", "3", command=bench)["pairs"] == 3
+    assert parsed("--real-prefill", "512", command=bench)["real_prefill"] == 512
+    assert parsed("--compare", "a", "-b", command=bench)["compare"][1].name == "-b"
+
+
+def test_a_missing_value_is_one_sentence():
+    assert refusal("-n") == "Option '-n' requires an argument."
+
+
+# -- environment variables --
+
+
+def test_variables_are_read_and_shown():
+    for command in (chat, run):
+        help_text = CliRunner().invoke(main, [command.name, "--help"], terminal_width=500).output
+        assert len(ENVVARS) > 10
+        for variable in ENVVARS.values():
+            assert f"[env var: {variable}" in help_text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name", "expected"),
+    [
+        ("LLAMA_ARG_CTX_SIZE", "16k", "ctx_size", 16384),
+        ("LLAMA_ARG_N_GPU_LAYERS", "all", "n_gpu_layers", -1),
+        ("LLAMA_ARG_THREADS", "3", "threads", 3),
+        ("LLAMA_ARG_BATCH", "64", "batch_size", 64),
+        ("LLAMA_ARG_UBATCH", "32", "ubatch_size", 32),
+        ("LLAMA_ARG_CACHE_TYPE_K", "q8_0", "cache_type_k", "q8_0"),
+        ("LLAMA_ARG_CACHE_TYPE_V", "q4_0", "cache_type_v", "q4_0"),
+        ("LLAMA_ARG_FLASH_ATTN", "1", "flash_attn", "on"),
+        ("LLAMA_ARG_N_PREDICT", "9", "predict", 9),
+        ("LLAMA_ARG_TEMPERATURE", "0.1", "temp", 0.1),
+        ("LLAMA_ARG_TOP_K", "4", "top_k", 4),
+        ("LLAMA_ARG_TOP_P", "0.4", "top_p", 0.4),
+        ("LLAMA_ARG_MIN_P", "0.2", "min_p", 0.2),
+        ("LLAMA_ARG_REPEAT_PENALTY", "1.2", "repeat_penalty", 1.2),
+    ],
+)
+def test_values_of_variables(variable, value, name, expected):
+    assert parsed(**{variable: value})[name] == expected
+    if variable != "LLAMA_ARG_FLASH_ATTN":
+        message = refusal(**{variable: "nonsense"})
+        assert variable in message and "nonsense" in message
+
+
+def test_the_command_line_comes_before_the_environment():
+    assert parsed("-c", "512", LLAMA_ARG_CTX_SIZE="nonsense")["ctx_size"] == 512
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "expected"),
+    [
+        ([], {"LLAMA_ARG_MODEL": "/env.gguf"}, "/env.gguf: No such file"),
+        (["/a.gguf"], {"LLAMA_ARG_MODEL": "/env.gguf"}, "/a.gguf: No such file"),
+        (["-m", "/a.gguf"], {"LLAMA_ARG_HF_REPO": "a/b"}, "/a.gguf: No such file"),
+        (["/a.gguf", "-m", "/b.gguf"], {}, "MODEL and --model exclude each other"),
+        (["/a.gguf", "-hf", "a/b"], {}, "MODEL and --hf-repo exclude each other"),
+        (
+            [],
+            {"LLAMA_ARG_MODEL": "/env.gguf", "LLAMA_ARG_HF_REPO": "a/b"},
+            "LLAMA_ARG_MODEL and LLAMA_ARG_HF_REPO exclude each other",
+        ),
+    ],
+)
+def test_which_model_is_meant(args, env, expected):
+    done = CliRunner().invoke(main, ["run", "-p", "x", *args], env=env)
+    assert done.exit_code in (1, 2) and expected in done.stderr and done.stdout == ""
+
+
+def test_commands_that_measure_read_no_variables():
+    for name in COMMANDS:
+        if name not in ("chat", "run"):
+            for param in commands()[name].params:
+                assert param.envvar is None
