@@ -46,6 +46,18 @@ OPTIONS = {
     "razor=SIDECAR": "--sidecar FILE",
 }
 
+EPILOG = """
+\b
+Examples:
+  razor-local chat
+  razor-local run -p "Hello"
+  razor-local convert smollm2:135m -o smollm2-razor.gguf
+  razor-local chat smollm2-razor.gguf
+
+Without a MODEL, commands use a small built-in model. 'razor-local COMMAND --help' shows the options
+of a command.
+"""
+
 
 class _Group(Group):
     """Knows its commands without importing them, and turns our errors into one line."""
@@ -104,7 +116,7 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with 'razor-local chat', which has a small built-in model.",
+    epilog=EPILOG,
 )
 @click.option(
     "--version",

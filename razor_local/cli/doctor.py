@@ -38,7 +38,15 @@ DEVICE_TYPES = ("CPU", "GPU", "integrated GPU", "accelerator", "meta device")
 PROBE = "from razor_local.cli.doctor import probe; probe()"
 
 
-@click.command("doctor", cls=Command)
+EPILOG = """
+\b
+Examples:
+  razor-local doctor
+  razor-local doctor --json
+"""
+
+
+@click.command("doctor", cls=Command, epilog=EPILOG)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def doctor(as_json: bool) -> None:
     """Show the loaded library, its backends and devices, and any problems.

@@ -47,6 +47,11 @@ Policies (--policies), each with or without a KV type as in razor-q8_0:
   streaming      every KV head local, without compensation
   random-heads   as many random retrieval heads; random-heads=3: by another seed
   heads=FILE     the heads of another profile, sidecar, head list or file of scores
+
+\b
+Examples:
+  razor-local eval needle
+  razor-local eval ruler model-razor.gguf --policies full,razor,razor-q8_0
 """
 
 

@@ -27,6 +27,11 @@ Examples:
   razor-local models rm llama3.2:1b
 """
 
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  razor-local models {line}" for line in lines)
+
+
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -71,7 +76,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
         )
 
 
-@models.command()
+@models.command(epilog=_examples("search", "search qwen --json"))
 @click.argument("text", nargs=-1)
 @_JSON
 def search(text: tuple[str, ...], as_json: bool) -> None:
@@ -95,14 +100,16 @@ def search(text: tuple[str, ...], as_json: bool) -> None:
     _print_table(("name", "size", "license", "repository"), rows)
 
 
-@models.command()
+@models.command(
+    epilog=_examples("pull llama3.2:1b", "pull hf:bartowski/Llama-3.2-1B-Instruct-GGUF:Q8_0")
+)
 @click.argument("name", type=ModelFile())
 def pull(name: Path | ModelName) -> None:
     """Download NAME, or what has changed of it, and print its path."""
     echo(str(download_model(_named(name))))
 
 
-@models.command()
+@models.command(epilog=_examples("path llama3.2:1b"))
 @click.argument("name", type=ModelFile())
 def path(name: Path | ModelName) -> None:
     """Print the path of NAME, which must be on this machine."""
@@ -116,7 +123,7 @@ def path(name: Path | ModelName) -> None:
     echo(str(found))
 
 
-@models.command()
+@models.command(epilog=_examples("rm llama3.2:1b --yes"))
 @click.argument("name", type=ModelFile())
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def rm(name: Path | ModelName, yes: bool) -> None:

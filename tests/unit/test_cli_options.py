@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import click
@@ -13,16 +14,7 @@ from razor_local.cli.chat import chat
 from razor_local.cli.generation import ENVVARS
 from razor_local.cli.parser import Command, Group
 from razor_local.cli.run import run
-
-
-def commands(command: click.Command = main, name: str = "") -> dict[str, click.Command]:
-    """All commands by name, with subcommands such as "eval needle"."""
-    found = {name: command}
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for sub in command.list_commands(context):
-            found |= commands(command.get_command(context, sub), f"{name} {sub}".strip())
-    return found
+from tests.support.commands import PAGE, all_examples, commands, examples, page
 
 
 def parsed(*args: str, command: click.Command = run, **env: str) -> dict[str, Any]:
@@ -30,7 +22,8 @@ def parsed(*args: str, command: click.Command = run, **env: str) -> dict[str, An
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
-        return command.make_context(command.name, list(args)).params
+        context = command.make_context(command.name, list(args), help_option_names=["-h", "--help"])
+        return context.params
 
 
 def refusal(*args: str, **env: str) -> str:
@@ -115,6 +108,29 @@ def test_values_that_may_be_left_out():
     assert parsed("--real-prefill", "-r", "3", command=bench)["pairs"] == 3
     assert parsed("--real-prefill", "512", command=bench)["real_prefill"] == 512
     assert parsed("--compare", "a", "-b", command=bench)["compare"][1].name == "-b"
+
+
+# -- help --
+
+
+def test_the_page_of_the_help_is_up_to_date():
+    """python -m tests.support.commands writes it."""
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_every_command_has_examples_of_itself():
+    for name, command in commands().items():
+        assert examples(command), name
+        assert all(f"razor-local {name}".strip() in line for line in examples(command))
+
+
+@pytest.mark.parametrize("line", all_examples())
+def test_examples_have_options_that_exist(line):
+    """tests/native/test_examples.py runs them."""
+    args = shlex.split(line.rpartition("| ")[2])[1:]
+    found = commands()
+    name = " ".join(args[:2]) if " ".join(args[:2]) in found else args[0]
+    parsed(*args[len(name.split()) :], command=found[name])
 
 
 def test_a_missing_value_is_one_sentence():

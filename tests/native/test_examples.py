@@ -1,0 +1,94 @@
+"""Every example of the help and of the pages runs, on the built-in model and small files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from razor_local.converters.write import write_sidecar
+
+from razor_local import read_model_shape, read_profile
+from tests.support import alibi_models, embedded_model
+from tests.support.bench import make_report
+from tests.support.commands import all_examples
+from tests.support.texts import FACT, QUESTION, text_with
+
+MODEL = embedded_model.PATH
+# names of models, which would be downloaded, and work that would take minutes
+INSTEAD = (
+    (r"-hf \S+", "model.gguf"),
+    (r"\b(smollm2:135m|llama3\.2:1b|hf:\S+)", "model.gguf"),
+    (r"^(razor-local bench (model|--shape).*?)( -c \w+)?( -d \S+)?( .*)?$", r"\1\5 -d 0,512"),
+    (r"--shape \S+", "--shape 30m"),
+    (r"^(razor-local bench (model|--shape).*)$", r"\1 -r 3 --seconds 0.05 --only decode,memory"),
+    (r"^(razor-local eval (needle|ruler).*?)( -c \S+)?( .*)?$", r"\1\4 -c 1k --samples 1"),
+    (r"^(razor-local eval perplexity.*)$", r"\1 -c 512 --windows 1"),
+    (r"^(razor-local convert .*)$", r"\1 --force"),
+    (r"^(razor-local verify .*)( -n \d+)(.*)$", r"\1\3 -n 1000"),
+)
+SLOW = re.compile(r"razor-local (bench|convert|eval|verify) (?!.*(--report|--compare \w+\.json))")
+OF_THE_HUB = re.compile(r"razor-local models (pull|path|rm)")  # tests/native/test_model_hub.py
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The files that examples name."""
+    folder = tmp_path_factory.mktemp("examples")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    embedded_model.write_variant(folder / "model.gguf", template)
+    embedded_model.write_without_template(folder / "base.gguf")
+    for name in ("model-razor.gguf", "smollm2-razor.gguf"):
+        (folder / name).write_bytes(MODEL.read_bytes())
+    profile, shape = read_profile(MODEL), read_model_shape(MODEL)
+    write_sidecar(folder / "model.gguf", folder / "model.razor.gguf", profile)
+    alibi_models.write(folder / "bloom.gguf", alibi_models.AlibiSpec())
+    for name in ("heads.tsv", "other.tsv"):
+        np.savetxt(folder / name, np.array(profile.retrieval), fmt="%d", delimiter="\t")
+    gates = np.random.default_rng(0).random((shape.n_layer, shape.n_head_kv[0]))
+    np.savetxt(folder / "gates.tsv", gates, fmt="%.4f", delimiter="\t")
+    (folder / "text.txt").write_text(text_with(FACT), encoding="utf-8")
+    (folder / "question.txt").write_text(QUESTION, encoding="utf-8")
+    (folder / "book.txt").write_text(text_with(FACT, 3000), encoding="utf-8")
+    for name in ("run", "before", "after"):
+        (folder / f"{name}.json").write_text(json.dumps(make_report().to_dict()), encoding="utf-8")
+    data = folder / "LongBench/data"
+    data.mkdir(parents=True)
+    item = {"context": FACT, "input": QUESTION, "answers": ["48213"], "all_classes": None}
+    for name in ("hotpotqa", "qasper"):
+        (data / f"{name}.jsonl").write_text(json.dumps(item) + "\n", encoding="utf-8")
+    return folder
+
+
+def runs(line: str, folder: Path) -> subprocess.CompletedProcess:
+    for pattern, text in INSTEAD:
+        line = re.sub(pattern, text, line)
+    (folder / "run.jsonl").unlink(missing_ok=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        line, shell=True, cwd=folder, env=os.environ | {"PATH": path}, input="Hello",
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+EXAMPLES = [line for line in all_examples() if not OF_THE_HUB.search(line)]
+
+
+@pytest.mark.parametrize("line", [line for line in EXAMPLES if not SLOW.search(line)])
+def test_examples(line, folder):
+    done = runs(line, folder)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_examples_that_measure(folder):
+    """In their order: some read what an earlier one has written."""
+    for line in EXAMPLES:
+        if SLOW.search(line):
+            done = runs(line, folder)
+            assert done.returncode == 0, f"{line}: {done.stderr}"
