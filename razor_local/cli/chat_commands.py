@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import click
 from ..common.inputs import check_input, read_text_file
 from ..errors import RazorError
 from ..printable import printable
+from . import generation
 from .chat_status import context, stats
 from .params import Number
 from .terminal import is_ascii, say, sentence
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 MAX_BYTES_PER_TOKEN = 64  # of a file that may fit the context; real texts have about 4
-MAX_SCHEMA = 1 << 20  # bytes
 SETTINGS: dict[str, click.ParamType] = {
     "temp": Number(0),
     "top_k": click.IntRange(0, 2**31 - 1),
@@ -363,19 +362,11 @@ def _settings(text: str) -> list[str]:
 
 
 def _json(talk: Talk, argument: str) -> None:
-    from ..completion_request import grammar_of
-
     if argument == "off":
         talk.chat.grammar, talk.schema = None, ""
     elif argument:
-        is_text = argument.startswith("{")
-        what = "/json" if is_text else str(_path(argument))
-        text = argument if is_text else read_text_file(_path(argument), max_bytes=MAX_SCHEMA)
-        try:
-            schema = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RazorError(f"{what} is not JSON: {error}") from None
-        talk.chat.grammar, talk.schema = grammar_of(what, schema), _short(argument)
+        source = argument if argument.startswith("{") else _path(argument)
+        talk.chat.grammar, talk.schema = generation.grammar(source, "/json"), _short(argument)
     if talk.chat.grammar is None:
         say("answers are free text; /json SCHEMA or /json FILE makes them JSON")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ..profile import Profile
 
 MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given
+MAX_SCHEMA = 1 << 20  # bytes
 MAX_TEXT = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB of text
 
 # by parameter; the names are those of llama.cpp
@@ -297,6 +299,22 @@ def sampling(options: dict[str, Any], default_temp: float) -> Sampling:
         repeat_penalty=options["repeat_penalty"],
         seed=options["seed"] if options["seed"] >= 0 else None,
     )
+
+
+def grammar(schema: str | Path, name: str) -> Any:
+    """Return the grammar of answers that follow a JSON schema, a text or the file that has it.
+
+    Args:
+        name: what an error calls a text
+    """
+    from ..completion_request import grammar_of
+
+    what = name if isinstance(schema, str) else str(schema)
+    text = schema if isinstance(schema, str) else read_text_file(schema, max_bytes=MAX_SCHEMA)
+    try:
+        return grammar_of(what, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise RazorError(f"{what} is not JSON: {error}") from None
 
 
 def default_temp(model: Path | None) -> float:

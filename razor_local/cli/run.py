@@ -30,6 +30,7 @@ Examples:
   razor-local run smollm2:135m -p "Why is the sky blue?"
   razor-local run model-razor.gguf -f text.txt -p "What is the secret code?" --json
   cat text.txt | razor-local run -p "What is the secret code of Marlow?"
+  razor-local run -p "Who are you?" -j '{"type": "object"}' -n 64
   razor-local run base.gguf -n 64 -p "Once upon a time"
 
 The text of stdin comes first, then that of -f, then that of -p, with empty lines between them. A
@@ -47,6 +48,13 @@ Exit code: 0; 1 after an error; 2 for wrong options; 130 if Ctrl-C stopped the a
     help="Continue the text as it is, without the chat template.",
 )  # fmt: skip
 @click.option(
+    "-j", "--json-schema", metavar="SCHEMA", help="JSON schema that the answer follows.",
+)  # fmt: skip
+@click.option(
+    "-jf", "--json-schema-file", type=click.Path(path_type=Path), metavar="FILE",
+    help="File with a JSON schema that the answer follows.",
+)  # fmt: skip
+@click.option(
     "--json", "as_json", is_flag=True,
     help="Print one JSON object: the answer, why it ended, tokens, timings and memory.",
 )  # fmt: skip
@@ -58,6 +66,11 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
     from ..chat import Chat, chat_template, has_chat_template
 
     generation.check_options(options)
+    schema, file = options["json_schema"], options["json_schema_file"]
+    if schema is not None and file is not None:
+        raise click.UsageError("--json-schema and --json-schema-file exclude each other")
+    source = schema if file is None else file
+    grammar = None if source is None else generation.grammar(source, "--json-schema")
     text = generation.read_text(options)
     if text is None:
         raise click.UsageError(
@@ -80,6 +93,7 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
             max_tokens=options["predict"],
             sampling=generation.sampling(options, generation.default_temp(model)),
         )
+        chat.grammar = grammar
         if as_json:
             with ProgressBar() as bar, stop_on_interrupt() as stop:
                 for _ in chat.say(text, bar, stop):

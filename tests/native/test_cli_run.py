@@ -77,6 +77,13 @@ def test_json_has_the_numbers(text):
     assert "reasoning" not in full
 
 
+def test_an_answer_that_follows_a_schema(tmp_path):
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    for option in (["-j", json.dumps(schema)], ["-jf", tmp_path / "schema.json"]):
+        assert json.loads(run("-p", "hi", *option).stdout) == {"a": "x"}
+
+
 def test_why_an_answer_ended():
     assert json.loads(run("-p", "hi", "-n", 2, "--json").stdout)["finish_reason"] == "length"
     done = run("-p", "hi", "-n", 2)
@@ -121,6 +128,9 @@ def test_control_tokens_of_plain_text_are_control_tokens():
         (["-c", "256", "-p", TEXT], "", 1, "the context holds 256: shorten it"),
         (["--budget", "0.2", "--no-razor", "-p", "x"], "", 2, "--budget and --no-razor exclude"),
         (["-mg", "0", "-p", "x"], "", 2, "No such option"),
+        (["-j", "{", "-p", "x"], "", 1, "--json-schema is not JSON: "),
+        (["-jf", "/no/such.json", "-p", "x"], "", 1, "/no/such.json: No such file"),
+        (["-j", "{}", "-jf", "x", "-p", "x"], "", 2, "--json-schema and --json-schema-file excl"),
     ],
 )
 def test_errors_are_one_line_on_stderr(args, stdin, code, expected):
