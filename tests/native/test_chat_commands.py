@@ -14,6 +14,7 @@ from razor_local import ContextFullError, RazorError, sessions
 from razor_local.chat import Chat, Sampling
 from razor_local.cli.chat import chat as chat_command
 from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run, unescape
+from razor_local.cli.run import run as run_command
 from razor_local.cli.terminal import MessageReader, is_ascii
 from tests.support.scripted_model import ScriptedModel, make, render, roles
 
@@ -79,7 +80,8 @@ def test_the_page_names_every_command_and_option():
     page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
     for name in COMMANDS:
         assert f"`/{name}" in page, name
-    options = {option for parameter in chat_command.params for option in parameter.opts}
+    params = [*chat_command.params, *run_command.params]
+    options = {option for parameter in params for option in parameter.opts}
     named = set(re.findall(r"`(?:razor-local chat )?(--[a-z-]+)", page))
     assert named - {"--messages"} <= options
     assert {"--session", "--no-history", "--on-full", "--hide-thinking"} <= named

@@ -49,3 +49,17 @@ def test_bytes_of_an_8b_shape(n_ctx):
     assert f"| {n_ctx:,} | {full:,.0f} MiB | {ours:,.0f} MiB | {plan.share * 100:.0f} % |" in README
     assert not make_plan(shape, Profile(retrieval=tuple(heads)), 4608).active
     assert make_plan(shape, Profile(retrieval=tuple(heads)), 4609).active
+
+
+def test_the_comparison_gives_a_reason_for_what_others_have():
+    page = (Path(__file__).parents[2] / "docs/compare.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20 and {len(row) for row in rows[1:]} == {7}
+    for what, *others, ours in rows[1:]:
+        if others.count("yes") >= 2:
+            assert ours == "yes" or "#what-razor_local-lacks" in ours, what
+    named, told = (
+        set(re.findall(r"\[\^(\w+)\](?!:)", page)),
+        set(re.findall(r"^\[\^(\w+)\]:", page, re.M)),
+    )
+    assert named == told
