@@ -20,19 +20,17 @@ from tests.support.commands import all_examples
 from tests.support.texts import FACT, QUESTION, text_with
 
 MODEL = embedded_model.PATH
-# names of models, which would be downloaded, and work that would take minutes
-INSTEAD = (
-    (r"-hf \S+", "model.gguf"),
-    (r"\b(smollm2:135m|llama3\.2:1b|hf:\S+)", "model.gguf"),
-    (r"^(razor-local bench (model|--shape).*?)( -c \w+)?( -d \S+)?( .*)?$", r"\1\5 -d 0,512"),
-    (r"--shape \S+", "--shape 30m"),
-    (r"^(razor-local bench (model|--shape).*)$", r"\1 -r 3 --seconds 0.05 --only decode,memory"),
-    (r"^(razor-local eval (needle|ruler).*?)( -c \S+)?( .*)?$", r"\1\4 -c 1k --samples 1"),
-    (r"^(razor-local eval perplexity.*)$", r"\1 -c 512 --windows 1"),
-    (r"^(razor-local convert .*)$", r"\1 --force"),
-    (r"^(razor-local verify .*)( -n \d+)(.*)$", r"\1\3 -n 1000"),
-)
-SLOW = re.compile(r"razor-local (bench|convert|eval|verify) (?!.*(--report|--compare \w+\.json))")
+NAMES = r"-hf \S+|\b(smollm2:135m|llama3\.2:1b|hf:\S+)"  # they would be downloaded
+# commands that measure: options that are left out, and those that are put in their place
+LESS = {
+    "bench (model|--shape)": ("-c|-d|--shape", "-d 0,512 -r 3 --seconds 0.05 --only decode,memory"),
+    "convert": ("--no-option", "--force"),
+    "eval needle": ("-c|--samples", "-c 512 --samples 1 --depths 50"),
+    "eval ruler": ("-c|--samples", "-c 512 --samples 1"),
+    "eval perplexity": ("-c", "-c 512 --windows 1"),
+    "eval longbench": ("-c", "-c 2k"),
+    "verify": ("-c|-n", "-c 2048 -n 1000"),
+}
 OF_THE_HUB = re.compile(r"razor-local models (pull|path|rm)")  # tests/native/test_model_hub.py
 
 
@@ -57,6 +55,8 @@ def folder(tmp_path_factory) -> Path:
     (folder / "book.txt").write_text(text_with(FACT, 3000), encoding="utf-8")
     for name in ("run", "before", "after"):
         (folder / f"{name}.json").write_text(json.dumps(make_report().to_dict()), encoding="utf-8")
+    (folder / "books").mkdir()
+    (folder / "books/book.txt").write_text(text_with(FACT, 20000), encoding="utf-8")
     data = folder / "LongBench/data"
     data.mkdir(parents=True)
     item = {"context": FACT, "input": QUESTION, "answers": ["48213"], "all_classes": None}
@@ -66,8 +66,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def runs(line: str, folder: Path) -> subprocess.CompletedProcess:
-    for pattern, text in INSTEAD:
-        line = re.sub(pattern, text, line)
+    line = re.sub(NAMES, "model.gguf", line)
+    for command, (options, instead) in LESS.items():
+        if re.match(f"razor-local {command}", line):
+            shape = " --shape 30m" if "--shape" in line else ""
+            line = f"{re.sub(f' ({options}) [^ ]+', '', line)} {instead}{shape}"
     (folder / "run.jsonl").unlink(missing_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -76,19 +79,24 @@ def runs(line: str, folder: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+def is_slow(line: str) -> bool:
+    return any(re.match(f"razor-local {command}", line) for command in LESS)
+
+
 EXAMPLES = [line for line in all_examples() if not OF_THE_HUB.search(line)]
 
 
-@pytest.mark.parametrize("line", [line for line in EXAMPLES if not SLOW.search(line)])
+@pytest.mark.parametrize("line", [line for line in EXAMPLES if not is_slow(line)])
 def test_examples(line, folder):
     done = runs(line, folder)
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
 @pytest.mark.slow
-def test_examples_that_measure(folder):
+@pytest.mark.parametrize("command", LESS)
+def test_examples_that_measure(command, folder):
     """In their order: some read what an earlier one has written."""
     for line in EXAMPLES:
-        if SLOW.search(line):
+        if re.match(f"razor-local {command}", line):
             done = runs(line, folder)
             assert done.returncode == 0, f"{line}: {done.stderr}"
