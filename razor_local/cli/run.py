@@ -117,10 +117,8 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
 
 def _report(llama: Llama, chat: Chat, turn: Turn, load_seconds: float) -> dict[str, Any]:
     """Return what --json prints."""
-    from ..native.loaded import library
-
     answer = chat.messages[-1] if chat.last_message is not None else {"content": ""}
-    memory, parts = llama.memory(), library.memory(llama.ctx)
+    memory = llama.memory()
     return {
         "model": llama.model_path,
         "answer": answer["content"],
@@ -138,9 +136,9 @@ def _report(llama: Llama, chat: Chat, turn: Turn, load_seconds: float) -> dict[s
             "n_ctx": memory.n_ctx,
             "razor": memory.active,
             "why_inactive": memory.why,
-            "weights_bytes": sum(part.weights for part in parts),
+            "weights_bytes": memory.weights_bytes,
             "kv_bytes": memory.kv_bytes,
             "kv_bytes_full": memory.kv_bytes_full,
-            "compute_bytes": sum(part.compute for part in parts),
+            "compute_bytes": memory.compute_bytes,
         },
     }
