@@ -26,7 +26,7 @@ LESS = {
     "bench (model|--shape)": ("-c|-d|--shape", "-d 0,512 -r 3 --seconds 0.05 --only decode,memory"),
     "convert": ("--no-option", "--force"),
     "eval needle": ("-c|--samples", "-c 512 --samples 1 --depths 50"),
-    "eval ruler": ("-c|--samples", "-c 512 --samples 1"),
+    "eval ruler": ("-c|--samples", "-c 1k --samples 1"),
     "eval perplexity": ("-c", "-c 512 --windows 1"),
     "eval longbench": ("-c", "-c 2k"),
     "verify": ("-c|-n", "-c 2048 -n 1000"),
