@@ -116,8 +116,8 @@ class Journal:
         for name, here in identity(head).items():
             if json.loads(json.dumps(here)) != there[name]:
                 raise RazorError(
-                    f"{path} is from another run (different {name}); resume it with the same command,"
-                    " code and machine, or choose a new file"
+                    f"{path} is from another run (different {name}); resume it with the same"
+                    " command, code and machine, or choose a new file"
                 )
         try:
             if check is not None:
