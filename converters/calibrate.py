@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ DEFAULT_TOKENS = 2500
 DEFAULT_REPEATS = 4
 DEFAULT_MAX_MEMORY = 3 << 30
 MAX_UBATCH = 512  # more is not faster
+# tokens that measure_pace() reads: the first ones page in the weights, the second ones show whether
+# it is worth reading more
+PACE_TOKENS = (16, 64, 256)
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,7 @@ def calibrate(
             )
         )
         for start in range(0, len(text), memory.n_ubatch):
-            part = text[start : start + memory.n_ubatch]
-            code = probe.read(ctx, start, part)
-            probe.check()
-            if code != 0:
-                raise RazorError(
-                    f"computing tokens {start} to {start + len(part)} of {model_path} failed"
-                    f" ({lib.reason(f'llama_decode {code}')})"
-                )
+            _read(probe, ctx, start, text[start : start + memory.n_ubatch])
     return Scores(
         **probe.scores(),
         n_head=shape.n_head,
@@ -145,6 +142,82 @@ def calibrate(
             "model_fingerprint": shape.fingerprint,
         },
     )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a model reads, in seconds.
+
+    Attributes:
+        loading: to load the model.
+        calibration: for all tokens of calibrate(), an estimate.
+        token: per token of a short text.
+    """
+
+    loading: float
+    calibration: float
+    token: float
+
+
+def measure_pace(
+    model_path: str | os.PathLike[str],
+    *,
+    tokens: int | None = None,
+    repeats: int = DEFAULT_REPEATS,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    n_threads: int | None = None,
+    n_gpu_layers: int = -1,
+    enough: float = math.inf,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> Pace:
+    """Time the model on a few hundred tokens, and estimate what calibrate() takes.
+
+    Args:
+        enough: of a model that seems to need more than twice as many seconds, fewer tokens are
+            read.
+
+    The other arguments and the errors are those of calibrate().
+    """
+    file = open_model(model_path)
+    model_path, shape = file.path, file.shape
+    lib = native.load()
+    from llama_cpp import llama_cpp as C
+
+    C.llama_backend_init()
+    probe = _Probe(lib.lib, C, shape, progress, stop, "timing the model")
+    began = time.monotonic()
+    with ExitStack() as stack:
+        model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, probe))
+        loading = time.monotonic() - began
+        _check_supported(lib, C, model, shape)
+        bos, usable = vocabulary(C, model)
+        n_text = len(bos) + repeats * _n_tokens(tokens, repeats, len(bos), shape)
+        memory = plan_memory(shape, n_text, max_memory)
+        work = _work(file.header.tensors, shape)
+        text = draw_tokens(usable, min(sum(PACE_TOKENS), n_text), 0)
+        probe.start(text, 0, work)
+        ctx = stack.enter_context(
+            attention_context(
+                lib, C, model, model_path, len(text), min(memory.n_ubatch, len(text)), n_threads,
+                probe,
+            )
+        )  # fmt: skip
+        start = 0
+        for n in PACE_TOKENS:
+            part = text[start : start + n]
+            if not len(part):
+                break
+            began = time.monotonic()
+            for i in range(0, len(part), memory.n_ubatch):
+                _read(probe, ctx, start + i, part[i : i + memory.n_ubatch])
+            seconds = time.monotonic() - began
+            end = start + len(part)
+            calibration = seconds * work(0, n_text) / work(start, end)
+            token, start = seconds / len(part), end
+            if start > PACE_TOKENS[0] and calibration > 2 * enough:
+                break
+    return Pace(loading, calibration, token)
 
 
 def draw_tokens(usable: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -197,8 +270,20 @@ def plan_memory(shape: ModelShape, n_tokens: int, max_memory: int) -> Memory:
         n_ubatch //= 2
 
 
+def _read(probe: _Probe, ctx: int, start: int, part: np.ndarray) -> None:
+    """Read the tokens at positions start and up. Raises RazorError, and what probe.check() does."""
+    code = probe.read(ctx, start, part)
+    probe.check()
+    if code != 0:
+        reason = native.load().reason(f"llama_decode {code}")
+        raise RazorError(
+            f"computing tokens {start} to {start + len(part)} of {probe.shape.path} failed"
+            f" ({reason})"
+        )
+
+
 class _Probe(AttentionProbe):
-    """Sums up the attention to repetitions."""
+    """Sums up the attention to repetitions. label: what progress() is called with."""
 
     def __init__(
         self,
@@ -207,8 +292,10 @@ class _Probe(AttentionProbe):
         shape: ModelShape,
         progress: Progress | None,
         stop: Stop | None,
+        label: str = "measuring the heads",
     ) -> None:
         super().__init__(lib, C, shape, progress, stop)
+        self.label = label
         self.kernel = _kernel()
         self.echo = [np.zeros(n) for n in shape.n_head]  # f64 sums
         self.induction = [np.zeros(n) for n in shape.n_head]
@@ -265,7 +352,7 @@ class _Probe(AttentionProbe):
     def _report(self, part: float) -> None:
         before = self.work(0, self.position)
         done = before + part * self.work(self.position, self.position + self.n_part)
-        self.progress(min(done, self.total_work), self.total_work, "measuring the heads")
+        self.progress(min(done, self.total_work), self.total_work, self.label)
 
 
 def find_copies(text: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -349,8 +436,8 @@ def _work(tensors: Iterable[Tensor], shape: ModelShape) -> Callable[[int, int], 
     """Return a function that counts the multiplications for the positions [start, end)."""
     per_token = sum(math.prod(t.dims) for t in tensors if len(t.dims) > 1)
     heads = sum(q for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True) if kv)
-    # A multiplication of attention takes several times as long as one with weights.
-    per_pair = 4 * heads * (shape.head_dim_k + shape.head_dim_v)
+    # A multiplication of attention takes about twice as long as one with weights.
+    per_pair = 2 * heads * (shape.head_dim_k + shape.head_dim_v)
 
     def work(start: int, end: int) -> float:
         return per_token * (end - start) + per_pair * (end**2 - start**2) / 2

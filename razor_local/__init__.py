@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from . import hooks as _hooks
 from .bindings import install as _install
 
 _EXPORTS = {
@@ -41,6 +42,15 @@ _EXPORTS = {
 __all__ = list(_EXPORTS)
 
 _install()
+
+
+def _auto_profile(*args: Any, **options: Any) -> Any:
+    from .auto_profile import auto_profile
+
+    return auto_profile(*args, **options)
+
+
+_hooks.auto_profile = _auto_profile
 
 
 def __getattr__(name: str) -> Any:

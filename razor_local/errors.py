@@ -68,6 +68,10 @@ class ConvertError(RazorError):
     """An output file that convert does not write: it exists, is the model itself, does not fit."""
 
 
+class NoProfileError(RazorError):
+    """A model was measured without a profile as the result: no head of it stands out, for one."""
+
+
 class UnsupportedError(RazorError):
     """An architecture, feature or combination of options that razor refuses by name."""
 

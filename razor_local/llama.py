@@ -54,13 +54,17 @@ _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 class Llama(PlainMessages, llama_cpp.Llama):
     """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
 
-    razor: True, use the profile in the model file, and llama.cpp's own cache where it has none; a
-        path, the profile of that sidecar; a Profile; False, llama.cpp's own cache.
+    razor: True, use the profile in the model file, and llama.cpp's own cache where it has none;
+        "auto", use the first profile of the file, of NAME.razor.gguf beside it, of the profile
+        cache and of the package, or measure one if that takes less than two minutes (a model that
+        takes longer runs with llama.cpp's own cache, and memory().why says so); a path, the
+        profile of that sidecar; a Profile; False, llama.cpp's own cache.
     budget: the share of KV heads that keep every token, instead of the profile's; they are chosen
         by the scores in the profile. retrieval is an alias.
     window, sink_tokens (tokens), compensation: instead of the profile's.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
-    progress: called while the model loads with the part done (0 to 1); False stops loading. This
+    progress: called while the model loads with the part done (0 to 1), and with razor="auto"
+        before that while the heads are measured (0 to 1 for each step); False stops either. This
         is llama.cpp's own form; progress= elsewhere is a common.progress.Progress.
     wait: a request that comes while another is not over: True, waits for it; False, is refused.
 
@@ -147,7 +151,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         model_path = os.fspath(model_path)
         cache = choose_cache(
             self._file, razor, budget, window, sink_tokens, compensation, n_ctx, type_k, type_v,
-            flash_attn, kwargs,
+            flash_attn, kwargs, progress,
         )  # fmt: skip
         self._plan, self._profile, self._why = cache.plan, cache.profile, cache.why
         if cache.plan is not None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 
-from . import native
+from . import hooks, native
 from .available_memory import available_ram
 from .errors import (
     GGUFError,
     MemoryFullError,
     ProfileError,
+    RazorError,
+    Stopped,
     UnsupportedError,
     option,
     options,
@@ -113,6 +116,7 @@ def choose_cache(
     type_v: str,
     flash_attn: bool,
     others: dict[str, Any],
+    progress: Callable[[float], object] | None = None,
 ) -> CacheChoice:
     """Return the cache for the arguments of Llama() of these names.
 
@@ -123,8 +127,14 @@ def choose_cache(
         GGUFError, ProfileError: the file is damaged, or has no profile to change.
         UnsupportedError: razor cannot run the model, or has none of the options.
         MemoryFullError: the cache is larger than the memory.
+        RazorError: measuring the heads was stopped.
     """
+    reason = None
+    if isinstance(razor, str) and razor == "auto":
+        context = {"n_ctx": n_ctx, "type_k": type_k, "type_v": type_v, "flash_attn": flash_attn}
+        razor, reason = _auto_profile(file, context, others, progress)
     shape, profile, why = choose_profile(file, razor, budget, window, sink_tokens, compensation)
+    why = reason or why
     own_attention = razor is not False and not native.is_disabled()
     given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **others}
     if isinstance(n_ctx, str):
@@ -187,6 +197,41 @@ def choose_profile(
     if profile is not None:
         profile = profile.with_options(window, sink_tokens, compensation)
     return file.shape, profile, no_profile
+
+
+def _auto_profile(
+    file: ModelFile,
+    context: dict[str, Any],
+    others: dict[str, Any],
+    progress: Callable[[float], object] | None,
+) -> tuple[Profile | bool, str | None]:
+    """Return what razor="auto" means for a model, and the reason if it has no profile."""
+    try:
+        _ = file.shape
+    except ProfileError:
+        return True, None  # as without "auto"
+    if native.is_disabled():
+        return True, None
+
+    def report(done: float, total: float, label: str) -> None:
+        if progress is not None and progress(done / total if total else 0.0) is False:
+            raise Stopped
+
+    if context["n_ctx"] == "auto":
+        context |= {"n_ctx": 0}
+    try:
+        auto = hooks.auto_profile(
+            file,
+            n_threads=others.get("n_threads"),
+            n_gpu_layers=others.get("n_gpu_layers", 0),  # the base class's own default
+            progress=report,
+            **context,
+        )
+    except Stopped:
+        raise RazorError(
+            f"measuring the heads of {file} was stopped: progress() returned False"
+        ) from None
+    return (True, auto.why) if auto.found is None else (auto.found.profile, None)
 
 
 def _auto_n_ctx(file: ModelFile, n_ctx: str, profile: Profile | None, given: dict[str, Any]) -> int:

@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from . import known_profiles, profile_cache
 from .errors import ProfileError
 from .gguf.header import Header, read_header
 from .gguf.split import read_parts
 from .model_shape import ModelShape, shape_from_parts, why_not_converted
 from .profile import Profile, profile_from_header, read_sidecar
+
+
+@dataclass(frozen=True)
+class FoundProfile:
+    """A profile and where it comes from.
+
+    Attributes:
+        source: file (the metadata of the model), sidecar, cache (profile_cache.py), list
+            (known_profiles.py) or measured (just now).
+        where: the path of its file, or the name of the model that the list is for.
+    """
+
+    profile: Profile
+    source: str
+    where: str
+
+    @property
+    def origin(self) -> str:
+        """The source in a few words, without the paths of this machine."""
+        return {
+            "file": "the metadata of the model file",
+            "sidecar": "a sidecar",
+            "cache": "the profile cache",
+            "list": f"the list that razor-local ships for {self.where}",
+            "measured": "measured now",
+        }[self.source]
+
+    def __str__(self) -> str:
+        """The source in a few words, such as "a sidecar (m.razor.gguf)"."""
+        has_path = self.source in ("sidecar", "cache", "measured")
+        return f"{self.origin} ({self.where or 'not saved'})" if has_path else self.origin
 
 
 class ModelFile(os.PathLike[str]):
@@ -45,12 +79,54 @@ class ModelFile(os.PathLike[str]):
         """The profile in the file, None where it has no razor keys. Raises as shape does."""
         return profile_from_header(self.header, self.shape)
 
+    def find_profile(
+        self, sidecar: str | os.PathLike[str] | None = None, budget: float | None = None
+    ) -> FoundProfile | None:
+        """Return the profile to run the model with and its source, None without any.
+
+        The first of these: the metadata of the file, NAME.razor.gguf beside it, the profile that
+        was measured on this machine, the list that the package has for the model.
+
+        Args:
+            sidecar: used instead of all others.
+            budget: the share of retrieval heads, instead of the profile's.
+
+        Raises:
+            GGUFError, ProfileError: a damaged file, or a sidecar of another model.
+            OSError: as GGUFError.
+        """
+        found = self._find_profile(sidecar)
+        if found is None:
+            return None
+        profile = self.choose_profile(found.profile, budget)
+        return None if profile is None else replace(found, profile=profile)
+
+    def _find_profile(self, sidecar: str | os.PathLike[str] | None) -> FoundProfile | None:
+        if sidecar is None and self.profile is not None:
+            return FoundProfile(self.profile, "file", str(self))
+        beside = self.sidecar_path if sidecar is None else Path(sidecar)
+        if sidecar is not None or beside.is_file():
+            return FoundProfile(read_sidecar(beside, self.shape), "sidecar", str(beside))
+        cached = profile_cache.find(self.shape)
+        if cached is not None:
+            return FoundProfile(cached[0], "cache", str(cached[1]))
+        known = known_profiles.find(self.shape)
+        return None if known is None else FoundProfile(known.profile(), "list", known.model)
+
+    @property
+    def sidecar_path(self) -> Path:
+        """NAME.razor.gguf beside the model, which need not exist."""
+        name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", self.path.name)
+        return self.path.with_name(f"{name}.razor.gguf")
+
     def choose_profile(
         self,
         other: str | os.PathLike[str] | Profile | None = None,
         budget: float | None = None,
     ) -> Profile | None:
-        """Return the profile to run the model with, None without any. Raises as profile does.
+        """Return the profile in the model file, or another one; None without any.
+
+        Raises as profile does.
 
         Args:
             other: a sidecar, or a Profile, instead of the profile in the model file.
@@ -69,7 +145,7 @@ class ModelFile(os.PathLike[str]):
     def no_profile(self) -> ProfileError:
         """Return the error where a profile is needed and there is none: how to come by one."""
         why = why_not_converted(self.header, self.shape)
-        make = "make one with 'razor-local convert MODEL.gguf -o OUT.gguf', or"
+        make = "make one with 'razor-local convert MODEL.gguf', or"
         if why is not None:
             make = f"'razor-local convert' may refuse to make one ({why});"
         return ProfileError(f"{self} has no razor profile; {make} name one with --sidecar")

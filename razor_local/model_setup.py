@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .model_file import ModelFile
+    from .model_file import FoundProfile, ModelFile
     from .model_shape import ModelShape
     from .profile import Profile
 
@@ -40,11 +40,15 @@ class ModelSetup:
 
         return ModelFile(self.model)
 
+    @cached_property
+    def found(self) -> FoundProfile | None:
+        """The profile before the changes, and where it comes from; raises as read() does."""
+        return self.file.find_profile(self.sidecar, self.retrieval)
+
     def read(self) -> tuple[ModelShape, Profile]:
         """Return shape and profile. Raises RazorError without a profile that can change so."""
-        profile = self.file.choose_profile(self.sidecar, self.retrieval)
-        if profile is None:
+        if self.found is None:
             raise self.file.no_profile()
         names = ("window_min", "window_divisor", "sink_tokens")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return self.file.shape, replace(profile, **changes)
+        return self.file.shape, replace(self.found.profile, **changes)

@@ -47,6 +47,17 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "razor_local"
 
 
+@pytest.fixture(autouse=True)
+def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The profile cache of a test. Child processes have the user's own."""
+    from razor_local import profile_cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache") / "profiles"
+        patch.setattr(profile_cache, "folder", lambda: folder)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny(spec, extra_kv) -> path of the GGUF, written once per run."""

@@ -134,6 +134,8 @@ def describe_lines(report: Report) -> Iterable[str]:
         f" ({share:.1%}); {window}; {model['sink_tokens']} sinks;"
         f" weights read per token: {model['weights_bytes'] / 2**20:,.0f} MiB."
     )
+    if head.get("profile"):
+        yield f"Profile: {one_line(head['profile'])}."
     memory = machine["memory_total"]
     yield (
         f"{machine['cpu']}, {machine['cores']} cores, {head['setup']['n_threads']} threads,"

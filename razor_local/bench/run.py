@@ -186,6 +186,7 @@ def _describe_run(
         "setup": {k: v for k, v in asdict(setup).items() if k not in ("model", "sidecar", "lib")}
         | {"full_cache": "another build" if stock_lib else "the same library, razor off"},
         "settings": asdict(settings),
+        "profile": setup.found.origin if setup.found else None,
     }
 
 

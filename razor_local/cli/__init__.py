@@ -20,7 +20,7 @@ from .terminal import echo
 COMMANDS = {
     "bench": "Measure memory and speed against full caches.",
     "chat": "Chat with a model.",
-    "convert": "Add a razor profile to a copy of a GGUF model, or write it as a sidecar.",
+    "convert": "Measure the retrieval heads of a model, and keep them as its razor profile.",
     "doctor": "Show the loaded library, its backends and devices, and any problems.",
     "eval": "Measure how much quality each KV cache policy costs.",
     "fit": "Estimate the memory of a context, or the context that fits a memory.",

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .interrupt import stop_on_interrupt
-from .params import DEFAULT_MODEL, THREADS, Number, Size, model_argument
+from .params import (
+    DEFAULT_MODEL,
+    THREADS,
+    Number,
+    Size,
+    cache_text,
+    command_word,
+    duration_text,
+    model_argument,
+)
 from .parser import Command
 from .terminal import ProgressBar, echo
 
@@ -24,10 +33,12 @@ if TYPE_CHECKING:
     from ..scores import Scores
 
 PATH = click.Path(path_type=Path)
+LENGTHS = (8192, 32768)  # tokens, for which the size of the KV cache is shown
 
 EPILOG = """
 \b
 Examples:
+  razor-local convert model.gguf
   razor-local convert model.gguf -o model-razor.gguf
   razor-local convert model.gguf -o model-razor.gguf --budget 0.25 --save-scores scores.json
   razor-local convert model.gguf -o model-razor.gguf --select paper --no-proof
@@ -47,7 +58,12 @@ NOT_FOR_ALIBI = (
 
 @click.command(cls=Command, epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
-@click.option("-o", "--output", type=PATH, required=True, help="File to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    help="File to write.  [default: a sidecar in the profile cache, which all commands use]",
+)
 @click.option(
     "--heads",
     type=PATH,
@@ -145,7 +161,7 @@ NOT_FOR_ALIBI = (
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 def convert(
     model: Path,
-    output: Path,
+    output: Path | None,
     heads: Path | None,
     epsilon: float | None,
     sidecar: bool,
@@ -156,7 +172,10 @@ def convert(
     force: bool,
     **measuring: Any,
 ) -> None:
-    """Add a razor profile to a copy of MODEL (a GGUF file), or write it as a sidecar.
+    """Make a razor profile for MODEL, so that its KV cache takes less memory.
+
+    Without -o, the profile goes to the profile cache, where all commands find it. With -o, it goes
+    into a copy of MODEL, or with --sidecar into a small file of its own.
 
     Without a head list or scores, convert measures the heads: the model reads random tokens several
     times over, and the heads that attend to the earlier copies become retrieval heads. It then
@@ -168,13 +187,17 @@ def convert(
     The tensors of the copy are byte-identical to the model's.
     """
     _check_options(heads, measuring)
+    from .. import profile_cache
+    from ..auto_profile import save_profile
     from ..common.files import check_outputs
     from ..converters.heads import profile_from_heads
     from ..converters.write import check_output, write_copy, write_sidecar
+    from ..errors import ConvertError, NoProfileError
     from ..model_file import ModelFile
     from ..model_shape import alibi_max_bias, unsupported_feature
     from ..profile import MAX_WINDOW, Profile, facts_line
 
+    into_cache = output is None
     options: dict[str, Any] = {
         "sink_tokens": sinks,
         "window_min": window_min,
@@ -188,9 +211,12 @@ def convert(
     alibi = alibi_max_bias(file.header, shape) > 0
     measured = _Measured()
     _check_method(shape, alibi, epsilon)
+    if output is None:
+        output = _cache_path(file, alibi)
+        force = True  # what was measured before is replaced
     texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
     check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"], *texts])
-    check_output(file, output, force, sidecar)
+    check_output(file, output, force, sidecar or into_cache)
     haystack = None
     if measuring["haystack"] is not None:
         from ..evals.haystack import FolderText
@@ -212,10 +238,22 @@ def convert(
         else:
             if measuring["save_scores"] is not None:
                 check_output(file, measuring["save_scores"], force, sidecar=True)
+            if into_cache and measuring["scores"] is None:
+                _announce(file, measuring)
             profile = _profile_from_scores(file, measuring | {"force": force}, options, measured)
-        profile = _prove(file, profile, measuring | {"heads": heads}, haystack)
+        try:
+            profile = _prove(file, profile, measuring, haystack)
+        except NoProfileError as error:
+            if into_cache:
+                profile_cache.write_note(shape, profile_cache.Note(why=str(error)))
+            raise ConvertError(
+                f"{model}: {error}, so no profile was written; run the model with its full cache,"
+                " or force a choice with --budget 0.15"
+            ) from error
     with measured.kept_if_it_fails():
-        if sidecar:
+        if into_cache:
+            save_profile(file, profile)
+        elif sidecar:
             write_sidecar(file, output, profile, force)
         else:
             with ProgressBar() as bar:
@@ -232,8 +270,34 @@ def convert(
     proof = facts_line(profile)
     if proof is not None:
         echo(proof[0].upper() + proof[1:])
+    _print_sizes(shape, profile)
+    next_model = command_word(file.path) if into_cache or sidecar else shlex.quote(str(output))
+    if sidecar and not into_cache and output != file.sidecar_path:
+        next_model += f" --sidecar {shlex.quote(str(output))}"
+    echo(f"Next: razor-local chat {next_model}")
     if measured.failed:
         click.get_current_context().exit(1)
+
+
+def _cache_path(file: ModelFile, alibi: bool) -> Path:
+    """The file in the profile cache. Raises ConvertError for a profile that would not be used."""
+    from .. import profile_cache
+    from ..errors import ConvertError
+
+    why = None
+    if alibi:
+        why = "razor cannot run the scopes of ALiBi models yet"
+    elif file.profile is not None:
+        why = f"{file} has a profile of its own, which comes first"
+    elif file.sidecar_path.is_file():
+        why = f"{file.sidecar_path} comes first"
+    if why is not None:
+        raise ConvertError(
+            f"a profile in the profile cache would not be used, because {why}; name an output file"
+            " with -o"
+        )
+    profile_cache.make_folder()
+    return profile_cache.path_of(file.shape)
 
 
 def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
@@ -370,74 +434,60 @@ def _profile_from_scores(
 def _prove(
     model: ModelFile, profile: Profile, given: dict[str, Any], haystack: Haystack | None
 ) -> Profile:
-    """Plant facts, change heads that were chosen by score if they lose some, record the outcome.
+    """Test the heads on planted facts, see auto_profile.prove_profile()."""
+    from ..auto_profile import prove_profile
 
-    Raises ConvertError where neither the scores nor the facts name a single head.
-    """
-    import numpy as np
-
-    from ..errors import ConvertError, RazorError
-
-    by_score = profile.calibration.get("select") == "score"
-    by_list = given["heads"] is not None
-    proof, why = None, "--no-proof"
-    if not given["no_proof"]:
-        from ..evals.proof import prove
-
-        names = {"threads": "n_threads", "n_gpu_layers": "n_gpu_layers"}
-        options = {to: given[name] for name, to in names.items() if given[name] is not None}
-        try:
-            with ProgressBar() as bar, stop_on_interrupt() as stop:
-                proof = prove(
-                    model, profile, may_change=by_score, haystack=haystack, progress=bar, stop=stop,
-                    **options,
-                )  # fmt: skip
-        except RazorError as error:  # the heads are worth keeping all the same
-            why = str(error)
-    none = not (profile.flat() if proof is None else np.concatenate(proof.retrieval)).any()
-    holds = proof is not None and proof.holds
-    if by_score and (none or not (holds or profile.flat().any())):
-        tried = f"was not possible ({why})" if why != "--no-proof" else "was skipped (--no-proof)"
-        if proof is not None:
-            tried = (
-                f"did not pass (of {len(proof.full.found)} the full cache finds"
-                f" {proof.full.n_found}, razor {proof.razor.n_found})"
-            )
-        raise ConvertError(
-            f"no head of {model} stands out by its scores, and the test with planted facts {tried},"
-            " so no profile was written; run the model with its full cache, or force a choice with"
-            " --budget 0.15"
+    options = _measuring_options(given)
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
+        return prove_profile(
+            model,
+            profile,
+            skip=given["no_proof"],
+            haystack=haystack,
+            note=lambda sentence: echo(f"Note: {sentence}", err=True),
+            progress=bar,
+            stop=stop,
+            **options,
         )
-    if proof is None:
-        if why != "--no-proof":
-            echo(f"Note: the heads were not tested on planted facts: {why}.", err=True)
-        return profile
-    if not proof.conclusive:
-        echo(
-            f"Note: the full cache itself finds only {proof.full.n_found} of"
-            f" {len(proof.full.found)} planted facts, so this test is inconclusive;"
-            " measure your task, for example with 'razor-local eval'.",
-            err=True,
-        )
-    elif not proof.holds:
-        more = "" if by_list else ", use a larger budget (chat --budget 0.25),"
-        echo(
-            f"Note: razor misses facts with these heads ({proof.razor.n_found} of"
-            f" {len(proof.full.found)} found; the full cache finds {proof.full.n_found}). Measure"
-            f" your task{more} or run the full cache.",
-            err=True,
-        )
-    return replace(
-        profile, retrieval=proof.retrieval, calibration=profile.calibration | proof.record()
-    )
 
 
 def _measure(model: ModelFile, given: dict[str, Any]) -> Scores:
     from ..converters.calibrate import calibrate
 
-    names = {"threads": "n_threads"} | {
-        name: name for name in ("tokens", "repeats", "seed", "max_memory", "n_gpu_layers")
-    }
-    options = {to: given[name] for name, to in names.items() if given[name] is not None}
+    options = _measuring_options(given, "tokens", "repeats", "seed", "max_memory")
     with ProgressBar() as bar, stop_on_interrupt() as stop:
         return calibrate(model, progress=bar, stop=stop, **options)
+
+
+def _announce(model: ModelFile, given: dict[str, Any]) -> None:
+    """Say how long measuring is going to take."""
+    from ..auto_profile import estimate_seconds
+
+    options = _measuring_options(given, "tokens", "repeats", "max_memory")
+    with ProgressBar() as bar, stop_on_interrupt() as stop:
+        seconds = estimate_seconds(
+            model, proof=not given["no_proof"], progress=bar, stop=stop, **options
+        )
+    echo(f"Measuring the heads takes about {duration_text(seconds)}.", err=True)
+
+
+def _measuring_options(given: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The options of these names that were given, those of the machine included."""
+    names_there = {"threads": "n_threads", "n_gpu_layers": "n_gpu_layers"} | {n: n for n in names}
+    return {to: given[name] for name, to in names_there.items() if given[name] is not None}
+
+
+def _print_sizes(shape: ModelShape, profile: Profile) -> None:
+    """Print what the profile saves at 8k, 32k and the trained length."""
+    from ..errors import UnsupportedError
+    from ..plan import make_plan
+
+    trained = shape.n_ctx_train
+    sizes = {n for n in LENGTHS if n <= (trained or n)} | ({trained} if trained else set())
+    for n_ctx in sorted(sizes):
+        try:
+            plan = make_plan(shape, profile, n_ctx, "f16", "f16")
+        except UnsupportedError:
+            return
+        nothing = f"KV cache at {n_ctx:,} tokens: RazorAttention saves nothing"
+        echo(cache_text(plan) if plan.active else nothing)

@@ -195,12 +195,12 @@ def _profile(
         if sidecar is not None or budget is not None:
             raise ProfileError(f"razor cannot run {dry.path}")
         return None, None
-    profile = dry.file.choose_profile(sidecar, budget)
-    if profile is None:
+    found = dry.file.find_profile(sidecar, budget)
+    if found is None:
         if budget is not None:
             raise dry.file.no_profile()
         return paper_profile(dry.shape), "paper"
-    return profile, "file" if sidecar is None else "sidecar"
+    return found.profile, found.source
 
 
 def _report(
@@ -275,6 +275,8 @@ def _print_head(report: dict[str, Any]) -> None:
             "paper": "none: planned with the paper's shares,",
             "file": "in the file:",
             "sidecar": "in the sidecar:",
+            "cache": "in the profile cache:",
+            "list": "in the list that razor-local ships for the model:",
         }[profile["source"]]
         console.print(
             f"profile  {where} {n} of {total} KV heads as retrieval heads ({n / max(total, 1):.1%})"

@@ -17,6 +17,7 @@ from .params import (
     BATCH_SIZE,
     CACHE_TYPE_K,
     CACHE_TYPE_V,
+    CALIBRATE,
     FLASH_ATTN,
     N_GPU_LAYERS,
     THREADS,
@@ -24,6 +25,9 @@ from .params import (
     ContextSize,
     Number,
     Prediction,
+    cache_text,
+    command_word,
+    duration_text,
     flash_attention,
     model_argument,
 )
@@ -131,6 +135,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--razor/--no-razor", default=True,
         help="Use RazorAttention, or a full cache.  [default: --razor]",
     ),
+    CALIBRATE,
     click.option("--hide-thinking", is_flag=True, help="Hide the reasoning of the model."),
     click.option(
         "--jinja", is_flag=True, expose_value=False,
@@ -152,6 +157,9 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("sidecar", "budget"):
         if options[name] is not None and not options["razor"]:
             raise click.UsageError(f"--{name} and --no-razor exclude each other")
+    if options["calibrate"] == "now" and (options["sidecar"] or not options["razor"]):
+        other = "sidecar" if options["sidecar"] else "no-razor"
+        raise click.UsageError(f"--calibrate now and --{other} exclude each other")
     if sys.stdin is None or sys.stdout is None:
         command = click.get_current_context().info_name
         raise click.UsageError(
@@ -215,7 +223,6 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
         trained = model.shape.n_ctx_train
     except ProfileError:  # not a shape that a plan describes; llama.cpp may know better
         trained = 0
-    profile = choose_profile(model, options["sidecar"] or options["razor"], options["budget"])[1]
     use_flash_attn = flash_attention(
         options["flash_attn"],
         path,
@@ -223,6 +230,11 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
         options["cache_type_v"],
         options["n_gpu_layers"],
     )
+    razor = options["sidecar"] or options["razor"]
+    if razor is True:
+        wanted = min(trained, MAX_DEFAULT_CTX) if n_ctx is None else n_ctx
+        razor = _find_profile(model, wanted, use_flash_attn, options)
+    profile = choose_profile(model, razor, options["budget"])[1]
     if n_ctx is None or n_ctx == "auto":
         chosen = _choose_context(model, profile, options, use_flash_attn)
         n_ctx = chosen.n_ctx if chosen else min(trained, MAX_DEFAULT_CTX)
@@ -320,3 +332,58 @@ def grammar(schema: str | Path, name: str) -> Any:
 def default_temp(model: Path | None) -> float:
     """Return the temperature where none is given. model: None for the built-in model."""
     return 0.8 if model is not None else 0.0
+
+
+def _find_profile(
+    model: ModelFile, n_ctx: int | str, flash_attn: bool, options: dict[str, Any]
+) -> Profile | bool:
+    """Return the profile of the model, measured if there is none; True: llama.cpp's own cache.
+
+    Says where the profile comes from, or why there is none.
+    """
+    try:
+        _ = model.shape
+    except ProfileError:  # not a shape that a plan describes; Llama decides
+        return True
+    found = model.find_profile()
+    when = options["calibrate"]
+    if found is not None and not (found.source == "list" and when == "now"):
+        if found.source != "file":
+            say(f"profile: {found}")
+        return found.profile
+    if when == "never":
+        return True
+    from ..auto_profile import auto_profile
+
+    with ProgressBar() as bar:
+        try:
+            with stop_on_interrupt() as stop:
+                auto = auto_profile(
+                    model,
+                    when=when,
+                    n_ctx=0 if n_ctx == "auto" else int(n_ctx),
+                    type_k=options["cache_type_k"],
+                    type_v=options["cache_type_v"],
+                    flash_attn=flash_attn,
+                    n_threads=options["threads"],
+                    n_gpu_layers=options["n_gpu_layers"],
+                    progress=bar,
+                    stop=stop,
+                )
+        except KeyboardInterrupt:
+            bar.close()
+            say("measuring was interrupted and nothing was saved; --calibrate never skips it")
+            raise
+    if auto.seconds is not None and auto.saving is not None:
+        say(
+            f"note: the model has no razor profile, so the full cache runs;"
+            f" 'razor-local convert {command_word(model.path)}' measures one in about"
+            f" {duration_text(auto.seconds)} ({cache_text(auto.saving, 'about ')})"
+        )
+    elif auto.tried:
+        runs = "the full cache" if auto.found is None else "the profile below"
+        say(f"note: {runs} runs: {auto.why}")
+    if auto.found is None:
+        return True
+    say(f"profile: {auto.found}")
+    return auto.found.profile

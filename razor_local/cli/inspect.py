@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
+    from ..model_file import FoundProfile
     from ..model_shape import ModelShape
     from ..plan import Plan
     from ..profile import Profile
@@ -97,7 +98,8 @@ def inspect(
 
     check_outputs([plot], [model, sidecar, compare])
     opened = ModelFile(model)
-    shape, profile = opened.shape, opened.choose_profile(sidecar, budget)
+    shape, found = opened.shape, opened.find_profile(sidecar, budget)
+    profile = None if found is None else found.profile
     looking = heads or compare is not None or plot is not None
     if profile is None and (budget is not None or looking):
         raise opened.no_profile()
@@ -119,14 +121,14 @@ def inspect(
         plot_heads(profile, shape, plot)
     no_convert = why_not_converted(opened.header, shape)
     if looking and profile is not None and not as_json:
-        return _print_heads(shape, profile, heads, there, compare, plot)
+        return _print_heads(shape, found, heads, there, compare, plot)
     run = None if profile is None or profile.scope is not None else profile
     use_flash_attn = flash_attention(flash_attn, model, cache_type_k, cache_type_v)
     plan = make_plan(shape, run, ctx_size, cache_type_k, cache_type_v, use_flash_attn)
     if run is not profile:
         plan = replace(plan, why_inactive="ALiBi scopes cannot be run yet")
     if as_json:
-        described = describe(shape, profile, plan)
+        described = describe(shape, found, plan)
         if heads and profile is not None:
             described["scores"] = _scores(shape, profile)
             described["cuts"] = _cuts(shape, profile)
@@ -137,12 +139,13 @@ def inspect(
             described["comparison"] = {"with": str(compare)} | compared
         echo(json.dumps(described, indent=2))
     else:
-        _print_profile(table_console(), shape, profile, no_convert)
+        _print_profile(table_console(), shape, found, no_convert)
         _print_plan(shape, profile, run, plan)
 
 
-def describe(shape: ModelShape, profile: Profile | None, plan: Plan) -> dict[str, Any]:
+def describe(shape: ModelShape, found: FoundProfile | None, plan: Plan) -> dict[str, Any]:
     """What --json prints: the plan's own keys, and the model and its profile beside them."""
+    profile = None if found is None else found.profile
     return plan.to_dict() | {
         "kv_bytes_full_as": {kv_type: _full_bytes(plan, kv_type) for kv_type in COMPARED},
         "model": {
@@ -157,8 +160,10 @@ def describe(shape: ModelShape, profile: Profile | None, plan: Plan) -> dict[str
             "fingerprint": shape.fingerprint,
         },
         "profile": None
-        if profile is None
+        if found is None or profile is None
         else {
+            "source": found.source,
+            "where": found.where,
             "method": profile.method,
             "retrieval": [layer.tolist() for layer in profile.retrieval],
             "scope": None if profile.scope is None else [layer.tolist() for layer in profile.scope],
@@ -197,7 +202,7 @@ def _full_bytes(plan: Plan, kv_type: str) -> int | None:
 
 def _print_heads(
     shape: ModelShape,
-    profile: Profile,
+    found: FoundProfile | None,
     heads: bool,
     there: tuple[np.ndarray, ...] | None,
     compare: Path | None,
@@ -205,8 +210,9 @@ def _print_heads(
 ) -> None:
     from ..converters.head_map import ASCII_SHADES, SHADES, comparison_lines, map_lines
 
-    console = table_console()
-    _print_profile(console, shape, profile)
+    assert found is not None  # there is a profile to look at
+    console, profile = table_console(), found.profile
+    _print_profile(console, shape, found)
     if heads:
         console.print()
         try:
@@ -300,10 +306,11 @@ def _with_types(
 
 
 def _print_profile(
-    console: Console, shape: ModelShape, profile: Profile | None, no_convert: str | None = None
+    console: Console, shape: ModelShape, found: FoundProfile | None, no_convert: str | None = None
 ) -> None:
     from ..profile import facts_line
 
+    profile = None if found is None else found.profile
     heads = " ".join(
         sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True)})
     )
@@ -334,6 +341,8 @@ def _print_profile(
         facts = facts_line(profile)
         if facts is not None:
             console.print(f"proof    {facts}")
+    if found is not None:
+        console.print(f"source   {printable(str(found), one_line=True)}")
 
 
 def _mib(n_bytes: int) -> str:

@@ -55,7 +55,8 @@ def models(ctx: click.Context, as_json: bool) -> None:
                 "name": model.name or None,
                 "path": str(model.path),
                 "bytes": model.n_bytes,
-                "razor_profile": model.has_profile,
+                "razor_profile": None if model.profile is None else bool(model.profile),
+                "razor_profile_source": model.profile or None,
                 "license": model.license or None,
             }
             for model in found
@@ -64,7 +65,7 @@ def models(ctx: click.Context, as_json: bool) -> None:
     rows = []
     for model in found:
         shown = model.name or ("(built in)" if model.path == DEFAULT_MODEL else "-")
-        profile = {True: "yes", False: "no", None: "damaged"}[model.has_profile]
+        profile = "damaged" if model.profile is None else model.profile or "no"
         license_name = printable(model.license[:40], one_line=True)
         rows.append((shown, size_text(model.n_bytes), profile, license_name, str(model.path)))
     _print_table(("name", "size", "razor", "license", "path"), rows)
@@ -127,7 +128,7 @@ def path(name: Path | ModelName) -> None:
 @click.argument("name", type=ModelFile())
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def rm(name: Path | ModelName, yes: bool) -> None:
-    """Remove the files of NAME, which other programs may use too."""
+    """Remove the files of NAME, which other programs may use too, and its measured profile."""
     from ..models.local import find, remove
 
     named = _named(name)

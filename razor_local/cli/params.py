@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from ..model_setup import ModelSetup
     from ..models import Download
     from ..models.names import ModelName
+    from ..plan import Plan
+
+TYPED_MODEL = "razor_local.model"  # key of click's context
 
 
 class Size(click.ParamType):
@@ -165,6 +169,14 @@ FLASH_ATTN = click.option(
     show_default=True,
     help="Flash attention; auto: if the device of every layer can run it.",
 )
+CALIBRATE = click.option(
+    "--calibrate",
+    type=click.Choice(["auto", "now", "never"]),
+    default="auto",
+    show_default=True,
+    help="Whether to measure a model without a razor profile first; auto: if that takes less than"
+    " two minutes.",
+)
 
 
 def flash_attention(
@@ -230,6 +242,8 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
             **options: Any,
         ) -> Any:
             named = _one_model(model=model, model_option=model_option, hf_repo=hf_repo)
+            if named is not None:
+                click.get_current_context().meta[TYPED_MODEL] = str(named)
             path = default if named is None else model_file(named)
             return command(*args, model=path, **options)
 
@@ -288,6 +302,30 @@ def download_model(model: ModelName) -> Path:
             if unfinished(model.repo):
                 echo("Interrupted; run the same command again to continue.", err=True)
             raise
+
+
+def command_word(path: Path) -> str:
+    """Return MODEL as it was typed, to be shown in a command; the path if that is not known."""
+    ctx = click.get_current_context(silent=True)
+    return shlex.quote(str(path if ctx is None else ctx.meta.get(TYPED_MODEL, path)))
+
+
+def cache_text(plan: Plan, about: str = "") -> str:
+    """Return the size of a KV cache with razor and without; about: what to put before the first."""
+    size, full = size_text(plan.kv_bytes), size_text(plan.kv_bytes_full)
+    return (
+        f"KV cache at {plan.n_ctx:,} tokens: {about}{size} instead of {full}"
+        f" (-{1 - plan.share:.0%})".replace("%", " %")
+    )
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours, for example "3 minutes"."""
+    for unit, length in (("hour", 3600), ("minute", 60), ("second", 1)):
+        if seconds >= 1.5 * length or length == 1:
+            n = max(round(seconds / length), 1)
+            return f"{n} {unit}{'s' if n > 1 else ''}"
+    raise AssertionError
 
 
 def size_text(n_bytes: int) -> str:

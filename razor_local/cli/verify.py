@@ -189,6 +189,7 @@ def _print(result: Verification) -> None:
         f" {'on' if plan.flash_attn else 'off'}, cache on {', '.join(result.buffers)};"
         f" {result.n_rows:,} rows compared in each layer"
     )
+    echo(f"profile: {result.profile}")
     echo(
         f"KL divergence from the full cache: mean {kl.mean:.2e}, last eighth {kl.end:.2e}, largest"
         f" {kl.largest:.2e} nats; same top token in {kl.same_top:.1%}"

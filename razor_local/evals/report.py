@@ -160,7 +160,8 @@ def head_lines(head: dict[str, Any]) -> Iterator[str]:
     heads = sorted(n for n in counts if n is not None)
     if heads:
         numbers = ", ".join(map(str, heads))
-        yield f"- retrieval heads with razor: {numbers} of {model['kv_heads']} KV heads"
+        profile = f"; profile: {one_line(head['profile'])}" if head.get("profile") else ""
+        yield f"- retrieval heads with razor: {numbers} of {model['kv_heads']} KV heads{profile}"
 
 
 def _markdown(report: Report) -> Iterator[str]:

@@ -41,7 +41,14 @@ def describe_run(
         "setup": {k: v for k, v in asdict(setup).items() if k not in ("model", "sidecar", "lib")},
         "policies": [_describe_policy(policy) for policy in policies],
         "settings": settings,
+        "profile": _origin(setup, policies),
     }
+
+
+def _origin(setup: ModelSetup, policies: Sequence[Policy]) -> str | None:
+    """Where the profile comes from, None for a run of full caches."""
+    found = None if all(policy.profile is None for policy in policies) else setup.found
+    return None if found is None else found.origin
 
 
 def _describe_policy(policy: Policy) -> dict[str, Any]:

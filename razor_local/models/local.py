@@ -6,10 +6,11 @@ The caches are Hugging Face's and razor_local's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import GGUFError, RazorError
+from ..errors import RazorError
 from ..model_setup import DEFAULT_MODEL
 from . import catalog, hub, wheels
 from .names import HubName, ModelName
@@ -24,14 +25,15 @@ class LocalModel:
         name: what MODEL may be to mean this file; "" if only its path does
         path: the file, of a split model the first one
         n_bytes: of all its files
-        has_profile: whether the file holds a razor profile; None if it is damaged
+        profile: where its razor profile comes from, see FoundProfile.source; "" without one; None
+            if the file or its sidecar is damaged
         license: as the catalog or the file names it, or ""
     """
 
     name: str
     path: Path
     n_bytes: int
-    has_profile: bool | None
+    profile: str | None
     license: str
 
 
@@ -79,12 +81,19 @@ def unfinished() -> Iterator[tuple[HubName, int]]:
 
 
 def remove(model: ModelName) -> int:
-    """Remove the files of a model; return the bytes freed.
+    """Remove the files of a model and its measured profile; return the bytes freed.
 
     Of a repository with nothing but interrupted downloads these are removed. Raises RazorError
     where there is nothing, OSError.
     """
+    from .. import profile_cache
+    from ..model_file import read_model_shape
+
     freed, found = 0, False
+    path = find(model)
+    if path is not None:
+        with suppress(RazorError, OSError):
+            profile_cache.remove(read_model_shape(path))
     for files in hub.snapshots(model.repo):
         chosen = model.choose(list(files))
         if chosen:
@@ -103,18 +112,18 @@ def remove(model: ModelName) -> int:
 
 
 def _describe(name: str, parts: list[Path], license_name: str) -> LocalModel:
-    from ..gguf.header import read_header
-    from ..profile import KEY_VERSION
+    from ..model_file import ModelFile
 
-    has_profile: bool | None = None
+    profile: str | None = None
     try:
-        header = read_header(parts[0])
-        has_profile = KEY_VERSION in header.entries
-        license_name = license_name or header.string("general.license") or ""
-    except (GGUFError, OSError):
+        file = ModelFile(parts[0])
+        license_name = license_name or file.header.string("general.license") or ""
+        found = file.find_profile()
+        profile = "" if found is None else found.source
+    except (RazorError, OSError):
         pass
     n_bytes = sum(part.stat().st_size for part in parts)
-    return LocalModel(name, parts[0], n_bytes, has_profile, license_name)
+    return LocalModel(name, parts[0], n_bytes, profile, license_name)
 
 
 def _hub_name(repo: str, path: str, paths: list[str]) -> str:

@@ -72,6 +72,7 @@ class Verification:
     """The result of verify().
 
     Attributes:
+        profile: where the profile comes from, in a few words.
         buffers: the buffers that hold the cache, for example CUDA0.
         n_tokens: tokens that ran.
         n_text: tokens of the text, including those that were left out.
@@ -82,6 +83,7 @@ class Verification:
     """
 
     model: str
+    profile: str
     plan: Plan
     buffers: tuple[str, ...]
     n_tokens: int
@@ -126,6 +128,7 @@ class Verification:
         del plan["layers"]
         return {
             "model": self.model,
+            "profile": self.profile,
             "passed": self.passed,
             "verdict": self.verdict,
             "buffers": list(self.buffers),

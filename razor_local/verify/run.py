@@ -94,9 +94,10 @@ def verify(
     # 1. Read the model and plan the cache.
     file = open_model(model_path)
     model_path, shape = file.path, file.shape
-    profile = file.choose_profile(sidecar)
-    if profile is None:
+    found = file.find_profile(sidecar)
+    if found is None:
         raise file.no_profile()
+    profile = found.profile
     plan = _plan(shape, profile, n_ctx, type_k, type_v, flash_attn)
     if n_ubatch > n_batch or n_batch < 1 or n_ubatch < 1:
         raise RazorError(
@@ -115,8 +116,8 @@ def verify(
         tokens, n_text = _tokens(C, model, plan, n_tokens, text, seed)
         positions = sample_positions(len(tokens), rows, seed)
         sides = []
-        # Without a sidecar the library reads the profile from the file itself.
-        own = None if sidecar is None else native.make_params(profile)
+        # The library reads a profile in the file itself.
+        own = None if found.source == "file" else native.make_params(profile)
         for params in (own, native.make_params(None)):
             capture = Capture(lib.lib, shape, plan, positions, control)
             ctx = stack.enter_context(
@@ -148,6 +149,7 @@ def verify(
     )
     return Verification(
         model=str(model_path),
+        profile=str(found),
         plan=plan,
         buffers=tuple(sorted(buffers)),
         n_tokens=len(tokens),

@@ -688,7 +688,7 @@ def test_a_model_that_looks_for_nothing_gets_no_profile(tiny, tmp_path):
     for more in ([], ["--no-proof"]):
         code, stdout, stderr = run(*args, *more)
         assert (code, stdout) == (1, "") and not out.exists()
-        assert stderr.startswith("Error: no head of ") and "stands out by its scores" in stderr
+        assert stderr.startswith("Error: ") and ": no head stands out by its scores" in stderr
         assert stderr.endswith(
             "so no profile was written; run the model with its full cache, or force a choice with"
             " --budget 0.15\n"

@@ -392,14 +392,14 @@ def hostile_model(path):
 
 def test_names_and_errors_of_a_model_move_no_cursor(tmp_path):
     path = hostile_model(tmp_path / "model.gguf")
-    with terminal(str(path)) as t:
+    with terminal(str(path), "--calibrate", "never") as t:
         t.expect(r"\x1b[2J\nn")
         t.expect(">>>")
         t.send("x\r")
         t.expect(r"refuses this: no\x1b[2J")
         t.send("/exit\r")
         assert t.wait()[0] == 0
-    error = run(path, message="x").stderr
+    error = run(path, "--calibrate", "never", message="x").stderr
     assert error == "Error: the model's chat template refuses this: no\\x1b[2J\n"
     for command in (["inspect"], ["fit", "--vram", "8GiB"]):
         result = CliRunner().invoke(main, [*command, str(path)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -81,11 +82,15 @@ def test_command_writes_a_copy_and_a_sidecar(model, heads, tmp_path):
         "--window-divisor", 0, "--no-compensation", "--no-proof",
     )  # fmt: skip
     assert (code, stderr) == (0, "")
-    assert stdout == f"{out}: 2 of 6 KV heads are retrieval heads (33.3%)\n"
+    lines = stdout.splitlines()
+    assert lines[0] == f"{out}: 2 of 6 KV heads are retrieval heads (33.3%)"
+    assert re.fullmatch(r"KV cache at 1,024 tokens: .* MiB instead of .* MiB \(-\d\d %\)", lines[1])
+    assert lines[2:] == [f"Next: razor-local chat {out}"]
     profile = read_profile(out)
     assert (profile.sink_tokens, profile.window_min, profile.window_divisor) == (8, 99, 0)
     assert profile.compensation is False
-    assert run("convert", model, "-o", side, "--heads", heads, "--sidecar")[0] == 0
+    code, stdout, _ = run("convert", model, "-o", side, "--heads", heads, "--sidecar")
+    assert code == 0 and stdout.endswith(f"Next: razor-local chat {model} --sidecar {side}\n")
     assert read_sidecar(side, read_model_shape(model)).sink_tokens == 4
 
 

@@ -345,15 +345,16 @@ def test_list_and_remove(hub, tmp_path) -> None:
     snapshot = repo_folder(tmp_path) / "snapshots" / COMMIT
     assert listed == [
         {"name": None, "path": str(DEFAULT_MODEL), "bytes": len(MODEL), "razor_profile": True,
-         "license": "MIT"},
+         "razor_profile_source": "file", "license": "MIT"},
         {"name": f"{NAME}:F16", "path": str(snapshot / "tiny-F16.gguf"), "bytes": 18,
-         "razor_profile": None, "license": None},
+         "razor_profile": None, "razor_profile_source": None, "license": None},
         {"name": f"{NAME}:Q4_K_M", "path": str(snapshot / "tiny-Q4_K_M.gguf"),
-         "bytes": len(MODEL), "razor_profile": True, "license": "MIT"},
+         "bytes": len(MODEL), "razor_profile": True, "razor_profile_source": "file",
+         "license": "MIT"},
     ]  # fmt: skip
     table = run(hub, tmp_path, "models").stdout.splitlines()
     assert table[1].startswith("(built in)") and table[2].split()[3] == "damaged"
-    assert table[3].split() == [f"{NAME}:Q4_K_M", *SIZE.split(), "yes", "MIT",
+    assert table[3].split() == [f"{NAME}:Q4_K_M", *SIZE.split(), "file", "MIT",
                                 str(snapshot / "tiny-Q4_K_M.gguf")]  # fmt: skip
 
     done = run(hub, tmp_path, "models", "rm", f"{NAME}:F16")

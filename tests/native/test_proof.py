@@ -338,7 +338,7 @@ def test_no_echo_and_no_induction_head_among_200(tmp_path):
     code, stdout, stderr = run("convert", path, "-o", out, "--tokens", 256)
     assert (code, stdout) == (1, "") and not out.exists()
     assert stderr == (
-        f"Error: no head of {path} stands out by its scores, and the test with planted facts was"
+        f"Error: {path}: no head stands out by its scores, and the test with planted facts was"
         f" not possible ({path} has no tokenizer, so that it cannot read a text), so no profile was"
         " written; run the model with its full cache, or force a choice with --budget 0.15\n"
     )
@@ -454,7 +454,7 @@ def test_a_model_with_random_weights_gets_no_profile(tmp_path):
     code, stdout, stderr = run("convert", path, "-o", out, "--tokens", 128)
     assert (code, stdout) == (1, "") and not out.exists()
     assert stderr == (
-        f"Error: no head of {path} stands out by its scores, and the test with planted facts did"
+        f"Error: {path}: no head stands out by its scores, and the test with planted facts did"
         " not pass (of 20 the full cache finds 0, razor 0), so no profile was written; run the"
         " model with its full cache, or force a choice with --budget 0.15\n"
     )

@@ -464,15 +464,16 @@ def test_inspect_shows_the_scopes(converted):
     profile = read_profile(converted / "out.gguf")
     code, stdout, _ = run("inspect", converted / "out.gguf")
     assert code == 0
-    assert stdout.splitlines()[1:5] == [
+    assert stdout.splitlines()[1:6] == [
         "profile  ALiBi: attention beyond the scope of a KV head is at most 0.001",
+        "source   the metadata of the model file",
         "context  1,024 tokens, K f16, V f16, flash attention on",
         f"scopes   {scope_line(profile, 1024)}",
         "plan     full cache: ALiBi scopes cannot be run yet",
     ]
     code, stdout, _ = run("inspect", converted / "out.gguf", "--heads")
     assert code == 0
-    rows = {line.split()[0]: line.split()[1:] for line in stdout.splitlines()[4:6]}
+    rows = {line.split()[0]: line.split()[1:] for line in stdout.splitlines()[5:7]}
     for il, scopes in enumerate(profile.scope):
         mask = "".join("#" if scope == 0 else "." for scope in scopes)
         assert rows[str(il)] == [mask, *map(str, scopes)]

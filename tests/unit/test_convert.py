@@ -451,7 +451,12 @@ def test_command_takes_gates_and_a_share(model, tmp_path):
     code, stdout, stderr = run(
         "convert", model, "-o", out, "--heads", gates, "--budget", 0.5, "--no-proof"
     )
-    assert (code, stdout) == (0, f"{out}: 3 of 6 KV heads are retrieval heads (50.0%)\n")
+    assert (code, stdout) == (
+        0,
+        f"{out}: 3 of 6 KV heads are retrieval heads (50.0%)\n"
+        "KV cache at 1,024 tokens: RazorAttention saves nothing\n"
+        f"Next: razor-local chat {out}\n",
+    )
     assert stderr == "Note: took 3 of 4 heads with the value 1, spread evenly over the layers.\n"
     assert read_profile(out).flat().sum() == 3
     code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--heads", gates)

@@ -52,6 +52,7 @@ def test_map(folder):
         " trained for 1,024 tokens",
         "profile  3 of 6 KV heads are retrieval heads (50.0%), 4 sinks,"
         " window max(4,000, context/5), compensation on",
+        "source   the metadata of the model file",
         "",
         "layer  retrieval  induction  echo",
         "    0  #.         ░▓         ··",
@@ -106,7 +107,7 @@ def test_layers_with_different_numbers_of_heads(tmp_path):
     path = uneven(tmp_path)
     _, stdout, _ = run("inspect", path, "--heads", "--compare", path)
     lines = [line.rstrip() for line in stdout.splitlines()]
-    assert lines[3:7] == [
+    assert lines[4:8] == [
         "layer  retrieval  induction",
         "    0  #.         ▒█",
         "    1",
@@ -129,11 +130,11 @@ def test_comparison(folder):
     code, stdout, stderr = run("inspect", folder / "razor.gguf", "--compare", folder / "heads.tsv")
     assert (code, stderr) == (0, "")
     lines = [line.rstrip() for line in stdout.splitlines()]
-    assert lines[3:5] == [
+    assert lines[4:6] == [
         f"here     {folder / 'razor.gguf'}",
         f"there    {folder / 'heads.tsv'}",
     ]
-    assert lines[6:] == [
+    assert lines[7:] == [
         "layer  # both, < here, > there  here  there  both  Jaccard",
         "    0  <>                          1      1     0     0.00",
         "    1  ..                          0      0     0        -",

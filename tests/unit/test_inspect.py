@@ -40,6 +40,7 @@ def test_a_model_with_a_profile(folder):
         " trained for 4,096 tokens",
         "profile  3 of 6 KV heads are retrieval heads (50.0%), 4 sinks,"
         " window max(512, context/8), compensation on",
+        "source   the metadata of the model file",
         "context  4,096 tokens, K f16, V f16, flash attention on",
         "plan     3 KV heads keep 4,096 tokens; 3 keep 4 sinks and the last 512"
         " (768 cells each, folded in blocks of 128)",
@@ -81,8 +82,12 @@ def test_a_context_too_short_for_razor_says_so(folder):
 
 
 def test_sidecar(folder):
+    side = folder / "side.gguf"
     whole = run("inspect", folder / "razor.gguf")
-    assert run("inspect", folder / "plain.gguf", "--sidecar", folder / "side.gguf") == whole
+    code, stdout, stderr = run("inspect", folder / "plain.gguf", "--sidecar", side)
+    assert stdout.splitlines()[2] == f"source   a sidecar ({side})"
+    stdout = stdout.replace(f"a sidecar ({side})", "the metadata of the model file")
+    assert (code, stdout, stderr) == whole
     assert run("inspect", folder / "side.gguf") == whole  # a sidecar can be inspected alone
     code, stdout, stderr = run("inspect", folder / "odd.gguf", "--sidecar", folder / "side.gguf")
     assert code == 1 and stdout == "" and "sidecar of another model file" in stderr

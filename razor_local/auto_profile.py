@@ -1,0 +1,278 @@
+"""Find the profile of a model, and measure one if there is none.
+
+Measuring takes from seconds to hours, so the model is timed first. What was measured is kept in the
+profile cache, that no head stands out too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import native, profile_cache
+from .available_memory import available_ram
+from .common.machine import n_cores
+from .common.progress import Progress, Stop
+from .converters.calibrate import DEFAULT_MAX_MEMORY, calibrate, measure_pace
+from .converters.write import write_sidecar
+from .errors import NoProfileError, RazorError
+from .evals.haystack import Haystack
+from .evals.proof import TOKENS_READ, prove
+from .fit import paper_profile
+from .model_file import FoundProfile, ModelFile, open_model
+from .model_shape import unsupported_feature
+from .plan import Plan, make_plan
+from .profile import Profile
+from .profile_cache import Note
+from .scores import profile_from_scores
+
+MAX_SECONDS = 120  # auto measures a model if that takes less
+LOADS = 3  # how often the model is loaded: for the scores, the facts and their prompts
+NO_PROFILE = "the model has no razor profile"
+
+
+@dataclass(frozen=True)
+class AutoProfile:
+    """The profile of a model, or the reason why it has none.
+
+    Attributes:
+        found: None: the full cache runs.
+        why: the reason, in a few words; "" with a profile.
+        tried: the heads were measured, now or before, without a profile as the result.
+        seconds: how long measuring would take, where it was left out for that; else None.
+        saving: then the plan that a profile with the paper's shares would have.
+    """
+
+    found: FoundProfile | None
+    why: str = ""
+    tried: bool = False
+    seconds: float | None = None
+    saving: Plan | None = None
+
+
+def auto_profile(
+    model: str | os.PathLike[str],
+    *,
+    when: str = "auto",
+    n_ctx: int = 0,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    flash_attn: bool = True,
+    n_threads: int | None = None,
+    n_gpu_layers: int = -1,
+    max_seconds: float = MAX_SECONDS,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> AutoProfile:
+    """Return the profile that ModelFile.find_profile() finds, or measure one.
+
+    Nothing is measured if razor could not run the model, or would save nothing in this context.
+    Measuring takes at most half of the free memory beside the model. An error while measuring, or
+    facts that razor misses with the measured heads, are a reason to run the full cache.
+
+    Args:
+        when: auto, measure if it takes less than max_seconds; now, however long it takes, also
+            where the package has a list for the model, or no head stood out before; never.
+        n_ctx, type_k, type_v, flash_attn: of the context that is going to run; n_ctx 0: as trained.
+        n_threads, n_gpu_layers: for measuring.
+
+    Raises:
+        GGUFError, ProfileError: the model, its profile or its sidecar is damaged.
+        Stopped: measuring was stopped; nothing was saved.
+        OSError.
+    """
+    file = open_model(model)
+    found = file.find_profile()
+    if when == "never" or (found is not None and not (found.source == "list" and when == "now")):
+        return AutoProfile(found, "" if found else NO_PROFILE)
+    shape = file.shape
+    try:
+        feature = unsupported_feature(file.header, shape)
+        if feature is not None:
+            return AutoProfile(found, f"razor does not run models with {feature}")
+        if native.is_disabled():
+            return AutoProfile(found, f"{native.DISABLE_ENV} is set")
+        plan = make_plan(shape, paper_profile(shape), n_ctx, type_k, type_v, flash_attn)
+    except RazorError as error:
+        return AutoProfile(found, str(error))
+    if not plan.active:
+        return AutoProfile(found, plan.why_inactive or NO_PROFILE)
+    options: dict[str, Any] = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+    max_memory = min(DEFAULT_MAX_MEMORY, available_ram() // 2)
+    setting = f"{n_threads or n_cores()} threads, {n_gpu_layers} layers on the GPU"
+    note = profile_cache.read_note(shape)
+    try:
+        if when == "auto":
+            if note.why:
+                return AutoProfile(None, note.why, tried=True)
+            seconds = note.seconds if note.setting == setting else 0.0
+            if not seconds:
+                seconds = estimate_seconds(
+                    file, enough=max_seconds, max_memory=max_memory, progress=progress, stop=stop,
+                    **options,
+                )  # fmt: skip
+            if seconds > max_seconds:
+                _keep(file, Note(seconds=seconds, setting=setting))
+                why = f"{NO_PROFILE}, and measuring one takes about {seconds:.0f} seconds"
+                return AutoProfile(None, why, seconds=seconds, saving=plan)
+        profile = measure_profile(
+            file, max_memory=max_memory, progress=progress, stop=stop, **options
+        )
+    except RazorError as error:
+        if isinstance(error, NoProfileError):
+            _keep(file, Note(why=str(error)))
+        return AutoProfile(found, str(error), tried=True)
+    try:
+        where = str(save_profile(file, profile))
+    except (RazorError, OSError):
+        where = ""  # it is used this time, and measured again the next
+    return AutoProfile(FoundProfile(profile, "measured", where))
+
+
+def estimate_seconds(
+    model: str | os.PathLike[str],
+    *,
+    proof: bool = True,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+    **options: Any,
+) -> float:
+    """Time the model on a few hundred tokens, and estimate how long measure_profile() takes.
+
+    Args:
+        proof: whether facts are planted.
+        options: of measure_pace().
+
+    Raises as calibrate() does.
+    """
+    pace = measure_pace(model, progress=progress, stop=stop, **options)
+    seconds = LOADS * pace.loading + pace.calibration
+    return seconds + proof * TOKENS_READ * pace.token
+
+
+def measure_profile(
+    model: str | os.PathLike[str],
+    *,
+    max_memory: int = DEFAULT_MAX_MEMORY,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+    **options: Any,
+) -> Profile:
+    """Measure the heads, choose those that stand out, and test them on planted facts.
+
+    Args:
+        max_memory: bytes for calibrate().
+        options: n_threads and n_gpu_layers.
+
+    Raises as calibrate() and prove_profile() do, NoProfileError also if razor misses facts.
+    """
+    scores = calibrate(model, max_memory=max_memory, progress=progress, stop=stop, **options)
+    return prove_profile(
+        model,
+        profile_from_scores(scores),
+        must_hold=True,
+        progress=progress,
+        stop=stop,
+        **options,
+    )
+
+
+def prove_profile(
+    model: str | os.PathLike[str],
+    profile: Profile,
+    *,
+    skip: bool = False,
+    must_hold: bool = False,
+    haystack: Haystack | None = None,
+    note: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+    **options: Any,
+) -> Profile:
+    """Plant facts, change heads that were chosen by score if they lose some, record the outcome.
+
+    Args:
+        skip: plant no facts, and only check that there are heads.
+        must_hold: raise NoProfileError if razor misses facts that the full cache finds.
+        haystack: the text to plant the facts in; None: sentences made by razor-local.
+        note: is called with a sentence about facts that are lost, or could not be planted.
+        options: n_threads and n_gpu_layers.
+
+    Raises:
+        NoProfileError: neither the scores nor the facts name a single head, or see must_hold.
+        Stopped: between two operations of the computation.
+        GGUFError, OSError.
+    """
+    report = note or (lambda sentence: None)
+    by_score = profile.calibration.get("select") == "score"
+    by_list = profile.echo_score is None
+    proof, why = None, ""
+    if not skip:
+        try:
+            proof = prove(
+                model, profile, may_change=by_score, haystack=haystack, progress=progress,
+                stop=stop, **options,
+            )  # fmt: skip
+        except RazorError as error:  # the heads are worth keeping all the same
+            why = str(error)
+    none = not (profile.flat() if proof is None else np.concatenate(proof.retrieval)).any()
+    holds = proof is not None and proof.holds
+    if by_score and (none or not (holds or profile.flat().any())):
+        tried = "was skipped (--no-proof)" if skip else f"was not possible ({why})"
+        if proof is not None:
+            tried = (
+                f"did not pass (of {len(proof.full.found)} the full cache finds"
+                f" {proof.full.n_found}, razor {proof.razor.n_found})"
+            )
+        raise NoProfileError(
+            f"no head stands out by its scores, and the test with planted facts {tried}"
+        )
+    if proof is None:
+        if why:
+            report(f"the heads were not tested on planted facts: {why}.")
+        return profile
+    if not proof.conclusive:
+        report(
+            f"the full cache itself finds only {proof.full.n_found} of {len(proof.full.found)}"
+            " planted facts, so this test is inconclusive; measure your task, for example with"
+            " 'razor-local eval'."
+        )
+    elif not proof.holds:
+        found = f"{proof.razor.n_found} of {len(proof.full.found)} found; the full cache finds"
+        found += f" {proof.full.n_found}"
+        if must_hold:
+            raise NoProfileError(
+                f"razor misses facts with the measured heads ({found}); 'razor-local convert' makes"
+                " a profile all the same"
+            )
+        more = "" if by_list else ", use a larger budget (chat --budget 0.25),"
+        report(
+            f"razor misses facts with these heads ({found}). Measure your task{more} or run the"
+            " full cache."
+        )
+    return replace(
+        profile, retrieval=proof.retrieval, calibration=profile.calibration | proof.record()
+    )
+
+
+def save_profile(file: ModelFile, profile: Profile) -> Path:
+    """Keep a profile in the profile cache and return its file.
+
+    Raises ConvertError, RazorError, OSError.
+    """
+    profile_cache.make_folder()
+    path = write_sidecar(file, profile_cache.path_of(file.shape), profile, force=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
+    return path
+
+
+def _keep(file: ModelFile, note: Note) -> None:
+    """Keep what is known about a model; where that fails, it is found out again."""
+    with suppress(RazorError, OSError):
+        profile_cache.write_note(file.shape, note)
