@@ -219,7 +219,8 @@ def _model(llama: Llama) -> dict[str, str]:
 
 
 def _missing(name: str) -> RazorError:
-    return RazorError(f"there is no session {name}; there are: {', '.join(names()) or 'none'}")
+    others = f"there are: {', '.join(names())}" if names() else "none has been saved yet"
+    return RazorError(f"there is no session {name}; {others}")
 
 
 def _damaged(name: str, why: str) -> RazorError:

@@ -21,7 +21,7 @@ from ..errors import RazorError
 from ..printable import printable
 from . import generation
 from .chat_status import context, stats
-from .params import Number
+from .params import Number, count_text
 from .terminal import is_ascii, say, sentence
 
 if TYPE_CHECKING:
@@ -186,7 +186,8 @@ def load_session(name: str, llama: Llama, chat: Chat, messages_only: bool = Fals
     sessions.load(name, llama, chat, messages_only)
     last = chat.last_message
     how = "to be read with the next message" if messages_only else "in the cache"
-    about = f"session {name}: {len(chat.messages)} messages, {chat.n_used} tokens, {how}"
+    n_messages = count_text(len(chat.messages), "message")
+    about = f"session {name}: {n_messages}, {chat.n_used} tokens, {how}"
     return about if last is None else f"{about}; the last message: {_short(last)}"
 
 
@@ -213,8 +214,9 @@ def _about_session(name: str) -> str:
         return f"{name}  {sentence(error)}"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.saved))
     model = session.model["name"] or session.model["file"]
+    n_messages = count_text(len(session.chat["messages"]), "message")
     return (
-        f"{name}  {when}, {len(session.chat['messages'])} messages, {session.n_tokens} tokens,"
+        f"{name}  {when}, {n_messages}, {session.n_tokens} tokens,"
         f" {session.n_bytes / 2**20:.1f} MiB, {printable(model, one_line=True)}"
     )
 

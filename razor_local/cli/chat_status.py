@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..printable import printable
-from .params import size_text
+from .params import count_text, size_text
 
 BAR_WIDTH = 50  # columns of the bar of /context
 MIN_TOKENS = 64  # prompts of fewer tokens say nothing about the speed
@@ -95,8 +95,8 @@ def context(chat: Chat, ascii_only: bool) -> str:
     widths = (n_used, n_kept, BAR_WIDTH - n_used - n_kept)
     bar = "".join(mark * width for mark, width in zip(marks, widths, strict=True))
     return (
-        f"{used} of {n_ctx} tokens used by {len(chat.messages)} messages; {chat.n_left} left for"
-        f" the next message, {kept} kept for its answer\n"
+        f"{used} of {n_ctx} tokens used by {count_text(len(chat.messages), 'message')};"
+        f" {chat.n_left} left for the next message, {kept} kept for its answer\n"
         f"[{bar}] {marks[0]} used, {marks[1]} kept, {marks[2]} free"
     )
 

@@ -90,10 +90,13 @@ class Number(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        number = super().convert(value, param, ctx)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
         if not math.isfinite(number):
-            self.fail(f"{value} is not a number that can be used here", param, ctx)
-        return number
+            self.fail(f"{value} is not a number", param, ctx)
+        return super().convert(number, param, ctx)
 
 
 class ListOf(click.ParamType):
@@ -331,6 +334,11 @@ def duration_text(seconds: float) -> str:
 def size_text(n_bytes: int) -> str:
     """A number of bytes in GiB or MiB."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def count_text(n: int, noun: str) -> str:
+    """A number of things, such as 1 message or 2 messages."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def write_report(text: str, output: Path | None) -> None:

@@ -24,7 +24,8 @@ class Terminal:
         if self.pid == 0:
             env = {"TERM": "xterm-256color", "LINES": "40", "COLUMNS": "120"} | env
             # the folder of conftest.py, so that no profile is measured into the user's own
-            env = {"XDG_CACHE_HOME": os.environ["XDG_DATA_HOME"]} | env
+            if "XDG_DATA_HOME" in os.environ:
+                env = {"XDG_CACHE_HOME": os.environ["XDG_DATA_HOME"]} | env
             os.environ.update(env)
             os.execv(sys.executable, [sys.executable, "-c", code, "chat", *args])
         self.raw = ""  # all output
@@ -55,11 +56,12 @@ class Terminal:
         self.text += ANSI.sub("", data.decode("utf-8", "replace"))
         return bool(data)
 
-    def settle(self, seconds: float) -> None:
-        """Read until there was no output for some seconds."""
-        while self._read(seconds):
+    def settle(self, seconds: float) -> bool:
+        """Read until there was no output for some seconds; return False if the process ended."""
+        while read := self._read(seconds):
             pass
         self._seen = len(self.text)
+        return read is None
 
     def send(self, text: str) -> None:
         data = text.encode()
