@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 # "reasoning_content": chat templates that know of it leave it out of the next prompt, or do not.
 Message = dict[str, Any]
 
-LOOP_PERIOD = 16  # tokens of the longest period that counts as a loop
+LOOP_PERIOD = 64  # tokens of the longest period that counts as a loop
 LOOP_TOKENS = 256  # repeated before an answer is ended; rows of dashes or zeros are shorter
+LOOP_REPEATS = 16  # at least, of longer periods
 
 
 class Model(Protocol):
@@ -116,11 +117,12 @@ class Loop:
         self._runs = [0] * LOOP_PERIOD  # tokens in a row that equal the one a period before
 
     def add(self, token: int) -> bool:
-        """Add a token; return whether the last LOOP_TOKENS are repetitions of one period."""
+        """Add a token; return whether the last ones repeat one period."""
         found = False
         for i, before in enumerate(self._last):
             self._runs[i] = self._runs[i] + 1 if token == before else 0
-            found = found or self._runs[i] + i + 1 >= LOOP_TOKENS
+            enough = max(LOOP_TOKENS, LOOP_REPEATS * (i + 1))
+            found = found or self._runs[i] + i + 1 >= enough
         self._last.appendleft(token)
         return found
 

@@ -80,11 +80,16 @@ def test_a_refusal_proposes_no_context_beyond_the_training():
         list(chat.say("x" * 1100))
 
 
-@pytest.mark.parametrize("period", ["7", "ab", "0123456789abcdef"])
-def test_an_answer_that_repeats_itself_without_end_is_ended(period):
+LETTERS = "".join(map(chr, range(65, 65 + 65)))
+
+
+@pytest.mark.parametrize(
+    ("period", "length"), [("7", 256), ("ab", 256), (LETTERS[:16], 256), (LETTERS[:64], 1024)]
+)
+def test_an_answer_that_repeats_itself_without_end_is_ended(period, length):
     model, chat = make(["Well: " + period * 300, "ok\0"], n_ctx=4096)
     said = "".join(chat.say("x"))
-    assert chat.last.ended == "loop" and said == ("Well: " + period * 300)[: 6 + 256]
+    assert chat.last.ended == "loop" and said == ("Well: " + period * 300)[: 6 + length]
     assert roles(chat)[-1] == ("assistant", said) and "".join(chat.say("y")) == "ok"
     _, chat = make(["Well: " + period * 300], n_ctx=4096, end_loops=False, max_tokens=300)
     assert len("".join(chat.say("x"))) == 300 and chat.last.ended == "length"
@@ -95,7 +100,8 @@ def test_an_answer_that_repeats_itself_without_end_is_ended(period):
     [
         "-" * 255 + "\n" + "-" * 255,
         "".join(f"| {i:4} | {i * i:8} |\n" for i in range(200)),
-        "0123456789abcdefg" * 40,
+        LETTERS * 40,
+        f"{LETTERS[:32]}\n" * 15,
         ("0," * 100 + "\n") * 10,
     ],
 )

@@ -22,7 +22,7 @@ from tests.support.terminal import Terminal, terminal
 from tests.support.texts import FACT, QUESTION
 
 DOCS = Path(__file__).parents[2] / "docs"
-COLUMNS, LINES = 110, 40
+COLUMNS, LINES = 120, 40
 SECONDS = 6  # without output, after which an answer is complete
 N_SENTENCES = 230  # about 6,000 tokens of the built-in model
 SIZE = 15  # of the font, in pixels
@@ -92,10 +92,10 @@ def built_in(path: Path) -> None:
 
 
 def chat_model(model: str, path: Path) -> None:
-    with terminal(model, "--temp", "0", LINES=str(LINES), COLUMNS=str(COLUMNS)) as t:
+    with terminal(model, "--temp", "0", "--repeat-penalty", "1.1", "-n", "76", LINES=str(LINES), COLUMNS=str(COLUMNS)) as t:
         t.expect(">>>", timeout=600)
-        say(t, "List three ways to sleep better, as a numbered list.")
-        say(t, "/context")
+        say(t, "Write a short recipe for pancakes.")
+        say(t, "/stats")
         draw(screen_of(t.raw), path)
 
 
