@@ -482,7 +482,7 @@ def test_inspect_shows_the_scopes(converted):
     assert found["profile"]["method"] == "alibi" and found["scores"] == {}
     assert found["active"] is False and found["kv_bytes"] == found["kv_bytes_full"]
     code, _, stderr = run("inspect", converted / "out.gguf", "--retrieval", 0.2)
-    assert code == 1 and "holds ALiBi scopes" in stderr
+    assert code == 1 and "holds a scope for each head" in stderr
 
 
 def test_scope_line():
