@@ -19,7 +19,6 @@ from ..profile import (
     KEY_VERSION,
     KEY_WINDOW_DIVISOR,
     KEY_WINDOW_MIN,
-    VERSION,
     Profile,
 )
 
@@ -27,7 +26,7 @@ from ..profile import (
 def profile_keys(profile: Profile) -> list[bytes]:
     """Encode the razor keys of a profile, in the order of docs/format.md."""
     keys = [
-        encode(KEY_VERSION, U32, VERSION),
+        encode(KEY_VERSION, U32, profile.version),
         encode(KEY_METHOD, STRING, profile.method),
         encode(KEY_SINK_TOKENS, U32, profile.sink_tokens),
         encode(KEY_WINDOW_MIN, U32, profile.window_min),

@@ -31,6 +31,7 @@ from ..profile import (
     DEFAULT_SINKS,
     DEFAULT_WINDOW_DIVISOR,
     DEFAULT_WINDOW_MIN,
+    MAX_WINDOW,
     Profile,
     split_heads,
 )
@@ -150,6 +151,47 @@ def profile_from_heads(
     )
 
 
+def profile_from_scopes(
+    path: str | os.PathLike[str],
+    shape: ModelShape,
+    *,
+    sink_tokens: int = DEFAULT_SINKS,
+    compensation: bool = DEFAULT_COMPENSATION,
+) -> Profile:
+    """Make the profile of a table of scopes: tokens that each KV head keeps, 0 for retrieval heads.
+
+    The file has a row per layer and a column per KV head, whole numbers separated by tabs or
+    spaces.
+
+    Raises:
+        ProfileError: the file has another form or shape.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    layers = []
+    for il, cells in enumerate(_rows(path, _read_text(path, "a table of scopes"))):
+        for ih, cell in enumerate(cells):
+            if not re.fullmatch("[0-9]{1,10}", cell) or int(cell) > MAX_WINDOW:
+                raise ProfileError(
+                    f"{path}: row {il + 1}, column {ih + 1} is {cell[:40]!r}, expected a number of"
+                    f" tokens from 0 to {MAX_WINDOW}"
+                )
+        layers.append(np.array([int(cell) for cell in cells], np.uint32))
+    HeadList(path, "heads", tuple(layers)).check_shape(shape)
+    name = path.name.encode(errors="replace").decode()
+    return Profile(
+        retrieval=tuple((layer == 0).astype(np.uint8) for layer in layers),
+        scope=tuple(layers),
+        sink_tokens=sink_tokens,
+        compensation=compensation,
+        calibration={
+            "source": f"scopes {name}"[:1000],
+            "tool_version": f"razor-local {version('razor-local')}",
+            "model_fingerprint": shape.fingerprint,
+        },
+    )
+
+
 def choose_by_rank(values: np.ndarray, n: int) -> tuple[np.ndarray, int, int]:
     """Choose the n highest values of heads.
 
@@ -176,34 +218,46 @@ def choose_by_rank(values: np.ndarray, n: int) -> tuple[np.ndarray, int, int]:
 def parse_heads(path: str | os.PathLike[str]) -> HeadList:
     """Read a head list of any kind. Raises ProfileError, OSError."""
     path = Path(path)
-    with open_input(path, "a head list", ProfileError) as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ProfileError(
-            f"{path} is larger than {MAX_BYTES >> 20} MiB, which is too large for a head list"
-        )
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ProfileError(f"{path} is not a text file, expected a head list") from None
+    text = _read_text(path, "a head list")
     if text.lstrip()[:1] in ("{", "["):
         return HeadList(path, "scores", _parse_json(path, text))
     return _parse_table(path, text)
 
 
-def _parse_table(path: Path, text: str) -> HeadList:
+def _read_text(path: Path, what: str) -> str:
+    """Read the text of a file of at most MAX_BYTES. what: for errors, "a head list"."""
+    with open_input(path, what, ProfileError) as file:
+        raw = file.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ProfileError(
+            f"{path} is larger than {MAX_BYTES >> 20} MiB, which is too large for {what}"
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ProfileError(f"{path} is not a text file, expected {what}") from None
+
+
+def _rows(path: Path, text: str) -> list[list[str]]:
+    """Split a table into its cells, a row per layer. Raises ProfileError."""
     text = text.rstrip()
     if not text:
-        raise ProfileError(f"{path} is empty, expected a row of 0 and 1 per layer")
+        raise ProfileError(f"{path} is empty, expected a row of numbers per layer")
     lines = text.split("\n", MAX_LAYERS)
     if len(lines) > MAX_LAYERS:
         raise ProfileError(f"{path} has more than {MAX_LAYERS} rows, expected one per layer")
-    layers = []
-    for il, line in enumerate(lines):
-        cells = line.split(None, MAX_HEADS)
+    rows = [line.split(None, MAX_HEADS) for line in lines]
+    for il, cells in enumerate(rows):
         if len(cells) > MAX_HEADS:
             raise ProfileError(f"{path}: row {il + 1} has more than {MAX_HEADS} columns")
-        layers.append(np.array([_cell(path, il, ih, c) for ih, c in enumerate(cells)]))
+    return rows
+
+
+def _parse_table(path: Path, text: str) -> HeadList:
+    layers = [
+        np.array([_cell(path, il, ih, c) for ih, c in enumerate(cells)])
+        for il, cells in enumerate(_rows(path, text))
+    ]
     if all(np.isin(layer, (0, 1)).all() for layer in layers):
         return HeadList(path, "heads", tuple(layer.astype(np.uint8) for layer in layers))
     return HeadList(path, "gates", tuple(layer.clip(0, 1) for layer in layers))

@@ -25,17 +25,20 @@ class Memory:
 
     active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
     reason). own_attention: layers whose cache is in host memory run our attention, also with
-    llama.cpp's full cache; False: llama.cpp's attention. kv_bytes: sum of the backend buffers.
-    kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a full f16 cache,
-    None where the model's cache is of a kind that the plan does not describe. layers: empty where
-    not active. n_tokens: in the cache now. weights_bytes: of the whole model, mapped from the file
-    or not. compute_bytes: buffers for the computation of a batch. devices: names of those that hold
-    a part of the model or its cache, besides the CPU.
+    llama.cpp's full cache; False: llama.cpp's attention. device_attention: with razor, all layers
+    whose cache is on a device run our attention; False: there are none, or some run llama.cpp's,
+    because the device does not know ours or the layer has several windows. kv_bytes: sum of the
+    backend buffers. kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a
+    full f16 cache, None where the model's cache is of a kind that the plan does not describe.
+    layers: empty where not active. n_tokens: in the cache now. weights_bytes: of the whole model,
+    mapped from the file or not. compute_bytes: buffers for the computation of a batch. devices:
+    names of those that hold a part of the model or its cache, besides the CPU.
     """
 
     active: bool
     why: str | None
     own_attention: bool
+    device_attention: bool
     kv_bytes: int
     kv_bytes_full: int
     kv_bytes_full_f16: int | None
@@ -56,8 +59,9 @@ class Memory:
 class SequenceStats:
     """One sequence of the cache, in tokens.
 
-    Positions [sink_tokens, frontier) are folded into the compensation tokens of the local heads,
-    n_folded of them. n_rollback: this many can be taken back from the end without evaluating again.
+    Positions [sink_tokens, frontier) are folded into the compensation tokens of the local heads
+    with the smallest window, n_folded of them. n_rollback: this many can be taken back from the end
+    without evaluating again.
     """
 
     n_tokens: int
@@ -90,6 +94,7 @@ def read_memory(
         active=bool(stats.active),
         why=why,
         own_attention=bool(stats.own_attention),
+        device_attention=bool(stats.device_attention),
         kv_bytes=stats.kv_bytes,
         kv_bytes_full=plan.kv_bytes_full if plan and stats.active else stats.kv_bytes,
         kv_bytes_full_f16=plan.kv_bytes_full_f16 if plan else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .model_file import FoundProfile, ModelFile
@@ -50,5 +50,9 @@ class ModelSetup:
         if self.found is None:
             raise self.file.no_profile()
         names = ("window_min", "window_divisor", "sink_tokens")
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        changes: dict[str, Any] = {
+            name: getattr(self, name) for name in names if getattr(self, name) is not None
+        }
+        if {"window_min", "window_divisor"} & changes.keys():
+            changes["scope"] = None  # one window for all local heads
         return self.file.shape, replace(self.found.profile, **changes)

@@ -6,6 +6,8 @@ of native/src/llama-razor.h. The backends allocate exactly Plan.kv_bytes.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
     from .profile import Profile
 
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
+MAX_WINDOWS = 4  # LLAMA_RAZOR_MAX_WINDOWS: different windows of local heads
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values
 N_CTX_PAD = 256  # llama.cpp rounds n_ctx up to it; the cells of local heads are rounded alike
 
@@ -58,16 +61,39 @@ def row_size(kv_type: str, head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class Group:
+    """The local heads with one window: its tokens, the cells of each head, and their number."""
+
+    window: int
+    cells: int
+    n_heads: int
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """KV heads and tensor bytes of one layer's cache."""
+    """KV heads and tensor bytes of one layer's cache.
+
+    windows: tokens that each KV head keeps beside its sinks, 0 for retrieval heads, which keep
+    everything. bytes_sums: F32 accumulators of the compensation tokens.
+    """
 
     il: int
-    n_head_kv: int
-    n_retrieval: int
-    n_local: int
+    windows: tuple[int, ...]
     bytes_k: int
     bytes_v: int
-    bytes_sums: int  # F32 accumulators of the compensation token
+    bytes_sums: int
+
+    @property
+    def n_head_kv(self) -> int:
+        return len(self.windows)
+
+    @property
+    def n_retrieval(self) -> int:
+        return self.windows.count(0)
+
+    @property
+    def n_local(self) -> int:
+        return self.n_head_kv - self.n_retrieval
 
     @property
     def kv_bytes(self) -> int:
@@ -78,24 +104,39 @@ class LayerPlan:
 class Plan:
     """What a context will really do. Where active is False every head keeps every token.
 
-    window, block, cells, sink_tokens: tokens (0 where inactive). kv_bytes: bytes of the whole
-    cache; kv_bytes_full: of a full cache with the same types and flash attention setting;
-    kv_bytes_full_f16: of llama.cpp's default, a full f16 cache.
+    block, sink_tokens: tokens (0 where inactive). groups: the local heads, those with the largest
+    window first. kv_bytes: bytes of the whole cache; kv_bytes_full: of a full cache with the same
+    types and flash attention setting; kv_bytes_full_f16: of llama.cpp's default, a full f16 cache.
     """
 
     n_ctx: int
     active: bool
     why_inactive: str | None
     sink_tokens: int
-    window: int
     block: int
-    cells: int
+    groups: tuple[Group, ...]
     compensation: bool
     type_k: str
     type_v: str
     flash_attn: bool
     layers: tuple[LayerPlan, ...]
     shape: ModelShape
+
+    @property
+    def window(self) -> int:
+        """The largest window of local heads, 0 where inactive."""
+        return self.groups[0].window if self.groups else 0
+
+    @property
+    def windows_text(self) -> str:
+        """The windows of the local heads, for people: "4,096", or "256 to 4,096"."""
+        smallest = self.groups[-1].window if self.groups else 0
+        return f"{smallest:,} to {self.window:,}" if smallest < self.window else f"{self.window:,}"
+
+    @property
+    def cells(self) -> int:
+        """Cells of a local head with the largest window, 0 where inactive."""
+        return self.groups[0].cells if self.groups else 0
 
     @property
     def kv_heads(self) -> int:
@@ -143,6 +184,9 @@ class Plan:
             "window": self.window,
             "block": self.block,
             "cells": self.cells,
+            "groups": [
+                {"window": g.window, "cells": g.cells, "n_heads": g.n_heads} for g in self.groups
+            ],
             "compensation": self.compensation,
             "type_k": self.type_k,
             "type_v": self.type_v,
@@ -156,6 +200,7 @@ class Plan:
                     "bytes_k": layer.bytes_k,
                     "bytes_v": layer.bytes_v,
                     "bytes_sums": layer.bytes_sums,
+                    "windows": list(layer.windows),
                 }
                 for layer in self.layers
             ],
@@ -191,14 +236,13 @@ def make_plan(
         active=False,
         why_inactive=None,
         sink_tokens=0,
-        window=0,
         block=0,
-        cells=0,
+        groups=(),
         compensation=False,
         type_k=type_k,
         type_v=type_v,
         flash_attn=flash_attn,
-        layers=_layers(shape, shape.n_head_kv, n_ctx, 0, False, type_k, type_v, flash_attn),
+        layers=_full_layers(shape, n_ctx, type_k, type_v, flash_attn),
         shape=shape,
     )
     if profile is None:
@@ -211,31 +255,84 @@ def make_plan(
             f"razor cannot run profiles of the method '{profile.method}', only of 'rope'; pass"
             f" {options(razor=False)} to run a full cache"
         )
-    divided = n_ctx // profile.window_divisor if profile.window_divisor else 0
-    length = max(profile.window_min, divided)
-    block = fold_block(length)
-    extra = COMPENSATION_CELLS if profile.compensation else 0
-    cells = _round_up(profile.sink_tokens + extra + length + block + SLACK, N_CTX_PAD)
-    retrieval = tuple(int(layer.sum()) for layer in profile.retrieval)
-    if retrieval == shape.n_head_kv:
-        return replace(full, why_inactive="every KV head is a retrieval head")
-    if cells >= n_ctx:
+    windows, block = head_windows(profile, n_ctx)
+    if not any(map(any, windows)):
+        whole = profile.scope is None or profile.flat().all()
         return replace(
             full,
-            why_inactive=f"RazorAttention saves nothing up to {cells:,} tokens of context",
+            why_inactive="every KV head is a retrieval head"
+            if whole
+            else f"no scope is below {n_ctx:,} tokens",
         )
+    extra = COMPENSATION_CELLS if profile.compensation else 0
+    cells = {
+        window: _round_up(profile.sink_tokens + extra + window + block + SLACK, N_CTX_PAD)
+        for window in sorted({w for layer in windows for w in layer if w}, reverse=True)
+    }
+    saving = {window: n for window, n in cells.items() if n < n_ctx}
+    if not saving:
+        return replace(
+            full,
+            why_inactive=f"RazorAttention saves nothing up to {min(cells.values()):,} tokens of"
+            " context",
+        )
+    windows = [tuple(w if w in saving else 0 for w in layer) for layer in windows]
+    counts = Counter(w for layer in windows for w in layer)
     return replace(
         full,
         active=True,
         sink_tokens=profile.sink_tokens,
-        window=length,
         block=block,
-        cells=cells,
+        groups=tuple(Group(window, n, counts[window]) for window, n in saving.items()),
         compensation=profile.compensation,
         layers=_layers(
-            shape, retrieval, n_ctx, cells, profile.compensation, type_k, type_v, flash_attn
+            shape, windows, saving, n_ctx, profile.compensation, type_k, type_v, flash_attn
         ),
     )
+
+
+def head_windows(profile: Profile, n_ctx: int) -> tuple[list[tuple[int, ...]], int]:
+    """Return the window of each KV head of each layer, in tokens, and their block.
+
+    A window is 0 for retrieval heads and for heads whose scope is not below n_ctx: they keep
+    everything. Scopes are rounded up to a multiple of the block, which is that of their mean, and
+    then merged.
+    """
+    if profile.scope is None:
+        divided = n_ctx // profile.window_divisor if profile.window_divisor else 0
+        length = max(profile.window_min, divided)
+        heads = [tuple(0 if h else length for h in layer.tolist()) for layer in profile.retrieval]
+        return heads, fold_block(length)
+    scopes = [tuple(s if s < n_ctx else 0 for s in layer.tolist()) for layer in profile.scope]
+    local = [s for layer in scopes for s in layer if s]
+    block = fold_block(sum(local) // len(local) if local else 0)
+    larger = merge_windows(_round_up(s, block) for s in local)
+    return [
+        tuple(larger[_round_up(s, block)] if s else 0 for s in layer) for layer in scopes
+    ], block
+
+
+def merge_windows(windows: Iterable[int]) -> dict[int, int]:
+    """Replace the windows of heads by at most MAX_WINDOWS different ones.
+
+    While there are more, one is replaced by the next larger one: that for which this adds the
+    fewest tokens to all heads together, the smallest of several.
+
+    Args:
+        windows: tokens, one for each head.
+
+    Returns:
+        The window that replaces each of the different windows.
+    """
+    counts = sorted(Counter(windows).items())
+    result = {window: window for window, _ in counts}
+    while len(counts) > MAX_WINDOWS:
+        costs = [n * (counts[i + 1][0] - w) for i, (w, n) in enumerate(counts[:-1])]
+        i = costs.index(min(costs))
+        (window, n), (larger, n_larger) = counts[i : i + 2]
+        counts[i : i + 2] = [(larger, n_larger + n)]
+        result = {w: larger if to == window else to for w, to in result.items()}
+    return result
 
 
 def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:
@@ -255,37 +352,44 @@ def fold_block(window: int) -> int:
 
 def _layers(
     shape: ModelShape,
-    retrieval: tuple[int, ...],
+    windows: Sequence[tuple[int, ...]],
+    cells: dict[int, int],
     n_ctx: int,
-    cells: int,
     compensation: bool,
     type_k: str,
     type_v: str,
     flash_attn: bool,
 ) -> tuple[LayerPlan, ...]:
+    """The layers of a cache. windows: of each KV head; cells: of a head with each window."""
     d_k, d_v = shape.head_dim_k, shape.head_dim_v
     row_k, row_v = row_size(type_k, d_k), row_size(type_v, d_v)
-    widest = max(retrieval, default=0)
-    padded = cells == 0 and not flash_attn  # a full cache pads V of every layer to the widest
+    widest = max(map(len, windows), default=0)
+    padded = not cells and not flash_attn  # a full cache pads V of every layer to the widest
     layers = []
-    for il, (n_head_kv, r) in enumerate(zip(shape.n_head_kv, retrieval, strict=True)):
-        local = n_head_kv - r
+    for il, layer in enumerate(windows):
+        rows = sum(cells[window] if window else n_ctx for window in layer)
+        local = len(layer) - layer.count(0)
         layers.append(
             LayerPlan(
                 il=il,
-                n_head_kv=n_head_kv,
-                n_retrieval=r,
-                n_local=local,
-                bytes_k=(r * n_ctx + local * cells) * row_k,
-                bytes_v=((widest if padded else r) * n_ctx + local * cells) * row_v,
+                windows=layer,
+                bytes_k=rows * row_k,
+                bytes_v=(widest * n_ctx if padded else rows) * row_v,
                 bytes_sums=3 * local * (d_k + d_v) * 4 if compensation else 0,
             )
         )
     return tuple(layers)
 
 
+def _full_layers(
+    shape: ModelShape, n_ctx: int, type_k: str, type_v: str, flash_attn: bool
+) -> tuple[LayerPlan, ...]:
+    windows = [(0,) * n for n in shape.n_head_kv]
+    return _layers(shape, windows, {}, n_ctx, False, type_k, type_v, flash_attn)
+
+
 def _full_bytes(shape: ModelShape, n_ctx: int, type_k: str, type_v: str, flash_attn: bool) -> int:
-    layers = _layers(shape, shape.n_head_kv, n_ctx, 0, False, type_k, type_v, flash_attn)
+    layers = _full_layers(shape, n_ctx, type_k, type_v, flash_attn)
     return sum(layer.kv_bytes for layer in layers)
 
 

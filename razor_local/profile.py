@@ -19,6 +19,7 @@ from .gguf.header import BOOL, F32, STRING, U8, U32, Header, read_header
 from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
 
 VERSION = 1
+VERSION_SCOPES = 2  # of method "rope" with a scope for each head
 METHODS = ("rope", "alibi")  # profiles of the second can be made and looked at, not run
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW_MIN = 4000
@@ -52,8 +53,9 @@ class Profile:
     """The heads of a model and the hyper-parameters that go with them. Checked on creation.
 
     retrieval: one uint8 array [n_head_kv] of 0/1 per layer, 1 = retrieval head.
-    scope: of method "alibi" alone, one uint32 array [n_head_kv] per layer: tokens that the head
-    keeps, the newest included; 0, the whole context, for the retrieval heads and no others.
+    scope: one uint32 array [n_head_kv] per layer: tokens that the head keeps, the newest included;
+    0, the whole context, for the retrieval heads and no others. None: all local heads have the same
+    window. Method "alibi" requires scopes.
     echo_score, induction_score: f32 [sum of n_head], layer-major, or None.
     sink_tokens, window_min: tokens; window_divisor: 0 lets window_min alone decide.
     Raises ProfileError.
@@ -96,12 +98,9 @@ class Profile:
                 _check_range(KEY_CALIBRATION_PREFIX + key, value, 0, 2**32 - 1)
 
     def _check_scope(self) -> None:
-        if (self.scope is not None) != (self.method == "alibi"):
-            raise ProfileError(
-                f"{KEY_METHOD} is '{self.method}' and {KEY_SCOPE} is"
-                f" {'missing' if self.scope is None else 'there'}; scopes belong to 'alibi'"
-            )
         if self.scope is None:
+            if self.method == "alibi":
+                raise ProfileError(f"{KEY_METHOD} is 'alibi' and {KEY_SCOPE} is missing")
             return
         layers = []
         if len(self.scope) != len(self.retrieval):
@@ -130,6 +129,11 @@ class Profile:
             layers.append(heads)
         object.__setattr__(self, "scope", tuple(layers))
 
+    @property
+    def version(self) -> int:
+        """razor.version of a file with this profile."""
+        return VERSION_SCOPES if self.method == "rope" and self.scope is not None else VERSION
+
     def flat(self) -> np.ndarray:
         """All heads, layer-major: uint8 [sum of n_head_kv], as the native library takes them."""
         return np.concatenate([np.zeros(0, np.uint8), *self.retrieval])
@@ -137,11 +141,16 @@ class Profile:
     def with_options(
         self, window: int | None, sink_tokens: int | None, compensation: bool | None
     ) -> Profile:
-        """A copy with the options that are not None; a window applies to every context size."""
+        """A copy with the options that are not None.
+
+        A window applies to every context size, and to all local heads instead of their scopes.
+        """
         changes: dict[str, Any] = {}
         if window is not None:
             _check_range("window", window, 1, MAX_WINDOW)
             changes.update(window_min=window, window_divisor=0)
+            if self.method == "rope":
+                changes["scope"] = None
         if sink_tokens is not None:
             _check_range("sink_tokens", sink_tokens, 0, MAX_SINKS)
             changes["sink_tokens"] = sink_tokens
@@ -193,6 +202,14 @@ def facts_line(profile: Profile) -> str | None:
     return line
 
 
+def scopes_text(profile: Profile) -> str:
+    """The scopes of the local heads, for people: "scopes of 64 to 1,024 tokens"."""
+    assert profile.scope is not None
+    scopes = [scope for layer in profile.scope for scope in layer.tolist() if scope]
+    low, high = min(scopes, default=0), max(scopes, default=0)
+    return f"scopes of {low:,} to {high:,} tokens" if low < high else f"scopes of {high:,} tokens"
+
+
 def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
     """Profile in a sidecar of the model with this shape.
 
@@ -239,10 +256,10 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
         return value
 
     version = required(KEY_VERSION, U32)
-    if version != VERSION:
+    if version not in (VERSION, VERSION_SCOPES):
         raise bad(
-            f"has razor metadata of version {version}, this razor-local reads version {VERSION};"
-            " update razor-local or convert the model again"
+            f"has razor metadata of version {version}, this razor-local reads versions {VERSION}"
+            f" and {VERSION_SCOPES}; update razor-local or convert the model again"
         )
     method = required(KEY_METHOD, STRING)
     for key in entries:
@@ -268,7 +285,9 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
     if flat is None:
         raise bad(f"has razor metadata without {KEY_RETRIEVAL}; convert the model again")
     scope = per_head(KEY_SCOPE, U32, shape.n_head_kv, "KV")
-    if method != "alibi":
+    if version == VERSION_SCOPES and scope is None:
+        raise bad(f"has razor metadata without {KEY_SCOPE}; convert the model again")
+    if version == VERSION and method != "alibi":
         scope = None  # checked, not used
     try:
         return Profile(

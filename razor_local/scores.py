@@ -18,9 +18,16 @@ import numpy as np
 
 from .common.files import new_file
 from .common.inputs import open_input
-from .errors import ProfileError
+from .errors import ProfileError, option
 from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
-from .profile import MAX_CALIBRATION_BYTES, MAX_CALIBRATION_KEYS, Profile, split_heads
+from .plan import make_plan
+from .profile import (
+    MAX_CALIBRATION_BYTES,
+    MAX_CALIBRATION_KEYS,
+    MAX_WINDOW,
+    Profile,
+    split_heads,
+)
 
 MIN_TOKENS = 16  # of a measurement: with fewer every token is near every other
 
@@ -268,6 +275,42 @@ def profile_from_scores(
     )
 
 
+def with_scopes_by_score(profile: Profile, shape: ModelShape, n_ctx: int) -> Profile:
+    """Return the profile with a scope for each local head that grows with its strength.
+
+    The scopes are half the window of the profile in a context of n_ctx tokens, plus a part in
+    proportion to the strength (head_strength). The factor is the largest with which a cache of
+    n_ctx tokens takes no more bytes than with the window.
+
+    Raises:
+        ProfileError: the profile has no scores, or saves nothing in such a context.
+    """
+    plan = make_plan(shape, profile, n_ctx)
+    if not plan.active:
+        raise ProfileError(
+            f"{plan.why_inactive}, so there are no windows to share; use a larger {option('n_ctx')}"
+        )
+    local = profile.flat() == 0
+    strength = head_strength(profile_scores(profile, shape))
+    mean = float(strength[local].mean())
+    share = strength / mean if mean > 0 else np.ones_like(strength)
+    record = profile.calibration | {"scopes": "score", "scopes_tokens": plan.n_ctx}
+
+    def scoped(extra: float) -> Profile:
+        scope = np.ceil(plan.window / 2 + extra * share).clip(1, MAX_WINDOW) * local
+        layers = split_heads(scope.astype(np.uint32), shape.n_head_kv)
+        return replace(profile, scope=layers, calibration=record)
+
+    low, high = 0, plan.n_ctx  # tokens of a head of mean strength
+    while low < high:
+        middle = (low + high + 1) // 2
+        if make_plan(shape, scoped(middle), n_ctx).kv_bytes <= plan.kv_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return scoped(low)
+
+
 def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
     """Return the profile with another budget, met exactly.
 
@@ -297,8 +340,8 @@ def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
     """The scores that a profile of the model holds. Raises ProfileError if it has none."""
     if profile.scope is not None:
         raise ProfileError(
-            "the razor profile holds ALiBi scopes, which decide what each head keeps; there is no"
-            " budget to choose"
+            "the razor profile holds a scope for each head, which decides what it keeps; there is"
+            " no budget to choose"
         )
     if profile.echo_score is None or profile.induction_score is None:
         raise ProfileError(

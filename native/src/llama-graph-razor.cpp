@@ -14,8 +14,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_kv_cache_razor_context * mctx) :
-    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()), n_kv(mctx->get_step().n_kv),
-    n_fold(mctx->get_step().n_fold) {
+    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()) {
 
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -49,7 +48,7 @@ llm_graph_input_razor::llm_graph_input_razor(
     // 2. rows and heads
     // ggml_set_rows() supports both types, but ggml-vulkan aborts on copies of I64; the operations of ggml-razor.h need I64
     bool any_device = false;
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
         any_device = any_device || kv.get_layer(il).device;
     }
 
@@ -59,47 +58,64 @@ llm_graph_input_razor::llm_graph_input_razor(
         heads = input(GGML_TYPE_I32, n_heads*n_tokens, 1, "razor_inp_heads");
     }
 
-    // 3. mask, flash attention requires F16
-    mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, n_kv, n_tokens, "razor_inp_mask");
-
-    // 4. elements and rows of transposed V caches
-    uint32_t n_local_max = 0;
-    bool     any_batch   = false;
-
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
-        const auto & layer = kv.get_layer(il);
-
-        n_local_max = std::max(n_local_max, layer.n_local);
-        any_batch   = any_batch || layer.device_batch;
-
-        if (kv.get_v_trans()) {
-            const uint32_t n_elems = layer.n_retrieval*hparams.n_embd_head_v(il);
-            if (n_elems > 0 && !v_elems[n_elems]) {
-                v_elems[n_elems] = input(GGML_TYPE_I64, n_elems*n_tokens, 1, "razor_inp_v_elems");
-            }
-            if (layer.n_local > 0 && !v_rows[layer.n_local]) {
-                v_rows[layer.n_local] = input(GGML_TYPE_I64, layer.n_local*n_tokens, 1, "razor_inp_v_rows");
-            }
+    // 3. elements of transposed V caches
+    for (uint32_t il = 0; kv.get_v_trans() && il < plan.n_layer(); ++il) {
+        const uint32_t n_elems = kv.get_layer(il).n_retrieval*hparams.n_embd_head_v(il);
+        if (n_elems > 0 && !v_elems[n_elems]) {
+            v_elems[n_elems] = input(GGML_TYPE_I64, n_elems*n_tokens, 1, "razor_inp_v_elems");
         }
     }
 
-    // 5. inputs that replace the masks for the attention of a batch on devices
-    if (n_tokens > 1 && any_batch) {
-        auto n_tiles = [](uint32_t n) { return (n + GGML_RAZOR_TILE - 1)/GGML_RAZOR_TILE; };
+    // 4. inputs of each group
+    auto n_tiles = [](uint32_t n) { return (n + GGML_RAZOR_TILE - 1)/GGML_RAZOR_TILE; };
 
-        batch.since[0] = input(GGML_TYPE_I32, n_kv_full, 1, "razor_inp_since");
-        batch.since[1] = input(GGML_TYPE_I32, n_kv,      1, "razor_inp_since_local");
-        batch.bias     = input(GGML_TYPE_F32, n_kv,      1, "razor_inp_bias");
-        batch.tiles    = input(GGML_TYPE_I32, 2, n_tiles(n_kv_full) + n_tiles(n_kv), "razor_inp_tiles");
-    }
+    ggml_tensor * since_full = nullptr;
 
-    // 6. fold
-    if (n_fold > 0 && plan.n_comp > 0) {
-        fold_rows = input(GGML_TYPE_I32, n_fold, n_local_max, "razor_inp_fold_rows");
-        fold_src  = input(GGML_TYPE_I32, 1,      1, "razor_inp_fold_src");
-        fold_dst  = input(GGML_TYPE_I64, 1,      1, "razor_inp_fold_dst");
-        fold_cell = input(GGML_TYPE_I64, plan.N_COMP_CELLS, 1, "razor_inp_fold_cell");
-        fold_inv  = input(GGML_TYPE_F32, 1,      1, "razor_inp_fold_inv");
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        group_input group;
+
+        group.n_kv   = mctx->get_step().groups[g].n_kv;
+        group.n_fold = mctx->get_step().groups[g].n_fold;
+
+        // mask, flash attention requires F16
+        group.mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, group.n_kv, n_tokens, "razor_inp_mask");
+
+        uint32_t n_local_max = 0;
+        bool     any_batch   = false;
+
+        for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+            const uint32_t n_local = plan.local[il][g].size();
+
+            n_local_max = std::max(n_local_max, n_local);
+            any_batch   = any_batch || kv.get_layer(il).device_batch;
+
+            if (kv.get_v_trans() && n_local > 0 && !group.v_rows[n_local]) {
+                group.v_rows[n_local] = input(GGML_TYPE_I64, n_local*n_tokens, 1, "razor_inp_v_rows");
+            }
+        }
+
+        // inputs that replace the masks for the attention of a batch on devices
+        if (n_tokens > 1 && any_batch) {
+            if (!since_full) {
+                since_full = input(GGML_TYPE_I32, n_kv_full, 1, "razor_inp_since");
+            }
+
+            group.batch.since[0] = since_full;
+            group.batch.since[1] = input(GGML_TYPE_I32, group.n_kv, 1, "razor_inp_since_local");
+            group.batch.bias     = input(GGML_TYPE_F32, group.n_kv, 1, "razor_inp_bias");
+            group.batch.tiles    = input(GGML_TYPE_I32, 2, n_tiles(n_kv_full) + n_tiles(group.n_kv), "razor_inp_tiles");
+        }
+
+        // fold
+        if (group.n_fold > 0 && plan.n_comp > 0) {
+            group.fold_rows = input(GGML_TYPE_I32, group.n_fold, n_local_max, "razor_inp_fold_rows");
+            group.fold_src  = input(GGML_TYPE_I32, 1,            1, "razor_inp_fold_src");
+            group.fold_dst  = input(GGML_TYPE_I64, 1,            1, "razor_inp_fold_dst");
+            group.fold_cell = input(GGML_TYPE_I64, llama_razor_group::N_COMP_CELLS, 1, "razor_inp_fold_cell");
+            group.fold_inv  = input(GGML_TYPE_F32, 1,            1, "razor_inp_fold_inv");
+        }
+
+        groups.push_back(std::move(group));
     }
 }
 
@@ -122,23 +138,42 @@ llm_graph_input_razor * llm_graph_input_razor::create(
 void llm_graph_input_razor::init_orders() {
     const auto & plan = mctx->get_kv().get_plan();
 
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
         head_order order;
 
         order.n_head    = hparams.n_head(il);
         order.n_head_kv = hparams.n_head_kv(il);
-        order.retrieval = plan.retrieval[il];
-        order.local     = plan.local[il];
 
-        if (!order.retrieval.empty() && !order.local.empty()) {
-            const bool retrieval_first = order.retrieval.back() < order.local.front();
+        order.groups.push_back(plan.retrieval[il]);
+        order.groups.insert(order.groups.end(), plan.local[il].begin(), plan.local[il].end());
 
-            order.local_first = order.local.back() < order.retrieval.front();
-            order.identity    = retrieval_first || order.local_first;
+        for (size_t i = 0; i < order.groups.size(); ++i) {
+            if (!order.groups[i].empty()) {
+                order.sequence.push_back(i);
+            }
+        }
+
+        // the groups by their first heads, if that is the order of the model
+        auto sorted = order.sequence;
+        std::sort(sorted.begin(), sorted.end(), [&](size_t a, size_t b) { return order.groups[a].front() < order.groups[b].front(); });
+
+        for (size_t i = 1; i < sorted.size(); ++i) {
+            order.identity = order.identity && order.groups[sorted[i - 1]].back() < order.groups[sorted[i]].front();
+        }
+        if (order.identity) {
+            order.sequence = sorted;
+        }
+
+        order.first.resize(order.groups.size());
+
+        size_t n = 0;
+        for (const size_t i : order.sequence) {
+            order.first[i] = n;
+            n += order.groups[i].size();
         }
 
         const auto it = std::find_if(orders.begin(), orders.end(), [&](const head_order & other) {
-            return other.n_head == order.n_head && other.retrieval == order.retrieval && other.local == order.local;
+            return other.n_head == order.n_head && other.groups == order.groups;
         });
 
         map_order.push_back(it - orders.begin());
@@ -153,24 +188,25 @@ void llm_graph_input_razor::init_orders() {
 template<typename T>
 static void set_input_past(
         T * data,
-        const llama_razor_plan & plan,
-        const llama_kv_cache_razor::step_info & step,
+        const llama_razor_group & group,
+        const llama_kv_cache_razor::group_step & step,
+        uint32_t pos0,
         uint32_t n_kv) {
     const T keep = llama_cast<T>(0.0f);
     const T drop = llama_cast<T>(-INFINITY);
 
     std::fill(data, data + n_kv, drop);
 
-    for (uint32_t p = 0; p < std::min(plan.sink_tokens, step.pos0); ++p) {
-        data[plan.cell(p)] = keep;
+    for (uint32_t p = 0; p < std::min(group.sink_tokens, pos0); ++p) {
+        data[group.cell(p)] = keep;
     }
 
-    for (uint32_t p = step.frontier; p < step.pos0; ++p) {
-        data[plan.cell(p)] = keep;
+    for (uint32_t p = step.frontier; p < pos0; ++p) {
+        data[group.cell(p)] = keep;
     }
 
-    if (plan.n_comp > 0 && step.frontier > plan.sink_tokens) {
-        const double n_folded = step.frontier - plan.sink_tokens;
+    if (group.n_comp > 0 && step.frontier > group.sink_tokens) {
+        const double n_folded = step.frontier - group.sink_tokens;
 
         // the first cell gets log(N_d) rounded down, the second one the logarithm of what is missing
         float val = log(n_folded);
@@ -182,19 +218,20 @@ static void set_input_past(
 
         const double rest = n_folded - exp(llama_cast<float>(first));
 
-        data[plan.comp_cell(step.slot) + 0] = first;
-        data[plan.comp_cell(step.slot) + 1] = rest > 0.0 ? llama_cast<T>((float) log(rest)) : drop;
+        data[group.comp_cell(step.slot) + 0] = first;
+        data[group.comp_cell(step.slot) + 1] = rest > 0.0 ? llama_cast<T>((float) log(rest)) : drop;
     }
 }
 
 template<typename T>
 static void set_input_mask(
         T * data,
-        const llama_razor_plan & plan,
-        const llama_kv_cache_razor::step_info & step,
+        const llama_razor_group & group,
+        const llama_kv_cache_razor::group_step & step,
+        uint32_t pos0,
         uint32_t n_kv,
         uint32_t n_tokens) {
-    set_input_past(data, plan, step, n_kv);
+    set_input_past(data, group, step, pos0, n_kv);
 
     // each token sees itself and what the previous token sees
     for (uint32_t i = 0; i < n_tokens; ++i) {
@@ -204,7 +241,7 @@ static void set_input_mask(
             std::copy(row - n_kv, row, row);
         }
 
-        row[plan.cell(step.pos0 + i)] = llama_cast<T>(0.0f);
+        row[group.cell(pos0 + i)] = llama_cast<T>(0.0f);
     }
 }
 
@@ -233,20 +270,30 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
     const auto & plan = mctx->get_kv().get_plan();
     const auto & step = mctx->get_step();
 
-    GGML_ASSERT(ubatch->n_tokens == n_tokens && step.n_kv == n_kv && step.n_fold == n_fold);
+    GGML_ASSERT(ubatch->n_tokens == n_tokens);
 
-    if (mask->buffer) {
-        GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
+    for (size_t g = 0; g < groups.size(); ++g) {
+        const auto & group = groups[g];
 
-        if (mask->type == GGML_TYPE_F16) {
-            set_input_mask((ggml_fp16_t *) mask->data, plan, step, n_kv, n_tokens);
-        } else {
-            set_input_mask((float *) mask->data, plan, step, n_kv, n_tokens);
+        GGML_ASSERT(step.groups[g].n_kv == group.n_kv && step.groups[g].n_fold == group.n_fold);
+
+        if (ggml_tensor * mask = group.mask; mask->buffer) {
+            GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
+
+            if (mask->type == GGML_TYPE_F16) {
+                set_input_mask((ggml_fp16_t *) mask->data, plan.groups[g], step.groups[g], step.pos0, group.n_kv, n_tokens);
+            } else {
+                set_input_mask((float *) mask->data, plan.groups[g], step.groups[g], step.pos0, group.n_kv, n_tokens);
+            }
         }
-    }
 
-    if (batch.tiles && batch.tiles->buffer) {
-        set_input_batch(*ubatch);
+        if (group.batch.tiles && group.batch.tiles->buffer) {
+            set_input_batch(*ubatch, g);
+        }
+
+        if (group.fold_rows && group.fold_rows->buffer) {
+            set_input_fold(g);
+        }
     }
 
     set_input_rows();
@@ -254,15 +301,14 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
     if (heads && heads->buffer) {
         set_input_heads();
     }
-
-    if (fold_rows && fold_rows->buffer) {
-        set_input_fold();
-    }
 }
 
-void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch) const {
-    const auto & plan = mctx->get_kv().get_plan();
-    const auto & step = mctx->get_step();
+void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch, size_t i_group) const {
+    const auto & group = mctx->get_kv().get_plan().groups[i_group];
+    const auto & step  = mctx->get_step();
+    const auto & batch = groups[i_group].batch;
+
+    const uint32_t n_kv = groups[i_group].n_kv;
 
     for (const auto * t : { batch.since[0], batch.since[1], batch.bias, batch.tiles }) {
         GGML_ASSERT(ggml_backend_buffer_is_host(t->buffer));
@@ -287,8 +333,8 @@ void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch) const {
         }
     }
 
-    // 2. local heads
-    set_input_past(bias, plan, step, n_kv);
+    // 2. local heads of the group
+    set_input_past(bias, group, step.groups[i_group], step.pos0, n_kv);
 
     for (uint32_t j = 0; j < n_kv; ++j) {
         const bool seen = bias[j] != -INFINITY;
@@ -298,7 +344,7 @@ void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch) const {
     }
 
     for (uint32_t i = 0; i < n_tokens; ++i) {
-        since[plan.cell(step.pos0 + i)] = i;
+        since[group.cell(step.pos0 + i)] = i;
     }
 
     // 3. tiles of both
@@ -319,22 +365,30 @@ void llm_graph_input_razor::set_input_rows_as(T * rows_data) const {
     for (const auto & order : orders) {
         T * data = rows_data + order.offs_rows*n_tokens;
 
-        // first rows of the stream, and of the local heads in it
-        const int64_t first_local = (int64_t) order.retrieval.size()*plan.n_ctx;
-        const int64_t n_rows      = first_local + (int64_t) order.local.size()*plan.cells;
-        const int64_t first       = step.strm*n_rows;
+        int64_t n_rows = 0;
+        for (size_t k = 0; k < order.groups.size(); ++k) {
+            n_rows += (int64_t) order.groups[k].size()*(k == 0 ? plan.n_ctx : plan.groups[k - 1].cells);
+        }
 
-        GGML_ASSERT(first + n_rows <= std::numeric_limits<T>::max());
+        GGML_ASSERT((step.strm + 1)*n_rows <= std::numeric_limits<T>::max());
 
-        for (uint32_t i = 0; i < n_tokens; ++i, data += order.n_head_kv) {
-            const uint32_t cell = plan.cell(step.pos0 + i);
+        // first row of the group
+        int64_t first = step.strm*n_rows;
 
-            for (size_t j = 0; j < order.retrieval.size(); ++j) {
-                data[order.retrieval[j]] = first + j*plan.n_ctx + cells[i];
+        for (size_t k = 0; k < order.groups.size(); ++k) {
+            const auto & heads_kv = order.groups[k];
+
+            const int64_t head_rows = k == 0 ? plan.n_ctx : plan.groups[k - 1].cells;
+
+            for (uint32_t i = 0; i < n_tokens; ++i) {
+                const uint32_t cell = k == 0 ? cells[i] : plan.groups[k - 1].cell(step.pos0 + i);
+
+                for (size_t j = 0; j < heads_kv.size(); ++j) {
+                    data[i*order.n_head_kv + heads_kv[j]] = first + j*head_rows + cell;
+                }
             }
-            for (size_t j = 0; j < order.local.size(); ++j) {
-                data[order.local[j]] = first + first_local + j*plan.cells + cell;
-            }
+
+            first += heads_kv.size()*head_rows;
         }
     }
 }
@@ -366,13 +420,17 @@ void llm_graph_input_razor::set_input_rows() const {
         }
     }
 
-    for (const auto & [n_local, idxs] : v_rows) {
-        if (idxs->buffer) {
-            int64_t * data = (int64_t *) idxs->data;
+    for (size_t g = 0; g < groups.size(); ++g) {
+        const auto & group = plan.groups[g];
 
-            for (uint32_t i = 0; i < n_tokens; ++i) {
-                for (uint32_t j = 0; j < n_local; ++j) {
-                    *data++ = (int64_t) j*plan.cells + plan.cell(step.pos0 + i);
+        for (const auto & [n_local, idxs] : groups[g].v_rows) {
+            if (idxs->buffer) {
+                int64_t * data = (int64_t *) idxs->data;
+
+                for (uint32_t i = 0; i < n_tokens; ++i) {
+                    for (uint32_t j = 0; j < n_local; ++j) {
+                        *data++ = (int64_t) j*group.cells + group.cell(step.pos0 + i);
+                    }
                 }
             }
         }
@@ -399,8 +457,8 @@ void llm_graph_input_razor::set_input_heads() const {
 
         int32_t i_kv = 0;
 
-        for (const auto * group : { &order.retrieval, &order.local }) {
-            for (const uint32_t h : *group) {
+        for (const size_t k : order.sequence) {
+            for (const uint32_t h : order.groups[k]) {
                 for (int32_t j = 0; j < n_gqa; ++j) {
                     data_q  [i_kv*n_gqa + j] = h*n_gqa + j;
                     data_out[h*n_gqa + j]    = i_kv*n_gqa + j;
@@ -422,17 +480,20 @@ void llm_graph_input_razor::set_input_heads() const {
     }
 }
 
-void llm_graph_input_razor::set_input_fold() const {
-    const auto & plan = mctx->get_kv().get_plan();
-    const auto & step = mctx->get_step();
+void llm_graph_input_razor::set_input_fold(size_t i_group) const {
+    const auto & plan  = mctx->get_kv().get_plan().groups[i_group];
+    const auto & step  = mctx->get_step().groups[i_group];
+    const auto & group = groups[i_group];
 
-    int32_t * data = (int32_t *) fold_rows->data;
+    const uint32_t strm = mctx->get_step().strm;
 
-    for (uint32_t i = 0; i < n_fold; ++i) {
+    int32_t * data = (int32_t *) group.fold_rows->data;
+
+    for (uint32_t i = 0; i < step.n_fold; ++i) {
         data[i] = plan.cell(step.fold_from + i);
     }
-    for (int64_t j = 1; j < fold_rows->ne[1]; ++j) {
-        std::copy(data, data + n_fold, data + j*n_fold);
+    for (int64_t j = 1; j < group.fold_rows->ne[1]; ++j) {
+        std::copy(data, data + step.n_fold, data + j*step.n_fold);
     }
 
     using kv = llama_kv_cache_razor;
@@ -440,12 +501,12 @@ void llm_graph_input_razor::set_input_fold() const {
     // the first fold starts from zero
     const uint32_t slot_src = step.fold_from == plan.sink_tokens ? kv::SLOT_ZERO : 1 - step.slot;
 
-    *(int32_t *) fold_src->data = step.strm*kv::N_SLOTS + slot_src;
-    *(int64_t *) fold_dst->data = step.strm*kv::N_SLOTS + step.slot;
-    *(float   *) fold_inv->data = 1.0f/(step.frontier - plan.sink_tokens);
+    *(int32_t *) group.fold_src->data = strm*kv::N_SLOTS + slot_src;
+    *(int64_t *) group.fold_dst->data = strm*kv::N_SLOTS + step.slot;
+    *(float   *) group.fold_inv->data = 1.0f/(step.frontier - plan.sink_tokens);
 
     for (uint32_t i = 0; i < plan.N_COMP_CELLS; ++i) {
-        ((int64_t *) fold_cell->data)[i] = plan.comp_cell(step.slot) + i;
+        ((int64_t *) group.fold_cell->data)[i] = plan.comp_cell(step.slot) + i;
     }
 }
 
@@ -457,17 +518,28 @@ bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
 
     mctx = mctx_new;
 
+    if (params.ubatch.n_tokens != n_tokens || mctx->get_n_kv() != n_kv_full) {
+        return false;
+    }
+
     const auto & step = mctx->get_step();
 
-    return params.ubatch.n_tokens == n_tokens && mctx->get_n_kv() == n_kv_full && step.n_kv == n_kv && step.n_fold == n_fold;
+    for (size_t g = 0; g < groups.size(); ++g) {
+        if (step.groups[g].n_kv != groups[g].n_kv || step.groups[g].n_fold != groups[g].n_fold) {
+            return false;
+        }
+    }
+
+    return true;
 }
 
-ggml_tensor * llm_graph_input_razor::view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const {
-    const auto & kv = mctx->get_kv();
+ggml_tensor * llm_graph_input_razor::view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src, size_t i_group) const {
+    const auto & plan = mctx->get_kv().get_plan();
 
-    const size_t offs = mctx->get_step().strm*src->nb[2] + kv.local_row(layer, 0)*src->nb[1];
+    const size_t cells = plan.groups[i_group].cells;
+    const size_t offs  = mctx->get_step().strm*src->nb[2] + plan.first_row(layer.il, i_group)*src->nb[1];
 
-    return ggml_view_3d(ctx0, src, src->ne[0], kv.get_plan().cells, layer.n_local, src->nb[1], kv.get_plan().cells*src->nb[1], offs);
+    return ggml_view_3d(ctx0, src, src->ne[0], cells, plan.local[layer.il][i_group].size(), src->nb[1], cells*src->nb[1], offs);
 }
 
 // the scheduler would copy each view of an input to the device separately, and wait each time
@@ -486,7 +558,34 @@ ggml_tensor * llm_graph_input_razor::get_on_device(const llm_graph_context & g, 
     return copy;
 }
 
-void llm_graph_input_razor::build_fold(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * store, ggml_tensor * sums) const {
+void llm_graph_input_razor::build_folds(const llm_graph_context & g, const razor_layer & layer, size_t i_group) const {
+    const auto & plan  = mctx->get_kv().get_plan();
+    const auto & sums  = layer.sums[i_group];
+    const auto & group = groups[i_group];
+
+    if (group.n_fold == 0 || !sums.k) {
+        return;
+    }
+
+    if (layer.device) {
+        const int64_t first = mctx->get_step().strm*layer.k->ne[1] + plan.first_row(layer.il, i_group);
+
+        ggml_build_forward_expand(g.gf, razor_device_build_fold(g.ctx0, {
+            layer.k, layer.v, sums.k, sums.v, group.fold_rows, group.fold_src, group.fold_dst, group.fold_cell, group.fold_inv,
+            (int32_t) plan.local[layer.il][i_group].size(), (int32_t) plan.groups[i_group].cells, first,
+        }));
+    } else {
+        build_fold(g, layer, group, view_local(g.ctx0, layer, layer.k, i_group), sums.k);
+        build_fold(g, layer, group, view_local(g.ctx0, layer, layer.v, i_group), sums.v);
+    }
+}
+
+void llm_graph_input_razor::build_fold(
+        const llm_graph_context & g,
+        const razor_layer & layer,
+        const group_input & group,
+        ggml_tensor * store,
+        ggml_tensor * sums) const {
     ggml_context * ctx0 = g.ctx0;
 
     const int64_t n_embd  = store->ne[0];
@@ -494,21 +593,21 @@ void llm_graph_input_razor::build_fold(const llm_graph_context & g, const razor_
 
     sums = ggml_reshape_2d(ctx0, sums, n_embd*n_local, sums->ne[1]*sums->ne[2]);
 
-    ggml_tensor * idxs = get_on_device(g, layer, fold_rows);
+    ggml_tensor * idxs = get_on_device(g, layer, group.fold_rows);
 
-    ggml_tensor * cur = ggml_get_rows(ctx0, store, ggml_view_2d(ctx0, idxs, n_fold, n_local, idxs->nb[1], 0)); // [n_embd, n_fold, n_local]
+    ggml_tensor * cur = ggml_get_rows(ctx0, store, ggml_view_2d(ctx0, idxs, group.n_fold, n_local, idxs->nb[1], 0)); // [n_embd, n_fold, n_local]
 
     cur = ggml_sum_rows(ctx0, ggml_cont(ctx0, ggml_permute(ctx0, cur, 1, 0, 2, 3)));
     cur = ggml_reshape_2d(ctx0, cur, n_embd*n_local, 1);
-    cur = ggml_add(ctx0, cur, ggml_get_rows(ctx0, sums, fold_src));
+    cur = ggml_add(ctx0, cur, ggml_get_rows(ctx0, sums, group.fold_src));
 
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, sums, cur, fold_dst));
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, sums, cur, group.fold_dst));
 
-    cur = ggml_mul(ctx0, cur, fold_inv);
+    cur = ggml_mul(ctx0, cur, group.fold_inv);
     cur = ggml_reshape_3d(ctx0, cur, n_embd, 1, n_local);
-    cur = ggml_repeat_4d(ctx0, cur, n_embd, fold_cell->ne[0], n_local, 1);
+    cur = ggml_repeat_4d(ctx0, cur, n_embd, group.fold_cell->ne[0], n_local, 1);
 
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, store, cur, fold_cell));
+    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, store, cur, group.fold_cell));
 }
 
 // return a matrix with one row per head and token
@@ -559,19 +658,23 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
         const int64_t n_ctx   = mctx->get_kv().get_plan().n_ctx;
 
         // same as upstream: one element per row
-        ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.local_first ? layer.n_local : 0, layer.n_retrieval), 1, n_elems*n_tokens);
+        ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.first[0], layer.n_retrieval), 1, n_elems*n_tokens);
         ggml_tensor * dst = ggml_view_2d(ctx0, layer.v, 1, n_elems*n_ctx, ggml_element_size(layer.v), offs);
 
         ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, cur, v_elems.at(n_elems)));
     }
 
-    if (layer.n_local > 0) {
-        ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.local_first ? 0 : layer.n_retrieval, layer.n_local), n_embd, layer.n_local*n_tokens);
-        ggml_tensor * dst = view_local(ctx0, layer, layer.v);
+    for (size_t i = 0; i < groups.size(); ++i) {
+        const int64_t n = order.groups[i + 1].size();
 
-        dst = ggml_reshape_2d(ctx0, dst, n_embd, dst->ne[1]*dst->ne[2]);
+        if (n > 0) {
+            ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.first[i + 1], n), n_embd, n*n_tokens);
+            ggml_tensor * dst = view_local(ctx0, layer, layer.v, i);
 
-        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, cur, v_rows.at(layer.n_local)));
+            dst = ggml_reshape_2d(ctx0, dst, n_embd, dst->ne[1]*dst->ne[2]);
+
+            ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, cur, groups[i].v_rows.at(n)));
+        }
     }
 }
 
@@ -608,16 +711,8 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     GGML_ASSERT(layer.n_retrieval + layer.n_local == n_head_kv && (uint32_t) q_cur->ne[2] == n_tokens);
 
     // 1. fold, before the new tokens overwrite its rows and attend to the compensation token
-    if (n_fold > 0 && layer.k_sum && layer.device) {
-        const int64_t first = mctx->get_step().strm*layer.k->ne[1] + kv.local_row(layer, 0);
-
-        ggml_build_forward_expand(g.gf, razor_device_build_fold(ctx0, {
-            layer.k, layer.v, layer.k_sum, layer.v_sum, fold_rows, fold_src, fold_dst, fold_cell, fold_inv,
-            (int32_t) layer.n_local, (int32_t) plan.cells, first,
-        }));
-    } else if (n_fold > 0 && layer.k_sum) {
-        build_fold(g, layer, view_local(ctx0, layer, layer.k), layer.k_sum);
-        build_fold(g, layer, view_local(ctx0, layer, layer.v), layer.v_sum);
+    for (size_t i = 0; i < groups.size(); ++i) {
+        build_folds(g, layer, i);
     }
 
     // 2. store K and V
@@ -633,8 +728,8 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         }
     }
 
-    // 3. attention of both groups of heads as one operation, if possible
-    if (g.cparams.flash_attn && (layer.attn || (n_tokens == 1 ? layer.device : layer.device_batch))) {
+    // 3. attention of all groups of heads as one operation, if possible
+    if (g.cparams.flash_attn && (layer.attn || (n_tokens == 1 ? layer.device_token : layer.device_batch))) {
         return build_attn_own(g, inp, layer, order, q_cur, kq_scale);
     }
 
@@ -673,10 +768,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
                 nullptr, kq_mask, nullptr, nullptr, 0, kq_scale, il);
     };
 
-    ggml_tensor * out_retrieval = nullptr;
-    ggml_tensor * out_local     = nullptr;
-
-    if (layer.n_retrieval > 0) {
+    auto attend_retrieval = [&]() {
         auto view = [&](ggml_tensor * src) {
             return ggml_view_3d(ctx0, src, src->ne[0], n_kv_full, layer.n_retrieval,
                     src->nb[1], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
@@ -687,28 +779,36 @@ ggml_tensor * llm_graph_input_razor::build_attn(
                     plan.n_ctx*src->nb[0], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
         };
 
-        out_retrieval = attend(view(layer.k), kv.get_v_trans() ? view_trans(layer.v) : view(layer.v), kv.get_v_trans(),
-                order.local_first ? layer.n_local : 0, inp.get_kq_mask());
-    }
+        return attend(view(layer.k), kv.get_v_trans() ? view_trans(layer.v) : view(layer.v), kv.get_v_trans(), order.first[0], inp.get_kq_mask());
+    };
 
-    if (layer.n_local > 0) {
+    auto attend_local = [&](size_t i) {
         auto view = [&](ggml_tensor * src) {
-            src = view_local(ctx0, layer, src);
+            src = view_local(ctx0, layer, src, i);
 
-            return ggml_view_3d(ctx0, src, src->ne[0], n_kv, src->ne[2], src->nb[1], src->nb[2], 0);
+            return ggml_view_3d(ctx0, src, src->ne[0], groups[i].n_kv, src->ne[2], src->nb[1], src->nb[2], 0);
         };
 
-        out_local = attend(view(layer.k), view(layer.v), false, order.local_first ? 0 : layer.n_retrieval, mask);
+        return attend(view(layer.k), view(layer.v), false, order.first[i + 1], groups[i].mask);
+    };
+
+    // retrieval heads come first in the graph, whatever the order of the heads
+    std::vector<ggml_tensor *> outs(order.groups.size(), nullptr);
+    for (size_t i = 0; i < outs.size(); ++i) {
+        if (!order.groups[i].empty()) {
+            outs[i] = i == 0 ? attend_retrieval() : attend_local(i - 1);
+        }
     }
 
-    if (!out_retrieval || !out_local) {
-        return out_retrieval ? out_retrieval : out_local;
+    if (order.sequence.size() == 1) {
+        return outs[order.sequence[0]];
     }
 
     // 5. concatenate the groups and restore the order of the heads
-    ggml_tensor * cur = order.local_first ?
-        ggml_concat(ctx0, out_local, out_retrieval, 0) :
-        ggml_concat(ctx0, out_retrieval, out_local, 0);
+    ggml_tensor * cur = outs[order.sequence[0]];
+    for (size_t i = 1; i < order.sequence.size(); ++i) {
+        cur = ggml_concat(ctx0, cur, outs[order.sequence[i]], 0);
+    }
 
     if (!order.identity) {
         cur = ggml_reshape_3d(ctx0, cur, cur->ne[0]/n_head, n_head, n_tokens);
@@ -731,7 +831,8 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
 
-    const int64_t first = mctx->get_step().strm*layer.k->ne[1];
+    const uint32_t strm  = mctx->get_step().strm;
+    const int64_t  first = strm*layer.k->ne[1];
 
     razor_attn & attn = attns.emplace_back();
 
@@ -739,22 +840,25 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     attn.kernel = layer.attn;
     attn.n_gqa  = order.n_head/order.n_head_kv;
 
-    attn.groups[0].heads     = &order.retrieval;
-    attn.groups[0].mask      = inp.get_kq_mask();
-    attn.groups[0].first_row = first;
-    attn.groups[0].head_rows = plan.n_ctx;
+    // groups without heads are left out, except that the operations of devices take one local group
+    size_t i_local = 0;
 
-    attn.groups[1].heads     = &order.local;
-    attn.groups[1].mask      = mask;
-    attn.groups[1].first_row = first + kv.local_row(layer, 0);
-    attn.groups[1].head_rows = plan.cells;
+    attn.groups.push_back({ &order.groups[0], inp.get_kq_mask(), first, plan.n_ctx });
 
-    const uint32_t strm = mctx->get_step().strm;
+    for (size_t i = 0; i < groups.size(); ++i) {
+        if (!order.groups[i + 1].empty()) {
+            attn.groups.push_back({ &order.groups[i + 1], groups[i].mask, first + (int64_t) plan.first_row(layer.il, i), plan.groups[i].cells });
+            i_local = i;
+        }
+    }
+    if (attn.groups.size() == 1) {
+        attn.groups.push_back({ &order.groups[1], groups[0].mask, first, plan.groups[0].cells });
+    }
 
     ggml_tensor * cur =
         layer.attn    ? attn.build(g.ctx0, q_cur, layer.k, layer.v) :
         n_tokens == 1 ? razor_device_build_attn      (g.ctx0, attn, q_cur, layer.k, layer.v, strm) :
-                        razor_device_build_attn_batch(g.ctx0, attn, q_cur, layer.k, layer.v, strm, batch);
+                        razor_device_build_attn_batch(g.ctx0, attn, q_cur, layer.k, layer.v, strm, groups[i_local].batch);
 
     ggml_build_forward_expand(g.gf, cur);
 
@@ -764,6 +868,6 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     const auto * kv = dynamic_cast<const llama_kv_cache_razor *>(memory);
 
-    // per layer: 3 gathers, 3 stores of up to 6 nodes, an attention without flash attention (about 16), 2 folds of 15
-    return kv ? 80*kv->get_plan().local.size() : 0;
+    // per layer: 3 gathers, 3 stores of up to 6 nodes; per group: a store, an attention without flash attention (about 16), 2 folds of 15
+    return kv ? (20 + 60*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;
 }

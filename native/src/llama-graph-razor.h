@@ -57,16 +57,18 @@ private:
     using razor_layer = llama_kv_cache_razor::razor_layer;
 
     // order of the heads in the graph: one group after the other
-    // shared by all layers that have the same retrieval heads
+    // shared by all layers that have the same groups
     struct head_order {
         uint32_t n_head;
         uint32_t n_head_kv;
 
-        std::vector<uint32_t> retrieval; // KV heads
-        std::vector<uint32_t> local;
+        // KV heads of the retrieval group, then of the local groups
+        std::vector<std::vector<uint32_t>> groups;
 
-        bool identity    = true;  // the heads of the model are in this order
-        bool local_first = false;
+        std::vector<size_t> sequence; // the groups that have heads, in the order of the graph
+        std::vector<size_t> first;    // for each group: position of its first KV head in the graph
+
+        bool identity = true; // the heads of the model are in this order
 
         // offsets in the inputs, in heads
         size_t offs_rows = 0;
@@ -75,26 +77,49 @@ private:
         size_t offs_v    = 0; // only for a transposed V cache
     };
 
+    // inputs of a group of local heads
+    struct group_input {
+        ggml_tensor * mask = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
+
+        razor_batch batch; // replaces the masks of layers with device_batch
+
+        // only if n_fold > 0
+        ggml_tensor * fold_rows = nullptr; // I32 [n_fold, max n_local]
+        ggml_tensor * fold_src  = nullptr; // I32 [1] row of the accumulators
+        ggml_tensor * fold_dst  = nullptr; // I64 [1]
+        ggml_tensor * fold_cell = nullptr; // I64 [N_COMP_CELLS]
+        ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
+
+        // only for a transposed V cache, the key is the number of heads
+        std::map<uint32_t, ggml_tensor *> v_rows; // I64 [n_local*n_tokens] rows of the group's heads
+
+        uint32_t n_kv;
+        uint32_t n_fold;
+    };
+
     void init_orders();
 
-    void set_input_batch(const llama_ubatch & ubatch) const;
+    void set_input_batch(const llama_ubatch & ubatch, size_t i_group) const;
     template<typename T>
     void set_input_rows_as(T * rows_data) const;
 
     void set_input_rows() const;
     void set_input_heads() const;
-    void set_input_fold() const;
+    void set_input_fold(size_t i_group) const;
 
     // return the indices at which the layer's rows are stored
     ggml_tensor * view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const;
 
-    // return the rows of the local heads [n_embd_head, cells, n_local]
-    ggml_tensor * view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src) const;
+    // return the rows of the local heads of a group [n_embd_head, cells, n_local]
+    ggml_tensor * view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src, size_t i_group) const;
 
     // return the input, or a copy of it on the device of the layer's cache
     ggml_tensor * get_on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const;
 
-    void build_fold(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * store, ggml_tensor * sums) const;
+    // fold K and V of the group's heads
+    void build_folds(const llm_graph_context & g, const razor_layer & layer, size_t i_group) const;
+
+    void build_fold(const llm_graph_context & g, const razor_layer & layer, const group_input & group, ggml_tensor * store, ggml_tensor * sums) const;
 
     void build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const;
 
@@ -115,9 +140,7 @@ private:
             ggml_tensor * q_cur,
                   float   kq_scale) const;
 
-    ggml_tensor * mask      = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
-
-    razor_batch batch; // replaces the masks of layers with device_batch
+    std::vector<group_input> groups; // as in the plan
 
     // for each order and token: the rows of the KV heads, in the order of the model
     ggml_tensor * rows      = nullptr; // I32 [n] rows of razor_layer::k and ::v, I64 for the operations of ggml-razor.h
@@ -125,16 +148,8 @@ private:
     // for each order and token: the heads in the order of the graph
     ggml_tensor * heads     = nullptr; // I32 [n]
 
-    // only for a transposed V cache, the key is the number of heads
+    // only for a transposed V cache, the key is the number of elements of a token
     std::map<uint32_t, ggml_tensor *> v_elems; // I64 [n_retrieval*n_embd_head_v*n_tokens] elements of the retrieval heads
-    std::map<uint32_t, ggml_tensor *> v_rows;  // I64 [n_local*n_tokens] rows of the local heads
-
-    // only if n_fold > 0
-    ggml_tensor * fold_rows = nullptr; // I32 [n_fold, max n_local]
-    ggml_tensor * fold_src  = nullptr; // I32 [1] row of the accumulators
-    ggml_tensor * fold_dst  = nullptr; // I64 [1]
-    ggml_tensor * fold_cell = nullptr; // I64 [N_COMP_CELLS]
-    ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
 
     mutable std::map<std::pair<ggml_backend_buffer_type_t, ggml_tensor *>, ggml_tensor *> copies; // of inputs
 
@@ -148,11 +163,9 @@ private:
 
     const llama_kv_cache_razor_context * mctx;
 
-    // the graph can be reused as long as these are the same
+    // the graph can be reused as long as these, and n_kv and n_fold of the groups, are the same
     const uint32_t n_tokens;
     const uint32_t n_kv_full; // cells of the retrieval heads
-    const uint32_t n_kv;
-    const uint32_t n_fold;
 };
 
 // return an upper bound for the number of nodes that razor adds to a graph

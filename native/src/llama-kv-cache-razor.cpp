@@ -63,7 +63,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
     streams.resize(n_strm);
     for (auto & st : streams) {
-        st.frontier = plan.sink_tokens;
+        st = empty_state();
     }
 
     init_rotation();
@@ -71,11 +71,11 @@ llama_kv_cache_razor::llama_kv_cache_razor(
     // 2. create the tensors of each layer
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
 
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
         const int64_t n_retrieval = plan.retrieval[il].size();
-        const int64_t n_local     = plan.local[il].size();
+        const int64_t n_local     = plan.n_local(il);
 
-        razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, nullptr, nullptr };
+        razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, std::vector<group_sums>(plan.groups.size()) };
 
         if (n_retrieval + n_local == 0) {
             layers_razor.push_back(layer);
@@ -87,10 +87,10 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         auto & ctx_ptr = ctx_map[buft];
         if (!ctx_ptr) {
-            // 4 tensors per layer, 2 per retrieval head and stream
+            // 2 tensors per layer, 2 per group, 2 per retrieval head and stream
             size_t n_tensors = 0;
             for (const auto & heads : plan.retrieval) {
-                n_tensors += 4 + 2*(1 + n_strm)*heads.size();
+                n_tensors += 2 + 2*plan.groups.size() + 2*(1 + n_strm)*heads.size();
             }
 
             ggml_init_params params = {
@@ -109,7 +109,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         const int64_t n_embd_k = hparams_model.n_embd_head_k(il);
         const int64_t n_embd_v = hparams_model.n_embd_head_v(il);
-        const int64_t n_rows   = n_retrieval*plan.n_ctx + n_local*plan.cells;
+        const int64_t n_rows   = plan.n_rows(il);
 
         layer.k = ggml_new_tensor_3d(ctx, type_k, n_embd_k, n_rows, n_strm);
         layer.v = ggml_new_tensor_3d(ctx, type_v, n_embd_v, n_rows, n_strm);
@@ -117,12 +117,18 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         ggml_format_name(layer.k, "cache_razor_k_l%d", il);
         ggml_format_name(layer.v, "cache_razor_v_l%d", il);
 
-        if (plan.n_comp > 0 && n_local > 0) {
-            layer.k_sum = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_k*n_local, N_SLOTS, n_strm);
-            layer.v_sum = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_v*n_local, N_SLOTS, n_strm);
+        for (size_t g = 0; g < plan.groups.size(); ++g) {
+            const int64_t n = plan.local[il][g].size();
 
-            ggml_format_name(layer.k_sum, "cache_razor_k_sum_l%d", il);
-            ggml_format_name(layer.v_sum, "cache_razor_v_sum_l%d", il);
+            if (plan.n_comp > 0 && n > 0) {
+                auto & sums = layer.sums[g];
+
+                sums.k = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_k*n, N_SLOTS, n_strm);
+                sums.v = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_embd_v*n, N_SLOTS, n_strm);
+
+                ggml_format_name(sums.k, "cache_razor_k_sum_l%d_g%zu", il, g);
+                ggml_format_name(sums.v, "cache_razor_v_sum_l%d_g%zu", il, g);
+            }
         }
 
         if (ggml_backend_buft_is_host(buft) && !hparams_model.attn_soft_cap && razor_attn_supported(type_k, type_v, n_embd_k, n_embd_v)) {
@@ -134,6 +140,11 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         layer.device_batch = layer.device && device == RAZOR_DEVICE_ON && razor_device_batch_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
+
+        const auto n_groups = std::count_if(plan.local[il].begin(), plan.local[il].end(), [](const auto & heads) { return !heads.empty(); });
+
+        layer.device_token = layer.device       && n_groups <= 1;
+        layer.device_batch = layer.device_batch && n_groups <= 1;
 
         // each retrieval head is a layer of llama_kv_cache
         for (int64_t i = 0; i < n_retrieval; ++i) {
@@ -182,14 +193,23 @@ llama_kv_cache_razor::llama_kv_cache_razor(
     // 4. log the number of heads
     size_t n_retrieval = 0;
     size_t n_local     = 0;
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
         n_retrieval += plan.retrieval[il].size();
-        n_local     += plan.local[il].size();
+        n_local     += plan.n_local(il);
     }
 
-    LLAMA_LOG_INFO("%s: %zu of %zu KV heads keep all %u tokens, %zu keep %u sinks, a window of %u and %s (%u cells, blocks of %u)\n", __func__,
-            n_retrieval, n_retrieval + n_local, plan.n_ctx, n_local, plan.sink_tokens, plan.window,
-            plan.n_comp > 0 ? "a compensation token" : "no compensation token", plan.cells, plan.block);
+    LLAMA_LOG_INFO("%s: %zu of %zu KV heads keep all %u tokens, %zu keep %u sinks, a window and %s (blocks of %u)\n", __func__,
+            n_retrieval, n_retrieval + n_local, plan.n_ctx, n_local, plan.sink_tokens,
+            plan.n_comp > 0 ? "a compensation token" : "no compensation token", plan.block);
+
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        size_t n = 0;
+        for (const auto & heads : plan.local) {
+            n += heads[g].size();
+        }
+
+        LLAMA_LOG_INFO("%s: %zu KV heads have a window of %u (%u cells)\n", __func__, n, plan.groups[g].window, plan.groups[g].cells);
+    }
 }
 
 // same as the constructor of llama_kv_cache, which has no layers at that time
@@ -199,8 +219,8 @@ void llama_kv_cache_razor::init_rotation() {
 
     auto common = [](int32_t all, uint32_t n) { return all == 0 || all == (int32_t) n ? (int32_t) n : -1; };
 
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
-        if (!plan.local[il].empty() || !plan.retrieval[il].empty()) {
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+        if (plan.n_local(il) > 0 || !plan.retrieval[il].empty()) {
             n_embd_head_k_all = common(n_embd_head_k_all, hparams.n_embd_head_k(il));
             n_embd_head_v_all = common(n_embd_head_v_all, hparams.n_embd_head_v(il));
         }
@@ -257,7 +277,7 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
     uint32_t pos = n_tokens(0);
 
     while (true) {
-        // all positions of an ubatch have the same frontier, so the contents of the cache do not depend on the split
+        // all positions of an ubatch have the same frontiers, so the contents of the cache do not depend on the split
         auto ubatch = balloc.split_simple(std::min(n_ubatch, plan.frontier_end(pos) - pos));
 
         if (ubatch.n_tokens == 0) {
@@ -308,8 +328,7 @@ void llama_kv_cache_razor::clear(bool data) {
     llama_kv_cache::clear(data);
 
     for (auto & st : streams) {
-        st = stream_state();
-        st.frontier = plan.sink_tokens;
+        st = empty_state();
     }
 
     last_step = step_info();
@@ -317,17 +336,40 @@ void llama_kv_cache_razor::clear(bool data) {
     broken = false;
 }
 
-bool llama_kv_cache_razor::can_unfold(const stream_state & st, uint32_t to) const {
+llama_kv_cache_razor::stream_state llama_kv_cache_razor::empty_state() const {
+    stream_state res;
+
+    res.groups.resize(plan.groups.size());
+    for (auto & group : res.groups) {
+        group.frontier = plan.sink_tokens;
+    }
+
+    return res;
+}
+
+bool llama_kv_cache_razor::can_unfold(const stream_state & st, size_t i_group, uint32_t to) const {
     // with a compensation token, only its value before the last fold is kept; without, only the rows are needed
-    if (plan.n_comp > 0 && st.frontier_prev != (int64_t) to) {
+    if (plan.n_comp > 0 && st.groups[i_group].frontier_prev != (int64_t) to) {
         return false;
     }
 
     // position p + ring overwrites the row of position p
-    return st.n_high <= to + plan.ring();
+    return st.n_high <= to + plan.groups[i_group].ring();
 }
 
-void llama_kv_cache_razor::unfold(stream_state & st, uint32_t to) const {
+bool llama_kv_cache_razor::can_unfold_to(const stream_state & st, uint32_t pos) const {
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        const uint32_t frontier = plan.groups[g].frontier(pos);
+
+        if (frontier < st.groups[g].frontier && !can_unfold(st, g, frontier)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
+void llama_kv_cache_razor::unfold(group_state & st, uint32_t to) const {
     st.frontier      = to;
     st.frontier_prev = -1;
     st.slot         ^= 1;
@@ -362,14 +404,16 @@ bool llama_kv_cache_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
 
     auto & st = streams[0];
 
-    const uint32_t frontier = plan.frontier(p0);
+    if (!can_unfold_to(st, p0)) {
+        return false;
+    }
 
-    if (frontier < st.frontier) {
-        if (!can_unfold(st, frontier)) {
-            return false;
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        const uint32_t frontier = plan.groups[g].frontier(p0);
+
+        if (frontier < st.groups[g].frontier) {
+            unfold(st.groups[g], frontier);
         }
-
-        unfold(st, frontier);
     }
 
     return llama_kv_cache::seq_rm(seq_id, p0, p1);
@@ -382,17 +426,23 @@ void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
 
     LLAMA_LOG_WARN("%s: the ubatch at position %d did not complete\n", __func__, p0);
 
-    if (last_step.n_fold > 0) {
-        // some layers may have folded and others may not
-        if (st.n_high > last_step.fold_from + plan.ring()) {
+    // some layers may have folded and others may not
+    const auto & groups = last_step.groups;
+
+    for (size_t g = 0; g < groups.size(); ++g) {
+        if (groups[g].n_fold > 0 && st.n_high > groups[g].fold_from + plan.groups[g].ring()) {
             LLAMA_LOG_WARN("%s: rows that were to be folded are overwritten, clearing the cache\n", __func__);
 
             clear(false);
 
             return;
         }
+    }
 
-        unfold(st, last_step.fold_from);
+    for (size_t g = 0; g < groups.size(); ++g) {
+        if (groups[g].n_fold > 0) {
+            unfold(st.groups[g], groups[g].fold_from);
+        }
     }
 
     llama_kv_cache::seq_rm(seq_id, p0, -1);
@@ -433,6 +483,15 @@ void llama_kv_cache_razor::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
 }
 
+size_t llama_kv_cache_razor::bytes_sums(const razor_layer & layer) {
+    size_t res = 0;
+    for (const auto & sums : layer.sums) {
+        res += sums.k ? ggml_nbytes(sums.k) + ggml_nbytes(sums.v) : 0;
+    }
+
+    return res;
+}
+
 uint32_t llama_kv_cache_razor::n_tokens(uint32_t strm) const {
     return seq_pos_max(strm) + 1;
 }
@@ -440,17 +499,15 @@ uint32_t llama_kv_cache_razor::n_tokens(uint32_t strm) const {
 uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     const auto & st = streams[strm];
 
-    // go back block by block while the frontier can be moved back as well
+    // go back block by block while the frontiers can be moved back as well
     uint32_t n_left = n_tokens(strm);
     while (n_left > 0) {
-        const uint32_t frontier = plan.frontier(n_left - 1);
-
-        if (frontier < st.frontier && !can_unfold(st, frontier)) {
+        if (!can_unfold_to(st, n_left - 1)) {
             break;
         }
 
-        // all positions of a block have the same frontier
-        n_left = frontier == plan.sink_tokens ? 0 : (n_left - 1) - (n_left - 1) % plan.block;
+        // all positions of a block have the same frontiers, the smallest window is the first to fold
+        n_left = plan.groups.back().frontier(n_left - 1) == plan.sink_tokens ? 0 : (n_left - 1) - (n_left - 1) % plan.block;
     }
 
     return n_tokens(strm) - n_left;
@@ -466,27 +523,37 @@ llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ub
 
     step_info res;
 
-    res.strm      = strm;
-    res.pos0      = pos0;
-    res.frontier  = plan.frontier(pos0);
-    res.fold_from = st.frontier;
-    res.n_fold    = res.frontier > st.frontier ? res.frontier - st.frontier : 0;
+    res.strm = strm;
+    res.pos0 = pos0;
 
-    GGML_ASSERT(res.frontier >= st.frontier && "a rollback over a fold was not undone");
-    GGML_ASSERT(res.n_fold <= plan.block);
-    GGML_ASSERT(st.n_high <= st.frontier + plan.ring());
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        const auto & group = plan.groups[g];
 
-    if (res.n_fold > 0) {
-        st.frontier_prev = st.frontier;
-        st.frontier      = res.frontier;
-        st.slot         ^= 1;
+        auto & state = st.groups[g];
+
+        group_step step;
+
+        step.frontier  = group.frontier(pos0);
+        step.fold_from = state.frontier;
+        step.n_fold    = step.frontier > state.frontier ? step.frontier - state.frontier : 0;
+
+        GGML_ASSERT(step.frontier >= state.frontier && "a rollback over a fold was not undone");
+        GGML_ASSERT(step.n_fold <= plan.block);
+        GGML_ASSERT(st.n_high <= state.frontier + group.ring());
+
+        if (step.n_fold > 0) {
+            state.frontier_prev = state.frontier;
+            state.frontier      = step.frontier;
+            state.slot         ^= 1;
+        }
+
+        step.slot = state.slot;
+        step.n_kv = std::min<uint32_t>(group.cells, GGML_PAD(group.n_used(n_end, step.frontier), 256));
+
+        res.groups.push_back(step);
     }
 
-    res.slot = st.slot;
-
     st.n_high = std::max(st.n_high, n_end);
-
-    res.n_kv = std::min<uint32_t>(plan.cells, GGML_PAD(plan.n_used(n_end, res.frontier), 256));
 
     last_step = res;
 
@@ -496,10 +563,16 @@ llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ub
 llama_kv_cache_razor::step_info llama_kv_cache_razor::full_step() const {
     step_info res;
 
-    res.n_kv      = plan.cells;
-    res.fold_from = plan.sink_tokens;
-    res.n_fold    = plan.block;
-    res.frontier  = res.fold_from + res.n_fold;
+    for (const auto & group : plan.groups) {
+        group_step step;
+
+        step.n_kv      = group.cells;
+        step.fold_from = plan.sink_tokens;
+        step.n_fold    = plan.block;
+        step.frontier  = step.fold_from + step.n_fold;
+
+        res.groups.push_back(step);
+    }
 
     return res;
 }
@@ -515,26 +588,59 @@ uint64_t llama_kv_cache_razor::fingerprint() const {
     };
 
     add(plan.sink_tokens);
-    add(plan.window);
-    add(plan.block);
-    add(plan.n_comp);
-    add(plan.cells);
+    for (const auto & group : plan.groups) {
+        add(group.window);
+        add(group.block);
+        add(group.n_comp);
+        add(group.cells);
+    }
     add(tk);
     add(tv);
     add(get_n_stream());
     add(cparams.flash_attn);
 
-    for (uint32_t il = 0; il < plan.local.size(); ++il) {
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
         add(model.hparams.n_embd_head_k(il));
         add(model.hparams.n_embd_head_v(il));
         add(plan.retrieval[il].size());
-        add(plan.local[il].size());
+        add(plan.n_local(il));
         for (const uint32_t h : plan.retrieval[il]) {
             add(h);
+        }
+
+        // the heads of the smallest window are the remaining ones
+        for (size_t g = 0; g + 1 < plan.groups.size(); ++g) {
+            add(plan.local[il][g].size());
+            for (const uint32_t h : plan.local[il][g]) {
+                add(h);
+            }
         }
     }
 
     return res;
+}
+
+template<typename F>
+void llama_kv_cache_razor::for_each_local_head(const stream_state & st, F && f) const {
+    for (const auto & layer : layers_razor) {
+        for (auto * t : { layer.k, layer.v }) {
+            for (size_t g = 0; g < plan.groups.size(); ++g) {
+                // the rows after these are not in use
+                const uint32_t n_used = plan.groups[g].n_used(st.n_high, st.groups[g].frontier);
+
+                for (size_t i = 0; i < plan.local[layer.il][g].size(); ++i) {
+                    f(t, (plan.first_row(layer.il, g) + i*plan.groups[g].cells)*t->nb[1], n_used*t->nb[1]);
+                }
+            }
+        }
+
+        for (const auto & sums : layer.sums) {
+            if (sums.k) {
+                f(sums.k, 0, SLOT_ZERO*sums.k->nb[1]);
+                f(sums.v, 0, SLOT_ZERO*sums.v->nb[1]);
+            }
+        }
+    }
 }
 
 void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
@@ -550,9 +656,11 @@ void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_i
     io.write(&fp,                  sizeof(fp));
     io.write(&n,                   sizeof(n));
     io.write(&st.n_high,           sizeof(st.n_high));
-    io.write(&st.frontier,         sizeof(st.frontier));
-    io.write(&st.frontier_prev,    sizeof(st.frontier_prev));
-    io.write(&st.slot,             sizeof(st.slot));
+    for (const auto & group : st.groups) {
+        io.write(&group.frontier,      sizeof(group.frontier));
+        io.write(&group.frontier_prev, sizeof(group.frontier_prev));
+        io.write(&group.slot,          sizeof(group.slot));
+    }
 
     llama_kv_cache::state_write(io, seq_id, flags);
 
@@ -560,21 +668,7 @@ void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_i
         return;
     }
 
-    // the rows after these are not in use
-    const uint32_t n_used = plan.n_used(st.n_high, st.frontier);
-
-    for (const auto & layer : layers_razor) {
-        for (auto * t : { layer.k, layer.v }) {
-            for (uint32_t i = 0; i < layer.n_local; ++i) {
-                io.write_tensor(t, local_row(layer, i)*t->nb[1], n_used*t->nb[1]);
-            }
-        }
-
-        if (layer.k_sum) {
-            io.write_tensor(layer.k_sum, 0, SLOT_ZERO*layer.k_sum->nb[1]);
-            io.write_tensor(layer.v_sum, 0, SLOT_ZERO*layer.v_sum->nb[1]);
-        }
-    }
+    for_each_local_head(st, [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); });
 }
 
 void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -586,7 +680,7 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
     uint64_t fp      = 0;
     uint32_t n       = 0;
 
-    stream_state st;
+    stream_state st = empty_state();
 
     io.read(&magic, sizeof(magic));
     if (magic != RAZOR_STATE_MAGIC) {
@@ -607,18 +701,27 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
 
     io.read(&n,                sizeof(n));
     io.read(&st.n_high,        sizeof(st.n_high));
-    io.read(&st.frontier,      sizeof(st.frontier));
-    io.read(&st.frontier_prev, sizeof(st.frontier_prev));
-    io.read(&st.slot,          sizeof(st.slot));
+    for (auto & group : st.groups) {
+        io.read(&group.frontier,      sizeof(group.frontier));
+        io.read(&group.frontier_prev, sizeof(group.frontier_prev));
+        io.read(&group.slot,          sizeof(group.slot));
+    }
 
     if (n > plan.n_ctx || st.n_high > plan.n_ctx) {
         llama_razor_error_throw("the state holds more tokens than the context, create a context of at least the size it was saved with");
     }
 
-    // the frontier is that of the last position until the first ubatch of the next block folds
-    const bool sane = n == 0 || (n <= st.n_high && st.slot <= 1 && st.n_high <= st.frontier + plan.ring() &&
-        (st.frontier == plan.frontier(n) || st.frontier == plan.frontier(n - 1)) &&
-        (st.frontier_prev == -1 || (st.frontier_prev >= plan.sink_tokens && st.frontier_prev < st.frontier)));
+    // a frontier is that of the last position until the first ubatch of the next block folds
+    bool sane = n == 0 || n <= st.n_high;
+
+    for (size_t g = 0; n > 0 && g < plan.groups.size(); ++g) {
+        const auto & group = plan.groups[g];
+        const auto & state = st.groups[g];
+
+        sane = sane && state.slot <= 1 && st.n_high <= state.frontier + group.ring() &&
+            (state.frontier == group.frontier(n) || state.frontier == group.frontier(n - 1)) &&
+            (state.frontier_prev == -1 || (state.frontier_prev >= plan.sink_tokens && state.frontier_prev < state.frontier));
+    }
 
     if (!sane) {
         llama_razor_error_throw("the state is damaged, evaluate the prompt again");
@@ -647,20 +750,7 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
             return;
         }
 
-        const uint32_t n_used = plan.n_used(st.n_high, st.frontier);
-
-        for (const auto & layer : layers_razor) {
-            for (auto * t : { layer.k, layer.v }) {
-                for (uint32_t i = 0; i < layer.n_local; ++i) {
-                    io.read_tensor(t, local_row(layer, i)*t->nb[1], n_used*t->nb[1]);
-                }
-            }
-
-            if (layer.k_sum) {
-                io.read_tensor(layer.k_sum, 0, SLOT_ZERO*layer.k_sum->nb[1]);
-                io.read_tensor(layer.v_sum, 0, SLOT_ZERO*layer.v_sum->nb[1]);
-            }
-        }
+        for_each_local_head(st, [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
 
         streams[0] = st;
     } catch (const std::exception & err) {

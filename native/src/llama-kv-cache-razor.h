@@ -3,7 +3,7 @@
 // the KV cache of a context with RazorAttention
 //
 // what the local heads hold after n tokens depends only on these tokens, not on how they were split into batches: the fold
-// frontier is a function of the position, all positions of an ubatch have the same frontier, and only apply_local() folds
+// frontier of a group is a function of the position, all positions of an ubatch have the same frontiers, and only apply_local() folds
 
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
@@ -24,7 +24,7 @@ struct llama_razor_hparams {
     llama_hparams hparams_head;
 };
 
-// retrieval heads have n_ctx cells, local heads have plan.cells: [sinks | ring of recent tokens | compensation tokens]
+// retrieval heads have n_ctx cells, local heads have those of their group: [sinks | ring of recent tokens | compensation tokens]
 // the rows of a head are contiguous, so that attention reads them as one stream
 //
 // llama_kv_cache manages the cells of the retrieval heads, makes their mask and saves their state. Its layers are views of
@@ -34,18 +34,21 @@ struct llama_razor_hparams {
 // rows of the ring -> sum -> accumulator -> mean -> compensation token
 class llama_kv_cache_razor : private llama_razor_hparams, public llama_kv_cache {
 public:
-    // the fold state of a stream
-    struct stream_state {
-        uint32_t n_high        = 0;  // positions below this one were written since the last clear, even if they were removed again
+    // the fold state of a group
+    struct group_state {
         uint32_t frontier      = 0;  // positions [sink_tokens, frontier) are folded
         int64_t  frontier_prev = -1; // frontier before the last fold, -1: the fold cannot be undone
         uint32_t slot          = 0;  // compensation token and accumulator row in use
     };
 
-    // what the graph of an ubatch does with the local heads
-    struct step_info {
-        uint32_t strm      = 0;
-        uint32_t pos0      = 0;  // first position of the ubatch
+    struct stream_state {
+        uint32_t n_high = 0; // positions below this one were written since the last clear, even if they were removed again
+
+        std::vector<group_state> groups;
+    };
+
+    // what the graph of an ubatch does with the local heads of a group
+    struct group_step {
         uint32_t n_kv      = 0;  // cells that the attention reads
         uint32_t frontier  = 0;
         uint32_t slot      = 0;
@@ -53,9 +56,22 @@ public:
         uint32_t n_fold    = 0;
     };
 
+    struct step_info {
+        uint32_t strm = 0;
+        uint32_t pos0 = 0; // first position of the ubatch
+
+        std::vector<group_step> groups;
+    };
+
     // rows of the accumulators: one for each compensation token, and one that is always zero
     static constexpr uint32_t SLOT_ZERO = 2;
     static constexpr uint32_t N_SLOTS   = 3;
+
+    // sums of the folded rows of a group
+    struct group_sums {
+        ggml_tensor * k = nullptr; // F32 [n_embd_head_k*n_local, N_SLOTS, n_stream]
+        ggml_tensor * v = nullptr; // F32 [n_embd_head_v*n_local, N_SLOTS, n_stream]
+    };
 
     struct razor_layer {
         uint32_t il;
@@ -63,19 +79,19 @@ public:
         uint32_t n_retrieval; // KV heads
         uint32_t n_local;
 
-        // rows: n_ctx for each retrieval head, then plan.cells for each local head
+        // rows: n_ctx for each retrieval head, then for each group the cells of its heads
         // without flash attention, the values of each retrieval head are transposed: [n_ctx, n_embd_head_v]
         ggml_tensor * k; // type_k [n_embd_head_k, rows, n_stream]
         ggml_tensor * v; // type_v [n_embd_head_v, rows, n_stream]
 
-        // sums of the folded rows, nullptr without compensation or without local heads
-        ggml_tensor * k_sum; // F32 [n_embd_head_k*n_local, N_SLOTS, n_stream]
-        ggml_tensor * v_sum; // F32 [n_embd_head_v*n_local, N_SLOTS, n_stream]
+        std::vector<group_sums> sums; // one per group, nullptr without compensation or without heads of the group
 
         razor_attn_kernel attn = nullptr; // kernel for flash attention if the cache is in host memory, else nullptr
 
-        bool device       = false; // with flash attention: the device supports the operations of ggml-razor.h
-        bool device_batch = false; // and the attention of a batch
+        // with flash attention: the operations of ggml-razor.h that the layer's device supports
+        bool device       = false; // storing and folding
+        bool device_token = false; // attention of one token, at most one group of the layer has local heads
+        bool device_batch = false; // attention of a batch, the same
     };
 
     llama_kv_cache_razor(
@@ -132,6 +148,9 @@ public:
 
     const razor_layer & get_layer(int32_t il) const { return layers_razor[il]; }
 
+    // return the size of the accumulators
+    static size_t bytes_sums(const razor_layer & layer);
+
     uint32_t n_tokens(uint32_t strm) const;
 
     const stream_state & get_state(uint32_t strm) const { return streams[strm]; }
@@ -144,11 +163,6 @@ public:
 
     bool get_v_trans() const { return v_trans; }
     bool has_devices() const;
-
-    // return the first row of the i-th local head
-    uint64_t local_row(const razor_layer & layer, uint32_t i) const {
-        return (uint64_t) layer.n_retrieval*plan.n_ctx + (uint64_t) i*plan.cells;
-    }
 
     const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs() const { return ctxs_bufs; }
 
@@ -174,10 +188,20 @@ private:
 
     uint64_t fingerprint() const;
 
-    // return true if the frontier can be moved back: the rows from position `to` on are still in the ring
-    bool can_unfold(const stream_state & st, uint32_t to) const;
+    // return the state of an empty stream
+    stream_state empty_state() const;
 
-    void unfold(stream_state & st, uint32_t to) const;
+    // return true if the frontier of a group can be moved back: the rows from position `to` on are still in the ring
+    bool can_unfold(const stream_state & st, size_t i_group, uint32_t to) const;
+
+    // return true if the frontiers of all groups are, or can be moved back to, those of the position
+    bool can_unfold_to(const stream_state & st, uint32_t pos) const;
+
+    void unfold(group_state & st, uint32_t to) const;
+
+    // call f(layer, tensor, first row, number of rows) for the rows in use of each local head
+    template<typename F>
+    void for_each_local_head(const stream_state & st, F && f) const;
 };
 
 class llama_kv_cache_razor_context : public llama_kv_cache_context {

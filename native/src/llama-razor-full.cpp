@@ -123,8 +123,7 @@ ggml_tensor * llama_razor_full_attn(
     attn.n_gqa    = q->ne[1]/k->ne[1];
     attn.by_token = true;
 
-    attn.groups[0].heads = &input->heads;
-    attn.groups[0].mask  = kq_mask;
+    attn.groups.push_back({ &input->heads, kq_mask });
 
     ggml_tensor * cur = attn.build(g.ctx0, q, k, v);
 

@@ -12,6 +12,10 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <functional>
+#include <iterator>
+#include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -54,37 +58,118 @@ static std::string razor_plan_find_unsupported(const llama_model & model, const 
     return "";
 }
 
-static llama_razor_plan razor_plan_make(const llama_razor_profile & profile, const std::vector<uint8_t> & mask, const llama_hparams & hparams, uint32_t n_ctx) {
-    llama_razor_plan res;
-
-    uint64_t window = profile.window;
-    if (window == 0) {
-        window = std::max<uint64_t>(profile.window_min, profile.window_divisor > 0 ? n_ctx/profile.window_divisor : 0);
-    }
-
+// return B
+static uint32_t razor_plan_block(uint64_t window) {
     uint32_t block = 64;
     while (block < 512 && 2*block <= window/4) {
         block *= 2;
     }
 
-    const uint64_t n_comp = profile.compensation ? llama_razor_plan::N_COMP : 0;
-    const uint64_t cells  = (profile.sink_tokens + n_comp + window + block + LLAMA_RAZOR_SLACK + 255)/256*256;
+    return block;
+}
+
+// replace windows by larger ones until there are at most LLAMA_RAZOR_MAX_WINDOWS different ones, 0 is not a window
+static void razor_plan_merge_windows(std::vector<uint64_t> & windows) {
+    std::map<uint64_t, uint64_t> counts; // window -> heads
+
+    for (const uint64_t window : windows) {
+        if (window > 0) {
+            counts[window]++;
+        }
+    }
+
+    std::map<uint64_t, uint64_t> larger; // window -> window that replaces it
+
+    while (counts.size() > LLAMA_RAZOR_MAX_WINDOWS) {
+        auto best = counts.begin();
+        for (auto it = counts.begin(); std::next(it) != counts.end(); ++it) {
+            auto cost = [](auto at) { return at->second*(std::next(at)->first - at->first); };
+            if (cost(it) < cost(best)) {
+                best = it;
+            }
+        }
+
+        larger[best->first] = std::next(best)->first;
+        std::next(best)->second += best->second;
+        counts.erase(best);
+    }
+
+    for (uint64_t & window : windows) {
+        for (auto it = larger.find(window); it != larger.end(); it = larger.find(window)) {
+            window = it->second;
+        }
+    }
+}
+
+static llama_razor_plan razor_plan_make(
+        const llama_razor_profile & profile,
+        const std::vector<uint8_t>  & mask,
+        const std::vector<uint32_t> & scope,
+        const llama_hparams & hparams,
+        uint32_t n_ctx) {
+    llama_razor_plan res;
 
     res.n_ctx       = n_ctx;
     res.sink_tokens = profile.sink_tokens;
-    res.window      = window;
-    res.block       = block;
-    res.n_comp      = n_comp;
-    res.cells       = std::min<uint64_t>(cells, UINT32_MAX);
+    res.n_comp      = profile.compensation ? llama_razor_group::N_COMP : 0;
 
+    // 1. find the window of each head, 0 for retrieval heads
+    std::vector<uint64_t> windows(mask.size(), 0);
+
+    if (scope.empty() || profile.window > 0) {
+        uint64_t window = profile.window;
+        if (window == 0) {
+            window = std::max<uint64_t>(profile.window_min, profile.window_divisor > 0 ? n_ctx/profile.window_divisor : 0);
+        }
+
+        for (size_t i = 0; i < mask.size(); ++i) {
+            windows[i] = mask[i] ? 0 : window;
+        }
+
+        res.block = razor_plan_block(window);
+    } else {
+        uint64_t sum = 0;
+        uint64_t n   = 0;
+        for (size_t i = 0; i < mask.size(); ++i) {
+            windows[i] = scope[i] < n_ctx ? scope[i] : 0;
+
+            sum += windows[i];
+            n   += windows[i] > 0;
+        }
+
+        res.block = razor_plan_block(n > 0 ? sum/n : 0);
+
+        for (uint64_t & window : windows) {
+            window = (window + res.block - 1)/res.block*res.block;
+        }
+
+        razor_plan_merge_windows(windows);
+    }
+
+    // 2. make a group for each window with which a head saves something
+    std::set<uint64_t, std::greater<>> all(windows.begin(), windows.end());
+
+    for (const uint64_t window : all) {
+        const uint64_t cells = (res.sink_tokens + res.n_comp + window + res.block + LLAMA_RAZOR_SLACK + 255)/256*256;
+
+        if (window > 0 && cells < n_ctx) {
+            res.groups.push_back({ res.sink_tokens, (uint32_t) window, res.block, res.n_comp, (uint32_t) cells });
+        }
+    }
+
+    // 3. assign the heads to the groups
     size_t i = 0;
 
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
         std::vector<uint32_t> retrieval;
-        std::vector<uint32_t> local;
+        std::vector<std::vector<uint32_t>> local(res.groups.size());
 
         for (uint32_t h = 0; h < hparams.n_head_kv(il); ++h) {
-            (mask[i++] ? retrieval : local).push_back(h);
+            const uint64_t window = windows[i++];
+
+            const auto it = std::find_if(res.groups.begin(), res.groups.end(), [&](const auto & group) { return group.window == window; });
+
+            (it == res.groups.end() ? retrieval : local[it - res.groups.begin()]).push_back(h);
         }
 
         res.retrieval.push_back(std::move(retrieval));
@@ -143,7 +228,7 @@ static void razor_plan_check_tensors(const llama_model & model, const llama_memo
         ggml_backend_dev_t dev = model.dev_layer(il);
 
         if (plan) {
-            const uint64_t n_rows = plan->retrieval[il].size()*plan->n_ctx + plan->local[il].size()*plan->cells;
+            const uint64_t n_rows = plan->n_rows(il);
 
             razor_plan_check_tensor(dev, params.type_k, d_k, n_stream*n_rows);
             razor_plan_check_tensor(dev, params.type_v, d_v, n_stream*n_rows);
@@ -176,30 +261,27 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
     }
 
     // 3. find the mask and check that it fits
-    const std::vector<uint8_t> * mask = &profile->retrieval;
-    if (mask->empty()) {
-        if (!model.razor) {
-            llama_razor_error_throw("the model has no razor metadata and no retrieval heads were given");
-        }
-        mask = &model.razor->retrieval;
+    const llama_razor_profile * heads = profile->retrieval.empty() ? model.razor.get() : profile;
+    if (!heads) {
+        llama_razor_error_throw("the model has no razor metadata and no retrieval heads were given");
     }
 
+    const std::vector<uint8_t> & mask = heads->retrieval;
+
     // such a model can be loaded, but only used with razor off
-    if (mask == &profile->retrieval ? profile->alibi : model.razor->alibi) {
+    if (heads->alibi) {
         llama_razor_error_throw("razor.method is 'alibi', and only 'rope' can be run, switch razor off to use the full cache");
     }
 
-    if (mask->size() != llama_razor_n_kv_heads(hparams)) {
+    if (mask.size() != llama_razor_n_kv_heads(hparams)) {
         llama_razor_error_throw(format("the mask of retrieval heads has %zu entries, the model has %zu KV heads in %u layers",
-                    mask->size(), llama_razor_n_kv_heads(hparams), hparams.n_layer()));
+                    mask.size(), llama_razor_n_kv_heads(hparams), hparams.n_layer()));
     }
 
     // 4. make the plan and check that it saves something
-    llama_razor_plan plan = razor_plan_make(*profile, *mask, hparams, cparams.n_ctx_seq);
+    llama_razor_plan plan = razor_plan_make(*profile, mask, heads->scope, hparams, cparams.n_ctx_seq);
 
-    const bool any_local = std::any_of(plan.local.begin(), plan.local.end(), [](const auto & l) { return !l.empty(); });
-
-    if (!any_local || plan.cells >= plan.n_ctx) {
+    if (plan.groups.empty()) {
         LLAMA_LOG_INFO("razor: nothing would be saved at a context of %u tokens, using the full cache\n", plan.n_ctx);
 
         return nullptr;

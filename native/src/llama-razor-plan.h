@@ -17,27 +17,21 @@ struct llama_memory_i;
 struct llama_memory_params;
 struct llama_model;
 
-struct llama_razor_plan {
+// local heads with the same window; cells of a head: [sinks | ring of recent tokens | compensation tokens]
+struct llama_razor_group {
     // there are two compensation tokens: a fold writes one and leaves the previous value in the other
     // each of them has two cells with equal rows: log(N_d) is not exact in F16, but the exponentials of two F16 values can add up to N_d
     static constexpr uint32_t N_COMP_SLOTS = 2;
     static constexpr uint32_t N_COMP_CELLS = 2; // per slot
     static constexpr uint32_t N_COMP       = N_COMP_SLOTS*N_COMP_CELLS;
 
-    uint32_t n_ctx       = 0; // per sequence
     uint32_t sink_tokens = 0; // S
     uint32_t window      = 0; // L
     uint32_t block       = 0; // B
     uint32_t n_comp      = 0; // compensation cells, N_COMP or 0
-    uint32_t cells       = 0; // cells of a local head: [sinks | ring | compensation]
-
-    // KV heads of each layer, in ascending order
-    std::vector<std::vector<uint32_t>> retrieval;
-    std::vector<std::vector<uint32_t>> local;
+    uint32_t cells       = 0; // cells of a head
 
     uint32_t ring() const { return cells - sink_tokens - n_comp; }
-
-    bool has_local(int32_t il) const { return (size_t) il < local.size() && !local[il].empty(); }
 
     // return F(pos): while the block of this position is processed, the positions [sink_tokens, F) are folded
     uint32_t frontier(uint32_t pos) const {
@@ -66,6 +60,47 @@ struct llama_razor_plan {
     uint32_t n_used(uint32_t n_tokens, uint32_t frontier) const {
         return frontier > sink_tokens ? cells : std::min(n_tokens, cells - n_comp);
     }
+};
+
+struct llama_razor_plan {
+    uint32_t n_ctx       = 0; // per sequence
+    uint32_t sink_tokens = 0; // these three are the same in all groups
+    uint32_t block       = 0;
+    uint32_t n_comp      = 0;
+
+    // largest window first, each has a head in some layer
+    std::vector<llama_razor_group> groups;
+
+    // KV heads in ascending order
+    std::vector<std::vector<uint32_t>>              retrieval; // per layer
+    std::vector<std::vector<std::vector<uint32_t>>> local;     // per layer and group
+
+    uint32_t n_layer() const { return retrieval.size(); }
+
+    uint32_t n_local(uint32_t il) const {
+        uint32_t res = 0;
+        for (const auto & heads : local[il]) {
+            res += heads.size();
+        }
+
+        return res;
+    }
+
+    // return the first position after pos with another frontier in any group
+    uint32_t frontier_end(uint32_t pos) const { return groups.back().frontier_end(pos); }
+
+    // return the rows of a layer's cache before the heads of a group, which come after the retrieval heads
+    uint64_t first_row(uint32_t il, size_t i_group) const {
+        uint64_t res = (uint64_t) retrieval[il].size()*n_ctx;
+        for (size_t g = 0; g < i_group; ++g) {
+            res += (uint64_t) local[il][g].size()*groups[g].cells;
+        }
+
+        return res;
+    }
+
+    // return the rows of a layer's cache
+    uint64_t n_rows(uint32_t il) const { return first_row(il, groups.size()); }
 };
 
 // return the memory of a context with RazorAttention, nullptr if upstream's memory should be created

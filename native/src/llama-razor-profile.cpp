@@ -14,6 +14,11 @@
 #include <stdexcept>
 #include <string>
 
+static constexpr uint32_t RAZOR_VERSION         = 1;
+static constexpr uint32_t RAZOR_VERSION_SCOPE   = 2; // method "rope" with scopes
+static constexpr uint32_t RAZOR_MAX_SINK_TOKENS = 4096;
+static constexpr uint32_t RAZOR_MAX_WINDOW      = 1u << 30;
+
 bool llama_razor_is_disabled() {
     const char * env = getenv(LLAMA_RAZOR_DISABLE_ENV);
 
@@ -76,6 +81,18 @@ static void razor_check_mask(const std::vector<uint8_t> & mask) {
     }
 }
 
+static void razor_check_scope(const std::vector<uint8_t> & mask, const std::vector<uint32_t> & scope) {
+    for (size_t i = 0; i < mask.size(); ++i) {
+        if (scope[i] > RAZOR_MAX_WINDOW) {
+            llama_razor_error_throw(format("razor.head.scope[%zu] is %u, expected 0 to %u; convert the model again", i, scope[i], RAZOR_MAX_WINDOW));
+        }
+        if ((scope[i] == 0) != (mask[i] == 1)) {
+            llama_razor_error_throw(format("razor.head.scope[%zu] is %u and razor.head.retrieval[%zu] is %u, expected a scope of 0 for retrieval heads alone; convert the model again",
+                        i, scope[i], i, mask[i]));
+        }
+    }
+}
+
 static void razor_meta_check_scores(const gguf_context * ctx, int64_t id, const char * key) {
     const float * data = (const float *) gguf_get_arr_data(ctx, id);
 
@@ -114,10 +131,6 @@ static size_t razor_n_heads(const llama_hparams & hparams) {
     return res;
 }
 
-static constexpr uint32_t RAZOR_VERSION         = 1;
-static constexpr uint32_t RAZOR_MAX_SINK_TOKENS = 4096;
-static constexpr uint32_t RAZOR_MAX_WINDOW      = 1u << 30;
-
 std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_context * ctx, const llama_hparams & hparams) {
     llama_razor_error_set("");
 
@@ -148,8 +161,9 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     razor_meta_check_type(ctx, id_version, "razor.version", "u32");
 
     const uint32_t version = gguf_get_val_u32(ctx, id_version);
-    if (version != RAZOR_VERSION) {
-        llama_razor_error_throw(format("razor.version is %u and this library knows version %u; update it or convert the model again", version, RAZOR_VERSION));
+    if (version != RAZOR_VERSION && version != RAZOR_VERSION_SCOPE) {
+        llama_razor_error_throw(format("razor.version is %u and this library knows versions %u and %u; update it or convert the model again",
+                    version, RAZOR_VERSION, RAZOR_VERSION_SCOPE));
     }
 
     // an unknown key about heads could change which tokens they keep
@@ -190,7 +204,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     res->retrieval.assign(mask, mask + n_kv_heads);
     razor_check_mask(res->retrieval);
 
-    // 5. check the scores and the scopes: they are not used here, but the converter would not have written malformed ones
+    // 5. check the scores: they are not used here, but the converter would not have written malformed ones
     for (const char * key : { "razor.head.echo_score", "razor.head.induction_score" }) {
         const int64_t id = razor_meta_find(ctx, key, "", false);
         if (id >= 0) {
@@ -199,9 +213,18 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         }
     }
 
-    const int64_t id_scope = razor_meta_find(ctx, "razor.head.scope", "", false);
+    // 6. read the scopes, version 1 does not use those of method "rope"
+    const std::string type_scope = format("u32[%zu]", n_kv_heads);
+
+    const int64_t id_scope = razor_meta_find(ctx, "razor.head.scope", type_scope, version == RAZOR_VERSION_SCOPE);
     if (id_scope >= 0) {
-        razor_meta_check_type(ctx, id_scope, "razor.head.scope", format("u32[%zu]", n_kv_heads));
+        razor_meta_check_type(ctx, id_scope, "razor.head.scope", type_scope);
+    }
+
+    if (version == RAZOR_VERSION_SCOPE) {
+        const uint32_t * scope = (const uint32_t *) gguf_get_arr_data(ctx, id_scope);
+        res->scope.assign(scope, scope + n_kv_heads);
+        razor_check_scope(res->retrieval, res->scope);
     }
 
     return res;
@@ -253,6 +276,11 @@ bool llama_razor_set_override(const llama_razor_params * params) {
 
                 res->retrieval.assign(params->retrieval, params->retrieval + params->n_retrieval);
                 razor_check_mask(res->retrieval);
+
+                if (params->scope) {
+                    res->scope.assign(params->scope, params->scope + params->n_retrieval);
+                    razor_check_scope(res->retrieval, res->scope);
+                }
             }
         }
 

@@ -79,26 +79,41 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
         res.active             = 1;
         res.n_stream           = kv->get_n_stream();
         res.sink_tokens        = plan.sink_tokens;
-        res.window             = plan.window;
+        res.window             = plan.groups[0].window;
         res.block              = plan.block;
-        res.cells              = plan.cells;
+        res.cells              = plan.groups[0].cells;
         res.compensation       = plan.n_comp > 0;
         res.type_k             = kv->get_type_k();
         res.type_v             = kv->get_type_v();
         res.n_buffers          = kv->bufs().size();
 
-        for (uint32_t il = 0; il < plan.local.size(); ++il) {
+        res.n_windows = plan.groups.size();
+        for (size_t g = 0; g < plan.groups.size(); ++g) {
+            res.windows[g] = plan.groups[g].window;
+        }
+
+        bool any_device = false;
+        bool all_device = true;
+
+        for (uint32_t il = 0; il < plan.n_layer(); ++il) {
             const auto & layer = kv->get_layer(il);
             res.own_attention |= layer.attn && ctx->get_cparams().flash_attn;
-            for (const auto * t : { layer.k, layer.v, layer.k_sum, layer.v_sum }) {
-                res.kv_bytes_local += t ? ggml_nbytes(t) : 0;
+            if (layer.k && !ggml_backend_buffer_is_host(layer.k->buffer)) {
+                any_device = true;
+                all_device = all_device && layer.device_token;
             }
             for (const auto * t : { layer.k, layer.v }) {
-                const uint64_t bytes = t ? kv->local_row(layer, 0)*t->nb[1]*t->ne[2] : 0;
+                res.kv_bytes_local += t ? ggml_nbytes(t) : 0;
+            }
+            res.kv_bytes_local += kv->bytes_sums(layer);
+            for (const auto * t : { layer.k, layer.v }) {
+                const uint64_t bytes = t ? plan.first_row(il, 0)*t->nb[1]*t->ne[2] : 0;
                 res.kv_bytes_local     -= bytes;
                 res.kv_bytes_retrieval += bytes;
             }
         }
+
+        res.device_attention = any_device && all_device;
     }
 
     *stats = res;
@@ -112,8 +127,8 @@ bool llama_razor_get_layer(const llama_context * ctx, uint32_t il, llama_razor_l
     }
 
     const auto * kv = razor_get_cache(ctx);
-    if (!kv || il >= kv->get_plan().local.size()) {
-        llama_razor_error_set(kv ? format("layer %u of %zu", il, kv->get_plan().local.size()) : "razor is not active in this context");
+    if (!kv || il >= kv->get_plan().n_layer()) {
+        llama_razor_error_set(kv ? format("layer %u of %u", il, kv->get_plan().n_layer()) : "razor is not active in this context");
 
         return false;
     }
@@ -122,14 +137,14 @@ bool llama_razor_get_layer(const llama_context * ctx, uint32_t il, llama_razor_l
 
     res.size        = sizeof(res);
     res.n_retrieval = kv->get_plan().retrieval[il].size();
-    res.n_local     = kv->get_plan().local[il].size();
+    res.n_local     = kv->get_plan().n_local(il);
     res.n_head_kv   = res.n_retrieval + res.n_local;
 
     const auto & layer = kv->get_layer(il);
 
     res.bytes_k    = layer.k     ? ggml_nbytes(layer.k) : 0;
     res.bytes_v    = layer.v     ? ggml_nbytes(layer.v) : 0;
-    res.bytes_sums = layer.k_sum ? ggml_nbytes(layer.k_sum) + ggml_nbytes(layer.v_sum) : 0;
+    res.bytes_sums = kv->bytes_sums(layer);
 
     *stats = res;
 
@@ -154,7 +169,7 @@ bool llama_razor_get_seq(const llama_context * ctx, llama_seq_id seq_id, llama_r
 
     res.size       = sizeof(res);
     res.n_tokens   = kv->n_tokens(strm);
-    res.frontier   = kv->get_state(strm).frontier;
+    res.frontier   = kv->get_state(strm).groups.back().frontier;
     res.n_folded   = res.frontier - kv->get_plan().sink_tokens;
     res.n_rollback = kv->n_rollback(strm);
 

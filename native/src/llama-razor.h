@@ -15,13 +15,22 @@
 //   B     = the largest power of two <= max(L/4, 1), clamped to [64, 512]                 (fold block)
 //   C     = compensation ? 4 : 0                                                            (compensation cells)
 //   cells = (sink_tokens + C + L + B + LLAMA_RAZOR_SLACK) rounded up to a multiple of 256   (cells of a local head)
-//   without local heads, or if cells >= n_ctx, nothing would be saved: the context uses upstream's full cache
+//   local heads with cells >= n_ctx would save nothing: they are retrieval heads
+//   without local heads, the context uses upstream's full cache
 //   In a local head, a token at position p attends to the sinks, to the compensation token and to the positions [F(p), p],
 //   where F(p) = max(sink_tokens, B*floor(p/B) - L) is the fold frontier.
 //
+// If the local heads have scopes, each has a window of its own, and all windows share one block:
+//   local heads with scope >= n_ctx are retrieval heads
+//   B = the block of the average scope of the other local heads, rounded down
+//   L = scope rounded up to a multiple of B
+//   while there are more than LLAMA_RAZOR_MAX_WINDOWS different L, the heads of one L get the next larger one: of the L for which this
+//   adds the fewest tokens to all heads, the smallest
+// cells and F(p) follow from L and B as above.
+//
 // Size in bytes of the cache of a layer with r retrieval and l local KV heads of size d_k (K) and d_v (V):
-//   K     (r*n_ctx + l*cells) * row_size(type_k, d_k)
-//   V     (r*n_ctx + l*cells) * row_size(type_v, d_v)
+//   K     (r*n_ctx + sum of the cells of the local heads) * row_size(type_k, d_k)
+//   V     (r*n_ctx + sum of the cells of the local heads) * row_size(type_v, d_v)
 //   sums  l > 0 && compensation ? 3*l*(d_k + d_v)*4 : 0                                     (F32 accumulators)
 
 #include "llama.h"
@@ -33,7 +42,8 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 3
+#define LLAMA_RAZOR_API_VERSION 4
+#define LLAMA_RAZOR_MAX_WINDOWS 4  // different windows of local heads
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
 
 // if set to anything but "" or "0", razor metadata and overrides are ignored and upstream's cache is used
@@ -43,13 +53,14 @@ struct llama_razor_params {
     uint32_t size;            // sizeof(struct llama_razor_params)
     uint32_t enabled;         // 0: use upstream's cache whatever the model's metadata says, the other members are ignored
     uint32_t sink_tokens;     // N0, 0..4096
-    uint32_t window;          // L in tokens, 0: computed from window_min and window_divisor
+    uint32_t window;          // L of all local heads in tokens, 0: their scopes, or computed from window_min and window_divisor
     uint32_t window_min;      // S0, 1..2^30
     uint32_t window_divisor;  // C of the paper, 0: only window_min counts
     uint32_t compensation;    // 0/1
-    uint32_t n_retrieval;     // length of retrieval, 0: use the mask of the model's metadata
+    uint32_t n_retrieval;     // length of retrieval and scope, 0: use those of the model's metadata
     const uint8_t * retrieval; // 0/1 per KV head, layer-major
     uint32_t own_attention;   // 1: use razor's attention with upstream's full cache, for layers in host memory
+    const uint32_t * scope;   // 0..2^30 tokens per KV head of the mask, 0 exactly for retrieval heads; NULL: one window for all local heads
 };
 
 // statistics of a context
@@ -60,9 +71,9 @@ struct llama_razor_stats {
     uint32_t n_layer;         // layers of the mask
     uint32_t n_stream;
     uint32_t sink_tokens;
-    uint32_t window;          // L
+    uint32_t window;          // L, the largest one
     uint32_t block;           // B
-    uint32_t cells;           // per local head
+    uint32_t cells;           // per local head with this window
     uint32_t compensation;
     int32_t  type_k;          // enum ggml_type
     int32_t  type_v;
@@ -71,6 +82,9 @@ struct llama_razor_stats {
     uint64_t kv_bytes_local;  // size of the tensors of the local heads, including the accumulators
     uint32_t n_buffers;       // see llama_razor_get_buffer
     uint32_t own_attention;   // 1: layers in host memory use razor's attention; also set if razor is not active
+    uint32_t n_windows;
+    uint32_t windows[LLAMA_RAZOR_MAX_WINDOWS]; // L of each group of local heads, largest first
+    uint32_t device_attention; // 1: all layers on devices use razor's operations for the attention of one token
 };
 
 struct llama_razor_layer_stats {
@@ -86,7 +100,7 @@ struct llama_razor_layer_stats {
 struct llama_razor_seq_stats {
     uint32_t size;
     uint32_t n_tokens;        // tokens in the cache
-    uint32_t frontier;        // F: positions [sink_tokens, frontier) are folded
+    uint32_t frontier;        // F of the smallest window: positions [sink_tokens, frontier) are folded
     uint32_t n_folded;        // N_d = frontier - sink_tokens
     uint32_t n_rollback;      // llama_memory_seq_rm can remove at least this many tokens from the end
     uint32_t reserved;

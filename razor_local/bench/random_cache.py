@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ..plan import COMPENSATION_CELLS, KV_TYPES, Plan, row_size
+from ..plan import COMPENSATION_CELLS, KV_TYPES, Group, Plan, row_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,17 +20,17 @@ _STATE_HEAD = struct.Struct("<Ii")  # llama_context: magic, sequence
 _RAZOR_HEAD = struct.Struct("<IIQ")  # llama_kv_cache_razor: magic, version, fingerprint of the plan
 
 
-def local_rows(plan: Plan, n_tokens: int) -> int:
-    """Return the rows of a local head's store that n_tokens occupy."""
-    if _frontier(plan, n_tokens) > plan.sink_tokens:
-        return plan.cells
-    return min(n_tokens, plan.cells - (COMPENSATION_CELLS if plan.compensation else 0))
+def local_rows(plan: Plan, group: Group, n_tokens: int) -> int:
+    """Return the rows of the store of a local head in the group that n_tokens occupy."""
+    if _frontier(plan, group, n_tokens) > plan.sink_tokens:
+        return group.cells
+    return min(n_tokens, group.cells - (COMPENSATION_CELLS if plan.compensation else 0))
 
 
-def _frontier(plan: Plan, n_tokens: int) -> int:
-    """Return the fold frontier once n_tokens are in the cache."""
+def _frontier(plan: Plan, group: Group, n_tokens: int) -> int:
+    """Return the fold frontier of the group once n_tokens are in the cache."""
     start = (n_tokens - 1) // plan.block * plan.block
-    return max(plan.sink_tokens, start - plan.window)
+    return max(plan.sink_tokens, start - group.window)
 
 
 def kept_bytes(plan: Plan, n_tokens: int) -> int:
@@ -40,8 +40,9 @@ def kept_bytes(plan: Plan, n_tokens: int) -> int:
     )
     if not plan.active:
         return sum(layer.n_head_kv for layer in plan.layers) * n_tokens * row
-    local = local_rows(plan, n_tokens)
-    return sum(layer.n_retrieval * n_tokens + layer.n_local * local for layer in plan.layers) * row
+    n_rows = plan.retrieval_kv_heads * n_tokens
+    n_rows += sum(group.n_heads * local_rows(plan, group, n_tokens) for group in plan.groups)
+    return n_rows * row
 
 
 def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) -> np.ndarray:
@@ -80,7 +81,9 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) ->
     dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
     if plan.active:
         parts.append((saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size], 1))
-        head = struct.pack("<IIIqI", n_tokens, n_tokens, _frontier(plan, n_tokens), -1, 0)
+        head = struct.pack("<II", n_tokens, n_tokens)
+        for group in plan.groups:
+            head += struct.pack("<IqI", _frontier(plan, group, n_tokens), -1, 0)
         parts.append((head, 1))
     if plan.active:  # each retrieval head is saved like a layer
         full = [1] * sum(layer.n_retrieval for layer in plan.layers)
@@ -98,14 +101,16 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) ->
             parts.append((struct.pack("<iQ", KV_TYPES[kv_type].ggml_id, row_bytes), 1))
             parts.append((random_row(kv_type, n_heads * head_dim), n_tokens))
     if plan.active:
-        used = local_rows(plan, n_tokens)
         for layer in plan.layers:
-            if layer.n_local == 0:
-                continue
+            heads = [(group, layer.windows.count(group.window)) for group in plan.groups]
+            heads = [(group, n) for group, n in heads if n]
             for kv_type, head_dim in dims:
-                parts.append((random_row(kv_type, layer.n_local * head_dim), used))
-            for _, head_dim in dims if plan.compensation else ():
-                parts.append((random_row("f32", layer.n_local * head_dim), 2))
+                for group, n in heads:
+                    used = local_rows(plan, group, n_tokens)
+                    parts.append((random_row(kv_type, n * head_dim), used))
+            for _, n in heads if plan.compensation else ():
+                for _, head_dim in dims:
+                    parts.append((random_row("f32", n * head_dim), 2))
     return _repeated(parts, n_threads)
 
 

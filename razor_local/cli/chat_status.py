@@ -72,7 +72,7 @@ def _heads(llama: Llama) -> str:
     between += f" ({llama.stats().n_folded:,} so far)"
     return (
         f"{plan.retrieval_kv_heads} of {plan.kv_heads} keep every token; the others keep the first"
-        f" {plan.sink_tokens:,} and the last {plan.window:,}, and {between}"
+        f" {plan.sink_tokens:,} and the last {plan.windows_text}, and {between}"
     )
 
 

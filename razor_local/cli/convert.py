@@ -45,6 +45,8 @@ Examples:
   razor-local convert model.gguf -o model.razor.gguf --scores scores.json --sidecar
   razor-local convert model.gguf -o model-razor.gguf --heads heads.tsv
   razor-local convert model.gguf -o model-razor.gguf --heads gates.tsv --budget 0.25
+  razor-local convert model.gguf -o model-razor.gguf --scopes scopes.tsv
+  razor-local convert model.gguf -o model-razor.gguf --scope-by score -c 32768
   razor-local convert bloom.gguf -o bloom-razor.gguf --epsilon 0.01
 """
 
@@ -52,7 +54,7 @@ Examples:
 NOT_FOR_ALIBI = (
     "heads", "select", "induction", "echo", "budget", "scores", "save_scores", "tokens", "repeats",
     "seed", "max_memory", "threads", "n_gpu_layers", "haystack", "no_proof", "sinks", "window_min",
-    "window_divisor", "no_compensation",
+    "window_divisor", "no_compensation", "scopes", "scope_by", "ctx_size",
 )  # fmt: skip
 
 
@@ -138,6 +140,25 @@ NOT_FOR_ALIBI = (
 )
 @click.option("--no-proof", is_flag=True, help="Skip the test with planted facts.")
 @click.option(
+    "--scopes",
+    type=PATH,
+    help="Read how many tokens each KV head keeps from this file: a row per layer and a column per"
+    " KV head, 0 for retrieval heads.",
+)
+@click.option(
+    "--scope-by",
+    type=click.Choice(["score"]),
+    help="Give each local head a window of its own that grows with its score, at no more memory"
+    " than one window for all.",
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Context size for which --scope-by shares the windows.  [default: the trained length]",
+)
+@click.option(
     "--epsilon",
     type=Number(0, 1, min_open=True, max_open=True),
     help="For ALiBi models: maximum attention to any token beyond a head's scope."
@@ -170,6 +191,9 @@ def convert(
     window_divisor: int,
     no_compensation: bool,
     force: bool,
+    scopes: Path | None,
+    scope_by: str | None,
+    ctx_size: int | None,
     **measuring: Any,
 ) -> None:
     """Make a razor profile for MODEL, so that its KV cache takes less memory.
@@ -187,15 +211,17 @@ def convert(
     The tensors of the copy are byte-identical to the model's.
     """
     _check_options(heads, measuring)
+    _check_scope_options(scopes, scope_by, heads, ctx_size)
     from .. import profile_cache
     from ..auto_profile import save_profile
     from ..common.files import check_outputs
-    from ..converters.heads import profile_from_heads
+    from ..converters.heads import profile_from_heads, profile_from_scopes
     from ..converters.write import check_output, write_copy, write_sidecar
     from ..errors import ConvertError, NoProfileError
     from ..model_file import ModelFile
     from ..model_shape import alibi_max_bias, unsupported_feature
-    from ..profile import MAX_WINDOW, Profile, facts_line
+    from ..profile import MAX_WINDOW, Profile, facts_line, scopes_text
+    from ..scores import with_scopes_by_score
 
     into_cache = output is None
     options: dict[str, Any] = {
@@ -215,7 +241,7 @@ def convert(
         output = _cache_path(file, alibi)
         force = True  # what was measured before is replaced
     texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
-    check_outputs([output, measuring["save_scores"]], [heads, measuring["scores"], *texts])
+    check_outputs([output, measuring["save_scores"]], [heads, scopes, measuring["scores"], *texts])
     check_output(file, output, force, sidecar or into_cache)
     haystack = None
     if measuring["haystack"] is not None:
@@ -227,6 +253,10 @@ def convert(
         echo(f"Note: the model has {feature}, which razor may refuse to run.", err=True)
     if alibi:
         profile = _profile_from_weights(file, epsilon)
+    elif scopes is not None:
+        profile = profile_from_scopes(
+            scopes, shape, sink_tokens=sinks, compensation=not no_compensation
+        )
     else:
         if heads is not None:
             profile = profile_from_heads(heads, shape, budget=measuring["budget"], **options)
@@ -250,6 +280,9 @@ def convert(
                 f"{model}: {error}, so no profile was written; run the model with its full cache,"
                 " or force a choice with --budget 0.15"
             ) from error
+        if scope_by is not None:
+            with measured.kept_if_it_fails():
+                profile = with_scopes_by_score(profile, shape, ctx_size or shape.n_ctx_train)
     with measured.kept_if_it_fails():
         if into_cache:
             save_profile(file, profile)
@@ -258,7 +291,7 @@ def convert(
         else:
             with ProgressBar() as bar:
                 output = write_copy(file, output, profile, force, bar)
-    if profile.scope is not None:
+    if profile.method == "alibi":
         from ..converters.head_map import scope_line
 
         return echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
@@ -266,6 +299,7 @@ def convert(
     echo(
         f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
         f" ({n_retrieval / max(n_heads, 1):.1%})"
+        + (f", the others have {scopes_text(profile)}" if profile.scope is not None else "")
     )
     proof = facts_line(profile)
     if proof is not None:
@@ -322,6 +356,27 @@ def _check_options(heads: Path | None, given: dict[str, Any]) -> None:
                 raise click.UsageError(
                     f"--{name} is a share of the paper's choice; leave --select score out"
                 )
+
+
+def _check_scope_options(
+    scopes: Path | None, scope_by: str | None, heads: Path | None, ctx_size: int | None
+) -> None:
+    """Refuse options that would be ignored."""
+    ctx = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    excluded: tuple[str, ...] = ()
+    if scopes is not None:  # the file says what each head keeps
+        kept = ("scopes", "epsilon", "sinks", "no_compensation")
+        excluded = tuple(name for name in (*NOT_FOR_ALIBI, "ctx_size") if name not in kept)
+    for name in excluded:
+        if ctx.get_parameter_source(name) is not default:
+            raise click.UsageError(f"--scopes and --{name.replace('_', '-')} exclude each other")
+    if scope_by is not None and heads is not None:
+        raise click.UsageError(
+            "--scope-by and --heads exclude each other: head lists hold no scores of all heads"
+        )
+    if ctx_size is not None and scope_by is None:
+        raise click.UsageError("--ctx-size needs --scope-by")
 
 
 def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None:

@@ -122,7 +122,7 @@ def inspect(
     no_convert = why_not_converted(opened.header, shape)
     if looking and profile is not None and not as_json:
         return _print_heads(shape, found, heads, there, compare, plot)
-    run = None if profile is None or profile.scope is not None else profile
+    run = None if profile is None or profile.method == "alibi" else profile
     use_flash_attn = flash_attention(flash_attn, model, cache_type_k, cache_type_v)
     plan = make_plan(shape, run, ctx_size, cache_type_k, cache_type_v, use_flash_attn)
     if run is not profile:
@@ -242,16 +242,18 @@ def _print_plan(
         f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v},"
         f" flash attention {'on' if plan.flash_attn else 'off'}"
     )
-    if profile is not None and profile.scope is not None:
+    if profile is not None and profile.method == "alibi":
         from ..converters.head_map import scope_line
 
         console.print(f"scopes   {scope_line(profile, plan.n_ctx)}")
     if plan.active:
-        console.print(
-            f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens;"
-            f" {plan.kv_heads - plan.retrieval_kv_heads} keep {plan.sink_tokens} sinks and the last"
-            f" {plan.window:,} ({plan.cells:,} cells each, folded in blocks of {plan.block})"
-        )
+        kept = f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens;"
+        for group in plan.groups:
+            console.print(
+                f"{kept} {group.n_heads} keep {plan.sink_tokens} sinks and the last"
+                f" {group.window:,} ({group.cells:,} cells each, folded in blocks of {plan.block})"
+            )
+            kept = " " * 8
     else:
         console.print(f"plan     full cache: {plan.why_inactive}")
 
@@ -261,10 +263,9 @@ def _print_plan(
     layers.add_column("retrieval", justify="right")
     layers.add_column("MiB", justify="right")
     for layer in plan.layers:
-        row = profile.retrieval[layer.il] if profile and plan.active else [1] * layer.n_head_kv
         layers.add_row(
             str(layer.il),
-            "".join("#" if head else "." for head in row),
+            "".join("." if window else "#" for window in layer.windows),
             f"{layer.n_retrieval}/{layer.n_head_kv}",
             _mib(layer.kv_bytes),
         )
@@ -308,7 +309,7 @@ def _with_types(
 def _print_profile(
     console: Console, shape: ModelShape, found: FoundProfile | None, no_convert: str | None = None
 ) -> None:
-    from ..profile import facts_line
+    from ..profile import facts_line, scopes_text
 
     profile = None if found is None else found.profile
     heads = " ".join(
@@ -324,7 +325,7 @@ def _print_profile(
         console.print(
             f"profile  none: every KV head keeps every token; 'razor-local convert' {adds}"
         )
-    elif profile.scope is not None:
+    elif profile.method == "alibi":
         epsilon = str(profile.calibration.get("epsilon", "an unknown epsilon"))[:300]
         epsilon = printable(epsilon, one_line=True)
         console.print(
@@ -333,9 +334,12 @@ def _print_profile(
     else:
         n, total = int(profile.flat().sum()), len(profile.flat())
         divisor = f", context/{profile.window_divisor}" if profile.window_divisor else ""
+        window = f"window max({profile.window_min:,}{divisor})"
+        if profile.scope is not None:
+            window = scopes_text(profile)
         console.print(
             f"profile  {n} of {total} KV heads are retrieval heads ({n / max(total, 1):.1%}),"
-            f" {profile.sink_tokens} sinks, window max({profile.window_min:,}{divisor}),"
+            f" {profile.sink_tokens} sinks, {window},"
             f" compensation {'on' if profile.compensation else 'off'}"
         )
         facts = facts_line(profile)

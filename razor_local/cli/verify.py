@@ -185,7 +185,7 @@ def _print(result: Verification) -> None:
         echo(f"\nThe last {left_out:,} tokens of the text were left out.", err=True)
     echo(
         f"\n{result.n_tokens:,} tokens, {result.n_folded:,} of them folded at the end (sinks"
-        f" {plan.sink_tokens}, window {plan.window:,}, blocks of {plan.block}), flash attention"
+        f" {plan.sink_tokens}, window {plan.windows_text}, blocks of {plan.block}), flash attention"
         f" {'on' if plan.flash_attn else 'off'}, cache on {', '.join(result.buffers)};"
         f" {result.n_rows:,} rows compared in each layer"
     )

@@ -114,9 +114,15 @@ def make_policies(
         profile = _profile(kind, budget, base, shape, setup, seed)
         policy = Policy(name, series, profile, kv_type, budget)
         policy.plan(shape, shape.n_ctx_train or 4096)  # raises if the type does not fit the head
-        heads = b"" if profile is None else profile.flat().tobytes()
+        heads = b"" if profile is None else _heads(profile)
         policies.setdefault((series, heads), policy)
     return shape, tuple(policies.values())
+
+
+def _heads(profile: Profile) -> bytes:
+    """Return what a profile says about each head."""
+    arrays = (*profile.retrieval, *(profile.scope or ()))
+    return b"".join(array.tobytes() for array in arrays)
 
 
 def _split(name: str) -> tuple[str, str, float | None]:
@@ -167,6 +173,7 @@ def _profile(
         return base
     if kind == "razor-no-comp":
         return replace(base, compensation=False)
+    base = replace(base, scope=None)  # other heads have no scopes: one window for all local heads
     flat = base.flat()
     if kind.startswith("heads="):
         from ..converters.head_map import read_other_heads

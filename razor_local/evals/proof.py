@@ -130,7 +130,7 @@ def prove(
     model = open_model(model_path)
     shape = model.shape
     n_tokens = min(N_TOKENS, (shape.n_ctx_train or N_TOKENS + ROOM) - ROOM)
-    base = replace(profile, window_min=max(n_tokens // WINDOW_DIVISOR, 1), window_divisor=0)
+    base = profile.with_options(max(n_tokens // WINDOW_DIVISOR, 1), None, None)
     plan = make_plan(shape, base, n_tokens + ROOM, "f16", "f16")
     if not plan.active:
         raise UnsupportedError(

@@ -25,7 +25,7 @@ from .structs import BufferStats, LayerStats, Memory, Params, SeqStats, Stats
 if TYPE_CHECKING:
     from ..profile import Profile
 
-API_VERSION = 3  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 4  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
@@ -154,6 +154,9 @@ def make_params(profile: Profile | None, own_attention: bool = False) -> Params:
     params.compensation = profile.compensation
     params.n_retrieval = heads.size
     params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
+    if profile.scope is not None:
+        scopes = [scope for layer in profile.scope for scope in layer.tolist()]
+        params.scope = (c_uint32 * heads.size)(*scopes)
     return params
 
 

@@ -17,6 +17,8 @@ from ctypes import (
 
 # llama-razor.h
 
+MAX_WINDOWS = 4  # LLAMA_RAZOR_MAX_WINDOWS
+
 
 class Params(ctypes.Structure):
     """struct llama_razor_params"""
@@ -32,6 +34,7 @@ class Params(ctypes.Structure):
         ("n_retrieval", c_uint32),
         ("retrieval", ctypes.POINTER(c_uint8)),
         ("own_attention", c_uint32),
+        ("scope", ctypes.POINTER(c_uint32)),
     ]
 
 
@@ -56,6 +59,9 @@ class Stats(ctypes.Structure):
         ("kv_bytes_local", c_uint64),
         ("n_buffers", c_uint32),
         ("own_attention", c_uint32),
+        ("n_windows", c_uint32),
+        ("windows", c_uint32 * MAX_WINDOWS),
+        ("device_attention", c_uint32),
     ]
 
 

@@ -16,7 +16,6 @@ from ..native.callbacks import Control
 from ..native.structs import CustomParams, Tensor
 from ..native.tensors import F32, check_layout, read
 from ..plan import Plan
-from ..profile import Profile
 from . import reference
 
 KEYS_COMPARED = 8  # tokens of each ubatch whose keys show which heads are stored
@@ -85,8 +84,8 @@ class Capture:
         self.layers: dict[int, dict[str, list[np.ndarray]]] = {}
         self.scales: dict[int, float] = {}
         self.n_seen: dict[int, int] = {}
-        # (layer, whether for the whole context) -> bool [heads stored, KV heads]: same keys
-        self.stored: dict[tuple[int, bool], np.ndarray] = {}
+        # (layer, window, 0 for the whole context) -> bool [heads stored, KV heads]: same keys
+        self.stored: dict[tuple[int, int], np.ndarray] = {}
         self.checked = False
 
     def layer(self, il: int) -> Layer:
@@ -101,24 +100,32 @@ class Capture:
         q, k, v, out = (np.concatenate(parts[name]) for name in ("q", "k", "v", "out"))
         return Layer(q, self.positions, k, v, out, self.scales[il])
 
-    def misplaced(self, profile: Profile) -> tuple[str, ...]:
-        """Return a sentence for each layer whose keys are not stored as the profile says."""
+    def misplaced(self, windows: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        """Return a sentence for each layer whose keys are not stored as the profile says.
+
+        Args:
+            windows: the window of each KV head of each layer, 0 for retrieval heads.
+        """
         sentences = []
         for il in self.n_seen:
-            heads = {
-                True: np.flatnonzero(profile.retrieval[il]),
-                False: np.flatnonzero(profile.retrieval[il] == 0),
-            }
-            found = {}
-            for whole, expected in heads.items():
-                same = self.stored.get((il, whole), np.zeros((0, len(profile.retrieval[il])), bool))
+            layer, wrong = np.asarray(windows[il], np.int64), False
+            found, wanted = [], []
+            several = len(self.plan.groups) > 1
+            for window in (0, *(group.window for group in self.plan.groups)):
+                expected = np.flatnonzero(layer == window)
+                same = self.stored.get((il, window), np.zeros((0, len(layer)), bool))
+                if several and window and not len(expected) and not len(same):
+                    continue
                 right = len(same) == len(expected) and same[range(len(same)), expected].all()
-                found[whole] = expected.tolist() if right else [_which(row) for row in same]
-            if found != {whole: expected.tolist() for whole, expected in heads.items()}:
+                heads = _names(expected.tolist() if right else [_which(row) for row in same])
+                size = f" of {window:,}" if several else ""
+                found.append(f"a window{size} for {heads}" if window else heads)
+                wanted.append(_names(expected.tolist()))
+                wrong = wrong or not right
+            if wrong:
                 sentences.append(
-                    f"layer {il} keeps the whole context for the KV heads {_names(found[True])} and"
-                    f" a window for {_names(found[False])}, but the profile says"
-                    f" {_names(heads[True].tolist())} and {_names(heads[False].tolist())}"
+                    f"layer {il} keeps the whole context for the KV heads {' and '.join(found)},"
+                    f" but the profile says {' and '.join(wanted)}"
                 )
         return tuple(sentences)
 
@@ -223,26 +230,30 @@ class Capture:
             k = reference.rotate(k, size_k)
         off = np.abs(rows[:, :, None] - k[:, None]).max(axis=(0, 3))
         same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
-        for whole, order in self._places(places, cache, n_heads).items():
-            place = (self.il, whole)
+        for window, order in self._places(places, cache, n_heads).items():
+            place = (self.il, window)
             before = self.stored.get(place)
             fits = before is not None and before.shape == same[order].shape
             self.stored[place] = same[order] & before if fits else same[order]
 
-    def _places(self, places: int, cache: int, n_heads: int) -> dict[bool, np.ndarray]:
+    def _places(self, places: int, cache: int, n_heads: int) -> dict[int, np.ndarray]:
         """Return the heads of a token's rows in the order of the cache.
 
-        The key is True for those stored for the whole context, and False for the others.
+        The key is the window of the heads, 0 for those stored for the whole context.
         """
         rows = read(self.lib, places).reshape(-1)[:n_heads]
-        cells, n_ctx = self.plan.cells, self.plan.n_ctx
-        n_rows = Tensor.from_address(cache).ne[1]  # n_ctx or cells of each head
-        first_local = (n_rows - n_heads * cells) // (n_ctx - cells) * n_ctx
+        windows = [0, *(group.window for group in self.plan.groups)]
+        sizes = [self.plan.n_ctx, *(group.cells for group in self.plan.groups)]
+        if len(windows) == 2:  # their numbers follow from the size of the cache
+            n_rows = Tensor.from_address(cache).ne[1]
+            n_retrieval = (n_rows - n_heads * sizes[1]) // (sizes[0] - sizes[1])
+            counts = [n_retrieval, n_heads - n_retrieval]
+        else:
+            counts = [self.plan.layers[self.il].windows.count(window) for window in windows]
+        edges = np.cumsum(np.multiply(counts, sizes))
         order = np.argsort(rows)
-        return {
-            True: order[rows[order] < first_local],
-            False: order[rows[order] >= first_local],
-        }
+        group = np.searchsorted(edges, rows[order], side="right")
+        return {window: order[group == i] for i, window in enumerate(windows)}
 
     def _parameters(self, tensor: Tensor, softcap: int | None = None) -> None:
         values = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))

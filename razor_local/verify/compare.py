@@ -6,6 +6,7 @@ Errors are relative to the root mean square of a head's output.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -29,26 +30,29 @@ WORSE_THAN_FULL = 2.0  # allowed multiple of the full cache's error where that e
 
 
 def compare_layer(
-    il: int, razor: Layer, full: Layer, retrieval: np.ndarray, plan: Plan
+    il: int, razor: Layer, full: Layer, windows: Sequence[int], plan: Plan
 ) -> list[GroupResult]:
     """Compare each head group of a layer with the reference.
 
     Args:
         il: index of the layer.
         razor, full: the layer as it ran with razor and with a full cache.
-        retrieval: 0/1 [n_head_kv], from the profile.
+        windows: the window of each KV head, 0 for retrieval heads.
         plan: the plan of the razor context.
     """
-    everything = np.ones_like(retrieval)
-    group = razor.q.shape[1] // len(retrieval)
+    everything = (0,) * len(windows)
+    group = razor.q.shape[1] // len(windows)
     diffs = []
-    for layer, heads in ((razor, retrieval), (full, everything)):
+    for layer, heads in ((razor, windows), (full, everything)):
         diffs.append(layer.out.astype(np.float64) - expected_output(layer, heads, plan))
     bounds = [_bound(kv_type, plan.flash_attn) for kv_type in (plan.type_k, plan.type_v)]
     bound_rms, bound_largest = (max(pair) for pair in zip(*bounds, strict=True))
     results = []
-    for name, kind in (("retrieval", 1), ("local", 0)):
-        kv_heads = np.flatnonzero(np.asarray(retrieval) == kind)
+    names = {0: "retrieval"} | {
+        g.window: "local" if len(plan.groups) == 1 else f"local ({g.window})" for g in plan.groups
+    }
+    for window, name in names.items():
+        kv_heads = np.flatnonzero(np.asarray(windows) == window)
         if len(kv_heads) == 0:
             continue
         heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
@@ -70,16 +74,19 @@ def compare_layer(
     return results
 
 
-def expected_output(layer: Layer, retrieval: np.ndarray, plan: Plan) -> np.ndarray:
-    """Return the output of the reference for a layer: f32 [n_rows, n_head, d_v]."""
+def expected_output(layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndarray:
+    """Return the output of the reference for a layer: f32 [n_rows, n_head, d_v].
+
+    windows: of each KV head, 0 for retrieval heads.
+    """
     size_k, _ = rotation_sizes(plan)
     return reference.attention(
         layer.q if size_k is None else reference.rotate(layer.q, size_k),
         layer.positions,
         reference.unpack_rows(layer.k, plan.type_k),
         reference.unpack_rows(layer.v, plan.type_v),
-        retrieval,
-        window=plan.window,
+        np.asarray(windows) == 0,
+        window=np.asarray(windows),
         block=plan.block,
         sink_tokens=plan.sink_tokens,
         compensation=plan.compensation,

@@ -5,7 +5,7 @@ shares nothing with the C++ code. For a query q at position p and the keys and v
 its KV head (query head h reads KV head h // (n_head / n_head_kv)):
 
     retrieval head  attends to all j in [0, p]
-    local head      attends to the sinks j in [0, S), to the window j in [F, p], and to one
+    local head      attends to the sinks j in [0, S), to its window j in [F, p], and to one
                     compensation token, which represents the folded positions [S, F):
                         k^ = 1/N_d sum k_j,  v^ = 1/N_d sum v_j,  N_d = F - S          (eq. 4)
                     whose weight is N_d exp(q.k^ / sqrt(d)), so + log N_d on its logit (eq. 5)
@@ -13,7 +13,8 @@ its KV head (query head h reads KV head h // (n_head / n_head_kv)):
                     - m_h (p - j) on the logit, m_h its slope
 
 The fold frontier F moves in blocks of B tokens (docs/architecture.md): with a window of L tokens,
-F = max(S, B floor(p / B) - L). round_rows() rounds rows to the type of the cache.
+which may differ from head to head, F = max(S, B floor(p / B) - L). round_rows() rounds rows to the
+type of the cache.
 
 Scores and weights are F32, and sums over tokens are F64.
 """
@@ -21,7 +22,7 @@ Scores and weights are F32, and sums over tokens are F64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -33,7 +34,9 @@ TILE = 64  # keys
 Rounding = Callable[[np.ndarray], np.ndarray]
 
 
-def frontier(positions: np.ndarray, sink_tokens: int, window: int, block: int) -> np.ndarray:
+def frontier(
+    positions: np.ndarray, sink_tokens: int, window: int | np.ndarray, block: int
+) -> np.ndarray:
     """Return F for each position, int64: [sink_tokens, F) is folded for a query there."""
     start = np.asarray(positions, np.int64) // block * block
     return np.maximum(sink_tokens, start - window)
@@ -46,7 +49,7 @@ def attention(
     v: np.ndarray,
     retrieval: np.ndarray,
     *,
-    window: int,
+    window: int | Sequence[int] | np.ndarray,
     block: int,
     sink_tokens: int,
     compensation: bool,
@@ -64,7 +67,7 @@ def attention(
         k, v: f32 [n, n_head_kv, d_k] and [n, n_head_kv, d_v], keys after RoPE and values of all
             tokens, as the cache returns them (round_rows).
         retrieval: 0/1 [n_head_kv].
-        window, block, sink_tokens: L, B and S in tokens.
+        window, block, sink_tokens: L, B and S in tokens. L may be an int [n_head_kv].
         compensation: whether folded tokens are compensated; False drops them.
         scale: factor of q.k, by default 1 / sqrt(d_k).
         slopes: ALiBi's m_h, f32 [n_head].
@@ -102,7 +105,8 @@ def attention(
                 first[head] = np.maximum(positions - scope + 1, 0)
     else:
         local = np.asarray(retrieval) == 0
-        fronts = frontier(positions, sink_tokens, window, block)
+        windows = np.broadcast_to(np.asarray(window, np.int64), n_kv)[local]
+        fronts = frontier(positions, sink_tokens, windows[:, None], block)  # [local heads, n_rows]
         first[local], sinks[local] = fronts, sink_tokens
         if compensation and local.any():
             folded = np.unique(fronts[fronts > sink_tokens])

@@ -36,7 +36,7 @@ class GroupResult:
     """
 
     il: int
-    group: str  # "retrieval" or "local"
+    group: str  # "retrieval" or "local", "local (512)" if the plan has several windows
     kv_heads: int
     errors: Errors
     full: Errors
@@ -77,9 +77,9 @@ class Verification:
         n_tokens: tokens that ran.
         n_text: tokens of the text, including those that were left out.
         n_rows: queries that were checked in each layer.
-        n_folded: tokens in the compensation token at the end.
-        misplaced: a sentence for each layer that keeps the whole context for other KV heads than
-            those of the profile.
+        n_folded: tokens in the compensation tokens of the smallest window at the end.
+        misplaced: a sentence for each layer that keeps the whole context, or a window, for other KV
+            heads than those of the profile.
     """
 
     model: str

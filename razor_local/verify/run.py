@@ -136,16 +136,16 @@ def verify(
         buffers = {buffer.name.decode() for buffer in lib.buffers(sides[0][0])}
         # 3. Run both, and compare each layer with the reference.
         kl = _run(C, lib, model, sides, tokens, positions, n_batch, plan.block, control)
-        misplaced = sides[0][1].misplaced(profile)
+        misplaced = sides[0][1].misplaced([layer.windows for layer in plan.layers])
         groups: list[GroupResult] = []
         layers = [il for il, n in enumerate(shape.n_head_kv) if n]
         for i, il in enumerate(layers):
             control.progress(i, len(layers), "checking")
             control.check()
             razor_layer, full_layer = (capture.layer(il) for _, capture in sides)
-            groups += compare_layer(il, razor_layer, full_layer, profile.retrieval[il], plan)
+            groups += compare_layer(il, razor_layer, full_layer, plan.layers[il].windows, plan)
     last = reference.frontier(
-        np.array([len(tokens) - 1]), plan.sink_tokens, plan.window, plan.block
+        np.array([len(tokens) - 1]), plan.sink_tokens, plan.groups[-1].window, plan.block
     )
     return Verification(
         model=str(model_path),
@@ -178,7 +178,7 @@ def sample_positions(n: int, rows: int, seed: int) -> np.ndarray:
 
 
 def first_fold(plan: Plan) -> int:
-    """Return the position at which the first tokens are folded."""
+    """Return the position at which the first tokens of the largest window are folded."""
     return ((plan.sink_tokens + plan.window) // plan.block + 1) * plan.block
 
 

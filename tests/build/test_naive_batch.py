@@ -16,7 +16,9 @@ import pytest
 from tests.support.native_build import ROOT
 from tests.tools import broken_builds
 
-FILES = [f"tests/native/test_native_{x}.py" for x in ("reference", "stateful", "invariance")]
+FILES = [
+    f"tests/native/test_native_{x}.py" for x in ("reference", "stateful", "invariance", "groups")
+]
 
 # test -> why it cannot pass there
 DESELECTED = {

@@ -714,16 +714,27 @@ private:
         const auto mask = fdp.ConsumeBytes<uint8_t>(number(0, 20));
         params.n_retrieval    = mask.size();
         params.retrieval      = mask.empty() || fdp.ConsumeIntegralInRange<int>(0, 9) == 0 ? nullptr : mask.data();
+        std::vector<uint32_t> scope;
+        for (const uint8_t x : mask) {
+            scope.push_back(x == 1 && number(0, 9) > 0 ? 0 : number(0, 5000));
+        }
+        params.scope          = fdp.ConsumeBool() ? scope.data() : nullptr;
+
+        const auto fits = [&](size_t i) { return (scope[i] == 0) == (mask[i] == 1); };
 
         const uint32_t max_window = 1u << 30;
         const bool valid = params.size == sizeof(params) && (params.enabled == 0 || (params.sink_tokens <= 4096 &&
             params.window <= max_window && params.window_min <= max_window && (params.window_min > 0 || params.window > 0) &&
             params.window_divisor <= max_window && params.compensation <= 1 && (mask.empty() || (params.retrieval &&
             std::all_of(mask.begin(), mask.end(), [](uint8_t x) { return x <= 1; })))));
+        bool scopes_fit = true;
+        for (size_t i = 0; params.scope && i < scope.size(); ++i) {
+            scopes_fit = scopes_fit && fits(i);
+        }
 
         log_op("override; ");
         const bool ok = llama_razor_set_override(&params);
-        EXPECT(ok == valid, "%s", ok ? "accepted" : "refused");
+        EXPECT(ok == (valid && (scopes_fit || params.enabled == 0)), "%s", ok ? "accepted" : "refused");
         EXPECT(ok == (*llama_razor_last_error() == 0), "%s", llama_razor_last_error());
         llama_razor_set_override(nullptr);
     }

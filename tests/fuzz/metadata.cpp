@@ -19,6 +19,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -116,8 +117,8 @@ struct key {
 
 static const key keys[] = {
     { "razor.version", true,
-        [](FuzzedDataProvider &) { return number(1); },
-        [](const value & v) { return in_range(v, 1, 1); } },
+        [](FuzzedDataProvider & fdp) { return number(fdp.PickValueInArray({ 1, 2 })); },
+        [](const value & v) { return in_range(v, 1, 2); } },
     { "razor.method", true,
         [](FuzzedDataProvider &) { return value{ STRING, 0, 1, sized("rope") }; },
         [](const value & v) { return v.type == STRING && v.data == sized("rope"); } },
@@ -153,6 +154,38 @@ static const key keys[] = {
         [](const value &) { return true; } },
 };
 
+// scopes that fit the mask: 0 for retrieval heads alone
+static value fitting_scopes(FuzzedDataProvider & fdp, const value & mask) {
+    value res = { ARRAY, U32, mask.count, "" };
+    for (const uint8_t x : mask.data) {
+        res.data += raw<uint32_t>(x == 1 ? 0 : fdp.PickValueInArray({ 1, 50, 300, 600, 1 << 30 }));
+    }
+    return res;
+}
+
+// version 2 requires scopes
+static bool scopes_fit(const std::map<std::string, value> & added) {
+    const auto version = added.find("razor.version");
+    if (version == added.end() || !in_range(version->second, 2, 2)) {
+        return true;
+    }
+
+    const auto mask  = added.find("razor.head.retrieval");
+    const auto scope = added.find("razor.head.scope");
+    if (mask == added.end() || scope == added.end() || mask->second.count != scope->second.count) {
+        return false;
+    }
+
+    for (size_t i = 0; i < mask->second.count; ++i) {
+        uint32_t x;
+        memcpy(&x, &scope->second.data[i*sizeof(x)], sizeof(x));
+        if (x > 1u << 30 || (x == 0) != (mask->second.data[i] == 1)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static std::string entry(const std::string & name, const value & v) {
     std::string res = sized(name) + raw(v.type);
     if (v.type == ARRAY) {
@@ -187,18 +220,26 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * bytes, size_t size) {
     bool        missing  = false;
     bool        valid    = true;
 
+    std::map<std::string, value> values;
+
     for (const auto & key : keys) {
         const bool is_odd = (size_t) (&key - keys) == odd || (more && fdp.ConsumeBool());
         if ((is_odd && fdp.ConsumeBool()) || (!key.required && fdp.ConsumeBool()) || (!is_odd && !key.good)) {
             missing = missing || key.required;
             continue;
         }
-        const value v = is_odd ? random_value(fdp) : key.good(fdp);
+        value v = is_odd ? random_value(fdp) : key.good(fdp);
+        const auto  mask = values.find("razor.head.retrieval");
+        if (!is_odd && key.name == std::string("razor.head.scope") && mask != values.end() &&
+                is_array(mask->second, U8, N_LAYER*N_HEAD_KV) && fdp.ConsumeBool()) {
+            v = fitting_scopes(fdp, mask->second);
+        }
         valid  = valid && key.valid(v);
+        values.emplace(key.name, v);
         added += entry(key.name, v);
         n_added++;
     }
-    valid = n_added == 0 || (valid && !missing);
+    valid = n_added == 0 || (valid && !missing && scopes_fit(values));
 
     // the tensors stay where they are aligned
     const size_t filler = entry("filler", { STRING, 0, 1, sized("") }).size();

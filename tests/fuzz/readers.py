@@ -192,7 +192,7 @@ def seeds() -> Iterator[bytes]:
         *razor,
         kv_array("razor.head.echo_score", F32, [0.1] * 8),
         kv_array("razor.head.induction_score", F32, [0.5] * 8),
-        kv_array("razor.head.scope", U32, [0] * 4),
+        kv_array("razor.head.scope", U32, [0, 300, 64, 0]),
         kv("razor.calibration.source", STRING, "test"),
         kv("razor.calibration.tokens", U32, 2500),
         kv("razor.model.fingerprint", STRING, "0" * 64),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import signal
 
+import numpy as np
 import pytest
 
 from razor_local.bench import random_cache
@@ -19,6 +20,7 @@ from razor_local.model_file import read_model_shape
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
 from razor_local.profile import Profile
+from tests.support import runner
 from tests.support.bench import KV, MASK, SPEC
 
 
@@ -151,6 +153,33 @@ def test_buffers_are_read_from_the_log_of_a_stock_build() -> None:
     assert side.device_bytes() == round(4155.99 * 2**20) + (1024 + 300 << 20)
 
 
+SCOPES = tuple(np.where(row, 0, (64, 200, 64)[: len(row)]).astype(np.uint32) for row in MASK)
+
+
+@pytest.mark.parametrize("n_tokens", [50, 150, 300, 1000])
+@pytest.mark.parametrize("compensation", [True, False])
+def test_states_of_several_windows_can_be_loaded(compensation, n_tokens, tiny) -> None:
+    """A state has the size of one that the library saves, and the context decodes after it."""
+    path = tiny(SPEC)
+    profile = Profile(MASK, scope=SCOPES, compensation=compensation)
+    plan = make_plan(read_model_shape(path), profile, 1024)
+    assert len(plan.groups) == 2
+    override = runner.Override(
+        bytes(profile.flat()),
+        scope=tuple(np.concatenate(SCOPES).tolist()),
+        compensation=compensation,
+    )
+    params = {"n_ctx": 1024, "type_k": "f16", "type_v": "f16", "flash_attn": True}
+    with runner.Model(path) as model, runner.Context(model, override, **params) as ctx:
+        ctx.decode([1] * n_tokens)
+        saved = ctx.save(False)
+        state = random_state(plan, n_tokens, saved)
+        assert len(state) == len(saved)
+        assert ctx.load(state.tobytes(), False)
+        assert ctx.seq().n_tokens == n_tokens
+        ctx.decode([1] * 20)
+
+
 def test_kept_bytes_are_the_rows_that_a_token_reads(tiny) -> None:
     shape = read_model_shape(tiny(SPEC, KV))
     plan = make_plan(shape, Profile(MASK, window_min=100, window_divisor=0), 1024)
@@ -160,6 +189,9 @@ def test_kept_bytes_are_the_rows_that_a_token_reads(tiny) -> None:
     # 3 retrieval heads keep all, 3 local heads no more than their cells
     assert kept_bytes(plan, 1000) == (3 * 1000 + 3 * plan.cells) * row
     assert kept_bytes(make_plan(shape, None, 1024), 1000) == 6 * 1000 * row
+    plan = make_plan(shape, Profile(MASK, scope=SCOPES), 1024)
+    cells = sum(group.n_heads * group.cells for group in plan.groups)
+    assert kept_bytes(plan, 1000) == (3 * 1000 + cells) * row
 
 
 def test_process_serves_contexts_and_says_what_is_wrong(tiny) -> None:

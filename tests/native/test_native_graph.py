@@ -3,8 +3,6 @@ barrier on a CPU. docs/architecture.md has the table."""
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 
 from razor_local.native.structs import Tensor
@@ -17,7 +15,6 @@ N_LAYER = 4
 ON_DEVICE = (
     runner.GPU_LAYERS != 0
 )  # there an input of which layers take parts is copied, once a graph
-NO_WORK = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
 KINDS = {
     "retrieval-first": ((1, 0, 0, 0), 2),
     "local-first": ((0, 0, 1, 1), 2),
@@ -25,29 +22,6 @@ KINDS = {
     "mixed-groups": ((1, 0, 0, 1), 4),
     "local": ((0, 0, 0, 0), 0),
 }
-
-
-def count_nodes(path: str, razor: runner.Override, n_past: int, **params: object) -> int:
-    """Nodes that compute something while one token is decoded after n_past others."""
-    llama = runner.bindings()
-    lib = llama._lib
-    lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
-    n_nodes = 0
-
-    @llama.ggml_backend_sched_eval_callback
-    def count(pointer: int, ask: bool, data: object) -> bool:
-        nonlocal n_nodes
-        n_nodes += ask and lib.ggml_op_desc(pointer) not in NO_WORK
-        return False
-
-    tokens = runner.random_tokens(n_past + 1, 64, 3)
-    with runner.Model(path) as model:
-        with runner.Context(model, razor, cb_eval=count, **params) as ctx:
-            ctx.decode(tokens[:-1])
-            assert bool(ctx.stats().active) == razor.enabled
-            n_nodes = 0
-            ctx.decode(tokens[-1:])
-    return n_nodes
 
 
 def test_rows_are_of_a_type_that_backends_copy(tiny, monkeypatch) -> None:
@@ -81,8 +55,8 @@ def test_nodes_added_per_layer(kv: str, kind: str, tiny, monkeypatch) -> None:
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor((row,) * N_LAYER, 64)
     params = {"type_k": kv, "type_v": kv, "flash_attn": True}
-    full = count_nodes(path, runner.OFF, 300, **params)
-    razor = count_nodes(path, runner.override(plan), 300, **params)
+    full = runner.count_nodes(path, runner.OFF, 300, **params)
+    razor = runner.count_nodes(path, runner.override(plan), 300, **params)
     copies = (1 + kind.startswith("mixed")) * ON_DEVICE
     assert razor - full == more * N_LAYER + copies
 
@@ -96,8 +70,8 @@ def test_nodes_added_per_layer_on_cpus(n_past: int, more: int, kind: str, tiny) 
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor((KINDS[kind][0],) * N_LAYER, 64)
     params = {"type_k": "f16", "type_v": "f16", "flash_attn": True, "n_ctx": 1024}
-    full = count_nodes(path, runner.OFF, n_past, **params)
-    razor = count_nodes(path, runner.override(plan), n_past, **params)
+    full = runner.count_nodes(path, runner.OFF, n_past, **params)
+    razor = runner.count_nodes(path, runner.override(plan), n_past, **params)
     if kind == "local":
         more = 0  # a window of 64
     assert (razor - full) / N_LAYER == more
@@ -123,8 +97,8 @@ def test_nodes_added_per_layer_on_devices(kv: str, kind: str, tiny, knows_ours) 
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor((KINDS[kind][0],) * N_LAYER, 64)
     params = {"type_k": kv, "type_v": kv, "flash_attn": True}
-    full = count_nodes(path, runner.OFF, 300, **params)
-    step, fold = (count_nodes(path, runner.override(plan), n, **params) for n in (300, 320))
+    full = runner.count_nodes(path, runner.OFF, 300, **params)
+    step, fold = (runner.count_nodes(path, runner.override(plan), n, **params) for n in (300, 320))
     assert step - full == -N_LAYER + 1
     assert fold - step == N_LAYER
 
@@ -134,8 +108,8 @@ def test_layers_of_retrieval_heads_add_none(tiny, monkeypatch) -> None:
     path = tiny(TinySpec("llama", N_LAYER, 8, 4, 64, seed=31))
     plan = reference.make_razor(((1,) * 4,) * (N_LAYER - 1) + ((0,) * 4,), 64)
     params = {"type_k": "f16", "type_v": "f16", "flash_attn": True}
-    full = count_nodes(path, runner.OFF, 300, **params)
-    assert count_nodes(path, runner.override(plan), 300, **params) == full + ON_DEVICE
+    full = runner.count_nodes(path, runner.OFF, 300, **params)
+    assert runner.count_nodes(path, runner.override(plan), 300, **params) == full + ON_DEVICE
 
 
 def test_nodes_of_a_fold(tiny, monkeypatch) -> None:
@@ -146,5 +120,5 @@ def test_nodes_of_a_fold(tiny, monkeypatch) -> None:
     plan = reference.make_razor(((0, 1, 0, 0),) * N_LAYER, 64)
     params = {"type_k": "f16", "type_v": "f16", "flash_attn": True}
     override = runner.override(plan)
-    step, fold = (count_nodes(path, override, n, **params) for n in (300, 320))
+    step, fold = (runner.count_nodes(path, override, n, **params) for n in (300, 320))
     assert fold - step == 9 * 2 * N_LAYER + ON_DEVICE

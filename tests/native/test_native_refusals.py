@@ -33,7 +33,7 @@ MISSING = object()
 MALFORMED: dict[str, tuple[str, Any, str]] = {
     "version missing": ("razor.version", MISSING, "u32"),
     "version 0": ("razor.version", (0, U32), "0"),
-    "version 2": ("razor.version", (2, U32), "2"),
+    "version 3": ("razor.version", (3, U32), "3"),
     "version max": ("razor.version", (2**32 - 1, U32), str(2**32 - 1)),
     "version i32": ("razor.version", (1, I32), "i32"),
     "version u64": ("razor.version", (1, U64), "u64"),
@@ -347,7 +347,7 @@ def test_struct_sizes_are_checked(tiny) -> None:
 
 def test_version_and_build_info() -> None:
     api = runner.razor_api()
-    assert api.llama_razor_api_version() == 3
+    assert api.llama_razor_api_version() == 4
     version, sha256, *options = api.llama_razor_build_info().decode().split(" ")
     pin = (Path(__file__).parents[2] / "native" / "llama-cpp-python.txt").read_text()
     assert version in pin and re.fullmatch("[0-9a-f]{64}", sha256) and sha256 in pin

@@ -33,14 +33,18 @@ PLANS = {
     "tight, no compensation": reference.make_razor(MASK, 124, compensation=False),
     "tight, block 128": reference.make_razor(MASK, 568),
     "all local, no sinks": reference.make_razor(((0, 0), (0, 0)), 40, sink_tokens=0),
+    "several windows": reference.make_scoped(((24, 0), (300, 130)), N_CTX),
+    "tight, several windows": reference.make_scoped(((64, 320), (320, 64)), N_CTX, 60),
 }
 
 
 def test_tight_plans_are_tight() -> None:
     for name, plan in PLANS.items():
-        used = plan.sink_tokens + (4 if plan.compensation else 0) + plan.window + plan.block + 64
-        cells = reference.cells_of(plan.window, plan.sink_tokens, plan.compensation)
-        assert (used == cells) == ("tight" in name)
+        windows = {w for row in plan.windows or ((plan.window,),) for w in row if w}
+        for window in windows:
+            used = plan.sink_tokens + (4 if plan.compensation else 0) + window + plan.block + 64
+            cells = reference.cells_of(window, plan.sink_tokens, plan.compensation, plan.block)
+            assert (used == cells) == ("tight" in name)
         assert plan.block == (128 if "128" in name else 64)
 
 
@@ -185,7 +189,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert seq.n_rollback <= n
         # the fold of a block comes with its first token
         n0 = self.plan.sink_tokens
-        expected = {int(self.plan.frontier(p)) for p in (n - 1, n) if p >= 0}
+        windows = [w for row in self.plan.windows or () for w in row if w]
+        smallest = min(windows, default=self.plan.window)
+        expected = {int(self.plan.frontier(p, smallest)) for p in (n - 1, n) if p >= 0}
         assert seq.frontier in expected | ({n0} if n == 0 else set())
         assert seq.n_folded == seq.frontier - n0
 
@@ -366,6 +372,7 @@ def other_plans() -> dict[str, tuple[runner.Override, dict[str, Any]]]:
         "no compensation": (runner.override(base, compensation=False), params),
         "other KV type": (runner.override(base), params | {"type_k": "f16"}),
         "flash attention": (runner.override(base), params | {"flash_attn": True}),
+        "scopes": (runner.override(PLANS["several windows"]), params),
         "razor off": (runner.OFF, params),
     }
 
@@ -470,6 +477,7 @@ def test_damaged_states_do_no_harm(seed: int, tiny) -> None:
         ("tight", 64, (192, 320)),
         ("tight, no compensation", 64, (192, 320)),
         ("tight, block 128", 128, (640, 768)),  # these overwrite rows that they fold
+        ("tight, several windows", 64, (192, 448)),  # one group folds, both do
     ],
 )
 def test_abort_at_every_node(

@@ -28,7 +28,7 @@ from razor_local import native
 from razor_local.cli import main
 from razor_local.errors import ProfileError, RazorError, Stopped, UnsupportedError
 from razor_local.model_file import ModelFile, read_model_shape, read_profile
-from razor_local.plan import KV_TYPES
+from razor_local.plan import KV_TYPES, head_windows
 from razor_local.verify import compare as compare_module
 from razor_local.verify import reference
 from razor_local.verify import run as module
@@ -209,14 +209,18 @@ def flipped(il: int, head: int):
     return replace(profile, retrieval=tuple(layers))
 
 
+def windows(profile, n_ctx: int = 2048) -> list[tuple[int, ...]]:
+    return head_windows(profile, n_ctx)[0]
+
+
 @pytest.mark.parametrize("head", range(4))
 @pytest.mark.parametrize("il", range(SHAPE.n_layer))
 def test_any_flipped_head_is_found_where_keys_are_stored(il: int, head: int, seen) -> None:
     """Also the heads of layer 0, whose output is the same either way: they look at the last tokens
     alone."""
-    (sentence,) = seen[0].misplaced(flipped(il, head))
+    (sentence,) = seen[0].misplaced(windows(flipped(il, head)))
     assert sentence.startswith(f"layer {il} keeps the whole context for the KV heads")
-    assert seen[0].misplaced(read_profile(MIXED)) == ()
+    assert seen[0].misplaced(windows(read_profile(MIXED))) == ()
 
 
 @pytest.mark.parametrize(("il", "head"), [(1, 0), (1, 3), (2, 1), (3, 2)])
@@ -224,7 +228,7 @@ def test_a_flipped_head_fails_by_its_output_too(il: int, head: int, seen) -> Non
     _, razor, full, _, plan = seen[1][il]
     failed = [
         g
-        for g in compare_layer(il, razor, full, flipped(il, head).retrieval[il], plan)
+        for g in compare_layer(il, razor, full, windows(flipped(il, head))[il], plan)
         if not g.passed
     ]
     assert {g.errors.worst_head * 4 // razor.q.shape[1] for g in failed} == {head}
@@ -232,12 +236,12 @@ def test_a_flipped_head_fails_by_its_output_too(il: int, head: int, seen) -> Non
 
 def test_heads_stored_in_another_order_are_found(seen) -> None:
     capture, profile = seen[0], read_profile(MIXED)
-    place = (1, True)
+    place = (1, 0)
     right = capture.stored[place]
     assert right.shape == (3, 4) and (right == np.eye(4, dtype=bool)[:3]).all()
     capture.stored[place] = right[[1, 0, 2]]
     try:
-        (sentence,) = capture.misplaced(profile)
+        (sentence,) = capture.misplaced(windows(profile))
     finally:
         capture.stored[place] = right
     assert "for the KV heads 1, 0, 2 and a window for 3, but the profile says" in sentence
@@ -259,6 +263,52 @@ def test_a_file_with_another_mask_than_the_reference_fails(monkeypatch) -> None:
     assert done.exit_code == 1
     assert done.stderr == f"Error: {result.verdict.removeprefix('FAIL: ')}\n"
     assert done.stdout.count("FAIL") == 1
+
+
+SCOPES = [[0, 64, 256, 120], [64, 64, 0, 300], [128] * 4] * (SHAPE.n_layer // 3)
+
+
+def scoped_model(folder: Path, scopes: list[list[int]]) -> Path:
+    profile = replace(
+        read_profile(DEFAULT),
+        retrieval=tuple(np.array([x == 0 for x in row], np.uint8) for row in scopes),
+        scope=tuple(np.array(row, np.uint32) for row in scopes),
+    )
+    return write_copy(DEFAULT, folder / "scoped.gguf", profile)
+
+
+@pytest.mark.parametrize(
+    "kv", [("f32", "f32", False), ("f16", "f16", True), ("q8_0", "q8_0", True)]
+)
+def test_several_windows_pass(kv: tuple[str, str, bool], tmp_path: Path) -> None:
+    type_k, type_v, flash_attn = kv
+    path = scoped_model(tmp_path, SCOPES)
+    result = verify(path, **QUICK, type_k=type_k, type_v=type_v, flash_attn=flash_attn)
+    assert result.passed, result.verdict
+    assert [g.group for g in result.groups if g.il < 2] == [
+        "retrieval", "local (256)", "local (128)", "local (64)",
+        "retrieval", "local (320)", "local (64)",
+    ]  # fmt: skip
+    assert result.n_folded == 448 - 64 - 4
+    if kv[0] == "f32":
+        assert max(g.errors.largest for g in result.groups) <= 1e-4
+
+
+def test_windows_of_other_heads_fail(tmp_path: Path, monkeypatch) -> None:
+    """The library reads the file, the reference is given two heads with exchanged windows."""
+    path = scoped_model(tmp_path, SCOPES)
+    profile = read_profile(path)
+    swapped = [layer.copy() for layer in profile.scope]
+    swapped[1][[1, 3]] = swapped[1][[3, 1]]
+    other = replace(profile, scope=tuple(swapped))
+    monkeypatch.setattr(ModelFile, "profile", property(lambda _: other))
+    result = verify(path, **QUICK)
+    assert result.verdict == (
+        "FAIL: layer 1 keeps the whole context for the KV heads 2 and a window of 320 for 3 and a"
+        " window of 64 for 0, 1, but the profile says 2 and 1 and 0, 3"
+    )
+    failed = {(g.il, g.group) for g in result.groups if not g.passed}
+    assert failed == {(1, "local (320)"), (1, "local (64)")}
 
 
 def test_what_is_not_a_number_fails(seen) -> None:

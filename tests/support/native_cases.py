@@ -22,17 +22,26 @@ class Case:
     n_tokens: int
     sink_tokens: int = 4
     compensation: bool = True
+    scopes: tuple[tuple[int, ...], ...] | None = None  # instead of mask and window
+    n_ctx: int = 1024  # that the scopes are for
 
     @property
     def razor(self) -> reference.Razor:
+        if self.scopes is not None:
+            return reference.make_scoped(
+                self.scopes, self.n_ctx, self.sink_tokens, self.compensation
+            )
         return reference.make_razor(self.mask, self.window, self.sink_tokens, self.compensation)
 
     def __str__(self) -> str:
         s = self.spec
         mask = ".".join("".join(map(str, row)) for row in self.mask)
         n_kv = "+".join(str(n) for n in dict.fromkeys(s.kv_heads))
+        window = f"w{self.window}"
+        if self.scopes is not None:
+            mask, window = ".".join("+".join(map(str, row)) for row in self.scopes), "scopes"
         return (
-            f"{s.arch}-{s.n_head}q{n_kv}kv-d{s.head_dim}-{mask}-w{self.window}"
+            f"{s.arch}-{s.n_head}q{n_kv}kv-d{s.head_dim}-{mask}-{window}"
             f"-s{self.sink_tokens}-n{self.n_tokens}{'' if self.compensation else '-nocomp'}"
         )
 

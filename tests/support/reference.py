@@ -6,7 +6,7 @@ ubatches, ring or accumulators. In a local KV head, a token at position p attend
   - the compensation token: mean of the post-RoPE keys and of the values at [N0, F(p)), logit
     q.k / sqrt(d) + log(N_d), N_d = F(p) - N0 (eq. 4 and 5 of arXiv 2407.15891), if N_d > 0,
   - the window [F(p), p],
-with F(p) = max(N0, B * floor(p / B) - L). A retrieval head attends to [0, p].
+with F(p) = max(N0, B * floor(p / B) - L), L of the head. A retrieval head attends to [0, p].
 """
 
 from __future__ import annotations
@@ -23,18 +23,37 @@ SLACK = 64  # LLAMA_RAZOR_SLACK
 
 @dataclass(frozen=True)
 class Razor:
-    """Parameters of RazorAttention. mask: a row of 0/1 per layer, 1 = retrieval."""
+    """Parameters of RazorAttention.
+
+    Attributes:
+        mask: a row of 0/1 per layer, 1 = retrieval.
+        window: L, the largest if there are several.
+        scopes: a row per layer, as a profile has them. None: all local heads have the same window.
+        windows: L of each head, 0 if it keeps everything. None: as scopes.
+    """
 
     mask: tuple[tuple[int, ...], ...]
     window: int
     block: int
     sink_tokens: int = 4
     compensation: bool = True
+    scopes: tuple[tuple[int, ...], ...] | None = None
+    windows: tuple[tuple[int, ...], ...] | None = None
 
-    def frontier(self, p: np.ndarray | int) -> np.ndarray:
-        """Return the first position that is not folded when position p attends."""
+    def window_of(self, il: int, kv: int) -> int:
+        """Return L of a KV head, 0 if it keeps everything."""
+        if self.windows is not None:
+            return self.windows[il][kv]
+        return 0 if self.mask[il][kv] else self.window
+
+    def frontier(self, p: np.ndarray | int, window: int | None = None) -> np.ndarray:
+        """Return the first position that is not folded when position p attends.
+
+        Args:
+            window: L of the head, None: the largest.
+        """
         start = self.block * (np.asarray(p) // self.block)
-        return np.maximum(self.sink_tokens, start - self.window)
+        return np.maximum(self.sink_tokens, start - (self.window if window is None else window))
 
 
 def window_of(n_ctx: int, window_min: int, window_divisor: int) -> int:
@@ -50,9 +69,9 @@ def block_of(window: int) -> int:
     return min(max(block, 64), 512)
 
 
-def cells_of(window: int, sink_tokens: int, compensation: bool) -> int:
+def cells_of(window: int, sink_tokens: int, compensation: bool, block: int | None = None) -> int:
     """Return the cells of a local head."""
-    cells = sink_tokens + (4 if compensation else 0) + window + block_of(window) + SLACK
+    cells = sink_tokens + (4 if compensation else 0) + window + (block or block_of(window)) + SLACK
     return -(-cells // 256) * 256
 
 
@@ -62,6 +81,31 @@ def make_razor(
     """Make the Razor of a mask and a window, with the block size of the plan."""
     rows = tuple(tuple(int(x) for x in row) for row in mask)
     return Razor(rows, window, block_of(window), sink_tokens, compensation)
+
+
+def make_scoped(
+    scopes: Sequence[Sequence[int]],
+    n_ctx: int,
+    sink_tokens: int = 4,
+    compensation: bool = True,
+) -> Razor:
+    """The Razor of heads with scopes in a context of n_ctx tokens, by docs/format.md.
+
+    There must be a local head that saves something.
+    """
+    rows = tuple(tuple(int(x) for x in row) for row in scopes)
+    local = [x for row in rows for x in row if 0 < x < n_ctx]
+    block = block_of(sum(local) // len(local))
+    heads = [-(-x // block) * block for x in local]
+    while len(set(heads)) > 4:
+        steps = list(zip(sorted(set(heads)), sorted(set(heads))[1:], strict=False))
+        low, high = min(steps, key=lambda s: (heads.count(s[0]) * (s[1] - s[0]), s[0]))
+        heads = [high if x == low else x for x in heads]
+    heads = [x if cells_of(x, sink_tokens, compensation, block) < n_ctx else 0 for x in heads]
+    left = iter(heads)
+    windows = tuple(tuple(next(left) if 0 < x < n_ctx else 0 for x in row) for row in rows)
+    mask = tuple(tuple(int(x == 0) for x in row) for row in rows)
+    return Razor(mask, max(heads), block, sink_tokens, compensation, rows, windows)
 
 
 def forward(
@@ -132,8 +176,8 @@ def _attention(
     out = np.empty_like(q)
     for ih in range(spec.n_head):
         kv = ih // (spec.n_head // n_kv)
-        local = razor is not None and not razor.mask[il][kv]
-        out[:, ih], prob = _attend(q[:, ih], k[:, kv], v[:, kv], razor if local else None)
+        window = razor.window_of(il, kv) if razor is not None else 0
+        out[:, ih], prob = _attend(q[:, ih], k[:, kv], v[:, kv], razor if window else None, window)
         if probe is not None:
             probe.setdefault(il, []).append(1 / (prob**2).sum(axis=1))
         if see is not None:
@@ -142,7 +186,7 @@ def _attention(
 
 
 def _attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, razor: Razor | None
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, razor: Razor | None, window: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute one head over a sequence, from q, k, v f64 [n, d].
 
@@ -154,7 +198,7 @@ def _attend(
     seen = pos[None, :] <= pos[:, None]
 
     if razor is not None:
-        n0, front = razor.sink_tokens, razor.frontier(pos)
+        n0, front = razor.sink_tokens, razor.frontier(pos, window)
         seen &= (pos[None, :] < n0) | (pos[None, :] >= front[:, None])
     logits = np.where(seen, logits, -np.inf)
 

@@ -56,6 +56,7 @@ class Override:
     compensation: bool = True
     enabled: bool = True
     own_attention: bool = False  # with llama.cpp's own cache
+    scope: tuple[int, ...] | None = None  # per head of the mask
 
 
 OFF = Override(enabled=False)
@@ -65,10 +66,12 @@ def override(razor: Any, **changes: Any) -> Override:
     """Return the Override that corresponds to a reference.Razor."""
     args: dict[str, Any] = {
         "retrieval": bytes(x for row in razor.mask for x in row),
-        "window": razor.window,
+        "window": razor.window if razor.scopes is None else 0,
         "sink_tokens": razor.sink_tokens,
         "compensation": razor.compensation,
     }
+    if razor.scopes is not None:
+        args["scope"] = tuple(x for row in razor.scopes for x in row)
     return Override(**(args | changes))
 
 
@@ -154,6 +157,8 @@ def raw_params(value: Override) -> Params:
         params.n_retrieval = len(value.retrieval)
         params.retrieval = mask
     params.own_attention = value.own_attention
+    if value.scope is not None:
+        params.scope = (ctypes.c_uint32 * max(1, len(value.scope)))(*value.scope)
     return params
 
 
@@ -528,6 +533,32 @@ def serve() -> None:
             answer = (False, f"{type(e).__name__}: {e}")
         pickle.dump(answer, out)
         out.flush()
+
+
+NO_WORK = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
+
+
+def count_nodes(path: str | Path, razor: Override, n_past: int, **params: object) -> int:
+    """Nodes that compute something while one token is decoded after n_past others."""
+    llama = bindings()
+    lib = llama._lib
+    lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
+    n_nodes = 0
+
+    @llama.ggml_backend_sched_eval_callback
+    def count(pointer: int, ask: bool, data: object) -> bool:
+        nonlocal n_nodes
+        n_nodes += ask and lib.ggml_op_desc(pointer) not in NO_WORK
+        return False
+
+    tokens = random_tokens(n_past + 1, 64, 3)
+    with Model(path) as model:
+        with Context(model, razor, cb_eval=count, **params) as ctx:
+            ctx.decode(tokens[:-1])
+            assert bool(ctx.stats().active) == razor.enabled
+            n_nodes = 0
+            ctx.decode(tokens[-1:])
+    return n_nodes
 
 
 def random_tokens(n: int, n_vocab: int, seed: int = 0) -> list[int]:

@@ -172,17 +172,24 @@ def razor_kv(
     window_min: int = 4000,
     window_divisor: int = 5,
     compensation: bool = True,
+    scopes: Sequence[Sequence[int]] | None = None,
+    version: int = 1,
 ) -> dict[str, tuple[Any, GGUFValueType]]:
     """Return the razor.* metadata of a profile with this mask (one row of 0/1 per layer)."""
     u32 = GGUFValueType.UINT32
+    extra = {}
+    if scopes is not None:
+        flat = np.array([x for row in scopes for x in row], np.uint32)
+        extra["razor.head.scope"] = (flat, GGUFValueType.ARRAY)
     return {
-        "razor.version": (1, u32),
+        "razor.version": (version, u32),
         "razor.method": ("rope", GGUFValueType.STRING),
         "razor.sink_tokens": (sink_tokens, u32),
         "razor.window_min": (window_min, u32),
         "razor.window_divisor": (window_divisor, u32),
         "razor.compensation": (compensation, GGUFValueType.BOOL),
         "razor.head.retrieval": (flat_mask(mask).tobytes(), GGUFValueType.ARRAY),
+        **extra,
     }
 
 

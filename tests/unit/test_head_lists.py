@@ -180,7 +180,7 @@ BAD = {
     "words": ("head\t0\n", "row 1, column 1 is 'head', expected 0 or 1"),
     "commas": ("1,0\n", "row 1, column 1 is '1,0', expected 0 or 1"),
     "terminal codes": ("\x1b[2J\t0\n", r"row 1, column 1 is '\x1b[2J', expected 0 or 1"),
-    "empty": ("\n \n", "is empty, expected a row of 0 and 1 per layer"),
+    "empty": ("\n \n", "is empty, expected a row of numbers per layer"),
     "binary": (b"GGUF\xff\xfe\0", "is not a text file"),
     "few rows": ("1\t0\n", "lists 1 layers x 2 KV heads, the model has 2 layers x 3 KV heads"),
     "swapped": ("1\t0\n0\t0\n0\t0\n", "its rows and columns are swapped"),

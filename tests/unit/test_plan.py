@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from razor_local.errors import ProfileError, UnsupportedError
 from razor_local.model_shape import ModelShape
-from razor_local.plan import KV_TYPES, SLACK, fold_block, make_plan, row_size
+from razor_local.plan import (
+    KV_TYPES,
+    MAX_WINDOWS,
+    SLACK,
+    fold_block,
+    make_plan,
+    merge_windows,
+    row_size,
+)
 from razor_local.profile import Profile
 
 
@@ -198,6 +206,72 @@ def test_to_dict_is_json_and_complete():
     assert sum(x["bytes_k"] + x["bytes_v"] + x["bytes_sums"] for x in data["layers"]) == (
         plan.kv_bytes
     )
+
+
+# -- scopes
+
+
+def scoped(rows: list[list[int]], **options) -> Profile:
+    return profile(
+        [[int(x == 0) for x in row] for row in rows],
+        scope=tuple(np.array(row, np.uint32) for row in rows),
+        **options,
+    )
+
+
+def test_scopes_are_rounded_up_to_the_block_of_their_mean():
+    # (1000 + 300 + 600 + 20)/4 = 480: blocks of 64
+    plan = make_plan(shape((4, 2)), scoped([[0, 1000, 300, 0], [600, 20]]), 4096)
+    assert (plan.active, plan.block, plan.sink_tokens) == (True, 64, 4)
+    assert [layer.windows for layer in plan.layers] == [(0, 1024, 320, 0), (640, 64)]
+    assert [(g.window, g.cells, g.n_heads) for g in plan.groups] == [
+        (1024, 1280, 1), (640, 1024, 1), (320, 512, 1), (64, 256, 1)
+    ]  # fmt: skip
+    assert (plan.window, plan.cells, plan.windows_text) == (1024, 1280, "64 to 1,024")
+    assert plan.retrieval_kv_heads == 2
+    rows = 2 * 4096 + 1280 + 512 + 1024 + 256
+    assert plan.kv_bytes == rows * 2 * 256 + 3 * 4 * 256 * 4
+
+
+def test_heads_that_would_save_nothing_keep_everything():
+    # a scope of the whole context does not count for the block, one below it does
+    plan = make_plan(shape((4,)), scoped([[4096, 100, 3900, 0]]), 4096)
+    assert plan.layers[0].windows == (0, 256, 0, 0) and plan.block == 256
+    for scopes in ([[4096, 5000, 0, 0]], [[3900, 3900, 0, 3900]]):
+        plan = make_plan(shape((4,)), scoped(scopes), 4096)
+        assert not plan.active and plan.kv_bytes == plan.kv_bytes_full
+    assert plan.why_inactive == "RazorAttention saves nothing up to 4,864 tokens of context"
+    plan = make_plan(shape((4,)), scoped([[4096, 5000, 0, 0]]), 4096)
+    assert plan.why_inactive == "no scope is below 4,096 tokens"
+    plan = make_plan(shape((4,)), scoped([[0, 0, 0, 0]]), 4096)
+    assert plan.why_inactive == "every KV head is a retrieval head"
+
+
+def test_a_window_replaces_the_scopes():
+    p = scoped([[0, 100, 300, 800]])
+    plan = make_plan(shape((4,)), p, 4096, window=500)
+    assert plan.layers[0].windows == (0, 500, 500, 500) and len(plan.groups) == 1
+
+
+def test_windows_are_merged_where_that_adds_the_fewest_tokens():
+    assert merge_windows([1, 2, 3, 4]) == {1: 1, 2: 2, 3: 3, 4: 4}
+    # 100 -> 200: 3 * 100 tokens; 200 -> 450: 250; 450 -> 600: 150; 600 -> 800: 200
+    heads = [100] * 3 + [200, 450, 600, 800]
+    assert merge_windows(heads) == {100: 100, 200: 200, 450: 600, 600: 600, 800: 800}
+    # of equal costs the smallest window; a window may be replaced twice
+    assert merge_windows([1, 2, 3, 20, 40, 80]) == {1: 3, 2: 3, 3: 3, 20: 20, 40: 40, 80: 80}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(range(64, 5000, 64)), min_size=1, max_size=40))
+def test_merged_windows_are_few_and_not_smaller(windows):
+    larger = merge_windows(windows)
+    assert set(larger) == set(windows) and len(set(larger.values())) <= MAX_WINDOWS
+    assert all(larger[w] >= w and larger[w] in windows for w in windows)
+    ordered = sorted(set(windows))
+    assert [larger[w] for w in ordered] == sorted(larger[w] for w in ordered)
+    if len(ordered) <= MAX_WINDOWS:
+        assert all(larger[w] == w for w in windows)
 
 
 # -- properties

@@ -240,7 +240,8 @@ def test_no_razor_keys_is_no_profile(tmp_path):
 BAD_KEYS = {
     "no version": ({"version": None}, "without razor.version"),
     "version 0": ({"version": kv("razor.version", U32, 0)}, "of version 0, this razor-local reads"),
-    "version 2": ({"version": kv("razor.version", U32, 2)}, "of version 2, this razor-local reads"),
+    "version 2": ({"version": kv("razor.version", U32, 2)}, "without razor.head.scope"),
+    "version 3": ({"version": kv("razor.version", U32, 3)}, "of version 3, this razor-local reads"),
     "version u8": ({"version": kv("razor.version", U8, 1)}, "should be u32, found u8"),
     "version text": ({"version": kv("razor.version", STRING, "1")}, "should be u32, found string"),
     "no method": ({"method": None}, "without razor.method"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ def expected(q, positions, k, v, retrieval, rule: plain.Razor) -> np.ndarray:
         full = np.zeros((n, d_k))
         full[positions] = q[:, head]
         keys, values = k[:, kv].astype(float), v[:, kv].astype(float)
-        head_out, _ = plain._attend(full, keys, values, None if retrieval[kv] else rule)
+        head_out, _ = plain._attend(
+            full, keys, values, None if retrieval[kv] else rule, rule.window
+        )
         out[:, head] = head_out[positions]
     return out
 
@@ -79,6 +82,36 @@ def test_it_equals_plain_numpy(drawn) -> None:
     np.testing.assert_allclose(
         got, expected(q, positions, k, v, retrieval, rule), rtol=0, atol=TOLERANCE
     )
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(layers(), st.lists(st.sampled_from([1, 30, 64, 200, 300]), min_size=1, max_size=5))
+def test_windows_of_each_head_equal_plain_numpy(drawn, some: list[int]) -> None:
+    (q, positions, k, v), retrieval, rule = drawn
+    windows = np.resize(some, len(retrieval))
+    got = reference.attention(
+        q,
+        positions,
+        k,
+        v,
+        retrieval,
+        window=windows,
+        block=rule.block,
+        sink_tokens=rule.sink_tokens,
+        compensation=rule.compensation,
+    )
+    group = q.shape[1] // len(retrieval)
+    for kv, window in enumerate(windows.tolist()):
+        heads = slice(kv * group, (kv + 1) * group)
+        want = expected(
+            q[:, heads],
+            positions,
+            k[:, [kv]],
+            v[:, [kv]],
+            retrieval[kv : kv + 1],
+            replace(rule, window=window),
+        )
+        np.testing.assert_allclose(got[:, heads], want, rtol=0, atol=TOLERANCE)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

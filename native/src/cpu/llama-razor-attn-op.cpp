@@ -132,9 +132,14 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
 
     // 2. a task is one KV head, some tokens and some cells
     for (int64_t i = op.next_task(); i >= 0; i = op.next_task()) {
-        const auto & group = i < op.groups[0].n_tasks ? op.groups[0] : op.groups[1];
+        int64_t rest = i;
 
-        int64_t rest = i - (&group == &op.groups[0] ? 0 : op.groups[0].n_tasks);
+        size_t i_group = 0;
+        while (rest >= op.groups[i_group].n_tasks) {
+            rest -= op.groups[i_group++].n_tasks;
+        }
+
+        const auto & group = op.groups[i_group];
 
         // which chunk, which block of tokens, which KV head of the group; rows of heads that lie together are read together
         int64_t chunk, block, j;
@@ -212,16 +217,18 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
 
     head_chunks.assign(n_head, 0);
 
-    ggml_tensor * args[5] = { q, k, v };
+    ggml_tensor * args[GGML_MAX_SRC] = { q, k, v };
     int n_args = 3;
 
     for (auto & group : groups) {
         group.n_tasks  = 0;
         group.n_chunks = 1;
 
-        if (!group.heads || group.heads->empty()) {
+        if (group.heads->empty()) {
             continue;
         }
+
+        GGML_ASSERT(n_args < GGML_MAX_SRC);
 
         group.n_kv     = group.mask->ne[0];
         group.n_chunks = (group.n_kv + chunk - 1)/chunk;

@@ -42,12 +42,12 @@ struct razor_attn {
 
     razor_attn_kernel kernel = nullptr;
 
-    // the rows of a token, not of a head, are contiguous; groups[0] has all heads:
+    // the rows of a token, not of a head, are contiguous; there is one group, which has all heads:
     //   k [d_k, n_head_kv, cells]
     //   v [d_v, n_head_kv, cells]
     bool by_token = false;
 
-    head_group groups[2];
+    std::vector<head_group> groups; // the first one has the retrieval heads
 
     int64_t n_gqa = 1;
 
