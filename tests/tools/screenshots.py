@@ -92,7 +92,17 @@ def built_in(path: Path) -> None:
 
 
 def chat_model(model: str, path: Path) -> None:
-    with terminal(model, "--temp", "0", "--repeat-penalty", "1.1", "-n", "76", LINES=str(LINES), COLUMNS=str(COLUMNS)) as t:
+    with terminal(
+        model,
+        "--temp",
+        "0",
+        "--repeat-penalty",
+        "1.1",
+        "-n",
+        "76",
+        LINES=str(LINES),
+        COLUMNS=str(COLUMNS),
+    ) as t:
         t.expect(">>>", timeout=600)
         say(t, "Write a short recipe for pancakes.")
         say(t, "/stats")
