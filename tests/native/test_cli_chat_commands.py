@@ -203,7 +203,7 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
             ("/save work", "Error: there is nothing to save yet"),
             ("/save", "Error: expected a name: /save NAME"),
             ("/load", "Error: expected a name: /load NAME"),
-            ("/load work", "Error: there is no session work; there are: none"),
+            ("/load work", "Error: there is no session work; none has been saved yet"),
             ("/sessions", "there are no sessions; /save NAME makes one"),
             ("/sessions rm work", "Error: there is no session work"),
             ("/sessions of mine", "Error: expected /sessions, or /sessions rm NAME"),

@@ -433,13 +433,17 @@ def test_chat_auto(monkeypatch):
     )
     result = CliRunner().invoke(main, ["chat", "-c", "lots"], input="hello")
     assert result.exit_code == 2
-    assert "'lots' is not a context size, expected a number or auto" in result.stderr
+    assert (
+        "'lots' is not a context size, expected a number such as 8192 or 32k, or auto"
+        in result.stderr
+    )
 
 
 def test_chat_takes_the_largest_context_that_fits(tmp_path, monkeypatch):
     """Up to 32,768 tokens and the trained length, whichever is less; and says where it is less."""
-    from razor_local.cli.chat import MAX_DEFAULT_CTX, _load, chat
+    from razor_local.cli.chat import chat
     from razor_local.cli.chat_status import describe
+    from razor_local.cli.generation import MAX_DEFAULT_CTX, load
 
     with DryModel(DEFAULT_MODEL) as dry:
         if dry.devices():
@@ -449,7 +453,7 @@ def test_chat_takes_the_largest_context_that_fits(tmp_path, monkeypatch):
 
     def header(path, n_bytes, **options):
         leave(monkeypatch, n_bytes)
-        llama, chosen = _load(path, defaults | options)
+        llama, chosen = load(path, defaults | options)
         line = describe(llama, chosen).splitlines()[1]
         llama.close()
         return line.partition("context ")[2]
@@ -634,7 +638,11 @@ def test_bad_input_is_one_sentence(files, tmp_path):
         ([files["llama"], "--ram", "100K"], 1, "even a context of 256 tokens needs"),
         ([files["llama"], "--ram", "much"], 2, "'much' is not a size, expected one like 3G"),
         ([files["llama"], "--vram", "-1G"], 2, "'-1G' is not a size"),
-        ([files["llama"], "-c", "5 or 6"], 2, "is not a context size, expected a number or auto"),
+        (
+            [files["llama"], "-c", "5 or 6"],
+            2,
+            "is not a context size, expected a number such as 8192 or 32k, or auto",
+        ),
         ([files["llama"], "-c", 9**9], 1, "tokens cannot be planned, expected 1 to 4,194,304"),
         ([files["llama"], "-ctk", "q8_0", "-fa", "off"], 1, "requires flash_attn"),
         ([files["llama"], "--retrieval", 0.5], 1, "has no razor profile; make one with"),
