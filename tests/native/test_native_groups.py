@@ -122,7 +122,7 @@ def test_other_types_are_as_exact_as_with_one_window(
         got = runner.logits(tiny(several.spec), tokens, runner.override(razor), **params)
         want = expected(several.spec, several.n_tokens, razor)
         errors.append(float(np.sqrt(((got - want) ** 2).mean())))
-    assert errors[0] <= 1.3 * errors[1]
+    assert errors[0] <= max(1.3 * errors[1], F32_TOLERANCE / 10)
 
 
 @FLASH
