@@ -521,7 +521,12 @@ def test_convert_finds_the_heads_and_keeps_all_scores(known, tmp_path):
         f"Note: the heads were not tested on planted facts: {path} has no tokenizer, so that it"
         " cannot read a text.\n"
     )
-    assert stdout == f"{out}: 4 of 16 KV heads are retrieval heads (25.0%)\n"
+    assert stdout == (
+        f"{out}: 4 of 16 KV heads are retrieval heads (25.0%)\n"
+        "KV cache at 8,192 tokens: 10.8 MiB instead of 16.0 MiB (-33 %)\n"
+        "KV cache at 10,240 tokens: 11.8 MiB instead of 20.0 MiB (-41 %)\n"
+        f"Next: razor-local chat {out}\n"
+    )
     profile, scores = read_profile(out), load_scores(kept)
     assert [layer.tolist() for layer in profile.retrieval] == spec.mask()
     assert (profile.echo_score == scores.echo).all()
