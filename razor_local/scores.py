@@ -381,7 +381,10 @@ def load_scores(path: str | os.PathLike[str]) -> Scores:
         raw = file.read(MAX_BYTES + 1)
     try:
         if len(raw) > MAX_BYTES:
-            raise ProfileError(f"is larger than {MAX_BYTES >> 20} MiB, no file of scores is")
+            raise ProfileError(
+                f"is larger than {MAX_BYTES >> 20} MiB; expected a file of 'razor-local convert"
+                " --save-scores'"
+            )
         fields = _read_json(raw)
         if fields.get("format") != FORMAT:
             raise ProfileError(
