@@ -41,6 +41,7 @@ from ..model_file import open_model
 from ..model_shape import ModelShape
 from ..native.models import load_model, vocabulary
 from ..native.probe import AttentionProbe, attention_context
+from ..plan import make_plan
 from ..profile import Profile
 from ..scores import MIN_TOKENS, Scores
 
@@ -244,11 +245,8 @@ def draw_tokens(usable: np.ndarray, n: int, seed: int) -> np.ndarray:
 def plan_memory(shape: ModelShape, n_tokens: int, max_memory: int) -> Memory:
     """Find the largest ubatch that fits max_memory bytes, and its memory. Raises ConvertError."""
     n_ctx = -(-n_tokens // 256) * 256
-    n_head, n_kv = max(shape.n_head), max(shape.n_head_kv)
-    # Without flash attention every layer's V cache is as wide as the widest.
-    kv_cache = 2 * n_ctx * (
-        sum(shape.n_head_kv) * shape.head_dim_k + shape.n_layer * n_kv * shape.head_dim_v
-    )  # fmt: skip
+    n_head = max(shape.n_head)
+    kv_cache = make_plan(shape, None, n_ctx, flash_attn=False).kv_bytes
     n_ubatch = min(MAX_UBATCH, 1 << (n_tokens - 1).bit_length())
     while True:
         memory = Memory(
@@ -297,8 +295,8 @@ class _Probe(AttentionProbe):
         super().__init__(lib, C, shape, progress, stop)
         self.label = label
         self.kernel = _kernel()
-        self.echo = [np.zeros(n) for n in shape.n_head]  # f64 sums
-        self.induction = [np.zeros(n) for n in shape.n_head]
+        self.echo = [np.zeros(n) for n in self.n_head]  # f64 sums
+        self.induction = [np.zeros(n) for n in self.n_head]
         self.n_seen = np.zeros(shape.n_layer, np.int64)  # queries per layer
 
     def start(self, text: np.ndarray, first_query: int, work: Callable[[int, int], float]) -> None:
@@ -331,7 +329,7 @@ class _Probe(AttentionProbe):
                 )
         means = {}
         for name in ("echo", "induction"):
-            sums = np.concatenate(getattr(self, name))
+            sums = self.flat(getattr(self, name))
             if not np.isfinite(sums).all():
                 raise RazorError("the model's attention is not a number; the file may be damaged")
             means[name] = (sums / n_queries).astype(np.float32)

@@ -315,9 +315,10 @@ class DryModel:
         params.type_v = KV_TYPES[options.type_v].ggml_id
         params.flash_attn_type = int(options.flash_attn)
         params.offload_kqv = options.offload_kqv
-        for name in ("op_offload", "swa_full"):
-            if getattr(options, name) is not None:
-                setattr(params, name, getattr(options, name))
+        if options.op_offload is not None:
+            params.op_offload = options.op_offload
+        if options.swa_full is not None or (plan and plan.active):
+            params.swa_full = bool(options.swa_full)  # as Llama does
         with self._context(params, options.profile) as context:
             active = bool(library.stats(context).active)
             places = _places(library.memory(context))
@@ -347,8 +348,9 @@ class DryModel:
         if self.shape is None:
             raise UnsupportedError(f"razor cannot run {self.path}")
         return make_plan(
-            self.shape, options.profile, n_ctx, options.type_k, options.type_v, options.flash_attn
-        )
+            self.shape, options.profile, n_ctx, options.type_k, options.type_v, options.flash_attn,
+            n_ubatch=min(options.n_ubatch, options.n_batch, n_ctx), swa_full=options.swa_full,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if cache.plan is not None:
             # llama.cpp does so too, but the base class allocates for n_batch before it
             kwargs["n_batch"] = min(kwargs.get("n_batch", 512), cache.n_ctx)
+            if cache.plan.active and kwargs.get("swa_full") is None:
+                kwargs["swa_full"] = False  # else layers with a sliding window keep everything
 
         native.refuse_after_fork()
         if C.llama_supports_gpu_offload():

@@ -142,7 +142,11 @@ def choose_cache(
     if shape is None:
         return CacheChoice(profile, None, why, own_attention, n_ctx)
     n_ctx = padded_n_ctx(shape, n_ctx)
-    plan = make_plan(shape, profile, n_ctx, type_k, type_v, flash_attn)
+    n_ubatch = min(others.get("n_ubatch", 512), others.get("n_batch", 512), n_ctx)
+    plan = make_plan(
+        shape, profile, n_ctx, type_k, type_v, flash_attn,
+        n_ubatch=n_ubatch, swa_full=others.get("swa_full"),
+    )  # fmt: skip
     if profile is None:
         plan = replace(plan, why_inactive=why)
     if plan.active:

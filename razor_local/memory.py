@@ -30,9 +30,11 @@ class Memory:
     because the device does not know ours or the layer has several windows. kv_bytes: sum of the
     backend buffers. kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a
     full f16 cache, None where the model's cache is of a kind that the plan does not describe.
-    layers: empty where not active. n_tokens: in the cache now. weights_bytes: of the whole model,
-    mapped from the file or not. compute_bytes: buffers for the computation of a batch. devices:
-    names of those that hold a part of the model or its cache, besides the CPU.
+    sliding_bytes, recurrent_bytes: parts of kv_bytes that razor leaves alone, those of layers with
+    a sliding window and of recurrent states. layers: empty where not active. n_tokens: in the cache
+    now. weights_bytes: of the whole model, mapped from the file or not. compute_bytes: buffers for
+    the computation of a batch. devices: names of those that hold a part of the model or its cache,
+    besides the CPU.
     """
 
     active: bool
@@ -48,6 +50,8 @@ class Memory:
     weights_bytes: int
     compute_bytes: int
     devices: tuple[str, ...]
+    sliding_bytes: int = 0
+    recurrent_bytes: int = 0
 
     @property
     def share(self) -> float:
@@ -104,6 +108,8 @@ def read_memory(
         weights_bytes=sum(m.weights for m in places),
         compute_bytes=sum(m.compute for m in places),
         devices=tuple(dict.fromkeys(m.device.decode("utf-8", "replace") for m in held)),
+        sliding_bytes=stats.kv_bytes_sliding,
+        recurrent_bytes=stats.kv_bytes_recurrent,
     )
 
 

@@ -14,18 +14,32 @@ from pathlib import Path
 
 from .errors import ProfileError
 from .gguf.header import ARRAY, F32, I32, U16, U32, Header
+from .layer_caches import HYBRID, find_layer_caches, recurrent_state_size
 
 MAX_LAYERS = 512  # llama.cpp's own limit
 MAX_HEADS = 4096  # per layer
 MAX_HEAD_DIM = 8192
 
 UNSUPPORTED_KEYS = {
-    "attention.kv_lora_rank": "multi-head latent attention (MLA)",
-    "attention.sliding_window": "sliding window attention",
+    "attention.key_length_mla": "multi-head latent attention (MLA)",
+    "attention.indexer.key_length": "sparse attention with an indexer",
     "attention.causal": "non-causal attention (an encoder)",
-    "rope.dimension_sections": "M-RoPE",
-    "ssm.state_size": "recurrent layers",
-    "shortconv.l_cache": "recurrent layers",
+    "wkv.head_size": "recurrent layers",
+}
+RECURRENT_KEYS = ("ssm.state_size", "shortconv.l_cache")  # hybrid models have them, too
+
+DRAFT = "the layers of a draft model"
+LOOP = "layers that run in a loop"
+OTHER = "an attention of its own"
+UNSUPPORTED_ARCHS = {
+    "cogvlm": OTHER,
+    "dflash": DRAFT,
+    "eagle3": DRAFT,
+    "gemma4-assistant": DRAFT,
+    "graniteswitch": OTHER,
+    "hrm_text": LOOP,
+    "nanbeige": LOOP,
+    "pockettts": OTHER,
 }
 
 # llama.cpp knows by these whether a model has ALiBi
@@ -38,12 +52,29 @@ RMS_NORM = ("baichuan", "refact")
 
 
 @dataclass(frozen=True)
+class SlidingLayers:
+    """The layers that keep a window of recent tokens, whatever razor does.
+
+    n_head_kv: KV heads of these layers. head_dim_k, head_dim_v: elements. window: tokens.
+    """
+
+    n_head_kv: tuple[int, ...]
+    head_dim_k: int
+    head_dim_v: int
+    window: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The attention shape of a model, as far as the KV cache depends on it.
 
     n_layer leaves out next-token-prediction layers, which the context's own cache does not hold.
-    n_head, n_head_kv: query and KV heads per layer [n_layer]. head_dim_k, head_dim_v: elements.
-    n_ctx_train: tokens. parts: the headers of the model's files, () for a shape without a model.
+    n_head, n_head_kv: query and KV heads per layer [n_layer], of full attention: layers with a
+    sliding window, recurrent layers and layers that read the cache of an earlier layer have 0.
+    head_dim_k, head_dim_v: elements. n_ctx_train: tokens. sliding: None where no layer has a
+    sliding window. recurrent_bytes: state of all recurrent layers. shared: (layer, the layer whose
+    cache it reads). v_width: elements of a token in the widest layer, 0: that of n_head_kv.
+    parts: the headers of the model's files, () for a shape without a model.
     """
 
     arch: str
@@ -54,6 +85,10 @@ class ModelShape:
     head_dim_v: int
     n_ctx_train: int
     name: str = ""
+    sliding: SlidingLayers | None = None
+    recurrent_bytes: int = 0
+    shared: tuple[tuple[int, int], ...] = ()
+    v_width: int = 0
     parts: tuple[Header, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -119,7 +154,7 @@ def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:
         for n in values:
             if not 0 <= n <= MAX_HEADS:
                 raise bad(f"{key} holds {n}, expected 0 to {MAX_HEADS}")
-        return tuple(values[:n_layer])
+        return tuple(values)
 
     n_head = heads("attention.head_count")
     if n_head is None or not any(n_head):
@@ -130,15 +165,38 @@ def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:
             raise bad(f"layer {il} has {q} query heads, not a multiple of its {kv} KV heads")
     n_embd = size("embedding_length", None, 1, 2**24)
     head_dim = n_embd // n_head[0] if n_head[0] else 0
+    dim_k = size("attention.key_length", head_dim, 1, MAX_HEAD_DIM)
+    dim_v = size("attention.value_length", head_dim, 1, MAX_HEAD_DIM)
+    dim_k_swa = size("attention.key_length_swa", dim_k, 1, MAX_HEAD_DIM)
+    dim_v_swa = size("attention.value_length_swa", dim_v, 1, MAX_HEAD_DIM)
+    caches = find_layer_caches(header, arch, n_layer, n_layer_all, n_head_kv[:n_layer])
+    if arch in HYBRID:
+        state = sum(recurrent_state_size(header, arch, n_embd, n_head[0]))
+    else:
+        state = 0
+    swa = [*caches.sliding, *([False] * (n_layer_all - n_layer))]
     return ModelShape(
         arch=arch,
         n_layer=n_layer,
-        n_head=n_head,
-        n_head_kv=n_head_kv,
-        head_dim_k=size("attention.key_length", head_dim, 1, MAX_HEAD_DIM),
-        head_dim_v=size("attention.value_length", head_dim, 1, MAX_HEAD_DIM),
+        n_head=tuple(n * full for n, full in zip(n_head, caches.full, strict=False)),
+        n_head_kv=tuple(n * full for n, full in zip(n_head_kv, caches.full, strict=False)),
+        head_dim_k=dim_k,
+        head_dim_v=dim_v,
         n_ctx_train=size("context_length", 0, 0, 2**31 - 1),
         name=header.string("general.name") or "",
+        sliding=SlidingLayers(
+            tuple(n for n, slides in zip(n_head_kv, caches.sliding, strict=False) if slides),
+            dim_k_swa,
+            dim_v_swa,
+            caches.window,
+        )
+        if any(caches.sliding)
+        else None,
+        recurrent_bytes=4 * state * sum(caches.recurrent),
+        shared=tuple(caches.shared.items()),
+        v_width=max(
+            n * (dim_v_swa if slides else dim_v) for n, slides in zip(n_head_kv, swa, strict=True)
+        ),
         parts=parts,
     )
 
@@ -158,12 +216,17 @@ def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
     The library decides by architecture when a context is created; this is for the tools that never
     load it.
     """
-    for key, feature in UNSUPPORTED_KEYS.items():
+    if shape.arch in UNSUPPORTED_ARCHS:
+        return UNSUPPORTED_ARCHS[shape.arch]
+    recurrent = {} if shape.arch in HYBRID else dict.fromkeys(RECURRENT_KEYS, "recurrent layers")
+    for key, feature in (UNSUPPORTED_KEYS | recurrent).items():
         entry = header.entries.get(f"{shape.arch}.{key}")
         causal = key == "attention.causal"
         if entry is not None and (entry.value == 0 if causal else entry.value != 0):
             return feature
-    return "ALiBi" if alibi_max_bias(header, shape) else None
+    if alibi_max_bias(header, shape):
+        return "ALiBi"
+    return None if any(shape.n_head_kv) else "no layer with full attention"
 
 
 def why_not_converted(header: Header, shape: ModelShape) -> str | None:

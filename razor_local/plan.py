@@ -107,6 +107,8 @@ class Plan:
     block, sink_tokens: tokens (0 where inactive). groups: the local heads, those with the largest
     window first. kv_bytes: bytes of the whole cache; kv_bytes_full: of a full cache with the same
     types and flash attention setting; kv_bytes_full_f16: of llama.cpp's default, a full f16 cache.
+    All three contain the parts that razor leaves alone: sliding_bytes (layers with a sliding
+    window, sliding_cells tokens each) and recurrent_bytes (states of recurrent layers).
     """
 
     n_ctx: int
@@ -121,6 +123,9 @@ class Plan:
     flash_attn: bool
     layers: tuple[LayerPlan, ...]
     shape: ModelShape
+    sliding_cells: int = 0
+    sliding_bytes: int = 0
+    recurrent_bytes: int = 0
 
     @property
     def window(self) -> int:
@@ -148,11 +153,12 @@ class Plan:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(layer.kv_bytes for layer in self.layers)
+        layers = sum(layer.kv_bytes for layer in self.layers)
+        return layers + self.sliding_bytes + self.recurrent_bytes
 
     @property
     def kv_bytes_full(self) -> int:
-        return _full_bytes(self.shape, self.n_ctx, self.type_k, self.type_v, self.flash_attn)
+        return self._full_bytes(self.type_k, self.type_v, self.flash_attn)
 
     @property
     def kv_bytes_full_f16(self) -> int:
@@ -160,7 +166,13 @@ class Plan:
 
     def kv_bytes_full_as(self, kv_type: str) -> int:
         """Bytes of a full cache with kv_type for both K and V, with flash attention."""
-        return _full_bytes(self.shape, self.n_ctx, kv_type, kv_type, True)
+        return self._full_bytes(kv_type, kv_type, True)
+
+    def _full_bytes(self, type_k: str, type_v: str, flash_attn: bool) -> int:
+        shape = self.shape
+        layers = _full_layers(shape, self.n_ctx, type_k, type_v, flash_attn)
+        sliding = _sliding_bytes(shape, self.sliding_cells, type_k, type_v, flash_attn)
+        return sum(layer.kv_bytes for layer in layers) + sliding + self.recurrent_bytes
 
     @property
     def share(self) -> float:
@@ -180,6 +192,9 @@ class Plan:
             "share": self.share,
             "kv_heads": self.kv_heads,
             "retrieval_kv_heads": self.retrieval_kv_heads,
+            "sliding_cells": self.sliding_cells,
+            "sliding_bytes": self.sliding_bytes,
+            "recurrent_bytes": self.recurrent_bytes,
             "sink_tokens": self.sink_tokens,
             "window": self.window,
             "block": self.block,
@@ -217,11 +232,15 @@ def make_plan(
     window: int | None = None,
     sink_tokens: int | None = None,
     compensation: bool | None = None,
+    n_ubatch: int = 512,
+    swa_full: bool | None = None,
 ) -> Plan:
     """The plan of a context of n_ctx tokens (0: the model's trained length; rounded up to 256).
 
     profile None: llama.cpp's own full cache. window, sink_tokens and compensation override the
-    profile. Raises ProfileError for a profile of another shape or values out of range, and
+    profile. n_ubatch: tokens, which layers with a sliding window keep in addition to it. swa_full:
+    these layers keep everything; None: llama.cpp's default for a full cache, and not with razor.
+    Raises ProfileError for a profile of another shape or values out of range, and
     UnsupportedError for combinations of types that llama.cpp refuses and for profiles of ALiBi
     scopes.
     """
@@ -244,7 +263,16 @@ def make_plan(
         flash_attn=flash_attn,
         layers=_full_layers(shape, n_ctx, type_k, type_v, flash_attn),
         shape=shape,
+        recurrent_bytes=shape.recurrent_bytes,
     )
+
+    def with_sliding(plan: Plan) -> Plan:
+        keep_all = not plan.active if swa_full is None else swa_full
+        cells = sliding_cells(shape, n_ctx, n_ubatch, keep_all)
+        n_bytes = _sliding_bytes(shape, cells, type_k, type_v, flash_attn)
+        return replace(plan, sliding_cells=cells, sliding_bytes=n_bytes)
+
+    full = with_sliding(full)
     if profile is None:
         return replace(full, why_inactive="no profile")
 
@@ -271,14 +299,14 @@ def make_plan(
     }
     saving = {window: n for window, n in cells.items() if n < n_ctx}
     if not saving:
-        return replace(
+        active = replace(
             full,
             why_inactive=f"RazorAttention saves nothing up to {min(cells.values()):,} tokens of"
             " context",
         )
     windows = [tuple(w if w in saving else 0 for w in layer) for layer in windows]
     counts = Counter(w for layer in windows for w in layer)
-    return replace(
+    active = replace(
         full,
         active=True,
         sink_tokens=profile.sink_tokens,
@@ -289,6 +317,16 @@ def make_plan(
             shape, windows, saving, n_ctx, profile.compensation, type_k, type_v, flash_attn
         ),
     )
+    return with_sliding(active)
+
+
+def sliding_cells(shape: ModelShape, n_ctx: int, n_ubatch: int, swa_full: bool) -> int:
+    """Tokens that each layer with a sliding window keeps; 0 for a model without such layers."""
+    if shape.sliding is None:
+        return 0
+    if swa_full:
+        return n_ctx
+    return _round_up(min(n_ctx, shape.sliding.window + n_ubatch), N_CTX_PAD)
 
 
 def head_windows(profile: Profile, n_ctx: int) -> tuple[list[tuple[int, ...]], int]:
@@ -363,18 +401,24 @@ def _layers(
     """The layers of a cache. windows: of each KV head; cells: of a head with each window."""
     d_k, d_v = shape.head_dim_k, shape.head_dim_v
     row_k, row_v = row_size(type_k, d_k), row_size(type_v, d_v)
-    widest = max(map(len, windows), default=0)
     padded = not cells and not flash_attn  # a full cache pads V of every layer to the widest
+    width = shape.v_width or max(map(len, windows), default=0) * d_v
     layers = []
     for il, layer in enumerate(windows):
         rows = sum(cells[window] if window else n_ctx for window in layer)
         local = len(layer) - layer.count(0)
+        if padded:
+            # a hybrid or sliding model has no cache in its other layers
+            has_cache = len(layer) > 0 or not (shape.sliding or shape.recurrent_bytes)
+            bytes_v = n_ctx * row_size(type_v, width) if has_cache else 0
+        else:
+            bytes_v = rows * row_v
         layers.append(
             LayerPlan(
                 il=il,
                 windows=layer,
                 bytes_k=rows * row_k,
-                bytes_v=(widest * n_ctx if padded else rows) * row_v,
+                bytes_v=bytes_v,
                 bytes_sums=3 * local * (d_k + d_v) * 4 if compensation else 0,
             )
         )
@@ -388,9 +432,19 @@ def _full_layers(
     return _layers(shape, windows, {}, n_ctx, False, type_k, type_v, flash_attn)
 
 
-def _full_bytes(shape: ModelShape, n_ctx: int, type_k: str, type_v: str, flash_attn: bool) -> int:
-    layers = _full_layers(shape, n_ctx, type_k, type_v, flash_attn)
-    return sum(layer.kv_bytes for layer in layers)
+def _sliding_bytes(
+    shape: ModelShape, cells: int, type_k: str, type_v: str, flash_attn: bool
+) -> int:
+    if shape.sliding is None:
+        return 0
+    d_k, d_v = shape.sliding.head_dim_k, shape.sliding.head_dim_v
+    row_k, row_v = row_size(type_k, d_k), row_size(type_v, d_v)
+    bytes_k = sum(n * row_k for n in shape.sliding.n_head_kv)
+    if flash_attn:
+        bytes_v = sum(n * row_v for n in shape.sliding.n_head_kv)
+    else:
+        bytes_v = row_size(type_v, shape.v_width) * len(shape.sliding.n_head_kv)
+    return cells * (bytes_k + bytes_v)
 
 
 def _kv_type(name: str) -> KVType:

@@ -126,7 +126,7 @@ llm_graph_input_razor * llm_graph_input_razor::create(
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_memory_context_i * mctx) {
-    const auto * mctx_razor = dynamic_cast<const llama_kv_cache_razor_context *>(mctx);
+    const auto * mctx_razor = llama_razor_get_context(mctx);
     if (!mctx_razor) {
         return nullptr;
     }
@@ -139,13 +139,15 @@ void llm_graph_input_razor::init_orders() {
     const auto & plan = mctx->get_kv().get_plan();
 
     for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+        const int32_t source = mctx->get_kv().get_source(il);
+
         head_order order;
 
         order.n_head    = hparams.n_head(il);
-        order.n_head_kv = hparams.n_head_kv(il);
+        order.n_head_kv = hparams.n_head_kv(source);
 
-        order.groups.push_back(plan.retrieval[il]);
-        order.groups.insert(order.groups.end(), plan.local[il].begin(), plan.local[il].end());
+        order.groups.push_back(plan.retrieval[source]);
+        order.groups.insert(order.groups.end(), plan.local[source].begin(), plan.local[source].end());
 
         for (size_t i = 0; i < order.groups.size(); ++i) {
             if (!order.groups[i].empty()) {
@@ -511,7 +513,7 @@ void llm_graph_input_razor::set_input_fold(size_t i_group) const {
 }
 
 bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
-    const auto * mctx_new = dynamic_cast<const llama_kv_cache_razor_context *>(params.mctx);
+    const auto * mctx_new = llama_razor_get_context(params.mctx);
     if (!mctx_new) {
         return false;
     }
@@ -687,7 +689,7 @@ ggml_tensor * llm_graph_input_razor::build_gather(const llm_graph_context & g, c
 
 ggml_tensor * llm_graph_input_razor::build_attn(
         const llm_graph_context & g,
-        const llm_graph_input_attn_kv & inp,
+        ggml_tensor * kq_mask,
         ggml_tensor * q_cur,
         ggml_tensor * k_cur,
         ggml_tensor * v_cur,
@@ -695,28 +697,30 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         ggml_tensor * sinks,
               float   kq_scale,
                 int   il) const {
-    GGML_ASSERT(!kq_b && !sinks && "refused when the context is created");
+    GGML_ASSERT(!kq_b && "refused when the context is created");
 
     ggml_context * ctx0 = g.ctx0;
 
     const auto & kv    = mctx->get_kv();
     const auto & plan  = kv.get_plan();
-    const auto & layer = kv.get_layer(il);
+    const auto & layer = kv.get_layer(kv.get_source(il));
     const auto & order = orders[map_order[il]];
 
     const int64_t n_head    = q_cur->ne[1];
-    const int64_t n_head_kv = k_cur->ne[1];
+    const int64_t n_head_kv = layer.n_retrieval + layer.n_local;
     const int64_t n_gqa     = n_head/n_head_kv;
 
-    GGML_ASSERT(layer.n_retrieval + layer.n_local == n_head_kv && (uint32_t) q_cur->ne[2] == n_tokens);
+    GGML_ASSERT((!k_cur || k_cur->ne[1] == n_head_kv) && (uint32_t) q_cur->ne[2] == n_tokens);
 
     // 1. fold, before the new tokens overwrite its rows and attend to the compensation token
-    for (size_t i = 0; i < groups.size(); ++i) {
+    // a layer without K reads the cache of an earlier one, which folds and stores
+    for (size_t i = 0; k_cur && i < groups.size(); ++i) {
         build_folds(g, layer, i);
     }
 
     // 2. store K and V
-    if (layer.device) {
+    if (!k_cur) {
+    } else if (layer.device) {
         build_store_device(g, layer, k_cur, v_cur, order);
     } else {
         build_store(g, layer, layer.k, k_cur, order);
@@ -729,20 +733,32 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     }
 
     // 3. attention of all groups of heads as one operation, if possible
-    if (g.cparams.flash_attn && (layer.attn || (n_tokens == 1 ? layer.device_token : layer.device_batch))) {
-        return build_attn_own(g, inp, layer, order, q_cur, kq_scale);
+    if (g.cparams.flash_attn && (layer.attn || (!sinks && (n_tokens == 1 ? layer.device_token : layer.device_batch)))) {
+        return build_attn_own(g, kq_mask, layer, order, q_cur, sinks, kq_scale);
     }
 
     // 4. else attention of each group with upstream's operations
     if (!order.identity) {
         q_cur = build_gather(g, layer, q_cur, order.offs_q);
+
+        if (sinks) {
+            ggml_tensor * idxs = ggml_view_1d(ctx0, get_on_device(g, layer, heads), n_head, order.offs_q*n_tokens*sizeof(int32_t));
+
+            sinks = ggml_reshape_1d(ctx0, ggml_get_rows(ctx0, ggml_reshape_2d(ctx0, sinks, 1, n_head), idxs), n_head);
+        }
     }
 
     // n is the number of KV heads
     //   k [n_embd_head, n_kv, n]
     //   v [n_embd_head, n_kv, n], with v_trans [n_kv, n_embd_head, n]
-    auto attend = [&](ggml_tensor * k, ggml_tensor * v, bool v_trans, int64_t first, ggml_tensor * kq_mask) {
+    auto attend = [&](ggml_tensor * k, ggml_tensor * v, bool v_trans, int64_t first, ggml_tensor * mask) {
         const int64_t n = k->ne[2];
+
+        ggml_tensor * sinks_group = sinks;
+        if (sinks && n < n_head_kv) {
+            // backends want the sinks to begin with their tensor
+            sinks_group = ggml_cont(ctx0, ggml_view_1d(ctx0, sinks, n*n_gqa, first*n_gqa*sinks->nb[0]));
+        }
 
         ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n*n_gqa, n_tokens, q_cur->nb[1], q_cur->nb[2], first*n_gqa*q_cur->nb[1]);
 
@@ -765,7 +781,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         }
 
         return g.build_attn_mha(q, ggml_permute(ctx0, k, 0, 2, 1, 3), ggml_permute(ctx0, v, 0, 2, 1, 3),
-                nullptr, kq_mask, nullptr, nullptr, 0, kq_scale, il);
+                nullptr, mask, sinks_group, nullptr, 0, kq_scale, il);
     };
 
     auto attend_retrieval = [&]() {
@@ -779,7 +795,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
                     plan.n_ctx*src->nb[0], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
         };
 
-        return attend(view(layer.k), kv.get_v_trans() ? view_trans(layer.v) : view(layer.v), kv.get_v_trans(), order.first[0], inp.get_kq_mask());
+        return attend(view(layer.k), kv.get_v_trans() ? view_trans(layer.v) : view(layer.v), kv.get_v_trans(), order.first[0], kq_mask);
     };
 
     auto attend_local = [&](size_t i) {
@@ -823,10 +839,11 @@ ggml_tensor * llm_graph_input_razor::build_attn(
 
 ggml_tensor * llm_graph_input_razor::build_attn_own(
         const llm_graph_context & g,
-        const llm_graph_input_attn_kv & inp,
+        ggml_tensor * kq_mask,
         const razor_layer & layer,
         const head_order & order,
         ggml_tensor * q_cur,
+        ggml_tensor * sinks,
               float   kq_scale) const {
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -837,13 +854,15 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     razor_attn & attn = attns.emplace_back();
 
     attn.scale  = kq_scale;
+    attn.cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    attn.sinks  = sinks;
     attn.kernel = layer.attn;
     attn.n_gqa  = order.n_head/order.n_head_kv;
 
     // groups without heads are left out, except that the operations of devices take one local group
     size_t i_local = 0;
 
-    attn.groups.push_back({ &order.groups[0], inp.get_kq_mask(), first, plan.n_ctx });
+    attn.groups.push_back({ &order.groups[0], kq_mask, first, plan.n_ctx });
 
     for (size_t i = 0; i < groups.size(); ++i) {
         if (!order.groups[i + 1].empty()) {
@@ -866,7 +885,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
 }
 
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
-    const auto * kv = dynamic_cast<const llama_kv_cache_razor *>(memory);
+    const auto * kv = llama_razor_get_cache(memory);
 
     // per layer: 3 gathers, 3 stores of up to 6 nodes; per group: a store, an attention without flash attention (about 16), 2 folds of 15
     return kv ? (20 + 60*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;

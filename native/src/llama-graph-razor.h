@@ -6,7 +6,7 @@
 // are stored and which cells a token sees, is data of the inputs: a graph can be reused as long as these numbers do not change
 
 #include "llama-graph.h"
-#include "llama-kv-cache-razor.h"
+#include "llama-memory-razor.h"
 #include "llama-razor-device.h"
 
 #include <deque>
@@ -24,7 +24,7 @@ public:
             const llama_cparams & cparams,
             const llama_kv_cache_razor_context * mctx);
 
-    // create the inputs and add them to the graph, return nullptr if the memory is not llama_kv_cache_razor
+    // create the inputs and add them to the graph, return nullptr if the memory has no local heads
     static llm_graph_input_razor * create(
             llm_graph_result * res,
             ggml_context * ctx,
@@ -41,10 +41,12 @@ public:
     //   q_cur [n_embd_head_k, n_head,    n_tokens]
     //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
     //   v_cur [n_embd_head_v, n_head_kv, n_tokens]
+    //   sinks [n_head]
+    // kq_mask is that of the retrieval heads; k_cur and v_cur are nullptr if the layer reads the cache of an earlier one
     // returns [n_embd_head_v*n_head, n_tokens]
     ggml_tensor * build_attn(
             const llm_graph_context & g,
-            const llm_graph_input_attn_kv & inp,
+            ggml_tensor * kq_mask,
             ggml_tensor * q_cur,
             ggml_tensor * k_cur,
             ggml_tensor * v_cur,
@@ -134,10 +136,11 @@ private:
     // attention with razor_attn: on CPUs, or on devices for one token or if layer.device_batch
     ggml_tensor * build_attn_own(
             const llm_graph_context & g,
-            const llm_graph_input_attn_kv & inp,
+            ggml_tensor * kq_mask,
             const razor_layer & layer,
             const head_order & order,
             ggml_tensor * q_cur,
+            ggml_tensor * sinks,
                   float   kq_scale) const;
 
     std::vector<group_input> groups; // as in the plan

@@ -35,7 +35,8 @@ llama_kv_cache_razor::llama_kv_cache_razor(
                 ggml_type   type_k,
                 ggml_type   type_v,
         razor_attn_kernel   attn,
-      razor_device_choice   device) :
+      razor_device_choice   device,
+    const layer_reuse_cb & reuse) :
     llama_razor_hparams(model.hparams),
     llama_kv_cache(
             model,
@@ -48,8 +49,8 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             cparams.n_ctx_seq,
             cparams.n_seq_max,
             1,
-            model.hparams.n_swa,
-            model.hparams.swa_type,
+            0,
+            LLAMA_SWA_TYPE_NONE,
             nullptr,
             [](int32_t) { return false; },
             nullptr,
@@ -76,6 +77,10 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         const int64_t n_local     = plan.n_local(il);
 
         razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, std::vector<group_sums>(plan.groups.size()) };
+
+        const int32_t source = reuse ? reuse(il) : -1;
+
+        sources.push_back(source < 0 ? il : source);
 
         if (n_retrieval + n_local == 0) {
             layers_razor.push_back(layer);
@@ -131,7 +136,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             }
         }
 
-        if (ggml_backend_buft_is_host(buft) && !hparams_model.attn_soft_cap && razor_attn_supported(type_k, type_v, n_embd_k, n_embd_v)) {
+        if (ggml_backend_buft_is_host(buft) && razor_attn_supported(type_k, type_v, n_embd_k, n_embd_v)) {
             layer.attn = attn;
         }
 
@@ -243,53 +248,79 @@ void llama_kv_cache_razor::init_rotation() {
     }
 }
 
+llama_memory_context_ptr llama_razor_refuse_batch(const char * why) {
+    LLAMA_LOG_ERROR("razor: %s\n", why);
+    llama_razor_error_set(why);
+
+    return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+}
+
 llama_memory_context_ptr llama_kv_cache_razor::init_batch(
             llama_batch_allocr & balloc,
             uint32_t n_ubatch,
             bool embd_all) {
     GGML_UNUSED(embd_all);
 
-    auto refuse = [](const char * why) -> llama_memory_context_ptr {
-        LLAMA_LOG_ERROR("razor: %s\n", why);
-        llama_razor_error_set(why);
-
-        return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-    };
-
     llama_razor_error_set("");
 
+    std::vector<llama_ubatch> ubatches;
+
+    const char * why = split_batch(balloc, n_ubatch, false, ubatches);
+    if (why) {
+        return llama_razor_refuse_batch(why);
+    }
+
+    // find cells for the retrieval heads
+    auto sinfos = prepare(ubatches);
+    if (sinfos.empty()) {
+        return llama_razor_refuse_batch("the context is full");
+    }
+
+    return std::make_unique<llama_kv_cache_razor_context>(this, std::move(sinfos), std::move(ubatches));
+}
+
+const char * llama_kv_cache_razor::split_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool equal_seqs,
+            std::vector<llama_ubatch> & ubatches) const {
     // 1. check that the cache can be used
     if (broken) {
-        return refuse("the cache was changed in a way that local heads cannot follow, clear it before the next token is decoded");
+        return "the cache was changed in a way that local heads cannot follow, clear it before the next token is decoded";
     }
     if (!cparams.causal_attn) {
-        return refuse("non-causal attention is not supported, switch razor off for this context");
+        return "non-causal attention is not supported, switch razor off for this context";
     }
     if (cparams.training) {
-        return refuse("training is not supported, switch razor off for this context");
+        return "training is not supported, switch razor off for this context";
     }
 
     // 2. split the batch where the frontier changes
     balloc.split_reset();
 
-    std::vector<llama_ubatch> ubatches;
-
     uint32_t pos = n_tokens(0);
 
     while (true) {
         // all positions of an ubatch have the same frontiers, so the contents of the cache do not depend on the split
-        auto ubatch = balloc.split_simple(std::min(n_ubatch, plan.frontier_end(pos) - pos));
+        const uint32_t n_max = std::min(n_ubatch, plan.frontier_end(pos) - pos);
+
+        auto ubatch = equal_seqs ? balloc.split_seq(n_max) : balloc.split_simple(n_max);
 
         if (ubatch.n_tokens == 0) {
             break;
         }
 
+        // the tokens of an image share a position
+        if (model.hparams.n_pos_per_embd() > 1 && !ubatch.token) {
+            return "a batch of embeddings (images) is not supported with M-RoPE, switch razor off for this context";
+        }
+
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             if (ubatch.seq_id[i][0] != 0 || ubatch.n_seq_id[i] != 1) {
-                return refuse("more than one sequence is not supported, switch razor off for this context");
+                return "more than one sequence is not supported, switch razor off for this context";
             }
             if (ubatch.pos[i] != (llama_pos) (pos + i)) {
-                return refuse("the positions of a sequence must start at 0 and follow each other without a gap");
+                return "the positions of a sequence must start at 0 and follow each other without a gap";
             }
         }
 
@@ -299,20 +330,10 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
     }
 
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return refuse("failed to split the batch");
+        return "failed to split the batch";
     }
 
-    // 3. find cells for the retrieval heads
-    if (pos > plan.n_ctx) {
-        return refuse("the context is full");
-    }
-
-    auto sinfos = prepare(ubatches);
-    if (sinfos.empty()) {
-        return refuse("the context is full");
-    }
-
-    return std::make_unique<llama_kv_cache_razor_context>(this, std::move(sinfos), std::move(ubatches));
+    return pos > plan.n_ctx ? "the context is full" : nullptr;
 }
 
 llama_memory_context_ptr llama_kv_cache_razor::init_full() {
@@ -761,6 +782,10 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
     }
 }
 
+const llama_hparams & llama_kv_cache_razor::get_model_hparams() const {
+    return model.hparams;
+}
+
 bool llama_kv_cache_razor::has_devices() const {
     return !model.devices.empty();
 }
@@ -794,15 +819,4 @@ bool llama_kv_cache_razor_context::apply() {
     step = kv_razor->apply_local(get_ubatch());
 
     return llama_kv_cache_context::apply();
-}
-
-bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0) {
-    auto * kv = dynamic_cast<llama_kv_cache_razor *>(memory);
-    if (!kv) {
-        return false;
-    }
-
-    kv->abort_ubatch(seq_id, p0);
-
-    return true;
 }

@@ -101,7 +101,8 @@ public:
                     ggml_type   type_k,
                     ggml_type   type_v,
             razor_attn_kernel   attn,
-          razor_device_choice   device);
+          razor_device_choice   device,
+        const layer_reuse_cb & reuse = nullptr);
 
     ~llama_kv_cache_razor() = default;
 
@@ -134,6 +135,15 @@ public:
     // llama_kv_cache_razor specific API
     //
 
+    // split the batch into ubatches whose positions have the same frontier
+    // with equal_seqs: for memories with a recurrent part
+    // return why the batch is refused, nullptr if it is not
+    const char * split_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool equal_seqs,
+            std::vector<llama_ubatch> & ubatches) const;
+
     // to be called if an ubatch was applied but its computation failed
     // undo the ubatch, or clear the cache if rows that are needed for it were overwritten
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
@@ -150,6 +160,11 @@ public:
 
     // return the size of the accumulators
     static size_t bytes_sums(const razor_layer & layer);
+
+    // return the layer whose cache the layer reads: itself, except in models whose layers share caches
+    int32_t get_source(int32_t il) const { return sources[il]; }
+
+    const llama_hparams & get_model_hparams() const;
 
     uint32_t n_tokens(uint32_t strm) const;
 
@@ -180,6 +195,8 @@ private:
     std::vector<stream_state> streams;
 
     std::vector<razor_layer> layers_razor; // one per layer of the plan
+
+    std::vector<int32_t> sources; // layer -> layer whose cache it reads
 
     // result of the last apply_local()
     step_info last_step;
@@ -234,6 +251,5 @@ private:
     size_t i_cur = 0;
 };
 
-// to be called instead of llama_memory_i::seq_rm() if an ubatch was applied but its computation failed
-// return false if the memory is not llama_kv_cache_razor
-bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0);
+// refuse a batch, for a reason that llama_razor_last_error() returns
+llama_memory_context_ptr llama_razor_refuse_batch(const char * why);

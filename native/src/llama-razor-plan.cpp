@@ -2,7 +2,7 @@
 
 #include "llama-razor-error.h"
 #include "llama-razor-full.h"
-#include "llama-kv-cache-razor.h"
+#include "llama-memory-razor.h"
 #include "llama-razor.h"
 
 #include "llama-arch.h"
@@ -30,6 +30,7 @@ static std::string razor_plan_find_unsupported(const llama_model & model, const 
             return "models that run their layers in a loop";
         case LLM_ARCH_DFLASH:
         case LLM_ARCH_EAGLE3:
+        case LLM_ARCH_GEMMA4_ASSISTANT:
             return "draft models";
         case LLM_ARCH_GRANITE_SWITCH:
         case LLM_ARCH_COGVLM:
@@ -40,15 +41,13 @@ static std::string razor_plan_find_unsupported(const llama_model & model, const 
     }
 
     if (llm_arch_is_recurrent(model.arch))               { return "recurrent models"; }
-    if (llm_arch_is_hybrid(model.arch))                  { return "hybrid (attention + recurrent) models"; }
     if (hparams.is_mla())                                { return "multi-head latent attention (MLA)"; }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE)         { return "sliding window attention (iSWA)"; }
     if (hparams.indexer_head_size > 0)                   { return "sparse attention with an indexer"; }
     if (hparams.use_alibi)                               { return "ALiBi"; }
-    if (hparams.n_pos_per_embd() > 1)                    { return "M-RoPE"; }
     if (!hparams.causal_attn || !cparams.causal_attn)    { return "non-causal attention (encoders)"; }
     if (hparams.dec_n_layer > 0 || hparams.n_rel_attn_bkts > 0) { return "encoder-decoder models"; }
-    if (hparams.n_layer_kv_from_start >= 0)              { return "layers that share a KV cache"; }
+    if (llm_arch_is_hybrid(model.arch) && hparams.swa_type != LLAMA_SWA_TYPE_NONE) { return "hybrid models with sliding windows"; }
+    if (llm_arch_is_hybrid(model.arch) && cparams.n_rs_seq > 0)                   { return "rollback of recurrent states (n_rs_seq > 0)"; }
     if (hparams.ple_n_heads > 0)                         { return "n-gram embeddings"; }
     if (cparams.n_seq_max > 1)                           { return "more than one sequence (n_seq_max > 1)"; }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT)   { return "draft (MTP) contexts"; }
@@ -56,6 +55,11 @@ static std::string razor_plan_find_unsupported(const llama_model & model, const 
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR)   { return "split mode 'tensor'"; }
 
     return "";
+}
+
+// return true if the memory of the model is one KV cache
+static bool razor_plan_is_plain(const llama_model & model) {
+    return !llm_arch_is_hybrid(model.arch) && model.hparams.swa_type == LLAMA_SWA_TYPE_NONE;
 }
 
 // return B
@@ -105,7 +109,7 @@ static llama_razor_plan razor_plan_make(
         const llama_razor_profile & profile,
         const std::vector<uint8_t>  & mask,
         const std::vector<uint32_t> & scope,
-        const llama_hparams & hparams,
+        const llama_model & model,
         uint32_t n_ctx) {
     llama_razor_plan res;
 
@@ -160,11 +164,11 @@ static llama_razor_plan razor_plan_make(
     // 3. assign the heads to the groups
     size_t i = 0;
 
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+    for (uint32_t il = 0; il < model.hparams.n_layer(); ++il) {
         std::vector<uint32_t> retrieval;
         std::vector<std::vector<uint32_t>> local(res.groups.size());
 
-        for (uint32_t h = 0; h < hparams.n_head_kv(il); ++h) {
+        for (uint32_t h = 0; h < llama_razor_n_head_kv(model.arch, model.hparams, il); ++h) {
             const uint64_t window = windows[i++];
 
             const auto it = std::find_if(res.groups.begin(), res.groups.end(), [&](const auto & group) { return group.window == window; });
@@ -205,20 +209,16 @@ static void razor_plan_check_tensors(const llama_model & model, const llama_memo
     const auto & hparams = model.hparams;
 
     // caches with another layout are not checked
-    if (!cparams.offload_kqv || llm_arch_is_recurrent(model.arch) || hparams.swa_type != LLAMA_SWA_TYPE_NONE ||
+    if (!cparams.offload_kqv || llm_arch_is_recurrent(model.arch) ||
             hparams.indexer_head_size > 0 || model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
         return;
     }
 
     const uint64_t n_stream = cparams.kv_unified ? 1 : cparams.n_seq_max;
 
-    uint64_t n_widest = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        n_widest = std::max<uint64_t>(n_widest, hparams.n_head_kv(il));
-    }
-
-    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        if (!hparams.has_kv(il) || hparams.n_head_kv(il) == 0) {
+        const uint64_t n_head_kv = llama_razor_n_head_kv(model.arch, hparams, il);
+        if (n_head_kv == 0) {
             continue;
         }
 
@@ -233,8 +233,11 @@ static void razor_plan_check_tensors(const llama_model & model, const llama_memo
             razor_plan_check_tensor(dev, params.type_k, d_k, n_stream*n_rows);
             razor_plan_check_tensor(dev, params.type_v, d_v, n_stream*n_rows);
         } else {
-            razor_plan_check_tensor(dev, params.type_k, hparams.n_head_kv(il)*d_k,                           n_stream*cparams.n_ctx_seq);
-            razor_plan_check_tensor(dev, params.type_v, (cparams.flash_attn ? hparams.n_head_kv(il) : n_widest)*d_v, n_stream*cparams.n_ctx_seq);
+            // without flash attention, upstream pads V to the widest layer
+            const uint64_t n_embd_v = cparams.flash_attn || d_v == 0 ? n_head_kv*d_v : hparams.n_embd_v_gqa_max();
+
+            razor_plan_check_tensor(dev, params.type_k, n_head_kv*d_k, n_stream*cparams.n_ctx_seq);
+            razor_plan_check_tensor(dev, params.type_v, n_embd_v,      n_stream*cparams.n_ctx_seq);
         }
     }
 }
@@ -273,13 +276,14 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
         llama_razor_error_throw("razor.method is 'alibi', and only 'rope' can be run, switch razor off to use the full cache");
     }
 
-    if (mask.size() != llama_razor_n_kv_heads(hparams)) {
+    const size_t n_kv_heads = llama_razor_n_kv_heads(model.arch, hparams);
+    if (mask.size() != n_kv_heads) {
         llama_razor_error_throw(format("the mask of retrieval heads has %zu entries, the model has %zu KV heads in %u layers",
-                    mask.size(), llama_razor_n_kv_heads(hparams), hparams.n_layer()));
+                    mask.size(), n_kv_heads, hparams.n_layer()));
     }
 
     // 4. make the plan and check that it saves something
-    llama_razor_plan plan = razor_plan_make(*profile, mask, heads->scope, hparams, cparams.n_ctx_seq);
+    llama_razor_plan plan = razor_plan_make(*profile, mask, heads->scope, model, cparams.n_ctx_seq);
 
     if (plan.groups.empty()) {
         LLAMA_LOG_INFO("razor: nothing would be saved at a context of %u tokens, using the full cache\n", plan.n_ctx);
@@ -301,14 +305,23 @@ static bool razor_wants_own_attention(const llama_model & model) {
 }
 
 llama_memory_i * llama_razor_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    if (llama_razor_in_new_memory()) {
+        return nullptr;
+    }
+
     llama_razor_error_set("");
+
+    // such a draft model would read the cache of the other context
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && llama_razor_get_cache(params.mem_other)) {
+        llama_razor_error_throw("the draft model cannot share the cache of a context that runs razor, switch razor off for that context");
+    }
 
     const auto plan = razor_plan_choose(model, params, cparams);
 
     razor_plan_check_tensors(model, params, cparams, plan.get());
 
     if (!plan) {
-        if (!razor_wants_own_attention(model) || !razor_plan_find_unsupported(model, params, cparams).empty()) {
+        if (!razor_plan_is_plain(model) || !razor_wants_own_attention(model) || !razor_plan_find_unsupported(model, params, cparams).empty()) {
             return nullptr;
         }
         try {
@@ -325,6 +338,10 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
         device = razor_device_choose();
     } catch (const std::exception & err) {
         llama_razor_error_throw(err.what());
+    }
+
+    if (!razor_plan_is_plain(model)) {
+        return llama_razor_new_memory(model, params, cparams, std::move(*plan), attn, device);
     }
 
     return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn, device);

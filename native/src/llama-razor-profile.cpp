@@ -113,25 +113,46 @@ static bool razor_meta_is_head_key(const char * key) {
     return false;
 }
 
-size_t llama_razor_n_kv_heads(const llama_hparams & hparams) {
+bool llama_razor_is_full_layer(llm_arch arch, const llama_hparams & hparams, uint32_t il) {
+    if (!hparams.has_kv(il) || hparams.is_swa(il)) {
+        return false;
+    }
+
+    // same as the layer filters in llama_model::create_memory()
+    switch (arch) {
+        case LLM_ARCH_FALCON_H1:
+            return true; // recurrent at the same time
+        case LLM_ARCH_NEMOTRON_H:
+        case LLM_ARCH_NEMOTRON_H_MOE:
+            return !hparams.is_recr(il) && hparams.n_ff(il) == 0;
+        default:
+            return !llm_arch_is_hybrid(arch) || !hparams.is_recr(il);
+    }
+}
+
+uint32_t llama_razor_n_head_kv(llm_arch arch, const llama_hparams & hparams, uint32_t il) {
+    return llama_razor_is_full_layer(arch, hparams, il) ? hparams.n_head_kv(il) : 0;
+}
+
+size_t llama_razor_n_kv_heads(llm_arch arch, const llama_hparams & hparams) {
     size_t res = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        res += hparams.n_head_kv(il);
+        res += llama_razor_n_head_kv(arch, hparams, il);
     }
 
     return res;
 }
 
-static size_t razor_n_heads(const llama_hparams & hparams) {
+static size_t razor_n_heads(llm_arch arch, const llama_hparams & hparams) {
     size_t res = 0;
     for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-        res += hparams.n_head(il);
+        res += llama_razor_is_full_layer(arch, hparams, il) ? hparams.n_head(il) : 0;
     }
 
     return res;
 }
 
-std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_context * ctx, const llama_hparams & hparams) {
+std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_context * ctx, llm_arch arch, const llama_hparams & hparams) {
     llama_razor_error_set("");
 
     if (llama_razor_is_disabled()) {
@@ -193,7 +214,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     res->compensation = gguf_get_val_bool(ctx, id_comp);
 
     // 4. read the mask of retrieval heads
-    const size_t n_kv_heads = llama_razor_n_kv_heads(hparams);
+    const size_t n_kv_heads = llama_razor_n_kv_heads(arch, hparams);
 
     const std::string type_mask = format("u8[%zu]", n_kv_heads);
 
@@ -208,7 +229,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     for (const char * key : { "razor.head.echo_score", "razor.head.induction_score" }) {
         const int64_t id = razor_meta_find(ctx, key, "", false);
         if (id >= 0) {
-            razor_meta_check_type(ctx, id, key, format("f32[%zu]", razor_n_heads(hparams)));
+            razor_meta_check_type(ctx, id, key, format("f32[%zu]", razor_n_heads(arch, hparams)));
             razor_meta_check_scores(ctx, id, key);
         }
     }

@@ -5,6 +5,8 @@
 // a profile is checked when it is made: every llama_razor_profile is valid, except that a mask from llama_razor_set_override() may
 // not fit the model
 
+#include "llama-arch.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -29,7 +31,7 @@ struct llama_razor_profile {
 
 // return nullptr if there are no razor.* keys
 // throws std::runtime_error if a key is malformed
-std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_context * ctx, const llama_hparams & hparams);
+std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_context * ctx, llm_arch arch, const llama_hparams & hparams);
 
 // return the profile set by llama_razor_set_override() on this thread, nullptr if there is none
 const llama_razor_profile * llama_razor_profile_get_override();
@@ -37,5 +39,12 @@ const llama_razor_profile * llama_razor_profile_get_override();
 // return true if LLAMA_RAZOR_DISABLE_ENV is set
 bool llama_razor_is_disabled();
 
-// return the number of KV heads in all layers, which is the length of a mask
-size_t llama_razor_n_kv_heads(const llama_hparams & hparams);
+// return true if the layer has a KV cache of the whole context, in which razor can have local heads
+// layers with a sliding window, recurrent layers and layers that read the cache of an earlier one have none
+bool llama_razor_is_full_layer(llm_arch arch, const llama_hparams & hparams, uint32_t il);
+
+// return the number of KV heads of a layer, 0 if it is not a full layer
+uint32_t llama_razor_n_head_kv(llm_arch arch, const llama_hparams & hparams, uint32_t il);
+
+// return the number of KV heads of all layers, which is the length of a mask
+size_t llama_razor_n_kv_heads(llm_arch arch, const llama_hparams & hparams);

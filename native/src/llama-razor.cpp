@@ -1,12 +1,15 @@
 #include "llama-razor.h"
 
-#include "llama-kv-cache-razor.h"
+#include "llama-memory-razor.h"
 #include "llama-razor-error.h"
 #include "llama-razor-full.h"
 
 #include "llama-context.h"
 #include "llama-ext.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -27,14 +30,23 @@ uint32_t llama_razor_model_layers(const llama_model * model, uint32_t * n_head_k
     const uint32_t n_layer = model->hparams.n_layer();
 
     for (uint32_t il = 0; n_head_kv && il < std::min(n_layer, n_max); ++il) {
-        n_head_kv[il] = model->hparams.n_head_kv(il);
+        n_head_kv[il] = llama_razor_n_head_kv(model->arch, model->hparams, il);
     }
 
     return n_layer;
 }
 
 static const llama_kv_cache_razor * razor_get_cache(const llama_context * ctx) {
-    return dynamic_cast<const llama_kv_cache_razor *>(ctx->get_memory());
+    return llama_razor_get_cache(ctx->get_memory());
+}
+
+static uint64_t razor_get_bytes(const llama_memory_i * memory) {
+    uint64_t res = 0;
+    for (const auto & [_, size] : memory->memory_breakdown()) {
+        res += size;
+    }
+
+    return res;
 }
 
 template<typename T>
@@ -66,9 +78,23 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
 
     const auto * memory = ctx->get_memory();
     if (memory) {
-        for (const auto & [_, size] : memory->memory_breakdown()) {
-            res.kv_bytes += size;
-        }
+        res.kv_bytes = razor_get_bytes(memory);
+    }
+
+    const auto * parts  = dynamic_cast<const llama_memory_razor *>(memory);
+    const auto * inner  = parts ? parts->get_memory() : memory;
+    const auto * iswa   = dynamic_cast<const llama_kv_cache_iswa *>(inner);
+    const auto * hybrid = dynamic_cast<const llama_memory_hybrid *>(inner);
+    const auto * both   = dynamic_cast<const llama_memory_hybrid_iswa *>(inner);
+
+    if (both) {
+        iswa = both->get_mem_attn();
+    }
+    if (iswa) {
+        res.kv_bytes_sliding = razor_get_bytes(iswa->get_swa());
+    }
+    if (hybrid || both) {
+        res.kv_bytes_recurrent = razor_get_bytes(hybrid ? hybrid->get_mem_recr() : both->get_mem_recr());
     }
 
     res.own_attention = dynamic_cast<const llama_kv_cache_full *>(memory) != nullptr;
@@ -171,7 +197,10 @@ bool llama_razor_get_seq(const llama_context * ctx, llama_seq_id seq_id, llama_r
     res.n_tokens   = kv->n_tokens(strm);
     res.frontier   = kv->get_state(strm).groups.back().frontier;
     res.n_folded   = res.frontier - kv->get_plan().sink_tokens;
-    res.n_rollback = kv->n_rollback(strm);
+
+    const auto * parts = dynamic_cast<const llama_memory_razor *>(ctx->get_memory());
+
+    res.n_rollback = parts ? parts->n_rollback() : kv->n_rollback(strm);
 
     *stats = res;
 

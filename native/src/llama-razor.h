@@ -42,7 +42,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 4
+#define LLAMA_RAZOR_API_VERSION 5
 #define LLAMA_RAZOR_MAX_WINDOWS 4  // different windows of local heads
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
 
@@ -66,7 +66,8 @@ struct llama_razor_params {
 // statistics of a context
 struct llama_razor_stats {
     uint32_t size;            // sizeof(struct llama_razor_stats), set by the caller
-    uint32_t active;          // 0: upstream's cache is used, only n_ctx, n_layer, n_stream, kv_bytes and own_attention are set
+    uint32_t active;          // 0: upstream's cache is used; only n_ctx, n_layer, n_stream, own_attention and kv_bytes, _sliding and
+                              // _recurrent are set
     uint32_t n_ctx;           // per sequence
     uint32_t n_layer;         // layers of the mask
     uint32_t n_stream;
@@ -77,9 +78,11 @@ struct llama_razor_stats {
     uint32_t compensation;
     int32_t  type_k;          // enum ggml_type
     int32_t  type_v;
-    uint64_t kv_bytes;        // total size of the KV buffers as allocated by the backends
+    uint64_t kv_bytes;        // total size of the buffers of the cache, as allocated by the backends
     uint64_t kv_bytes_retrieval; // size of the tensors of the retrieval heads
     uint64_t kv_bytes_local;  // size of the tensors of the local heads, including the accumulators
+    uint64_t kv_bytes_sliding;   // buffers of the layers with a sliding window, part of kv_bytes
+    uint64_t kv_bytes_recurrent; // buffers of recurrent states, part of kv_bytes
     uint32_t n_buffers;       // see llama_razor_get_buffer
     uint32_t own_attention;   // 1: layers in host memory use razor's attention; also set if razor is not active
     uint32_t n_windows;
@@ -143,6 +146,7 @@ LLAMA_API bool llama_razor_set_override(const struct llama_razor_params * params
 LLAMA_API const char * llama_razor_last_error(void);
 
 // return the number of layers that the mask covers and store the number of KV heads of each (n_head_kv may be NULL)
+// layers that are recurrent, have a sliding window or read the cache of an earlier layer have no heads in the mask
 LLAMA_API uint32_t llama_razor_model_layers(const struct llama_model * model, uint32_t * n_head_kv, uint32_t n_max);
 
 // return false if the size member does not match the library's, or if the index is out of range

@@ -263,6 +263,8 @@ def _print_plan(
     layers.add_column("retrieval", justify="right")
     layers.add_column("MiB", justify="right")
     for layer in plan.layers:
+        if not layer.n_head_kv and (plan.sliding_bytes or plan.recurrent_bytes):
+            continue  # it has a sliding window, or is recurrent
         layers.add_row(
             str(layer.il),
             "".join("." if window else "#" for window in layer.windows),
@@ -271,6 +273,8 @@ def _print_plan(
         )
     console.print()
     console.print(layers)
+    for line in _other_parts(shape, plan):
+        console.print(line)
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("KV cache")
@@ -289,6 +293,22 @@ def _print_plan(
             table.add_row(name, *sizes[: len(table.columns) - 1])
     console.print()
     console.print(table)
+
+
+def _other_parts(shape: ModelShape, plan: Plan) -> list[str]:
+    """A line for each part of the cache that razor leaves alone."""
+    lines = []
+    if shape.sliding is not None:
+        lines.append(
+            f"sliding  {len(shape.sliding.n_head_kv)} layers with a window of"
+            f" {shape.sliding.window:,} tokens, {plan.sliding_cells:,} cells each:"
+            f" {_mib(plan.sliding_bytes)} MiB"
+        )
+    if plan.recurrent_bytes:
+        lines.append(f"states   of recurrent layers: {_mib(plan.recurrent_bytes)} MiB")
+    if shape.shared:
+        lines.append(f"shared   {len(shape.shared)} layers read the cache of an earlier one")
+    return lines
 
 
 def _with_types(
@@ -313,7 +333,7 @@ def _print_profile(
 
     profile = None if found is None else found.profile
     heads = " ".join(
-        sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True)})
+        sorted({f"{q}/{kv}" for q, kv in zip(shape.n_head, shape.n_head_kv, strict=True) if q})
     )
     console.print(
         f"model    {printable(shape.name[:300], one_line=True) or 'without a name'}: {shape.arch},"

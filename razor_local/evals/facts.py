@@ -337,7 +337,7 @@ class Examiner:
             self._exam.n_outputs,
         ) as ctx:
             outcome = self._take(ctx, "planting facts: the full cache", read_attention=True)
-        per_query_head = np.concatenate(probe.sums) / len(self._exam.questions)
+        per_query_head = probe.flat(probe.sums) / len(self._exam.questions)
         if not np.isfinite(per_query_head).all():
             raise RazorError("the model's attention is not a number; the file may be damaged")
         return outcome, per_query_head
@@ -444,7 +444,7 @@ class _FactProbe(AttentionProbe):
         stop: Stop | None,
     ) -> None:
         super().__init__(lib, C, shape, progress, stop)
-        self.sums = [np.zeros(n) for n in shape.n_head]
+        self.sums = [np.zeros(n) for n in self.n_head]
 
     def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
         start, end = self.fact

@@ -8,6 +8,7 @@ raise exceptions.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from ctypes import c_int8, c_int32
 from pathlib import Path
@@ -51,6 +52,9 @@ class AttentionProbe(Control):
     ) -> None:
         super().__init__(C, progress, stop)
         self.lib, self.shape = lib, shape
+        self.n_head = list(shape.n_head)  # of the layers whose attention is read
+        for il, source in shape.shared:
+            self.n_head[il] = shape.n_head[source]
         self.wanted = False
         self.position = self.n_part = 0
         self.eval_callback = self.watch(self._is_wanted, self._take)
@@ -61,6 +65,16 @@ class AttentionProbe(Control):
 
     def on_layer(self, il: int) -> None:
         """Override to act after the last head of a layer."""
+
+    def flat(self, layers: Sequence[np.ndarray]) -> np.ndarray:
+        """Values of query heads [n_head[il]] per layer as one array [sum of shape.n_head].
+
+        Where layers share a cache, each head gets the largest value of these layers.
+        """
+        largest = list(layers)
+        for il, source in self.shape.shared:
+            largest[source] = np.maximum(largest[source], layers[il])
+        return np.concatenate([x[:n] for x, n in zip(largest, self.shape.n_head, strict=True)])
 
     def decode(
         self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray | None = None
@@ -90,7 +104,9 @@ class AttentionProbe(Control):
             return False
         name = self.lib.ggml_get_name(tensor)
         layer = name[len(ATTENTION) :]
-        return name.startswith(ATTENTION) and layer.isdigit() and int(layer) < self.shape.n_layer
+        if not name.startswith(ATTENTION) or not layer.isdigit():
+            return False
+        return int(layer) < self.shape.n_layer and self.n_head[int(layer)] > 0
 
     def _take(self, tensor: int) -> None:
         il = int(self.lib.ggml_get_name(tensor)[len(ATTENTION) :])
@@ -103,7 +119,7 @@ class AttentionProbe(Control):
         n_kv, n_rows, n_head, n_stream = tensor.ne
         size = n_kv * n_rows * 4
         fits = (
-            (tensor.type, n_rows, n_head) == (F32, self.n_part, self.shape.n_head[il])
+            (tensor.type, n_rows, n_head) == (F32, self.n_part, self.n_head[il])
             and n_stream == 1
             and n_kv >= self.position + self.n_part
             and tuple(tensor.nb) == (4, n_kv * 4, size, size * n_head)
@@ -112,7 +128,7 @@ class AttentionProbe(Control):
             raise UnsupportedError(
                 f"the attention of layer {il} of this model ({self.shape.arch}) has the shape"
                 f" {list(tensor.ne)}, expected one row for each of {self.n_part} tokens in"
-                f" {self.shape.n_head[il]} heads over all earlier tokens"
+                f" {self.n_head[il]} heads over all earlier tokens"
             )
         on_host = tensor.buffer and self.lib.ggml_backend_buffer_is_host(tensor.buffer)
         data = self.lib.ggml_get_data(pointer)

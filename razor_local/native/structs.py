@@ -57,6 +57,8 @@ class Stats(ctypes.Structure):
         ("kv_bytes", c_uint64),
         ("kv_bytes_retrieval", c_uint64),
         ("kv_bytes_local", c_uint64),
+        ("kv_bytes_sliding", c_uint64),
+        ("kv_bytes_recurrent", c_uint64),
         ("n_buffers", c_uint32),
         ("own_attention", c_uint32),
         ("n_windows", c_uint32),

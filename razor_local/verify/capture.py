@@ -21,7 +21,8 @@ from . import reference
 KEYS_COMPARED = 8  # tokens of each ubatch whose keys show which heads are stored
 
 _CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # of both caches
-_OUTPUT = re.compile(r"kqv_out-(\d+)$")
+# where the output has a gate, the model gives it another name
+_OUTPUT = re.compile(r"(?:kqv_out|attn_pregate|attn_out)-(\d+)$")
 _SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
 
 
@@ -35,6 +36,8 @@ class Layer:
         k, v: all tokens, packed in the KV types of the plan after rotation (reference.pack_rows).
         out: f32 [n_rows, n_head, d_v], rotated if V is (reference.rotation_sizes).
         scale: factor of q.k.
+        cap: soft cap of the logits, 0 for none.
+        sinks: f32 [n_head], logits without a value; None if there are none.
     """
 
     q: np.ndarray
@@ -43,6 +46,8 @@ class Layer:
     v: np.ndarray
     out: np.ndarray
     scale: float
+    cap: float = 0.0
+    sinks: np.ndarray | None = None
 
 
 class Capture:
@@ -71,6 +76,7 @@ class Capture:
         self.sizes = {
             (d, n)
             for il in range(shape.n_layer)
+            if shape.n_head_kv[il]
             for d, n in (
                 (shape.head_dim_k, shape.n_head[il]),
                 (shape.head_dim_k, shape.n_head_kv[il]),
@@ -79,10 +85,12 @@ class Capture:
         }
         self.copies: dict[int, np.ndarray] = {}  # by address of the tensor
         self.found: dict[str, int] = {}  # q, k, v of the layer under way: address
-        self.scale = 0.0
+        self.scale = self.cap = 0.0
+        self.sinks: np.ndarray | None = None
         self.il = -1
         self.layers: dict[int, dict[str, list[np.ndarray]]] = {}
-        self.scales: dict[int, float] = {}
+        # (scale, cap, sinks) of each layer
+        self.logits: dict[int, tuple[float, float, np.ndarray | None]] = {}
         self.n_seen: dict[int, int] = {}
         # (layer, window, 0 for the whole context) -> bool [heads stored, KV heads]: same keys
         self.stored: dict[tuple[int, int], np.ndarray] = {}
@@ -98,7 +106,7 @@ class Capture:
                 f" {len(self.positions)} rows"
             )
         q, k, v, out = (np.concatenate(parts[name]) for name in ("q", "k", "v", "out"))
-        return Layer(q, self.positions, k, v, out, self.scales[il])
+        return Layer(q, self.positions, k, v, out, *self.logits[il])
 
     def misplaced(self, windows: Sequence[Sequence[int]]) -> tuple[str, ...]:
         """Return a sentence for each layer whose keys are not stored as the profile says.
@@ -144,6 +152,7 @@ class Capture:
         if not self.checked:
             check_layout(self.lib, pointer)
             self.checked = True
+        self.copies.pop(pointer, None)  # of a tensor that was in the same memory
         is_input = self._is_input(pointer, Tensor.from_address(pointer))
         return is_input or _OUTPUT.match(self._name(pointer)) is not None
 
@@ -156,20 +165,26 @@ class Capture:
             if cache:
                 ours, what, il = cache.groups()
                 self.il = int(il)
+                if not self._is_compared(self.il):
+                    return False
                 d = self.shape.head_dim_k if what == "k" else self.shape.head_dim_v
                 self._find(what, tensor.src[0], d, self.shape.n_head_kv[self.il])
                 return bool(ours) and what == "k"
         elif op == "FLASH_ATTN_EXT":
             self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
-            self._parameters(tensor, softcap=2)
+            self._parameters(tensor, cap=2)
+            self._find_sinks(tensor)
         elif op == "CUSTOM":
             return self._custom(tensor)
         elif op == "MUL_MAT" and name.startswith("kq-"):
             self._find("q", tensor.src[1], self.shape.head_dim_k, self.shape.n_head[self.il])
         elif op == "SOFT_MAX" and name.startswith("kq_soft_max-"):
             self._parameters(tensor)
-        elif name.startswith("kq_tanh-"):
-            self._refuse("soft-capped attention logits")
+            self._find_sinks(tensor)
+        elif name.startswith("kq_scaled_2-"):
+            self.cap = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))[0]
+        elif name.startswith("kq_tanh-") and self.shape.arch == "grok":
+            self._refuse("the soft cap of this architecture")
         elif op not in ("GET_ROWS", "FLASH_ATTN_EXT", "CUSTOM", "REPEAT") and tensor.type == F32:
             d, n, _, rest = tensor.ne
             seen = op in _SAME_DATA and tensor.src[0] in self.copies
@@ -182,7 +197,11 @@ class Capture:
             return False  # a fold
         if _CACHE.match(self._name(tensor.src[1])):  # attention; without k it only combines parts
             self._find("q", tensor.src[0], self.shape.head_dim_k, self.shape.n_head[self.il])
-            self.scale = c_float.from_address(CustomParams.from_buffer(tensor.op_params).data).value
+            parameters = (c_float * 2).from_address(CustomParams.from_buffer(tensor.op_params).data)
+            self.scale, self.cap = parameters
+            self._find_sinks(tensor)
+        elif tensor.src[1] and "attn_sinks" in self._name(tensor.src[1]):
+            self._find_sinks(tensor)  # partial sums are added up
         elif cache := _CACHE.match(self._name(tensor.src[2])):
             self.il = int(cache[3])
             n_heads = self.shape.n_head_kv[self.il]
@@ -255,19 +274,40 @@ class Capture:
         group = np.searchsorted(edges, rows[order], side="right")
         return {window: order[group == i] for i, window in enumerate(windows)}
 
-    def _parameters(self, tensor: Tensor, softcap: int | None = None) -> None:
+    def _parameters(self, tensor: Tensor, cap: int | None = None) -> None:
         values = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))
         self.scale = values[0]
         if values[1] != 0.0:
             self._refuse("ALiBi")
-        if softcap is not None and values[softcap] != 0.0:
-            self._refuse("soft-capped attention logits")
+        if cap is not None:
+            self.cap = values[cap]
+
+    def _find_sinks(self, tensor: Tensor) -> None:
+        """Read the weights that are added as logits, which may be gathered for some heads."""
+        for pointer in tensor.src:
+            for _ in range(8):
+                if not pointer:
+                    break
+                if self._name(pointer).endswith("attn_sinks.weight"):
+                    self.sinks = read(self.lib, pointer).reshape(-1).copy()
+                    return
+                pointer = Tensor.from_address(pointer).src[0]
+
+    def _is_compared(self, il: int) -> bool:
+        """Return whether a layer has full attention with a cache of its own."""
+        return il < self.shape.n_layer and self.shape.n_head_kv[il] > 0
 
     def _refuse(self, feature: str) -> None:
         raise UnsupportedError(f"this model has {feature}, which the reference does not support")
 
     def _finish(self, il: int, pointer: int) -> None:
         """Keep the inputs and outputs of a layer in this ubatch."""
+        if self._name(pointer).startswith("attn_out") and len(self.found) < 3:
+            return  # after the output projection
+        if not self._is_compared(il):
+            self.copies.clear()
+            self.found.clear()
+            return
         if il != self.il or set(self.found) != {"q", "k", "v"}:
             raise UnsupportedError(
                 f"layer {il} of this model ({self.shape.arch}) does not show what its attention"
@@ -285,7 +325,8 @@ class Capture:
         parts["k"].append(_pack(k, self.plan.type_k, size_k))
         parts["v"].append(_pack(v, self.plan.type_v, size_v))
         parts["out"].append(out[chosen])
-        self.scales[il] = self.scale
+        self.logits[il] = self.scale, self.cap, self.sinks
+        self.cap, self.sinks = 0.0, None
         self.copies.clear()
         self.found.clear()
 

@@ -91,6 +91,8 @@ def expected_output(layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndar
         sink_tokens=plan.sink_tokens,
         compensation=plan.compensation,
         scale=layer.scale,
+        cap=layer.cap,
+        sinks=layer.sinks,
         round_k=partial(reference.round_rows, kv_type=plan.type_k),
         round_v=partial(reference.round_rows, kv_type=plan.type_v),
     )

@@ -9,6 +9,8 @@ its KV head (query head h reads KV head h // (n_head / n_head_kv)):
                     compensation token, which represents the folded positions [S, F):
                         k^ = 1/N_d sum k_j,  v^ = 1/N_d sum v_j,  N_d = F - S          (eq. 4)
                     whose weight is N_d exp(q.k^ / sqrt(d)), so + log N_d on its logit (eq. 5)
+    soft cap        with a cap c, q.k becomes c tanh(q.k / c) before anything is added to it
+    sink logits     gpt-oss: one more logit per query head, learned, whose value is 0
     ALiBi head      attends to j in (p - L_h, p], L_h its scope (theorem 1), with
                     - m_h (p - j) on the logit, m_h its slope
 
@@ -56,6 +58,8 @@ def attention(
     scale: float | None = None,
     slopes: np.ndarray | None = None,
     scopes: np.ndarray | None = None,
+    cap: float = 0.0,
+    sinks: np.ndarray | None = None,
     round_k: Rounding | None = None,
     round_v: Rounding | None = None,
 ) -> np.ndarray:
@@ -73,6 +77,8 @@ def attention(
         slopes: ALiBi's m_h, f32 [n_head].
         scopes: L_h in tokens, int [n_head_kv], 0 for the whole context. If given, they replace
             retrieval.
+        cap: soft cap of the logits, 0 for none.
+        sinks: f32 [n_head], a logit without a value for each query head.
         round_k, round_v: how the cache rounds the compensation token, rows f32 [..., d].
 
     Returns:
@@ -92,10 +98,10 @@ def attention(
     if positions.shape != (n_rows,) or (n_rows and not 0 <= positions.min() <= positions.max() < n):
         raise ValueError(f"{n_rows} queries at {positions.shape} positions of {n} tokens")
 
-    # 1. For each KV head and query: it attends to [0, sinks) and [first, position], and to the
+    # 1. For each KV head and query: it attends to [0, kept) and [first, position], and to the
     #    compensation token with the index comp (-1: none).
     first = np.zeros((n_kv, n_rows), np.int64)
-    sinks = np.zeros((n_kv, n_rows), np.int64)
+    kept = np.zeros((n_kv, n_rows), np.int64)
     comp = np.full((n_kv, n_rows), -1, np.int64)
     comp_log: np.ndarray | list[float]
     comp_k, comp_v, comp_log = (np.zeros((0, n_kv, d_k)), np.zeros((0, n_kv, v.shape[2])), [])
@@ -107,7 +113,7 @@ def attention(
         local = np.asarray(retrieval) == 0
         windows = np.broadcast_to(np.asarray(window, np.int64), n_kv)[local]
         fronts = frontier(positions, sink_tokens, windows[:, None], block)  # [local heads, n_rows]
-        first[local], sinks[local] = fronts, sink_tokens
+        first[local], kept[local] = fronts, sink_tokens
         if compensation and local.any():
             folded = np.unique(fronts[fronts > sink_tokens])
             comp_k, comp_v, comp_log = fold(k, v, folded, sink_tokens)
@@ -127,12 +133,14 @@ def attention(
         _heads_first(k),
         _heads_first(v),
         first[:, order],
-        sinks[:, order],
+        kept[:, order],
         comp[:, order],
         _heads_first(comp_k),
         _heads_first(comp_v),
         np.asarray(comp_log, np.float32),
         np.zeros(n_head, np.float32) if slopes is None else np.asarray(slopes, np.float32),
+        np.float32(cap),
+        np.full(n_head, -np.inf, np.float32) if sinks is None else np.asarray(sinks, np.float32),
     ).transpose(1, 0, 2)
     return out
 
@@ -232,12 +240,14 @@ def _attend(
     k: np.ndarray,
     v: np.ndarray,
     first: np.ndarray,
-    sinks: np.ndarray,
+    kept: np.ndarray,
     comp: np.ndarray,
     comp_k: np.ndarray,
     comp_v: np.ndarray,
     comp_log: np.ndarray,
     slopes: np.ndarray,
+    cap: Any,
+    sinks: np.ndarray,
 ) -> np.ndarray:
     """Compute softmax(q.k + bias) v for each query: f32 [n_head, n_rows, d_v]. q is scaled.
 
@@ -268,17 +278,27 @@ def _attend(
         for r in range(start, end):
             low = min(low, first[kv, r])
             high = max(high, positions[r] + 1)
-            n_sinks = max(n_sinks, sinks[kv, r])
+            n_sinks = max(n_sinks, kept[kv, r])
             c = comp[kv, r]
-            if c >= 0:
-                for g in range(group):
+            for g in range(group):
+                sink = sinks[kv * group + g]
+                logit = np.float32(-np.inf)
+                if c >= 0:
                     dot = np.float32(0)
                     for i in range(d_k):
                         dot += q[kv * group + g, r, i] * comp_k[kv, c, i]
-                    best[g, r - start] = dot + comp_log[c]
-                    total[g, r - start] = 1.0
+                    if cap > 0:
+                        dot = cap * np.float32(math.tanh(dot / cap))
+                    logit = dot + comp_log[c]
+                top = max(sink, logit)
+                if top == -np.inf:
+                    continue
+                best[g, r - start] = top
+                weight = math.exp(np.float64(logit) - np.float64(top))
+                total[g, r - start] = weight + math.exp(np.float64(sink) - np.float64(top))
+                if c >= 0:
                     for i in range(d_v):
-                        acc[g, r - start, i] = comp_v[kv, c, i]
+                        acc[g, r - start, i] = weight * comp_v[kv, c, i]
 
         # 2. Add the tiles of keys that any query of the chunk attends to.
         for t in range(0, high, TILE):
@@ -292,7 +312,7 @@ def _attend(
                 for i in range(d_k):
                     keys[i, j] = 0
             for r in range(start, end):
-                pos, sees_from, sees_sinks = positions[r], first[kv, r], sinks[kv, r]
+                pos, sees_from, sees_sinks = positions[r], first[kv, r], kept[kv, r]
                 if pos < t or (t >= sees_sinks and t + n_keys <= sees_from):
                     continue
                 for g in range(group):
@@ -303,6 +323,9 @@ def _attend(
                         x = q[head, r, i]
                         for j in range(TILE):
                             score[j] += x * keys[i, j]
+                    if cap > 0:
+                        for j in range(n_keys):
+                            score[j] = cap * np.float32(math.tanh(score[j] / cap))
                     top = best[g, r - start]
                     for j in range(n_keys):
                         at = t + j

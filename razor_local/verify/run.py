@@ -98,7 +98,7 @@ def verify(
     if found is None:
         raise file.no_profile()
     profile = found.profile
-    plan = _plan(shape, profile, n_ctx, type_k, type_v, flash_attn)
+    plan = _plan(shape, profile, n_ctx, type_k, type_v, flash_attn, min(n_ubatch, n_batch))
     if n_ubatch > n_batch or n_batch < 1 or n_ubatch < 1:
         raise RazorError(
             f"the batch has {n_batch} tokens and the ubatch {n_ubatch}; expected an ubatch from 1"
@@ -183,11 +183,20 @@ def first_fold(plan: Plan) -> int:
 
 
 def _plan(
-    shape: ModelShape, profile: Profile, n_ctx: int, type_k: str, type_v: str, flash_attn: bool
+    shape: ModelShape,
+    profile: Profile,
+    n_ctx: int,
+    type_k: str,
+    type_v: str,
+    flash_attn: bool,
+    n_ubatch: int,
 ) -> Plan:
     """Make a plan. Raises ProfileError if it is not active."""
     n_ctx = n_ctx or min(DEFAULT_N_CTX, shape.n_ctx_train or DEFAULT_N_CTX)
-    plan = make_plan(shape, profile, padded_n_ctx(shape, n_ctx), type_k, type_v, flash_attn)
+    n_ctx = padded_n_ctx(shape, n_ctx)
+    plan = make_plan(
+        shape, profile, n_ctx, type_k, type_v, flash_attn, n_ubatch=min(n_ubatch, n_ctx)
+    )
     if not plan.active:
         raise ProfileError(
             f"razor would not be active in a context of {plan.n_ctx} tokens ({plan.why_inactive}),"
@@ -271,6 +280,7 @@ def _context(
     params.flash_attn_type = (
         C.LLAMA_FLASH_ATTN_TYPE_ENABLED if plan.flash_attn else C.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )
+    params.swa_full = False
     params.cb_eval = capture.eval_callback
     params.abort_callback = capture.control.abort_callback
     params.no_perf = True

@@ -96,9 +96,9 @@ def test_command_writes_a_copy_and_a_sidecar(model, heads, tmp_path):
 
 def test_command_notes_what_razor_may_not_run(heads, tmp_path):
     model = tmp_path / "m.gguf"
-    model.write_bytes(small_model([kv("llama.attention.sliding_window", U32, 512)], n_layer=3))
+    model.write_bytes(small_model([kv("llama.attention.key_length_mla", U32, 64)], n_layer=3))
     code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--heads", heads)
-    assert code == 0 and stderr.startswith("Note: the model has sliding window attention, which")
+    assert code == 0 and stderr.startswith("Note: the model has multi-head latent attention")
 
 
 @pytest.mark.parametrize("arch", sorted(MODELS))

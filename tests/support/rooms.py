@@ -13,11 +13,12 @@ from tests.support.native_build import ROOT
 
 # from the lowest to the highest: a module imports from its own room and from lower ones
 ROOMS = (
-    "printable", "errors", "hooks", "common", "gguf", "plan", "model_shape", "profile", "scores",
-    "profile_cache", "known_profiles", "model_file", "model_setup", "models", "prompt", "chat",
-    "native", "bindings", "ownership", "completion_request", "completion", "memory",
-    "available_memory", "fit", "llama_options", "evaluation", "sampling", "state", "llama",
-    "sessions", "converters", "evals", "auto_profile", "bench", "verify", "cli", "__main__",
+    "printable", "errors", "hooks", "common", "gguf", "plan", "layer_caches", "model_shape",
+    "profile", "scores", "profile_cache", "known_profiles", "model_file", "model_setup", "models",
+    "prompt", "chat", "native", "bindings", "ownership", "completion_request", "completion",
+    "memory", "available_memory", "fit", "llama_options", "evaluation", "sampling", "state",
+    "llama", "sessions", "converters", "evals", "auto_profile", "bench", "verify", "cli",
+    "__main__",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from razor_local.converters.write import write_sidecar
 from razor_local.model_file import read_model_shape, read_profile
 from razor_local.plan import make_plan
 from tests.support.cli import run
-from tests.support.gguf_bytes import U32, kv, kv_array, razor_keys, small_model
+from tests.support.gguf_bytes import U32, kv, razor_keys, small_model
 from tests.support.tiny_models import TinySpec, make_model, razor_kv
 
 MASK = [[1, 0], [0, 0], [1, 1]]
@@ -168,9 +168,9 @@ def test_a_name_cannot_control_the_terminal(tmp_path):
 
 def test_features_that_razor_may_refuse_are_noted(tmp_path):
     path = tmp_path / "m.gguf"
-    path.write_bytes(small_model([kv_array("llama.rope.dimension_sections", 5, [1, 2, 3, 0])]))
+    path.write_bytes(small_model([kv("llama.attention.key_length_mla", U32, 64)]))
     code, stdout, stderr = run("inspect", path)
-    assert code == 0 and stdout and stderr.startswith("Note: the model has M-RoPE, which")
+    assert code == 0 and stdout and stderr.startswith("Note: the model has multi-head latent")
 
 
 def test_help_names_every_command_that_exists():

@@ -155,12 +155,11 @@ def test_unsupported_features_are_named(tmp_path):
         return unsupported_feature(read_header(path), ModelShape("a", 1, (1,), (1,), 8, 8, 64))
 
     assert feature() is None
-    assert "MLA" in feature(kv("a.attention.kv_lora_rank", U32, 512))
-    assert "sliding" in feature(kv("a.attention.sliding_window", U32, 4096))
-    assert feature(kv("a.attention.sliding_window", U32, 0)) is None
+    assert "MLA" in feature(kv("a.attention.key_length_mla", U32, 192))
+    assert "indexer" in feature(kv("a.attention.indexer.key_length", U32, 128))
+    assert "recurrent" in feature(kv("a.ssm.state_size", U32, 16))
     assert "encoder" in feature(kv("a.attention.causal", BOOL, 0))
     assert feature(kv("a.attention.causal", BOOL, 1)) is None
-    assert "M-RoPE" in feature(kv_array("a.rope.dimension_sections", I32, [1, 1, 1, 1]))
 
 
 # -- fingerprint

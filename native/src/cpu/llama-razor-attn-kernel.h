@@ -298,6 +298,16 @@ inline void product(int rows, int columns, int n, const float * a, int lda, cons
 // attention
 //
 
+// s becomes tanh(s)*cap
+inline void soft_cap_row(float * s, float cap) {
+    for (int c = 0; c < TC; c += W) {
+        const vf x = load(s + c);
+        const vf e = exp_neg(min(x, -x)*2.0f);
+        const vf y = (1.0f - e)/(1.0f + e)*cap;
+        store(s + c, select(x < 0.0f, -y, y));
+    }
+}
+
 // softmax of a tile's scores [TC] goes on: s becomes e^(s - m)
 inline void softmax_row(float * s, const float * mask, float & m, float & l, float * o, int d_v) {
     vf top = splat(m);
@@ -351,6 +361,18 @@ __attribute__((noinline)) void merge(float & m_all, float & l_all, float * o_all
     m_all = m_new;
 }
 
+// the sum gets another logit, whose value is 0
+void add_sink(float & m, float & l, float * o, float sink, int d_v) {
+    const float m_new = m > sink ? m : sink;
+    const float f     = m == -__builtin_inff() ? 0.0f : exp_neg(splat(m - m_new))[0];
+
+    for (int d = 0; d < d_v; d += W) {
+        store(o + d, load(o + d)*f);
+    }
+    l = l*f + exp_neg(splat(sink - m_new))[0];
+    m = m_new;
+}
+
 void clear(float & m, float & l, float * o, int d_v) {
     for (int d = 0; d < d_v; d += W) {
         store(o + d, vf{});
@@ -375,6 +397,10 @@ void merge_parts(const razor_attn_task & t) {
     for (int64_t i = 0; i < t.n_parts; ++i) {
         const float * part = t.parts + i*(d_v + 2);
         merge(m, l, t.out, part[d_v], part[d_v + 1], part, d_v);
+    }
+
+    if (t.sinks) {
+        add_sink(m, l, t.out, *t.sinks, d_v);
     }
 
     divide(t.out, t.out, l, d_v);
@@ -408,10 +434,12 @@ void attention(const razor_attn_task & t, float * scratch) {
     float * m_all = o_all + n_rows*d_v;
     float * l_all = m_all + n_rows;
 
+    const float scale = t.cap != 0.0f ? t.scale/t.cap : t.scale;
+
     for (int i = 0; i < n_rows; ++i) {
         const float * src = t.q + (i / n_gqa)*t.q_token + (i % n_gqa)*t.q_head;
         for (int d = 0; d < d_k; d += W) {
-            store(q + i*d_k + d, load(src + d)*t.scale);
+            store(q + i*d_k + d, load(src + d)*scale);
         }
         clear(m[i], l[i], o + i*d_v, d_v);
         clear(m_all[i], l_all[i], o_all + i*d_v, d_v);
@@ -475,6 +503,9 @@ void attention(const razor_attn_task & t, float * scratch) {
         product<row_f32>(n_rows, TC, d_k, q, d_k, (const char *) kt, TC*sizeof(float), s, TC, false, 0);
 
         for (int i = 0; i < n_rows; ++i) {
+            if (t.cap != 0.0f) {
+                soft_cap_row(s + i*TC, t.cap);
+            }
             softmax_row(s + i*TC, mask + (i / n_gqa)*TC, m[i], l[i], o + i*d_v, d_v);
         }
 
@@ -499,6 +530,9 @@ void attention(const razor_attn_task & t, float * scratch) {
             dst[d_v + 1] = l[i];
         } else {
             merge(m_all[i], l_all[i], o_all + i*d_v, m[i], l[i], o + i*d_v, d_v);
+            if (t.sinks) {
+                add_sink(m_all[i], l_all[i], o_all + i*d_v, t.sinks[i % n_gqa], d_v);
+            }
             divide(dst, o_all + i*d_v, l_all[i], d_v);
         }
     }

@@ -116,6 +116,10 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
     task.d_k   = op.d_k;
     task.d_v   = op.d_v;
     task.scale = op.scale;
+    task.cap   = op.cap;
+
+    // with partial results, razor_attn_reduce() adds them
+    const float * sinks = op.sinks && op.n_chunks == 1 ? (const float *) dst->src[op.src_sinks]->data : nullptr;
 
     task.q_token = q->nb[2]/sizeof(float);
     task.q_head  = q->nb[1]/sizeof(float);
@@ -173,6 +177,8 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
         task.cell0 = chunk*op.chunk;
         task.cell1 = std::min(task.cell0 + op.chunk, group.n_kv);
 
+        task.sinks = sinks ? sinks + head : nullptr;
+
         task.out = (float *) dst->data + token*task.out_token + head*task.out_head + chunk*op.partial_size();
 
         op.kernel(task, razor_attn_get_scratch(razor_attn_scratch(task)));
@@ -186,6 +192,7 @@ static void razor_attn_reduce(ggml_tensor * dst, int ith, int nth, void * userda
     const auto & op = *(const razor_attn *) userdata;
 
     const float * parts = (const float *) dst->src[0]->data;
+    const float * sinks = op.sinks ? (const float *) dst->src[1]->data : nullptr;
 
     razor_attn_task task = {};
 
@@ -194,6 +201,7 @@ static void razor_attn_reduce(ggml_tensor * dst, int ith, int nth, void * userda
     for (int64_t i = ith; i < op.n_tokens*op.n_head; i += nth) {
         task.parts   = parts + i*op.n_chunks*op.partial_size();
         task.n_parts = op.head_chunks[i % op.n_head];
+        task.sinks   = sinks ? sinks + i % op.n_head : nullptr;
         task.out     = (float *) dst->data + i*op.d_v;
 
         op.kernel(task, nullptr);
@@ -248,6 +256,14 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
     }
 
     // 2. add the operation, and another one to combine partial results
+    if (sinks) {
+        GGML_ASSERT(sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(sinks) && ggml_nelements(sinks) == n_head);
+    }
+    if (sinks && n_chunks == 1) {
+        src_sinks = n_args;
+
+        args[n_args++] = sinks;
+    }
     if (n_chunks == 1) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, args, n_args, razor_attn_compute, GGML_N_TASKS_MAX, this);
     }
@@ -255,5 +271,7 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
     ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, partial_size(), n_chunks, n_head, n_tokens,
             args, n_args, razor_attn_compute, GGML_N_TASKS_MAX, this);
 
-    return ggml_custom_4d(ctx, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, &parts, 1, razor_attn_reduce, GGML_N_TASKS_MAX, this);
+    ggml_tensor * args_reduce[2] = { parts, sinks };
+
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, d_v*n_head, n_tokens, 1, 1, args_reduce, sinks ? 2 : 1, razor_attn_reduce, GGML_N_TASKS_MAX, this);
 }

@@ -40,7 +40,11 @@ struct razor_attn {
 
     float scale; // must be the first member: razor_local/verify/ reads it
 
+    float cap = 0.0f; // soft cap of the logits, 0: none; must follow scale
+
     razor_attn_kernel kernel = nullptr;
+
+    ggml_tensor * sinks = nullptr; // F32 [n_head], logits without a value
 
     // the rows of a token, not of a head, are contiguous; there is one group, which has all heads:
     //   k [d_k, n_head_kv, cells]
@@ -55,6 +59,8 @@ struct razor_attn {
 
     int64_t block_tokens = 0; // tokens and cells of a task
     int64_t chunk        = 0;
+
+    int src_sinks = 0;
 
     int64_t n_blocks = 0;
     int64_t n_chunks = 1;

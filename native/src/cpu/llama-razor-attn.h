@@ -38,6 +38,9 @@ struct razor_attn_task {
     int32_t d_v;
 
     float scale;
+    float cap;     // if not 0, the logits become cap*tanh(logit/cap) before the mask is added
+
+    const float * sinks; // if not nullptr, a logit without a value for each query head, added when the output is written
 
     // strides are in elements
     const float * q;

@@ -1,0 +1,323 @@
+#include "llama-memory-razor.h"
+
+#include "llama-razor-error.h"
+
+#include "llama-arch.h"
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+//
+// llama_memory_razor
+//
+
+llama_memory_razor::llama_memory_razor(llama_memory_i * memory, llama_kv_cache_razor * kv) :
+    memory(memory), kv(kv),
+    iswa  (dynamic_cast<llama_kv_cache_iswa *>(memory)),
+    hybrid(dynamic_cast<llama_memory_hybrid *>(memory)),
+    swa   (iswa   ? iswa->get_swa()        : nullptr),
+    recr  (hybrid ? hybrid->get_mem_recr() : nullptr) {
+    GGML_ASSERT(iswa ? iswa->get_base() == kv : hybrid && hybrid->get_mem_attn() == kv);
+}
+
+llama_memory_context_ptr llama_memory_razor::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /* embd_all */) {
+    llama_razor_error_set("");
+
+    const llama_pos pos_max = swa ? swa->seq_pos_max(0) : recr->seq_pos_max(0);
+
+    if (pos_max + 1 != (llama_pos) kv->n_tokens(0)) {
+        return llama_razor_refuse_batch("the parts of the cache hold different numbers of tokens, clear it before the next token is decoded");
+    }
+
+    std::vector<llama_ubatch> ubatches;
+
+    // a recurrent state needs ubatches of whole sequences
+    const char * why = kv->split_batch(balloc, n_ubatch, recr != nullptr, ubatches);
+    if (why) {
+        return llama_razor_refuse_batch(why);
+    }
+
+    auto sinfos = kv->prepare(ubatches);
+
+    if (sinfos.empty() || (recr && !recr->prepare(ubatches))) {
+        return llama_razor_refuse_batch("the context is full");
+    }
+
+    if (hybrid) {
+        return std::make_unique<llama_memory_hybrid_context>(hybrid, std::move(sinfos), std::move(ubatches));
+    }
+
+    auto sinfos_swa = swa->prepare(ubatches);
+    if (sinfos_swa.empty()) {
+        return llama_razor_refuse_batch("the context is full");
+    }
+
+    return std::make_unique<llama_kv_cache_iswa_context>(iswa, std::move(sinfos), std::move(sinfos_swa), std::move(ubatches));
+}
+
+bool llama_memory_razor::can_keep(uint32_t n) const {
+    if (recr) {
+        return recr->seq_pos_max(0) + 1 == (llama_pos) n;
+    }
+
+    if (swa->seq_pos_max(0) + 1 < (llama_pos) n) {
+        return false;
+    }
+
+    // the token at position n must not attend to tokens that are gone
+    const llama_pos pos_min = swa->seq_pos_min(0);
+
+    const auto & hparams = kv->get_model_hparams();
+
+    return pos_min <= 0 || llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, pos_min - 1, n);
+}
+
+bool llama_memory_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    const llama_pos n = kv->n_tokens(0);
+
+    if (seq_id > 0) {
+        return true; // there is no such sequence
+    }
+
+    p0 = std::max(p0, 0);
+
+    if (p0 == 0 && (p1 < 0 || p1 >= n)) {
+        clear(false);
+
+        return true;
+    }
+
+    if ((p1 >= 0 && p0 >= p1) || p0 == n) {
+        return true;
+    }
+
+    // ask all parts before the first one changes
+    if (!can_keep(p0) || !kv->seq_rm(seq_id, p0, p1)) {
+        return false;
+    }
+
+    if (swa) {
+        swa->seq_rm(0, p0, -1);
+    }
+
+    return true;
+}
+
+void llama_memory_razor::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    kv->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+}
+
+void llama_memory_razor::seq_keep(llama_seq_id seq_id) {
+    if (seq_id != 0) {
+        clear(false);
+    }
+}
+
+void llama_memory_razor::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    kv->seq_add(seq_id, p0, p1, shift);
+}
+
+void llama_memory_razor::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    kv->seq_div(seq_id, p0, p1, d);
+}
+
+void llama_memory_razor::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        kv->state_write(io, seq_id, flags);
+    }
+
+    if (swa) {
+        swa->state_write(io, seq_id, flags);
+    } else {
+        recr->state_write(io, seq_id, flags);
+    }
+}
+
+void llama_memory_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        try {
+            kv->state_read(io, seq_id, flags);
+        } catch (...) {
+            // either nothing has changed, or the cache is empty
+            if (kv->n_tokens(0) == 0) {
+                clear(true);
+            }
+            throw;
+        }
+    }
+
+    try {
+        if (swa) {
+            swa->state_read(io, seq_id, flags);
+        } else {
+            recr->state_read(io, seq_id, flags);
+        }
+    } catch (const std::exception & err) {
+        llama_razor_error_set(err.what());
+        io.discard();
+        clear(true);
+        throw;
+    }
+}
+
+void llama_memory_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
+    kv->abort_ubatch(seq_id, p0);
+
+    if (recr || (llama_pos) kv->n_tokens(0) != p0) {
+        LLAMA_LOG_WARN("%s: clearing the cache\n", __func__);
+
+        clear(false);
+
+        return;
+    }
+
+    swa->seq_rm(0, p0, -1);
+}
+
+uint32_t llama_memory_razor::n_rollback() const {
+    const uint32_t n     = kv->n_tokens(0);
+    const uint32_t n_max = kv->n_rollback(0);
+
+    uint32_t res = 0;
+    while (res < n_max && can_keep(n - res - 1)) {
+        ++res;
+    }
+
+    return res;
+}
+
+//
+// creation
+//
+
+// what llama_razor_new_kv_cache() creates, set while upstream creates the memory around it
+struct razor_new_memory {
+    const llama_cparams & cparams;
+
+    llama_razor_plan    plan;
+    razor_attn_kernel   attn;
+    razor_device_choice device;
+
+    llama_kv_cache_razor * kv = nullptr;
+};
+
+static thread_local razor_new_memory * razor_new = nullptr;
+
+bool llama_razor_in_new_memory() {
+    return razor_new != nullptr;
+}
+
+llama_kv_cache * llama_razor_new_kv_cache(
+        const llama_model & model,
+        const llama_hparams & hparams,
+        ggml_type type_k,
+        ggml_type type_v,
+        bool v_trans,
+        bool offload,
+        bool unified,
+        uint32_t kv_size,
+        uint32_t n_seq_max,
+        uint32_t n_pad,
+        uint32_t n_swa,
+        llama_swa_type swa_type,
+        llama_memory_t mem_other,
+        const llama_memory_i::layer_filter_cb & filter,
+        const llama_memory_i::layer_reuse_cb & reuse,
+        const llama_memory_i::layer_share_cb & share) {
+    if (!razor_new) {
+        return new llama_kv_cache(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad,
+                n_swa, swa_type, mem_other, filter, reuse, share);
+    }
+
+    const auto & plan = razor_new->plan;
+
+    // the plan has the heads of the layers that upstream would create a full cache for
+    for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        const bool planned = il < plan.n_layer() && plan.n_local(il) + plan.retrieval[il].size() > 0;
+        const bool wanted  = hparams.n_head_kv(il) > 0 && hparams.has_kv(il) && (!filter || filter(il));
+
+        if (planned != wanted) {
+            llama_razor_error_throw(format("%s: the layers with a KV cache are not those with full attention, switch razor off to use the full cache",
+                        llm_arch_name(model.arch)));
+        }
+    }
+
+    razor_new->kv = new llama_kv_cache_razor(model, razor_new->cparams, plan, type_k, type_v, razor_new->attn, razor_new->device, reuse);
+
+    return razor_new->kv;
+}
+
+llama_kv_cache_context * llama_razor_new_kv_context(llama_kv_cache * kv, llama_kv_cache::slot_info_vec_t sinfos, std::vector<llama_ubatch> ubatches) {
+    if (auto * kv_razor = dynamic_cast<llama_kv_cache_razor *>(kv)) {
+        return new llama_kv_cache_razor_context(kv_razor, std::move(sinfos), std::move(ubatches));
+    }
+
+    return new llama_kv_cache_context(kv, std::move(sinfos), std::move(ubatches));
+}
+
+llama_memory_i * llama_razor_new_memory(
+        const llama_model & model,
+        const llama_memory_params & params,
+        const llama_cparams & cparams,
+        llama_razor_plan plan,
+        razor_attn_kernel attn,
+        razor_device_choice device) {
+    razor_new_memory pending = { cparams, std::move(plan), attn, device };
+
+    struct scope {
+        scope(razor_new_memory * pending) { razor_new = pending; }
+        ~scope()                          { razor_new = nullptr; }
+    };
+
+    std::unique_ptr<llama_memory_i> memory;
+    {
+        scope in_scope(&pending);
+
+        memory.reset(model.create_memory(params, cparams));
+    }
+
+    if (!pending.kv) {
+        llama_razor_error_throw(format("%s: this kind of cache is not supported, switch razor off to use the full cache", llm_arch_name(model.arch)));
+    }
+
+    return new llama_memory_razor(memory.release(), pending.kv);
+}
+
+const llama_kv_cache_razor * llama_razor_get_cache(const llama_memory_i * memory) {
+    if (const auto * parts = dynamic_cast<const llama_memory_razor *>(memory)) {
+        return parts->get_kv();
+    }
+
+    return dynamic_cast<const llama_kv_cache_razor *>(memory);
+}
+
+const llama_kv_cache_razor_context * llama_razor_get_context(const llama_memory_context_i * mctx) {
+    if (const auto * iswa = dynamic_cast<const llama_kv_cache_iswa_context *>(mctx)) {
+        mctx = iswa->get_base();
+    } else if (const auto * hybrid = dynamic_cast<const llama_memory_hybrid_context *>(mctx)) {
+        mctx = hybrid->get_attn();
+    }
+
+    return dynamic_cast<const llama_kv_cache_razor_context *>(mctx);
+}
+
+bool llama_razor_abort(llama_memory_i * memory, llama_seq_id seq_id, llama_pos p0) {
+    if (auto * parts = dynamic_cast<llama_memory_razor *>(memory)) {
+        parts->abort_ubatch(seq_id, p0);
+
+        return true;
+    }
+
+    if (auto * kv = dynamic_cast<llama_kv_cache_razor *>(memory)) {
+        kv->abort_ubatch(seq_id, p0);
+
+        return true;
+    }
+
+    return false;
+}
