@@ -299,7 +299,7 @@ def make_plan(
     }
     saving = {window: n for window, n in cells.items() if n < n_ctx}
     if not saving:
-        active = replace(
+        return replace(
             full,
             why_inactive=f"RazorAttention saves nothing up to {min(cells.values()):,} tokens of"
             " context",
