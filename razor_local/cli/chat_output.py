@@ -10,11 +10,10 @@ import click
 
 from ..printable import printable
 from ..prompt.reasoning import Thought
-from .markdown_output import BlockRenderer
+from .markdown_output import BlockRenderer, Fence
 from .terminal import echo, is_dumb, say, width
 
 MIN_COLUMNS = 20  # narrower terminals break lines themselves
-FENCE = "```"
 
 
 class AnswerWriter:
@@ -31,6 +30,7 @@ class AnswerWriter:
         self._hide_thinking = hide_thinking
         self._is_thinking = False
         self._is_line_open = False
+        self._held = ""  # a carriage return, until it is known whether a line feed follows
         self._wrap = WordWrap() if sys.stdout.isatty() else None
         self._blocks = BlockRenderer() if self._wrap is not None and not is_dumb() else None
 
@@ -39,7 +39,8 @@ class AnswerWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._wrap is not None:
-            self._put("", self._wrap.rest(), self._is_thinking)
+            held = printable(self._held)
+            self._put(held, self._wrap.add(held) + self._wrap.rest(), self._is_thinking)
             if self._blocks is not None:
                 self._put_drawn(self._blocks.finish())
 
@@ -51,7 +52,9 @@ class AnswerWriter:
         elif self._wrap is None:
             click.echo(piece, nl=False, color=True)  # without it click takes escape sequences out
         else:
-            text = printable(piece)
+            piece = self._held + piece
+            self._held = "\r" if piece.endswith("\r") else ""
+            text = printable(piece.removesuffix("\r"))
             if was_thinking != self._is_thinking:
                 self._put("", self._wrap.rest(), was_thinking)
                 if was_thinking and self._is_line_open and not text.startswith("\n"):
@@ -92,8 +95,8 @@ class WordWrap:
         self._space = ""  # before the word
         self._word = ""
         self._is_long = False  # the word is longer than a line, its beginning was given out
-        self._line = ""  # the beginning of the line
-        self._is_code = False
+        self._line = ""
+        self._fence = Fence()
 
     def add(self, text: str) -> str:
         """Add some text; return what can be written."""
@@ -104,12 +107,11 @@ class WordWrap:
         for char in text:
             if char == "\n":
                 out.append(self.rest() + char)
-                self._is_code ^= self._line.startswith(FENCE)
+                self._fence.read(self._line)
                 self._column, self._line = 0, ""
                 continue
-            if len(self._line) < len(FENCE) and not (char == " " and not self._line):
-                self._line += char
-            if self._is_code:
+            self._line += char
+            if self._fence.is_open:
                 out.append(char)
             elif char in " \t":
                 out.append(self._take_word(columns))

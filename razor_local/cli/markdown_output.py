@@ -2,18 +2,23 @@
 
 A block is written as it comes in, and drawn again when it is complete: headings and emphasis in
 bold and italic, lists with bullets, tables with lines. Fenced code is left as it is, so that it can
-be copied, and so is every block that has no markup, or some that rich.markdown would leave out.
+be copied. So is a block without markup, and one of which rich.markdown would leave out a word.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import shutil
+from collections import Counter
 from typing import Any
 
 from .terminal import width
 
-FENCES = ("```", "~~~")
+# of a line that begins a block of code: the marks, and what stands behind them
+FENCE = re.compile(r" *(?P<marks>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)", re.DOTALL)
+# a word, or a character of a writing without spaces
+WORD = re.compile(r"[\u2e80-\U0003ffff]|[^\W_\u2e80-\U0003ffff]+")
 PLAIN = frozenset({"paragraph_open", "paragraph_close", "inline", "text", "softbreak", "hardbreak"})
 RENDERED = PLAIN | {
     "heading_open", "heading_close", "strong_open", "strong_close", "em_open", "em_close",
@@ -25,6 +30,30 @@ RENDERED = PLAIN | {
 }  # fmt: skip
 
 
+class Fence:
+    """Follows lines of Markdown into and out of fenced code."""
+
+    def __init__(self) -> None:
+        self._marks = ""
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._marks)
+
+    def read(self, line: str) -> bool:
+        """Read a line; return whether it begins or ends a block of code."""
+        match = FENCE.match(line)
+        if match is None:
+            return False
+        if not self._marks:
+            self._marks = match["marks"]
+            return True
+        ends = match["marks"].startswith(self._marks) and not match["info"].strip()
+        if ends:
+            self._marks = ""
+        return ends
+
+
 class BlockRenderer:
     """Follows what is written to a terminal, and replaces complete blocks by what they mean."""
 
@@ -32,7 +61,7 @@ class BlockRenderer:
         self._source = ""
         self._line = ""
         self._screen = Screen()
-        self._is_code = False
+        self._fence = Fence()
 
     def add(self, text: str, written: str) -> str:
         """Return what is to be written to the terminal after a piece of the answer.
@@ -46,12 +75,11 @@ class BlockRenderer:
         if not text.endswith("\n"):
             return ""
         line, self._line = self._line, ""
-        if line.lstrip(" ").startswith(FENCES):
-            self._is_code = not self._is_code
-            drawn = self._draw(line) if self._is_code else ""
+        if self._fence.read(line):
+            drawn = self._draw(line) if self._fence.is_open else ""
             self._begin_block()
             return drawn
-        if self._is_code:
+        if self._fence.is_open:
             self._begin_block()
             return ""
         if line.strip():
@@ -64,7 +92,7 @@ class BlockRenderer:
     def finish(self) -> str:
         """Return what is to be written after the last piece of the answer."""
         source, self._source = self._source + self._line, ""
-        if self._is_code or not source.strip():
+        if self._fence.is_open or not source.strip():
             return ""
         self._source = source.rstrip("\n") + "\n"
         drawn = self._draw("")
@@ -93,15 +121,15 @@ class Screen:
             if char == "\n":
                 self._row, self._column = self._row + 1, 0
                 continue
-            n = 8 - self._column % 8 if char == "\t" else width(char)
+            n = width(char)
             if self._column + n > self.columns:
                 self._row, self._column = self._row + 1, 0
             self._column += n
 
     def can_erase(self) -> bool:
         """Return True if all rows are still on the screen, and lines as long as they were."""
-        columns, _ = shutil.get_terminal_size()
-        return columns == self.columns and self._row < self._lines - 1
+        columns, lines = shutil.get_terminal_size()
+        return columns == self.columns and self._row < min(lines, self._lines) - 1
 
     def erase(self) -> str:
         """Return the escape sequences that erase what was written."""
@@ -110,6 +138,8 @@ class Screen:
 
 def render(source: str, columns: int) -> str | None:
     """Return a block of Markdown as text for a terminal, None if it is to be left as it is."""
+    if "\t" in source:  # terminals differ in where a tab ends
+        return None
     from markdown_it import MarkdownIt
     from rich.console import Console
     from rich.theme import Theme
@@ -126,7 +156,13 @@ def render(source: str, columns: int) -> str | None:
     lines = source.rstrip("\n").split("\n")
     console.print(_markdown("  \n".join(lines)))  # two spaces keep a line break
     rows = [row.rstrip(" ") for row in out.getvalue().strip("\n").split("\n")]
-    return "".join(f"{row}\n" for row in rows)
+    text = "".join(f"{row}\n" for row in rows)
+    return text if words(source) <= words(re.sub(r"\x1b\[[\d;]*m", "", text)) else None
+
+
+def words(text: str) -> Counter[str]:
+    """Return how often each word occurs in a text."""
+    return Counter(WORD.findall(text))
 
 
 def _markdown(source: str) -> Any:

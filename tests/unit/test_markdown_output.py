@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import shutil
 
 import pyte
@@ -156,8 +157,63 @@ def test_no_markdown_without_escape_sequences(write, monkeypatch):
     assert write(["**bold**"]) == "**bold**"
 
 
-def test_wide_characters_and_tabs_take_the_columns_that_terminals_give_them(write):
-    text = "漢字" * 15 + " **fett**\n\tx\ty **z**"
+def test_wide_characters_take_two_columns(write):
+    text = "漢字" * 15 + " **fett**\nx y **z**"
     shown = rows(write(pieces_of(text, 3)))
     assert "".join("".join(shown).split()) == "漢字" * 15 + "fettxyz"
     assert "**" not in "".join(shown)
+
+
+LOSSES = [
+    "| name | link |\n|--|--|\n| **a** | https://example.com/a/very/long/path/file.html |",
+    "|" + " a |" * 9 + "\n|" + "-|" * 9 + "\n|" + " **lengthy** |" * 9,
+    "| **a** | b |\n|-|-|\n| 1 | 2 | 3 lost |",
+    "**Sources**\n\n[1]: https://a.b/c\n# Notes",
+    '[link](https://a.b "title") **x**',
+    "> " * 25 + "**deep**",
+    "**b** &#x202e;abc",
+    "**b**\ttab",
+]
+
+
+@pytest.mark.parametrize("text", LOSSES)
+def test_no_word_is_lost(write, text):
+    shown = "".join("".join(screen_of(write([text + "\n"])).display).split())
+    assert [word for word in re.findall(r"\w+", text) if word not in shown] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "```python\nTitle\n~~~~~\nreturn __init__  # **x**\n```",
+        "````\n```\n**x**\n```\n````",
+        "~~~md\n```\n**x**\n```\n~~~",
+        "```\n``` not the end\n**x**\n```",
+    ],
+)
+def test_code_ends_with_marks_as_those_it_began_with(write, code):
+    assert write(pieces_of(code + "\n\n", 2)) == code + "\n\n"
+    assert rows(write(pieces_of(code + "\n\n**bold**", 2)))[-1] == "bold"
+
+
+def test_backquotes_within_a_line_begin_no_code(write):
+    assert rows(write(["```x``` is code\n\n**bold**"])) == ["x is code", "bold"]
+
+
+def test_carriage_returns_before_line_feeds_are_not_shown(write):
+    assert write(["one\r", "\ntwo\r\n", "three\r"]) == "one\ntwo\nthree\\r"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_markdown_keeps_its_words(write, seed):
+    rng = random.Random(seed)
+    marks = ["**", "*", "`", "# ", "- ", "1. ", "> ", "| ", "\n", "\n\n", "```\n", "~~", "[", "](",
+             ")", "<b>", "&amp;", "\\", "---\n", " ", " ", " ", "\n    "]  # fmt: skip
+    parts = []
+    for i in range(60):
+        parts += [rng.choice(marks), f"w{i} "]
+    text = "".join(parts)
+    screen = pyte.Screen(COLUMNS, 400)
+    pyte.Stream(screen).feed(write(pieces_of(text, seed)).replace("\n", "\r\n"))
+    shown = "".join("".join(screen.display).split())
+    assert [i for i in range(60) if f"w{i}" not in shown] == []
