@@ -42,7 +42,7 @@ from .profile import Profile, split_heads
 
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
-MIN_AUTO = 1024  # tokens: auto refuses a context that holds less
+MIN_AUTO = 1024  # tokens; "auto" refuses smaller contexts
 MAX_DRY_RUN = 2**22  # tokens: a dry run takes some 100 bytes for each
 CARDS = tuple(n * 2**30 for n in (8, 12, 16, 24, 32, 48))  # memory of common graphics cards
 
@@ -101,7 +101,7 @@ class Need:
         return min(rooms, default=math.inf)
 
     def fullest(self, limits: Mapping[str, int]) -> Place:
-        """The memory with the fewest bytes left. limits: see room(); it names one of the places."""
+        """Return the place with the fewest bytes left. limits: see room(); not empty."""
         places = [place for place in self.places if place.name in limits]
         return min(places, key=lambda place: limits[place.name] - place.total)
 
@@ -443,9 +443,13 @@ def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[in
 
 @dataclass(frozen=True)
 class AutoContext:
-    """The context that auto chooses, in tokens.
+    """The context that "auto" chooses.
 
-    n_max: what it would be with enough memory. free: bytes in the memory that limits it, place.
+    Attributes:
+        n_ctx: tokens of the context.
+        n_max: tokens that it would have with enough memory.
+        place: the memory with the least room to spare.
+        free: free bytes in that memory.
     """
 
     n_ctx: int
@@ -462,12 +466,12 @@ def auto_context(
     MARGIN stays free in RAM and in each device.
 
     Args:
-        n_max: tokens, not searched beyond (0: trained length).
-        model_options: of DryModel.
+        n_max: maximum tokens (0: trained length).
+        model_options: arguments of DryModel.
 
     Raises:
-        MemoryFullError: there is no room for MIN_AUTO tokens.
-        RazorError, OSError: as DryModel and DryModel.need.
+        MemoryFullError: fewer than MIN_AUTO tokens fit.
+        RazorError, OSError: what DryModel and DryModel.need raise.
     """
     with DryModel(path, **model_options) as model:
         n_max = model.padded(min(n_max or MAX_DRY_RUN, model.n_ctx_train or MAX_DRY_RUN))
@@ -492,9 +496,9 @@ def out_of_memory(
     """Return the error for a context that could not be allocated, with contexts that fit.
 
     Args:
-        what: a clause that says what failed.
+        what: a clause that names the failure.
         n_ctx: tokens of that context.
-        model_options: of DryModel.
+        model_options: arguments of DryModel.
     """
     try:
         with DryModel(path, **model_options) as model:
@@ -508,7 +512,7 @@ def out_of_memory(
                     other = "".join(f", or {other}" for other in others)
                     return MemoryFullError(f"{what}; {spare}{first} fits{other}")
             return MemoryFullError(no_room(model, limits, options))
-    except (RazorError, OSError, MemoryError):  # it takes memory to plan, too
+    except (RazorError, OSError, MemoryError):  # planning needs memory, too
         smaller = written(type_k="q8_0", type_v="q8_0")
         return MemoryFullError(f"{what}; use a smaller {option('n_ctx')}, or {smaller}")
 
@@ -516,12 +520,16 @@ def out_of_memory(
 def _fitting(
     model: DryModel, limits: Mapping[str, int], options: ContextOptions, n_ctx: int
 ) -> list[str]:
-    """The largest context that fits, and a larger one with smaller KV types, as arguments."""
+    """Return the largest context that fits, and a larger one with smaller types, as arguments."""
     smaller = "q4_0" if "q8_0" in (options.type_k, options.type_v) else "q8_0"
     found: list[str] = []
     n_found = 0
     for type_k, type_v, n_max in (
-        (options.type_k, options.type_v, n_ctx - N_CTX_PAD),  # n_ctx has failed, whatever is free
+        (
+            options.type_k,
+            options.type_v,
+            n_ctx - N_CTX_PAD,
+        ),  # n_ctx has failed, even if it seems to fit
         (smaller, smaller, n_ctx),
     ):
         if n_max < N_CTX_PAD:
@@ -540,7 +548,7 @@ def _fitting(
 def no_room(
     model: DryModel, limits: Mapping[str, int], options: ContextOptions, n_ctx: int = N_CTX_PAD
 ) -> str:
-    """Return a sentence that says why not even a context of n_ctx tokens fits."""
+    """Return a sentence that explains why not even a context of n_ctx tokens fits."""
     need = model.need(n_ctx, options)
     full = need.fullest(limits)
     memory = "memory" if need.places == (full,) else full.name

@@ -54,35 +54,38 @@ _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 class Llama(PlainMessages, llama_cpp.Llama):
     """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
 
-    razor: True, use the profile in the model file, and llama.cpp's own cache where it has none;
-        "auto", use the first profile of the file, of NAME.razor.gguf beside it, of the profile
-        cache and of the package, or measure one if that takes less than two minutes (a model that
-        takes longer runs with llama.cpp's own cache, and memory().why says so); a path, the
-        profile of that sidecar; a Profile; False, llama.cpp's own cache.
-    budget: the share of KV heads that keep every token, instead of the profile's; they are chosen
+    razor: True uses the profile in the model file, or llama.cpp's own cache if it has none. "auto"
+        uses the first profile of the file, of NAME.razor.gguf beside it, of the profile cache and
+        of the package, or measures one if that takes less than two minutes; if it takes longer,
+        llama.cpp's own cache runs, and memory().why is the reason. A path uses the profile of that
+        sidecar, and a Profile is used as it is. False uses llama.cpp's own cache.
+    budget: the share of KV heads that keep every token, instead of the profile's. They are chosen
         by the scores in the profile. retrieval is an alias.
-    window, sink_tokens (tokens), compensation: instead of the profile's.
+    window, sink_tokens (tokens), compensation: replace the profile's values.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
-    progress: called while the model loads with the part done (0 to 1), and with razor="auto"
-        before that while the heads are measured (0 to 1 for each step); False stops either. This
-        is llama.cpp's own form; progress= elsewhere is a common.progress.Progress.
-    wait: a request that comes while another is not over: True, waits for it; False, is refused.
+    progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
+        before that while the heads are measured (0 to 1 for each step). Returning False stops
+        either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
+    wait: whether a request waits for a running one (True) or is refused (False).
 
-    n_ctx: tokens, rounded up to a multiple of 256; 0, as trained; "auto", the largest up to the
-        trained length for the memory that is free now, of which fit.MARGIN stays free (adapters
-        are not counted).
+    n_ctx: tokens, rounded up to a multiple of 256. 0 is the trained length. "auto" is the largest
+        context up to the trained length that leaves fit.MARGIN of the memory free (adapters are
+        not counted).
 
-    Other defaults than the base class: flash_attn=True, n_gpu_layers=-1 (all), n_threads and
+    These defaults differ from the base class: flash_attn=True, n_gpu_layers=-1 (all), n_threads and
     n_threads_batch (physical cores), verbose=False.
 
-    One request at a time: a call, or a generator (a stream of chunks too) from its first value
-    until it is exhausted or closed. Another request meanwhile, from any thread, a callback or a
-    signal handler, raises RazorError or waits. So does a request after close(), and in a process
-    that was forked after the first computation.
+    It serves one request at a time: a call, or a generator (also a stream of chunks) from its first
+    value until it is exhausted or closed. Meanwhile another request, from any thread, a callback or
+    a signal handler, raises RazorError or waits. A request after close(), or in a process that was
+    forked after the first computation, raises RazorError.
 
-    Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
-    refuses), MemoryFullError (with contexts that fit), RazorError (loading failed; with the native
-    library's reason), OSError.
+    Raises:
+        GGUFError, ProfileError: a file is damaged.
+        UnsupportedError: razor refuses the model or the options.
+        MemoryFullError: the memory is too small; the message names contexts that fit.
+        RazorError: loading failed, with the native library's reason.
+        OSError: a file cannot be read.
     """
 
     # what the request that owns a Llama calls, where all others call the method of that name
@@ -193,7 +196,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
                     raise
         if self._loading is not None:
             self._loading.check()
-        if isinstance(refusal, MemoryFullError):  # now that the model itself is freed
+        if isinstance(refusal, MemoryFullError):  # after the memory of the model was freed
             given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
             raise out_of_memory(str(refusal), self._file, cache.n_ctx, cache.profile, given)
         if refusal is not None:

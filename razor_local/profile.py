@@ -19,7 +19,7 @@ from .gguf.header import BOOL, F32, STRING, U8, U32, Header, read_header
 from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
 
 VERSION = 1
-VERSION_SCOPES = 2  # of method "rope" with a scope for each head
+VERSION_SCOPES = 2  # method "rope" with a scope for each head
 METHODS = ("rope", "alibi")  # profiles of the second can be made and looked at, not run
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW_MIN = 4000
@@ -52,13 +52,17 @@ KEY_FINGERPRINT = "razor.model.fingerprint"  # in sidecars only
 class Profile:
     """The heads of a model and the hyper-parameters that go with them. Checked on creation.
 
-    retrieval: one uint8 array [n_head_kv] of 0/1 per layer, 1 = retrieval head.
-    scope: one uint32 array [n_head_kv] per layer: tokens that the head keeps, the newest included;
-    0, the whole context, for the retrieval heads and no others. None: all local heads have the same
-    window. Method "alibi" requires scopes.
-    echo_score, induction_score: f32 [sum of n_head], layer-major, or None.
-    sink_tokens, window_min: tokens; window_divisor: 0 lets window_min alone decide.
-    Raises ProfileError.
+    Attributes:
+        retrieval: one uint8 array [n_head_kv] of 0/1 per layer, 1 = retrieval head.
+        scope: one uint32 array [n_head_kv] per layer: tokens that the head keeps, including the
+            newest; 0 (the whole context) exactly for retrieval heads. With None, all local heads
+            have the same window. The method "alibi" requires scopes.
+        echo_score, induction_score: f32 [sum of n_head], layer-major, or None.
+        sink_tokens, window_min: tokens.
+        window_divisor: 0 if only window_min counts.
+
+    Raises:
+        ProfileError: a field is not valid.
     """
 
     retrieval: tuple[np.ndarray, ...]
@@ -131,7 +135,7 @@ class Profile:
 
     @property
     def version(self) -> int:
-        """razor.version of a file with this profile."""
+        """The razor.version of a file with this profile."""
         return VERSION_SCOPES if self.method == "rope" and self.scope is not None else VERSION
 
     def flat(self) -> np.ndarray:
@@ -141,9 +145,9 @@ class Profile:
     def with_options(
         self, window: int | None, sink_tokens: int | None, compensation: bool | None
     ) -> Profile:
-        """A copy with the options that are not None.
+        """Return a copy with the options that are not None.
 
-        A window applies to every context size, and to all local heads instead of their scopes.
+        A window applies to every context size, and replaces the scopes of all local heads.
         """
         changes: dict[str, Any] = {}
         if window is not None:
@@ -203,7 +207,7 @@ def facts_line(profile: Profile) -> str | None:
 
 
 def scopes_text(profile: Profile) -> str:
-    """The scopes of the local heads, for people: "scopes of 64 to 1,024 tokens"."""
+    """Return the scopes of the local heads as text: "scopes of 64 to 1,024 tokens"."""
     assert profile.scope is not None
     scopes = [scope for layer in profile.scope for scope in layer.tolist() if scope]
     low, high = min(scopes, default=0), max(scopes, default=0)

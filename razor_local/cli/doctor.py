@@ -88,7 +88,7 @@ def unused_gpu(build_options: str) -> str | None:
     """Return a sentence about a GPU that this build cannot use; None if there is none.
 
     Args:
-        build_options: of native.Build, such as "cpu,cuda,native".
+        build_options: the options of native.Build, such as "cpu,cuda,native".
     """
     built = build_options.split(",")
     for name, backend in find_gpus():

@@ -210,7 +210,7 @@ def _print_heads(
 ) -> None:
     from ..converters.head_map import ASCII_SHADES, SHADES, comparison_lines, map_lines
 
-    assert found is not None  # there is a profile to look at
+    assert found is not None  # the caller has checked that there is a profile
     console, profile = table_console(), found.profile
     _print_profile(console, shape, found)
     if heads:

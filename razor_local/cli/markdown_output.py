@@ -1,8 +1,8 @@
-"""Renders Markdown in an answer, block by block, on a terminal that can move its cursor.
+"""Render the Markdown of an answer, block by block, on a terminal that can move its cursor.
 
-A block is written as it comes in, and drawn again when it is complete: headings and emphasis in
-bold and italic, lists with bullets, tables with lines. Fenced code is left as it is, so that it can
-be copied, and so is every block that has no markup, or some that rich.markdown would leave out.
+A block is written as it is generated, and drawn again when it is complete: headings and emphasis in
+bold and italic, lists with bullets, tables with lines. Fenced code stays as it is, so that it can
+be copied. So does every block that has no markup, or markup that rich.markdown would drop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RENDERED = PLAIN | {
 
 
 class BlockRenderer:
-    """Follows what is written to a terminal, and replaces complete blocks by what they mean."""
+    """Track the output to a terminal, and replace complete blocks by their rendered form."""
 
     def __init__(self) -> None:
         self._source = ""
@@ -35,11 +35,11 @@ class BlockRenderer:
         self._is_code = False
 
     def add(self, text: str, written: str) -> str:
-        """Return what is to be written to the terminal after a piece of the answer.
+        """Return the text to write to the terminal after a piece of the answer.
 
         Args:
-            text: a piece of the answer, in which a line break may be the last character alone
-            written: what was written to the terminal for it, broken into lines
+            text: a piece of the answer; only its last character may be a line break
+            written: the output to the terminal for this piece, broken into lines
         """
         self._line += text
         self._screen.write(written)
@@ -62,7 +62,7 @@ class BlockRenderer:
         return drawn
 
     def finish(self) -> str:
-        """Return what is to be written after the last piece of the answer."""
+        """Return the text to write after the last piece of the answer."""
         source, self._source = self._source + self._line, ""
         if self._is_code or not source.strip():
             return ""
@@ -74,7 +74,7 @@ class BlockRenderer:
         self._source, self._screen = "", Screen()
 
     def _draw(self, after: str) -> str:
-        """Return what erases the block and writes it anew, then what stands after it."""
+        """Return the text that erases the block and writes it rendered, followed by `after`."""
         if not self._source.strip() or not self._screen.can_erase():
             return ""
         text = render(self._source, self._screen.columns)
@@ -82,7 +82,7 @@ class BlockRenderer:
 
 
 class Screen:
-    """The rows and columns that some text takes on a terminal."""
+    """The rows and columns that a text takes on a terminal."""
 
     def __init__(self) -> None:
         self.columns, self._lines = shutil.get_terminal_size()
@@ -99,17 +99,17 @@ class Screen:
             self._column += n
 
     def can_erase(self) -> bool:
-        """Return True if all rows are still on the screen, and lines as long as they were."""
+        """Return True if all rows are still on the screen and its width has not changed."""
         columns, _ = shutil.get_terminal_size()
         return columns == self.columns and self._row < self._lines - 1
 
     def erase(self) -> str:
-        """Return the escape sequences that erase what was written."""
+        """Return the escape sequences that erase the text."""
         return "\r" + (f"\x1b[{self._row}A" if self._row else "") + "\x1b[J"
 
 
 def render(source: str, columns: int) -> str | None:
-    """Return a block of Markdown as text for a terminal, None if it is to be left as it is."""
+    """Render a block of Markdown as text for a terminal. Return None if it should stay as it is."""
     from markdown_it import MarkdownIt
     from rich.console import Console
     from rich.theme import Theme
@@ -133,7 +133,7 @@ def _markdown(source: str) -> Any:
     from rich.markdown import Heading, Markdown
 
     class LeftHeading(Heading):
-        """A heading at the left; rich's own is centered or in a box."""
+        """A left-aligned heading; rich's own is centered or boxed."""
 
         def __rich_console__(self, console: Any, options: Any) -> Any:
             self.text.justify = "left"

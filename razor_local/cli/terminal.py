@@ -72,7 +72,7 @@ def sentence(error: RazorError | OSError) -> str:
 
 
 def width(char: str) -> int:
-    """Columns that a character takes."""
+    """Return the number of columns that a character takes."""
     if char.isascii():
         return 1
     from prompt_toolkit.utils import get_cwidth
