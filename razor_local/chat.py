@@ -74,13 +74,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Turn:
-    """Numbers of the last turn. Counts in tokens.
+    """The numbers of the last turn. Counts are in tokens.
 
-    n_prompt: the whole conversation before the answer, n_reused of it were in the cache already.
-    ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
-    "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an exception; with
-    n_answer 0 the message was taken back).
-    n_dropped: messages that were dropped with their answers, so that the prompt fits.
+    Attributes:
+        n_prompt: the whole conversation before the answer.
+        n_reused: the part of the prompt that was already in the cache.
+        ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
+            "loop" (it repeated the same tokens over and over) or "stopped" (by stop() or an
+            exception; if n_answer is 0, the message was taken back).
+        n_dropped: messages that were dropped with their answers to make the prompt fit.
     """
 
     n_prompt: int
@@ -234,12 +236,12 @@ class Chat:
         return first["content"] if first and first["role"] == "system" else None
 
     def set_system(self, text: str | None) -> None:
-        """Replaces the system prompt (None: none) and keeps the rest of the conversation."""
+        """Replace the system prompt (None removes it) and keep the rest of the conversation."""
         rest = [m for m in self.messages if m["role"] != "system"]
         self.messages = ([{"role": "system", "content": text}] if text else []) + rest
 
     def clear(self) -> None:
-        """Forgets the conversation, keeps the system prompt."""
+        """Forget the conversation and keep the system prompt."""
         self.messages = self._system_messages()
         self._known = None
 
@@ -317,8 +319,8 @@ class Chat:
     ) -> Iterator[str]:
         """Stream another answer to the last message, drawn with another seed.
 
-        It replaces the present answer with its first token; a turn that is stopped before changes
-        nothing. Raises as say(), and RazorError where there is no message.
+        Its first token replaces the current answer; a turn that is stopped earlier changes nothing.
+        Raises what say() raises, and RazorError if there is no message.
         """
         return self.edit(self.last_message or "", progress, stop)
 
@@ -327,7 +329,7 @@ class Chat:
     ) -> Iterator[str]:
         """Stream the answer to text, which replaces the last message and its answer.
 
-        They are replaced with the first token of the new answer. Raises as regenerate().
+        They are replaced at the first token of the new answer. Raises what regenerate() raises.
         """
         if self.last_message is None:
             raise RazorError("there is no message yet that could be answered again; send one")

@@ -93,9 +93,9 @@ class Need:
         return sum(place.total for place in self.places)
 
     def room(self, limits: Mapping[str, int]) -> float:
-        """Bytes left in the fullest memory, negative if it does not fit.
+        """Return the bytes left in the fullest memory, negative if the context does not fit.
 
-        limits: bytes by name of the place; a place that is not there has no limit (inf).
+        limits: bytes by name of the place; a place that is missing has no limit (inf).
         """
         rooms = [limits[place.name] - place.total for place in self.places if place.name in limits]
         return min(rooms, default=math.inf)
@@ -215,9 +215,9 @@ class DryModel:
         self.close()
 
     def need(self, n_ctx: int, options: ContextOptions | None = None) -> Need:
-        """What a context of n_ctx tokens takes (0: as trained; rounded up to 256).
+        """Return the memory of a context of n_ctx tokens (0: trained length; rounded up to 256).
 
-        Raises UnsupportedError where razor or llama.cpp refuses model or options, RazorError.
+        Raises UnsupportedError if razor or llama.cpp refuses the model or the options, RazorError.
         """
         options = options or ContextOptions()
         n_ctx = self.padded(n_ctx)
@@ -232,10 +232,13 @@ class DryModel:
         options: ContextOptions | None = None,
         n_max: int = 0,
     ) -> Need | None:
-        """The largest context that fits, a multiple of 256; None if not even 256 tokens do.
+        """Return the largest context that fits, a multiple of 256; None if not even 256 tokens fit.
 
-        limits: see Need.room. n_max: tokens, not searched beyond (0: as trained, where the model
-        says that, else MAX_DRY_RUN). Raises as need().
+        Raises what need() raises.
+
+        Args:
+            limits: see Need.room().
+            n_max: maximum tokens (0: the trained length, or MAX_DRY_RUN if that is unknown).
         """
         options = options or ContextOptions()
         n_max = self.padded(min(n_max or self.n_ctx_train or MAX_DRY_RUN, MAX_DRY_RUN))
@@ -280,7 +283,7 @@ class DryModel:
         return any(b"Flash Attention enabled" in line for line in lines)
 
     def padded(self, n_ctx: int) -> int:
-        """n_ctx as need() rounds it. Raises UnsupportedError."""
+        """Return n_ctx rounded as need() does. Raises UnsupportedError."""
         n_ctx = n_ctx or self.n_ctx_train
         if not 0 < n_ctx <= MAX_DRY_RUN:
             raise UnsupportedError(
@@ -289,14 +292,14 @@ class DryModel:
         return -(-n_ctx // N_CTX_PAD) * N_CTX_PAD
 
     def devices(self) -> tuple[str, ...]:
-        """Devices that hold anything of the model or its contexts."""
+        """Return the devices that hold a part of the model or its contexts."""
         places = self.need(N_CTX_PAD).places
         return tuple(place.name for place in places if place.name != RAM)
 
     def available(self) -> dict[str, int]:
-        """Bytes free now in RAM and in each device, as limits for largest().
+        """Return the free bytes of RAM and of each device, as limits for largest().
 
-        A device that does not tell is left out.
+        A device that does not report its memory is left out.
         """
         free = {RAM: available_memory.available_ram()}
         for name in self.devices():
@@ -375,10 +378,15 @@ def make_candidates(
     base: ContextOptions | None = None,
     n_ctx: int = N_CTX_PAD,
 ) -> list[Candidate]:
-    """Plans of a model side by side: a full cache and razor, each with every pair of K and V types.
+    """Make candidates of a full cache and of razor, with each pair of K and V types.
 
-    profile: what razor is planned with; None leaves razor out. base: all other options. n_ctx: the
-    context that has to be possible. Raises UnsupportedError for an n_ctx out of range.
+    Args:
+        profile: the profile for razor; None leaves razor out.
+        base: all other options.
+        n_ctx: a context size that must be possible.
+
+    Raises:
+        UnsupportedError: n_ctx is out of range.
     """
     n_ctx = model.padded(n_ctx)
     found = []
@@ -397,11 +405,15 @@ def make_candidates(
 
 
 def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[int] = ()) -> int:
-    """Largest multiple of 256 up to n_max at which room is not negative; 0 if it is so at 256.
+    """Return the largest multiple of 256 up to n_max with room for it, 0 if there is none.
 
-    room(n): bytes left with n tokens. Where it falls with n the result is the largest there is; in
-    any case room(result) >= 0, and room(result + 256) < 0 unless that is beyond n_max.
-    tried: sizes for which room() costs nothing. n_max: a multiple of 256.
+    If room() falls with n, this is the largest such multiple. In any case room(result) >= 0, and
+    room(result + 256) < 0 unless that is beyond n_max.
+
+    Args:
+        room: returns the bytes left with n tokens.
+        n_max: a multiple of 256.
+        tried: sizes for which room() costs nothing.
     """
     rooms: dict[int, float] = {}
 
@@ -563,11 +575,11 @@ def no_room(
 
 
 def paper_profile(shape: ModelShape) -> Profile:
-    """A profile with the paper's shares, to plan for a model that has none yet.
+    """Make a profile with the paper's shares, to plan for a model that has none yet.
 
-    14 % of the KV heads by induction and 1 % by echo score, rounded up, here spread evenly over the
-    layers. They only estimate the memory of a model without a profile: convert may choose more
-    heads or fewer. How many there are decides the bytes, not which.
+    It has 14 % of the KV heads by induction and 1 % by echo score, rounded up, and here spread
+    evenly over the layers. This only estimates the memory: convert may choose more or fewer heads.
+    The bytes depend on the number of heads, not on which ones they are.
     """
     from .scores import ECHO, INDUCTION
 
@@ -579,7 +591,7 @@ def paper_profile(shape: ModelShape) -> Profile:
 
 
 def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:
-    """RAM first, then the devices by name."""
+    """Return the memory by place: RAM first, then the devices by name."""
     found = {RAM: Place(RAM, 0, 0, 0)}
     for m in sorted(memory, key=lambda m: m.device):
         name = RAM if m.is_host else m.device.decode("utf-8", "replace")

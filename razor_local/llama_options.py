@@ -43,11 +43,13 @@ class CacheChoice:
     """The cache that a context will have.
 
     Attributes:
-        profile: options applied; None for a model without one, and with razor=False.
-        plan: None for a model whose cache a plan does not describe.
-        why: the reason where razor is not active.
-        own_attention: with llama.cpp's own cache, too, our attention runs where it can.
-        n_ctx: tokens; 0: as trained.
+        profile: the profile with the options applied; None for a model without one, and with
+            razor=False.
+        plan: the plan; None for a model whose cache no plan describes.
+        why: the reason if razor is not active.
+        own_attention: whether razor_local's attention also runs with llama.cpp's own cache, if
+            possible.
+        n_ctx: tokens; 0 is the trained length.
     """
 
     profile: Profile | None
@@ -58,7 +60,7 @@ class CacheChoice:
 
 
 def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) -> None:
-    """Refuse what the base class would swallow, or hand on to crash the native library."""
+    """Refuse arguments that the base class would ignore, or that would crash the library."""
     try:
         model_path.encode()
     except UnicodeEncodeError:

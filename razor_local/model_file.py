@@ -76,7 +76,7 @@ class ModelFile(os.PathLike[str]):
 
     @cached_property
     def profile(self) -> Profile | None:
-        """The profile in the file, None where it has no razor keys. Raises as shape does."""
+        """The profile in the file, None without razor keys. Raises what shape raises."""
         return profile_from_header(self.header, self.shape)
 
     def find_profile(
@@ -143,7 +143,7 @@ class ModelFile(os.PathLike[str]):
         return profile
 
     def no_profile(self) -> ProfileError:
-        """Return the error where a profile is needed and there is none: how to come by one."""
+        """Return the error for a missing profile, which explains how to get one."""
         why = why_not_converted(self.header, self.shape)
         make = "make one with 'razor-local convert MODEL.gguf', or"
         if why is not None:

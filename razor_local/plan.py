@@ -46,7 +46,7 @@ KV_TYPES = {
 
 
 def row_size(kv_type: str, head_dim: int) -> int:
-    """Bytes of one row (one token of one KV head) of head_dim elements.
+    """Return the bytes of one row (one token of one KV head) of head_dim elements.
 
     Raises UnsupportedError for an unknown type, and where the blocks of a quantized type do not
     divide head_dim.
@@ -186,7 +186,7 @@ class Plan:
         return self.kv_bytes / full if full else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything above as plain numbers, strings, lists and dicts (for JSON)."""
+        """Return all fields as plain numbers, strings, lists and dicts, for JSON."""
         return {
             "n_ctx": self.n_ctx,
             "active": self.active,
@@ -240,7 +240,7 @@ def make_plan(
     n_ubatch: int = 512,
     swa_full: bool | None = None,
 ) -> Plan:
-    """The plan of a context of n_ctx tokens (0: the model's trained length; rounded up to 256).
+    """Make the plan of a context of n_ctx tokens (0: the trained length; rounded up to 256).
 
     profile None: llama.cpp's own full cache. window, sink_tokens and compensation override the
     profile. n_ubatch: tokens, which layers with a sliding window keep in addition to it. swa_full:
@@ -379,7 +379,7 @@ def merge_windows(windows: Iterable[int]) -> dict[int, int]:
 
 
 def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:
-    """n_ctx as llama.cpp rounds it; 0 means the model's trained length."""
+    """Return n_ctx rounded as llama.cpp does; 0 means the model's trained length."""
     if n_ctx == 0:
         n_ctx = shape.n_ctx_train
     if not 0 < n_ctx <= MAX_N_CTX:
@@ -388,7 +388,7 @@ def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:
 
 
 def fold_block(window: int) -> int:
-    """B: the largest power of two <= max(window/4, 1), clamped to 64..512."""
+    """Return B: the largest power of two <= max(window/4, 1), clamped to 64..512."""
     quarter = max(window // 4, 1)
     return min(max(1 << (quarter.bit_length() - 1), 64), 512)
 

@@ -60,7 +60,7 @@ of a command.
 
 
 class _Group(Group):
-    """Knows its commands without importing them, and turns our errors into one line."""
+    """The group of all commands, which are imported on use. It prints errors as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

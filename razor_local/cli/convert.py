@@ -380,7 +380,7 @@ def _check_scope_options(
 
 
 def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None:
-    """Refuses options that mean nothing for the model."""
+    """Refuse options that do not apply to the model."""
     if not alibi:
         if epsilon is not None:
             raise click.UsageError(
@@ -406,9 +406,11 @@ def _profile_from_weights(model: ModelFile, epsilon: float | None) -> Profile:
 
 
 class _Measured:
-    """Scores that took long to measure, and whether they are in a file.
+    """Measured scores, and whether they are saved.
 
-    failed: they could not be saved where the user asked for it.
+    Attributes:
+        saved: whether a file holds them.
+        failed: whether they could not be written to the requested file.
     """
 
     scores: Scores | None = None
@@ -416,7 +418,7 @@ class _Measured:
     failed = False
 
     def save(self, path: Path, replace: bool) -> None:
-        """Save the scores; where that fails, elsewhere, because the conversion can go on."""
+        """Save the scores. If that fails, save them elsewhere, and the conversion continues."""
         from ..errors import RazorError
         from ..scores import save_scores
 
@@ -431,7 +433,7 @@ class _Measured:
 
     @contextmanager
     def kept_if_it_fails(self) -> Iterator[None]:
-        """Within the block an error leaves a file of the scores, if there is none yet."""
+        """Save the scores if the block raises an error and no file holds them yet."""
         from ..errors import RazorError
 
         try:

@@ -288,7 +288,7 @@ def model_file(model: Path | ModelName) -> Path:
 
 
 def download_model(model: ModelName) -> Path:
-    """Download a model and show how far that is."""
+    """Download a model with a progress bar."""
     from ..models import download
     from ..models.hub import unfinished
 
