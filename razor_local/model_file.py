@@ -152,15 +152,18 @@ class ModelFile(os.PathLike[str]):
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Return the ModelFile of a path. One that is a ModelFile already is not read again."""
+    """Return the ModelFile of a path. A path that already is a ModelFile is not read again."""
     return path if isinstance(path, ModelFile) else ModelFile(path)
 
 
 def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """Shape of a model file. Raises GGUFError or ProfileError (one sentence), or OSError."""
+    """Return the shape of a model file. Raises GGUFError, ProfileError, OSError."""
     return open_model(path).shape
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile | None:
-    """Profile in a model file, None where it has no razor keys. Raises as profile_from_header."""
+    """Return the profile in a model file, None without razor keys.
+
+    Raises what profile_from_header() raises.
+    """
     return open_model(path).profile

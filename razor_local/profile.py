@@ -139,7 +139,7 @@ class Profile:
         return VERSION_SCOPES if self.method == "rope" and self.scope is not None else VERSION
 
     def flat(self) -> np.ndarray:
-        """All heads, layer-major: uint8 [sum of n_head_kv], as the native library takes them."""
+        """Return all heads for the native library: uint8 [sum of n_head_kv], layer-major."""
         return np.concatenate([np.zeros(0, np.uint8), *self.retrieval])
 
     def with_options(
@@ -165,7 +165,7 @@ class Profile:
         return replace(self, **changes) if changes else self
 
     def check_shape(self, shape: ModelShape) -> None:
-        """Raises ProfileError unless the profile has exactly the model's layers and KV heads."""
+        """Raise ProfileError unless the profile has exactly the model's layers and KV heads."""
         found = tuple(len(layer) for layer in self.retrieval)
         if found != shape.n_head_kv:
             raise ProfileError(
@@ -181,7 +181,7 @@ class Profile:
 
 
 def facts_line(profile: Profile) -> str | None:
-    """The outcome of the facts that `convert` planted, None where it planted none.
+    """Return the outcome of the planted facts, None if `convert` planted none.
 
     For example "planted facts: 16 of 20 found, 17 with the full cache (context 1,280, window 341,
     49% of the full cache's bytes)".
@@ -215,15 +215,15 @@ def scopes_text(profile: Profile) -> str:
 
 
 def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
-    """Profile in a sidecar of the model with this shape.
+    """Return the profile in a sidecar of the model with this shape.
 
-    Raises ProfileError where the file is no sidecar, or one of another model.
+    Raises ProfileError if the file is not a sidecar, or belongs to another model.
     """
     return sidecar_from_header(read_header(path), shape)
 
 
 def sidecar_from_header(header: Header, shape: ModelShape) -> Profile:
-    """The same, of a header that was read already."""
+    """Return the profile in a sidecar whose header was already read."""
     path = header.path
     fingerprint = header.string(KEY_FINGERPRINT)
     if fingerprint is None:
@@ -245,7 +245,7 @@ def sidecar_from_header(header: Header, shape: ModelShape) -> Profile:
 
 
 def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
-    """Profile in a header, None without razor keys. Raises ProfileError or GGUFError."""
+    """Return the profile in a header, None without razor keys. Raises ProfileError, GGUFError."""
     entries = {k: e for k, e in header.entries.items() if k.startswith(KEY_PREFIX)}
     if not entries:
         return None
@@ -311,7 +311,7 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
 
 
 def split_heads(flat: np.ndarray, n_head_kv: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Layer-major [sum of n_head_kv] into one array [n_head_kv] per layer."""
+    """Split layer-major [sum of n_head_kv] into one array [n_head_kv] per layer."""
     return tuple(np.split(flat, np.cumsum(n_head_kv)[:-1]))
 
 

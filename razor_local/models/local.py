@@ -50,7 +50,7 @@ def find(model: ModelName) -> Path | None:
 
 
 def list_models() -> list[LocalModel]:
-    """All models on this machine, the built-in one first."""
+    """Return all models on this machine, the built-in one first."""
     found = [_describe("", [DEFAULT_MODEL], "")]
     names = {(entry.repo, entry.file): entry for entry in catalog.entries().values()}
     seen = set()
@@ -73,7 +73,7 @@ def list_models() -> list[LocalModel]:
 
 
 def unfinished() -> Iterator[tuple[HubName, int]]:
-    """Repositories with interrupted downloads, and the bytes that are kept of them."""
+    """Yield the repositories with interrupted downloads, and the bytes that are stored of them."""
     for repo in hub.cached_repos():
         parts = hub.unfinished(repo)
         if parts:
@@ -127,7 +127,7 @@ def _describe(name: str, parts: list[Path], license_name: str) -> LocalModel:
 
 
 def _hub_name(repo: str, path: str, paths: list[str]) -> str:
-    """The name of a file that means it and no other of its repository; "" if none does."""
+    """Return a name that means only this file of its repository, "" if there is none."""
     for quant in (quant_of(path), Path(path).stem, ""):
         if choose(paths, quant)[:1] == [path]:
             return str(HubName(repo, quant))
