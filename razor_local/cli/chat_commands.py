@@ -392,7 +392,7 @@ COMMANDS = {
     "save": Command("/save [NAME]", "save the conversation and its cache", _save, _session_names),
     "load": Command(
         "/load NAME",
-        "continue a saved conversation (--messages: without its cache)",
+        "continue a saved conversation (--messages: no cache)",
         _load,
         _session_names,
     ),
