@@ -49,8 +49,8 @@ DEFAULT_TOKENS = 2500
 DEFAULT_REPEATS = 4
 DEFAULT_MAX_MEMORY = 3 << 30
 MAX_UBATCH = 512  # more is not faster
-# tokens that measure_pace() reads: the first ones page in the weights, the second ones show whether
-# it is worth reading more
+# Tokens that measure_pace() reads: the first part pages in the weights, and the second part shows
+# whether it is worth reading more.
 PACE_TOKENS = (16, 64, 256)
 
 
@@ -147,12 +147,12 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a model reads, in seconds.
+    """The speed of a model, in seconds.
 
     Attributes:
-        loading: to load the model.
-        calibration: for all tokens of calibrate(), an estimate.
-        token: per token of a short text.
+        loading: time to load the model.
+        calibration: estimated time for all tokens of calibrate().
+        token: time per token of a short text.
     """
 
     loading: float
@@ -175,8 +175,7 @@ def measure_pace(
     """Time the model on a few hundred tokens, and estimate what calibrate() takes.
 
     Args:
-        enough: of a model that seems to need more than twice as many seconds, fewer tokens are
-            read.
+        enough: seconds; fewer tokens are read if calibrate() seems to take more than twice this.
 
     The other arguments and the errors are those of calibrate().
     """
@@ -281,7 +280,7 @@ def _read(probe: _Probe, ctx: int, start: int, part: np.ndarray) -> None:
 
 
 class _Probe(AttentionProbe):
-    """Sums up the attention to repetitions. label: what progress() is called with."""
+    """Sum the attention to repetitions. label: the label for progress()."""
 
     def __init__(
         self,

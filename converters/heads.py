@@ -158,7 +158,7 @@ def profile_from_scopes(
     sink_tokens: int = DEFAULT_SINKS,
     compensation: bool = DEFAULT_COMPENSATION,
 ) -> Profile:
-    """Make the profile of a table of scopes: tokens that each KV head keeps, 0 for retrieval heads.
+    """Make a profile from a table of the tokens that each KV head keeps, 0 for retrieval heads.
 
     The file has a row per layer and a column per KV head, whole numbers separated by tabs or
     spaces.
@@ -225,7 +225,7 @@ def parse_heads(path: str | os.PathLike[str]) -> HeadList:
 
 
 def _read_text(path: Path, what: str) -> str:
-    """Read the text of a file of at most MAX_BYTES. what: for errors, "a head list"."""
+    """Read a text file of at most MAX_BYTES. what: its name in errors, such as "a head list"."""
     with open_input(path, what, ProfileError) as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:

@@ -1,7 +1,7 @@
 """Find the profile of a model, and measure one if there is none.
 
-Measuring takes from seconds to hours, so the model is timed first. What was measured is kept in the
-profile cache, that no head stands out too.
+Measuring takes from seconds to hours, so the model is timed first. The profile cache stores the
+result, even if that is a note that no head stands out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .profile import Profile
 from .profile_cache import Note
 from .scores import profile_from_scores
 
-MAX_SECONDS = 120  # auto measures a model if that takes less
+MAX_SECONDS = 120  # "auto" measures a model only if that takes less
 LOADS = 3  # how often the model is loaded: for the scores, the facts and their prompts
 NO_PROFILE = "the model has no razor profile"
 
@@ -42,11 +42,11 @@ class AutoProfile:
     """The profile of a model, or the reason why it has none.
 
     Attributes:
-        found: None: the full cache runs.
-        why: the reason, in a few words; "" with a profile.
-        tried: the heads were measured, now or before, without a profile as the result.
-        seconds: how long measuring would take, where it was left out for that; else None.
-        saving: then the plan that a profile with the paper's shares would have.
+        found: the profile; None if the full cache runs.
+        why: the reason for no profile, in a few words; "" with a profile.
+        tried: whether the heads were measured, now or earlier, without producing a profile.
+        seconds: how long measuring would take if it was skipped because of that; otherwise None.
+        saving: the plan with the paper's shares in that case; otherwise None.
     """
 
     found: FoundProfile | None
@@ -73,14 +73,16 @@ def auto_profile(
     """Return the profile that ModelFile.find_profile() finds, or measure one.
 
     Nothing is measured if razor could not run the model, or would save nothing in this context.
-    Measuring takes at most half of the free memory beside the model. An error while measuring, or
-    facts that razor misses with the measured heads, are a reason to run the full cache.
+    Measuring uses at most half of the free memory in addition to the model. If measuring fails, or
+    razor misses facts with the measured heads, the full cache runs.
 
     Args:
-        when: auto, measure if it takes less than max_seconds; now, however long it takes, also
-            where the package has a list for the model, or no head stood out before; never.
-        n_ctx, type_k, type_v, flash_attn: of the context that is going to run; n_ctx 0: as trained.
-        n_threads, n_gpu_layers: for measuring.
+        when: "auto" measures if that takes less than max_seconds. "now" measures however long it
+            takes, even if the package has a list for the model or no head stood out before.
+            "never" does not measure.
+        n_ctx, type_k, type_v, flash_attn: settings of the context that will run; n_ctx 0 means the
+            trained length.
+        n_threads, n_gpu_layers: settings for measuring.
 
     Raises:
         GGUFError, ProfileError: the model, its profile or its sidecar is damaged.
@@ -131,7 +133,7 @@ def auto_profile(
     try:
         where = str(save_profile(file, profile))
     except (RazorError, OSError):
-        where = ""  # it is used this time, and measured again the next
+        where = ""  # it is used now, and measured again next time
     return AutoProfile(FoundProfile(profile, "measured", where))
 
 
@@ -146,10 +148,10 @@ def estimate_seconds(
     """Time the model on a few hundred tokens, and estimate how long measure_profile() takes.
 
     Args:
-        proof: whether facts are planted.
-        options: of measure_pace().
+        proof: whether to include the test with planted facts.
+        options: further arguments of measure_pace().
 
-    Raises as calibrate() does.
+    Raises what calibrate() raises.
     """
     pace = measure_pace(model, progress=progress, stop=stop, **options)
     seconds = LOADS * pace.loading + pace.calibration
@@ -167,10 +169,10 @@ def measure_profile(
     """Measure the heads, choose those that stand out, and test them on planted facts.
 
     Args:
-        max_memory: bytes for calibrate().
+        max_memory: maximum memory of calibrate(), in bytes.
         options: n_threads and n_gpu_layers.
 
-    Raises as calibrate() and prove_profile() do, NoProfileError also if razor misses facts.
+    Raises what calibrate() and prove_profile() raise, and NoProfileError if razor misses facts.
     """
     scores = calibrate(model, max_memory=max_memory, progress=progress, stop=stop, **options)
     return prove_profile(
@@ -195,19 +197,21 @@ def prove_profile(
     stop: Stop | None = None,
     **options: Any,
 ) -> Profile:
-    """Plant facts, change heads that were chosen by score if they lose some, record the outcome.
+    """Test a profile on planted facts and record the outcome.
+
+    If heads that were chosen by score lose facts, the choice is changed.
 
     Args:
         skip: plant no facts, and only check that there are heads.
         must_hold: raise NoProfileError if razor misses facts that the full cache finds.
-        haystack: the text to plant the facts in; None: sentences made by razor-local.
-        note: is called with a sentence about facts that are lost, or could not be planted.
+        haystack: the text to plant the facts in; None means generated sentences.
+        note: called with a sentence if facts are lost or could not be planted.
         options: n_threads and n_gpu_layers.
 
     Raises:
-        NoProfileError: neither the scores nor the facts name a single head, or see must_hold.
-        Stopped: between two operations of the computation.
-        GGUFError, OSError.
+        NoProfileError: neither the scores nor the facts select a head, or must_hold is violated.
+        Stopped: stop() returned True.
+        GGUFError, OSError: the model cannot be read.
     """
     report = note or (lambda sentence: None)
     by_score = profile.calibration.get("select") == "score"
@@ -219,7 +223,7 @@ def prove_profile(
                 model, profile, may_change=by_score, haystack=haystack, progress=progress,
                 stop=stop, **options,
             )  # fmt: skip
-        except RazorError as error:  # the heads are worth keeping all the same
+        except RazorError as error:  # keep the heads, although they are untested
             why = str(error)
     none = not (profile.flat() if proof is None else np.concatenate(proof.retrieval)).any()
     holds = proof is not None and proof.holds
@@ -227,8 +231,8 @@ def prove_profile(
         tried = "was skipped (--no-proof)" if skip else f"was not possible ({why})"
         if proof is not None:
             tried = (
-                f"did not pass (of {len(proof.full.found)} the full cache finds"
-                f" {proof.full.n_found}, razor {proof.razor.n_found})"
+                f"did not pass (the full cache finds {proof.full.n_found} of"
+                f" {len(proof.full.found)}, razor {proof.razor.n_found})"
             )
         raise NoProfileError(
             f"no head stands out by its scores, and the test with planted facts {tried}"
@@ -248,8 +252,8 @@ def prove_profile(
         found += f" {proof.full.n_found}"
         if must_hold:
             raise NoProfileError(
-                f"razor misses facts with the measured heads ({found}); 'razor-local convert' makes"
-                " a profile all the same"
+                f"razor misses facts with the measured heads ({found}); 'razor-local convert'"
+                " writes a profile anyway"
             )
         more = "" if by_list else ", use a larger budget (chat --budget 0.25),"
         report(
@@ -262,7 +266,7 @@ def prove_profile(
 
 
 def save_profile(file: ModelFile, profile: Profile) -> Path:
-    """Keep a profile in the profile cache and return its file.
+    """Save a profile in the profile cache and return its path.
 
     Raises ConvertError, RazorError, OSError.
     """
@@ -273,6 +277,6 @@ def save_profile(file: ModelFile, profile: Profile) -> Path:
 
 
 def _keep(file: ModelFile, note: Note) -> None:
-    """Keep what is known about a model; where that fails, it is found out again."""
+    """Save a note on a model. If that fails, the model is timed or measured again next time."""
     with suppress(RazorError, OSError):
         profile_cache.write_note(file.shape, note)

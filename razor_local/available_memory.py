@@ -23,18 +23,19 @@ _CGROUP_FILES = (
 
 
 def available_ram() -> int:
-    """Bytes of memory that this process can still get without swapping.
+    """Return the bytes of memory that this process can still allocate without swapping.
 
-    What the system calls available (free, and caches that can be dropped), or what is left of the
-    limit of a control group (a container) or of the process (ulimit -v) if that is less.
+    This is the memory that the system calls available (free memory and caches that can be dropped),
+    or the rest of the limit of a control group (a container) or of the process (ulimit -v) if that
+    is less.
     """
     left = [*(_cgroup_left(*files) for files in _CGROUP_FILES), _process_left()]
     return min([free_memory(), *(n for n in left if n is not None)])
 
 
 def _process_left() -> int | None:
-    """Bytes left of the limit of this process's address space; None without one."""
-    if not hasattr(psutil, "RLIMIT_AS"):  # Linux alone
+    """Return the bytes left of the limit of this process's address space, None without a limit."""
+    if not hasattr(psutil, "RLIMIT_AS"):  # only on Linux
         return None
     process = psutil.Process()
     limit = process.rlimit(psutil.RLIMIT_AS)[0]
@@ -66,7 +67,7 @@ def device_memory(name: str) -> tuple[int, int]:
 
 
 def device_description(name: str) -> str:
-    """Return what a ggml device is, such as "NVIDIA H100"; its name if unknown."""
+    """Return the description of a ggml device, such as "NVIDIA H100"; its name if unknown."""
     device, ask = _device(name), load().lib.ggml_backend_dev_description
     ask.argtypes, ask.restype = [c_void_p], c_char_p
     return ((ask(device) if device else None) or name.encode()).decode("utf-8", "replace")

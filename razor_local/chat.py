@@ -24,18 +24,18 @@ from .prompt.templates import Template
 if TYPE_CHECKING:
     from .llama import Llama, Prefill
 
-# {"role": "system" | "user" | "assistant", "content": text}. An answer has its "tokens", too, while
-# the conversation holds them as the model produced them, and what the model thought before it as
-# "reasoning_content": chat templates that know of it leave it out of the next prompt, or do not.
+# {"role": "system" | "user" | "assistant", "content": text}. An answer also has its "tokens"
+# as long as the conversation holds them as generated, and the model's reasoning before it as
+# "reasoning_content", which the chat template may leave out of the next prompt.
 Message = dict[str, Any]
 
 LOOP_PERIOD = 64  # tokens of the longest period that counts as a loop
-LOOP_TOKENS = 256  # repeated before an answer is ended; rows of dashes or zeros are shorter
-LOOP_REPEATS = 16  # at least, of longer periods
+LOOP_TOKENS = 256  # repeated tokens that end an answer; rows of dashes or zeros are shorter
+LOOP_REPEATS = 16  # minimum repetitions; relevant for periods of more than 16 tokens
 
 
 class Model(Protocol):
-    """What Chat needs of a razor_local.Llama."""
+    """The parts of razor_local.Llama that Chat uses."""
 
     n_tokens: int
 
@@ -74,13 +74,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Turn:
-    """Numbers of the last turn. Counts in tokens.
+    """The numbers of the last turn. Counts are in tokens.
 
-    n_prompt: the whole conversation before the answer, n_reused of it were in the cache already.
-    ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
-    "loop" (it repeated the same few tokens over and over), "stopped" (stop() or an exception; with
-    n_answer 0 the message was taken back).
-    n_dropped: messages that were dropped with their answers, so that the prompt fits.
+    Attributes:
+        n_prompt: the whole conversation before the answer.
+        n_reused: the part of the prompt that was already in the cache.
+        ended: "end" (the model ended its answer), "length" (max_tokens), "context" (no room left),
+            "loop" (it repeated the same tokens over and over) or "stopped" (by stop() or an
+            exception; if n_answer is 0, the message was taken back).
+        n_dropped: messages that were dropped with their answers to make the prompt fit.
     """
 
     n_prompt: int
@@ -110,14 +112,14 @@ class Known:
 
 
 class Loop:
-    """Recognizes an answer that repeats a period of at most LOOP_PERIOD tokens without end."""
+    """Detect an answer that endlessly repeats a period of at most LOOP_PERIOD tokens."""
 
     def __init__(self) -> None:
         self._last: deque[int] = deque(maxlen=LOOP_PERIOD)  # the newest first
         self._runs = [0] * LOOP_PERIOD  # tokens in a row that equal the one a period before
 
     def add(self, token: int) -> bool:
-        """Add a token; return whether the last ones repeat one period."""
+        """Add a token. Return True if the last tokens repeat one period."""
         found = False
         for i, before in enumerate(self._last):
             self._runs[i] = self._runs[i] + 1 if token == before else 0
@@ -139,10 +141,10 @@ def _template_source(model: Llama) -> bytes | None:
 
 
 def chat_template(model: Llama) -> Callable[[list[Message]], str]:
-    """The model's own chat template: renders messages up to where the answer begins.
+    """Return a function that renders messages with the model's chat template, up to the answer.
 
-    Raises RazorError where the model has none or a malformed one; the function it returns, where
-    the template refuses the messages.
+    Raises RazorError if the model has no chat template or a malformed one. The function raises
+    RazorError if the template refuses the messages.
     """
     from llama_cpp import llama_cpp as C
 
@@ -173,13 +175,16 @@ def chat_template(model: Llama) -> Callable[[list[Message]], str]:
 
 
 class Chat:
-    """One conversation. messages may be read at any time, and is always valid to go on from.
+    """One conversation. messages can be read at any time, and always is a valid conversation.
 
-    render: see chat_template; None: no template, the answer continues the text of the message,
-    which may contain control tokens. max_tokens: of an answer, None for as many as fit; also the
-    room that a prompt must leave (None: a sixteenth of the context, at most 256). end_loops: end an
-    answer that repeats itself without end, see Loop. drop_oldest: a message that does not fit drops
-    the oldest ones behind the system prompt, with their answers, as far as need be.
+    Args:
+        render: see chat_template(). With None, the answer continues the text of the message, which
+            may contain control tokens.
+        max_tokens: maximum tokens of an answer, None for as many as fit. A prompt must leave room
+            for them (None: for a sixteenth of the context, at most 256).
+        end_loops: whether to end an answer that repeats itself endlessly, see Loop.
+        drop_oldest: whether a message that does not fit drops the oldest messages after the system
+            prompt, with their answers.
     """
 
     def __init__(
@@ -231,12 +236,12 @@ class Chat:
         return first["content"] if first and first["role"] == "system" else None
 
     def set_system(self, text: str | None) -> None:
-        """Replaces the system prompt (None: none) and keeps the rest of the conversation."""
+        """Replace the system prompt (None removes it) and keep the rest of the conversation."""
         rest = [m for m in self.messages if m["role"] != "system"]
         self.messages = ([{"role": "system", "content": text}] if text else []) + rest
 
     def clear(self) -> None:
-        """Forgets the conversation, keeps the system prompt."""
+        """Forget the conversation and keep the system prompt."""
         self.messages = self._system_messages()
         self._known = None
 
@@ -297,12 +302,13 @@ class Chat:
     def say(
         self, text: str, progress: Progress | None = None, stop: Stop | None = None
     ) -> Iterator[str]:
-        """Adds a user message and streams the answer in pieces of text; then last tells of it.
+        """Add a user message and stream the answer in pieces of text. `last` describes the turn.
 
-        What the model thinks before its answer comes in pieces of the class Thought, a str.
-        progress is called, in tokens, while the prompt is evaluated. Where stop() is true the turn
-        ends. The message and the answer enter the conversation together: a turn stopped before its
-        first token leaves no trace, one stopped later keeps what was answered.
+        Pieces of the model's reasoning are of the class Thought, a str. progress is called, in
+        tokens, while the prompt is evaluated. The turn ends once stop() is true. The message and
+        the answer are added to the conversation together: a turn that is stopped before its first
+        token changes nothing, and one that is stopped later keeps the answer so far.
+
         Raises ContextFullError for a prompt that does not fit, with the conversation unchanged, and
         RazorError while the model serves another request.
         """
@@ -313,8 +319,8 @@ class Chat:
     ) -> Iterator[str]:
         """Stream another answer to the last message, drawn with another seed.
 
-        It replaces the present answer with its first token; a turn that is stopped before changes
-        nothing. Raises as say(), and RazorError where there is no message.
+        Its first token replaces the current answer; a turn that is stopped earlier changes nothing.
+        Raises what say() raises, and RazorError if there is no message.
         """
         return self.edit(self.last_message or "", progress, stop)
 
@@ -323,7 +329,7 @@ class Chat:
     ) -> Iterator[str]:
         """Stream the answer to text, which replaces the last message and its answer.
 
-        They are replaced with the first token of the new answer. Raises as regenerate().
+        They are replaced at the first token of the new answer. Raises what regenerate() raises.
         """
         if self.last_message is None:
             raise RazorError("there is no message yet that could be answered again; send one")

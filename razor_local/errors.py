@@ -9,16 +9,17 @@ from contextlib import contextmanager
 
 from .printable import printable
 
-_options: Mapping[str, str] = {}  # of the command line, by argument or argument=value of Llama
+# options of the command line, by argument or argument=value of Llama
+_options: Mapping[str, str] = {}
 
 
 @contextmanager
 def command_line(options: Mapping[str, str]) -> Iterator[None]:
-    """Let messages that are written inside the block name options of the command line.
+    """Make messages that are created inside the block name options of the command line.
 
     Args:
-        options: by argument of Llama ("n_ctx": "-c"), with or without a value ("razor=False":
-            "--no-razor").
+        options: options by argument of Llama ("n_ctx": "-c"), with or without a value
+            ("razor=False": "--no-razor").
     """
     global _options
     before, _options = _options, options
@@ -69,7 +70,7 @@ class ConvertError(RazorError):
 
 
 class NoProfileError(RazorError):
-    """A model was measured without a profile as the result: no head of it stands out, for one."""
+    """Measuring a model gave no profile, for example because no head stands out."""
 
 
 class UnsupportedError(RazorError):

@@ -42,7 +42,7 @@ from .profile import Profile, split_heads
 
 RAM = "RAM"  # name of the machine's own memory
 MARGIN = 2**30  # bytes of each memory left free by auto, as llama.cpp's --fit-target
-MIN_AUTO = 1024  # tokens: auto refuses a context that holds less
+MIN_AUTO = 1024  # tokens; "auto" refuses smaller contexts
 MAX_DRY_RUN = 2**22  # tokens: a dry run takes some 100 bytes for each
 CARDS = tuple(n * 2**30 for n in (8, 12, 16, 24, 32, 48))  # memory of common graphics cards
 
@@ -93,15 +93,15 @@ class Need:
         return sum(place.total for place in self.places)
 
     def room(self, limits: Mapping[str, int]) -> float:
-        """Bytes left in the fullest memory, negative if it does not fit.
+        """Return the bytes left in the fullest memory, negative if the context does not fit.
 
-        limits: bytes by name of the place; a place that is not there has no limit (inf).
+        limits: bytes by name of the place; a place that is missing has no limit (inf).
         """
         rooms = [limits[place.name] - place.total for place in self.places if place.name in limits]
         return min(rooms, default=math.inf)
 
     def fullest(self, limits: Mapping[str, int]) -> Place:
-        """The memory with the fewest bytes left. limits: see room(); it names one of the places."""
+        """Return the place with the fewest bytes left. limits: see room(); not empty."""
         places = [place for place in self.places if place.name in limits]
         return min(places, key=lambda place: limits[place.name] - place.total)
 
@@ -215,9 +215,9 @@ class DryModel:
         self.close()
 
     def need(self, n_ctx: int, options: ContextOptions | None = None) -> Need:
-        """What a context of n_ctx tokens takes (0: as trained; rounded up to 256).
+        """Return the memory of a context of n_ctx tokens (0: trained length; rounded up to 256).
 
-        Raises UnsupportedError where razor or llama.cpp refuses model or options, RazorError.
+        Raises UnsupportedError if razor or llama.cpp refuses the model or the options, RazorError.
         """
         options = options or ContextOptions()
         n_ctx = self.padded(n_ctx)
@@ -232,10 +232,13 @@ class DryModel:
         options: ContextOptions | None = None,
         n_max: int = 0,
     ) -> Need | None:
-        """The largest context that fits, a multiple of 256; None if not even 256 tokens do.
+        """Return the largest context that fits, a multiple of 256; None if not even 256 tokens fit.
 
-        limits: see Need.room. n_max: tokens, not searched beyond (0: as trained, where the model
-        says that, else MAX_DRY_RUN). Raises as need().
+        Raises what need() raises.
+
+        Args:
+            limits: see Need.room().
+            n_max: maximum tokens (0: the trained length, or MAX_DRY_RUN if that is unknown).
         """
         options = options or ContextOptions()
         n_max = self.padded(min(n_max or self.n_ctx_train or MAX_DRY_RUN, MAX_DRY_RUN))
@@ -280,7 +283,7 @@ class DryModel:
         return any(b"Flash Attention enabled" in line for line in lines)
 
     def padded(self, n_ctx: int) -> int:
-        """n_ctx as need() rounds it. Raises UnsupportedError."""
+        """Return n_ctx rounded as need() does. Raises UnsupportedError."""
         n_ctx = n_ctx or self.n_ctx_train
         if not 0 < n_ctx <= MAX_DRY_RUN:
             raise UnsupportedError(
@@ -289,14 +292,14 @@ class DryModel:
         return -(-n_ctx // N_CTX_PAD) * N_CTX_PAD
 
     def devices(self) -> tuple[str, ...]:
-        """Devices that hold anything of the model or its contexts."""
+        """Return the devices that hold a part of the model or its contexts."""
         places = self.need(N_CTX_PAD).places
         return tuple(place.name for place in places if place.name != RAM)
 
     def available(self) -> dict[str, int]:
-        """Bytes free now in RAM and in each device, as limits for largest().
+        """Return the free bytes of RAM and of each device, as limits for largest().
 
-        A device that does not tell is left out.
+        A device that does not report its memory is left out.
         """
         free = {RAM: available_memory.available_ram()}
         for name in self.devices():
@@ -375,10 +378,15 @@ def make_candidates(
     base: ContextOptions | None = None,
     n_ctx: int = N_CTX_PAD,
 ) -> list[Candidate]:
-    """Plans of a model side by side: a full cache and razor, each with every pair of K and V types.
+    """Make candidates of a full cache and of razor, with each pair of K and V types.
 
-    profile: what razor is planned with; None leaves razor out. base: all other options. n_ctx: the
-    context that has to be possible. Raises UnsupportedError for an n_ctx out of range.
+    Args:
+        profile: the profile for razor; None leaves razor out.
+        base: all other options.
+        n_ctx: a context size that must be possible.
+
+    Raises:
+        UnsupportedError: n_ctx is out of range.
     """
     n_ctx = model.padded(n_ctx)
     found = []
@@ -397,11 +405,15 @@ def make_candidates(
 
 
 def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[int] = ()) -> int:
-    """Largest multiple of 256 up to n_max at which room is not negative; 0 if it is so at 256.
+    """Return the largest multiple of 256 up to n_max with room for it, 0 if there is none.
 
-    room(n): bytes left with n tokens. Where it falls with n the result is the largest there is; in
-    any case room(result) >= 0, and room(result + 256) < 0 unless that is beyond n_max.
-    tried: sizes for which room() costs nothing. n_max: a multiple of 256.
+    If room() falls with n, this is the largest such multiple. In any case room(result) >= 0, and
+    room(result + 256) < 0 unless that is beyond n_max.
+
+    Args:
+        room: returns the bytes left with n tokens.
+        n_max: a multiple of 256.
+        tried: sizes for which room() costs nothing.
     """
     rooms: dict[int, float] = {}
 
@@ -443,9 +455,13 @@ def largest_fitting(room: Callable[[int], float], n_max: int, tried: Iterable[in
 
 @dataclass(frozen=True)
 class AutoContext:
-    """The context that auto chooses, in tokens.
+    """The context that "auto" chooses.
 
-    n_max: what it would be with enough memory. free: bytes in the memory that limits it, place.
+    Attributes:
+        n_ctx: tokens of the context.
+        n_max: tokens that it would have with enough memory.
+        place: the memory with the least room to spare.
+        free: free bytes in that memory.
     """
 
     n_ctx: int
@@ -462,12 +478,12 @@ def auto_context(
     MARGIN stays free in RAM and in each device.
 
     Args:
-        n_max: tokens, not searched beyond (0: trained length).
-        model_options: of DryModel.
+        n_max: maximum tokens (0: trained length).
+        model_options: arguments of DryModel.
 
     Raises:
-        MemoryFullError: there is no room for MIN_AUTO tokens.
-        RazorError, OSError: as DryModel and DryModel.need.
+        MemoryFullError: fewer than MIN_AUTO tokens fit.
+        RazorError, OSError: what DryModel and DryModel.need raise.
     """
     with DryModel(path, **model_options) as model:
         n_max = model.padded(min(n_max or MAX_DRY_RUN, model.n_ctx_train or MAX_DRY_RUN))
@@ -492,9 +508,9 @@ def out_of_memory(
     """Return the error for a context that could not be allocated, with contexts that fit.
 
     Args:
-        what: a clause that says what failed.
+        what: a clause that names the failure.
         n_ctx: tokens of that context.
-        model_options: of DryModel.
+        model_options: arguments of DryModel.
     """
     try:
         with DryModel(path, **model_options) as model:
@@ -508,7 +524,7 @@ def out_of_memory(
                     other = "".join(f", or {other}" for other in others)
                     return MemoryFullError(f"{what}; {spare}{first} fits{other}")
             return MemoryFullError(no_room(model, limits, options))
-    except (RazorError, OSError, MemoryError):  # it takes memory to plan, too
+    except (RazorError, OSError, MemoryError):  # planning needs memory, too
         smaller = written(type_k="q8_0", type_v="q8_0")
         return MemoryFullError(f"{what}; use a smaller {option('n_ctx')}, or {smaller}")
 
@@ -516,12 +532,16 @@ def out_of_memory(
 def _fitting(
     model: DryModel, limits: Mapping[str, int], options: ContextOptions, n_ctx: int
 ) -> list[str]:
-    """The largest context that fits, and a larger one with smaller KV types, as arguments."""
+    """Return the largest context that fits, and a larger one with smaller types, as arguments."""
     smaller = "q4_0" if "q8_0" in (options.type_k, options.type_v) else "q8_0"
     found: list[str] = []
     n_found = 0
     for type_k, type_v, n_max in (
-        (options.type_k, options.type_v, n_ctx - N_CTX_PAD),  # n_ctx has failed, whatever is free
+        (
+            options.type_k,
+            options.type_v,
+            n_ctx - N_CTX_PAD,
+        ),  # n_ctx has failed, even if it seems to fit
         (smaller, smaller, n_ctx),
     ):
         if n_max < N_CTX_PAD:
@@ -540,7 +560,7 @@ def _fitting(
 def no_room(
     model: DryModel, limits: Mapping[str, int], options: ContextOptions, n_ctx: int = N_CTX_PAD
 ) -> str:
-    """Return a sentence that says why not even a context of n_ctx tokens fits."""
+    """Return a sentence that explains why not even a context of n_ctx tokens fits."""
     need = model.need(n_ctx, options)
     full = need.fullest(limits)
     memory = "memory" if need.places == (full,) else full.name
@@ -555,11 +575,11 @@ def no_room(
 
 
 def paper_profile(shape: ModelShape) -> Profile:
-    """A profile with the paper's shares, to plan for a model that has none yet.
+    """Make a profile with the paper's shares, to plan for a model that has none yet.
 
-    14 % of the KV heads by induction and 1 % by echo score, rounded up, here spread evenly over the
-    layers. They only estimate the memory of a model without a profile: convert may choose more
-    heads or fewer. How many there are decides the bytes, not which.
+    It has 14 % of the KV heads by induction and 1 % by echo score, rounded up, and here spread
+    evenly over the layers. This only estimates the memory: convert may choose more or fewer heads.
+    The bytes depend on the number of heads, not on which ones they are.
     """
     from .scores import ECHO, INDUCTION
 
@@ -571,7 +591,7 @@ def paper_profile(shape: ModelShape) -> Profile:
 
 
 def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:
-    """RAM first, then the devices by name."""
+    """Return the memory by place: RAM first, then the devices by name."""
     found = {RAM: Place(RAM, 0, 0, 0)}
     for m in sorted(memory, key=lambda m: m.device):
         name = RAM if m.is_host else m.device.decode("utf-8", "replace")

@@ -1,6 +1,6 @@
-"""What a low part of the package calls in a higher one, which it cannot import.
+"""Functions of higher parts of the package that lower parts call but cannot import.
 
-The package fills these in when it is imported.
+The package sets them when it is imported.
 """
 
 from __future__ import annotations
@@ -8,6 +8,5 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# auto_profile.auto_profile, which Llama(razor="auto") calls: it measures a model with the help of
-# Llama itself
+# auto_profile.auto_profile: Llama(razor="auto") calls it, and it uses Llama to measure a model
 auto_profile: Callable[..., Any]

@@ -1,7 +1,7 @@
-"""Retrieval heads of well-known models, from data/profiles.json. docs/format.md describes it.
+"""Find the retrieval heads of well-known models in data/profiles.json (see docs/format.md).
 
-A list belongs to a model, not to a file: to every quantization with the name, architecture and
-attention shape of its model.
+A list belongs to a model, not to a file. It applies to every quantization with the name,
+architecture and attention shape of its model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ PATH = Path(__file__).parent / "data" / "profiles.json"
 
 @dataclass(frozen=True)
 class KnownProfile:
-    """A list of the package.
+    """A list of retrieval heads that the package ships.
 
     Attributes:
         model: the name of the model.
-        names: what general.name may be.
-        arch, n_layer, n_head, n_head_kv, head_dim: of the model; every layer has the same.
+        names: accepted values of general.name.
+        arch, n_layer, n_head, n_head_kv, head_dim: the shape of the model, the same in every layer.
         heads: a string of 0 and 1 per layer, 1 for a retrieval head.
         source: who measured the heads, and how.
-        license: of the list.
-        record: more of the keys razor.calibration.*, such as the outcome of planted facts.
+        license: the license of the list.
+        record: further keys of razor.calibration.*, such as the outcome of planted facts.
     """
 
     model: str
@@ -47,7 +47,7 @@ class KnownProfile:
     record: dict[str, str | int]
 
     def fits(self, shape: ModelShape) -> bool:
-        """Return True for a model of this name, architecture and shape."""
+        """Return True if a model has this name, architecture and shape."""
         here = (shape.arch, shape.n_head, shape.n_head_kv, shape.head_dim_k, shape.head_dim_v)
         n_head, n_head_kv = ((n,) * self.n_layer for n in (self.n_head, self.n_head_kv))
         return here == (self.arch, n_head, n_head_kv, self.head_dim, self.head_dim) and any(
@@ -65,7 +65,7 @@ class KnownProfile:
 
 @cache
 def lists() -> tuple[KnownProfile, ...]:
-    """All lists of the package."""
+    """Return all lists of the package."""
     entries = json.loads(PATH.read_text(encoding="utf-8"))["profiles"]
     for entry in entries:
         entry["names"], entry["heads"] = tuple(entry["names"]), tuple(entry["heads"])
@@ -78,5 +78,5 @@ def find(shape: ModelShape) -> KnownProfile | None:
 
 
 def _plain(name: str) -> str:
-    """The words of a name: "Meta-Llama-3.1-8B-Instruct" and "Meta Llama 3.1 8B Instruct" agree."""
+    """Normalize a name, so that "Meta-Llama-3.1-8B" and "Meta Llama 3.1 8B" are equal."""
     return " ".join(re.findall("[a-z0-9]+", name.lower()))

@@ -54,35 +54,38 @@ _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 class Llama(PlainMessages, llama_cpp.Llama):
     """A llama_cpp.Llama with RazorAttention. All arguments of the base class, and:
 
-    razor: True, use the profile in the model file, and llama.cpp's own cache where it has none;
-        "auto", use the first profile of the file, of NAME.razor.gguf beside it, of the profile
-        cache and of the package, or measure one if that takes less than two minutes (a model that
-        takes longer runs with llama.cpp's own cache, and memory().why says so); a path, the
-        profile of that sidecar; a Profile; False, llama.cpp's own cache.
-    budget: the share of KV heads that keep every token, instead of the profile's; they are chosen
+    razor: True uses the profile in the model file, or llama.cpp's own cache if it has none. "auto"
+        uses the first profile of the file, of NAME.razor.gguf beside it, of the profile cache and
+        of the package, or measures one if that takes less than two minutes; if it takes longer,
+        llama.cpp's own cache runs, and memory().why is the reason. A path uses the profile of that
+        sidecar, and a Profile is used as it is. False uses llama.cpp's own cache.
+    budget: the share of KV heads that keep every token, instead of the profile's. They are chosen
         by the scores in the profile. retrieval is an alias.
-    window, sink_tokens (tokens), compensation: instead of the profile's.
+    window, sink_tokens (tokens), compensation: replace the profile's values.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
-    progress: called while the model loads with the part done (0 to 1), and with razor="auto"
-        before that while the heads are measured (0 to 1 for each step); False stops either. This
-        is llama.cpp's own form; progress= elsewhere is a common.progress.Progress.
-    wait: a request that comes while another is not over: True, waits for it; False, is refused.
+    progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
+        before that while the heads are measured (0 to 1 for each step). Returning False stops
+        either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
+    wait: whether a request waits for a running one (True) or is refused (False).
 
-    n_ctx: tokens, rounded up to a multiple of 256; 0, as trained; "auto", the largest up to the
-        trained length for the memory that is free now, of which fit.MARGIN stays free (adapters
-        are not counted).
+    n_ctx: tokens, rounded up to a multiple of 256. 0 is the trained length. "auto" is the largest
+        context up to the trained length that leaves fit.MARGIN of the memory free (adapters are
+        not counted).
 
-    Other defaults than the base class: flash_attn=True, n_gpu_layers=-1 (all), n_threads and
+    These defaults differ from the base class: flash_attn=True, n_gpu_layers=-1 (all), n_threads and
     n_threads_batch (physical cores), verbose=False.
 
-    One request at a time: a call, or a generator (a stream of chunks too) from its first value
-    until it is exhausted or closed. Another request meanwhile, from any thread, a callback or a
-    signal handler, raises RazorError or waits. So does a request after close(), and in a process
-    that was forked after the first computation.
+    It serves one request at a time: a call, or a generator (also a stream of chunks) from its first
+    value until it is exhausted or closed. Meanwhile another request, from any thread, a callback or
+    a signal handler, raises RazorError or waits. A request after close(), or in a process that was
+    forked after the first computation, raises RazorError.
 
-    Raises GGUFError or ProfileError (bad file), UnsupportedError (model or options that razor
-    refuses), MemoryFullError (with contexts that fit), RazorError (loading failed; with the native
-    library's reason), OSError.
+    Raises:
+        GGUFError, ProfileError: a file is damaged.
+        UnsupportedError: razor refuses the model or the options.
+        MemoryFullError: the memory is too small; the message names contexts that fit.
+        RazorError: loading failed, with the native library's reason.
+        OSError: a file cannot be read.
     """
 
     # what the request that owns a Llama calls, where all others call the method of that name
@@ -193,7 +196,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
                     raise
         if self._loading is not None:
             self._loading.check()
-        if isinstance(refusal, MemoryFullError):  # now that the model itself is freed
+        if isinstance(refusal, MemoryFullError):  # after the memory of the model was freed
             given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
             raise out_of_memory(str(refusal), self._file, cache.n_ctx, cache.profile, given)
         if refusal is not None:
@@ -209,25 +212,25 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     @property
     def profile(self) -> Profile | None:
-        """The profile of this context, options applied; None for a model without one."""
+        """The profile of this context with the options applied, None for a model without one."""
         return self._profile
 
     def memory(self) -> Memory:
-        """What the KV cache takes, from the native library's own count."""
+        """Return the memory of the cache and the model, as counted by the native library."""
         return read_memory(library, self.ctx, self._plan, self._why, self.n_tokens, self._n_ctx)
 
     def stats(self, seq_id: int = 0) -> SequenceStats:
-        """Tokens, frontier and folded tokens of a sequence. Raises RazorError if not active."""
+        """Return the statistics of a sequence. Raises RazorError if razor is not active."""
         return read_sequence(library, self.ctx, seq_id, self._why)
 
     # -- evaluation --
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluates tokens after the n_tokens that count as evaluated.
+        """Evaluate tokens after the first n_tokens, which count as evaluated.
 
-        Where the cache cannot go back to n_tokens (a fold lies in between), everything is evaluated
-        again from the start. Raises ContextFullError with nothing changed, and RazorError if the
-        computation fails; n_tokens then says what the cache still holds.
+        If the cache cannot go back to n_tokens because of a fold, everything is evaluated again
+        from the start. Raises ContextFullError, which changes nothing, and RazorError if the
+        computation fails. n_tokens is then the number of tokens that the cache still holds.
         """
         self._request(evaluation.evaluate, self, tokens)
 
@@ -235,10 +238,13 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def eval_logits(  # type: ignore[override]
         self, tokens: Sequence[int], wanted: Sequence[bool] | None = None
     ) -> Iterator[np.ndarray]:
-        """The same, batch by batch, with the logits behind each token: f32 [n, n_vocab].
+        """Evaluate like eval(), and yield the logits after each token by batch: f32 [n, n_vocab].
 
-        What is yielded is the library's own memory, which the next batch overwrites. wanted: for
-        each token, whether its logits are; None: all. Raises as eval().
+        The arrays are the library's own memory, which the next batch overwrites. Raises what eval()
+        raises.
+
+        Args:
+            wanted: for each token, whether its logits are wanted; None means all.
         """
         return self._requests.generate(lambda: evaluation.evaluate_logits(self, tokens, wanted))
 
@@ -248,23 +254,24 @@ class Llama(PlainMessages, llama_cpp.Llama):
         progress: Progress | None = None,
         stop: Stop | None = None,
     ) -> Prefill:
-        """Brings the cache to exactly these tokens, reusing what it already holds of them.
+        """Bring the cache to exactly these tokens, and reuse those that it already holds.
 
         progress(n_done, n_tokens, label) is called before each batch and at the end. stop() is
-        asked often, from inside the computation where the backend allows it; once it is true,
-        evaluation ends and the cache keeps a valid beginning of tokens. generate(tokens) then
+        called often, also during the computation if the backend allows it. Once it returns True,
+        evaluation ends, and the cache keeps a valid beginning of tokens. generate(tokens) then
         samples without evaluating again.
-        Raises as eval(), and what progress() or stop() raises.
+
+        Raises what eval(), progress() and stop() raise.
         """
         return self._request(evaluation.prefill, self, tokens, progress, stop)
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
     ) -> Generator[int, Sequence[int] | None, None]:
-        """As the base class: yields the tokens that follow, without end.
+        """Yield the tokens that follow, without end, like the base class.
 
-        What the cache holds of tokens already is not evaluated again (reset=False: continues from
-        what is in the cache). seed: instead of that of the Llama. Raises as eval().
+        Tokens that the cache already holds are not evaluated again (with reset=False, it continues
+        after the tokens in the cache). seed replaces that of the Llama. Raises what eval() raises.
         """
         return self._requests.generate(lambda: sampling.generate(self, tokens, *args, **kwargs))
 
@@ -277,7 +284,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._request(evaluation.reset, self)
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        """As the base class. Raises RazorError for a text without tokens."""
+        """Embed like the base class. Raises RazorError for a text without tokens."""
         if not self.context_params.embeddings:
             raise UnsupportedError("embed() needs a Llama that was made with embedding=True")
         for text in [input] if isinstance(input, str) else input:
@@ -287,7 +294,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         return self._request(llama_cpp.Llama.embed, Inside(self), input, *args, **kwargs)
 
     def request(self, make: Callable[[Llama], Iterator[Any]]) -> Generator[Any, Any, Any]:
-        """Run a generator as one request: nobody else uses the model until it is over.
+        """Run a generator as one request: nothing else uses the model until it is over.
 
         make(llama) returns the generator; it uses the model through its argument only.
         """
@@ -305,11 +312,11 @@ class Llama(PlainMessages, llama_cpp.Llama):
         return llama_cpp.Llama.create_chat_completion(**request)
 
     def n_ctx_train(self) -> int:
-        """Tokens of the context that the model was trained for."""
+        """Return the context size for which the model was trained, in tokens."""
         return self._model.n_ctx_train()
 
     def piece(self, token: int) -> bytes:
-        """The bytes of a token, of any length; b"" for special tokens."""
+        """Return the bytes of a token, b"" for special tokens."""
         piece = self._pieces.get(token)
         if piece is None:
             self._check_token(token)
@@ -319,12 +326,12 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def detokenize(
         self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False
     ) -> bytes:
-        """As the base class. Raises RazorError for a token that the vocabulary does not have."""
+        """Detokenize like the base class. Raises RazorError for a token that does not exist."""
         self._check_tokens(tokens)
         return super().detokenize(tokens, prev_tokens, special)
 
     def is_end(self, token: int) -> bool:
-        """Whether the token ends an answer."""
+        """Return True if the token ends an answer."""
         end = self._ends.get(token)
         if end is None:
             self._check_token(token)
@@ -332,21 +339,21 @@ class Llama(PlainMessages, llama_cpp.Llama):
         return end
 
     def is_special(self, token: int) -> bool:
-        """Whether the token is a control token, such as a turn marker of the chat template."""
+        """Return True for a control token, such as a turn marker of the chat template."""
         self._check_token(token)
         return C.llama_vocab_is_control(self._model.vocab, token)
 
     # -- state --
 
     def save_state(self) -> llama_cpp.LlamaState:
-        """Return a state that load_state() goes on from."""
+        """Return a state for load_state()."""
         return self._request(save_state, self)
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """Continues from a state of save_state(), of a context with the same plan.
+        """Load a state of save_state(), from a context with the same plan.
 
-        Raises StateError for another state; the context is then as it was, or empty where the
-        state turned out to be damaged half-way.
+        Raises StateError for any other state. The context is then unchanged, or empty if the state
+        turned out to be damaged halfway.
         """
         self._request(load_state, self, state)
 
@@ -401,7 +408,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         return self._requests.call(open_one)
 
     def _last_logits(self) -> np.ndarray:
-        """The logits of the last token in the library's own memory: f32 [n_vocab]."""
+        """Return the logits of the last token, in the library's own memory: f32 [n_vocab]."""
         return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
 
     def _init_sampler(
@@ -415,7 +422,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def _create_completion(  # type: ignore[override]
         self, **request: Any
     ) -> Iterator[dict[str, Any]]:
-        """What create_completion() and the like are made of. See completion.complete()."""
+        """Run a request of create_completion() or a similar method. See completion.complete()."""
         return self._requests.generate(lambda: complete(Inside(self), request))
 
     def _check_token(self, token: int) -> None:
@@ -439,7 +446,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             size = -n
 
     def _refusal(self, model_path: str, error: Exception) -> RazorError | None:
-        """Why loading failed, by the library; None for a mistake in the arguments."""
+        """Return why loading failed in the library, None for a mistake in the arguments."""
         if isinstance(error, MemoryError) or library.is_out_of_memory():
             n_ctx = f"{self._plan.n_ctx:,} tokens" if self._plan else "this size"
             return MemoryFullError(
@@ -454,7 +461,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         return None
 
     def _check_plan(self) -> None:
-        """The plan that every tool prints must be what the library allocated."""
+        """Check that the plan that all tools print is what the library allocated."""
         stats = library.stats(self.ctx)
         planned = self._plan.kv_bytes if self._plan and self._plan.active else None
         found = stats.kv_bytes if stats.active else None

@@ -43,11 +43,13 @@ class CacheChoice:
     """The cache that a context will have.
 
     Attributes:
-        profile: options applied; None for a model without one, and with razor=False.
-        plan: None for a model whose cache a plan does not describe.
-        why: the reason where razor is not active.
-        own_attention: with llama.cpp's own cache, too, our attention runs where it can.
-        n_ctx: tokens; 0: as trained.
+        profile: the profile with the options applied; None for a model without one, and with
+            razor=False.
+        plan: the plan; None for a model whose cache no plan describes.
+        why: the reason if razor is not active.
+        own_attention: whether razor_local's attention also runs with llama.cpp's own cache, if
+            possible.
+        n_ctx: tokens; 0 is the trained length.
     """
 
     profile: Profile | None
@@ -58,7 +60,7 @@ class CacheChoice:
 
 
 def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) -> None:
-    """Refuse what the base class would swallow, or hand on to crash the native library."""
+    """Refuse arguments that the base class would ignore, or that would crash the library."""
     try:
         model_path.encode()
     except UnicodeEncodeError:
@@ -118,7 +120,7 @@ def choose_cache(
     others: dict[str, Any],
     progress: Callable[[float], object] | None = None,
 ) -> CacheChoice:
-    """Return the cache for the arguments of Llama() of these names.
+    """Choose the cache for arguments of Llama().
 
     Args:
         others: the remaining arguments that were given.
@@ -163,9 +165,10 @@ def choose_profile(
     sink_tokens: int | None = None,
     compensation: bool | None = None,
 ) -> tuple[ModelShape | None, Profile | None, str]:
-    """Return shape, profile and the reason for no profile. Shape None: not understood.
+    """Return the shape, the profile, and the reason if there is no profile.
 
-    Arguments and exceptions as of choose_cache().
+    The shape is None if no plan describes the model. Arguments and exceptions are those of
+    choose_cache().
     """
     overridden = not (budget is window is sink_tokens is compensation is None)
     disabled = native.is_disabled()
@@ -209,7 +212,7 @@ def _auto_profile(
     others: dict[str, Any],
     progress: Callable[[float], object] | None,
 ) -> tuple[Profile | bool, str | None]:
-    """Return what razor="auto" means for a model, and the reason if it has no profile."""
+    """Return the profile for razor="auto", or True and the reason if there is none."""
     try:
         _ = file.shape
     except ProfileError:
@@ -227,7 +230,7 @@ def _auto_profile(
         auto = hooks.auto_profile(
             file,
             n_threads=others.get("n_threads"),
-            n_gpu_layers=others.get("n_gpu_layers", 0),  # the base class's own default
+            n_gpu_layers=others.get("n_gpu_layers", 0),  # the default of the base class
             progress=report,
             **context,
         )
@@ -259,8 +262,8 @@ def out_of_memory(
     """Return the error for a context of n_ctx tokens that does not fit into the memory.
 
     Args:
-        what: a clause that says what does not fit.
-        given: arguments of Llama(), type_k, type_v and flash_attn among them.
+        what: a clause that names what does not fit.
+        given: arguments of Llama(), including type_k, type_v and flash_attn.
     """
     from . import fit
 
@@ -271,7 +274,7 @@ def out_of_memory(
 def _planned(
     profile: Profile | None, given: dict[str, Any]
 ) -> tuple[ContextOptions, dict[str, Any]]:
-    """Return those arguments of Llama() that decide about its memory, for fit.py."""
+    """Return the arguments of Llama() that determine its memory, for fit.py."""
     from .fit import ContextOptions
 
     names = {f.name for f in fields(ContextOptions)} - {"profile"}

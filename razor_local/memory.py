@@ -23,18 +23,24 @@ class LayerMemory:
 class Memory:
     """The size of the KV cache and of its model, in bytes as allocated with the context.
 
-    active: local heads hold less than every token (False: llama.cpp's own cache runs, why says the
-    reason). own_attention: layers whose cache is in host memory run our attention, also with
-    llama.cpp's full cache; False: llama.cpp's attention. device_attention: with razor, all layers
-    whose cache is on a device run our attention; False: there are none, or some run llama.cpp's,
-    because the device does not know ours or the layer has several windows. kv_bytes: sum of the
-    backend buffers. kv_bytes_full: llama.cpp's own cache with the same types. kv_bytes_full_f16: a
-    full f16 cache, None where the model's cache is of a kind that the plan does not describe.
-    sliding_bytes, recurrent_bytes: parts of kv_bytes that razor leaves alone, those of layers with
-    a sliding window and of recurrent states. layers: empty where not active. n_tokens: in the cache
-    now. weights_bytes: of the whole model, mapped from the file or not. compute_bytes: buffers for
-    the computation of a batch. devices: names of those that hold a part of the model or its cache,
-    besides the CPU.
+    Attributes:
+        active: whether local heads keep fewer than all tokens. If not, llama.cpp's own cache runs,
+            and `why` is the reason.
+        own_attention: whether layers whose cache is in host memory run razor_local's attention
+            instead of llama.cpp's. A full cache can run it, too.
+        device_attention: whether all layers whose cache is on a device run razor_local's attention.
+            False if there are none, or some run llama.cpp's because the device does not support
+            razor_local's or the layer has several windows.
+        kv_bytes: sum of the backend buffers of the cache.
+        kv_bytes_full: size of llama.cpp's own cache with the same types.
+        kv_bytes_full_f16: size of a full f16 cache, None if no plan describes the model's cache.
+        sliding_bytes, recurrent_bytes: parts of kv_bytes that razor does not change: layers with a
+            sliding window, and recurrent states.
+        layers: one per layer, empty if not active.
+        n_tokens: tokens in the cache now.
+        weights_bytes: bytes of the whole model, whether mapped from the file or not.
+        compute_bytes: buffers for the computation of a batch.
+        devices: names of the devices, besides the CPU, that hold a part of the model or cache.
     """
 
     active: bool

@@ -21,9 +21,9 @@ class FoundProfile:
     """A profile and where it comes from.
 
     Attributes:
-        source: file (the metadata of the model), sidecar, cache (profile_cache.py), list
-            (known_profiles.py) or measured (just now).
-        where: the path of its file, or the name of the model that the list is for.
+        source: "file" (the metadata of the model), "sidecar", "cache" (profile_cache.py), "list"
+            (known_profiles.py) or "measured" (just now).
+        where: the path of its file, or the name of the model to which the list belongs.
     """
 
     profile: Profile
@@ -32,7 +32,7 @@ class FoundProfile:
 
     @property
     def origin(self) -> str:
-        """The source in a few words, without the paths of this machine."""
+        """The source in a few words, without paths."""
         return {
             "file": "the metadata of the model file",
             "sidecar": "a sidecar",
@@ -76,24 +76,24 @@ class ModelFile(os.PathLike[str]):
 
     @cached_property
     def profile(self) -> Profile | None:
-        """The profile in the file, None where it has no razor keys. Raises as shape does."""
+        """The profile in the file, None without razor keys. Raises what shape raises."""
         return profile_from_header(self.header, self.shape)
 
     def find_profile(
         self, sidecar: str | os.PathLike[str] | None = None, budget: float | None = None
     ) -> FoundProfile | None:
-        """Return the profile to run the model with and its source, None without any.
+        """Return the profile to run the model with and its source, None if there is none.
 
-        The first of these: the metadata of the file, NAME.razor.gguf beside it, the profile that
-        was measured on this machine, the list that the package has for the model.
+        It is the first of these: the metadata of the file, NAME.razor.gguf beside it, the profile
+        that was measured on this machine, and the list that the package has for the model.
 
         Args:
-            sidecar: used instead of all others.
+            sidecar: the sidecar to use instead of all of these.
             budget: the share of retrieval heads, instead of the profile's.
 
         Raises:
-            GGUFError, ProfileError: a damaged file, or a sidecar of another model.
-            OSError: as GGUFError.
+            GGUFError, ProfileError: a file is damaged, or the sidecar belongs to another model.
+            OSError: a file cannot be read.
         """
         found = self._find_profile(sidecar)
         if found is None:
@@ -115,7 +115,7 @@ class ModelFile(os.PathLike[str]):
 
     @property
     def sidecar_path(self) -> Path:
-        """NAME.razor.gguf beside the model, which need not exist."""
+        """The path NAME.razor.gguf beside the model, which may not exist."""
         name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", self.path.name)
         return self.path.with_name(f"{name}.razor.gguf")
 
@@ -124,9 +124,9 @@ class ModelFile(os.PathLike[str]):
         other: str | os.PathLike[str] | Profile | None = None,
         budget: float | None = None,
     ) -> Profile | None:
-        """Return the profile in the model file, or another one; None without any.
+        """Return the profile in the model file, or another one; None if there is none.
 
-        Raises as profile does.
+        Raises what profile raises.
 
         Args:
             other: a sidecar, or a Profile, instead of the profile in the model file.
@@ -143,7 +143,7 @@ class ModelFile(os.PathLike[str]):
         return profile
 
     def no_profile(self) -> ProfileError:
-        """Return the error where a profile is needed and there is none: how to come by one."""
+        """Return the error for a missing profile, which explains how to get one."""
         why = why_not_converted(self.header, self.shape)
         make = "make one with 'razor-local convert MODEL.gguf', or"
         if why is not None:
@@ -152,15 +152,18 @@ class ModelFile(os.PathLike[str]):
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Return the ModelFile of a path. One that is a ModelFile already is not read again."""
+    """Return the ModelFile of a path. A path that already is a ModelFile is not read again."""
     return path if isinstance(path, ModelFile) else ModelFile(path)
 
 
 def read_model_shape(path: str | os.PathLike[str]) -> ModelShape:
-    """Shape of a model file. Raises GGUFError or ProfileError (one sentence), or OSError."""
+    """Return the shape of a model file. Raises GGUFError, ProfileError, OSError."""
     return open_model(path).shape
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile | None:
-    """Profile in a model file, None where it has no razor keys. Raises as profile_from_header."""
+    """Return the profile in a model file, None without razor keys.
+
+    Raises what profile_from_header() raises.
+    """
     return open_model(path).profile

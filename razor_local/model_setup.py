@@ -42,7 +42,7 @@ class ModelSetup:
 
     @cached_property
     def found(self) -> FoundProfile | None:
-        """The profile before the changes, and where it comes from; raises as read() does."""
+        """The profile before the changes, and its source. Raises what read() raises."""
         return self.file.find_profile(self.sidecar, self.retrieval)
 
     def read(self) -> tuple[ModelShape, Profile]:

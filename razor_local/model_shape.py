@@ -98,19 +98,19 @@ class ModelShape:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See model_fingerprint(). Data are read when this is asked for; "" without a model."""
+        """See model_fingerprint(). It is computed on first use; "" without a model."""
         return model_fingerprint(self.parts) if self.parts else ""
 
 
 def describe_heads(heads: tuple[int, ...], kind: str = "KV") -> str:
-    """For example "32 layers x 8 KV heads"; heads: number of heads per layer."""
+    """Return a text such as "32 layers x 8 KV heads". heads: number of heads per layer."""
     low, high = min(heads, default=0), max(heads, default=0)
     count = str(low) if low == high else f"{low} to {high}"
     return f"{len(heads)} layers x {count} {kind} heads"
 
 
 def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:
-    """ModelShape of the headers of all files of a model. Raises GGUFError or ProfileError."""
+    """Return the shape of a model from the headers of its files. Raises GGUFError, ProfileError."""
     header = parts[0]
 
     def bad(text: str) -> ProfileError:
@@ -202,7 +202,7 @@ def shape_from_parts(parts: tuple[Header, ...]) -> ModelShape:
 
 
 def alibi_max_bias(header: Header, shape: ModelShape) -> float:
-    """max_alibi_bias as llama.cpp sets it for the model, by architecture; 0: it has no ALiBi."""
+    """Return the max_alibi_bias that llama.cpp sets for the model, 0 without ALiBi."""
     if shape.arch in ALIBI_KEY_ARCHS:
         bias = header.number(f"{shape.arch}.attention.max_alibi_bias", (F32,)) or 0.0
         return max(float(bias), 0.0)
@@ -213,7 +213,7 @@ def alibi_max_bias(header: Header, shape: ModelShape) -> float:
 def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
     """Return the feature for which the native library refuses razor, None if there is none.
 
-    The library decides by architecture when a context is created; this is for the tools that never
+    The library decides by architecture when a context is created. This is for tools that never
     load it.
     """
     if shape.arch in UNSUPPORTED_ARCHS:
@@ -230,7 +230,7 @@ def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
 
 
 def why_not_converted(header: Header, shape: ModelShape) -> str | None:
-    """Why razor-local convert may make no profile for this model; None where nothing is known."""
+    """Return why `convert` may not make a profile for this model, None if no reason is known."""
     feature = unsupported_feature(header, shape)
     if feature != "ALiBi":
         return f"the model has {feature}" if feature else None

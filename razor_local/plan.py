@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # it imports numpy, and --help names KV_TYPES
     from .profile import Profile
 
 SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
-MAX_WINDOWS = 4  # LLAMA_RAZOR_MAX_WINDOWS: different windows of local heads
+MAX_WINDOWS = 4  # maximum number of different windows, LLAMA_RAZOR_MAX_WINDOWS
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values
 N_CTX_PAD = 256  # llama.cpp rounds n_ctx up to it; the cells of local heads are rounded alike
 
@@ -46,7 +46,7 @@ KV_TYPES = {
 
 
 def row_size(kv_type: str, head_dim: int) -> int:
-    """Bytes of one row (one token of one KV head) of head_dim elements.
+    """Return the bytes of one row (one token of one KV head) of head_dim elements.
 
     Raises UnsupportedError for an unknown type, and where the blocks of a quantized type do not
     divide head_dim.
@@ -62,7 +62,7 @@ def row_size(kv_type: str, head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """The local heads with one window: its tokens, the cells of each head, and their number."""
+    """The local heads with one window: tokens of the window, cells of a head, number of heads."""
 
     window: int
     cells: int
@@ -73,8 +73,10 @@ class Group:
 class LayerPlan:
     """KV heads and tensor bytes of one layer's cache.
 
-    windows: tokens that each KV head keeps beside its sinks, 0 for retrieval heads, which keep
-    everything. bytes_sums: F32 accumulators of the compensation tokens.
+    Attributes:
+        windows: tokens that each KV head keeps in addition to its sinks, 0 for retrieval heads,
+            which keep everything.
+        bytes_sums: bytes of the F32 accumulators of the compensation tokens.
     """
 
     il: int
@@ -102,13 +104,16 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a context will really do. Where active is False every head keeps every token.
+    """The plan that a context follows. If active is False, every head keeps every token.
 
-    block, sink_tokens: tokens (0 where inactive). groups: the local heads, those with the largest
-    window first. kv_bytes: bytes of the whole cache; kv_bytes_full: of a full cache with the same
-    types and flash attention setting; kv_bytes_full_f16: of llama.cpp's default, a full f16 cache.
-    All three contain the parts that razor leaves alone: sliding_bytes (layers with a sliding
-    window, sliding_cells tokens each) and recurrent_bytes (states of recurrent layers).
+    Attributes:
+        block, sink_tokens: tokens (0 if inactive).
+        groups: the local heads, largest window first.
+        kv_bytes: bytes of the whole cache.
+        kv_bytes_full: bytes of a full cache with the same types and flash attention setting.
+        kv_bytes_full_f16: bytes of llama.cpp's default, a full f16 cache.
+        sliding_bytes, recurrent_bytes: parts of these three that razor does not change: layers with
+            a sliding window (of sliding_cells tokens each), and states of recurrent layers.
     """
 
     n_ctx: int
@@ -129,18 +134,18 @@ class Plan:
 
     @property
     def window(self) -> int:
-        """The largest window of local heads, 0 where inactive."""
+        """The largest window of local heads, 0 if inactive."""
         return self.groups[0].window if self.groups else 0
 
     @property
     def windows_text(self) -> str:
-        """The windows of the local heads, for people: "4,096", or "256 to 4,096"."""
+        """The windows of the local heads as text: "4,096", or "256 to 4,096"."""
         smallest = self.groups[-1].window if self.groups else 0
         return f"{smallest:,} to {self.window:,}" if smallest < self.window else f"{self.window:,}"
 
     @property
     def cells(self) -> int:
-        """Cells of a local head with the largest window, 0 where inactive."""
+        """Cells of a local head with the largest window, 0 if inactive."""
         return self.groups[0].cells if self.groups else 0
 
     @property
@@ -181,7 +186,7 @@ class Plan:
         return self.kv_bytes / full if full else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything above as plain numbers, strings, lists and dicts (for JSON)."""
+        """Return all fields as plain numbers, strings, lists and dicts, for JSON."""
         return {
             "n_ctx": self.n_ctx,
             "active": self.active,
@@ -235,7 +240,7 @@ def make_plan(
     n_ubatch: int = 512,
     swa_full: bool | None = None,
 ) -> Plan:
-    """The plan of a context of n_ctx tokens (0: the model's trained length; rounded up to 256).
+    """Make the plan of a context of n_ctx tokens (0: the trained length; rounded up to 256).
 
     profile None: llama.cpp's own full cache. window, sink_tokens and compensation override the
     profile. n_ubatch: tokens, which layers with a sliding window keep in addition to it. swa_full:
@@ -353,8 +358,8 @@ def head_windows(profile: Profile, n_ctx: int) -> tuple[list[tuple[int, ...]], i
 def merge_windows(windows: Iterable[int]) -> dict[int, int]:
     """Replace the windows of heads by at most MAX_WINDOWS different ones.
 
-    While there are more, one is replaced by the next larger one: that for which this adds the
-    fewest tokens to all heads together, the smallest of several.
+    While there are more, one window is replaced by the next larger one: the window for which this
+    adds the fewest tokens over all heads, and the smallest of several such windows.
 
     Args:
         windows: tokens, one for each head.
@@ -374,7 +379,7 @@ def merge_windows(windows: Iterable[int]) -> dict[int, int]:
 
 
 def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:
-    """n_ctx as llama.cpp rounds it; 0 means the model's trained length."""
+    """Return n_ctx rounded as llama.cpp does; 0 means the model's trained length."""
     if n_ctx == 0:
         n_ctx = shape.n_ctx_train
     if not 0 < n_ctx <= MAX_N_CTX:
@@ -383,7 +388,7 @@ def padded_n_ctx(shape: ModelShape, n_ctx: int) -> int:
 
 
 def fold_block(window: int) -> int:
-    """B: the largest power of two <= max(window/4, 1), clamped to 64..512."""
+    """Return B: the largest power of two <= max(window/4, 1), clamped to 64..512."""
     quarter = max(window // 4, 1)
     return min(max(1 << (quarter.bit_length() - 1), 64), 512)
 
@@ -398,7 +403,12 @@ def _layers(
     type_v: str,
     flash_attn: bool,
 ) -> tuple[LayerPlan, ...]:
-    """The layers of a cache. windows: of each KV head; cells: of a head with each window."""
+    """Plan the layers of a cache.
+
+    Args:
+        windows: the window of each KV head.
+        cells: cells of a head, by window.
+    """
     d_k, d_v = shape.head_dim_k, shape.head_dim_v
     row_k, row_v = row_size(type_k, d_k), row_size(type_v, d_v)
     padded = not cells and not flash_attn  # a full cache pads V of every layer to the widest

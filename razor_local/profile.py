@@ -19,7 +19,7 @@ from .gguf.header import BOOL, F32, STRING, U8, U32, Header, read_header
 from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
 
 VERSION = 1
-VERSION_SCOPES = 2  # of method "rope" with a scope for each head
+VERSION_SCOPES = 2  # method "rope" with a scope for each head
 METHODS = ("rope", "alibi")  # profiles of the second can be made and looked at, not run
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW_MIN = 4000
@@ -52,13 +52,17 @@ KEY_FINGERPRINT = "razor.model.fingerprint"  # in sidecars only
 class Profile:
     """The heads of a model and the hyper-parameters that go with them. Checked on creation.
 
-    retrieval: one uint8 array [n_head_kv] of 0/1 per layer, 1 = retrieval head.
-    scope: one uint32 array [n_head_kv] per layer: tokens that the head keeps, the newest included;
-    0, the whole context, for the retrieval heads and no others. None: all local heads have the same
-    window. Method "alibi" requires scopes.
-    echo_score, induction_score: f32 [sum of n_head], layer-major, or None.
-    sink_tokens, window_min: tokens; window_divisor: 0 lets window_min alone decide.
-    Raises ProfileError.
+    Attributes:
+        retrieval: one uint8 array [n_head_kv] of 0/1 per layer, 1 = retrieval head.
+        scope: one uint32 array [n_head_kv] per layer: tokens that the head keeps, including the
+            newest; 0 (the whole context) exactly for retrieval heads. With None, all local heads
+            have the same window. The method "alibi" requires scopes.
+        echo_score, induction_score: f32 [sum of n_head], layer-major, or None.
+        sink_tokens, window_min: tokens.
+        window_divisor: 0 if only window_min counts.
+
+    Raises:
+        ProfileError: a field is not valid.
     """
 
     retrieval: tuple[np.ndarray, ...]
@@ -131,19 +135,19 @@ class Profile:
 
     @property
     def version(self) -> int:
-        """razor.version of a file with this profile."""
+        """The razor.version of a file with this profile."""
         return VERSION_SCOPES if self.method == "rope" and self.scope is not None else VERSION
 
     def flat(self) -> np.ndarray:
-        """All heads, layer-major: uint8 [sum of n_head_kv], as the native library takes them."""
+        """Return all heads for the native library: uint8 [sum of n_head_kv], layer-major."""
         return np.concatenate([np.zeros(0, np.uint8), *self.retrieval])
 
     def with_options(
         self, window: int | None, sink_tokens: int | None, compensation: bool | None
     ) -> Profile:
-        """A copy with the options that are not None.
+        """Return a copy with the options that are not None.
 
-        A window applies to every context size, and to all local heads instead of their scopes.
+        A window applies to every context size, and replaces the scopes of all local heads.
         """
         changes: dict[str, Any] = {}
         if window is not None:
@@ -161,7 +165,7 @@ class Profile:
         return replace(self, **changes) if changes else self
 
     def check_shape(self, shape: ModelShape) -> None:
-        """Raises ProfileError unless the profile has exactly the model's layers and KV heads."""
+        """Raise ProfileError unless the profile has exactly the model's layers and KV heads."""
         found = tuple(len(layer) for layer in self.retrieval)
         if found != shape.n_head_kv:
             raise ProfileError(
@@ -177,7 +181,7 @@ class Profile:
 
 
 def facts_line(profile: Profile) -> str | None:
-    """The outcome of the facts that `convert` planted, None where it planted none.
+    """Return the outcome of the planted facts, None if `convert` planted none.
 
     For example "planted facts: 16 of 20 found, 17 with the full cache (context 1,280, window 341,
     49% of the full cache's bytes)".
@@ -203,7 +207,7 @@ def facts_line(profile: Profile) -> str | None:
 
 
 def scopes_text(profile: Profile) -> str:
-    """The scopes of the local heads, for people: "scopes of 64 to 1,024 tokens"."""
+    """Return the scopes of the local heads as text: "scopes of 64 to 1,024 tokens"."""
     assert profile.scope is not None
     scopes = [scope for layer in profile.scope for scope in layer.tolist() if scope]
     low, high = min(scopes, default=0), max(scopes, default=0)
@@ -211,15 +215,15 @@ def scopes_text(profile: Profile) -> str:
 
 
 def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:
-    """Profile in a sidecar of the model with this shape.
+    """Return the profile in a sidecar of the model with this shape.
 
-    Raises ProfileError where the file is no sidecar, or one of another model.
+    Raises ProfileError if the file is not a sidecar, or belongs to another model.
     """
     return sidecar_from_header(read_header(path), shape)
 
 
 def sidecar_from_header(header: Header, shape: ModelShape) -> Profile:
-    """The same, of a header that was read already."""
+    """Return the profile in a sidecar whose header was already read."""
     path = header.path
     fingerprint = header.string(KEY_FINGERPRINT)
     if fingerprint is None:
@@ -241,7 +245,7 @@ def sidecar_from_header(header: Header, shape: ModelShape) -> Profile:
 
 
 def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
-    """Profile in a header, None without razor keys. Raises ProfileError or GGUFError."""
+    """Return the profile in a header, None without razor keys. Raises ProfileError, GGUFError."""
     entries = {k: e for k, e in header.entries.items() if k.startswith(KEY_PREFIX)}
     if not entries:
         return None
@@ -307,7 +311,7 @@ def profile_from_header(header: Header, shape: ModelShape) -> Profile | None:
 
 
 def split_heads(flat: np.ndarray, n_head_kv: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Layer-major [sum of n_head_kv] into one array [n_head_kv] per layer."""
+    """Split layer-major [sum of n_head_kv] into one array [n_head_kv] per layer."""
     return tuple(np.split(flat, np.cumsum(n_head_kv)[:-1]))
 
 

@@ -1,7 +1,7 @@
-"""The profiles that were measured on this machine, by the fingerprint of the model file.
+"""Store the profiles that were measured on this machine, by the fingerprint of the model file.
 
-A profile is a sidecar, FINGERPRINT.gguf. Where there is none, FINGERPRINT.json keeps what is known:
-that no head stands out, or how long measuring takes. docs/format.md describes both.
+A profile is a sidecar, FINGERPRINT.gguf. For a model without one, FINGERPRINT.json notes why it has
+none, or how long measuring would take. docs/format.md describes both files.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAX_BYTES = 1 << 16  # of a note
 
 @dataclass(frozen=True)
 class Note:
-    """What is known about a model without a profile.
+    """A note on a model without a profile.
 
     Attributes:
         why: why it has none; "" if it was not measured.
-        seconds: how long measuring takes; 0 if it was not estimated.
+        seconds: how long measuring would take; 0 if that was not estimated.
         setting: the options for which seconds holds.
     """
 
@@ -38,7 +38,7 @@ class Note:
 
 
 def folder() -> Path:
-    """The folder of the profiles. Raises RazorError where the user has no home folder."""
+    """Return the folder of the profiles. Raises RazorError if the user has no home folder."""
     try:
         return cache_folder() / "profiles"
     except RuntimeError:
@@ -48,19 +48,19 @@ def folder() -> Path:
 
 
 def path_of(shape: ModelShape) -> Path:
-    """The file of a model's profile, which need not exist. Raises RazorError, OSError."""
+    """Return the path of a model's profile, which may not exist. Raises RazorError, OSError."""
     return folder() / f"{shape.fingerprint}.gguf"
 
 
 def make_folder() -> None:
-    """Make the folder, which its owner alone may use. Raises RazorError, OSError."""
+    """Create the folder, which only its owner may use. Raises RazorError, OSError."""
     make_private_folder(folder())
 
 
 def find(shape: ModelShape) -> tuple[Profile, Path] | None:
-    """Return the profile of a model and its file, None without one that can be read.
+    """Return the profile of a model and its path, None if there is none.
 
-    A damaged file counts as none: it is measured again.
+    A file that cannot be read is ignored.
     """
     with suppress(RazorError, OSError):
         if folder().is_dir():  # else no fingerprint is needed
@@ -70,7 +70,7 @@ def find(shape: ModelShape) -> tuple[Profile, Path] | None:
 
 
 def read_note(shape: ModelShape) -> Note:
-    """Return what is known about a model; an empty note if that is nothing."""
+    """Return the note on a model, an empty one if there is none."""
     unreadable = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
     with suppress(RazorError, OSError, *unreadable):
         if folder().is_dir():
@@ -84,7 +84,7 @@ def read_note(shape: ModelShape) -> Note:
 
 
 def write_note(shape: ModelShape, note: Note) -> None:
-    """Keep what is known about a model. Raises RazorError, OSError."""
+    """Save a note on a model. Raises RazorError, OSError."""
     make_folder()
     data = json.dumps({"format": FORMAT, "version": VERSION} | asdict(note), indent=1) + "\n"
     with new_file(path_of(shape).with_suffix(".json"), private=True) as file:
@@ -92,7 +92,7 @@ def write_note(shape: ModelShape, note: Note) -> None:
 
 
 def remove(shape: ModelShape) -> bool:
-    """Remove the profile of a model and what is known about it; return whether it had one.
+    """Remove the profile of a model and the note on it. Return whether it had a profile.
 
     Raises RazorError, OSError.
     """

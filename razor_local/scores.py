@@ -1,4 +1,4 @@
-"""Head scores: how much each query head looks for repetitions, and the heads chosen by it.
+"""Head scores: how strongly each query head attends to repetitions, and the choice of heads.
 
 calibrate.py measures the scores. They are kept in a model's metadata or in a JSON file, and
 choose_heads() turns them into retrieval heads. docs/format.md describes the files.
@@ -107,7 +107,7 @@ class Scores:
             raise ProfileError("the calibration record does not say which model was measured")
 
     def check_model(self, shape: ModelShape) -> None:
-        """Raises ProfileError unless the scores were measured on this very model file."""
+        """Raise ProfileError unless the scores were measured on this model file."""
         if (self.n_head, self.n_head_kv) != (shape.n_head, shape.n_head_kv):
             raise ProfileError(
                 f"the scores are for {_describe(self.n_head, self.n_head_kv)}, the model has"
@@ -178,7 +178,7 @@ def find_cut(values: np.ndarray, chance: float = 0.0) -> Cut:
 
 
 def find_cuts(scores: Scores) -> dict[str, Cut]:
-    """The cuts of "induction" and "echo", over the KV heads of all layers."""
+    """Return the cuts of "induction" and "echo" over the KV heads of all layers."""
     return {name: find_cut(values, _chance(scores)) for name, values in _kv_scores(scores).items()}
 
 
@@ -233,7 +233,7 @@ def choose_heads(
 
 
 def head_strength(scores: Scores) -> np.ndarray:
-    """How much each KV head stands out, f64 [sum of n_head_kv]: above 1 if it does."""
+    """Return how much each KV head stands out (above 1 if it does), f64 [sum of n_head_kv]."""
     cuts, values = find_cuts(scores), _kv_scores(scores)
     return np.maximum(*(values[name].astype(np.float64) / cuts[name].value for name in values))
 
@@ -278,12 +278,12 @@ def profile_from_scores(
 def with_scopes_by_score(profile: Profile, shape: ModelShape, n_ctx: int) -> Profile:
     """Return the profile with a scope for each local head that grows with its strength.
 
-    The scopes are half the window of the profile in a context of n_ctx tokens, plus a part in
-    proportion to the strength (head_strength). The factor is the largest with which a cache of
-    n_ctx tokens takes no more bytes than with the window.
+    A scope is half the window of the profile in a context of n_ctx tokens, plus a part that is
+    proportional to the strength (head_strength). The factor is the largest one with which a cache
+    of n_ctx tokens takes no more bytes than with a single window.
 
     Raises:
-        ProfileError: the profile has no scores, or saves nothing in such a context.
+        ProfileError: the profile has no scores, or saves nothing in that context.
     """
     plan = make_plan(shape, profile, n_ctx)
     if not plan.active:
@@ -337,7 +337,7 @@ def _measured(record: dict[str, str | int]) -> dict[str, str | int]:
 
 
 def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
-    """The scores that a profile of the model holds. Raises ProfileError if it has none."""
+    """Return the scores of a profile of the model. Raises ProfileError if it has none."""
     if profile.scope is not None:
         raise ProfileError(
             "the razor profile holds a scope for each head, which decides what it keeps; there is"
@@ -357,8 +357,8 @@ def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
 def save_scores(scores: Scores, path: str | os.PathLike[str], replace: bool = True) -> Path:
     """Write a file for load_scores().
 
-    The name appears when the file is complete; a file of that name is replaced, or without replace
-    refused. Raises RazorError, OSError.
+    The file appears under its name when it is complete. An existing file is replaced, or refused if
+    replace is False. Raises RazorError, OSError.
     """
     path = Path(path)
     head = {"format": FORMAT, "version": VERSION, "calibration": scores.calibration}
@@ -375,7 +375,7 @@ def save_scores(scores: Scores, path: str | os.PathLike[str], replace: bool = Tr
 
 
 def load_scores(path: str | os.PathLike[str]) -> Scores:
-    """Scores of a file that save_scores() wrote. Raises ProfileError (one sentence) or OSError."""
+    """Load the scores that save_scores() wrote. Raises ProfileError, OSError."""
     path = Path(path)
     with open_input(path, "a file of scores", ProfileError) as file:
         raw = file.read(MAX_BYTES + 1)
@@ -429,7 +429,7 @@ def _numbers(fields: dict[str, Any], name: str, kind: type) -> np.ndarray:
 def group_max(
     per_query_head: np.ndarray, n_head: Sequence[int], n_head_kv: Sequence[int]
 ) -> np.ndarray:
-    """Scores of the KV heads, layer-major: the largest in the group of query heads of each."""
+    """Return the score of each KV head, the largest of its group of query heads; layer-major."""
     layers = np.split(per_query_head, np.cumsum(n_head)[:-1])
     groups = [
         layer.reshape(n_kv, -1).max(axis=1)
@@ -447,12 +447,12 @@ def _kv_scores(scores: Scores) -> dict[str, np.ndarray]:
 
 
 def _ranking(values: np.ndarray) -> np.ndarray:
-    """Indices of the largest values first, equal ones in their order."""
+    """Return the indices of the values in descending order; equal values keep their order."""
     return np.argsort(-values, kind="stable")
 
 
 def _chance(scores: Scores) -> float:
-    """The score up to which a head tells nothing, 0 if it is not known how it was measured.
+    """Return the score that is no better than chance, 0 if the measurement is unknown.
 
     Attention spread evenly over all earlier tokens has a score of 0.7/tokens to 1/tokens: of the
     rK to (r + 1)K tokens before a query in repetition r, r are copies.

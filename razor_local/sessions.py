@@ -1,6 +1,6 @@
 """Saved conversations: messages and KV cache in one file, docs/format.md describes it.
 
-A loaded session goes on where it was saved: the model reads new messages alone.
+A loaded session continues where it was saved: the model reads only new messages.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Session:
 
 
 def folder() -> Path:
-    """The folder of the user's sessions."""
+    """Return the folder of the user's sessions."""
     return data_folder() / "sessions"
 
 
 def path_of(name: str) -> Path:
-    """The file of a session. Raises RazorError for what cannot be a name."""
+    """Return the path of a session. Raises RazorError for an invalid name."""
     if not _NAME.fullmatch(name):
         raise RazorError(
             f"{name!r} cannot be the name of a session: use up to 60 letters, digits, spaces and"
@@ -77,7 +77,7 @@ def path_of(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """The names of all sessions, sorted."""
+    """Return the names of all sessions, sorted."""
     if not folder().is_dir():
         return []
     found = (path.name.removesuffix(SUFFIX) for path in folder().glob(f"*{SUFFIX}"))
@@ -85,7 +85,7 @@ def names() -> list[str]:
 
 
 def remove(name: str) -> None:
-    """Remove a session. Raises RazorError where there is none, OSError."""
+    """Remove a session. Raises RazorError if it does not exist, OSError."""
     path = path_of(name)
     try:
         path.unlink()
@@ -94,9 +94,9 @@ def remove(name: str) -> None:
 
 
 def save(name: str, llama: Llama, chat: Chat) -> Session:
-    """Save the conversation, in place of one of that name.
+    """Save the conversation, and replace an existing session of that name.
 
-    The file is complete or as it was before, even if the process is killed. Raises RazorError,
+    The file is either complete or unchanged, even if the process is killed. Raises RazorError,
     OSError.
     """
     path = path_of(name)
@@ -126,11 +126,11 @@ def read(name: str) -> Session:
 
 
 def load(name: str, llama: Llama, chat: Chat, messages_only: bool = False) -> Session:
-    """Go on with a session; where that fails the conversation is as it was.
+    """Continue a session. If that fails, the conversation does not change.
 
     Args:
-        messages_only: leave out the cache, so that the model and its options may be others; the
-            next message reads the whole conversation
+        messages_only: whether to leave out the cache, which allows another model or other options;
+            the next message then reads the whole conversation
 
     Raises:
         RazorError: there is no such session, its file is damaged, or it was saved with another

@@ -49,7 +49,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The profile cache of a test. Child processes have the user's own."""
+    """Give each test its own profile cache. Child processes use that of the user."""
     from razor_local import profile_cache
 
     with pytest.MonkeyPatch.context() as patch:

@@ -77,7 +77,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         group.n_kv   = mctx->get_step().groups[g].n_kv;
         group.n_fold = mctx->get_step().groups[g].n_fold;
 
-        // mask, flash attention requires F16
+        // flash attention requires an F16 mask
         group.mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, group.n_kv, n_tokens, "razor_inp_mask");
 
         uint32_t n_local_max = 0;
@@ -94,7 +94,7 @@ llm_graph_input_razor::llm_graph_input_razor(
             }
         }
 
-        // inputs that replace the masks for the attention of a batch on devices
+        // these replace the masks for the attention of a batch on devices
         if (n_tokens > 1 && any_batch) {
             if (!since_full) {
                 since_full = input(GGML_TYPE_I32, n_kv_full, 1, "razor_inp_since");
@@ -106,7 +106,7 @@ llm_graph_input_razor::llm_graph_input_razor(
             group.batch.tiles    = input(GGML_TYPE_I32, 2, n_tiles(n_kv_full) + n_tiles(group.n_kv), "razor_inp_tiles");
         }
 
-        // fold
+        // inputs of the fold
         if (group.n_fold > 0 && plan.n_comp > 0) {
             group.fold_rows = input(GGML_TYPE_I32, group.n_fold, n_local_max, "razor_inp_fold_rows");
             group.fold_src  = input(GGML_TYPE_I32, 1,            1, "razor_inp_fold_src");
@@ -155,7 +155,7 @@ void llm_graph_input_razor::init_orders() {
             }
         }
 
-        // the groups by their first heads, if that is the order of the model
+        // sort the groups by their first heads, and use this order if it is that of the model
         auto sorted = order.sequence;
         std::sort(sorted.begin(), sorted.end(), [&](size_t a, size_t b) { return order.groups[a].front() < order.groups[b].front(); });
 
@@ -808,7 +808,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         return attend(view(layer.k), view(layer.v), false, order.first[i + 1], groups[i].mask);
     };
 
-    // retrieval heads come first in the graph, whatever the order of the heads
+    // the retrieval heads come first in the graph, independently of the order of the heads
     std::vector<ggml_tensor *> outs(order.groups.size(), nullptr);
     for (size_t i = 0; i < outs.size(); ++i) {
         if (!order.groups[i].empty()) {
@@ -859,7 +859,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     attn.kernel = layer.attn;
     attn.n_gqa  = order.n_head/order.n_head_kv;
 
-    // groups without heads are left out, except that the operations of devices take one local group
+    // leave out groups without heads, but keep one local group: the operations of devices require it
     size_t i_local = 0;
 
     attn.groups.push_back({ &order.groups[0], kq_mask, first, plan.n_ctx });
@@ -887,6 +887,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     const auto * kv = llama_razor_get_cache(memory);
 
-    // per layer: 3 gathers, 3 stores of up to 6 nodes; per group: a store, an attention without flash attention (about 16), 2 folds of 15
+    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: a store, an attention (about 16 nodes without flash attention) and
+    // 2 folds of 15 nodes
     return kv ? (20 + 60*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;
 }

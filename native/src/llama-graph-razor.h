@@ -74,16 +74,16 @@ private:
 
         // offsets in the inputs, in heads
         size_t offs_rows = 0;
-        size_t offs_q    = 0; // this and the next two only if not identity
+        size_t offs_q    = 0; // only if not identity, like the next two
         size_t offs_out  = 0;
         size_t offs_v    = 0; // only for a transposed V cache
     };
 
     // inputs of a group of local heads
     struct group_input {
-        ggml_tensor * mask = nullptr; // F32/F16 [n_kv, n_tokens/n_stream, 1, n_stream]
+        ggml_tensor * mask = nullptr; // F32/F16 [n_kv, n_tokens]
 
-        razor_batch batch; // replaces the masks of layers with device_batch
+        razor_batch batch; // replaces the mask in layers with device_batch
 
         // only if n_fold > 0
         ggml_tensor * fold_rows = nullptr; // I32 [n_fold, max n_local]
@@ -93,7 +93,7 @@ private:
         ggml_tensor * fold_inv  = nullptr; // F32 [1] 1/N_d
 
         // only for a transposed V cache, the key is the number of heads
-        std::map<uint32_t, ggml_tensor *> v_rows; // I64 [n_local*n_tokens] rows of the group's heads
+        std::map<uint32_t, ggml_tensor *> v_rows; // I64 [n_local*n_tokens] rows in the view of the group's heads
 
         uint32_t n_kv;
         uint32_t n_fold;
@@ -143,7 +143,7 @@ private:
             ggml_tensor * sinks,
                   float   kq_scale) const;
 
-    std::vector<group_input> groups; // as in the plan
+    std::vector<group_input> groups; // one per group of the plan
 
     // for each order and token: the rows of the KV heads, in the order of the model
     ggml_tensor * rows      = nullptr; // I32 [n] rows of razor_layer::k and ::v, I64 for the operations of ggml-razor.h
@@ -166,7 +166,7 @@ private:
 
     const llama_kv_cache_razor_context * mctx;
 
-    // the graph can be reused as long as these, and n_kv and n_fold of the groups, are the same
+    // the graph can be reused as long as these numbers and the n_kv and n_fold of all groups are the same
     const uint32_t n_tokens;
     const uint32_t n_kv_full; // cells of the retrieval heads
 };

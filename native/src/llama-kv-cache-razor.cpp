@@ -520,14 +520,14 @@ uint32_t llama_kv_cache_razor::n_tokens(uint32_t strm) const {
 uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     const auto & st = streams[strm];
 
-    // go back block by block while the frontiers can be moved back as well
+    // go back block by block as long as the frontiers can be moved back, too
     uint32_t n_left = n_tokens(strm);
     while (n_left > 0) {
         if (!can_unfold_to(st, n_left - 1)) {
             break;
         }
 
-        // all positions of a block have the same frontiers, the smallest window is the first to fold
+        // all positions of a block have the same frontiers, and the smallest window folds first
         n_left = plan.groups.back().frontier(n_left - 1) == plan.sink_tokens ? 0 : (n_left - 1) - (n_left - 1) % plan.block;
     }
 
@@ -629,7 +629,7 @@ uint64_t llama_kv_cache_razor::fingerprint() const {
             add(h);
         }
 
-        // the heads of the smallest window are the remaining ones
+        // the remaining heads have the smallest window
         for (size_t g = 0; g + 1 < plan.groups.size(); ++g) {
             add(plan.local[il][g].size());
             for (const uint32_t h : plan.local[il][g]) {
@@ -646,7 +646,7 @@ void llama_kv_cache_razor::for_each_local_head(const stream_state & st, F && f) 
     for (const auto & layer : layers_razor) {
         for (auto * t : { layer.k, layer.v }) {
             for (size_t g = 0; g < plan.groups.size(); ++g) {
-                // the rows after these are not in use
+                // the rows after the first n_used are not in use
                 const uint32_t n_used = plan.groups[g].n_used(st.n_high, st.groups[g].frontier);
 
                 for (size_t i = 0; i < plan.local[layer.il][g].size(); ++i) {
@@ -732,7 +732,7 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         llama_razor_error_throw("the state holds more tokens than the context, create a context of at least the size it was saved with");
     }
 
-    // a frontier is that of the last position until the first ubatch of the next block folds
+    // until the first ubatch of the next block folds, a frontier is that of the last position
     bool sane = n == 0 || n <= st.n_high;
 
     for (size_t g = 0; n > 0 && g < plan.groups.size(); ++g) {

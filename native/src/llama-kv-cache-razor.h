@@ -2,8 +2,8 @@
 
 // the KV cache of a context with RazorAttention
 //
-// what the local heads hold after n tokens depends only on these tokens, not on how they were split into batches: the fold
-// frontier of a group is a function of the position, all positions of an ubatch have the same frontiers, and only apply_local() folds
+// the content of the local heads depends only on the tokens, not on how they were split into batches: the fold frontier of a group
+// is a function of the position, all positions of an ubatch have the same frontiers, and only apply_local() folds
 
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
@@ -47,7 +47,7 @@ public:
         std::vector<group_state> groups;
     };
 
-    // what the graph of an ubatch does with the local heads of a group
+    // the part of an ubatch's graph that concerns the local heads of a group
     struct group_step {
         uint32_t n_kv      = 0;  // cells that the attention reads
         uint32_t frontier  = 0;
@@ -79,19 +79,20 @@ public:
         uint32_t n_retrieval; // KV heads
         uint32_t n_local;
 
-        // rows: n_ctx for each retrieval head, then for each group the cells of its heads
+        // the rows are n_ctx rows of each retrieval head, then for each group the cells of its heads
         // without flash attention, the values of each retrieval head are transposed: [n_ctx, n_embd_head_v]
         ggml_tensor * k; // type_k [n_embd_head_k, rows, n_stream]
         ggml_tensor * v; // type_v [n_embd_head_v, rows, n_stream]
 
-        std::vector<group_sums> sums; // one per group, nullptr without compensation or without heads of the group
+        std::vector<group_sums> sums; // one per group, with nullptr if there is no compensation or the group has no heads in the layer
 
         razor_attn_kernel attn = nullptr; // kernel for flash attention if the cache is in host memory, else nullptr
 
-        // with flash attention: the operations of ggml-razor.h that the layer's device supports
+        // with flash attention: the operations of ggml-razor.h that the layer can use on its device
+        // those for attention support at most one group with heads in the layer
         bool device       = false; // storing and folding
-        bool device_token = false; // attention of one token, at most one group of the layer has local heads
-        bool device_batch = false; // attention of a batch, the same
+        bool device_token = false; // attention of one token
+        bool device_batch = false; // attention of a batch
     };
 
     llama_kv_cache_razor(
@@ -158,7 +159,7 @@ public:
 
     const razor_layer & get_layer(int32_t il) const { return layers_razor[il]; }
 
-    // return the size of the accumulators
+    // return the size of a layer's accumulators in bytes
     static size_t bytes_sums(const razor_layer & layer);
 
     // return the layer whose cache the layer reads: itself, except in models whose layers share caches
@@ -211,12 +212,12 @@ private:
     // return true if the frontier of a group can be moved back: the rows from position `to` on are still in the ring
     bool can_unfold(const stream_state & st, size_t i_group, uint32_t to) const;
 
-    // return true if the frontiers of all groups are, or can be moved back to, those of the position
+    // return true if no frontier is beyond that of the position, or all that are can be moved back to it
     bool can_unfold_to(const stream_state & st, uint32_t pos) const;
 
     void unfold(group_state & st, uint32_t to) const;
 
-    // call f(layer, tensor, first row, number of rows) for the rows in use of each local head
+    // call f(tensor, offset, size), in bytes, for the rows in use of each local head and for the accumulators
     template<typename F>
     void for_each_local_head(const stream_state & st, F && f) const;
 };

@@ -19,7 +19,7 @@
 #include <stdexcept>
 #include <string>
 
-// return the feature that razor does not support, "" if there is none
+// return a feature of the model or the context that razor does not support, "" if there is none
 static std::string razor_plan_find_unsupported(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const auto & hparams = model.hparams;
 
@@ -62,7 +62,7 @@ static bool razor_plan_is_plain(const llama_model & model) {
     return !llm_arch_is_hybrid(model.arch) && model.hparams.swa_type == LLAMA_SWA_TYPE_NONE;
 }
 
-// return B
+// return the fold block B of a window
 static uint32_t razor_plan_block(uint64_t window) {
     uint32_t block = 64;
     while (block < 512 && 2*block <= window/4) {
@@ -72,9 +72,10 @@ static uint32_t razor_plan_block(uint64_t window) {
     return block;
 }
 
-// replace windows by larger ones until there are at most LLAMA_RAZOR_MAX_WINDOWS different ones, 0 is not a window
+// replace windows by larger ones until there are at most LLAMA_RAZOR_MAX_WINDOWS different ones
+// 0 means that the head has no window
 static void razor_plan_merge_windows(std::vector<uint64_t> & windows) {
-    std::map<uint64_t, uint64_t> counts; // window -> heads
+    std::map<uint64_t, uint64_t> counts; // window -> number of heads
 
     for (const uint64_t window : windows) {
         if (window > 0) {
@@ -150,7 +151,7 @@ static llama_razor_plan razor_plan_make(
         razor_plan_merge_windows(windows);
     }
 
-    // 2. make a group for each window with which a head saves something
+    // 2. make a group for each window that saves cells
     std::set<uint64_t, std::greater<>> all(windows.begin(), windows.end());
 
     for (const uint64_t window : all) {
@@ -183,7 +184,7 @@ static llama_razor_plan razor_plan_make(
     return res;
 }
 
-// ggml_backend_sched would end the process if a tensor is too large for the device that holds it
+// check that a device can hold a tensor: ggml_backend_sched would end the process otherwise
 static void razor_plan_check_tensor(ggml_backend_dev_t dev, ggml_type type, uint64_t n_embd, uint64_t n_rows) {
     if (!dev || n_embd == 0 || n_rows == 0) {
         return;
@@ -204,7 +205,7 @@ static void razor_plan_check_tensor(ggml_backend_dev_t dev, ggml_type type, uint
     }
 }
 
-// plan is nullptr for upstream's cache
+// check that the devices can hold the tensors of the cache, plan is nullptr for upstream's cache
 static void razor_plan_check_tensors(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const llama_razor_plan * plan) {
     const auto & hparams = model.hparams;
 

@@ -2,8 +2,8 @@
 
 // the plan of a context: the size and layout of its cache and the positions at which tokens are folded
 //
-// a plan depends only on the context size, the profile and the model's hparams, is made before anything is allocated and never
-// changes. The formulas are in llama-razor.h, razor_local/plan.py computes the same numbers
+// a plan depends only on the context size, the profile and the model's hparams. It is made before anything is allocated and never
+// changes. The formulas are in llama-razor.h, and razor_local/plan.py computes the same numbers
 
 #include "llama-razor-profile.h"
 
@@ -17,7 +17,8 @@ struct llama_memory_i;
 struct llama_memory_params;
 struct llama_model;
 
-// local heads with the same window; cells of a head: [sinks | ring of recent tokens | compensation tokens]
+// the local heads with the same window
+// the cells of a head are [sinks | ring of recent tokens | compensation tokens]
 struct llama_razor_group {
     // there are two compensation tokens: a fold writes one and leaves the previous value in the other
     // each of them has two cells with equal rows: log(N_d) is not exact in F16, but the exponentials of two F16 values can add up to N_d
@@ -33,7 +34,7 @@ struct llama_razor_group {
 
     uint32_t ring() const { return cells - sink_tokens - n_comp; }
 
-    // return F(pos): while the block of this position is processed, the positions [sink_tokens, F) are folded
+    // return F(pos): while the block of pos is processed, the positions [sink_tokens, F) are folded
     uint32_t frontier(uint32_t pos) const {
         const uint32_t start = pos - pos % block;
 
@@ -51,12 +52,12 @@ struct llama_razor_group {
     // return the first cell of a compensation token
     uint32_t comp_cell(uint32_t slot) const { return cells - n_comp + slot*N_COMP_CELLS; }
 
-    // return the cell of a position, which is a sink or in the ring
+    // return the cell of a position that is a sink or in the ring
     uint32_t cell(uint32_t pos) const {
         return pos < sink_tokens ? pos : sink_tokens + (pos - sink_tokens) % ring();
     }
 
-    // return the number of cells in use after n_tokens positions were written: before the first fold, as many as in a full cache
+    // return the number of cells in use after n_tokens positions were written. Before the first fold, it is that of a full cache
     uint32_t n_used(uint32_t n_tokens, uint32_t frontier) const {
         return frontier > sink_tokens ? cells : std::min(n_tokens, cells - n_comp);
     }
@@ -64,11 +65,11 @@ struct llama_razor_group {
 
 struct llama_razor_plan {
     uint32_t n_ctx       = 0; // per sequence
-    uint32_t sink_tokens = 0; // these three are the same in all groups
+    uint32_t sink_tokens = 0; // the same in all groups, like block and n_comp
     uint32_t block       = 0;
     uint32_t n_comp      = 0;
 
-    // largest window first, each has a head in some layer
+    // largest window first, each group has a head in at least one layer
     std::vector<llama_razor_group> groups;
 
     // KV heads in ascending order
@@ -89,7 +90,7 @@ struct llama_razor_plan {
     // return the first position after pos with another frontier in any group
     uint32_t frontier_end(uint32_t pos) const { return groups.back().frontier_end(pos); }
 
-    // return the rows of a layer's cache before the heads of a group, which come after the retrieval heads
+    // return the first row of a group in a layer's cache, where the groups follow the retrieval heads
     uint64_t first_row(uint32_t il, size_t i_group) const {
         uint64_t res = (uint64_t) retrieval[il].size()*n_ctx;
         for (size_t g = 0; g < i_group; ++g) {
@@ -99,7 +100,7 @@ struct llama_razor_plan {
         return res;
     }
 
-    // return the rows of a layer's cache
+    // return the number of rows of a layer's cache
     uint64_t n_rows(uint32_t il) const { return first_row(il, groups.size()); }
 };
 

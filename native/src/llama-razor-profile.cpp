@@ -225,7 +225,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
     res->retrieval.assign(mask, mask + n_kv_heads);
     razor_check_mask(res->retrieval);
 
-    // 5. check the scores: they are not used here, but the converter would not have written malformed ones
+    // 5. check the scores: they are not used here, but malformed ones show that the file is damaged
     for (const char * key : { "razor.head.echo_score", "razor.head.induction_score" }) {
         const int64_t id = razor_meta_find(ctx, key, "", false);
         if (id >= 0) {
@@ -234,7 +234,7 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         }
     }
 
-    // 6. read the scopes, version 1 does not use those of method "rope"
+    // 6. read the scopes, which version 1 does not use with method "rope"
     const std::string type_scope = format("u32[%zu]", n_kv_heads);
 
     const int64_t id_scope = razor_meta_find(ctx, "razor.head.scope", type_scope, version == RAZOR_VERSION_SCOPE);

@@ -26,7 +26,7 @@ struct llama_razor_profile {
     bool     own_attention  = true;  // use razor's attention if the context gets upstream's cache
 
     std::vector<uint8_t>  retrieval; // 0/1 per KV head, layer-major
-    std::vector<uint32_t> scope;     // tokens per KV head, 0 exactly for retrieval heads; empty: one window for all local heads
+    std::vector<uint32_t> scope;     // tokens per KV head, 0 exactly for retrieval heads, empty: one window for all local heads
 };
 
 // return nullptr if there are no razor.* keys

@@ -15,17 +15,17 @@
 //   B     = the largest power of two <= max(L/4, 1), clamped to [64, 512]                 (fold block)
 //   C     = compensation ? 4 : 0                                                            (compensation cells)
 //   cells = (sink_tokens + C + L + B + LLAMA_RAZOR_SLACK) rounded up to a multiple of 256   (cells of a local head)
-//   local heads with cells >= n_ctx would save nothing: they are retrieval heads
-//   without local heads, the context uses upstream's full cache
+//   local heads with cells >= n_ctx would save nothing and are treated as retrieval heads
+//   if no local heads are left, the context uses upstream's full cache
 //   In a local head, a token at position p attends to the sinks, to the compensation token and to the positions [F(p), p],
 //   where F(p) = max(sink_tokens, B*floor(p/B) - L) is the fold frontier.
 //
 // If the local heads have scopes, each has a window of its own, and all windows share one block:
-//   local heads with scope >= n_ctx are retrieval heads
-//   B = the block of the average scope of the other local heads, rounded down
+//   local heads with scope >= n_ctx are treated as retrieval heads
+//   B = the block for the mean scope (rounded down) of the other local heads
 //   L = scope rounded up to a multiple of B
-//   while there are more than LLAMA_RAZOR_MAX_WINDOWS different L, the heads of one L get the next larger one: of the L for which this
-//   adds the fewest tokens to all heads, the smallest
+//   while there are more than LLAMA_RAZOR_MAX_WINDOWS different L, one L is replaced by the next larger one: the L for which this adds
+//   the fewest tokens over all heads, and the smallest of several such L
 // cells and F(p) follow from L and B as above.
 //
 // Size in bytes of the cache of a layer with r retrieval and l local KV heads of size d_k (K) and d_v (V):
@@ -43,7 +43,7 @@ extern "C" {
 #endif
 
 #define LLAMA_RAZOR_API_VERSION 5
-#define LLAMA_RAZOR_MAX_WINDOWS 4  // different windows of local heads
+#define LLAMA_RAZOR_MAX_WINDOWS 4  // maximum number of different windows
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
 
 // if set to anything but "" or "0", razor metadata and overrides are ignored and upstream's cache is used
@@ -53,7 +53,7 @@ struct llama_razor_params {
     uint32_t size;            // sizeof(struct llama_razor_params)
     uint32_t enabled;         // 0: use upstream's cache whatever the model's metadata says, the other members are ignored
     uint32_t sink_tokens;     // N0, 0..4096
-    uint32_t window;          // L of all local heads in tokens, 0: their scopes, or computed from window_min and window_divisor
+    uint32_t window;          // L of all local heads in tokens, 0: use their scopes, or window_min and window_divisor
     uint32_t window_min;      // S0, 1..2^30
     uint32_t window_divisor;  // C of the paper, 0: only window_min counts
     uint32_t compensation;    // 0/1
@@ -72,7 +72,7 @@ struct llama_razor_stats {
     uint32_t n_layer;         // layers of the mask
     uint32_t n_stream;
     uint32_t sink_tokens;
-    uint32_t window;          // L, the largest one
+    uint32_t window;          // the largest L
     uint32_t block;           // B
     uint32_t cells;           // per local head with this window
     uint32_t compensation;
@@ -85,7 +85,7 @@ struct llama_razor_stats {
     uint64_t kv_bytes_recurrent; // buffers of recurrent states, part of kv_bytes
     uint32_t n_buffers;       // see llama_razor_get_buffer
     uint32_t own_attention;   // 1: layers in host memory use razor's attention; also set if razor is not active
-    uint32_t n_windows;
+    uint32_t n_windows;       // number of different windows
     uint32_t windows[LLAMA_RAZOR_MAX_WINDOWS]; // L of each group of local heads, largest first
     uint32_t device_attention; // 1: all layers on devices use razor's operations for the attention of one token
 };

@@ -20,7 +20,7 @@ from .terminal import echo
 COMMANDS = {
     "bench": "Measure memory and speed against full caches.",
     "chat": "Chat with a model.",
-    "convert": "Measure the retrieval heads of a model, and keep them as its razor profile.",
+    "convert": "Measure the retrieval heads of a model and save them as its razor profile.",
     "doctor": "Show the loaded library, its backends and devices, and any problems.",
     "eval": "Measure how much quality each KV cache policy costs.",
     "fit": "Estimate the memory of a context, or the context that fits a memory.",
@@ -30,7 +30,7 @@ COMMANDS = {
     "verify": "Check RazorAttention on this machine against a reference.",
 }
 
-# arguments of Llama in messages, as the options that stand for them
+# the options that messages name instead of arguments of Llama
 OPTIONS = {
     "n_ctx": "-c",
     "n_batch": "-b",
@@ -60,7 +60,7 @@ of a command.
 
 
 class _Group(Group):
-    """Knows its commands without importing them, and turns our errors into one line."""
+    """The group of all commands, which are imported on use. It prints errors as one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

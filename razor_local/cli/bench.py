@@ -231,7 +231,7 @@ def bench(
 
 
 def _check_pictures(paths: tuple[Path, ...]) -> None:
-    """Refuses before the measuring what could not be drawn after it."""
+    """Refuse pictures that could not be drawn, before anything is measured."""
     from ..common.figure import make_figure
 
     for path in paths:
@@ -302,7 +302,7 @@ def _setup(model: Path | None, options: dict[str, Any]) -> ModelSetup:
 
 
 def _gpu_layers(wanted: int) -> int:
-    """0 where the library has no device: then the run is one on the CPU, and is called so."""
+    """Return the number of layers, or 0 without a device, so that reports name the CPU."""
     from ..native import load
 
     load()

@@ -167,7 +167,7 @@ def _save(talk: Talk, argument: str) -> None:
         session = sessions.save(name, talk.llama, talk.chat)
     talk.session = name
     size = session.n_bytes / 2**20
-    say(f"saved as {name} ({size:.1f} MiB); '/load {name}' and 'chat --session' go on with it")
+    say(f"saved as {name} ({size:.1f} MiB); '/load {name}' and 'chat --session' continue it")
 
 
 def _load(talk: Talk, argument: str) -> None:
@@ -180,7 +180,7 @@ def _load(talk: Talk, argument: str) -> None:
 
 
 def load_session(name: str, llama: Llama, chat: Chat, messages_only: bool = False) -> str:
-    """Go on with a session; return a line about it. Raises RazorError, OSError."""
+    """Continue a session and return a line about it. Raises RazorError, OSError."""
     from .. import sessions
 
     sessions.load(name, llama, chat, messages_only)
@@ -235,7 +235,7 @@ def _session_actions(text: str) -> list[str]:
 
 @contextmanager
 def _stoppable(then: str) -> Iterator[None]:
-    """Let Ctrl-C end what runs inside, and not the chat."""
+    """Let Ctrl-C end what runs inside the block, but not the chat."""
     try:
         yield
     except KeyboardInterrupt:
@@ -267,7 +267,7 @@ def _edit(talk: Talk, argument: str) -> None:
     if not talk.reader.can_edit:
         raise RazorError("this terminal cannot show a line to be changed; use /edit NEW TEXT")
     talk.line, talk.is_edit = talk.reader.line_of(last), True
-    say("Enter sends the changed message in place of the last one, Ctrl-C leaves that as it is")
+    say("Enter replaces the last message with the changed one, Ctrl-C changes nothing")
 
 
 def _file(talk: Talk, argument: str) -> None:
@@ -314,7 +314,7 @@ def _n_tokens(talk: Talk, text: str) -> int:
 
 
 def _short(text: str) -> str:
-    """The beginning of a message, in one line."""
+    """Return the beginning of a message, in one line."""
     text = printable(text[:200].strip().replace("\n", " "), one_line=True)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -372,7 +372,7 @@ def _json(talk: Talk, argument: str) -> None:
     if talk.chat.grammar is None:
         say("answers are free text; /json SCHEMA or /json FILE makes them JSON")
     else:
-        say(f"answers follow the JSON schema {talk.schema}; /json off ends that")
+        say(f"answers follow the JSON schema {talk.schema}; /json off turns it off")
 
 
 def _schemas(text: str) -> list[str]:
@@ -384,34 +384,40 @@ def _exit(talk: Talk, argument: str) -> None:
 
 
 COMMANDS = {
-    "help": Command("/help", "this text", _help),
+    "help": Command("/help", "show this text", _help),
     "undo": Command("/undo", "take back the last message and its answer", _undo),
-    "regen": Command("/regen", "another answer to the last message", _regen),
+    "regen": Command("/regen", "generate another answer to the last message", _regen),
     "edit": Command("/edit [TEXT]", "change the last message and send it again", _edit),
-    "file": Command("/file PATH", "put a text file into the next message", _file, paths),
+    "file": Command("/file PATH", "add a text file to the next message", _file, paths),
     "save": Command("/save [NAME]", "save the conversation and its cache", _save, _session_names),
     "load": Command(
-        "/load NAME", "go on with it (with --messages: without its cache)", _load, _session_names
+        "/load NAME",
+        "continue a saved conversation (--messages: no cache)",
+        _load,
+        _session_names,
     ),
     "sessions": Command(
-        "/sessions [rm NAME]", "what was saved; with rm: remove it", _sessions, _session_actions
+        "/sessions [rm NAME]",
+        "list saved conversations, or remove one",
+        _sessions,
+        _session_actions,
     ),
     "clear": Command("/clear", "forget the conversation, keep the system prompt", _clear),
     "system": Command("/system [TEXT]", "show the system prompt, or set it", _system),
-    "stats": Command("/stats", "device, memory, heads and speed", _stats),
-    "context": Command("/context", "tokens used and left", _context),
+    "stats": Command("/stats", "show device, memory, heads and speed", _stats),
+    "context": Command("/context", "show the tokens used and left", _context),
     "set": Command(
         "/set [NAME VALUE]", "show the sampling options, or change one", _set, _settings
     ),
     "json": Command(
-        "/json SCHEMA|off", "answers in JSON that follows a schema or its file", _json, _schemas
+        "/json SCHEMA|off", "make answers follow a JSON schema, or one in a file", _json, _schemas
     ),
     "exit": Command("/exit", "leave (also Ctrl-D)", _exit),
 }
 ALIASES = {"?": "help", "quit": "exit", "bye": "exit"}
 ABOUT_INPUT = '''\
-Paste a text of several lines and type a question behind it; Enter sends both, with an empty line
-between them. If your terminal does not mark what is pasted, put the message between two lines
-of """. Alt-Enter begins another line. Ctrl-C stops an answer and keeps what was said.
-exit or quit alone leave, too. To send a message that looks like a command, put another slash before
-it: //help. Other lines that begin with a slash are messages.'''
+Paste a text of several lines and type a question after it; Enter sends both, with an empty line
+between them. If your terminal does not mark pasted text, put the message between two lines of """.
+Alt-Enter starts a new line. Ctrl-C stops an answer and keeps the text so far.
+A line with only exit or quit leaves, too. To send a message that looks like a command, put another
+slash before it: //help. Other lines that begin with a slash are messages.'''

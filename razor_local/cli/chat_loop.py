@@ -32,8 +32,8 @@ def converse(
 
     Args:
         session: the name of the session that was loaded
-        keep_history: whether what is typed can be recalled in the next chat
-        first: a message that is answered before the first one is read
+        keep_history: whether the next chat can recall what is typed
+        first: a message to answer before the first one is read
     """
     from . import chat_commands
     from .terminal import MessageReader
@@ -70,7 +70,7 @@ def converse(
 
 @contextmanager
 def _shown() -> Iterator[None]:
-    """Show an error of the library within the block, and go on."""
+    """Show an error that the library raises in the block, instead of ending the chat."""
     try:
         yield
     except RazorError as error:
@@ -78,7 +78,7 @@ def _shown() -> Iterator[None]:
 
 
 def _history() -> History | None:
-    """The history of earlier chats; None, with a note, where it cannot be used."""
+    """Return the history of earlier chats. If it cannot be used, show a note and return None."""
     from .history import History
 
     try:
@@ -90,9 +90,11 @@ def _history() -> History | None:
 
 @dataclass
 class Display:
-    """Shows the answers of a conversation: the text on stdout, all else on stderr.
+    """Show the answers of a conversation: the text on stdout, everything else on stderr.
 
-    advice: what to do when the context is full. is_filling: it is nearly full, as a note said.
+    Attributes:
+        advice: what to do when the context is full.
+        is_filling: whether a note has said that the context is nearly full.
     """
 
     llama: Llama
@@ -102,9 +104,10 @@ class Display:
     is_filling: bool = False
 
     def show(self, begin: Begin, again: bool = False) -> None:
-        """Stream one answer, then say how it ended, and a line of numbers.
+        """Stream one answer, then show how it ended and a line of numbers.
 
-        again: it replaces the answer to the last message.
+        Args:
+            again: whether it replaces the answer to the last message
         """
         from .chat_output import AnswerWriter
         from .interrupt import stop_on_interrupt
@@ -128,9 +131,9 @@ class Display:
         elif turn.ended == "context":
             say(f"The context of {self.llama.n_ctx():,} tokens is full: {self._when_full()}.")
         elif turn.ended == "loop":
-            say("The answer was ended because it kept repeating itself.")
+            say("The answer was stopped because it kept repeating itself.")
         elif turn.ended == "length":
-            say(f"The answer was ended after {turn.n_answer:,} tokens, the limit of --predict.")
+            say(f"The answer was stopped after {turn.n_answer:,} tokens, the limit of --predict.")
         if turn.n_dropped and (turn.n_answer or turn.ended == "end"):
             what = f"the {turn.n_dropped} oldest messages and their answers"
             if turn.n_dropped == 1:

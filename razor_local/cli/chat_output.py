@@ -1,4 +1,4 @@
-"""Writes an answer to stdout while it is generated."""
+"""Write an answer to stdout while it is generated."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ MIN_COLUMNS = 20  # narrower terminals break lines themselves
 
 
 class AnswerWriter:
-    """Writes the pieces of an answer: to a pipe or a file as they are, to a terminal printable.
+    """Write the pieces of an answer.
 
-    On a terminal lines are broken between words, Markdown is rendered, and what the model thinks is
-    dim. Use it in a with statement, whose end writes the last word.
+    A pipe or a file gets the pieces unchanged. On a terminal they are made printable, lines wrap
+    between words, Markdown is rendered, and reasoning is dimmed. Use it in a with statement, whose
+    end writes the last word.
 
     Args:
-        hide_thinking: leave out what the model thinks
+        hide_thinking: whether to leave out the reasoning
     """
 
     def __init__(self, hide_thinking: bool) -> None:
@@ -50,7 +51,7 @@ class AnswerWriter:
             if not was_thinking and sys.stderr.isatty():
                 say("(thinking)")
         elif self._wrap is None:
-            click.echo(piece, nl=False, color=True)  # without it click takes escape sequences out
+            click.echo(piece, nl=False, color=True)  # otherwise click removes escape sequences
         else:
             piece = self._held + piece
             self._held = "\r" if piece.endswith("\r") else ""
@@ -63,7 +64,7 @@ class AnswerWriter:
                 self._put(part, self._wrap.add(part), self._is_thinking)
 
     def _put(self, text: str, written: str, is_thought: bool) -> None:
-        """Write what a piece of text is on the terminal."""
+        """Write the terminal output of a piece of text."""
         if written:
             echo(written, nl=False, dim=is_thought)
             self._is_line_open = not written.endswith("\n")
@@ -80,7 +81,7 @@ def _columns() -> int:
 
 
 class WordWrap:
-    """Breaks lines between words while text comes in, and holds back words that are not complete.
+    """Wrap lines between words while text comes in, and hold back incomplete words.
 
     Words longer than a line, and code between two lines of three backquotes, are left to the
     terminal. A line may be broken beside any wide character, such as those of Chinese.

@@ -1,4 +1,4 @@
-"""Reports on a chat as lines of text: its model, its memory and its speed."""
+"""Report the model, the memory and the speed of a chat as lines of text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..printable import printable
 from .params import count_text, size_text
 
 BAR_WIDTH = 50  # columns of the bar of /context
-MIN_TOKENS = 64  # prompts of fewer tokens say nothing about the speed
+MIN_TOKENS = 64  # shorter prompts are no measure of the speed
 
 if TYPE_CHECKING:
     from ..chat import Chat, Turn
@@ -23,7 +23,7 @@ def describe(llama: Llama, chosen: AutoContext | None = None) -> str:
     """Return the lines above a chat: model and device, memory, and why razor is off.
 
     Args:
-        chosen: the context, if it was chosen by the free memory.
+        chosen: the choice of the context, if it depended on the free memory.
     """
     memory = llama.memory()
     name = llama.metadata.get("general.name") or Path(llama.model_path).name

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..scores import Scores
 
 PATH = click.Path(path_type=Path)
-LENGTHS = (8192, 32768)  # tokens, for which the size of the KV cache is shown
+LENGTHS = (8192, 32768)  # contexts whose KV cache size is shown, in tokens
 
 EPILOG = """
 \b
@@ -156,7 +156,7 @@ NOT_FOR_ALIBI = (
     "--ctx-size",
     type=click.IntRange(1),
     metavar="N",
-    help="Context size for which --scope-by shares the windows.  [default: the trained length]",
+    help="Context size for which --scope-by chooses the windows.  [default: the trained length]",
 )
 @click.option(
     "--epsilon",
@@ -199,7 +199,7 @@ def convert(
     """Make a razor profile for MODEL, so that its KV cache takes less memory.
 
     Without -o, the profile goes to the profile cache, where all commands find it. With -o, it goes
-    into a copy of MODEL, or with --sidecar into a small file of its own.
+    into a copy of MODEL, or with --sidecar into a small separate file.
 
     Without a head list or scores, convert measures the heads: the model reads random tokens several
     times over, and the heads that attend to the earlier copies become retrieval heads. It then
@@ -230,7 +230,7 @@ def convert(
         "window_divisor": window_divisor,
         "compensation": not no_compensation,
     }
-    # all that can be refused is refused before anything is measured
+    # refuse wrong options before anything is measured
     Profile(retrieval=(), **options)
     file = ModelFile(model)
     shape = file.shape
@@ -239,7 +239,7 @@ def convert(
     _check_method(shape, alibi, epsilon)
     if output is None:
         output = _cache_path(file, alibi)
-        force = True  # what was measured before is replaced
+        force = True  # replace an earlier measurement
     texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
     check_outputs([output, measuring["save_scores"]], [heads, scopes, measuring["scores"], *texts])
     check_output(file, output, force, sidecar or into_cache)
@@ -314,7 +314,7 @@ def convert(
 
 
 def _cache_path(file: ModelFile, alibi: bool) -> Path:
-    """The file in the profile cache. Raises ConvertError for a profile that would not be used."""
+    """Return the path in the profile cache. Raises ConvertError if it would not be used."""
     from .. import profile_cache
     from ..errors import ConvertError
 
@@ -365,7 +365,7 @@ def _check_scope_options(
     ctx = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     excluded: tuple[str, ...] = ()
-    if scopes is not None:  # the file says what each head keeps
+    if scopes is not None:  # the file determines the scope of each head
         kept = ("scopes", "epsilon", "sinks", "no_compensation")
         excluded = tuple(name for name in (*NOT_FOR_ALIBI, "ctx_size") if name not in kept)
     for name in excluded:
@@ -380,7 +380,7 @@ def _check_scope_options(
 
 
 def _check_method(shape: ModelShape, alibi: bool, epsilon: float | None) -> None:
-    """Refuses options that mean nothing for the model."""
+    """Refuse options that do not apply to the model."""
     if not alibi:
         if epsilon is not None:
             raise click.UsageError(
@@ -406,9 +406,11 @@ def _profile_from_weights(model: ModelFile, epsilon: float | None) -> Profile:
 
 
 class _Measured:
-    """Scores that took long to measure, and whether they are in a file.
+    """Measured scores, and whether they are saved.
 
-    failed: they could not be saved where the user asked for it.
+    Attributes:
+        saved: whether a file holds them.
+        failed: whether they could not be written to the requested file.
     """
 
     scores: Scores | None = None
@@ -416,7 +418,7 @@ class _Measured:
     failed = False
 
     def save(self, path: Path, replace: bool) -> None:
-        """Save the scores; where that fails, elsewhere, because the conversion can go on."""
+        """Save the scores. If that fails, save them elsewhere, and the conversion continues."""
         from ..errors import RazorError
         from ..scores import save_scores
 
@@ -431,7 +433,7 @@ class _Measured:
 
     @contextmanager
     def kept_if_it_fails(self) -> Iterator[None]:
-        """Within the block an error leaves a file of the scores, if there is none yet."""
+        """Save the scores if the block raises an error and no file holds them yet."""
         from ..errors import RazorError
 
         try:
@@ -515,7 +517,7 @@ def _measure(model: ModelFile, given: dict[str, Any]) -> Scores:
 
 
 def _announce(model: ModelFile, given: dict[str, Any]) -> None:
-    """Say how long measuring is going to take."""
+    """Show how long measuring will take."""
     from ..auto_profile import estimate_seconds
 
     options = _measuring_options(given, "tokens", "repeats", "max_memory")
@@ -527,7 +529,7 @@ def _announce(model: ModelFile, given: dict[str, Any]) -> None:
 
 
 def _measuring_options(given: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The options of these names that were given, those of the machine included."""
+    """Return the given options of these names and those of the machine."""
     names_there = {"threads": "n_threads", "n_gpu_layers": "n_gpu_layers"} | {n: n for n in names}
     return {to: given[name] for name, to in names_there.items() if given[name] is not None}
 

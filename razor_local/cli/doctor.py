@@ -60,7 +60,7 @@ def doctor(as_json: bool) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that doctor reports, as a JSON-able dict; "problems" is a list of sentences."""
+    """Return the report as a dict for JSON; "problems" is a list of sentences."""
     problems: list[str] = []
     native = _native_report(problems)
     report: dict[str, Any] = {
@@ -88,7 +88,7 @@ def unused_gpu(build_options: str) -> str | None:
     """Return a sentence about a GPU that this build cannot use; None if there is none.
 
     Args:
-        build_options: of native.Build, such as "cpu,cuda,native".
+        build_options: the options of native.Build, such as "cpu,cuda,native".
     """
     built = build_options.split(",")
     for name, backend in find_gpus():
@@ -102,7 +102,7 @@ def unused_gpu(build_options: str) -> str | None:
 
 
 def _native_report(problems: list[str]) -> dict[str, Any] | None:
-    """What probe() finds. In a process of its own: a library for another CPU would end this one."""
+    """Run probe() in a separate process, because a library for another CPU would end this one."""
     try:
         child = subprocess.run(python_command(PROBE), capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -131,7 +131,7 @@ def _native_report(problems: list[str]) -> dict[str, Any] | None:
 
 
 def probe() -> None:
-    """Loads the library and prints what is known of it as one line of JSON."""
+    """Load the library and print a description of it as one line of JSON."""
     from .. import native
 
     try:

@@ -507,12 +507,12 @@ def longbench(model: Path | None, folder: Path, **options: Any) -> None:
 
 
 class _Run:
-    """What all evals have in common. Options are checked before anything runs."""
+    """The setup that all evals share. Options are checked before anything runs."""
 
     def __init__(
         self, model: Path | None, options: dict[str, Any], texts: Iterable[Path] = ()
     ) -> None:
-        """texts: files that are read, beside those named in options."""
+        """Check the options. texts: files to read in addition to those that options name."""
         from ..common.files import check_outputs
         from ..evals.policies import make_policies
 
@@ -534,7 +534,7 @@ class _Run:
         self.shape, self.policies = make_policies(self.setup, names, budgets, options["seed"])
 
     def _check_pictures(self) -> None:
-        """Refuses before the run what could not be drawn after it."""
+        """Refuse pictures that could not be drawn, before the run."""
         from ..common.figure import make_figure
 
         for path in self.plots:

@@ -157,7 +157,7 @@ def fit(model: Path, **given: Any) -> None:
 
 
 def _memories(dry: DryModel, given: dict[str, Any]) -> list[Memory]:
-    """What contexts are searched for; for a given context what it is compared with, at most one."""
+    """Return the memories to fill. A given context is compared with at most one of them."""
     from ..fit import CARDS, MARGIN, RAM
 
     devices, vram, ram = dry.devices(), given["vram"], given["ram"]
@@ -187,7 +187,7 @@ def _types(given: dict[str, Any]) -> list[tuple[str, str]]:
 def _profile(
     dry: DryModel, sidecar: Path | None, budget: float | None
 ) -> tuple[Profile | None, str | None]:
-    """What razor is planned with, and where that comes from."""
+    """Return the profile for razor and its source."""
     from ..errors import ProfileError
     from ..fit import paper_profile
 
@@ -212,7 +212,7 @@ def _report(
     candidates: list[Candidate],
     found: dict[str, list[Need | None]],
 ) -> dict[str, Any]:
-    """What --json prints; "needs" of a plan are in the order of "memories"."""
+    """Return the report for --json; "needs" of a plan are in the order of "memories"."""
     from ..available_memory import available_ram, device_memory
 
     def described(need: Need | None, memory: Memory | None) -> dict[str, Any] | None:
@@ -297,7 +297,7 @@ def _print_head(report: dict[str, Any]) -> None:
 
 
 def _print_cards(report: dict[str, Any]) -> None:
-    """The largest contexts: a line per memory, a column per plan."""
+    """Print the largest contexts: a line per memory, a column per plan."""
     plans = [plan for plan in report["plans"] if not plan["refused"]]
     table = _table("memory", *(plan["name"] for plan in plans))
     for i, memory in enumerate(report["memories"]):
@@ -312,7 +312,7 @@ def _print_cards(report: dict[str, Any]) -> None:
 
 
 def _print_needs(report: dict[str, Any]) -> None:
-    """One memory or one context: a line per plan."""
+    """Print one memory or one context: a line per plan."""
     plans = [plan for plan in report["plans"] if not plan["refused"]]
     places = ["RAM", *(device["name"] for device in report["devices"])]
     columns = ["context", "weights", "KV", "compute", "total"]
@@ -363,7 +363,7 @@ def _mib(n_bytes: int) -> str:
 
 
 def _plot(dry: DryModel, runs: list[Candidate], path: Path, beyond: bool) -> None:
-    """Draws the memory of each plan by context, and the cards."""
+    """Draw the memory of each plan by context, and the cards."""
     from ..common.figure import make_figure, save_figure
     from ..fit import CARDS, MAX_DRY_RUN
 

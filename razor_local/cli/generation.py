@@ -1,4 +1,4 @@
-"""What chat and run share: the options, loading a model, and the text that is given to it."""
+"""The parts that chat and run share: options, loading a model, and reading the prompt."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from ..model_file import ModelFile
     from ..profile import Profile
 
-MAX_DEFAULT_CTX = 32768  # where --ctx-size is not given
+MAX_DEFAULT_CTX = 32768  # tokens, if --ctx-size is not given
 MAX_SCHEMA = 1 << 20  # bytes
 MAX_TEXT = 256 << 20  # bytes; a context of ten million tokens is about 40 MiB of text
 
-# by parameter; the names are those of llama.cpp
+# llama.cpp's environment variables, by parameter
 ENVVARS = {
     "model_option": "LLAMA_ARG_MODEL",
     "hf_repo": "LLAMA_ARG_HF_REPO",
@@ -94,7 +94,9 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     CACHE_TYPE_K,
     CACHE_TYPE_V,
     FLASH_ATTN,
-    click.option("--no-mmap", is_flag=True, help="Read the model instead of mapping it."),
+    click.option(
+        "--no-mmap", is_flag=True, help="Load the model into memory instead of mapping it."
+    ),
     click.option("--mlock", is_flag=True, help="Keep the model in RAM."),
     click.option(
         "-n", "--predict", "--n-predict", type=Prediction(), default=-1, metavar="N",
@@ -121,7 +123,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--repeat-penalty", type=Number(0, min_open=True), default=1.0, metavar="X",
-        show_default=True, help="Penalty of tokens that were generated recently (1: off).",
+        show_default=True, help="Penalty for recently generated tokens (1: off).",
     ),
     click.option(
         "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
@@ -146,7 +148,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
 
 
 def generation_options(command: Any) -> Any:
-    """Give a command the arguments of chat and run; its function gets the path of the model."""
+    """Add the arguments of chat and run to a command. Its function gets the path of the model."""
     for option in reversed(OPTIONS):
         command = option(command)
     return command
@@ -165,14 +167,14 @@ def check_options(options: dict[str, Any]) -> None:
         raise click.UsageError(
             f"stdin or stdout is closed; {command} reads from one and writes to the other"
         )
-    # a locale may not have every character; sys.stdout has more methods than any TextIO
+    # The locale may lack some characters. TextIO does not declare reconfigure().
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def read_text(options: dict[str, Any]) -> str | None:
-    """Return what is piped into stdin, the file and the prompt, in this order.
+    """Return the content of stdin, the file and the prompt, in this order.
 
-    Empty lines separate them. None: nothing was given, and stdin is a terminal.
+    Empty lines separate them. Return None if nothing was given and stdin is a terminal.
     """
     texts = []
     if not sys.stdin.isatty():
@@ -210,9 +212,9 @@ def _read_stdin() -> str:
 
 
 def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None]:
-    """Load a model and show how far that is.
+    """Load a model with a progress bar.
 
-    Return it, and how its context was chosen if --ctx-size is not a number.
+    Return it, and the choice of its context if --ctx-size is not a number.
     """
     from ..common.progress import check_stop
     from ..llama_options import choose_profile
@@ -221,7 +223,7 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
     n_ctx, chosen, model = options["ctx_size"], None, ModelFile(path)
     try:
         trained = model.shape.n_ctx_train
-    except ProfileError:  # not a shape that a plan describes; llama.cpp may know better
+    except ProfileError:  # no plan describes this shape, but llama.cpp may run it
         trained = 0
     use_flash_attn = flash_attention(
         options["flash_attn"],
@@ -272,7 +274,7 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
 def _choose_context(
     model: ModelFile, profile: Profile | None, options: dict[str, Any], use_flash_attn: bool
 ) -> AutoContext | None:
-    """Return the context for the free memory; None for a model that loading will refuse.
+    """Return the context that fits the free memory, None for a model that loading will refuse.
 
     Raises MemoryFullError.
     """
@@ -299,7 +301,7 @@ def sampling(options: dict[str, Any], default_temp: float) -> Sampling:
     """Return the sampling options.
 
     Args:
-        default_temp: the temperature where none is given
+        default_temp: the temperature if none is given
     """
     from ..chat import Sampling
 
@@ -314,10 +316,11 @@ def sampling(options: dict[str, Any], default_temp: float) -> Sampling:
 
 
 def grammar(schema: str | Path, name: str) -> Any:
-    """Return the grammar of answers that follow a JSON schema, a text or the file that has it.
+    """Return the grammar of answers that follow a JSON schema.
 
     Args:
-        name: what an error calls a text
+        schema: the schema as text, or the path of its file
+        name: the name of the text in errors
     """
     from ..completion_request import grammar_of
 
@@ -330,20 +333,20 @@ def grammar(schema: str | Path, name: str) -> Any:
 
 
 def default_temp(model: Path | None) -> float:
-    """Return the temperature where none is given. model: None for the built-in model."""
+    """Return the default temperature of a model; None is the built-in model."""
     return 0.8 if model is not None else 0.0
 
 
 def _find_profile(
     model: ModelFile, n_ctx: int | str, flash_attn: bool, options: dict[str, Any]
 ) -> Profile | bool:
-    """Return the profile of the model, measured if there is none; True: llama.cpp's own cache.
+    """Return the profile of the model, measured if there is none, or True for a full cache.
 
-    Says where the profile comes from, or why there is none.
+    Show where the profile comes from, or why there is none.
     """
     try:
         _ = model.shape
-    except ProfileError:  # not a shape that a plan describes; Llama decides
+    except ProfileError:  # no plan describes this shape; Llama decides
         return True
     found = model.find_profile()
     when = options["calibrate"]

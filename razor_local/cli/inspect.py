@@ -144,7 +144,7 @@ def inspect(
 
 
 def describe(shape: ModelShape, found: FoundProfile | None, plan: Plan) -> dict[str, Any]:
-    """What --json prints: the plan's own keys, and the model and its profile beside them."""
+    """Return the report for --json: the keys of the plan, the model and its profile."""
     profile = None if found is None else found.profile
     return plan.to_dict() | {
         "kv_bytes_full_as": {kv_type: _full_bytes(plan, kv_type) for kv_type in COMPARED},
@@ -177,7 +177,7 @@ def describe(shape: ModelShape, found: FoundProfile | None, plan: Plan) -> dict[
 
 
 def _scores(shape: ModelShape, profile: Profile) -> dict[str, list[list[float]]]:
-    """Per layer and query head."""
+    """Return each score by layer and query head."""
     from ..converters.head_map import query_head_scores
 
     found = query_head_scores(profile, shape)
@@ -185,7 +185,7 @@ def _scores(shape: ModelShape, profile: Profile) -> dict[str, list[list[float]]]
 
 
 def _cuts(shape: ModelShape, profile: Profile) -> dict[str, dict[str, float]]:
-    """The cut of each score."""
+    """Return the cut of each score."""
     from ..converters.head_map import profile_cuts
 
     return {name: asdict(cut) for name, cut in profile_cuts(profile, shape).items()}
@@ -210,7 +210,7 @@ def _print_heads(
 ) -> None:
     from ..converters.head_map import ASCII_SHADES, SHADES, comparison_lines, map_lines
 
-    assert found is not None  # there is a profile to look at
+    assert found is not None  # the caller has checked that there is a profile
     console, profile = table_console(), found.profile
     _print_profile(console, shape, found)
     if heads:
@@ -314,7 +314,7 @@ def _other_parts(shape: ModelShape, plan: Plan) -> list[str]:
 def _with_types(
     shape: ModelShape, run: Profile | None, plan: Plan, type_k: str, type_v: str
 ) -> Plan | str:
-    """The plan with other types of the KV cache, or why there is none."""
+    """Return the plan with other types of the KV cache, or the reason if there is none."""
     from ..errors import UnsupportedError
     from ..plan import make_plan
 

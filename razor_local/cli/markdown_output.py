@@ -1,8 +1,8 @@
-"""Renders Markdown in an answer, block by block, on a terminal that can move its cursor.
+"""Render the Markdown of an answer, block by block, on a terminal that can move its cursor.
 
-A block is written as it comes in, and drawn again when it is complete: headings and emphasis in
-bold and italic, lists with bullets, tables with lines. Fenced code is left as it is, so that it can
-be copied. So is a block without markup, and one of which rich.markdown would leave out a word.
+A block is written as it is generated, and drawn again when it is complete: headings and emphasis in
+bold and italic, lists with bullets, tables with lines. Fenced code stays as it is, so that it can
+be copied. So does a block without markup, and one of which rich.markdown would drop a word.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Fence:
 
 
 class BlockRenderer:
-    """Follows what is written to a terminal, and replaces complete blocks by what they mean."""
+    """Track the output to a terminal, and replace complete blocks by their rendered form."""
 
     def __init__(self) -> None:
         self._source = ""
@@ -64,11 +64,11 @@ class BlockRenderer:
         self._fence = Fence()
 
     def add(self, text: str, written: str) -> str:
-        """Return what is to be written to the terminal after a piece of the answer.
+        """Return the text to write to the terminal after a piece of the answer.
 
         Args:
-            text: a piece of the answer, in which a line break may be the last character alone
-            written: what was written to the terminal for it, broken into lines
+            text: a piece of the answer; only its last character may be a line break
+            written: the output to the terminal for this piece, broken into lines
         """
         self._line += text
         self._screen.write(written)
@@ -90,7 +90,7 @@ class BlockRenderer:
         return drawn
 
     def finish(self) -> str:
-        """Return what is to be written after the last piece of the answer."""
+        """Return the text to write after the last piece of the answer."""
         source, self._source = self._source + self._line, ""
         if self._fence.is_open or not source.strip():
             return ""
@@ -102,7 +102,7 @@ class BlockRenderer:
         self._source, self._screen = "", Screen()
 
     def _draw(self, after: str) -> str:
-        """Return what erases the block and writes it anew, then what stands after it."""
+        """Return the text that erases the block and writes it rendered, followed by `after`."""
         if not self._source.strip() or not self._screen.can_erase():
             return ""
         text = render(self._source, self._screen.columns)
@@ -110,7 +110,7 @@ class BlockRenderer:
 
 
 class Screen:
-    """The rows and columns that some text takes on a terminal."""
+    """The rows and columns that a text takes on a terminal."""
 
     def __init__(self) -> None:
         self.columns, self._lines = shutil.get_terminal_size()
@@ -127,12 +127,12 @@ class Screen:
             self._column += n
 
     def can_erase(self) -> bool:
-        """Return True if all rows are still on the screen, and lines as long as they were."""
+        """Return True if all rows are still on the screen and its width has not changed."""
         columns, lines = shutil.get_terminal_size()
         return columns == self.columns and self._row < min(lines, self._lines) - 1
 
     def erase(self) -> str:
-        """Return the escape sequences that erase what was written."""
+        """Return the escape sequences that erase the text."""
         return "\r" + (f"\x1b[{self._row}A" if self._row else "") + "\x1b[J"
 
 
@@ -169,7 +169,7 @@ def _markdown(source: str) -> Any:
     from rich.markdown import Heading, Markdown
 
     class LeftHeading(Heading):
-        """A heading at the left; rich's own is centered or in a box."""
+        """A left-aligned heading; rich's own is centered or boxed."""
 
         def __rich_console__(self, console: Any, options: Any) -> Any:
             self.text.justify = "left"

@@ -43,7 +43,7 @@ class Size(click.ParamType):
 
 
 class ContextSize(click.ParamType):
-    """A number of tokens such as 8192 or 32k, 0 for the trained length, or auto."""
+    """A number of tokens such as 8192 or 32k, 0 for the trained length, or "auto"."""
 
     name = "tokens"
 
@@ -79,7 +79,7 @@ class Tokens(click.ParamType):
 
 
 def _tokens(text: str) -> int | None:
-    """Return the number of tokens that a text such as 512 or 32k means, None if it is none."""
+    """Parse a number of tokens such as 512 or 32k. Return None for any other text."""
     match = re.fullmatch(r"(\d{1,10})([kKmM]?)", text.strip())
     return None if match is None else int(match[1]) << {"k": 10, "m": 20}.get(match[2].lower(), 0)
 
@@ -112,14 +112,14 @@ class ListOf(click.ParamType):
 
 
 class GpuLayers(click.IntRange):
-    """A number of layers, or all."""
+    """A number of layers, or "all"."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         return -1 if value == "all" else super().convert(value, param, ctx)
 
 
 class OnOffAuto(click.Choice[str]):
-    """On, off or auto; 1 and 0 and the like, which llama.cpp takes, too."""
+    """On, off or auto. It also accepts 1, 0 and the other words that llama.cpp accepts."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         on, off = ("1", "true", "enabled"), ("0", "false", "disabled")
@@ -128,7 +128,7 @@ class OnOffAuto(click.Choice[str]):
 
 
 class Prediction(click.ParamType):
-    """A number of tokens to generate, None for -1."""
+    """A number of tokens to generate; -1 becomes None."""
 
     name = "tokens"
 
@@ -177,7 +177,7 @@ CALIBRATE = click.option(
     type=click.Choice(["auto", "now", "never"]),
     default="auto",
     show_default=True,
-    help="Whether to measure a model without a razor profile first; auto: if that takes less than"
+    help="Whether to first measure a model that has no razor profile; auto: if that takes less than"
     " two minutes.",
 )
 
@@ -227,12 +227,12 @@ class ModelFile(click.ParamType):
 
 
 def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
-    """Give a command MODEL, -m and -hf, and its function the path that they mean.
+    """Add MODEL, -m and -hf to a command. Its function gets the path of the model.
 
     A named model that is not on this machine is downloaded before the function runs.
 
     Args:
-        default: the path where none is given
+        default: the path if no model is given
     """
 
     def add(command: Any) -> Any:
@@ -264,7 +264,7 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
 
 
 def _one_model(**given: Path | ModelName | None) -> Path | ModelName | None:
-    """Return the model that is given, on the command line if there is one."""
+    """Return the model that was given, on the command line or else in the environment."""
     ctx = click.get_current_context()
     params = {param.name: param for param in ctx.command.params}
     environment = click.core.ParameterSource.ENVIRONMENT
@@ -288,7 +288,7 @@ def model_file(model: Path | ModelName) -> Path:
 
 
 def download_model(model: ModelName) -> Path:
-    """Download a model and show how far that is."""
+    """Download a model with a progress bar."""
     from ..models import download
     from ..models.hub import unfinished
 
@@ -308,13 +308,13 @@ def download_model(model: ModelName) -> Path:
 
 
 def command_word(path: Path) -> str:
-    """Return MODEL as it was typed, to be shown in a command; the path if that is not known."""
+    """Return MODEL as it was typed, for use in a command; the path if that is unknown."""
     ctx = click.get_current_context(silent=True)
     return shlex.quote(str(path if ctx is None else ctx.meta.get(TYPED_MODEL, path)))
 
 
 def cache_text(plan: Plan, about: str = "") -> str:
-    """Return the size of a KV cache with razor and without; about: what to put before the first."""
+    """Return the size of a KV cache with and without razor. about: text before the first size."""
     size, full = size_text(plan.kv_bytes), size_text(plan.kv_bytes_full)
     return (
         f"KV cache at {plan.n_ctx:,} tokens: {about}{size} instead of {full}"
@@ -337,7 +337,7 @@ def size_text(n_bytes: int) -> str:
 
 
 def count_text(n: int, noun: str) -> str:
-    """A number of things, such as 1 message or 2 messages."""
+    """Return a number with its noun, such as "1 message" or "2 messages"."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 

@@ -1,4 +1,4 @@
-"""How commands read their arguments: options by their whole names, as llama.cpp does it."""
+"""Parse the arguments of commands, with options matched by their whole names as in llama.cpp."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import click
 
 
 class _ExactOptions(click.Command):
-    """Matches options by their whole names.
+    """A command that matches options by their whole names.
 
-    click reads a long option with one dash that it does not know as a short option and its value:
-    -mg as -m g. llama.cpp has many such options, so here -mg is an unknown option.
+    click reads an unknown option with one dash, such as -mg, as a short option with a value: -m g.
+    llama.cpp has many such options, so here -mg is an unknown option.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -21,7 +21,7 @@ class _ExactOptions(click.Command):
 
 
 def _checked(command: click.Command, ctx: click.Context, args: list[str]) -> list[str]:
-    """Return the arguments with each -o=value as two. Raises NoSuchOption for unknown options."""
+    """Return the arguments, each -o=value as two. Raises NoSuchOption for unknown options."""
     params = [param for param in command.get_params(ctx) if isinstance(param, click.Option)]
     options = {name: param for param in params for name in param.opts + param.secondary_opts}
     checked: list[str] = []
@@ -43,7 +43,7 @@ def _checked(command: click.Command, ctx: click.Context, args: list[str]) -> lis
             arg = name
             rest.insert(0, value)
         elif isinstance(option.flag_value, str) and (not rest or rest[0].startswith("-")):
-            n_values = 0  # the value may be left out
+            n_values = 0  # the value is optional
         checked.append(arg)
         checked += rest[:n_values]
         del rest[:n_values]
@@ -51,18 +51,17 @@ def _checked(command: click.Command, ctx: click.Context, args: list[str]) -> lis
 
 
 def _nearest(name: str, options: Mapping[str, click.Option]) -> list[str]:
-    """Return what may be meant by an unknown option."""
+    """Return suggestions for an unknown option."""
     if name[:2] in options and name[2:].isdecimal():
         return [f"{name[:2]} {name[2:]}"]
     return get_close_matches(name, options)
 
 
 class Command(_ExactOptions):
-    """A command.
+    """A command whose options can also be set by environment variables.
 
     Args:
-        envvars: the environment variables that are read where an option is not given, by the name
-            of its parameter
+        envvars: the environment variable of each option, by the name of its parameter
     """
 
     def __init__(

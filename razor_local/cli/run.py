@@ -1,4 +1,4 @@
-"""razor-local run: one answer to one prompt, for scripts."""
+"""razor-local run: answer one prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..chat import Chat, Turn
     from ..llama import Llama
 
-FINISH_REASONS = {"end": "stop", "stopped": "interrupted"}  # others have the names of Turn.ended
+FINISH_REASONS = {"end": "stop", "stopped": "interrupted"}  # the others are those of Turn.ended
 
 EPILOG = """
 \b
@@ -37,7 +37,7 @@ The text of stdin comes first, then that of -f, then that of -p, with empty line
 model without a chat template continues the text. Only the answer goes to stdout.
 
 \b
-Exit code: 0; 1 after an error; 2 for wrong options; 130 if Ctrl-C stopped the answer.
+The exit code is 0, 1 after an error, 2 for wrong options, or 130 if Ctrl-C stopped the answer.
 """
 
 
@@ -56,7 +56,7 @@ Exit code: 0; 1 after an error; 2 for wrong options; 130 if Ctrl-C stopped the a
 )  # fmt: skip
 @click.option(
     "--json", "as_json", is_flag=True,
-    help="Print one JSON object: the answer, why it ended, tokens, timings and memory.",
+    help="Print one JSON object: the answer, its finish reason, tokens, timings and memory.",
 )  # fmt: skip
 def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
     """Answer one prompt with MODEL, or with the small built-in model.
@@ -116,7 +116,7 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
 
 
 def _report(llama: Llama, chat: Chat, turn: Turn, load_seconds: float) -> dict[str, Any]:
-    """Return what --json prints."""
+    """Return the report that --json prints."""
     answer = chat.messages[-1] if chat.last_message is not None else {"content": ""}
     memory = llama.memory()
     return {

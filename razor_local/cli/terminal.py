@@ -45,7 +45,7 @@ def is_ascii() -> bool:
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False, dim: bool = False) -> None:
-    """Print text to stdout or stderr; dim where the terminal and NO_COLOR allow it."""
+    """Print text to stdout or stderr, dimmed if the terminal and NO_COLOR allow it."""
     import click
 
     text = printable(text)
@@ -64,7 +64,7 @@ def say(text: str) -> None:
 
 
 def sentence(error: RazorError | OSError) -> str:
-    """Return what an error says, without its number."""
+    """Return the message of an error without its number."""
     if not isinstance(error, OSError):
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
@@ -72,7 +72,7 @@ def sentence(error: RazorError | OSError) -> str:
 
 
 def width(char: str) -> int:
-    """Columns that a character takes."""
+    """Return the number of columns that a character takes."""
     if char.isascii():
         return 1
     from prompt_toolkit.utils import get_cwidth
@@ -81,7 +81,7 @@ def width(char: str) -> int:
 
 
 def make_console(**options: Any) -> Console:
-    """A rich Console that prints text as it is: no markup, and nothing that a terminal obeys."""
+    """Return a rich Console that prints text as it is, without markup or control codes."""
     from rich.console import Console
 
     class PrintableConsole(Console):
@@ -92,7 +92,7 @@ def make_console(**options: Any) -> Console:
 
 
 def table_console() -> Console:
-    """A console on stdout that prints what it is given, and cuts no column of a table."""
+    """Return a console on stdout that does not cut the columns of a table."""
     width = max(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
     return make_console(soft_wrap=True, width=width)
 
@@ -101,19 +101,19 @@ Complete = Callable[[str], tuple[int, list[str]]]
 
 
 class MessageReader:
-    """Reads lines from a terminal, which message() makes into messages.
+    """Read lines from a terminal, which message() turns into messages.
 
-    A pasted text of several lines stands in the line as a short marker, whatever its size, so that
-    a question can be typed behind it. Terminals without bracketed paste have blocks between two
-    lines of three double quotes. Alt-Enter begins another line. A terminal without escape
-    sequences (TERM=dumb) is read line by line.
+    In the line, a short marker represents a pasted text of several lines, so that a question can be
+    typed after it. Terminals without bracketed paste use blocks between two lines of three double
+    quotes. Alt-Enter starts a new line. A terminal without escape sequences (TERM=dumb) is read
+    line by line.
 
-    Within its block the terminal marks what is pasted, during an answer too.
+    Inside its with block, the terminal marks pasted text, also during an answer.
 
     Args:
-        complete: given what is typed, without markers before it, returns what the Tab key makes of
-            it: how many characters are replaced, and by which texts
-        history: of earlier chats, in which what is typed is kept as it is sent
+        complete: takes the text that is typed, without markers before it. Returns how many
+            characters the Tab key replaces, and the texts to replace them by.
+        history: the history of earlier chats, which stores messages as they are sent
     """
 
     def __init__(self, complete: Complete | None = None, history: History | None = None) -> None:
@@ -121,7 +121,7 @@ class MessageReader:
         self._kept = history
         # texts by their markers, of all messages: the history names them again
         self._pastes: dict[str, str] = {}
-        self._note = ""  # to be said when the line has been read
+        self._note = ""  # shown when the line has been read
         self._lines: dict[str, str] = {}  # of messages that were entered with markers
         self._session: Any = None
         if not is_dumb():
@@ -196,7 +196,7 @@ class MessageReader:
 
     @contextlib.contextmanager
     def hold_input(self) -> Iterator[None]:
-        """Keep what is typed or pasted within the block for the next message, as it was entered.
+        """Keep text that is typed or pasted inside the block for the next message, as entered.
 
         A terminal that edits lines itself would end a message at each line break, show the marks
         of a paste, and lose what is longer than its buffer.
@@ -233,7 +233,7 @@ class MessageReader:
         return begin + line.removesuffix("\n")
 
     def read(self, begin: str = "") -> str | None:
-        """The next line, None at the end of input. Raises KeyboardInterrupt for Ctrl-C.
+        """Return the next line, None at the end of input. Raises KeyboardInterrupt for Ctrl-C.
 
         begin: text that the line starts with; it cannot be edited if can_edit is False.
         """
@@ -250,21 +250,21 @@ class MessageReader:
         return line
 
     def message(self, line: str) -> str:
-        """The message that a line means; line_of() finds the line again."""
+        """Return the message that a line means. line_of() finds the line again."""
         text = self.expand(line).strip("\n")
         if text != line:
             self._lines[text] = line
         return text
 
     def split(self, line: str) -> tuple[str, str]:
-        """The markers that a line begins with, and what follows them."""
+        """Return the markers at the beginning of a line, and the rest."""
         typed = line
         while marker := next((m for m in self._pastes if typed.startswith(m)), None):
             typed = typed[len(marker) :]
         return line[: len(line) - len(typed)], typed
 
     def line_of(self, text: str) -> str:
-        """The line that a message was entered as, with its markers, to be changed."""
+        """Return the line in which a message was entered, with its markers, for editing."""
         if text in self._lines:
             return self._lines[text]
         first, _, last = text.rpartition("\n\n")
@@ -280,7 +280,7 @@ class MessageReader:
         return "\n".join(lines)
 
     def add_paste(self, text: str) -> str:
-        """What stands in the line for a pasted text: itself if it is one line, else a marker."""
+        """Return the marker of a pasted text, or a text of one line itself."""
         text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
         if "\n" not in text:
             return text
@@ -296,7 +296,7 @@ class MessageReader:
         return marker
 
     def expand(self, line: str) -> str:
-        """The line with the pasted texts in it, each set off by an empty line."""
+        """Return the line with the pasted texts in it, each separated by an empty line."""
         if not any(marker in line for marker in self._pastes):
             return line
         parts = re.split("(" + "|".join(map(re.escape, self._pastes)) + ")", line)
@@ -389,11 +389,11 @@ class ProgressBar:
         )
 
     def _part(self) -> float:
-        """The part that is done, from 0 to 1."""
+        """Return the part that is done, from 0 to 1."""
         return min(self._done / self._total, 1.0) if self._total else 0.0
 
     def _left(self) -> str:
-        """The time that is left, by what was done so far; "" as long as that says little."""
+        """Return an estimate of the time left, "" as long as it is unreliable."""
         seconds, done = time.monotonic() - self._began[0], self._done - self._began[1]
         if seconds < 1 or done <= 0:
             return ""

@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
 def n_cores() -> int:
     """Return the number of physical cores that this process may use.
 
-    A second thread on the same core does not speed up what waits for memory.
+    A second thread on the same core does not speed up memory-bound work.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(psutil.cpu_count(logical=False) or usable or 1, usable or 1)
@@ -116,26 +116,27 @@ def describe_gpus() -> list[dict[str, Any]]:
     return found
 
 
-_CARDS = Path("/sys/class/drm")  # of Linux
-_MIN_MEMORY = 2**30  # bytes of a card; less is set aside for the graphics of a processor
+_CARDS = Path("/sys/class/drm")  # on Linux
+_MIN_MEMORY = 2**30  # bytes; a GPU with less is part of a processor
 
 
 def find_gpus() -> list[tuple[str, str]]:
     """Return the GPUs of this machine that llama.cpp can use: name and backend of each.
 
-    The backend is "cuda", "metal" or "vulkan". NVIDIA's GPUs are found through their driver, others
-    on Linux through the kernel; those that are part of a processor are left out, but for Apple's.
+    The backend is "cuda", "metal" or "vulkan". NVIDIA's GPUs are found through their driver, and
+    others on Linux through the kernel. GPUs that are part of a processor are left out, except
+    Apple's.
     """
     found = [(gpu["name"] or "NVIDIA GPU", "cuda") for gpu in describe_gpus()]
     if sys.platform == "darwin" and platform.machine() == "arm64":
         found.append((f"{_cpu_name()} GPU", "metal"))
     for device in sorted(_CARDS.glob("card*/device")):
         vendor = _read(device / "vendor")
-        memory = _read(device / "mem_info_vram_total")  # by AMD's driver alone
+        memory = _read(device / "mem_info_vram_total")  # only AMD's driver has this file
         if vendor == "0x1002" and memory.isdigit() and int(memory) > _MIN_MEMORY:
             found.append((f"AMD GPU with {int(memory) / 2**30:.0f} GiB", "vulkan"))
         if vendor == "0x8086" and not device.resolve().name.startswith("0000:00:"):
-            found.append(("Intel GPU", "vulkan"))  # on the first bus they are part of a processor
+            found.append(("Intel GPU", "vulkan"))  # those on the first bus are part of a processor
     return found
 
 

@@ -173,7 +173,9 @@ def _profile(
         return base
     if kind == "razor-no-comp":
         return replace(base, compensation=False)
-    base = replace(base, scope=None)  # other heads have no scopes: one window for all local heads
+    base = replace(
+        base, scope=None
+    )  # other heads have no scopes, so all local heads get one window
     flat = base.flat()
     if kind.startswith("heads="):
         from ..converters.head_map import read_other_heads

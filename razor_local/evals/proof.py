@@ -40,8 +40,8 @@ MIN_ROOM = 2  # heads that may always be added, even beyond MAX_BUDGET
 EXTRA = 5  # candidates added beyond that limit, then pruned
 MAX_TRIALS = 10  # heads that are left out one at a time, to take about as long as the scores
 MIN_WORTH = 0.02  # nats: heads worth less are removed too, as long as the choice holds
-# tokens that prove() reads if it changes heads, about: a text and 20 questions of 30 tokens for the
-# full cache, the choice, more heads, each trial and five smaller choices
+# Approximate tokens that prove() reads if it changes heads: a text and 20 questions of 30 tokens,
+# for the full cache, the choice, more heads, each trial and five smaller choices.
 TOKENS_READ = (8 + MAX_TRIALS) * (N_TOKENS + 20 * 30)
 
 

@@ -101,14 +101,14 @@ class Prompts:
 
 
 def load_vocabulary(model: str | os.PathLike[str]) -> Llama:
-    """The model without its weights. Raises UnsupportedError where it has no tokenizer."""
+    """Load the model without its weights. Raises UnsupportedError if it has no tokenizer."""
     llama = Llama(model, vocab_only=True)
     refuse_without_tokenizer(llama)
     return llama
 
 
 def refuse_without_tokenizer(model: Llama) -> None:
-    """Tokenizing would end the process. Raises UnsupportedError."""
+    """Raise UnsupportedError for a model whose tokenizing would end the process."""
     from llama_cpp import llama_cpp as C
 
     vocab = C.llama_model_get_vocab(model.model)
@@ -119,7 +119,7 @@ def refuse_without_tokenizer(model: Llama) -> None:
 
 
 def renderer(model: Llama) -> Callable[[list[Message]], str]:
-    """chat.chat_template, or a plain one for models that have none."""
+    """Return chat.chat_template(), or a plain renderer for a model without a template."""
     from llama_cpp import llama_cpp as C
 
     if C.llama_model_chat_template(model.model, None) is not None:

@@ -46,7 +46,7 @@ def describe_run(
 
 
 def _origin(setup: ModelSetup, policies: Sequence[Policy]) -> str | None:
-    """Where the profile comes from, None for a run of full caches."""
+    """Return the source of the profile, None if only full caches run."""
     found = None if all(policy.profile is None for policy in policies) else setup.found
     return None if found is None else found.origin
 

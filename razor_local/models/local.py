@@ -22,12 +22,12 @@ class LocalModel:
     """A model on this machine.
 
     Attributes:
-        name: what MODEL may be to mean this file; "" if only its path does
-        path: the file, of a split model the first one
-        n_bytes: of all its files
-        profile: where its razor profile comes from, see FoundProfile.source; "" without one; None
+        name: the MODEL argument that means this file, "" if there is only its path
+        path: the file, or the first file of a split model
+        n_bytes: bytes of all its files
+        profile: the source of its razor profile (see FoundProfile.source); "" if it has none; None
             if the file or its sidecar is damaged
-        license: as the catalog or the file names it, or ""
+        license: the license that the catalog or the file names, or ""
     """
 
     name: str
@@ -50,7 +50,7 @@ def find(model: ModelName) -> Path | None:
 
 
 def list_models() -> list[LocalModel]:
-    """All models on this machine, the built-in one first."""
+    """Return all models on this machine, the built-in one first."""
     found = [_describe("", [DEFAULT_MODEL], "")]
     names = {(entry.repo, entry.file): entry for entry in catalog.entries().values()}
     seen = set()
@@ -73,7 +73,7 @@ def list_models() -> list[LocalModel]:
 
 
 def unfinished() -> Iterator[tuple[HubName, int]]:
-    """Repositories with interrupted downloads, and the bytes that are kept of them."""
+    """Yield the repositories with interrupted downloads, and the bytes that are stored of them."""
     for repo in hub.cached_repos():
         parts = hub.unfinished(repo)
         if parts:
@@ -83,8 +83,8 @@ def unfinished() -> Iterator[tuple[HubName, int]]:
 def remove(model: ModelName) -> int:
     """Remove the files of a model and its measured profile; return the bytes freed.
 
-    Of a repository with nothing but interrupted downloads these are removed. Raises RazorError
-    where there is nothing, OSError.
+    Without such files, remove the interrupted downloads of the repository. Raises RazorError if
+    there is nothing to remove, OSError.
     """
     from .. import profile_cache
     from ..model_file import read_model_shape
@@ -127,7 +127,7 @@ def _describe(name: str, parts: list[Path], license_name: str) -> LocalModel:
 
 
 def _hub_name(repo: str, path: str, paths: list[str]) -> str:
-    """The name of a file that means it and no other of its repository; "" if none does."""
+    """Return a name that means only this file of its repository, "" if there is none."""
     for quant in (quant_of(path), Path(path).stem, ""):
         if choose(paths, quant)[:1] == [path]:
             return str(HubName(repo, quant))

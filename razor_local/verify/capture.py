@@ -92,7 +92,7 @@ class Capture:
         # (scale, cap, sinks) of each layer
         self.logits: dict[int, tuple[float, float, np.ndarray | None]] = {}
         self.n_seen: dict[int, int] = {}
-        # (layer, window, 0 for the whole context) -> bool [heads stored, KV heads]: same keys
+        # (layer, window or 0 for the whole context) -> bool [heads stored, KV heads]: same keys
         self.stored: dict[tuple[int, int], np.ndarray] = {}
         self.checked = False
 

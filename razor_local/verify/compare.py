@@ -77,7 +77,7 @@ def compare_layer(
 def expected_output(layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndarray:
     """Return the output of the reference for a layer: f32 [n_rows, n_head, d_v].
 
-    windows: of each KV head, 0 for retrieval heads.
+    windows: the window of each KV head, 0 for retrieval heads.
     """
     size_k, _ = rotation_sizes(plan)
     return reference.attention(

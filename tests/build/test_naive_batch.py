@@ -1,4 +1,4 @@
-"""Attention of a batch as GPUs get it: what libllama tells of the cells, read on the CPU.
+"""Attention of a batch from the arrays that libllama prepares for GPUs, read on the CPU.
 
 Builds the library with the changes NAIVE of broken_builds.py, where batches go through
 naive_batch.h, and runs native tests on it. The breaks of that name show that they would notice.

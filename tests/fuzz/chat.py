@@ -1,10 +1,11 @@
-"""Soak test of a conversation: random turns, and after each answer a fresh context's.
+"""Soak test of a conversation: random turns, each compared with a fresh context.
 
     python -m tests.fuzz.chat --minutes 20 --seed 1
 
-Messages, long texts, edits, undo, regenerated answers, answers that are stopped at a random moment,
-sessions that are saved and loaded. Every answer is compared with that of a context that reads the
-whole conversation anew. The memory of the process is compared with that after a fifth of the time.
+The turns are messages, long texts, edits, undo, regenerated answers, answers that are stopped at a
+random moment, and sessions that are saved and loaded. Every answer is compared with that of a
+context that reads the whole conversation again. The memory of the process at the end is compared
+with that after a fifth of the time.
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ from razor_local.evaluation import clear_cache
 from razor_local.model_setup import DEFAULT_MODEL
 from tests.support.texts import text_with
 
-# the products of llama.cpp round by the number of rows, which may decide between two tokens
+# llama.cpp's rounding depends on the number of rows, which may decide between two tokens
 TOLERANCE = 0.1
-MAX_GROWTH = 0.02  # of the resident memory
+MAX_GROWTH = 0.02  # maximum growth of the resident memory
 NAMES = ["Marlow", "Ashby", "Corwin", "Delphine", "Everard", "Fenwick"]
 
 
 class Finding(AssertionError):
-    """An answer that a fresh context does not give, or memory that grows."""
+    """An answer that differs from that of a fresh context, or memory that grows."""
 
 
 @dataclass
 class Report:
-    """What was done.
+    """The result of a run.
 
-    memory: resident bytes after a fifth of the time and at the end.
+    Attributes:
+        done: number of operations by name.
+        compared: number of answers that were compared.
+        stopped: number of answers that were stopped.
+        memory: resident bytes after a fifth of the time and at the end.
     """
 
     done: Counter[str] = field(default_factory=Counter)
@@ -52,7 +57,7 @@ class Report:
 
 
 class Soak:
-    """A conversation, and a second context that answers the same messages from the start."""
+    """A conversation, and a second context that answers the same messages from scratch."""
 
     def __init__(self, model: Path, n_ctx: int, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -67,7 +72,7 @@ class Soak:
         self.fresh.close()
 
     def touch_memory(self) -> None:
-        """Fill both caches once: the system counts their pages from their first use on."""
+        """Fill both caches once, because the system counts a page from its first use on."""
         for llama in (self.llama, self.fresh):
             llama.prefill([1] * (llama.n_ctx() - 1))
             llama.reset()
@@ -89,7 +94,7 @@ class Soak:
             self.chat.clear()
 
     def message(self) -> str:
-        """Return a question, often below a text that holds the answer."""
+        """Return a question, often after a text that contains the answer."""
         name, code = self.rng.choice(NAMES), self.rng.randrange(10000, 99999)
         question = f"What is the secret code of {name}?"
         n_words = self.rng.choice([0, 0, 20, 200, self.llama.n_ctx() // 8, self.llama.n_ctx() // 3])
@@ -99,7 +104,7 @@ class Soak:
         return f"{text_with(fact, n_words, self.rng.randrange(100))}\n\n{question}"
 
     def answer(self, begin: Callable[..., Iterator[str]]) -> None:
-        """Read an answer, or stop it at some moment, and compare it with a fresh context's."""
+        """Read an answer, or stop it at a random moment, and compare it with a fresh context."""
         stop = None
         if self.rng.random() < 0.3:
             calls = iter(range(self.rng.choice([0, 1, 2, 5, 10, 20])))
@@ -119,7 +124,7 @@ class Soak:
         self.compare()
 
     def compare(self) -> None:
-        """Compare the last answer with that of a context that reads everything anew."""
+        """Compare the last answer with that of a context that reads the conversation again."""
         answer = self.chat.messages[-1]["tokens"]
         known = self.chat._known_now().tokens
         prompt = known[: len(known) - len(answer)]
@@ -155,7 +160,7 @@ class Soak:
             self.answer(lambda stop: self.chat.regenerate(stop=stop))
 
     def leave(self) -> None:
-        """Stop listening after a few pieces."""
+        """Close an answer after a few pieces."""
         pieces = self.chat.say(self.message())
         for _ in range(self.rng.randint(0, 5)):
             next(pieces, None)
@@ -188,7 +193,7 @@ def run(
     turns: int = 10**9,
     max_growth: float = MAX_GROWTH,
 ) -> Report:
-    """Talk until the time is over or the turns are done. Raises Finding."""
+    """Run turns until the time is over or all are done. Raises Finding."""
     started, process = time.monotonic(), psutil.Process()
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -154,7 +154,7 @@ static const key keys[] = {
         [](const value &) { return true; } },
 };
 
-// scopes that fit the mask: 0 for retrieval heads alone
+// scopes that fit the mask: 0 only for retrieval heads
 static value fitting_scopes(FuzzedDataProvider & fdp, const value & mask) {
     value res = { ARRAY, U32, mask.count, "" };
     for (const uint8_t x : mask.data) {

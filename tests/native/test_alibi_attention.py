@@ -136,7 +136,7 @@ def test_scopes_cannot_be_run_yet(tmp_path):
         Llama(model, n_ctx=256, razor=side)
     with pytest.raises(UnsupportedError, match="profiles of the method 'alibi', only of 'rope'"):
         make_plan(read_model_shape(model), profile, 512)
-    with pytest.raises(ProfileError, match="holds ALiBi scopes"):
+    with pytest.raises(ProfileError, match="holds a scope for each head"):
         Llama(copy, n_ctx=256, retrieval=0.5)
     llama = Llama(copy, n_ctx=256, razor=False)
     llama.eval([1, 2, 3])

@@ -1,4 +1,4 @@
-"""Profiles that are measured without being asked for, or not."""
+"""Automatic measurement of profiles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 @pytest.fixture
 def known(tmp_path, monkeypatch) -> tuple[Path, known_heads.KnownHeads]:
-    """A model with known heads, which is measured with few tokens."""
+    """Return a model with known heads, and make measuring use few tokens."""
     monkeypatch.setattr(calibrate_module, "DEFAULT_TOKENS", 64)
     spec = known_heads.place_heads(0)
     return known_heads.make_model(tmp_path / "model.gguf", spec), spec
@@ -40,13 +40,13 @@ def known(tmp_path, monkeypatch) -> tuple[Path, known_heads.KnownHeads]:
 
 @pytest.fixture
 def slow(monkeypatch) -> None:
-    """Every model seems to take 12 minutes."""
+    """Make every model seem to take 12 minutes."""
     monkeypatch.setattr(auto_profile, "estimate_seconds", lambda *_, **__: 720.0)
 
 
 @pytest.fixture
 def unmeasured(monkeypatch) -> None:
-    """Nothing may be measured or timed."""
+    """Fail if a model is measured or timed."""
     for name in ("estimate_seconds", "measure_profile"):
         monkeypatch.setattr(auto_profile, name, None)
 
@@ -65,7 +65,7 @@ def test_a_model_is_measured_once(known, profile_folder, monkeypatch):
     assert second.found.profile.flat().tolist() == first.found.profile.flat().tolist()
     copy = path.with_name("copy.gguf")
     copy.write_bytes(path.read_bytes())
-    assert auto(copy, when="never").found.source == "cache"  # by what it holds
+    assert auto(copy, when="never").found.source == "cache"  # found by its content
 
 
 def test_a_slow_model_is_not_measured_and_timed_once(known, slow, monkeypatch):
@@ -91,12 +91,12 @@ def test_nothing_is_measured_where_nothing_can_be_saved(known, unmeasured, tiny,
     short = auto(path, n_ctx=4096)
     assert short.found is None and "RazorAttention saves nothing" in short.why
     assert auto(path, when="never").why == "the model has no razor profile"
-    swa = tiny(
+    mla = tiny(
         tiny_models.TinySpec(n_ctx_train=32768),
-        {"llama.attention.sliding_window": (512, tiny_models.GGUFValueType.UINT32)},
+        {"llama.attention.key_length_mla": (64, tiny_models.GGUFValueType.UINT32)},
     )
-    refused = auto(swa)
-    assert refused.why == "razor does not run models with sliding window attention"
+    refused = auto(mla)
+    assert refused.why.startswith("razor does not run models with multi-head latent attention")
     assert not (short.tried or refused.tried)
 
 
@@ -115,11 +115,11 @@ def test_that_no_head_stands_out_is_remembered(tmp_path, monkeypatch):
 
 
 def test_a_profile_that_loses_facts_is_not_used_without_being_asked(chatty, monkeypatch):
-    """convert writes it, with a note."""
+    """`convert` writes it anyway, with a note."""
     shape = ModelFile(chatty).shape
     scores = Scores(
         np.zeros(sum(shape.n_head), np.float32),
-        np.arange(sum(shape.n_head), dtype=np.float32) == 0,  # not one of those that find facts
+        np.arange(sum(shape.n_head), dtype=np.float32) == 0,  # no head that finds facts
         shape.n_head,
         shape.n_head_kv,
         {"model_fingerprint": shape.fingerprint, "tokens": 2048},
@@ -226,7 +226,7 @@ def test_convert_remembers_that_no_head_stands_out(tmp_path):
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory) -> Path:
-    """The built-in model without its profile."""
+    """Return the built-in model without its profile."""
     template = ModelFile(embedded_model.PATH).header.string("tokenizer.chat_template", 1 << 20)
     return embedded_model.write_variant(tmp_path_factory.mktemp("chatty") / "m.gguf", template)
 
@@ -241,7 +241,7 @@ def chat(*args: object):
 
 
 def test_chat_measures_the_built_in_model(chatty, profile_folder):
-    """With as many tokens as usual, and planted facts."""
+    """This uses the default number of tokens, and planted facts."""
     result = chat(chatty, "--calibrate", "now")
     assert result.exit_code == 0 and "48213" in result.stdout
     (cached,) = profile_folder.iterdir()

@@ -159,7 +159,7 @@ SCOPES = tuple(np.where(row, 0, (64, 200, 64)[: len(row)]).astype(np.uint32) for
 @pytest.mark.parametrize("n_tokens", [50, 150, 300, 1000])
 @pytest.mark.parametrize("compensation", [True, False])
 def test_states_of_several_windows_can_be_loaded(compensation, n_tokens, tiny) -> None:
-    """A state has the size of one that the library saves, and the context decodes after it."""
+    """A state has the size of one that the library saves, and decoding continues after it."""
     path = tiny(SPEC)
     profile = Profile(MASK, scope=SCOPES, compensation=compensation)
     plan = make_plan(read_model_shape(path), profile, 1024)

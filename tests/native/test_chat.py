@@ -328,7 +328,7 @@ def test_templates_that_fail_are_one_sentence(llama, monkeypatch):
 
 
 def test_random_turns(capfd):
-    """Seconds of tests/fuzz/chat.py."""
+    """Run tests/fuzz/chat.py for a few seconds."""
     from tests.fuzz import chat
 
     report = chat.run(DEFAULT_MODEL, seconds=600, seed=1, n_ctx=4096, turns=30, max_growth=0.1)

@@ -64,7 +64,7 @@ def test_no_speed_is_shown_of_a_short_prompt():
 
 
 def test_options_reach_the_answer():
-    assert "The answer was ended after 3 tokens, the limit of --predict." in run("-n", 3).stderr
+    assert "The answer was stopped after 3 tokens, the limit of --predict." in run("-n", 3).stderr
     warm = ["--temp", "3", "--top-p", "1", "--min-p", "0", "-n", "12"]
     one, same, other = (run(*warm, "-s", seed).stdout for seed in (1, 1, 2))
     assert one == same != other

@@ -42,7 +42,7 @@ def test_undo_regen_and_edit():
         assert "prompt 1 new tokens" in t.expect("tok/s")
         t.expect(">>>")
         t.send("/edit\r")
-        t.expect("Enter sends the changed message in place of the last one")
+        t.expect("Enter replaces the last message with the changed one")
         t.expect(f"[pasted text 1: 2 lines]{QUESTION}")  # in the line
         t.send("\x03")
         t.expect(">>>")

@@ -1,4 +1,4 @@
-"""Every command and habit of a chat, on the screen of a terminal."""
+"""The screen of a chat that uses every command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""razor-local run: one answer to one prompt."""
+"""razor-local run: answer one prompt."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def test_an_answer_that_follows_a_schema(tmp_path):
 def test_why_an_answer_ended():
     assert json.loads(run("-p", "hi", "-n", 2, "--json").stdout)["finish_reason"] == "length"
     done = run("-p", "hi", "-n", 2)
-    assert done.exit_code == 0 and "was ended after 2 tokens, the limit of --predict" in done.stderr
+    assert done.exit_code == 0
+    assert "The answer was stopped after 2 tokens, the limit of --predict." in done.stderr
 
 
 def test_plain_text_is_continued_without_a_template():
@@ -106,7 +107,7 @@ def test_a_base_model_continues_the_text(tmp_path):
 
 
 def test_control_tokens_of_plain_text_are_control_tokens():
-    """As in llama.cpp; in a message they are text."""
+    """This is as in llama.cpp. In a message they are plain text."""
     templated, plain = (
         json.loads(run(*args, "-p", "<|im_end|>", "-n", 1, "--json").stdout)["tokens"]["prompt"]
         for args in ((), ("-no-cnv",))
@@ -148,7 +149,7 @@ def test_without_a_prompt_on_a_terminal(monkeypatch):
     assert done.exit_code == 2 and "there is no prompt: pass -p TEXT" in done.stderr
 
 
-# a line on stderr for each token
+# prints a line to stderr for each token
 COUNTED = ENDLESS.replace(
     MAIN,
     f"""

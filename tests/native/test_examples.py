@@ -1,4 +1,4 @@
-"""Every example of the help and of the pages runs, on the built-in model and small files."""
+"""Run every example of the help and of the pages, on the built-in model and small files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.support.commands import all_examples
 from tests.support.texts import FACT, QUESTION, text_with
 
 MODEL = embedded_model.PATH
-NAMES = r"-hf \S+|\b(smollm2:135m|llama3\.2:1b|hf:\S+)"  # they would be downloaded
-# commands that measure: options that are left out, and those that are put in their place
+NAMES = r"-hf \S+|\b(smollm2:135m|llama3\.2:1b|hf:\S+)"  # models that would be downloaded
+# commands that measure: the options to remove, and those to use instead
 LESS = {
     "bench (model|--shape)": ("-c|-d|--shape", "-d 0,512 -r 3 --seconds 0.05 --only decode,memory"),
     "convert": ("--no-option", "--force"),
@@ -36,7 +36,7 @@ OF_THE_HUB = re.compile(r"razor-local models (pull|path|rm)")  # tests/native/te
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The files that examples name."""
+    """Return a folder with the files that examples name."""
     folder = tmp_path_factory.mktemp("examples")
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     embedded_model.write_variant(folder / "model.gguf", template)
@@ -95,7 +95,7 @@ def test_examples(line, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", LESS)
 def test_examples_that_measure(command, folder):
-    """In their order: some read what an earlier one has written."""
+    """Run them in their order, because some read the output of earlier ones."""
     for line in EXAMPLES:
         if re.match(f"razor-local {command}", line):
             done = runs(line, folder)

@@ -440,7 +440,7 @@ def test_chat_auto(monkeypatch):
 
 
 def test_chat_takes_the_largest_context_that_fits(tmp_path, monkeypatch):
-    """Up to 32,768 tokens and the trained length, whichever is less; and says where it is less."""
+    """The limit is 32,768 tokens or the trained length. The header shows if it is lower."""
     from razor_local.cli.chat import chat
     from razor_local.cli.chat_status import describe
     from razor_local.cli.generation import MAX_DEFAULT_CTX, load

@@ -20,7 +20,7 @@ def library() -> native.Native:
 
 
 def run(code: str, cwd: Path | None = None, **env: str | Path) -> subprocess.CompletedProcess[str]:
-    """A Python process of its own; errors of ours are printed as the CLI would."""
+    """Run a separate Python process that prints RazorErrors as the CLI does."""
     code = f"try:\n {code}\nexcept ImportError as e:\n exit(print(type(e).__name__, e) or 1)"
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -1,6 +1,6 @@
-"""Memory that does not suffice: one sentence, with contexts that fit.
+"""Errors of insufficient memory: one sentence, with contexts that fit.
 
-The memory of a child process is limited, so that allocations really fail there.
+The memory of a child process is limited, so that its allocations fail.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(C.llama_supports_gpu_offload(), reason="devices take address space"),
 ]
 
-# runs the code of sys.argv[2] with sys.argv[1] MiB more address space than is taken
+# runs the code in sys.argv[2] with sys.argv[1] MiB of additional address space
 LIMITED = f"""
 import resource, sys, psutil
 from razor_local import Llama
@@ -45,7 +45,7 @@ def limited(n_mib: int, code: str) -> subprocess.CompletedProcess:
 
 
 def fitting(sentence: str, pattern: str) -> tuple[int, int]:
-    """The context that fits with the types that were asked for, and the one with smaller types."""
+    """Return the context that fits with the requested types, and the one with smaller types."""
     match = re.fullmatch(pattern, sentence)
     assert match, sentence
     return int(match[1]), int(match[2])
@@ -66,10 +66,10 @@ def test_more_than_is_free_is_refused_before_it_is_allocated():
 @pytest.mark.parametrize(
     ("n_mib", "options"),
     [
-        (130, KV),  # the KV cache cannot be allocated, or the buffers after it
+        (130, KV),  # the KV cache, or the buffers after it, cannot be allocated
         (160, KV),
         (180, f"{KV}, n_batch=24576, n_ubatch=24576"),  # the compute buffers cannot
-        (300, f"{KV}, logits_all=True"),  # what the bindings keep cannot
+        (300, f"{KV}, logits_all=True"),  # the arrays of the bindings cannot
     ],
 )
 def test_an_allocation_that_fails(n_mib, options):

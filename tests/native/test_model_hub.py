@@ -98,7 +98,7 @@ def test_chat_with_a_repository(hub, tmp_path) -> None:
 
 
 def test_python(hub, tmp_path) -> None:
-    """resolve() downloads and tells how far it is; Llama.from_pretrained() works as it is."""
+    """resolve() downloads and reports its progress; Llama.from_pretrained() works, too."""
     code = f"""
 import warnings; warnings.simplefilter("ignore")
 from pathlib import Path

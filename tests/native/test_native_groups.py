@@ -24,7 +24,7 @@ FLASH = pytest.mark.parametrize("flash_attn", FLASH_F32, ids=["nofa", "fa"][: le
 
 
 def case(arch: str, n_head: int, n_kv: int, d: int, scopes: Scopes, **fields: Any) -> Case:
-    """A case of heads with scopes; its mask follows from them."""
+    """Make a case of heads with scopes, which determine its mask."""
     spec = TinySpec(arch, len(scopes), n_head, n_kv, d, seed=700)
     mask = tuple(tuple(int(x == 0) for x in row) for row in scopes)
     return Case(spec, mask, 0, fields.pop("n_tokens", 620), scopes=scopes, **fields)
@@ -51,7 +51,7 @@ CASES = [
 @FLASH
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scopes_equal_the_reference(case: Case, flash_attn: bool, tiny) -> None:
-    """... in ubatches of several sizes, with one token at a time at the end."""
+    """Ubatches have several sizes, and the last tokens are decoded one by one."""
     want = expected(case.spec, case.n_tokens, case.razor)
     tokens = tokens_of(case.spec, case.n_tokens)
     n = case.n_tokens - 150
@@ -63,7 +63,7 @@ def test_scopes_equal_the_reference(case: Case, flash_attn: bool, tiny) -> None:
                 assert list(ctx.stats().windows)[: ctx.stats().n_windows] == sorted(windows)[::-1]
                 got = np.concatenate([ctx.decode(tokens[:n]), ctx.decode(tokens[n:], 1)])
             assert np.abs(got - want).max() <= F32_TOLERANCE
-    # the case can tell right from wrong: one window for all local heads is not near
+    # check the case itself: one window for all local heads gives other logits
     one = reference.make_razor(case.razor.mask, 64, case.sink_tokens, case.compensation)
     assert np.abs(want - expected(case.spec, case.n_tokens, one)).max() > 1e-2
 
@@ -127,7 +127,7 @@ def test_other_types_are_as_exact_as_with_one_window(
 
 @FLASH
 def test_scopes_of_one_window_are_that_window(flash_attn: bool, tiny) -> None:
-    """To the bit: 64 is a multiple of the block, so nothing is rounded."""
+    """The logits are bit-identical, because 64 is a multiple of the block."""
     spec = TinySpec("llama", 2, 4, 4, 32, seed=702)
     mask = ((0, 1, 0, 0), (0, 0, 0, 0))
     scopes = tuple(tuple(0 if x else 64 for x in row) for row in mask)
@@ -146,7 +146,7 @@ def test_scopes_of_one_window_are_that_window(flash_attn: bool, tiny) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_scopes_of_the_metadata(version: int, tiny) -> None:
-    """Version 2 uses them, unless a window is given; version 1 does not."""
+    """Version 2 uses them unless a window is given. Version 1 does not use them."""
     spec = TinySpec("llama", 2, 4, 2, 32, seed=703)
     mask, scopes = ((0, 1), (0, 0)), ((30, 0), (300, 30))
     keys = razor_kv(mask, window_min=100, window_divisor=0, scopes=scopes, version=version)
@@ -198,7 +198,7 @@ BYTES = TinySpec("llama", 3, 6, 6, 32, n_embd=32, n_ff=32, n_vocab=32, seed=704)
     st.sampled_from([("f16", "f16", True), ("q8_0", "q4_0", True), ("q8_0", "f16", False)]),
 )
 def test_bytes_of_any_scopes(tiny, scopes: Scopes, n_ctx: int, sinks: int, comp: bool, kv) -> None:
-    """Backend buffers = the formula of razor_local.plan, in sum and per layer; the same windows."""
+    """The backend buffers match razor_local.plan in total and per layer, and so do the windows."""
     mask = tuple(tuple(int(x == 0) for x in row) for row in scopes)
     type_k, type_v, flash_attn = kv
     profile = Profile(
@@ -227,15 +227,14 @@ def test_bytes_of_any_scopes(tiny, scopes: Scopes, n_ctx: int, sinks: int, comp:
         assert (got.n_retrieval, got.n_local) == (want.n_retrieval, want.n_local)
         sizes = (got.bytes_k, got.bytes_v, got.bytes_sums)
         assert sizes == (want.bytes_k, want.bytes_v, want.bytes_sums)
-    # the same by tests/support/reference.py, which defines the windows in its own way
+    # and tests/support/reference.py, which computes the windows independently
     razor = reference.make_scoped(scopes, n_ctx, sinks, comp)
     assert (razor.block, razor.windows) == (plan.block, tuple(x.windows for x in plan.layers))
 
 
 @pytest.mark.parametrize("compensation", [True, False], ids=["comp", "nocomp"])
 def test_a_rollback_needs_every_group(compensation: bool, tiny) -> None:
-    """The rings have different room to spare: what one group cannot undo is refused, and nothing
-    changes."""
+    """The rings have different spare room. If one group cannot undo a fold, nothing changes."""
     spec = TinySpec("llama", 2, 4, 2, 32, seed=705)
     razor = reference.make_scoped(((64, 256), (64, 0)), N_CTX, compensation=compensation)
     assert (razor.block, razor.windows) == (64, ((64, 256), (64, 0)))
@@ -272,7 +271,7 @@ A_GROUP, TWO_GROUPS = (64, 0, 64, 64), (64, 0, 64, 128)
 
 
 def test_state_of_exchanged_windows_is_refused(tiny) -> None:
-    """As many heads with the same windows in each layer, but other ones; nothing changes."""
+    """Each layer has as many heads with each window, but different ones. Nothing changes."""
     spec = TinySpec("llama", 2, 4, 4, 32, seed=707)
     tokens = tokens_of(spec, 420)
     rows = ((64, 256, 0, 64), (0, 256, 64, 0)), ((256, 64, 0, 64), (0, 256, 64, 0))
@@ -296,7 +295,7 @@ def test_state_of_exchanged_windows_is_refused(tiny) -> None:
 @pytest.mark.skipif(runner.GPU_LAYERS != 0, reason="on CPUs")
 @pytest.mark.parametrize(("own", "more"), [(True, 0), (False, 2)], ids=["razor", "upstream"])
 def test_nodes_of_another_group(own: bool, more: int, tiny, monkeypatch) -> None:
-    """By razor's attention none, by upstream's an attention and a concatenation in each layer."""
+    """Razor's attention adds none, upstream's an attention and a concatenation per layer."""
     if not own:
         monkeypatch.setenv("RAZOR_LOCAL_CPU_ATTENTION", "off")
     n_layer = 4

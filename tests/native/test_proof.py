@@ -459,7 +459,7 @@ def test_a_model_with_random_weights_gets_no_profile(tmp_path):
     assert (code, stdout) == (1, "") and not out.exists()
     assert stderr == (
         f"Error: {path}: no head stands out by its scores, and the test with planted facts did"
-        " not pass (of 20 the full cache finds 0, razor 0), so no profile was written; run the"
+        " not pass (the full cache finds 0 of 20, razor 0), so no profile was written; run the"
         " model with its full cache, or force a choice with --budget 0.15\n"
     )
     code, stdout, stderr = run(

@@ -1,4 +1,4 @@
-"""A model whose heads have scopes, in Python and in every command that takes a profile."""
+"""A model whose heads have scopes, in Python and in every command that uses a profile."""
 
 from __future__ import annotations
 

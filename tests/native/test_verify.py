@@ -295,7 +295,7 @@ def test_several_windows_pass(kv: tuple[str, str, bool], tmp_path: Path) -> None
 
 
 def test_windows_of_other_heads_fail(tmp_path: Path, monkeypatch) -> None:
-    """The library reads the file, the reference is given two heads with exchanged windows."""
+    """The library reads the file, and the reference gets two heads with exchanged windows."""
     path = scoped_model(tmp_path, SCOPES)
     profile = read_profile(path)
     swapped = [layer.copy() for layer in profile.scope]

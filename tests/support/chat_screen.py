@@ -1,7 +1,7 @@
-"""A chat that uses every command and habit of docs/chat.md, as it stands on the screen.
+"""Record the screen of a chat that uses every command and key of docs/chat.md.
 
 `python -m tests.support.chat_screen` writes tests/native/chat_screen.txt, which tests compare with
-chats. The model's words are left out, and so are numbers that a model or a machine decides.
+chats. Answers are left out, and so are numbers that depend on the model or the machine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tests.support.terminal import UP, Terminal, paste, terminal
 from tests.support.texts import FACT, QUESTION
 
 EXPECTED = ROOT / "tests/native/chat_screen.txt"
-COLUMNS, LINES = 160, 400  # all of it fits, so that nothing scrolls away
+COLUMNS, LINES = 160, 400  # large enough that nothing scrolls away
 ENTER, TAB, CTRL_C, CTRL_U = "\r", "\t", "\x03", "\x15"
 
 SCHEMA = '{"type": "object", "properties": {"code": {"type": "integer"}}, "required": ["code"]}'
-# what is typed, step by step; {folder} is a folder with the file facts.txt
+# the input, step by step; {folder} is a folder with the file facts.txt
 STEPS = (
     f"/system Answer briefly.{ENTER}",
     "{paste}" + f"{QUESTION}{ENTER}",
@@ -73,7 +73,7 @@ MASKS = (
     (r"KV cache .*", "KV cache <bytes>"),
     (r"^(device|weights|heads|compute|session first:|first  ).*", r"\1 <values>"),
     (r"[\d.,]*\d (MiB|of|tokens|left|are left|new tokens|per second|tok/s)", r"<n> \1"),
-    (r"<n> new tokens, <n> (tok/s|per second)", "<n> new tokens"),  # not from few tokens
+    (r"<n> new tokens, <n> (tok/s|per second)", "<n> new tokens"),  # short prompts have no rate
     (r"context \d+/\d+", "context <n>/<n>"),
     (r"<n> of \d+ tokens", "<n> of <n> tokens"),
 )
@@ -81,7 +81,7 @@ WORDS = "<the words of the model>"
 
 
 class Screen:
-    """A terminal in memory, and the rows that are new since the last look."""
+    """A terminal in memory that returns its new rows after each input."""
 
     def __init__(self, t: Terminal) -> None:
         self._terminal = t
@@ -90,7 +90,7 @@ class Screen:
         self._fed = self._row = 0
 
     def type(self, text: str) -> list[str]:
-        """Type something; return the new rows when the chat waits for input again, or has ended."""
+        """Type a text. Return the new rows once the chat waits for input again, or has ended."""
         self._terminal.send(text)
         while True:
             running = self._terminal.settle(1.0)
@@ -106,7 +106,7 @@ class Screen:
 
 
 def transcript(model: str | None = None) -> str:
-    """Return the rows of a chat with the built-in or another model, without its words."""
+    """Return the rows of a chat with the built-in or another model, without the answers."""
     rows: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         pieces = list(islice(MadeText().pieces(Random(1)), 30))
@@ -129,7 +129,7 @@ def transcript(model: str | None = None) -> str:
 
 
 def _without_words(rows: list[str]) -> list[str]:
-    """Replace what stands between a message and the line of numbers."""
+    """Replace each answer, the rows between a message and the line of numbers."""
     kept: list[str] = []
     for row in rows:
         if row.startswith("prompt ") and " | answer " in row:

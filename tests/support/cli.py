@@ -11,7 +11,7 @@ from razor_local.cli import main
 
 MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
 
-# answers that go on until the context is full, slowly enough to be stopped
+# answers that continue until the context is full, slowly enough to be stopped
 ENDLESS = f"""
 import time
 from razor_local import llama

@@ -32,7 +32,7 @@ PAGES = (
 
 
 def commands(command: click.Command = main, name: str = "") -> dict[str, click.Command]:
-    """Return all commands by name, with subcommands such as "eval needle"; "" is the first."""
+    """Return all commands by name, including subcommands such as "eval needle"; "" is the group."""
     found = {name: command}
     if isinstance(command, click.Group):
         context = click.Context(command)
@@ -69,7 +69,7 @@ def examples(command: click.Command) -> list[str]:
 
 
 def page_examples(path: Path) -> Iterator[str]:
-    """The command lines in the shell blocks of a page."""
+    """Yield the command lines in the shell blocks of a page."""
     for block in re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
         for line in re.sub(r"\\\n *", "", block).splitlines():
             line = line.partition(" #")[0].strip().replace("uv run razor-local", "razor-local")
@@ -78,7 +78,7 @@ def page_examples(path: Path) -> Iterator[str]:
 
 
 def all_examples() -> list[str]:
-    """Return every example of the help and of the pages once."""
+    """Return every example of the help and of the pages, without repetitions."""
     found = [line for command in commands().values() for line in examples(command)]
     for name in PAGES:
         found += page_examples(ROOT / name)

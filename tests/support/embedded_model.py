@@ -57,7 +57,7 @@ def write_variant(path: Path, template: str, named: dict[str, str] | None = None
 
 
 def write_without_template(path: Path) -> Path:
-    """A copy without a chat template, as a base model."""
+    """Write a copy without a chat template, like a base model."""
     key = b"tokenizer.chat_template"
     path.write_bytes(PATH.read_bytes().replace(key, key.replace(b"chat", b"none")))
     return path

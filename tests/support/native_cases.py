@@ -23,7 +23,7 @@ class Case:
     sink_tokens: int = 4
     compensation: bool = True
     scopes: tuple[tuple[int, ...], ...] | None = None  # instead of mask and window
-    n_ctx: int = 1024  # that the scopes are for
+    n_ctx: int = 1024  # context size for the scopes
 
     @property
     def razor(self) -> reference.Razor:

@@ -28,8 +28,8 @@ class Razor:
     Attributes:
         mask: a row of 0/1 per layer, 1 = retrieval.
         window: L, the largest if there are several.
-        scopes: a row per layer, as a profile has them. None: all local heads have the same window.
-        windows: L of each head, 0 if it keeps everything. None: as scopes.
+        scopes: a row per layer, as in a profile. None if all local heads have the same window.
+        windows: L of each head, 0 if it keeps everything. None if scopes is None.
     """
 
     mask: tuple[tuple[int, ...], ...]
@@ -50,7 +50,7 @@ class Razor:
         """Return the first position that is not folded when position p attends.
 
         Args:
-            window: L of the head, None: the largest.
+            window: L of the head; None means the largest one.
         """
         start = self.block * (np.asarray(p) // self.block)
         return np.maximum(self.sink_tokens, start - (self.window if window is None else window))
@@ -89,9 +89,9 @@ def make_scoped(
     sink_tokens: int = 4,
     compensation: bool = True,
 ) -> Razor:
-    """The Razor of heads with scopes in a context of n_ctx tokens, by docs/format.md.
+    """Make the Razor of heads with scopes in a context of n_ctx tokens, as in docs/format.md.
 
-    There must be a local head that saves something.
+    At least one local head must save something.
     """
     rows = tuple(tuple(int(x) for x in row) for row in scopes)
     local = [x for row in rows for x in row if 0 < x < n_ctx]

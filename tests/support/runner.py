@@ -56,7 +56,7 @@ class Override:
     compensation: bool = True
     enabled: bool = True
     own_attention: bool = False  # with llama.cpp's own cache
-    scope: tuple[int, ...] | None = None  # per head of the mask
+    scope: tuple[int, ...] | None = None  # one per head of the mask
 
 
 OFF = Override(enabled=False)
@@ -539,7 +539,7 @@ NO_WORK = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
 
 
 def count_nodes(path: str | Path, razor: Override, n_past: int, **params: object) -> int:
-    """Nodes that compute something while one token is decoded after n_past others."""
+    """Count the compute nodes of decoding one token after n_past others."""
     llama = bindings()
     lib = llama._lib
     lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p

@@ -23,7 +23,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             env = {"TERM": "xterm-256color", "LINES": "40", "COLUMNS": "120"} | env
-            # the folder of conftest.py, so that no profile is measured into the user's own
+            # the folder of conftest.py, so that no profile is saved to the user's own folder
             if "XDG_DATA_HOME" in os.environ:
                 env = {"XDG_CACHE_HOME": os.environ["XDG_DATA_HOME"]} | env
             os.environ.update(env)
@@ -57,7 +57,7 @@ class Terminal:
         return bool(data)
 
     def settle(self, seconds: float) -> bool:
-        """Read until there was no output for some seconds; return False if the process ended."""
+        """Read until there is no output for some seconds. Return False if the process has ended."""
         while read := self._read(seconds):
             pass
         self._seen = len(self.text)
@@ -73,7 +73,7 @@ class Terminal:
         end = time.monotonic() + 30
         while time.monotonic() < end:
             ready, _, _ = select.select([self.fd], [], [], 0.1)
-            try:  # a terminal that is not read would block the child
+            try:  # the child blocks if its output is not read
                 if ready:
                     self.raw += os.read(self.fd, 65536).decode("utf-8", "replace")
             except OSError:

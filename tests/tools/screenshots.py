@@ -3,7 +3,7 @@
     uv run python -m tests.tools.screenshots            # with the built-in model
     uv run python -m tests.tools.screenshots --model smollm2:135m
 
-A built-in model and a chat model give one picture each, docs/chat.png and docs/chat-markdown.png.
+The built-in model gives docs/chat.png, and a chat model docs/chat-markdown.png.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tests.support.texts import FACT, QUESTION
 
 DOCS = Path(__file__).parents[2] / "docs"
 COLUMNS, LINES = 120, 40
-SECONDS = 6  # without output, after which an answer is complete
-N_SENTENCES = 230  # about 6,000 tokens of the built-in model
-SIZE = 15  # of the font, in pixels
+SECONDS = 6  # an answer is complete after this time without output
+N_SENTENCES = 230  # about 6,000 tokens for the built-in model
+SIZE = 15  # font size in pixels
 MARGIN = 12
 BACKGROUND, FOREGROUND = "#1e1e2e", "#cdd6f4"
 DIM = "#7f849c"
@@ -36,7 +36,7 @@ COLORS = {
 
 
 class DimScreen(pyte.Screen):
-    """A screen that knows of dim text, which pyte leaves out: it becomes a color of its own."""
+    """A screen that shows dim text, which pyte ignores, in a separate color."""
 
     def select_graphic_rendition(self, *attributes: int, **options: bool) -> None:
         super().select_graphic_rendition(*attributes, **options)
@@ -111,7 +111,9 @@ def chat_model(model: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a chat model, for docs/chat-markdown.png alone")
+    parser.add_argument(
+        "--model", help="chat model for docs/chat-markdown.png; draws only this picture"
+    )
     model = parser.parse_args().model
     if model is None:
         built_in(DOCS / "chat.png")

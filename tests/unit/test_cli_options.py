@@ -18,7 +18,7 @@ from tests.support.commands import PAGE, all_examples, commands, examples, page
 
 
 def parsed(*args: str, command: click.Command = run, **env: str) -> dict[str, Any]:
-    """The parameters of a command, without calling it."""
+    """Return the parameters of a command without calling it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
@@ -60,7 +60,7 @@ def test_all_commands_match_options_by_their_whole_names():
         (["--n-predict", "5"], {"predict": 5}),
         (["--temperature", "0.5"], {"temp": 0.5}),
         (["--top-k", "3", "--repeat-penalty", "1.1"], {"top_k": 3, "repeat_penalty": 1.1}),
-        (["-p", "-mg"], {"prompt": "-mg"}),  # a value, whatever it looks like
+        (["-p", "-mg"], {"prompt": "-mg"}),  # a value that looks like an option
         (["-p=a=b"], {"prompt": "a=b"}),
         (["-p", ""], {"prompt": ""}),
         (["--jinja", "-v", "--mlock", "--no-mmap"], {"verbose": True, "mlock": True}),
@@ -114,7 +114,7 @@ def test_values_that_may_be_left_out():
 
 
 def test_the_page_of_the_help_is_up_to_date():
-    """python -m tests.support.commands writes it."""
+    """`python -m tests.support.commands` writes it."""
     assert PAGE.read_text(encoding="utf-8") == page()
 
 

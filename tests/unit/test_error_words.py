@@ -49,7 +49,7 @@ def test_the_options_are_those_of_chat() -> None:
 
 
 def test_no_text_spells_an_argument_out() -> None:
-    """What reaches the command line has to be named by option() or options()."""
+    """Messages that reach the command line must use option() or options()."""
     found = []
     for module, path in modules():
         nodes = list(ast.walk(ast.parse(path.read_text())))

@@ -1,4 +1,4 @@
-"""The graphics cards of a machine, and what is said of a build that does not use them."""
+"""The graphics cards of a machine, and the note on a build that does not use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from razor_local.common import machine
 
 @pytest.fixture
 def cards(tmp_path, monkeypatch):
-    """cards(name, **files) adds a graphics card as Linux describes it."""
+    """Return a function that adds a graphics card as Linux describes it."""
     monkeypatch.setattr(machine, "_CARDS", tmp_path)
     monkeypatch.setattr(machine, "describe_gpus", list)
     monkeypatch.setattr("sys.platform", "linux")
@@ -29,8 +29,10 @@ def cards(tmp_path, monkeypatch):
 def test_cards_of_linux(cards):
     assert machine.find_gpus() == []
     cards(0, "0000:03:00.0", vendor="0x1002", mem_info_vram_total=str(16 << 30))
-    cards(1, "0000:0b:00.0", vendor="0x1002", mem_info_vram_total=str(512 << 20))  # of a processor
-    cards(2, "0000:00:02.0", vendor="0x8086")  # of a processor
+    cards(
+        1, "0000:0b:00.0", vendor="0x1002", mem_info_vram_total=str(512 << 20)
+    )  # part of a processor
+    cards(2, "0000:00:02.0", vendor="0x8086")  # part of a processor
     cards(3, "0000:04:00.0", vendor="0x8086")
     cards(4, "0000:05:00.0", vendor="0x1a03")  # the console of a server
     assert machine.find_gpus() == [("AMD GPU with 16 GiB", "vulkan"), ("Intel GPU", "vulkan")]

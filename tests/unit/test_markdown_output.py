@@ -1,4 +1,4 @@
-"""Markdown in answers: the screen of a terminal after text that came in pieces."""
+"""Markdown in answers: the screen of a terminal after text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TerminalFile(io.StringIO):
 
 @pytest.fixture
 def write(monkeypatch):
-    """A function that writes pieces of an answer and returns what the terminal got."""
+    """Return a function that writes pieces of an answer and returns the terminal output."""
     monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((COLUMNS, LINES)))
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)

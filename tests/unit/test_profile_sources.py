@@ -1,4 +1,4 @@
-"""Where a profile comes from: metadata, a sidecar beside the model, the cache, a list."""
+"""The sources of a profile: metadata, a sidecar beside the model, the cache, a list."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def test_the_order_of_sources(model, known, tmp_path, monkeypatch):
     write_sidecar(model, tmp_path / "copy.razor.gguf", TWO)
     found = ModelFile(copy).find_profile()
     assert (found.source, found.profile.flat().tolist()) == ("file", ONE.flat().tolist())
-    # a sidecar that is named comes before all
+    # a sidecar that is named takes precedence over all
     assert ModelFile(copy).find_profile(beside).source == "sidecar"
-    # Llama(razor=True) takes the metadata alone
+    # Llama(razor=True) uses only the metadata
     assert ModelFile(model).choose_profile() is None
 
 

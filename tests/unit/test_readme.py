@@ -1,4 +1,4 @@
-"""What the README says of commands, options and bytes is true."""
+"""The README's statements about commands, options and bytes are true."""
 
 from __future__ import annotations
 

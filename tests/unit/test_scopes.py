@@ -1,4 +1,4 @@
-"""Profiles in which each KV head of a RoPE model has a scope: files, scores, convert, inspect."""
+"""Profiles of RoPE models in which each KV head has a scope: files, scores, convert, inspect."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_scopes_belong_to_local_heads() -> None:
 def by_score(
     n_layer: int, n_kv: int, seed: int, n_ctx: int, budget: float = 0.2
 ) -> tuple[ModelShape, Profile, Profile]:
-    """A shape, a profile with one window, and with scopes by score."""
+    """Return a shape, its profile with one window, and its profile with scopes by score."""
     rng = np.random.default_rng(seed)
     heads = (n_kv,) * n_layer
     shape = ModelShape("llama", n_layer, heads, heads, 64, 64, n_ctx)
@@ -136,7 +136,7 @@ def test_windows_grow_with_the_score_at_no_more_bytes(n_layer, n_kv, seed, n_ctx
     window = max(300, n_ctx // 5)
     plans = [make_plan(shape, p, n_ctx) for p in (profile, scoped)]
     assert plans[1].kv_bytes <= plans[0].kv_bytes
-    # what is left is less than what the windows of one more token would take
+    # the remaining bytes are too few for a larger factor
     assert plans[1].kv_bytes >= 0.8 * plans[0].kv_bytes
     local = profile.flat() == 0
     scope = np.concatenate(scoped.scope)

@@ -46,12 +46,12 @@ struct razor_attn {
 
     ggml_tensor * sinks = nullptr; // F32 [n_head], logits without a value
 
-    // the rows of a token, not of a head, are contiguous; there is one group, which has all heads:
+    // the rows of a token, not of a head, are contiguous, and the only group has all heads:
     //   k [d_k, n_head_kv, cells]
     //   v [d_v, n_head_kv, cells]
     bool by_token = false;
 
-    std::vector<head_group> groups; // the first one has the retrieval heads
+    std::vector<head_group> groups; // the retrieval heads come first
 
     int64_t n_gqa = 1;
 
