@@ -345,8 +345,8 @@ def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
         )
     if profile.echo_score is None or profile.induction_score is None:
         raise ProfileError(
-            "the razor profile has no head scores, so the budget cannot be changed; convert the"
-            " model without --heads to measure them"
+            "the razor profile has no head scores, so the budget cannot be changed; measure them"
+            " with 'razor-local convert'"
         )
     record = {"model_fingerprint": shape.fingerprint} | profile.calibration
     return Scores(

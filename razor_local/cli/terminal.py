@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +61,18 @@ def say(text: str) -> None:
         "·−".encode(sys.stderr.encoding or "ascii")
     except UnicodeEncodeError:
         text = text.replace("·", "|").replace("−", "-")
-    echo(text, err=True, dim=True)
+    echo(fold(text) if sys.stderr.isatty() else text, err=True, dim=True)
+
+
+def fold(text: str) -> str:
+    """Break the lines of a message between words at the width of the terminal."""
+    columns = max(shutil.get_terminal_size().columns, 20)
+    lines = []
+    for line in text.split("\n"):
+        lines += textwrap.wrap(
+            line, columns, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+        ) or [""]
+    return "\n".join(lines)
 
 
 def sentence(error: RazorError | OSError) -> str:

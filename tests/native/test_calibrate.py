@@ -756,7 +756,7 @@ def test_a_budget_needs_scores_and_razor(known, converted, unscored):
         Llama(converted, razor=False, retrieval=0.5)
     with pytest.raises(ProfileError, match="budget is 2, expected a share"):
         Llama(converted, retrieval=2)
-    with pytest.raises(ProfileError, match="has no head scores.*convert the model without"):
+    with pytest.raises(ProfileError, match="has no head scores.*measure them with"):
         Llama(unscored, retrieval=0.5)
 
 

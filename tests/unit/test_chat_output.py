@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import shutil
 import textwrap
 
 import pytest
 
+from razor_local.cli import terminal
 from razor_local.cli.chat_output import WordWrap
 
 WORDS = (
@@ -85,3 +88,12 @@ def test_narrow_terminals_break_lines_themselves():
         wrapped("some words that are longer than this", 10)
         == "some words that are longer than this"
     )
+
+
+def test_messages_are_folded_between_words(monkeypatch):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((24, 20)))
+    text = "KV cache 15.5 MiB instead of 48.0 MiB (−68 %)\n\nheads   4 of 24\na/path/longer/than/a/line"
+    assert terminal.fold(text).split("\n") == [
+        "KV cache 15.5 MiB", "instead of 48.0 MiB (−68", "%)", "", "heads   4 of 24",
+        "a/path/longer/than/a/line",
+    ]  # fmt: skip

@@ -236,7 +236,7 @@ def test_another_budget_begins_with_the_heads_that_convert_chose():
 
 def test_a_profile_without_scores_says_what_to_do():
     profile = Profile((np.array([1, 0]),) * 2)
-    with pytest.raises(ProfileError, match="has no head scores.*convert the model without"):
+    with pytest.raises(ProfileError, match="has no head scores.*measure them with"):
         profile_scores(profile, shape_of(random_scores(2, 2, 2)))
 
 
