@@ -295,7 +295,7 @@ class Project:
 def tool(name: str) -> str:
     """A program of this Python environment, else of the PATH."""
     path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    assert path, f"no {name}: run the tests with 'uv run pytest', which installs it"
+    assert path, f"no {name}: run the tests with 'uv run --group dev pytest', which installs it"
     return path
 
 

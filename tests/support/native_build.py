@@ -68,7 +68,7 @@ def build(
     """
     cmake, ninja = tool("cmake"), tool("ninja")
     if cmake is None:
-        raise RuntimeError("no cmake found: run with 'uv run', which installs it")
+        raise RuntimeError("no cmake found: run with 'uv run --group dev', which installs it")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     run([cmake, "-S", source, "-B", folder, *generator,
          f"-DPython_EXECUTABLE={sys.executable}", *definitions], env)  # fmt: skip

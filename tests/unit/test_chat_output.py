@@ -92,7 +92,8 @@ def test_narrow_terminals_break_lines_themselves():
 
 def test_messages_are_folded_between_words(monkeypatch):
     monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((24, 20)))
-    text = "KV cache 15.5 MiB instead of 48.0 MiB (−68 %)\n\nheads   4 of 24\na/path/longer/than/a/line"
+    text = "KV cache 15.5 MiB instead of 48.0 MiB (−68 %)\n\nheads   4 of 24"
+    text += "\na/path/longer/than/a/line"
     assert terminal.fold(text).split("\n") == [
         "KV cache 15.5 MiB", "instead of 48.0 MiB (−68", "%)", "", "heads   4 of 24",
         "a/path/longer/than/a/line",
