@@ -200,7 +200,7 @@ def test_a_session():
         used = r"\d{3,} of 2048 tokens used by 4 messages; \d+ left"
         assert re.search(used, t.expect("answer"))
         t.send("/stats\r")
-        assert re.search(r"the average of those between \([1-9][\d,]* so far", t.expect("context"))
+        assert re.search(r"the average of those between \([1-9][\d,]*\s+so\s+far", t.expect("context"))
         t.expect(">>>")
         t.send("/clear\r")
         t.expect("the conversation is empty")
@@ -437,8 +437,8 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on():
         t.expect("tokens used by 2 messages")
         t.expect(">>>")
         t.send(f"{QUESTION}\r")
-        t.expect("The secret code of Marlow is 48213.")
-        t.expect(" %)")
+        t.expect("48213")  # in which words depends on how far the endless answer went
+        t.expect("prompt ")
         t.expect(">>>")
         t.send("/exit\r")
         assert t.wait()[0] == 0
