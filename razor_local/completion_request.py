@@ -128,7 +128,7 @@ def _read_response_format(response_format: Any) -> Any:
 
 
 def _check_tool(what: str, schema: Any) -> None:
-    """Raise RazorError if llama_cpp cannot convert the schema of a tool: it would allow any JSON."""
+    """Raise RazorError if llama_cpp cannot convert a tool's schema: it would allow any JSON."""
     from llama_cpp import LlamaGrammar
 
     grammar_of(what, schema)
@@ -166,6 +166,9 @@ def grammar_of(what: str, schema: Any) -> Any:
         converter.visit(read, "")
     except RecursionError:
         refuse(what, "it has too many optional properties in one object")
+    # the rule allows line breaks and other control characters, which JSON escapes
+    char = converter._rules["char"]
+    converter._rules["char"] = char.replace(r'[^"\\]', r'[^"\\\x00-\x1F]')
     for rule in converter._rules.values():
         bare = _QUOTED.sub(" ", rule)
         if len(_GROUPS.findall(bare)) + len(set(_NAMES.findall(bare))) > _MAX_RULE:

@@ -299,8 +299,9 @@ class _Reader:
             return {"type": "array", "prefixItems": read}
         if items is False or items == []:
             self.refuse(place, f'"items" is {json.dumps(items)}, expected a schema')
-        read = {"type": "array", "items": self.schema(items, f"{place}/items", "", depth + 1)}
-        return read | {"minItems": least} | ({} if most is None else {"maxItems": most})
+        read_items = self.schema(items, f"{place}/items", "", depth + 1)
+        read_most = {} if most is None else {"maxItems": most}
+        return {"type": "array", "items": read_items, "minItems": least, **read_most}
 
     def string(self, found: dict[str, Any], place: str) -> dict[str, Any]:
         for key in ("pattern", "format"):
