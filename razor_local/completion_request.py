@@ -165,7 +165,7 @@ def grammar_of(what: str, schema: Any) -> Any:
     try:
         converter.visit(read, "")
     except RecursionError:
-        refuse(what, "it has too many optional properties in one object")
+        refuse(what, "it has too many optional properties in one object, or too deep a pattern")
     # the rule allows line breaks and other control characters, which JSON escapes
     char = converter._rules["char"]
     converter._rules["char"] = char.replace(r'[^"\\]', r'[^"\\\x00-\x1F]')

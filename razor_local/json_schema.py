@@ -77,13 +77,14 @@ class _Reader:
         if not isinstance(self.root, dict):
             refuse(self.what, f"it is {_kind(self.root)}, expected an object")
         try:
-            text = json.dumps(self.root, allow_nan=False).lower()
+            text = json.dumps(self.root, allow_nan=False)
+            self.root = json.loads(text)  # Python allows keys that are not texts, and tuples
         except RecursionError:
             refuse(self.what, f"it is nested more than {MAX_DEPTH} levels deep")
         except (TypeError, ValueError) as error:
             refuse(self.what, f"it is not JSON ({error})")
         self.prefix = "schema"  # begins no rule that the converter names after a property
-        while self.prefix in text:
+        while self.prefix in text.lower():
             self.prefix += "x"
         schema = self.schema(self.root, "#", "", 0)
         try:
@@ -130,7 +131,10 @@ class _Reader:
             members = self.list_of(found, "allOf", place)
             if len(members) == 1 and len(found) == 1:
                 return self.schema(members[0], f"{place}/allOf/0", holder, depth + 1)
-            return self.object(self.members(found, place, set()), depth)
+            # "implied": the schema does not refuse other types, though its grammar does
+            return self.object(self.members(found, place, (place,), set()), depth) | {
+                "implied": True
+            }
         for key in ("anyOf", "oneOf"):
             if key in found:
                 alternatives = [
@@ -154,6 +158,7 @@ class _Reader:
                 return ANY
             if len(types) > 1:
                 self.refuse(place, f'"type" is missing beside keywords of {" and ".join(types)}')
+            return self.typed(found, types[0], place, depth) | {"implied": True}
         for key in found:
             if key != "type" and not any(key in _OF_TYPE[name] for name in types):
                 self.refuse(place, f'"{key}" is not supported for the type {" or ".join(types)}')
@@ -212,16 +217,26 @@ class _Reader:
                 self.refuse(place, f'"$ref" is {ref!r}, which the schema does not have')
         return target, unquote(ref)
 
-    def members(self, found: dict[str, Any], place: str, seen: set[str]) -> list[Any]:
-        """Return the object schemas that an allOf combines, with their places."""
+    def members(
+        self, found: dict[str, Any], place: str, within: tuple[str, ...], seen: set[str]
+    ) -> list[Any]:
+        """Return the object schemas that an allOf combines, with their places.
+
+        Args:
+            within: places of the schemas that combine this one
+            seen: places of schemas that were referred to; it grows
+        """
         parts = [({key: value for key, value in found.items() if key != "allOf"}, place)]
         for i, member in enumerate(self.list_of(found, "allOf", place)):
-            at = f"{place}/allOf/{i}"
+            at, chain = f"{place}/allOf/{i}", within
             while isinstance(member, dict) and "$ref" in member:
                 for key in member:
                     if key != "$ref" and key not in _ANNOTATIONS:
                         self.refuse(at, f'"{key}" is not supported beside "$ref"')
                 member, at = self.target(member["$ref"], at)
+                if at in chain:
+                    self.refuse(at, '"$ref" leads back to itself')
+                chain = (*chain, at)
                 if at in seen:
                     member = {}
                 seen.add(at)
@@ -233,7 +248,7 @@ class _Reader:
                     self.refuse(at, f'"{key}" is not supported in an allOf of several schemas')
             if len(seen) + at.count("/allOf/") > MAX_DEPTH:
                 refuse(self.what, f"it is nested more than {MAX_DEPTH} levels deep")
-            parts += self.members(member, at, seen) if "allOf" in member else [(member, at)]
+            parts += self.members(member, at, chain, seen) if "allOf" in member else [(member, at)]
         return parts
 
     def object(self, parts: list[tuple[dict[str, Any], str]], depth: int) -> dict[str, Any]:
@@ -352,9 +367,12 @@ class _Reader:
                 return self.disjoint(self.definitions[a["$ref"]], b, depth + 1)
             if "anyOf" in a:
                 return all(self.disjoint(each, b, depth + 1) for each in a["anyOf"])
+        if "enum" in one and "enum" in other:
+            return not any(value in other["enum"] for value in one["enum"])
+        is_implied = "implied" in one or "implied" in other
+        if is_implied and not one.get("type") == other.get("type") == "object":
+            return False
         if "enum" in one:
-            if "enum" in other:
-                return not any(value in other["enum"] for value in one["enum"])
             return not any(_IS[other["type"]](value) for value in one["enum"])
         if "enum" in other:
             return self.disjoint(other, one, depth + 1)

@@ -49,9 +49,11 @@ REFUSED = [
     ({"anyOf": [{}], "type": "string"}, '"type" is not supported beside "anyOf"'),
     ({"anyOf": [{}, {"minimum": 1}]}, '#/anyOf/1: "minimum" is not supported'),
     ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, '"oneOf" has alternatives that may'),
+    ({"oneOf": [{"type": "null"}, {"maxLength": 2}]}, '"oneOf" has alternatives that may overlap'),
     ({"oneOf": [tagged("a"), tagged("a")]}, '"oneOf" has alternatives that may overlap'),
     ({"allOf": [{"type": "string"}, {"maxLength": 3}]}, '"maxLength" is not supported in an allOf'),
     ({"$ref": "#"}, '#: "$ref" leads back to itself'),
+    ({"allOf": [{"$ref": "#"}, {}]}, '#: "$ref" leads back to itself'),
     ({"$ref": "#/$defs/a"}, "which the schema does not have"),
     ({"$ref": "https://example.org/x"}, "expected a path in the schema"),
     (
@@ -97,22 +99,32 @@ def test_what_cannot_be_enforced_is_refused(schema: Any, told: str) -> None:
     [
         ({}, {"type": "object"}),
         ({"title": "t", "type": "null", "$comment": "c"}, {"type": "null"}),
-        ({"items": {}}, {"type": "array", "items": {"type": "value"}, "minItems": 0}),
+        ({"items": {}},
+         {"type": "array", "items": {"type": "value"}, "minItems": 0, "implied": True}),
         ({"type": ["string", "null"], "maxLength": 2}, {"anyOf": [
             {"type": "string", "minLength": 0, "maxLength": 2}, {"type": "null"}]}),
         ({"oneOf": [{"enum": [1]}, {"const": 2}]}, {"anyOf": [{"enum": [1]}, {"enum": [2]}]}),
         ({"allOf": [{"enum": [1]}]}, {"enum": [1]}),
+        ({"allOf": [{"$ref": "#/$defs/a"}] * 2, "$defs": {"a": {"properties": {"b": {}}}}},
+         {"type": "object", "properties": {"b": {"type": "value"}}, "required": [],
+          "implied": True}),
         ({"properties": {"a": True}, "additionalProperties": True},
-         {"type": "object", "properties": {"a": {"type": "value"}}, "required": []}),
-        ({"pattern": r"^(?:\d\.[^a]|.)$"},
+         {"type": "object", "properties": {"a": {"type": "value"}}, "required": [],
+          "implied": True}),
+        ({"type": "string", "pattern": r"^(?:\d\.[^a]|.)$"},
          {"type": "string", "pattern": '^([0-9][\\x2E][^a\\x00-\\x1F\\x22\\x5C]|[^\\x0A\\x0D'
           "\\U00002028-\\U00002029\\x00-\\x1F\\x22\\x5C])$"}),
-        ({"pattern": "^[ -~]$"},
+        ({"type": "string", "pattern": "^[ -~]$"},
          {"type": "string", "pattern": "^[\\x20-\\x21\\x23-\\x5B\\x5D-\\x7E]$"}),
     ],
 )  # fmt: skip
 def test_forms_that_the_converter_understands(schema: Any, read: Any) -> None:
     assert read_schema("x", schema)[0] == read
+
+
+def test_alternatives_that_exclude_each_other() -> None:
+    for others in ([tagged("a"), tagged("b")], [{"type": "string"}, {"type": "null"}]):
+        assert len(read_schema("x", {"oneOf": others})[0]["anyOf"]) == 2
 
 
 def test_a_definition_may_contain_itself() -> None:
