@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import secrets
 import sys
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ContextFullError, RazorError, StateError, option
+from .json_schema import read_schema, refuse
 
 _ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
 _SAMPLING = (  # arguments that create_completion() and generate() have in common
@@ -20,6 +22,12 @@ _SAMPLING = (  # arguments that create_completion() and generate() have in commo
     "mirostat_eta", "frequency_penalty", "presence_penalty", "repeat_penalty",
     "stopping_criteria", "grammar",
 )  # fmt: skip
+# of a rule of a grammar: its literals and character classes, its groups and repetitions, and the
+# rules that it names. llama.cpp repeats no group of more than 2,000 of them.
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]')
+_GROUPS = re.compile(r"[(?*+]")
+_NAMES = re.compile(r"[A-Za-z0-9-]+")
+_MAX_RULE = 2000
 
 
 def read_stops(stop: str | Iterable[str] | None) -> list[bytes]:
@@ -66,8 +74,7 @@ def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, A
         raise RazorError(f"tool_choice names {chosen!r}, expected one of the tools {names}")
     for tool in tools:
         if tool.get("function", {}).get("name") == chosen is not None:
-            # llama_cpp answers with any JSON where it cannot convert the schema
-            grammar_of(f"parameters of {chosen!r}", tool["function"].get("parameters"))
+            _check_tool(f"parameters of {chosen!r}", tool["function"].get("parameters"))
     return request
 
 
@@ -120,18 +127,53 @@ def _read_response_format(response_format: Any) -> Any:
     return grammar_of("response_format", schema)
 
 
-def grammar_of(what: str, schema: Any) -> Any:
-    """Return the grammar of a JSON schema. Raises RazorError if it cannot be converted."""
+def _check_tool(what: str, schema: Any) -> None:
+    """Raise RazorError if llama_cpp cannot convert a tool's schema: it would allow any JSON."""
     from llama_cpp import LlamaGrammar
 
+    grammar_of(what, schema)
     try:
-        return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
+        LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
     except Exception as error:  # the converter asserts, or fails at what it does not expect
-        raise RazorError(
-            f"the JSON schema of {what} cannot be converted to a grammar"
-            f" ({type(error).__name__}: {error}); llama.cpp does not support lookaheads or"
-            " unresolved references"
-        ) from error
+        refuse(what, f"llama_cpp does not support it in tools ({type(error).__name__}: {error})")
+
+
+def grammar_of(what: str, schema: Any) -> Any:
+    """Return the grammar of a JSON schema. Raises RazorError if it cannot enforce the schema.
+
+    Args:
+        what: where the schema comes from, for errors
+    """
+    from llama_cpp import LlamaGrammar
+    from llama_cpp.llama_grammar import PRIMITIVE_RULES, STRING_FORMAT_RULES, SchemaConverter
+
+    class Converter(SchemaConverter):  # type: ignore[misc]
+        def _format_literal(self, literal: str) -> str:
+            """Quote JSON for a grammar. The base class does not escape backslashes."""
+            with suppress(UnicodeEncodeError):  # a lone surrogate stays escaped
+                text = json.dumps(json.loads(literal), ensure_ascii=False)
+                text.encode()
+                literal = text
+            return '"' + literal.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+    read, definitions = read_schema(what, schema)
+    converter = Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+    converter._refs = definitions
+    # present from the start, so that no rule of a property takes their names
+    for name, rule in (PRIMITIVE_RULES | STRING_FORMAT_RULES).items():
+        converter._rules[name] = rule.content
+    try:
+        converter.visit(read, "")
+    except RecursionError:
+        refuse(what, "it has too many optional properties in one object, or too deep a pattern")
+    # the rule allows line breaks and other control characters, which JSON escapes
+    char = converter._rules["char"]
+    converter._rules["char"] = char.replace(r'[^"\\]', r'[^"\\\x00-\x1F]')
+    for rule in converter._rules.values():
+        bare = _QUOTED.sub(" ", rule)
+        if len(_GROUPS.findall(bare)) + len(set(_NAMES.findall(bare))) > _MAX_RULE:
+            refuse(what, "it has too many optional properties or repetitions in one place")
+    return LlamaGrammar.from_string(converter.format_grammar(), verbose=False)
 
 
 def _with_logit_bias(llama: Any, request: dict[str, Any]) -> list[Any]:

@@ -327,9 +327,12 @@ def grammar(schema: str | Path, name: str) -> Any:
     what = name if isinstance(schema, str) else str(schema)
     text = schema if isinstance(schema, str) else read_text_file(schema, max_bytes=MAX_SCHEMA)
     try:
-        return grammar_of(what, json.loads(text))
-    except (ValueError, RecursionError) as error:
+        schema = json.loads(text)
+    except RecursionError:
+        raise RazorError(f"{what} is nested too deeply for a JSON schema") from None
+    except ValueError as error:
         raise RazorError(f"{what} is not JSON: {error}") from None
+    return grammar_of(what, schema)
 
 
 def default_temp(model: Path | None) -> float:

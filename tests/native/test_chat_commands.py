@@ -504,8 +504,12 @@ def test_answers_follow_a_schema(talk, capsys, tmp_path):
         ("none.json", "none.json: No such file or directory"),
         ('{"type": "nonsense"}', "the JSON schema of /json cannot be converted to a grammar"),
         ('{"$ref": "https://example.org/x"}', "the JSON schema of /json cannot be converted to a"),
-        ("bad.json", "bad.json is not JSON: "),
-        ("list.json", "the JSON schema of list.json cannot be converted to a grammar"),
+        ('{"type": "string", "maxLength": 100000}', '"maxLength" is 100000, the largest supported'),
+        ("bad.json", "bad.json is nested too deeply for a JSON schema"),
+        (
+            "list.json",
+            "the JSON schema of list.json cannot be converted to a grammar: it is a list",
+        ),
     ],
 )
 def test_what_is_no_schema_is_refused(talk, argument, expected, tmp_path, monkeypatch):

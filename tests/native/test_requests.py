@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 from razor_local import ContextFullError, Llama, RazorError, StateError, evaluation
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
+from razor_local.json_schema import MAX_REPETITIONS
 from razor_local.llama import llama_cpp
 from tests.support.texts import FACT, QUESTION, text_with
 
@@ -522,6 +524,56 @@ def test_a_schema_constrains_the_answer(llama, response_format):
 def test_a_constraint_that_cannot_be_kept_is_refused(llama, response_format, told):
     with pytest.raises(RazorError, match=told):
         llama.create_chat_completion(MESSAGES, response_format=response_format, max_tokens=4)
+
+
+def object_of(**properties):
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "follows"),
+    [
+        ({"enum": ['a"b\\\n☺']}, lambda value: value == 'a"b\\\n☺'),
+        ({"items": {}, "minItems": 2, "maxItems": 2}, lambda value: len(value) == 2),
+        ({"type": ["string", "null"], "maxLength": 3}, lambda value: len(value or "") <= 3),
+        ({"pattern": r"^\d{2}\.[^a-z ]$"}, lambda value: re.fullmatch(r"\d\d\.[^a-z ]", value)),
+        (
+            {"allOf": [{"$ref": "#/$defs/a"}, object_of(y={"const": 2})],
+             "$defs": {"a": object_of(x={"const": 1})}},
+            lambda value: value == {"x": 1, "y": 2},
+        ),
+        (  # the names of rules that the converter has, and of a property and a definition
+            {**object_of(date_time={"const": 1}, a={"const": 2}, b={"$ref": "#/$defs/a"}),
+             "$defs": {"a": {"const": 3}}},
+            lambda value: value == {"date_time": 1, "a": 2, "b": 3},
+        ),
+    ],
+)  # fmt: skip
+def test_answers_follow_their_schema(llama, schema, follows):
+    for seed in range(3):
+        answer = llama.create_chat_completion(
+            MESSAGES, response_format={"type": "json_object", "schema": schema}, temperature=2,
+            seed=seed, max_tokens=200,
+        )["choices"][0]  # fmt: skip
+        if answer["finish_reason"] == "stop":
+            assert follows(json.loads(answer["message"]["content"]))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": MAX_REPETITIONS},
+        {"type": "string", "minLength": MAX_REPETITIONS},
+        {"type": "array", "items": {"type": "array", "maxItems": MAX_REPETITIONS},
+         "maxItems": MAX_REPETITIONS},
+        {"type": "string", "pattern": f"^((a|b){{0,30}}c){{0,{MAX_REPETITIONS // 30}}}$"},
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(200)}},
+    ],
+)  # fmt: skip
+def test_the_largest_grammars_are_understood(llama, schema):
+    llama.create_chat_completion(
+        MESSAGES, response_format={"type": "json_object", "schema": schema}, max_tokens=4
+    )
 
 
 def test_a_tool_whose_schema_cannot_be_converted_is_refused(llama):

@@ -15,9 +15,9 @@ from tests.support.native_build import ROOT
 ROOMS = (
     "printable", "errors", "hooks", "common", "gguf", "plan", "layer_caches", "model_shape",
     "profile", "scores", "profile_cache", "known_profiles", "model_file", "model_setup", "models",
-    "prompt", "chat", "native", "bindings", "ownership", "completion_request", "completion",
-    "memory", "available_memory", "fit", "llama_options", "evaluation", "sampling", "state",
-    "llama", "sessions", "converters", "evals", "auto_profile", "bench", "verify", "cli",
+    "prompt", "chat", "native", "bindings", "ownership", "json_schema", "completion_request",
+    "completion", "memory", "available_memory", "fit", "llama_options", "evaluation", "sampling",
+    "state", "llama", "sessions", "converters", "evals", "auto_profile", "bench", "verify", "cli",
     "__main__",
 )  # fmt: skip
 
@@ -70,8 +70,8 @@ GROUPS = {
     ),
     "native": ("native", "bindings"),
     "llama": (
-        "ownership", "completion_request", "completion", "memory", "llama_options", "evaluation",
-        "sampling", "state", "llama",
+        "ownership", "json_schema", "completion_request", "completion", "memory", "llama_options",
+        "evaluation", "sampling", "state", "llama",
     ),
     "fit": ("available_memory", "fit"),
     "chat": ("chat", "sessions"),
