@@ -170,6 +170,8 @@ def profile_from_scopes(
     path = Path(path)
     layers = []
     for il, cells in enumerate(_rows(path, _read_text(path, "a table of scopes"))):
+        if not cells and any(shape.n_head_kv[il : il + 1]):
+            raise ProfileError(f"{path}: row {il + 1} is empty, expected a number per KV head")
         for ih, cell in enumerate(cells):
             if not re.fullmatch("[0-9]{1,10}", cell) or int(cell) > MAX_WINDOW:
                 raise ProfileError(

@@ -162,10 +162,12 @@ def write_sidecar(
     out: str | os.PathLike[str],
     profile: Profile,
     force: bool = False,
+    private: bool = False,
 ) -> Path:
     """Write a GGUF without tensors that holds the profile and the model's fingerprint.
 
-    Returns its path. Raises what write_copy() raises.
+    private: only its owner may read it, whatever the umask. Returns its path. Raises what
+    write_copy() raises.
     """
     model = open_model(model)
     _check_model(model, profile)
@@ -189,7 +191,7 @@ def write_sidecar(
         _verify_with_gguf(sidecar)
 
     needed = sum(map(len, new)) + sum(e.end - e.start for e in kept) + 4096
-    _write_files([out], [write], needed, header.path, verify, force)
+    _write_files([out], [write], needed, header.path, verify, force, private)
     return out
 
 
@@ -266,6 +268,7 @@ def _write_files(
     model: Path,
     verify: Callable[[list[Path]], None],
     replace: bool,
+    private: bool = False,
 ) -> None:
     """Write temporary files beside outs, sync, verify and rename them.
 
@@ -278,7 +281,7 @@ def _write_files(
     try:
         with files.guard(written):
             for out, write in zip(outs, writers, strict=True):
-                fd, part = create_part(out)
+                fd, part = create_part(out, 0o600 if private else 0o666)
                 written.append(part)
                 with open(fd, "wb") as file:
                     write(file)

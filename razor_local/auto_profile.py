@@ -271,7 +271,8 @@ def save_profile(file: ModelFile, profile: Profile) -> Path:
     Raises ConvertError, RazorError, OSError.
     """
     profile_cache.make_folder()
-    path = write_sidecar(file, profile_cache.path_of(file.shape), profile, force=True)
+    path = profile_cache.path_of(file.shape)
+    write_sidecar(file, path, profile, force=True, private=True)
     path.with_suffix(".json").unlink(missing_ok=True)
     return path
 

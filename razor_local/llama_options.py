@@ -94,6 +94,18 @@ def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) 
         raise UnsupportedError(f"lora_path is {lora!r}, which is not a file; name a LoRA adapter")
 
 
+def _refuse_razor(razor: Any) -> None:
+    is_path = isinstance(razor, (str, os.PathLike)) and bool(os.fspath(razor))
+    # a misspelt "auto" would be a file that does not exist
+    misspelt = isinstance(razor, str) and razor != "auto" and razor.lower() == "auto"
+    if misspelt and not os.path.lexists(razor):
+        is_path = False
+    if not (is_path or isinstance(razor, (bool, Profile))):
+        raise UnsupportedError(
+            f"razor is {razor!r}, expected True, False, 'auto', a Profile or the path of a sidecar"
+        )
+
+
 def type_name(kv_type: int | str | None) -> str:
     """Return the name of a KV cache type. Raises UnsupportedError if there is none."""
     if kv_type is None:
@@ -131,6 +143,7 @@ def choose_cache(
         MemoryFullError: the cache is larger than the memory.
         RazorError: measuring the heads was stopped.
     """
+    _refuse_razor(razor)
     reason = None
     if isinstance(razor, str) and razor == "auto":
         context = {"n_ctx": n_ctx, "type_k": type_k, "type_v": type_v, "flash_attn": flash_attn}

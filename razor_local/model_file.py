@@ -148,7 +148,9 @@ class ModelFile(os.PathLike[str]):
         make = "make one with 'razor-local convert MODEL.gguf', or"
         if why is not None:
             make = f"'razor-local convert' may refuse to make one ({why});"
-        return ProfileError(f"{self} has no razor profile; {make} name one with --sidecar")
+        damaged = profile_cache.damaged(self.shape)
+        lost = "" if damaged is None else f" (the one in the profile cache, {damaged}, is damaged)"
+        return ProfileError(f"{self} has no razor profile{lost}; {make} name one with --sidecar")
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:

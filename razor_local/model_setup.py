@@ -49,10 +49,13 @@ class ModelSetup:
         """Return shape and profile. Raises RazorError without a profile that can change so."""
         if self.found is None:
             raise self.file.no_profile()
+        from .profile import check_parameters
+
         names = ("window_min", "window_divisor", "sink_tokens")
         changes: dict[str, Any] = {
             name: getattr(self, name) for name in names if getattr(self, name) is not None
         }
+        check_parameters(**changes)
         if {"window_min", "window_divisor"} & changes.keys():
             changes["scope"] = None  # one window for all local heads
         return self.file.shape, replace(self.found.profile, **changes)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ProfileError
+from .errors import ProfileError, option
 from .gguf.header import BOOL, F32, STRING, U8, U32, Header, read_header
 from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
 
@@ -156,7 +156,7 @@ class Profile:
             if self.method == "rope":
                 changes["scope"] = None
         if sink_tokens is not None:
-            _check_range("sink_tokens", sink_tokens, 0, MAX_SINKS)
+            check_parameters(sink_tokens=sink_tokens)
             changes["sink_tokens"] = sink_tokens
         if compensation is not None:
             if not isinstance(compensation, (bool, np.bool_)):
@@ -178,6 +178,21 @@ class Profile:
                     f"{key} has shape {list(score.shape)}, the model has {sum(shape.n_head)}"
                     " query heads"
                 )
+
+
+def check_parameters(
+    sink_tokens: int | None = None,
+    window_min: int | None = None,
+    window_divisor: int | None = None,
+) -> None:
+    """Check options of a profile, which the message names. Raises ProfileError."""
+    for name, value, low, high in (
+        ("sink_tokens", sink_tokens, 0, MAX_SINKS),
+        ("window_min", window_min, 1, MAX_WINDOW),
+        ("window_divisor", window_divisor, 0, MAX_WINDOW),
+    ):
+        if value is not None:
+            _check_range(option(name), value, low, high)
 
 
 def facts_line(profile: Profile) -> str | None:
@@ -211,7 +226,9 @@ def scopes_text(profile: Profile) -> str:
     assert profile.scope is not None
     scopes = [scope for layer in profile.scope for scope in layer.tolist() if scope]
     low, high = min(scopes, default=0), max(scopes, default=0)
-    return f"scopes of {low:,} to {high:,} tokens" if low < high else f"scopes of {high:,} tokens"
+    if low < high:
+        return f"scopes of {low:,} to {high:,} tokens"
+    return f"scopes of {high:,} token" + "s" * (high != 1)
 
 
 def read_sidecar(path: str | os.PathLike[str], shape: ModelShape) -> Profile:

@@ -7,6 +7,8 @@ none, or how long measuring would take. docs/format.md describes both files.
 from __future__ import annotations
 
 import json
+import os
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from .profile import Profile, read_sidecar
 FORMAT = "razor measurement"
 VERSION = 1
 MAX_BYTES = 1 << 16  # of a note
+MAX_SECONDS = 1e9  # of measuring
+MAX_AGE = 24 * 3600  # seconds for which an estimate holds: the machine may have been busy
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def make_folder() -> None:
 def find(shape: ModelShape) -> tuple[Profile, Path] | None:
     """Return the profile of a model and its path, None if there is none.
 
-    A file that cannot be read is ignored.
+    A damaged file is ignored, see damaged().
     """
     with suppress(RazorError, OSError):
         if folder().is_dir():  # else no fingerprint is needed
@@ -69,16 +73,29 @@ def find(shape: ModelShape) -> tuple[Profile, Path] | None:
     return None
 
 
+def damaged(shape: ModelShape) -> Path | None:
+    """Return the file of a model's profile if it is there and cannot be used, else None."""
+    with suppress(RazorError, OSError):
+        if folder().is_dir() and os.path.lexists(path := path_of(shape)) and find(shape) is None:
+            return path
+    return None
+
+
 def read_note(shape: ModelShape) -> Note:
-    """Return the note on a model, an empty one if there is none."""
-    unreadable = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+    """Return the note on a model, an empty one if there is none.
+
+    A damaged note and an old estimate are ignored.
+    """
+    unreadable = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
     with suppress(RazorError, OSError, *unreadable):
         if folder().is_dir():
             with open_input(path_of(shape).with_suffix(".json"), "a note") as file:
                 fields = json.loads(file.read(MAX_BYTES))
             if (fields.pop("format"), fields.pop("version")) == (FORMAT, VERSION):
+                age = time.time() - fields.pop("saved")
                 note = Note(**fields)
-                if isinstance(note.why, str) and isinstance(note.seconds, (int, float)):
+                fine = isinstance(note.why, str) and 0 <= note.seconds < MAX_SECONDS
+                if fine and (note.why or (note.seconds and 0 <= age < MAX_AGE)):
                     return note
     return Note()
 
@@ -86,7 +103,8 @@ def read_note(shape: ModelShape) -> Note:
 def write_note(shape: ModelShape, note: Note) -> None:
     """Save a note on a model. Raises RazorError, OSError."""
     make_folder()
-    data = json.dumps({"format": FORMAT, "version": VERSION} | asdict(note), indent=1) + "\n"
+    head = {"format": FORMAT, "version": VERSION, "saved": round(time.time(), 1)}
+    data = json.dumps(head | asdict(note), indent=1) + "\n"
     with new_file(path_of(shape).with_suffix(".json"), private=True) as file:
         file.write(data.encode())
 

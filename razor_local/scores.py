@@ -20,7 +20,7 @@ from .common.files import new_file
 from .common.inputs import open_input
 from .errors import ProfileError, option
 from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .profile import (
     MAX_CALIBRATION_BYTES,
     MAX_CALIBRATION_KEYS,
@@ -275,6 +275,27 @@ def profile_from_scores(
     )
 
 
+def check_scopes_by_score(shape: ModelShape, n_ctx: int, **options: Any) -> None:
+    """Refuse a context that with_scopes_by_score() would refuse for any choice of heads.
+
+    Args:
+        options: sink_tokens, window_min and window_divisor of the profile.
+
+    Raises ProfileError, UnsupportedError.
+    """
+    local = tuple(np.zeros(n, np.uint8) for n in shape.n_head_kv)
+    _shared_plan(Profile(local, **options), shape, n_ctx)
+
+
+def _shared_plan(profile: Profile, shape: ModelShape, n_ctx: int) -> Plan:
+    plan = make_plan(shape, profile, n_ctx)
+    if not plan.active:
+        raise ProfileError(
+            f"{plan.why_inactive}, so there are no windows to share; use a larger {option('n_ctx')}"
+        )
+    return plan
+
+
 def with_scopes_by_score(profile: Profile, shape: ModelShape, n_ctx: int) -> Profile:
     """Return the profile with a scope for each local head that grows with its strength.
 
@@ -285,11 +306,7 @@ def with_scopes_by_score(profile: Profile, shape: ModelShape, n_ctx: int) -> Pro
     Raises:
         ProfileError: the profile has no scores, or saves nothing in that context.
     """
-    plan = make_plan(shape, profile, n_ctx)
-    if not plan.active:
-        raise ProfileError(
-            f"{plan.why_inactive}, so there are no windows to share; use a larger {option('n_ctx')}"
-        )
+    plan = _shared_plan(profile, shape, n_ctx)
     local = profile.flat() == 0
     strength = head_strength(profile_scores(profile, shape))
     mean = float(strength[local].mean())

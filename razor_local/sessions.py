@@ -164,7 +164,14 @@ def load(name: str, llama: Llama, chat: Chat, messages_only: bool = False) -> Se
     except BaseException as error:
         chat.restore(before)
         if isinstance(error, StateError):
-            raise _refusal(session, _other_plan(session, llama) or str(error)) from error
+            why = str(error).removeprefix("the state cannot be loaded: ")
+            other = _other_plan(session, llama)
+            if other is not None:
+                raise _refusal(session, other) from error
+            raise StateError(
+                f"session {name} cannot be loaded ({why}); read its messages again with"
+                f" '/load {name} --messages'"
+            ) from error
         raise
     return session
 

@@ -21,7 +21,7 @@ from ..errors import RazorError
 from ..printable import printable
 from . import generation
 from .chat_status import context, stats
-from .params import Number, count_text
+from .params import SEED, Number, Whole, count_text
 from .terminal import is_ascii, say, sentence
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 MAX_BYTES_PER_TOKEN = 64  # of a file that may fit the context; real texts have about 4
 SETTINGS: dict[str, click.ParamType] = {
     "temp": Number(0),
-    "top_k": click.IntRange(0, 2**31 - 1),
+    "top_k": Whole(0, 2**31 - 1),
     "top_p": Number(0, 1),
     "min_p": Number(0, 1),
     "repeat_penalty": Number(0, min_open=True),
-    "seed": click.IntRange(-1, 2**31 - 1),
-    "predict": click.IntRange(-1, 2**31 - 1),
+    "seed": SEED,
+    "predict": Whole(-1, 2**31 - 1),
 }
 
 

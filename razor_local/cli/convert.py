@@ -220,23 +220,25 @@ def convert(
     from ..errors import ConvertError, NoProfileError
     from ..model_file import ModelFile
     from ..model_shape import alibi_max_bias, unsupported_feature
-    from ..profile import MAX_WINDOW, Profile, facts_line, scopes_text
-    from ..scores import with_scopes_by_score
+    from ..profile import MAX_WINDOW, check_parameters, facts_line, scopes_text
+    from ..scores import check_scopes_by_score, with_scopes_by_score
 
     into_cache = output is None
     options: dict[str, Any] = {
         "sink_tokens": sinks,
         "window_min": window_min,
         "window_divisor": window_divisor,
-        "compensation": not no_compensation,
     }
     # refuse wrong options before anything is measured
-    Profile(retrieval=(), **options)
+    check_parameters(**options)
     file = ModelFile(model)
     shape = file.shape
     alibi = alibi_max_bias(file.header, shape) > 0
     measured = _Measured()
     _check_method(shape, alibi, epsilon)
+    options["compensation"] = not no_compensation
+    if scope_by is not None:
+        check_scopes_by_score(shape, ctx_size or shape.n_ctx_train, **options)
     if output is None:
         output = _cache_path(file, alibi)
         force = True  # replace an earlier measurement
@@ -274,7 +276,7 @@ def convert(
         try:
             profile = _prove(file, profile, measuring, haystack)
         except NoProfileError as error:
-            if into_cache:
+            if into_cache and _is_default():
                 profile_cache.write_note(shape, profile_cache.Note(why=str(error)))
             raise ConvertError(
                 f"{model}: {error}, so no profile was written; run the model with its full cache,"
@@ -332,6 +334,17 @@ def _cache_path(file: ModelFile, alibi: bool) -> Path:
         )
     profile_cache.make_folder()
     return profile_cache.path_of(file.shape)
+
+
+def _is_default() -> bool:
+    """Return whether the heads are measured and tested as auto_profile() does it."""
+    ctx = click.get_current_context()
+    free = ("threads", "n_gpu_layers", "save_scores")  # change nothing in the result
+    return all(
+        ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT
+        for name in NOT_FOR_ALIBI
+        if name not in free
+    )
 
 
 def _check_options(heads: Path | None, given: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from .params import (
     Number,
     Size,
     model_argument,
+    note_damaged_profile,
 )
 from .parser import Command
 from .terminal import ProgressBar, echo, table_console
@@ -196,6 +197,8 @@ def _profile(
             raise ProfileError(f"razor cannot run {dry.path}")
         return None, None
     found = dry.file.find_profile(sidecar, budget)
+    if sidecar is None:
+        note_damaged_profile(dry.file, found)
     if found is None:
         if budget is not None:
             raise dry.file.no_profile()

@@ -20,16 +20,19 @@ from .params import (
     CALIBRATE,
     FLASH_ATTN,
     N_GPU_LAYERS,
+    SEED,
     THREADS,
     UBATCH_SIZE,
     ContextSize,
     Number,
     Prediction,
+    Whole,
     cache_text,
     command_word,
     duration_text,
     flash_attention,
     model_argument,
+    note_damaged_profile,
 )
 from .terminal import ProgressBar, say
 
@@ -103,14 +106,14 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True, help="Maximum tokens to generate (-1: unlimited).",
     ),
     click.option(
-        "-s", "--seed", type=int, default=-1, metavar="N", help="Sampling seed (-1: random)."
+        "-s", "--seed", type=SEED, default=-1, metavar="N", help="Sampling seed (-1: random)."
     ),
     click.option(
         "--temp", "--temperature", type=Number(0), metavar="T",
         help="Sampling temperature (0: greedy).  [default: 0.8; 0 for the built-in model]",
     ),
     click.option(
-        "--top-k", type=click.IntRange(0, 2**31 - 1), default=40, metavar="N", show_default=True,
+        "--top-k", type=Whole(0, 2**31 - 1), default=40, metavar="N", show_default=True,
         help="Top-k sampling (0: off).",
     ),
     click.option(
@@ -352,6 +355,7 @@ def _find_profile(
     except ProfileError:  # no plan describes this shape; Llama decides
         return True
     found = model.find_profile()
+    note_damaged_profile(model, found)
     when = options["calibrate"]
     if found is not None and not (found.source == "list" and when == "now"):
         if found.source != "file":

@@ -18,6 +18,7 @@ from .params import (
     Number,
     flash_attention,
     model_argument,
+    note_damaged_profile,
 )
 from .parser import Command
 from .terminal import echo, table_console
@@ -99,6 +100,8 @@ def inspect(
     check_outputs([plot], [model, sidecar, compare])
     opened = ModelFile(model)
     shape, found = opened.shape, opened.find_profile(sidecar, budget)
+    if sidecar is None:
+        note_damaged_profile(opened, found)
     profile = None if found is None else found.profile
     looking = heads or compare is not None or plot is not None
     if profile is None and (budget is not None or looking):

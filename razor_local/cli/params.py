@@ -20,6 +20,8 @@ from ..printable import printable
 from .terminal import ProgressBar, echo
 
 if TYPE_CHECKING:
+    from ..model_file import FoundProfile
+    from ..model_file import ModelFile as ModelFileOnDisk
     from ..model_setup import ModelSetup
     from ..models import Download
     from ..models.names import ModelName
@@ -111,11 +113,21 @@ class ListOf(click.ParamType):
         return tuple(self.item.convert(part.strip(), param, ctx) for part in value.split(","))
 
 
-class GpuLayers(click.IntRange):
+class Whole(click.IntRange):
+    """A whole number in a range, which errors call an integer instead of an "integer range"."""
+
+    name = "integer"
+
+
+class GpuLayers(Whole):
     """A number of layers, or "all"."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return -1 if value == "all" else super().convert(value, param, ctx)
+        if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?\d+\s*", value):
+            if value != "all":
+                self.fail(f"{value!r} is not a number of layers, or all", param, ctx)
+            return -1
+        return super().convert(value, param, ctx)
 
 
 class OnOffAuto(click.Choice[str]):
@@ -142,18 +154,19 @@ class Prediction(click.ParamType):
 
 
 KV_TYPE = click.Choice(list(KV_TYPES))
-THREADS = click.IntRange(1, 512)  # ggml ends the process above it
+SEED = Whole(-1, 2**31 - 1)  # -1: random
+THREADS = Whole(1, 512)  # ggml ends the process above it
 N_GPU_LAYERS = click.option(
     "-ngl", "--n-gpu-layers", "--gpu-layers", type=GpuLayers(-1), default=-1, show_default=True,
     metavar="N",
     help="Layers to offload to the GPU (-1 or all: all). No effect in a build without GPU support.",
 )  # fmt: skip
 BATCH_SIZE = click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+    "-b", "--batch-size", type=Whole(1), default=512, show_default=True, metavar="N",
     help="Logical batch size: prompt tokens per call.",
 )  # fmt: skip
 UBATCH_SIZE = click.option(
-    "-ub", "--ubatch-size", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+    "-ub", "--ubatch-size", type=Whole(1), default=512, show_default=True, metavar="N",
     help="Physical batch size: prompt tokens per graph.",
 )  # fmt: skip
 CACHE_TYPE_K = click.option(
@@ -305,6 +318,19 @@ def download_model(model: ModelName) -> Path:
             if unfinished(model.repo):
                 echo("Interrupted; run the same command again to continue.", err=True)
             raise
+
+
+def note_damaged_profile(model: ModelFileOnDisk, found: FoundProfile | None) -> None:
+    """Name the file in the profile cache on stderr that should be used and is damaged."""
+    from .. import profile_cache
+
+    if found is not None and found.source != "list":  # comes before the cache, or from it
+        return
+    path = profile_cache.damaged(model.shape)
+    if path is not None:
+        instead = f" or run 'razor-local convert {command_word(model.path)}'"
+        remedy = "remove it" + (instead if path.is_file() else "")  # convert replaces files alone
+        echo(printable(f"note: the profile {path} is damaged; {remedy}", one_line=True), err=True)
 
 
 def command_word(path: Path) -> str:

@@ -139,10 +139,11 @@ def check_room(
     path = Path(path)
     free = shutil.disk_usage(path.parent).free
     if free < n_bytes:
-        raise error(
-            f"{path.parent} has {free / 2**20:,.0f} MiB free, {path.name} needs"
-            f" {n_bytes / 2**20:,.0f} MiB; free some space"
-        )
+        for unit, size in (("MiB", 2**20), ("KiB", 2**10), ("bytes", 1)):
+            there, needed = (f"{n / size:,.0f} {unit}" for n in (free, n_bytes))
+            if there != needed and round(free / size):  # else a smaller unit
+                break
+        raise error(f"{path.parent} has {there} free, {path.name} needs {needed}; free some space")
 
 
 def check_outputs(

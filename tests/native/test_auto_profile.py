@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from razor_local.evals.report import head_lines
 from razor_local.evals.run import describe_run
 from razor_local.model_file import ModelFile, read_profile
 from razor_local.model_setup import ModelSetup
-from razor_local.scores import Scores
+from razor_local.scores import Scores, save_scores
 from tests.support import embedded_model, known_heads, tiny_models
 from tests.support.cli import MAIN, run
 from tests.support.texts import FACT, QUESTION, text_with
@@ -197,6 +198,7 @@ def test_convert_into_the_cache(known, profile_folder):
     assert lines[2].startswith("KV cache at 10,240 tokens: ")
     assert lines[3] == f"Next: razor-local chat {path}" and len(lines) == 4
     assert ModelFile(path).find_profile().source == "cache"
+    assert stat.S_IMODE(cached.stat().st_mode) == 0o600
     # measured again, it replaces the profile
     assert run("convert", path, "--no-proof", "--tokens", 64, "--budget", 0.5)[0] == 0
     assert ModelFile(path).find_profile().profile.flat().mean() == 0.5
@@ -214,11 +216,22 @@ def test_convert_refuses_a_profile_that_would_not_be_used(known, tmp_path):
     assert code == 1 and f"{side} comes first" in stderr
 
 
-def test_convert_remembers_that_no_head_stands_out(tmp_path):
+def test_convert_remembers_that_no_head_stands_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate_module, "DEFAULT_TOKENS", 64)
     spec = known_heads.place_heads(0, induction=0, echo=0)
     path = known_heads.make_model(tmp_path / "m.gguf", spec)
-    assert run("convert", path, "--tokens", 64)[0] == 1
-    assert "no head stands out" in profile_cache.read_note(ModelFile(path).shape).why
+    shape = ModelFile(path).shape
+    # what another choice, a file or a skipped test led to says nothing about the default
+    scores = np.zeros(sum(shape.n_head), np.float32)
+    record = {"model_fingerprint": shape.fingerprint, "tokens": 64}
+    file = tmp_path / "s.json"
+    save_scores(Scores(scores, scores, shape.n_head, shape.n_head_kv, record), file)
+    for args in (["--scores", file, "--no-proof"], ["--tokens", 64], ["--no-proof"]):
+        code, _, stderr = run("convert", path, *args)
+        assert code == 1 and "no head stands out" in stderr
+        assert profile_cache.read_note(shape) == profile_cache.Note()
+    assert run("convert", path, "--threads", 2)[0] == 1
+    assert "no head stands out" in profile_cache.read_note(shape).why
 
 
 # -- chat
@@ -279,6 +292,18 @@ def test_chat_says_why_a_model_has_no_profile(chatty, unmeasured):
     profile_cache.write_note(shape, profile_cache.Note(why="no head stands out"))
     note = chat(chatty).stderr.splitlines()[0]
     assert note == "note: the full cache runs: no head stands out"
+
+
+def test_chat_names_a_damaged_profile(chatty, slow):
+    path = profile_cache.path_of(ModelFile(chatty).shape)
+    profile_cache.make_folder()
+    path.write_bytes(b"GGUF")
+    result = chat(chatty, "--calibrate", "never")
+    assert result.exit_code == 0 and "48213" in result.stdout
+    assert result.stderr.splitlines()[0] == (
+        f"note: the profile {path} is damaged; remove it or run 'razor-local convert {chatty}'"
+    )
+    assert "is damaged" not in chat(chatty, "--no-razor").stderr
 
 
 def test_other_commands_use_the_profile_cache(chatty):

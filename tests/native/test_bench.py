@@ -490,7 +490,7 @@ def test_weights_that_a_token_reads(tiny) -> None:
         (("MODEL", "-o", "no/where/x.json"), "the folder no/where does not exist"),
         (("MODEL", "--plot", "x.bmp"), "x.bmp is not the name of a picture"),
         (("MODEL", "--real-prefill", "5k", "-c", "2k", "-d", "0"), "real prefill of 5120 tokens"),
-        (("MODEL", "--window-min", "0"), "razor.window_min is 0, expected 1 to"),
+        (("MODEL", "--window-min", "0"), "--window-min is 0, expected 1 to"),
         (("MODEL", "--retrieval", "0.5"), "has no head scores"),
         (("--report", "MODEL"), "is not a report of a benchmark"),
     ],

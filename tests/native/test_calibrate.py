@@ -598,13 +598,15 @@ def test_an_output_that_exists_is_refused_before_measuring(known, tmp_path, monk
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["--sinks", 5000], "razor.sink_tokens is 5000"),
-        (["--window-min", 0], "razor.window_min is 0"),
+        (["--sinks", 5000], "--sink-tokens is 5000"),
+        (["--window-min", 0], "--window-min is 0"),
         (["--save-scores", "no/folder/scores.json"], "the folder no/folder does not exist"),
         (["--save-scores", "MODEL"], "is the model itself"),
         (["--save-scores", "OUT"], "is named for two results; choose another name"),
         (["--save-scores", "KEPT"], "exists; choose another name or pass --force"),
         (["--save-scores", "/proc/scores.json"], "the folder /proc cannot be written to"),
+        (["--scope-by", "score", "-c", 999999999999], "999999999999"),
+        (["--scope-by", "score", "-c", 1], "so there are no windows to share; use a larger -c"),
         (["-o", "/proc/x.gguf"], "the folder /proc cannot be written to"),
         (["-o", "x" * 300], "File name too long"),
     ],
@@ -627,7 +629,7 @@ def test_a_full_disk_is_seen_before_measuring(known, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     code, _, stderr = run("convert", known[0], "-o", tmp_path / "o.gguf")
-    assert code == 1 and "MiB free, o.gguf needs" in stderr
+    assert code == 1 and "has 1 KiB free, o.gguf needs" in stderr
     assert list(tmp_path.iterdir()) == []
 
 

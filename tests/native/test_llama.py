@@ -815,3 +815,12 @@ def test_threads_are_the_physical_cores_unless_they_are_given():
         assert llama.n_threads == llama.n_threads_batch == 3
     with closing(Llama(DEFAULT_MODEL, n_ctx=256, n_threads=1, n_threads_batch=2)) as llama:
         assert (llama.n_threads, llama.n_threads_batch) == (1, 2)
+
+
+@pytest.mark.parametrize("razor", [3, None, "", "Auto", 0.5, b"x"])
+def test_what_razor_cannot_be(razor):
+    with pytest.raises(UnsupportedError) as caught:
+        Llama(DEFAULT_MODEL, razor=razor)
+    assert str(caught.value) == (
+        f"razor is {razor!r}, expected True, False, 'auto', a Profile or the path of a sidecar"
+    )

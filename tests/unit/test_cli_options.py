@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from razor_local.cli import COMMANDS, main
 from razor_local.cli.chat import chat
+from razor_local.cli.chat_commands import SETTINGS
 from razor_local.cli.generation import ENVVARS
 from razor_local.cli.parser import Command, Group
 from razor_local.cli.run import run
@@ -92,6 +93,27 @@ def test_unknown_options_suggest_the_nearest(args, option, suggested):
     message = refusal(*args)
     assert message.startswith("No such option") and f"'{option}'" in message
     assert suggested in message.partition(option)[2]
+
+
+@pytest.mark.parametrize("command", [run, chat])
+def test_seeds_have_one_range(command):
+    for seed in (-1, 0, 2**31 - 1):
+        assert parsed("-s", str(seed), command=command)["seed"] == seed
+        assert SETTINGS["seed"].convert(str(seed), None, None) == seed
+    for seed in (-5, 2**31, 2**32 + 1, 10**23 - 1):
+        with pytest.raises(click.BadParameter, match=f"{seed} is not in the range -1<=x<="):
+            parsed("-s", str(seed), command=command)
+        with pytest.raises(click.BadParameter, match=f"{seed} is not in the range -1<=x<="):
+            SETTINGS["seed"].convert(str(seed), None, None)
+
+
+def test_values_that_are_not_numbers():
+    expected = "'auto' is not a number of layers, or all"
+    assert expected in refusal("-ngl", "auto")
+    assert expected in refusal(LLAMA_ARG_N_GPU_LAYERS="auto")
+    assert "-2 is not in the range x>=-1" in refusal("-ngl", "-2")
+    for option in ("-t", "-b", "-s", "--top-k"):
+        assert "'auto' is not a valid integer." in refusal(option, "auto")
 
 
 def test_other_commands_refuse_them_too():

@@ -285,7 +285,8 @@ def test_full_disk_is_seen_before_writing(model, tmp_path, monkeypatch):
     out = tmp_path / "new" / "out.gguf"
     out.parent.mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size, 0, size - 1))
-    with pytest.raises(ConvertError, match="MiB free, out.gguf needs .* MiB; free some space"):
+    expected = f"has {size - 1:,} bytes free, out.gguf needs {size:,} bytes; free some space"
+    with pytest.raises(ConvertError, match=expected):
         write_copy(model, out, PROFILE)
     assert list(out.parent.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size, 0, size + 4096))
@@ -421,10 +422,10 @@ def test_threads_do_not_share_temporary_files(model, tmp_path):
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        (["--sinks", "-1"], "razor.sink_tokens is -1, expected 0 to 4096"),
-        (["--sinks", "5000"], "razor.sink_tokens is 5000, expected 0 to 4096"),
-        (["--window-min", "0"], "razor.window_min is 0, expected 1 to 1073741824"),
-        (["--window-divisor", "-5"], "razor.window_divisor is -5, expected 0 to 1073741824"),
+        (["--sinks", "-1"], "--sink-tokens is -1, expected 0 to 4096"),
+        (["--sinks", "5000"], "--sink-tokens is 5000, expected 0 to 4096"),
+        (["--window-min", "0"], "--window-min is 0, expected 1 to 1073741824"),
+        (["--window-divisor", "-5"], "--window-divisor is -5, expected 0 to 1073741824"),
     ],
 )
 def test_command_refuses_values_out_of_range(model, heads, tmp_path, args, text):

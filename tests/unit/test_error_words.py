@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from razor_local.cli import OPTIONS, chat, main
+from razor_local.cli import OPTIONS, main
 from razor_local.errors import command_line, option, options
+from tests.support.commands import commands
 from tests.support.rooms import modules
 
 ARGUMENTS = re.compile(
@@ -43,8 +44,9 @@ def test_arguments_of_python_and_options_of_the_command_line() -> None:
     assert written() == python
 
 
-def test_the_options_are_those_of_chat() -> None:
-    known = {name for p in chat.chat.params for name in (*p.opts, *p.secondary_opts)}
+def test_the_options_are_those_of_chat_and_convert() -> None:
+    params = [p for name in ("chat", "convert") for p in commands()[name].params]
+    known = {name for p in params for name in (*p.opts, *p.secondary_opts)}
     assert {text.split()[0] for text in OPTIONS.values()} <= known
 
 

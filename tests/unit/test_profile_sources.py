@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,9 +110,54 @@ def test_notes(model, profile_folder):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     good = json.loads(path.read_text())
     for bad in ("{", "[]", "null", json.dumps(good | {"version": 2}),
-                json.dumps(good | {"seconds": "x"}), json.dumps(good | {"more": 1})):  # fmt: skip
+                json.dumps(good | {"seconds": "x"}), json.dumps(good | {"more": 1}),
+                json.dumps(good).replace("12.5", "1e999"), json.dumps(good | {"saved": 10**400}),
+                *(json.dumps(good | {"why": "", "seconds": seconds})
+                  for seconds in (float("inf"), float("nan"), -1, 0, 10**400))):  # fmt: skip
         path.write_text(bad)
         assert profile_cache.read_note(shape) == Note()
+
+
+def test_an_estimate_holds_for_a_day_and_a_reason_for_good(model, monkeypatch):
+    shape = ModelFile(model).shape
+    for note in (Note(seconds=12.5), Note(why="no head stands out")):
+        profile_cache.write_note(shape, note)
+        now = time.time()
+        for hours in (23, 25, -1):
+            monkeypatch.setattr(profile_cache.time, "time", lambda t=now + hours * 3600: t)
+            holds = bool(note.why) or hours == 23
+            assert profile_cache.read_note(shape) == (note if holds else Note())
+        monkeypatch.undo()
+
+
+DAMAGE = {
+    "truncated": lambda path, other: path.write_bytes(b"GGUF"),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "a folder": lambda path, other: path.mkdir(),
+    "a pipe": lambda path, other: os.mkfifo(path),
+    "a loop": lambda path, other: path.symlink_to(path.name),
+    "another model's": lambda path, other: path.write_bytes(other.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_profile_in_the_cache_is_named(model, tmp_path, damage):
+    other = make_model(tmp_path / "other.gguf", TinySpec(seed=7))
+    other = put_in_cache(other, ONE)
+    shape = ModelFile(model).shape
+    path = profile_cache.path_of(shape)
+    assert profile_cache.damaged(shape) is None
+    DAMAGE[damage](path, other)
+    assert profile_cache.damaged(shape) == path
+    code, _, stderr = run("inspect", model)
+    instead = f" or run 'razor-local convert {model}'" if path.is_file() else ""
+    note = f"note: the profile {path} is damaged; remove it{instead}\n"
+    assert code == 0 and stderr == note
+    assert run("fit", model, "-c", 512)[2].startswith(note)
+    code, _, stderr = run("inspect", model, "--heads")
+    assert code == 1 and f"(the one in the profile cache, {path}, is damaged)" in stderr
+    beside = write_sidecar(model, tmp_path / "m.razor.gguf", TWO)
+    assert run("inspect", model)[2] == "" and run("inspect", model, "--sidecar", beside)[2] == ""
 
 
 def test_a_list_needs_name_architecture_and_shape(model, known):

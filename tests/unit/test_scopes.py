@@ -67,6 +67,7 @@ def test_a_file_of_scopes_becomes_a_profile_and_back(model: Path, tmp_path: Path
     [
         ("", "is empty, expected a row of numbers per layer"),
         ("0 1\n", "lists 1 layers x 2 KV heads, the model has 2 layers x 2 KV heads"),
+        ("0 1\n\n3 4\n", "row 2 is empty, expected a number per KV head"),
         ("0 1 2\n3 4 5\n", "lists 2 layers x 3 KV heads, the model has 2 layers x 2 KV heads"),
         (
             "0 -1\n3 4\n",
@@ -97,6 +98,13 @@ def test_options_of_a_run_replace_scopes(model: Path, tmp_path: Path) -> None:
     assert ModelSetup(str(out), sink_tokens=1).read()[1].scope is not None
     with pytest.raises(ProfileError, match="holds a scope for each head"):
         with_budget(profile, read_model_shape(model), 0.5)
+
+
+def test_scopes_in_words() -> None:
+    texts = {1: "scopes of 1 token", 2: "scopes of 2 tokens"}
+    for scope, text in texts.items():
+        profile = Profile((np.array([1, 0], np.uint8),), scope=(np.array([0, scope]),))
+        assert scopes_text(profile) == text
 
 
 def test_scopes_belong_to_local_heads() -> None:
