@@ -65,14 +65,14 @@ def say(text: str) -> None:
 
 
 def fold(text: str) -> str:
-    """Break the lines of a message between words at the width of the terminal."""
+    """Break the lines of a message between words at the width of the terminal, but not before %."""
     columns = max(shutil.get_terminal_size().columns, 20)
     lines = []
-    for line in text.split("\n"):
+    for line in text.replace(" %", "\xa0%").split("\n"):
         lines += textwrap.wrap(
             line, columns, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
         ) or [""]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\xa0%", " %")
 
 
 def sentence(error: RazorError | OSError) -> str:

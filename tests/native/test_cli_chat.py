@@ -200,7 +200,9 @@ def test_a_session():
         used = r"\d{3,} of 2048 tokens used by 4 messages; \d+ left"
         assert re.search(used, t.expect("answer"))
         t.send("/stats\r")
-        assert re.search(r"the average of those between \([1-9][\d,]*\s+so\s+far", t.expect("context"))
+        assert re.search(
+            r"the average of those between \([1-9][\d,]*\s+so\s+far", t.expect("context")
+        )
         t.expect(">>>")
         t.send("/clear\r")
         t.expect("the conversation is empty")

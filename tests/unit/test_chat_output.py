@@ -95,6 +95,6 @@ def test_messages_are_folded_between_words(monkeypatch):
     text = "KV cache 15.5 MiB instead of 48.0 MiB (−68 %)\n\nheads   4 of 24"
     text += "\na/path/longer/than/a/line"
     assert terminal.fold(text).split("\n") == [
-        "KV cache 15.5 MiB", "instead of 48.0 MiB (−68", "%)", "", "heads   4 of 24",
+        "KV cache 15.5 MiB", "instead of 48.0 MiB", "(−68 %)", "", "heads   4 of 24",
         "a/path/longer/than/a/line",
     ]  # fmt: skip
