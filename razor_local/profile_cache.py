@@ -103,7 +103,7 @@ def read_note(shape: ModelShape) -> Note:
 def write_note(shape: ModelShape, note: Note) -> None:
     """Save a note on a model. Raises RazorError, OSError."""
     make_folder()
-    head = {"format": FORMAT, "version": VERSION, "saved": round(time.time(), 1)}
+    head = {"format": FORMAT, "version": VERSION, "saved": int(time.time())}
     data = json.dumps(head | asdict(note), indent=1) + "\n"
     with new_file(path_of(shape).with_suffix(".json"), private=True) as file:
         file.write(data.encode())

@@ -378,7 +378,8 @@ def test_lines_are_broken_at_the_width_of_the_terminal():
     ):
         with terminal("-c", "2048", COLUMNS=str(columns)) as t:
             t.expect(">>>")
-            ask(t, f"{FACT} {QUESTION}", answer)
+            t.send(f"{FACT} {QUESTION}\r")
+            t.expect(f"\n{answer}")
 
 
 @pytest.mark.parametrize("word", ["exit", "quit"])

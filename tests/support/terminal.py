@@ -17,12 +17,12 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
 
 class Terminal:
-    """A chat in a child process on a pseudo-terminal of 40 x 120."""
+    """A chat in a child process on a pseudo-terminal of 40 x 240, which folds no message."""
 
     def __init__(self, *args: str, code: str = MAIN, **env: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            env = {"TERM": "xterm-256color", "LINES": "40", "COLUMNS": "120"} | env
+            env = {"TERM": "xterm-256color", "LINES": "40", "COLUMNS": "240"} | env
             # the folder of conftest.py, so that no profile is saved to the user's own folder
             if "XDG_DATA_HOME" in os.environ:
                 env = {"XDG_CACHE_HOME": os.environ["XDG_DATA_HOME"]} | env
