@@ -59,6 +59,18 @@ def profile_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def built_library() -> Path:
+    """The folder of the built library; tests of tests/unit that use it are skipped without one."""
+    from razor_local.errors import RazorError
+    from razor_local.native import library_folder
+
+    try:
+        return library_folder()
+    except RazorError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """tiny(spec, extra_kv) -> path of the GGUF, written once per run."""
     folder, paths = tmp_path_factory.mktemp("models"), {}

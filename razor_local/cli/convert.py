@@ -213,7 +213,6 @@ def convert(
     _check_options(heads, measuring)
     _check_scope_options(scopes, scope_by, heads, ctx_size)
     from .. import profile_cache
-    from ..auto_profile import save_profile
     from ..common.files import check_outputs
     from ..converters.heads import profile_from_heads, profile_from_scopes
     from ..converters.write import check_output, write_copy, write_sidecar
@@ -287,6 +286,8 @@ def convert(
                 profile = with_scopes_by_score(profile, shape, ctx_size or shape.n_ctx_train)
     with measured.kept_if_it_fails():
         if into_cache:
+            from ..auto_profile import save_profile
+
             save_profile(file, profile)
         elif sidecar:
             write_sidecar(file, output, profile, force)

@@ -200,6 +200,7 @@ def test_the_command_line_comes_before_the_environment():
     assert parsed("-c", "512", LLAMA_ARG_CTX_SIZE="nonsense")["ctx_size"] == 512
 
 
+@pytest.mark.usefixtures("built_library")
 @pytest.mark.parametrize(
     ("args", "env", "expected"),
     [

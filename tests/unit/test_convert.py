@@ -446,6 +446,7 @@ def test_command_names_both_shapes(model, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("built_library")
 def test_command_takes_gates_and_a_share(model, tmp_path):
     gates, out = tmp_path / "gates.tsv", tmp_path / "out.gguf"
     gates.write_text("1\t1\n1\t0\n0.5\t1\n")

@@ -140,6 +140,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.usefixtures("built_library")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_profile_in_the_cache_is_named(model, tmp_path, damage):
     other = make_model(tmp_path / "other.gguf", TinySpec(seed=7))

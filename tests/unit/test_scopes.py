@@ -196,6 +196,7 @@ def test_convert_and_inspect_scopes(model: Path, tmp_path: Path) -> None:
     assert [group["window"] for group in found["groups"]] == [1536, 128]
 
 
+@pytest.mark.usefixtures("built_library")
 def test_convert_scopes_by_score(model: Path, tmp_path: Path) -> None:
     shape = read_model_shape(model)
     record = {"model_fingerprint": shape.fingerprint, "tokens": 2500}
