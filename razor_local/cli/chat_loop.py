@@ -70,11 +70,13 @@ def converse(
 
 @contextmanager
 def _shown() -> Iterator[None]:
-    """Show an error that the library raises in the block, instead of ending the chat."""
+    """Show an error of the library, or an interrupt after an answer, instead of ending the chat."""
     try:
         yield
     except RazorError as error:
         say(f"Error: {error}")
+    except KeyboardInterrupt:
+        say("/exit or Ctrl-D to leave")
 
 
 def _history() -> History | None:

@@ -15,12 +15,12 @@ MAIN = "from razor_local.cli import main; main(prog_name='razor-local')"
 ENDLESS = f"""
 import time
 from razor_local import llama
-generate = llama.Llama.generate
+generate = llama.Llama._UNGUARDED["generate"]
 def slowly(self, *args, **kwargs):
     for token in generate(self, *args, **kwargs):
         time.sleep(0.01)
         yield token
-llama.Llama.generate = slowly
+llama.Llama._UNGUARDED["generate"] = slowly
 is_end, endless = llama.Llama.is_end, [True]
 llama.Llama.is_end = lambda self, token: not endless[0] and is_end(self, token)
 set_seed = llama.Llama.set_seed
