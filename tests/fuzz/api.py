@@ -10,6 +10,7 @@ by two threads at once. It stops at the first finding and prints the operations 
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import random
 import signal
@@ -286,6 +287,7 @@ class Fuzzer:
             except (ContextFullError, StopIteration):
                 pass
         self.stream = None
+        gc.collect()  # a generator that was left may be held by the frames of the interrupt
 
     def stop(self) -> None:
         tokens, left = self.prompt(), [self.rng.randint(0, 40)]
