@@ -85,7 +85,7 @@ def interrupted(use: Callable[[], object], seconds: float) -> None:
     def handler(*_: Any) -> None:
         raise Interrupt
 
-    # an interrupt in a finalizer goes to this hook, and pytest's keeps it, with the generators in its
+    # an interrupt in a finalizer goes to this hook; pytest's keeps it, with the generators in its
     # traceback, which then own the Llama
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     before = signal.signal(signal.SIGALRM, handler)
