@@ -10,7 +10,7 @@ from ..printable import printable
 from .params import count_text, size_text
 
 BAR_WIDTH = 50  # columns of the bar of /context
-MIN_TOKENS = 64  # shorter prompts are no measure of the speed
+MIN_TOKENS = 64  # the rate of a shorter prompt says little about the speed
 
 if TYPE_CHECKING:
     from ..chat import Chat, Turn
