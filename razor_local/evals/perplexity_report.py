@@ -38,7 +38,7 @@ class PerplexityReport:
 
     @property
     def by_position(self) -> list[dict[str, Any]]:
-        """Return the rows of each policy by position in the window, [from_position, to_position)."""
+        """Return the rows of each policy by position, [from_position, to_position)."""
         return list(self._rows(position_buckets(self.head["settings"]["n_ctx"])))
 
     @property
