@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from ..gguf.header import ARRAY, BOOL, F32, STRING, U8, U32
+from ..gguf.header import ARRAY, BOOL, F32, I32, STRING, U8, U32
 from ..profile import (
     KEY_CALIBRATION_PREFIX,
     KEY_COMPENSATION,
@@ -45,22 +45,24 @@ def profile_keys(profile: Profile) -> list[bytes]:
     return keys
 
 
-def encode(key: str, kind: int, value: int | str | bool) -> bytes:
-    """Encode one key with a u32, bool or string value."""
+def encode(key: str, kind: int, value: int | float | str | bool) -> bytes:
+    """Encode one key with a u32, f32, bool or string value."""
     if kind == STRING:
         assert isinstance(value, str)
-        raw = _string(value)
+        raw = encode_string(value)
     else:
-        raw = struct.pack("<?" if kind == BOOL else "<I", value)
-    return _string(key) + struct.pack("<I", kind) + raw
+        raw = struct.pack({BOOL: "<?", F32: "<f", U32: "<I"}[kind], value)
+    return encode_string(key) + struct.pack("<I", kind) + raw
 
 
 def encode_array(key: str, element: int, values: np.ndarray) -> bytes:
-    """Encode one key with a u8, u32 or f32 array."""
-    raw = np.ascontiguousarray(values, {U8: "<u1", U32: "<u4", F32: "<f4"}[element]).tobytes()
-    return _string(key) + struct.pack("<IIQ", ARRAY, element, len(values)) + raw
+    """Encode one key with an array of bool, u8, i32, u32 or f32."""
+    dtype = {BOOL: "<u1", U8: "<u1", I32: "<i4", U32: "<u4", F32: "<f4"}[element]
+    raw = np.ascontiguousarray(values, dtype).tobytes()
+    return encode_string(key) + struct.pack("<IIQ", ARRAY, element, len(values)) + raw
 
 
-def _string(text: str) -> bytes:
+def encode_string(text: str) -> bytes:
+    """Encode a string with its length before it."""
     raw = text.encode("utf-8")
     return struct.pack("<Q", len(raw)) + raw

@@ -29,7 +29,8 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 from razor_local import Llama, evaluation
 from razor_local.bench.random_cache import random_state
-from razor_local.bench.shapes import SHAPES, cached_shape_model
+from razor_local.bench.shape_file import cached_shape_model
+from razor_local.bench.shapes import SHAPES
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.completion import TextStream
 from razor_local.llama import C, llama_cpp

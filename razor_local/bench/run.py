@@ -33,7 +33,7 @@ from .ggml import READ_CAP
 from .measure import Contexts, Measure, nameless
 from .random_cache import kept_bytes
 from .report import FORMATS, format_report
-from .shapes import is_random
+from .shape_file import is_random
 from .worker import Worker
 
 

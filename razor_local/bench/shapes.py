@@ -1,41 +1,63 @@
-"""Write random-weight GGUF models in well-known shapes, for timing without downloads.
-
-The time of a token depends on the shape and the types of the tensors, not on their content. The
-weights are therefore a few random rows repeated: the amount of work is right, and the text is
-meaningless. The files are marked as random (KEY_RANDOM), and every report says so.
-"""
+"""The shapes of well-known models: their sizes, their tensors and their metadata."""
 
 from __future__ import annotations
 
-import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from ..common.files import cache_folder, new_file
-from ..common.progress import Progress, silent
-from ..converters.encode import encode, profile_keys
 from ..errors import UnsupportedError
-from ..gguf.header import BOOL, F32, MAGIC, STRING, U32, Header, read_header
-from ..profile import Profile, split_heads
 
-VERSION = 2  # of the files in the cache; files of other versions are ignored
-KEY_RANDOM = "razor_local.random_weights"
-N_ROWS = 64  # random rows of each matrix, repeated
-PIECE_BYTES = 4 << 20  # bytes of a matrix per write
-QUANTS = {"q4_0": (2, 32, 18), "q8_0": (8, 32, 34), "f16": (1, 1, 2)}  # ggml type, block, bytes
+
+@dataclass(frozen=True)
+class Sliding:
+    """Layers with a sliding window. Every period-th layer has full attention.
+
+    Attributes:
+        window: tokens.
+        n_head_kv, head_dim: of these layers; 0: as in the layers with full attention.
+    """
+
+    window: int
+    period: int
+    n_head_kv: int = 0
+    head_dim: int = 0
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Recurrent layers (gated delta net). Every period-th layer has full attention.
+
+    head_dim is that of queries, keys and values. n_conv: tokens of the convolution.
+    """
+
+    period: int
+    n_head_qk: int
+    n_head_v: int
+    head_dim: int = 128
+    n_conv: int = 4
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: n_used of n for each token, and a shared one if n_ff_shared > 0."""
+
+    n: int
+    n_used: int
+    n_ff: int
+    n_ff_shared: int = 0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a dense transformer, in elements (n_ctx_train in tokens).
+    """The shape of a model, in elements (n_ctx_train in tokens).
+
+    n_head_kv and head_dim are those of layers with full attention.
 
     Attributes:
         tied: whether the output head is the token embedding.
-        qk_norm: whether queries and keys pass an RMS norm (qwen3).
+        qk_norm: whether queries and keys pass an RMS norm.
+        rope_dim: rotated elements of a head; 0: all of them.
+        keys_are_values: layers with full attention have no projection for values.
     """
 
     arch: str
@@ -50,6 +72,23 @@ class Shape:
     rope_base: float
     tied: bool = False
     qk_norm: bool = False
+    rope_dim: int = 0
+    keys_are_values: bool = False
+    sliding: Sliding | None = None
+    delta_net: DeltaNet | None = None
+    experts: Experts | None = None
+
+    @property
+    def full_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has full attention [n_layer]."""
+        other = self.sliding or self.delta_net
+        period = other.period if other else 1
+        return tuple(il % period == period - 1 for il in range(self.n_layer))
+
+    @property
+    def heads_in_full_layers(self) -> tuple[int, ...]:
+        """KV heads of each layer [n_layer], 0 without full attention."""
+        return tuple(self.n_head_kv if full else 0 for full in self.full_layers)
 
 
 SHAPES = {
@@ -66,30 +105,31 @@ SHAPES = {
         "qwen3", 36, 2560, 32, 8, 128, 9728, 151936, 40960, 1000000.0, tied=True, qk_norm=True
     ),
     "qwen3-8b": Shape("qwen3", 36, 4096, 32, 8, 128, 12288, 151936, 40960, 1000000.0, qk_norm=True),
-}
-
-
-def cached_shape_model(
-    name: str,
-    *,
-    quant: str = "q4_0",
-    retrieval: float = 0.15,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Path:
-    """Return the model of a shape in the user's cache folder, and write it first if needed.
-
-    The arguments and errors are those of write_shape_model().
-    """
-    shape = find_shape(name)
-    label = f"{name}-{quant}-{round(retrieval * shape.n_layer * shape.n_head_kv)}heads-seed{seed}"
-    path = cache_folder() / f"shapes-{VERSION}" / f"{label}.gguf"
-    if path.exists() and is_random(read_header(path)):
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_shape_model(
-        path, name, quant=quant, retrieval=retrieval, seed=seed, progress=progress
-    )
+    "qwen3.6-27b": Shape(
+        "qwen35", 64, 5120, 24, 4, 256, 17408, 248320, 262144, 1e7, qk_norm=True, rope_dim=64,
+        delta_net=DeltaNet(4, 16, 48),
+    ),
+    "qwen3.6-35b-a3b": Shape(
+        "qwen35moe", 40, 2048, 16, 2, 256, 512, 248320, 262144, 1e7, qk_norm=True, rope_dim=64,
+        delta_net=DeltaNet(4, 16, 32), experts=Experts(256, 8, 512, 512),
+    ),
+    "gemma-3-270m": Shape(
+        "gemma3", 18, 640, 4, 1, 256, 2048, 262144, 32768, 1e6, tied=True, qk_norm=True,
+        sliding=Sliding(512, 6),
+    ),
+    "gemma-3-12b": Shape(
+        "gemma3", 48, 3840, 16, 8, 256, 15360, 262208, 131072, 1e6, tied=True, qk_norm=True,
+        sliding=Sliding(1024, 6),
+    ),
+    "gemma-4-31b": Shape(
+        "gemma4", 60, 5376, 32, 4, 512, 21504, 262144, 262144, 1e6, tied=True, qk_norm=True,
+        keys_are_values=True, sliding=Sliding(1024, 6, 16, 256),
+    ),
+    "gpt-oss-20b": Shape(
+        "gpt-oss", 24, 2880, 64, 8, 64, 2880, 201088, 131072, 150000.0,
+        sliding=Sliding(128, 2), experts=Experts(32, 4, 2880),
+    ),
+}  # fmt: skip
 
 
 def find_shape(name: str) -> Shape:
@@ -99,192 +139,164 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def write_shape_model(
-    path: str | os.PathLike[str],
-    name: str | Shape,
-    *,
-    quant: str = "q4_0",
-    retrieval: float = 0.15,
-    seed: int = 0,
-    profile: Profile | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Write a random model with a razor profile. Memory use does not grow with the model.
+# -- tensors
 
-    Args:
-        path: the new file.
-        name: one of SHAPES, or a shape.
-        quant: type of the matrices, one of QUANTS.
-        retrieval: share of retrieval heads, at random places, if there is no profile.
-        seed: seed of the weights and of the places.
-        profile: the profile to write.
-        progress: called with the progress.
 
-    Raises:
-        UnsupportedError: the shape or the type is not known.
-        RazorError: the disk has too little room.
-        OSError: the file cannot be written. No part of it is left.
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a model.
+
+    Attributes:
+        dims: elements, innermost first as in GGUF: (inputs, outputs) for a matrix.
+        value: of all its elements, in F32; None for random weights.
     """
-    shape = find_shape(name) if isinstance(name, str) else name
-    if quant not in QUANTS:
-        raise UnsupportedError(
-            f"{quant!r} is not a weight type for a shape; expected {', '.join(QUANTS)}"
-        )
-    if not 0 <= retrieval <= 1:
-        raise UnsupportedError(f"the share of retrieval heads is {retrieval}, expected 0 to 1")
-    path = Path(path)
-    rng = np.random.default_rng(seed)
-    heads = scattered_heads(shape.n_layer, shape.n_head_kv, retrieval, rng)
-    if profile is None:
-        profile = Profile(retrieval=split_heads(heads, (shape.n_head_kv,) * shape.n_layer))
-    keys = _head(name if isinstance(name, str) else shape.arch, shape, quant, profile)
-    tensors = list(_tensors(shape))
-    table = _table(tensors, quant)
-    total = sum(_padded(_nbytes(n_out, n_in, quant)) for _, n_out, n_in in tensors)
-    report, label = progress or silent, f"writing {path.name}"
-    with new_file(path, total + (1 << 20)) as file:
-        file.write(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(keys)))
-        file.write(b"".join(keys) + table)
-        file.write(bytes(_padded(file.tell()) - file.tell()))
-        done = 0
-        for _, n_out, n_in in tensors:
-            for rows in _data(n_out, n_in, quant, rng):
-                file.write(rows)
-                done += len(rows)
-                report(done, total, label)
-            file.write(bytes(_padded(file.tell()) - file.tell()))
-    return path
+
+    name: str
+    dims: tuple[int, ...]
+    value: float | None = None
 
 
-def scattered_heads(
-    n_layer: int, n_head_kv: int, share: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Mark a share of the heads at random: uint8 [n_layer * n_head_kv], layer-major."""
-    heads = np.zeros(n_layer * n_head_kv, np.uint8)
-    heads[rng.choice(heads.size, round(share * heads.size), replace=False)] = 1
-    return heads
-
-
-def is_random(header: Header) -> bool:
-    """Return True if the file is marked as having random weights."""
-    return KEY_RANDOM in header.entries
-
-
-# -- the file
-
-ALIGNMENT = 32
-
-
-def _string(text: str) -> bytes:
-    return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def _padded(n: int) -> int:
-    return -(-n // ALIGNMENT) * ALIGNMENT
-
-
-def _nbytes(n_out: int, n_in: int, quant: str) -> int:
-    """Return the bytes of a tensor. Vectors (n_out = 0) are F32."""
-    if not n_out:
-        return n_in * 4
-    _, block, block_bytes = QUANTS[quant]
-    return n_out * n_in // block * block_bytes
-
-
-def _tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, rows (0 for a vector) and columns of each tensor."""
-    d, ff = shape.n_embd, shape.n_ff
-    n_q, n_kv = shape.n_head * shape.head_dim, shape.n_head_kv * shape.head_dim
-    yield "token_embd.weight", shape.n_vocab, d
-    for il in range(shape.n_layer):
-        for name, n_out, n_in in (
-            ("attn_norm", 0, d),
-            ("attn_q", n_q, d),
-            ("attn_k", n_kv, d),
-            ("attn_v", n_kv, d),
-            ("attn_output", d, n_q),
-            ("ffn_norm", 0, d),
-            ("ffn_gate", ff, d),
-            ("ffn_up", ff, d),
-            ("ffn_down", d, ff),
-        ):
-            yield f"blk.{il}.{name}.weight", n_out, n_in
-        if shape.qk_norm:
-            yield f"blk.{il}.attn_q_norm.weight", 0, shape.head_dim
-            yield f"blk.{il}.attn_k_norm.weight", 0, shape.head_dim
-    yield "output_norm.weight", 0, d
+def tensors_of(shape: Shape) -> Iterator[Tensor]:
+    """Yield the tensors of a model, as llama.cpp expects them (src/models/)."""
+    d = shape.n_embd
+    yield Tensor("token_embd.weight", (d, shape.n_vocab))
+    if shape.arch == "gemma4":
+        yield Tensor("rope_freqs.weight", (shape.head_dim // 2,), 1.0)
+    for il, full in enumerate(shape.full_layers):
+        recurrent = shape.delta_net is not None and not full
+        mixer = _delta_net(shape) if recurrent else _attention(shape, full)
+        for tensor in (*mixer, *_norms(shape), *_feed_forward(shape)):
+            yield Tensor(f"blk.{il}.{tensor.name}", tensor.dims, tensor.value)
+    yield Tensor("output_norm.weight", (d,), 1.0)
     if not shape.tied:
-        yield "output.weight", shape.n_vocab, d
+        yield Tensor("output.weight", (d, shape.n_vocab))
 
 
-def _head(name: str, shape: Shape, quant: str, profile: Profile) -> list[bytes]:
-    """Encode the metadata, one item per key."""
-    texts = {
-        "general.architecture": shape.arch,
-        "general.name": f"{name} shape, random weights",
-        "general.description": f"Random weights in the shape of {name}, {quant}: only to time it",
-        "tokenizer.ggml.model": "none",
-    }
-    numbers = {
+def _attention(shape: Shape, full: bool) -> Iterator[Tensor]:
+    d, n_head_kv, dim = shape.n_embd, shape.n_head_kv, shape.head_dim
+    if shape.sliding and not full:
+        n_head_kv = shape.sliding.n_head_kv or n_head_kv
+        dim = shape.sliding.head_dim or dim
+    n_q, n_kv = shape.n_head * dim, n_head_kv * dim
+    gates = 2 if shape.delta_net else 1  # the matrix of queries gives a gate for each of them too
+    yield Tensor("attn_q.weight", (d, gates * n_q))
+    yield Tensor("attn_k.weight", (d, n_kv))
+    if not (full and shape.keys_are_values):
+        yield Tensor("attn_v.weight", (d, n_kv))
+    yield Tensor("attn_output.weight", (n_q, d))
+    if shape.qk_norm:
+        yield Tensor("attn_q_norm.weight", (dim,), 1.0)
+        yield Tensor("attn_k_norm.weight", (dim,), 1.0)
+    if shape.arch == "gpt-oss":
+        yield Tensor("attn_sinks.weight", (shape.n_head,), 0.0)
+        for name, size in (("q", n_q), ("k", n_kv), ("v", n_kv), ("output", d)):
+            yield Tensor(f"attn_{name}.bias", (size,), 0.0)
+
+
+def _delta_net(shape: Shape) -> Iterator[Tensor]:
+    net, d = shape.delta_net, shape.n_embd
+    assert net is not None
+    n_v = net.n_head_v * net.head_dim
+    n_qkv = 2 * net.n_head_qk * net.head_dim + n_v
+    yield Tensor("attn_qkv.weight", (d, n_qkv))
+    yield Tensor("attn_gate.weight", (d, n_v))
+    yield Tensor("ssm_conv1d.weight", (net.n_conv, n_qkv), 1 / net.n_conv)
+    yield Tensor("ssm_dt.bias", (net.n_head_v,), 0.0)
+    yield Tensor("ssm_a", (net.n_head_v,), -1.0)
+    yield Tensor("ssm_beta.weight", (d, net.n_head_v))
+    yield Tensor("ssm_alpha.weight", (d, net.n_head_v))
+    yield Tensor("ssm_norm.weight", (net.head_dim,), 1.0)
+    yield Tensor("ssm_out.weight", (n_v, d))
+
+
+def _norms(shape: Shape) -> Iterator[Tensor]:
+    names = ["attn_norm"]
+    if shape.arch in ("gpt-oss", "qwen35", "qwen35moe"):
+        names.append("post_attention_norm")
+    elif shape.arch in ("gemma3", "gemma4"):
+        names += ["post_attention_norm", "ffn_norm", "post_ffw_norm"]
+    else:
+        names.append("ffn_norm")
+    for name in names:
+        yield Tensor(f"{name}.weight", (shape.n_embd,), 1.0)
+    if shape.arch == "gemma4":
+        yield Tensor("layer_output_scale.weight", (1,), 1.0)
+
+
+def _feed_forward(shape: Shape) -> Iterator[Tensor]:
+    d, experts = shape.n_embd, shape.experts
+    if experts is None:
+        yield Tensor("ffn_gate.weight", (d, shape.n_ff))
+        yield Tensor("ffn_up.weight", (d, shape.n_ff))
+        yield Tensor("ffn_down.weight", (shape.n_ff, d))
+        return
+    yield Tensor("ffn_gate_inp.weight", (d, experts.n))
+    for name, n_in, n_out in (
+        ("gate", d, experts.n_ff),
+        ("up", d, experts.n_ff),
+        ("down", experts.n_ff, d),
+    ):
+        yield Tensor(f"ffn_{name}_exps.weight", (n_in, n_out, experts.n))
+        if shape.arch == "gpt-oss":
+            yield Tensor(f"ffn_{name}_exps.bias", (n_out, experts.n), 0.0)
+    if shape.arch == "gpt-oss":
+        yield Tensor("ffn_gate_inp.bias", (experts.n,), 0.0)
+    if experts.n_ff_shared:
+        yield Tensor("ffn_gate_inp_shexp.weight", (d,), 0.0)
+        yield Tensor("ffn_gate_shexp.weight", (d, experts.n_ff_shared))
+        yield Tensor("ffn_up_shexp.weight", (d, experts.n_ff_shared))
+        yield Tensor("ffn_down_shexp.weight", (experts.n_ff_shared, d))
+
+
+# -- metadata
+
+
+def metadata_of(shape: Shape) -> dict[str, int | float | list[int] | list[bool]]:
+    """Return the metadata of the shape. Keys are without the prefix of the architecture."""
+    head_count_kv: int | list[int] = shape.n_head_kv
+    keys: dict[str, int | float | list[int] | list[bool]] = {
         "block_count": shape.n_layer,
         "context_length": shape.n_ctx_train,
         "embedding_length": shape.n_embd,
         "feed_forward_length": shape.n_ff,
         "attention.head_count": shape.n_head,
-        "attention.head_count_kv": shape.n_head_kv,
         "attention.key_length": shape.head_dim,
         "attention.value_length": shape.head_dim,
-        "rope.dimension_count": shape.head_dim,
+        "rope.dimension_count": shape.rope_dim or shape.head_dim,
         "vocab_size": shape.n_vocab,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": shape.rope_base,
     }
-    floats = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": shape.rope_base}
-    return [
-        *(encode(key, STRING, value) for key, value in texts.items()),
-        encode(KEY_RANDOM, BOOL, True),
-        *(encode(f"{shape.arch}.{key}", U32, value) for key, value in numbers.items()),
-        *(
-            _string(f"{shape.arch}.{key}") + struct.pack("<If", F32, value)
-            for key, value in floats.items()
-        ),
-        *profile_keys(profile),
-    ]
-
-
-def _table(tensors: list[tuple[str, int, int]], quant: str) -> bytes:
-    """Encode the tensor table: name, dimensions (innermost first), type, offset in the data."""
-    table, offset = b"", 0
-    for name, n_out, n_in in tensors:
-        dims = (n_in, n_out) if n_out else (n_in,)
-        kind = QUANTS[quant][0] if n_out else 0  # F32
-        table += _string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
-        table += struct.pack("<IQ", kind, offset)
-        offset += _padded(_nbytes(n_out, n_in, quant))
-    return table
-
-
-def _data(
-    n_out: int, n_in: int, quant: str, rng: np.random.Generator
-) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a tensor: a vector of ones, or N_ROWS random rows repeated."""
-    if not n_out:
-        yield np.ones(n_in, "<f4").tobytes()
-        return
-    _, block, block_bytes = QUANTS[quant]
-    if quant == "f16":
-        rows = (rng.standard_normal((N_ROWS, n_in)) / n_in**0.5).astype("<f2")
-    else:
-        rows = rng.integers(0, 256, (N_ROWS, n_in // block, block_bytes), np.uint8)
-        # Keep activations near 1: uniform q4_0 values deviate by 4.6 scales, q8_0 by 74.
-        scale = (0.22 if quant == "q4_0" else 0.0135) / n_in**0.5
-        # Draw the sign of each scale. The values of a block have a nonzero mean (-0.5 scales in
-        # q4_0). If all weights shared it, logits would be so far apart that softmax gives denormal
-        # numbers, which are slow.
-        scales = rng.choice((-scale, scale), rows.shape[:2]).astype("<f2")
-        rows[:, :, :2] = scales[:, :, None].view(np.uint8)
-    row_bytes = rows.nbytes // N_ROWS
-    several = max(1, PIECE_BYTES // rows.nbytes)  # thousands of small writes would take seconds
-    chunk = memoryview(rows.tobytes() * min(several, -(-n_out // N_ROWS)))
-    left = n_out * row_bytes
-    while left:
-        yield chunk[:left]
-        left -= len(chunk[:left])
+    if shape.sliding:
+        keys["attention.sliding_window"] = shape.sliding.window
+        if shape.arch.startswith("gemma"):
+            keys["rope.freq_base_swa"] = 10000.0
+        if shape.arch == "gemma4":
+            dim = shape.sliding.head_dim or shape.head_dim
+            n_kv = shape.sliding.n_head_kv or shape.n_head_kv
+            head_count_kv = [shape.n_head_kv if full else n_kv for full in shape.full_layers]
+            keys["attention.sliding_window_pattern"] = [not full for full in shape.full_layers]
+            keys["attention.key_length_swa"] = keys["attention.value_length_swa"] = dim
+            keys["rope.dimension_count_swa"] = dim
+            keys["embedding_length_per_layer_input"] = 0
+    keys["attention.head_count_kv"] = head_count_kv
+    if shape.delta_net:
+        net = shape.delta_net
+        keys |= {
+            "full_attention_interval": net.period,
+            "rope.dimension_sections": [11, 11, 10, 0],
+            "ssm.conv_kernel": net.n_conv,
+            "ssm.state_size": net.head_dim,
+            "ssm.group_count": net.n_head_qk,
+            "ssm.time_step_rank": net.n_head_v,
+            "ssm.inner_size": net.n_head_v * net.head_dim,
+        }
+    if shape.experts:
+        keys |= {
+            "expert_count": shape.experts.n,
+            "expert_used_count": shape.experts.n_used,
+            "expert_feed_forward_length": shape.experts.n_ff,
+        }
+        if shape.experts.n_ff_shared:
+            keys["expert_shared_feed_forward_length"] = shape.experts.n_ff_shared
+    return keys

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..bench.batches import KINDS
+from ..bench.shapes import SHAPES
 from .params import (
     DEFAULT_MODEL,
     KV_TYPE,
@@ -121,7 +122,8 @@ Examples:
 @click.option(
     "--shape",
     metavar="NAME",
-    help="Use random weights of this shape instead of MODEL (kept in the user's cache folder).",
+    help="Use random weights of this shape instead of MODEL (kept in the user's cache folder): "
+    f"{', '.join(SHAPES)}.",
 )
 @click.option(
     "--quant",
@@ -312,7 +314,7 @@ def _gpu_layers(wanted: int) -> int:
 
 
 def _make_shape(options: dict[str, Any]) -> Path:
-    from ..bench.shapes import cached_shape_model
+    from ..bench.shape_file import cached_shape_model
 
     share = options["budget"]
     with ProgressBar() as bar:

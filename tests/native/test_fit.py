@@ -27,7 +27,8 @@ from razor_local import (
     make_plan,
     native,
 )
-from razor_local.bench.shapes import SHAPES, write_shape_model
+from razor_local.bench.shape_file import write_shape_model
+from razor_local.bench.shapes import SHAPES
 from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
 from razor_local.fit import RAM, ContextOptions, DryModel, largest_fitting, paper_profile

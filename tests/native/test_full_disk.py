@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from razor_local.bench.shapes import VERSION
+from razor_local.bench.shape_file import VERSION
 from razor_local.cli import main
 from razor_local.cli.params import DEFAULT_MODEL
 from tests.support.bench import KV, QUICK, SPEC, make_report, saved

@@ -10,7 +10,9 @@ import pytest
 from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import Llama
-from razor_local.bench.shapes import Shape, write_shape_model
+from razor_local.bench.shape_file import write_shape_model
+from razor_local.bench.shapes import SHAPES, DeltaNet, Experts, Shape, Sliding
+from razor_local.model_file import read_model_shape
 from razor_local.profile import Profile
 from tests.support.tiny_models import TinySpec, make_model, make_split_model
 
@@ -48,12 +50,32 @@ def test_llama_cpp_runs_the_copy(split, tmp_path):
     np.testing.assert_array_equal(results[2], results[0])
 
 
-def test_a_shape_can_be_run(tmp_path) -> None:
-    shape = Shape("qwen3", 2, 64, 4, 2, 32, 96, 200, 4096, 1e6, qk_norm=True)
+SMALL = {
+    "qwen3": {},
+    "qwen35": {"rope_dim": 16, "delta_net": DeltaNet(4, 2, 4, 32)},
+    "qwen35moe": {
+        "rope_dim": 16, "delta_net": DeltaNet(4, 2, 4, 32), "experts": Experts(4, 2, 32, 32),
+    },
+    "gemma3": {"tied": True, "sliding": Sliding(64, 6)},
+    "gemma4": {"tied": True, "keys_are_values": True, "sliding": Sliding(64, 6, 4, 32)},
+    "gpt-oss": {"qk_norm": False, "sliding": Sliding(64, 2), "experts": Experts(4, 2, 32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_a_shape_can_be_run(tmp_path, arch: str) -> None:
+    options = {"qk_norm": True} | SMALL[arch]
+    n_layer = 2 if arch == "qwen3" else 12
+    shape = Shape(arch, n_layer, 64, 4, 2, 64, 96, 200, 4096, 1e6, **options)
     path = write_shape_model(tmp_path / "m.gguf", shape, retrieval=0.5)
+    assert read_model_shape(path).n_head_kv == shape.heads_in_full_layers
     llama = Llama(path, n_ctx=512, window=64, razor=True, logits_all=False)
     assert llama.plan.active
-    llama.eval([1, 2, 3])
+    llama.eval([t % 190 + 1 for t in range(300)])
     logits = np.array(llama._ctx.get_logits()[: shape.n_vocab])
     assert np.isfinite(logits).all() and 0.1 < logits.std() < 10
     llama.close()
+
+
+def test_every_architecture_of_a_shape_is_run() -> None:
+    assert {shape.arch for shape in SHAPES.values()} == {"llama", *SMALL}

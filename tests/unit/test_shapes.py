@@ -4,6 +4,7 @@ whole or not there.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from razor_local.bench import shapes
-from razor_local.bench.shapes import SHAPES, Shape, cached_shape_model, is_random, write_shape_model
+from razor_local.bench import shape_file
+from razor_local.bench.shape_file import cached_shape_model, is_random, write_shape_model
+from razor_local.bench.shapes import SHAPES, Shape, tensors_of
 from razor_local.common import files as safe_write
 from razor_local.errors import RazorError, UnsupportedError
 from razor_local.gguf.header import read_header
@@ -33,16 +35,22 @@ PARAMETERS = {
     "qwen3-0.6b": 0.596,
     "qwen3-4b": 4.022,
     "qwen3-8b": 8.191,
+    "qwen3.6-27b": 26.896,  # without images and predicted tokens, as the next one
+    "qwen3.6-35b-a3b": 34.661,
+    "gemma-3-270m": 0.268,
+    "gemma-3-12b": 11.766,  # without images
+    "gemma-4-31b": 30.697,  # without images
+    "gpt-oss-20b": 20.915,
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shape_has_as_many_parameters_as_its_model(name: str) -> None:
-    n = sum(max(n_out, 1) * n_in for _, n_out, n_in in shapes._tensors(SHAPES[name]))
+    n = sum(math.prod(tensor.dims) for tensor in tensors_of(SHAPES[name]))
     assert n / 1e9 == pytest.approx(PARAMETERS[name], abs=0.0006)
 
 
-@pytest.mark.parametrize("quant", shapes.QUANTS)
+@pytest.mark.parametrize("quant", shape_file.QUANTS)
 def test_file_is_a_model_that_says_it_is_random(tmp_path, quant: str) -> None:
     path = write_shape_model(tmp_path / "m.gguf", SMALL, quant=quant, retrieval=0.5, seed=3)
     assert is_random(read_header(path))
@@ -80,7 +88,7 @@ def test_profile_of_ones_own(tmp_path) -> None:
 
 
 def test_cached_file_is_not_written_again(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(shapes, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(shape_file, "cache_folder", lambda: tmp_path)
     path = cached_shape_model("30m")
     before = path.stat()
     assert cached_shape_model("30m") == path and path.stat().st_mtime_ns == before.st_mtime_ns
