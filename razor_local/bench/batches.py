@@ -46,12 +46,13 @@ class Side:
         """Return the plan of the context.
 
         With a retrieval share of 1 the razor side is a full cache with razor's attention kernel.
+        Layers with a sliding window keep that window on both sides, as in llama.cpp's programs.
 
         Raises:
             RazorError: a razor context would run a full cache though it has local heads.
         """
         run = profile if self.razor else None
-        plan = make_plan(shape, run, self.n_ctx, self.type_k, self.type_v)
+        plan = make_plan(shape, run, self.n_ctx, self.type_k, self.type_v, swa_full=False)
         if self.razor and not plan.active and not profile.flat().all():
             raise RazorError(
                 f"razor does nothing at {plan.n_ctx} tokens ({plan.why_inactive});"

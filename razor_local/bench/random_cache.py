@@ -6,7 +6,6 @@ The time of a token does not depend on the content of the rows.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -35,49 +34,63 @@ def _frontier(plan: Plan, group: Group, n_tokens: int) -> int:
 
 def kept_bytes(plan: Plan, n_tokens: int) -> int:
     """Return the bytes of K and V of n_tokens, which the attention of a decoded token reads."""
-    row = row_size(plan.type_k, plan.shape.head_dim_k) + row_size(
-        plan.type_v, plan.shape.head_dim_v
-    )
-    if not plan.active:
-        return sum(layer.n_head_kv for layer in plan.layers) * n_tokens * row
-    n_rows = plan.retrieval_kv_heads * n_tokens
-    n_rows += sum(group.n_heads * local_rows(plan, group, n_tokens) for group in plan.groups)
-    return n_rows * row
+    shape = plan.shape
+    row = row_size(plan.type_k, shape.head_dim_k) + row_size(plan.type_v, shape.head_dim_v)
+    if plan.active:
+        n_rows = plan.retrieval_kv_heads * n_tokens
+        n_rows += sum(group.n_heads * local_rows(plan, group, n_tokens) for group in plan.groups)
+    else:
+        n_rows = sum(layer.n_head_kv for layer in plan.layers) * n_tokens
+    kept = n_rows * row
+    if shape.sliding:
+        row = row_size(plan.type_k, shape.sliding.head_dim_k)
+        row += row_size(plan.type_v, shape.sliding.head_dim_v)
+        kept += sum(shape.sliding.n_head_kv) * min(n_tokens, shape.sliding.window) * row
+    return kept
 
 
-def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) -> np.ndarray:
+def random_state(
+    plan: Plan, n_tokens: int, saved: bytes, *, mrope: bool = False, n_threads: int = 1
+) -> np.ndarray:
     """Return a saved sequence with random rows for llama_state_seq_set_data, as uint8.
 
-    The layout is that of state_write() in llama_kv_cache and llama_kv_cache_razor.
+    The layout is that of state_write() in llama_kv_cache and llama_kv_cache_razor. In models with
+    sliding windows those of these layers follow, in hybrid models the recurrent states.
 
     Args:
         plan: a plan with flash attention.
         n_tokens: number of tokens in the sequence.
-        saved: a state saved by a context with this plan; its head is copied.
+        saved: one token, saved by a context with this plan; its head and its recurrent states are
+            copied.
+        mrope: whether the model has several positions per token.
         n_threads: number of threads that write a large state.
     """
-    import numpy as np
-
-    rng = np.random.default_rng(n_tokens)
-
-    def random_row(kv_type: str, n_elements: int) -> bytes:
-        """Return one row of small finite values."""
-        if kv_type in ("f32", "f16"):
-            values = rng.standard_normal(n_elements) / 8
-            return values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
-        if kv_type == "bf16":
-            bits = (rng.standard_normal(n_elements) / 8).astype(np.float32).view(np.uint32)
-            return (bits >> 16).astype(np.uint16).tobytes()
-        info = KV_TYPES[kv_type]
-        blocks = rng.integers(0, 256, (n_elements // info.block, info.block_bytes), np.uint8)
-        scale = np.float16(2.0**-9).tobytes()
-        blocks[:, :2] = np.frombuffer(scale, np.uint8)
-        if kv_type in ("q4_1", "q5_1"):  # scale and minimum
-            blocks[:, 2:4] = np.frombuffer(scale, np.uint8)
-        return blocks.tobytes()
-
+    parts = _attention_parts(plan, n_tokens, saved, mrope)
     shape = plan.shape
-    parts: list[tuple[bytes, int]] = [(saved[: _STATE_HEAD.size], 1)]  # bytes, repetitions
+    if shape.sliding:
+        n_cells = min(n_tokens, shape.sliding.window)
+        layers = [n for n in shape.sliding.n_head_kv if n]
+        dims = (
+            (plan.type_k, shape.sliding.head_dim_k),
+            (plan.type_v, shape.sliding.head_dim_v),
+        )
+        parts += _cache_parts(range(n_tokens - n_cells, n_tokens), layers, dims, mrope)
+    elif shape.recurrent_bytes:
+        before = sum(len(what) * n for what, n in _attention_parts(plan, 1, saved, mrope))
+        states = bytearray(saved[before:])
+        struct.pack_into("<i", states, 4, n_tokens - 1)  # after the number of cells: its position
+        parts.append((bytes(states), 1))
+    return _repeated(parts, n_threads)
+
+
+Parts = list[tuple[bytes, int]]  # bytes, repetitions
+Dims = tuple[tuple[str, int], tuple[str, int]]  # types and elements of a row of K and of V
+
+
+def _attention_parts(plan: Plan, n_tokens: int, saved: bytes, mrope: bool) -> Parts:
+    """Return the head of a state and the cache of the layers with full attention."""
+    shape = plan.shape
+    parts: Parts = [(saved[: _STATE_HEAD.size], 1)]
     dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
     if plan.active:
         parts.append((saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size], 1))
@@ -89,17 +102,7 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) ->
         full = [1] * sum(layer.n_retrieval for layer in plan.layers)
     else:
         full = [layer.n_head_kv for layer in plan.layers if layer.n_head_kv > 0]
-    parts.append((struct.pack("<II", 1, n_tokens), 1))  # streams, cells
-    cells = np.zeros((n_tokens, 3), np.int32)  # position, number of sequences, sequence 0
-    cells[:, 0] = np.arange(n_tokens)
-    cells[:, 1] = 1
-    parts.append((cells.tobytes(), 1))
-    parts.append((struct.pack("<II", 0, len(full)), 1))  # V is not transposed, layers
-    for kv_type, head_dim in dims:
-        for n_heads in full:
-            row_bytes = n_heads * row_size(kv_type, head_dim)
-            parts.append((struct.pack("<iQ", KV_TYPES[kv_type].ggml_id, row_bytes), 1))
-            parts.append((random_row(kv_type, n_heads * head_dim), n_tokens))
+    parts += _cache_parts(range(n_tokens), full, dims, mrope)
     if plan.active:
         for layer in plan.layers:
             heads = [(group, layer.windows.count(group.window)) for group in plan.groups]
@@ -107,14 +110,55 @@ def random_state(plan: Plan, n_tokens: int, saved: bytes, n_threads: int = 1) ->
             for kv_type, head_dim in dims:
                 for group, n in heads:
                     used = local_rows(plan, group, n_tokens)
-                    parts.append((random_row(kv_type, n * head_dim), used))
+                    parts.append((_random_row(kv_type, n * head_dim), used))
             for _, n in heads if plan.compensation else ():
                 for _, head_dim in dims:
-                    parts.append((random_row("f32", n * head_dim), 2))
-    return _repeated(parts, n_threads)
+                    parts.append((_random_row("f32", n * head_dim), 2))
+    return parts
 
 
-def _repeated(parts: Sequence[tuple[bytes, int]], n_threads: int) -> np.ndarray:
+def _cache_parts(positions: range, layers: list[int], dims: Dims, mrope: bool) -> Parts:
+    """Return the parts of llama_kv_cache::state_write(). layers: KV heads of each."""
+    import numpy as np
+
+    n_cells = len(positions)
+    cells = np.zeros((n_cells, 6 if mrope else 3), np.int32)
+    cells[:, 0] = positions
+    cells[:, 1] = 1  # sequences; the last column is the sequence, 0
+    if mrope:  # columns 2 to 4: two more positions, which text repeats, and the token
+        cells[:, 2:4] = cells[:, :1]
+    parts: Parts = [(struct.pack("<II", 1, n_cells), 1)]  # streams, cells
+    parts.append((cells.tobytes(), 1))
+    parts.append((struct.pack("<II", 0, len(layers)), 1))  # V is not transposed, layers
+    for kv_type, head_dim in dims:
+        for n_heads in layers:
+            row_bytes = n_heads * row_size(kv_type, head_dim)
+            parts.append((struct.pack("<iQ", KV_TYPES[kv_type].ggml_id, row_bytes), 1))
+            parts.append((_random_row(kv_type, n_heads * head_dim), n_cells))
+    return parts
+
+
+def _random_row(kv_type: str, n_elements: int) -> bytes:
+    """Return a row of small finite values."""
+    import numpy as np
+
+    rng = np.random.default_rng(n_elements)
+    if kv_type in ("f32", "f16"):
+        values = rng.standard_normal(n_elements) / 8
+        return values.astype(np.float32 if kv_type == "f32" else np.float16).tobytes()
+    if kv_type == "bf16":
+        bits = (rng.standard_normal(n_elements) / 8).astype(np.float32).view(np.uint32)
+        return (bits >> 16).astype(np.uint16).tobytes()
+    info = KV_TYPES[kv_type]
+    blocks = rng.integers(0, 256, (n_elements // info.block, info.block_bytes), np.uint8)
+    scale = np.float16(2.0**-9).tobytes()
+    blocks[:, :2] = np.frombuffer(scale, np.uint8)
+    if kv_type in ("q4_1", "q5_1"):  # scale and minimum
+        blocks[:, 2:4] = np.frombuffer(scale, np.uint8)
+    return blocks.tobytes()
+
+
+def _repeated(parts: Parts, n_threads: int) -> np.ndarray:
     """Concatenate parts, each repeated as often as its number says.
 
     Several threads write a large result, because first touching the memory takes most of the time.

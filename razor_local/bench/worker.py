@@ -204,6 +204,8 @@ class Session:
             raise RazorError(f"{setup.model} could not be loaded ({self.reason()})")
         vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
+        rope_type = llama_cpp.llama_model_rope_type(self.model)
+        self.mrope = bool(rope_type & llama_cpp.LLAMA_ROPE_TYPE_MROPE)
         self._contexts: dict[int, SessionContext] = {}
         self._n_opened = 0
         self._state: tuple[Plan, int, np.ndarray] | None = None  # plan, depth, state
@@ -250,7 +252,10 @@ class Session:
         """Return random_state(), kept for the next call while the host has memory to spare."""
         if self._state is None or self._state[:2] != (plan, depth):
             self._state = None  # free the old one first
-            self._state = (plan, depth, random_state(plan, depth, saved, self.setup.n_threads))
+            state = random_state(
+                plan, depth, saved, mrope=self.mrope, n_threads=self.setup.n_threads
+            )
+            self._state = (plan, depth, state)
         state = self._state[2]
         if not self.setup.n_gpu_layers or free_memory() < state.nbytes:
             self._state = None
@@ -271,12 +276,14 @@ class SessionContext:
         self.depth = 0
         self.n_random = 0  # tokens at the start of the cache that have random rows
         self._saved = b""
+        self._recurrent = b""  # the states of recurrent layers at n_random tokens
         params = self.api.llama_context_default_params()
         params.n_ctx = self.plan.n_ctx
         params.n_threads = params.n_threads_batch = session.setup.n_threads
         params.type_k = KV_TYPES[side.type_k].ggml_id
         params.type_v = KV_TYPES[side.type_v].ggml_id
         params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.swa_full = False
         if self.native is None:
             session.logged = {k: v for k, v in session.logged.items() if k == "model"}
             self.ctx = self.api.llama_init_from_model(session.model, params)
@@ -329,16 +336,21 @@ class SessionContext:
         # 3. Save a state of one token for its head, once.
         if not self._saved:
             self._decode([0])
-            size = self.api.llama_state_seq_get_size(self.ctx, 0)
-            saved = (ctypes.c_uint8 * size)()
-            self.api.llama_state_seq_get_data(self.ctx, saved, size, 0)
-            self._saved = bytes(saved)
+            self._saved = self._save(0)
         # 4. Load a state with random rows.
         state = self.session.random_state(self.plan, depth, self._saved)
         data = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if not self.api.llama_state_seq_set_data(self.ctx, data, state.nbytes, 0):
             raise RazorError(f"the random cache was refused ({self.session.reason()})")
+        if self.plan.recurrent_bytes:
+            self._recurrent = self._save(self.api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
         self.depth = self.n_random = depth
+
+    def _save(self, flags: int) -> bytes:
+        size = self.api.llama_state_seq_get_size_ext(self.ctx, 0, flags)
+        saved = (ctypes.c_uint8 * size)()
+        self.api.llama_state_seq_get_data_ext(self.ctx, saved, size, 0, flags)
+        return bytes(saved)
 
     def _remove_from(self, depth: int) -> bool:
         """Remove the tokens from depth on. Return False where the cache cannot do that."""
@@ -349,6 +361,10 @@ class SessionContext:
 
     def step(self) -> float:
         seconds = self._timed([1])
+        if self._recurrent and self.depth:  # these states cannot go back by a token
+            data = (ctypes.c_uint8 * len(self._recurrent)).from_buffer_copy(self._recurrent)
+            flags = self.api.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+            self.api.llama_state_seq_set_data_ext(self.ctx, data, len(data), 0, flags)
         if not self.api.llama_memory_seq_rm(self.memory, 0, self.depth, -1):
             raise RazorError("the last token could not be removed from the cache")
         return seconds

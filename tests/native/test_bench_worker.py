@@ -14,6 +14,7 @@ from razor_local.bench import random_cache
 from razor_local.bench import worker as bench_worker
 from razor_local.bench.batches import Side
 from razor_local.bench.random_cache import kept_bytes, random_state
+from razor_local.bench.shape_file import write_shape_model
 from razor_local.bench.worker import Session, SessionContext, Worker
 from razor_local.errors import RazorError
 from razor_local.model_file import read_model_shape
@@ -22,6 +23,7 @@ from razor_local.plan import make_plan
 from razor_local.profile import Profile
 from tests.support import runner
 from tests.support.bench import KV, MASK, SPEC
+from tests.support.small_shapes import SMALL, small_shape
 
 
 @pytest.mark.parametrize("type_kv", ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
@@ -131,7 +133,7 @@ def test_large_states_are_written_by_threads(tiny, monkeypatch) -> None:
     )
     one = random_state(plan, 4000, bytes(24))
     monkeypatch.setattr(random_cache, "PARALLEL_FROM", 0)
-    assert (random_state(plan, 4000, bytes(24), 3) == one).all()
+    assert (random_state(plan, 4000, bytes(24), n_threads=3) == one).all()
 
 
 def test_buffers_are_read_from_the_log_of_a_stock_build() -> None:
@@ -178,6 +180,26 @@ def test_states_of_several_windows_can_be_loaded(compensation, n_tokens, tiny) -
         assert ctx.load(state.tobytes(), False)
         assert ctx.seq().n_tokens == n_tokens
         ctx.decode([1] * 20)
+
+
+@pytest.mark.parametrize("razor", [True, False])
+@pytest.mark.parametrize("arch", SMALL)
+def test_caches_of_every_shape_are_filled(tmp_path, arch: str, razor: bool) -> None:
+    """A random state has the size of one that was decoded, and decoding goes on after it."""
+    path = write_shape_model(tmp_path / "m.gguf", small_shape(arch), retrieval=0.5)
+    session = Session(ModelSetup(str(path), window_min=64, window_divisor=0))
+    side = SessionContext(session, Side("any", razor, "f16", "q8_0", 1024))
+    assert side.plan.active == razor
+    for depth in (30, 500):
+        side.fill(depth)
+        n_random = len(side._save(0))
+        assert side.step() > 0 and side.step() > 0
+        assert side.api.llama_memory_seq_pos_max(side.memory, 0) + 1 == side.depth == depth
+        side.fill(0)
+        side.append(depth)
+        assert len(side._save(0)) == n_random
+    side.append(20)
+    side.close()
 
 
 def test_kept_bytes_are_the_rows_that_a_token_reads(tiny) -> None:

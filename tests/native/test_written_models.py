@@ -11,9 +11,10 @@ from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import Llama
 from razor_local.bench.shape_file import write_shape_model
-from razor_local.bench.shapes import SHAPES, DeltaNet, Experts, Shape, Sliding
+from razor_local.bench.shapes import SHAPES
 from razor_local.model_file import read_model_shape
 from razor_local.profile import Profile
+from tests.support.small_shapes import SMALL, small_shape
 from tests.support.tiny_models import TinySpec, make_model, make_split_model
 
 PROFILE = Profile((np.array([1, 0]), np.array([0, 0]), np.array([0, 1])), calibration={"seed": 3})
@@ -50,23 +51,9 @@ def test_llama_cpp_runs_the_copy(split, tmp_path):
     np.testing.assert_array_equal(results[2], results[0])
 
 
-SMALL = {
-    "qwen3": {},
-    "qwen35": {"rope_dim": 16, "delta_net": DeltaNet(4, 2, 4, 32)},
-    "qwen35moe": {
-        "rope_dim": 16, "delta_net": DeltaNet(4, 2, 4, 32), "experts": Experts(4, 2, 32, 32),
-    },
-    "gemma3": {"tied": True, "sliding": Sliding(64, 6)},
-    "gemma4": {"tied": True, "keys_are_values": True, "sliding": Sliding(64, 6, 4, 32)},
-    "gpt-oss": {"qk_norm": False, "sliding": Sliding(64, 2), "experts": Experts(4, 2, 32)},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("arch", SMALL)
 def test_a_shape_can_be_run(tmp_path, arch: str) -> None:
-    options = {"qk_norm": True} | SMALL[arch]
-    n_layer = 2 if arch == "qwen3" else 12
-    shape = Shape(arch, n_layer, 64, 4, 2, 64, 96, 200, 4096, 1e6, **options)
+    shape = small_shape(arch)
     path = write_shape_model(tmp_path / "m.gguf", shape, retrieval=0.5)
     assert read_model_shape(path).n_head_kv == shape.heads_in_full_layers
     llama = Llama(path, n_ctx=512, window=64, razor=True, logits_all=False)
