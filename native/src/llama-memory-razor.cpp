@@ -25,6 +25,25 @@ llama_memory_razor::llama_memory_razor(llama_memory_i * memory, llama_kv_cache_r
     GGML_ASSERT(iswa ? iswa->get_base() == kv : hybrid && hybrid->get_mem_attn() == kv);
 }
 
+// upstream's prepare() tries the ubatches one after the other and takes them back, but not the tokens that it removes
+// because older than those that a later ubatch overwrites. Where cells are not in the order of tokens, as after loading
+// a state, the first ubatch would miss some that it has to attend to
+struct razor_sliding_cells : llama_kv_cache {
+    static slot_info_vec_t prepare(llama_kv_cache & swa, const std::vector<llama_ubatch> & ubatches) {
+        if (ubatches.size() == 1) {
+            return swa.prepare(ubatches);
+        }
+
+        auto & cells = *(swa.*(&razor_sliding_cells::v_cells_impl));
+
+        const auto before = cells;
+        auto res = swa.prepare(ubatches);
+        cells = before;
+
+        return res;
+    }
+};
+
 llama_memory_context_ptr llama_memory_razor::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /* embd_all */) {
     llama_razor_error_set("");
 
@@ -52,7 +71,7 @@ llama_memory_context_ptr llama_memory_razor::init_batch(llama_batch_allocr & bal
         return std::make_unique<llama_memory_hybrid_context>(hybrid, std::move(sinfos), std::move(ubatches));
     }
 
-    auto sinfos_swa = swa->prepare(ubatches);
+    auto sinfos_swa = razor_sliding_cells::prepare(*swa, ubatches);
     if (sinfos_swa.empty()) {
         return llama_razor_refuse_batch("the context is full");
     }

@@ -117,8 +117,8 @@ def _make(temp: Path) -> Path:
 
 
 def _with_letters(source: Path, target: Path) -> None:
-    """A copy with a vocabulary, and without numbers that razor_local refuses: the test writes every
-    key, also those of other architectures."""
+    """A copy with a vocabulary, with logits of attention that matter, and without numbers that
+    razor_local refuses: the test writes every key, also those of other architectures."""
     reader = GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()
     kv: dict[str, tuple[Any, GGUFValueType]] = {}
@@ -136,11 +136,24 @@ def _with_letters(source: Path, target: Path) -> None:
             if find_fault(arch, {key.removeprefix(f"{arch}."): value}):
                 continue
         kv[key] = (value, entry.types[0])
-    tensors = [(t.name, t.data, t.tensor_type) for t in reader.tensors]
+    kv[f"{arch}.attn_logit_softcapping"] = (2.0, F32)
+    tensors = [(t.name, _realistic(t.name, t.data), t.tensor_type) for t in reader.tensors]
     n_vocab = max(
         int(t.shape[-1]) for t in reader.tensors if t.name in ("token_embd.weight", "output.weight")
     )
     write_gguf(target, arch, kv | letters(n_vocab), tensors)
+
+
+def _realistic(name: str, data: np.ndarray) -> np.ndarray:
+    """The test's norms and scales are so small that attention is nearly uniform, whatever the keys
+    are, and that a sink logit weighs as much as one of many tokens."""
+    if data.dtype != np.float32:
+        return data
+    if name.endswith((".scale", ".input_scale")):
+        return np.ones_like(data)
+    if "norm" in name and name.endswith(".weight"):
+        return data + np.float32(1)
+    return data + np.float32(8) if "attn_sinks" in name else data
 
 
 def letters(n_vocab: int) -> dict[str, tuple[Any, GGUFValueType]]:

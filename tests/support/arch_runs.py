@@ -59,7 +59,7 @@ def razor_logits(path: Path, flash_attn: bool, window: int) -> np.ndarray:
 
 def _logits(path: Path, razor: Override | None, flash_attn: bool) -> np.ndarray:
     params: dict[str, Any] = {"type_k": "f16", "type_v": "f16", "n_ctx": N_CTX, "swa_full": False}
-    return runner.logits(path, tokens_of(path), razor, flash_attn=flash_attn, **params)
+    return runner.logits(path, tokens_of(path), razor, 100, flash_attn=flash_attn, **params)
 
 
 def attention_error(path: Path, flash_attn: bool, kv_type: str = "f32") -> float:
