@@ -86,6 +86,13 @@ def test_attention_of_each_layer(path: Path, flash_attn: bool) -> None:
     assert arch_runs.attention_error(path, flash_attn) <= tolerance(1e-4)
 
 
+@over("gpt-oss", "gemma4", "lfm2", "granitehybrid", "qwen35", "qwen35moe", "qwen3vl", "gemma2")
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_attention_with_several_windows(path: Path, flash_attn: bool) -> None:
+    error = arch_runs.attention_error(path, flash_attn, windows=(64, 200))
+    assert error <= tolerance(1e-4)
+
+
 # upstream's flash attention on CPUs, which sliding layers run, is less exact
 @pytest.mark.parametrize(
     ("arch", "flash_attn"), [("gemma3", False), ("lfm2", False), ("lfm2", True)]

@@ -62,21 +62,33 @@ def _logits(path: Path, razor: Override | None, flash_attn: bool) -> np.ndarray:
     return runner.logits(path, tokens_of(path), razor, 100, flash_attn=flash_attn, **params)
 
 
-def attention_error(path: Path, flash_attn: bool, kv_type: str = "f32") -> float:
+def attention_error(
+    path: Path, flash_attn: bool, kv_type: str = "f32", windows: tuple[int, ...] = (WINDOW,)
+) -> float:
     """The worst relative error of a head's output against the reference (verify).
 
-    AssertionError if keys are stored for the wrong heads.
+    With several windows local heads have them in turn, and the first head is a retrieval head if
+    there are more heads than windows. AssertionError if keys are stored for the wrong heads.
     """
     file = ModelFile(path)
     layers = file.shape.n_head_kv
-    mask = np.frombuffer(mask_of(layers), np.uint8)
-    profile = Profile(split_heads(mask, layers), window_min=WINDOW, window_divisor=0)
+    if len(windows) == 1:
+        mask = np.frombuffer(mask_of(layers), np.uint8)
+        profile = Profile(split_heads(mask, layers), window_min=WINDOW, window_divisor=0)
+    else:
+        scopes = np.resize(np.uint32(windows), sum(layers))
+        scopes[0] = 0 if len(scopes) > len(windows) else windows[0]
+        profile = Profile(
+            split_heads((scopes == 0).astype(np.uint8), layers), scope=split_heads(scopes, layers)
+        )
     with tempfile.TemporaryDirectory() as folder:
         sidecar = Path(folder) / "sidecar.gguf"
         write_sidecar(file, sidecar, profile)
         result = verify(
-            path, n_ctx=512, n_tokens=n_tokens(path), sidecar=sidecar, rows=100,
+            path, n_ctx=1024, n_tokens=n_tokens(path), sidecar=sidecar, rows=100,
             type_k=kv_type, type_v=kv_type, flash_attn=flash_attn, n_threads=1,
         )  # fmt: skip
     assert result.misplaced == (), result.misplaced
+    n_local = len({group.group for group in result.groups if group.group.startswith("local")})
+    assert n_local == len(windows), "windows that save nothing become full caches"
     return max(group.errors.worst_rms for group in result.groups)
