@@ -47,6 +47,20 @@ these are encoders, draft models and purely recurrent models.
 
 """
 
+METAL = """
+## Metal
+
+Metal has not been tried on a Mac. `tests/native/test_metal.py` asks the rules in the pinned source
+(`ggml-metal-device.m`, for GPUs from the M1 on) about every operation of razor's graphs that the
+graph of the full cache has not. Metal accepts all of them, so none moves to the CPU:
+
+- in llama, qwen2vl, gemma2, gemma3, gemma4, gpt-oss, llama4, lfm2, granitehybrid, falcon-h1, qwen35
+  and qwen35moe,
+- with heads of 64, 80, 96, 128, 256 and 512,
+- with KV types f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 and q4_0,
+- with and without flash attention. Flash attention on Metal needs K and V of the same type.
+"""
+
 
 def architectures() -> list[str]:
     """All names in LLM_ARCH_NAMES of the pinned sdist."""
@@ -131,7 +145,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     )
     lines = markdown_table(["architecture", "result", "caches, or why it is refused"], rows)
     lines[1] = "|---|---|---|"
-    return HEAD + summary + "\n".join(lines) + "\n"
+    return HEAD + summary + "\n".join(lines) + "\n" + METAL
 
 
 def main() -> None:
