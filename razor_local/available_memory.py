@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from ctypes import c_char_p, c_size_t, c_void_p
 from pathlib import Path
 
 import psutil
 
-from .common.machine import free_memory
+from .common.machine import free_memory, n_cores
 from .native import load
 
-# of versions 2 and 1: limit, usage, statistics
+_PROC = Path("/proc/self")
+# of versions 2 and 1: limit, usage
 _CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
+_ARENA = 64 << 20  # bytes of address space that glibc reserves for a thread that allocates memory
+_PROGRAM = 128 << 20  # bytes of address space for what Python and the library still load
 
 
-def available_ram() -> int:
+def available_ram(n_unused: int = 0) -> int:
     """Return the bytes of memory that this process can still allocate without swapping.
 
     This is the memory that the system calls available (free memory and caches that can be dropped),
-    or the rest of the limit of a control group (a container) or of the process (ulimit -v) if that
-    is less.
+    or the rest of the limit of the process (ulimit -v), of its control group (a container) or of a
+    group above it, if that is less.
+
+    Args:
+        n_unused: bytes of address space that the process will take without using the memory. They
+            count only for ulimit -v.
     """
-    left = [*(_cgroup_left(*files) for files in _CGROUP_FILES), _process_left()]
+    space = _process_left()
+    left = [_cgroup_left(folder) for folder in _cgroup_folders()]
+    left.append(None if space is None else max(space - n_unused, 0))
     return min([free_memory(), *(n for n in left if n is not None)])
+
+
+def space_of_program() -> int:
+    """Return the address space that computing takes beside models and contexts, in bytes.
+
+    It is that of the threads and of what Python and the library load later.
+    """
+    stack = psutil.Process().rlimit(psutil.RLIMIT_STACK)[0] if hasattr(psutil, "RLIMIT_AS") else 0
+    stack = 0 if stack == psutil.RLIM_INFINITY else stack
+    return _PROGRAM + (n_cores() - 1) * (stack + _ARENA)
 
 
 def _process_left() -> int | None:
@@ -42,16 +58,39 @@ def _process_left() -> int | None:
     return None if limit == psutil.RLIM_INFINITY else max(limit - process.memory_info().vms, 0)
 
 
-def _cgroup_left(limit: str, used: str, statistics: str) -> int | None:
-    """Bytes left of a control group's limit, by its files; None without one."""
+def _cgroup_folders() -> list[Path]:
+    """Return the folders of the memory control groups of this process, and of those above them."""
+    folders = []
     try:
-        lines = Path(statistics).read_text(encoding="ascii").splitlines()
-        stat = dict(line.split() for line in lines)
-        # parts of files that were read are let go of when memory is short
-        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-        return max(int(Path(limit).read_text()) - int(Path(used).read_text()) + cached, 0)
-    except (OSError, ValueError):  # "max": no limit
-        return None
+        groups = [line.split(":", 2) for line in (_PROC / "cgroup").read_text().splitlines()]
+        for line in (_PROC / "mountinfo").read_text().splitlines():
+            _, _, _, root, mount, *rest = line.split()
+            kind, _, controllers = rest[rest.index("-") + 1 :]
+            for _, names, path in groups:
+                is_memory = "memory" in names.split(",") and "memory" in controllers.split(",")
+                if not (kind == "cgroup2" and not names) and not (kind == "cgroup" and is_memory):
+                    continue
+                inside = os.path.relpath(path, root)  # a container may see a part of the tree
+                inner = Path() if inside.startswith("..") else Path(inside)
+                folders += [Path(mount) / group for group in (inner, *inner.parents)]
+    except (OSError, ValueError):  # not on Linux
+        return []
+    return folders
+
+
+def _cgroup_left(folder: Path) -> int | None:
+    """Return the bytes left of a control group's limit, None without one."""
+    for limit, used in _CGROUP_FILES:
+        try:
+            lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+            stat = dict(line.split() for line in lines)
+            # parts of files that were read are let go of when memory is short
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            n_max, n_used = (int((folder / name).read_text()) for name in (limit, used))
+            return max(n_max - n_used + cached, 0)
+        except (OSError, ValueError):  # "max": no limit
+            continue
+    return None
 
 
 def device_memory(name: str) -> tuple[int, int]:

@@ -132,7 +132,8 @@ class Need:
 class ContextOptions:
     """Options of a context that decide about its memory; the defaults are those of Llama.
 
-    profile: None for llama.cpp's own full cache. n_batch, n_ubatch: tokens.
+    profile: None for llama.cpp's own full cache. n_batch, n_ubatch: tokens. logits_all: the
+    bindings keep the logits of every token, which counts as a compute buffer.
     """
 
     profile: Profile | None = None
@@ -144,6 +145,7 @@ class ContextOptions:
     offload_kqv: bool = True
     op_offload: bool | None = None
     swa_full: bool | None = None
+    logits_all: bool = False
 
     def __post_init__(self) -> None:
         for name in (self.type_k, self.type_v):
@@ -202,6 +204,8 @@ class DryModel:
             raise RazorError(f"{self.path} cannot be planned: {library.reason()}")
         self.n_ctx_train = max(C.llama_model_n_ctx_train(self._model), 0)
         self._needs: dict[ContextOptions, dict[int, Need]] = {}
+        self._n_vocab = C.llama_vocab_n_tokens(C.llama_model_get_vocab(self._model))
+        self._n_mapped = 0  # bytes of weights that stay in the mapped file
 
     def close(self) -> None:
         if self._model:
@@ -296,13 +300,22 @@ class DryModel:
         places = self.need(N_CTX_PAD).places
         return tuple(place.name for place in places if place.name != RAM)
 
-    def available(self) -> dict[str, int]:
+    def available(self, n_batch: int = 512) -> dict[str, int]:
         """Return the free bytes of RAM and of each device, as limits for largest().
 
         A device that does not report its memory is left out.
+
+        Args:
+            n_batch: tokens whose logits the bindings have room for.
         """
-        free = {RAM: available_memory.available_ram()}
-        for name in self.devices():
+        devices = self.devices()
+        # what takes address space and no memory: the mapped file as far as it is not the weights
+        # themselves, the threads, and the array for logits
+        n_file = sum(part.file_size for part in self.file.parts)
+        n_unused = max(n_file - self._n_mapped, 0) + 4 * n_batch * self._n_vocab
+        n_unused += available_memory.space_of_program()
+        free = {RAM: available_memory.available_ram(n_unused)}
+        for name in devices:
             n_free, total = available_memory.device_memory(name)
             if total:
                 free[name] = n_free
@@ -324,7 +337,10 @@ class DryModel:
             params.swa_full = bool(options.swa_full)  # as Llama does
         with self._context(params, options.profile) as context:
             active = bool(library.stats(context).active)
-            places = _places(library.memory(context))
+            memory = library.memory(context)
+            n_logits = 4 * n_ctx * self._n_vocab if options.logits_all else 0
+            places = _places(memory, n_logits)
+            self._n_mapped = sum(m.weights for m in memory if m.name == b"CPU")
         why = plan.why_inactive if plan else None
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
@@ -487,7 +503,7 @@ def auto_context(
     """
     with DryModel(path, **model_options) as model:
         n_max = model.padded(min(n_max or MAX_DRY_RUN, model.n_ctx_train or MAX_DRY_RUN))
-        free = model.available()
+        free = model.available(options.n_batch)
         limits = {name: n - MARGIN for name, n in free.items()}
         need = model.largest(limits, options, n_max)
         smallest = min(MIN_AUTO, n_max)
@@ -514,7 +530,7 @@ def out_of_memory(
     """
     try:
         with DryModel(path, **model_options) as model:
-            free = model.available()
+            free = model.available(options.n_batch)
             for margin in (MARGIN, 0):
                 limits = {name: max(n - margin, 0) for name, n in free.items()}
                 fitting = _fitting(model, limits, options, n_ctx)
@@ -590,9 +606,12 @@ def paper_profile(shape: ModelShape) -> Profile:
     return Profile(retrieval=split_heads(heads, shape.n_head_kv))
 
 
-def _places(memory: Iterable[native.Memory]) -> tuple[Place, ...]:
-    """Return the memory by place: RAM first, then the devices by name."""
-    found = {RAM: Place(RAM, 0, 0, 0)}
+def _places(memory: Iterable[native.Memory], n_logits: int) -> tuple[Place, ...]:
+    """Return the memory by place: RAM first, then the devices by name.
+
+    n_logits: bytes of logits that the bindings keep in RAM.
+    """
+    found = {RAM: Place(RAM, 0, 0, n_logits)}
     for m in sorted(memory, key=lambda m: m.device):
         name = RAM if m.is_host else m.device.decode("utf-8", "replace")
         old = found.get(name, Place(name, 0, 0, 0))

@@ -42,7 +42,19 @@ class _Untouched(nullcontext):
         super().__init__()
 
 
-# the classes of that name are replaced
+class _Batch(llama_cpp._internals.LlamaBatch):
+    """A batch whose tokens belong to one sequence each.
+
+    llama_cpp.Llama asks for as many sequences as the context has tokens, which takes n_batch times
+    n_ctx numbers of address space, and fills in one of them.
+    """
+
+    def __init__(self, *, n_seq_max: int = 1, **arguments: Any) -> None:
+        super().__init__(n_seq_max=1, **arguments)
+
+
+# the classes of these names are replaced
+llama_cpp._internals.LlamaBatch = _Batch  # type: ignore[misc]
 llama_cpp.llama.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
 llama_cpp._internals.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
 

@@ -60,7 +60,7 @@ def run(*args: object) -> tuple[int, str, str]:
 
 def test_a_narrow_terminal_cuts_no_number(monkeypatch) -> None:
     monkeypatch.setattr(
-        "razor_local.available_memory.available_ram", lambda: 3 << 30
+        "razor_local.available_memory.available_ram", lambda *_: 3 << 30
     )  # it changes by itself
     monkeypatch.setenv("COLUMNS", "200")
     wide = [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")]
@@ -191,7 +191,7 @@ def test_layers_on_a_device_and_in_ram(files):
             assert dry.largest({}, n_max=1 << 20).n_ctx <= 1 << 20
         options = {"type_k": "q8_0", "type_v": "q8_0"} | EVERYWHERE | {"n_gpu_layers": n}
         llama = Llama(files["llama"], razor=profile, n_ctx=2048, **options)
-        places = fit._places(native.load().memory(llama.ctx))
+        places = fit._places(native.load().memory(llama.ctx), 0)
         llama.close()
         assert [place.name for place in places] == [place.name for place in need.places]
         for found, told in zip(places, need.places, strict=True):
@@ -370,7 +370,7 @@ def test_paper_shares(model):
 
 def leave(monkeypatch, n_bytes: int) -> None:
     """Lets this machine have n_bytes for a model, beside the margin."""
-    monkeypatch.setattr(available_memory, "available_ram", lambda: n_bytes + fit.MARGIN)
+    monkeypatch.setattr(available_memory, "available_ram", lambda *_: n_bytes + fit.MARGIN)
 
 
 def test_auto(model, monkeypatch):
@@ -472,19 +472,49 @@ def test_chat_takes_the_largest_context_that_fits(tmp_path, monkeypatch):
     assert header(long, 2**40, ctx_size="auto") == "65,536 tokens"
 
 
-def test_available_memory(tmp_path, monkeypatch):
+def test_available_memory():
     assert 0 < available_memory.available_ram() <= available_memory.device_memory("CPU")[1]
     assert available_memory.device_memory("no such device") == (0, 0)
-    files = [tmp_path / name for name in ("limit", "used", "stat")]
-    for path, text in zip(
-        files, ("5000000\n", "3000000\n", "x 1\ninactive_file 500000"), strict=True
-    ):
-        path.write_text(text)
-    monkeypatch.setattr(available_memory, "_CGROUP_FILES", [tuple(map(str, files))])
-    if sys.platform == "linux":
-        assert available_memory.available_ram() == 2500000
-        files[0].write_text("max\n")
-        assert available_memory.available_ram() > 5000000
+
+
+V2, V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no control groups")
+@pytest.mark.parametrize(
+    ("cgroup", "root", "kind", "files", "limits", "left"),
+    [
+        # the groups below the mount point, with their limits
+        ("0::/", "/", "cgroup2", V2, {".": 5}, 2.5),
+        ("0::/user/app", "/", "cgroup2", V2, {".": "max", "user": 6, "user/app": 5}, 2.5),
+        ("0::/user/app", "/", "cgroup2", V2, {"user": 4, "user/app": "max"}, 1.5),
+        ("0::/user/app", "/", "cgroup2", V2, {"user": 4, "user/other": 3.5}, 1.5),
+        ("0::/pod/a/app", "/pod/a", "cgroup2", V2, {".": 7, "app": 5}, 2.5),
+        ("0::/pod/a", "/pod/b", "cgroup2", V2, {".": 5}, 2.5),
+        ("0::/", "/", "cgroup2", V2, {".": 2}, 0),
+        ("3:cpu,memory:/job", "/", "cgroup", V1, {".": 9, "job": 5}, 2.5),
+        ("3:cpu,memory:/job\n0::/", "/", "cgroup", V1, {"job": 5}, 2.5),
+    ],
+)
+def test_limits_of_control_groups(tmp_path, monkeypatch, cgroup, root, kind, files, limits, left):
+    """The least of a group and those above it counts. Sizes are in MB, 3 of them used."""
+    mount = tmp_path / "mount"
+    for folder, limit in limits.items():
+        (mount / folder).mkdir(parents=True, exist_ok=True)
+        n_bytes = limit if limit == "max" else int(limit * 1e6)
+        (mount / folder / files[0]).write_text(f"{n_bytes}\n")
+        (mount / folder / files[1]).write_text("3000000\n")
+        (mount / folder / "memory.stat").write_text("x 1\ninactive_file 500000\n")
+    (tmp_path / "cgroup").write_text(f"2:cpuset:/other\n{cgroup}\n")
+    (tmp_path / "mountinfo").write_text(
+        "22 27 0:21 / /proc rw,relatime - proc proc rw\n"
+        f"31 24 0:27 / {tmp_path}/cpuset rw - cgroup cgroup rw,cpuset\n"
+        f"32 24 0:28 {root} {mount} rw,nosuid shared:9 - {kind} cgroup rw,memory\n"
+    )
+    monkeypatch.setattr(available_memory, "_PROC", tmp_path)
+    assert available_memory.available_ram() == int(left * 1e6)
+    (tmp_path / "mountinfo").write_text("nonsense\n")
+    assert available_memory.available_ram() > 10e6
 
 
 def test_flash_attention_is_on_where_llama_cpp_turns_it_on(files, monkeypatch):
