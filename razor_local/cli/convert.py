@@ -15,6 +15,7 @@ from .interrupt import stop_on_interrupt
 from .params import (
     DEFAULT_MODEL,
     THREADS,
+    GpuLayers,
     Number,
     Size,
     cache_text,
@@ -127,9 +128,10 @@ NOT_FOR_ALIBI = (
 @click.option(
     "-ngl",
     "--n-gpu-layers",
-    type=click.IntRange(-1),
+    "--gpu-layers",
+    type=GpuLayers(-1),
     metavar="N",
-    help="Layers to offload to the GPU for measuring and for planted facts (-1: all)."
+    help="Layers to offload to the GPU for measuring and for planted facts (-1 or all: all)."
     "  [default: -1]",
 )
 @click.option(

@@ -15,9 +15,9 @@ import click
 from ..errors import RazorError
 from ..gguf.hyper_parameters import MAX_N_CTX
 from ..model_setup import DEFAULT_MODEL as DEFAULT_MODEL
-from ..plan import KV_TYPES
+from ..plan import KV_TYPES, N_CTX_PAD
 from ..printable import printable
-from .terminal import ProgressBar, echo
+from .terminal import ProgressBar, echo, say
 
 if TYPE_CHECKING:
     from ..model_file import FoundProfile
@@ -261,6 +261,7 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
             if named is not None:
                 click.get_current_context().meta[TYPED_MODEL] = str(named)
             path = default if named is None else model_file(named)
+            _note_changed(options)
             return command(*args, model=path, **options)
 
         run = click.option(
@@ -274,6 +275,47 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
         return click.argument("model", type=ModelFile(), required=False)(run)
 
     return add
+
+
+def _note_changed(options: dict[str, Any]) -> None:
+    """Name the options that this build ignores, and the size that a context gets, on stderr."""
+    ignored = {}
+    if options.get("vram") is not None:
+        ignored["vram"] = "counts as main memory"
+    if options.get("n_gpu_layers") and _is_given("n_gpu_layers"):
+        ignored["n_gpu_layers"] = "has no effect"
+    if ignored:
+        from ..native.loaded import C
+
+        for name, effect in () if C.llama_supports_gpu_offload() else ignored.items():
+            say(f"note: there is no GPU that this build can use, so {_written(name)} {effect}")
+    if options.get("mlock"):
+        from ..native.loaded import C
+
+        if not C.llama_supports_mlock():
+            say("note: this build cannot keep a model in RAM, so --mlock has no effect")
+    n_ctx = options.get("ctx_size")
+    if isinstance(n_ctx, int) and n_ctx % N_CTX_PAD and n_ctx < MAX_N_CTX:
+        padded = -(-n_ctx // N_CTX_PAD) * N_CTX_PAD
+        say(
+            f"note: the context has {padded:,} tokens, because llama.cpp rounds {n_ctx:,} up to a"
+            f" multiple of {N_CTX_PAD}"
+        )
+
+
+def _is_given(name: str) -> bool:
+    """Return whether an option was given on the command line or in the environment."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source not in (None, click.core.ParameterSource.DEFAULT)
+
+
+def _written(name: str) -> str:
+    """Return an option as it is written, or the environment variable that set it."""
+    ctx = click.get_current_context()
+    param = next(param for param in ctx.command.params if param.name == name)
+    if ctx.get_parameter_source(name) is click.core.ParameterSource.ENVIRONMENT:
+        return str(param.envvar)
+    return param.opts[0]
 
 
 def _one_model(**given: Path | ModelName | None) -> Path | ModelName | None:

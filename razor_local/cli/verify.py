@@ -17,6 +17,7 @@ from .params import (
     FLASH_ATTN,
     THREADS,
     UBATCH_SIZE,
+    GpuLayers,
     flash_attention,
     model_argument,
 )
@@ -79,11 +80,12 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 @click.option(
     "-ngl",
     "--n-gpu-layers",
-    type=click.IntRange(min=-1),
+    "--gpu-layers",
+    type=GpuLayers(-1),
     default=-1,
     show_default=True,
     metavar="N",
-    help="Layers to offload to the GPU (-1: all, as in chat; 0: verify the CPU).",
+    help="Layers to offload to the GPU (-1 or all: all, as in chat; 0: verify the CPU).",
 )
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
 @BATCH_SIZE
