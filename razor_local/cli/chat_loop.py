@@ -15,7 +15,7 @@ from .terminal import echo, is_dumb, say, sentence
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..chat import Chat
+    from ..chat import Chat, Turn
     from ..common.progress import Progress, Stop
     from ..llama import Llama
     from .history import History
@@ -95,14 +95,14 @@ class Display:
     """Show the answers of a conversation: the text on stdout, everything else on stderr.
 
     Attributes:
-        advice: what to do when the context is full.
+        once: whether the process ends after one answer, so that nothing is kept.
         is_filling: whether a note has said that the context is nearly full.
     """
 
     llama: Llama
     chat: Chat
     hide_thinking: bool = False
-    advice: str = "/clear empties it, or start with a larger -c"
+    once: bool = False
     is_filling: bool = False
 
     def show(self, begin: Begin, again: bool = False) -> None:
@@ -128,8 +128,7 @@ class Display:
         if turn.n_answer:
             echo()
         if turn.ended == "stopped":
-            nothing = "Nothing has changed." if again else "The message is not kept."
-            say(f"Stopped. {'The answer so far is kept.' if turn.n_answer else nothing}")
+            say("Stopped." if self.once else f"Stopped. {_kept(turn, again)}")
         elif turn.ended == "context":
             say(f"The context of {self.llama.n_ctx():,} tokens is full: {self._when_full()}.")
         elif turn.ended == "loop":
@@ -153,4 +152,11 @@ class Display:
     def _when_full(self) -> str:
         if self.chat.drop_oldest:
             return "messages that do not fit will drop the oldest ones"
-        return self.advice
+        return "use a larger -c" if self.once else "/clear empties it, or start with a larger -c"
+
+
+def _kept(turn: Turn, again: bool) -> str:
+    """Return what a conversation keeps of a turn that was stopped."""
+    if turn.n_answer:
+        return "The answer so far is kept."
+    return "Nothing has changed." if again else "The message is not kept."

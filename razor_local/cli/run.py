@@ -99,7 +99,7 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
                 for _ in chat.say(text, bar, stop):
                     bar.close()
         else:
-            display = Display(llama, chat, options["hide_thinking"], advice="use a larger -c")
+            display = Display(llama, chat, options["hide_thinking"], once=True)
             display.show(partial(chat.say, text))
     except KeyboardInterrupt:  # before the first token
         echo("Aborted!", err=True)
