@@ -177,6 +177,8 @@ def chat_template(model: Llama) -> Callable[[list[Message]], str]:
 class Chat:
     """One conversation. messages can be read at any time, and always is a valid conversation.
 
+    n_dropped: messages and answers that were dropped so far to make room for others.
+
     Args:
         render: see chat_template(). With None, the answer continues the text of the message, which
             may contain control tokens.
@@ -208,6 +210,7 @@ class Chat:
         self._sampling: Sampling | None = None
         self.sampling = sampling or Sampling()
         self._known: Known | None = None  # up to the last answer; None: not computed yet
+        self.n_dropped = 0
         self.messages: list[Message] = []
         self.set_system(system)
 
@@ -243,7 +246,7 @@ class Chat:
     def clear(self) -> None:
         """Forget the conversation and keep the system prompt."""
         self.messages = self._system_messages()
-        self._known = None
+        self._known, self.n_dropped = None, 0
 
     def dump(self) -> dict[str, Any]:
         """Return the conversation for restore(), as values that JSON has."""
@@ -268,7 +271,7 @@ class Chat:
         for message in messages:
             for token in message.get("tokens", ()):
                 self.model.piece(token)  # raises if there is none
-        self._known = None
+        self._known, self.n_dropped = None, 0
         self.messages, self._seed, self._n_turns = messages, seed, n_turns
 
     @property
@@ -293,7 +296,7 @@ class Chat:
 
     @property
     def n_left(self) -> int:
-        """Tokens left for the next message."""
+        """Tokens of the next message that can be answered, even if it drops all others."""
         used = self.n_used
         if self.drop_oldest and used:
             used = len(self._tokenize(self._rendered([*self._system_messages(), _user("")])))
@@ -415,6 +418,7 @@ class Chat:
                     said["reasoning_content"] = thoughts
                 self._known = None
                 self.messages = [*messages, said]
+                self.n_dropped += 2 * n_dropped
                 self._known = self._known_after(prompt, tokens, said)
             self.last = Turn(
                 n_prompt=n_prompt,

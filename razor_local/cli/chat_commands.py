@@ -250,10 +250,14 @@ def _help(talk: Talk, argument: str) -> None:
 
 def _undo(talk: Talk, argument: str) -> None:
     text = talk.chat.undo()
-    say("there is no message to take back" if text is None else f"taken back: {_short(text)}")
+    if text is None:
+        raise RazorError("there is no message yet to take back; send one")
+    say(f"taken back: {_short(text)}")
 
 
 def _regen(talk: Talk, argument: str) -> None:
+    if talk.chat.last_message is None:
+        raise RazorError("there is no message yet to answer again; send one")
     if talk.chat.sampling.temp == 0:
         say("Temperature 0 gives the most likely answer again; /set temp 0.8 gives others.")
     talk.answer(talk.chat.regenerate)
@@ -261,7 +265,9 @@ def _regen(talk: Talk, argument: str) -> None:
 
 def _edit(talk: Talk, argument: str) -> None:
     last = talk.chat.last_message
-    if argument or last is None:
+    if last is None:
+        raise RazorError("there is no message yet to change; send one")
+    if argument:
         talk.answer(partial(talk.chat.edit, argument))
         return
     if not talk.reader.can_edit:

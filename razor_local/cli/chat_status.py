@@ -88,15 +88,21 @@ def numbers(llama: Llama, conversation: Chat, turn: Turn) -> str:
 
 def context(chat: Chat, ascii_only: bool) -> str:
     """Return the lines of /context: the numbers, and a bar of what is used, kept and free."""
-    n_ctx, used, kept = chat.model.n_ctx(), chat.n_used, chat.reserve
+    n_ctx, used = chat.model.n_ctx(), chat.n_used
+    kept = min(chat.reserve, max(n_ctx - used, 0))
+    free = n_ctx - used - kept
     n_used, n_kept = (min(-(-n * BAR_WIDTH // n_ctx), BAR_WIDTH) for n in (used, kept))
     n_kept = min(n_kept, BAR_WIDTH - n_used)
     marks = "#+." if ascii_only else "█▒░"
     widths = (n_used, n_kept, BAR_WIDTH - n_used - n_kept)
     bar = "".join(mark * width for mark, width in zip(marks, widths, strict=True))
+    dropped = f" ({chat.n_dropped} were dropped)" if chat.n_dropped else ""
+    larger = ""
+    if chat.n_left > free:
+        larger = f"\na longer message, up to {chat.n_left} tokens, drops the oldest ones"
     return (
-        f"{used} of {n_ctx} tokens used by {count_text(len(chat.messages), 'message')};"
-        f" {chat.n_left} left for the next message, {kept} kept for its answer\n"
+        f"{used} of {n_ctx} tokens used by {count_text(len(chat.messages), 'message')}{dropped};"
+        f" {free} left for the next message, {kept} kept for its answer{larger}\n"
         f"[{bar}] {marks[0]} used, {marks[1]} kept, {marks[2]} free"
     )
 

@@ -29,13 +29,16 @@ def ask(t, text: str, *answer: str) -> None:
 def test_undo_regen_and_edit():
     with terminal("-c", "2048") as t:
         t.expect(">>>")
-        t.send("/undo\r")
-        t.expect("there is no message to take back")
-        t.send("/regen\r")
-        t.expect("Error: there is no message yet that could be answered again; send one")
-        t.send("/edit\r")
-        t.expect("Error: there is no message yet")
-        t.expect(">>>")
+        for command, what in (
+            ("/undo", "take back"),
+            ("/regen", "answer again"),
+            ("/edit", "change"),
+            ("/edit A new text", "change"),
+        ):
+            t.send(f"{command}\r")
+            shown = t.expect(f"Error: there is no message yet to {what}; send one")
+            assert "Temperature" not in shown
+            t.expect(">>>")
         ask(t, paste(f"{FACT}\nSecond line.") + QUESTION, "48213.")
         t.send("/regen\r")
         t.expect("Temperature 0 gives the most likely answer again")
@@ -334,7 +337,19 @@ def test_a_full_context():
         t.expect("Dropped to make room: the oldest message and its answer.")
         assert "note: " not in t.expect(">>>")
         t.send("/context\r")
-        t.expect("by 6 messages")
+        shown = t.expect("drops the oldest ones")
+        match = re.search(
+            r"(\d+) of 256 tokens used by 6 messages \(2 were dropped\); (\d+) left for the next"
+            r" message, (\d+) kept for its answer\s+a longer message, up to (\d+) tokens, $",
+            shown.partition("/context")[2].replace("drops the oldest ones", ""),
+        )
+        assert match, shown
+        used, free, kept, most = map(int, match.groups())
+        assert used + free + kept == 256 and free + kept < used < most
+        t.send("/clear\r")
+        t.expect("the conversation is empty")
+        t.send("/context\r")
+        assert "dropped" not in t.expect("0 messages;") + t.expect(">>>")
 
 
 # the built-in model, its first answer in thoughts
