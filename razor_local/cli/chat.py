@@ -74,9 +74,9 @@ def chat(model: Path | None, **options: Any) -> None:
         from .chat_commands import load_session
 
         loaded = load_session(options["session"], llama, conversation)
-    once = text is not None and not sys.stdin.isatty()
+    once = not sys.stdin.isatty()
     display = Display(llama, conversation, options["hide_thinking"], once)
-    if once:
+    if once and text is not None:
         display.show(partial(conversation.say, text))
         if conversation.last is not None and conversation.last.ended == "stopped":
             sys.exit(130)

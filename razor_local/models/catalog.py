@@ -32,6 +32,7 @@ class Entry:
     """A name of the catalog: a file in a Hugging Face repository.
 
     bytes and sha256 of the file: None where they are not known. wheel: another place that has it.
+    latest: the name without its tag means this entry, as in ollama.
     """
 
     name: str
@@ -41,9 +42,15 @@ class Entry:
     bytes: int | None = None
     sha256: str | None = None
     wheel: Wheel | None = None
+    latest: bool = False
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def family(self) -> str:
+        """The name without its tag."""
+        return self.name.partition(":")[0]
 
     def choose(self, paths: list[str]) -> list[str]:
         """The entry's file among the paths of its repository, with all its parts; [] without it."""
@@ -58,6 +65,16 @@ def entries() -> dict[str, Entry]:
         wheel = Wheel(**item.pop("wheel")) if "wheel" in item else None
         found[item["name"]] = Entry(**item, wheel=wheel)
     return found
+
+
+def find(name: str) -> Entry | None:
+    """Return the entry of a name in any case, also without a tag or with :latest; or None."""
+    name = name.lower()
+    entry = entries().get(name)
+    if entry is not None:
+        return entry
+    family = name.removesuffix(":latest")
+    return next((e for e in entries().values() if e.latest and e.family == family), None)
 
 
 def search(text: str) -> list[Entry]:

@@ -63,6 +63,23 @@ def one_line(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
     return line.removeprefix("Error: ")
 
 
+def test_a_pasted_address(hub, tmp_path) -> None:
+    """It means the file that it names, and the hub that HF_ENDPOINT names."""
+    name = "hf:owner/tiny-GGUF/tiny-F16.gguf"
+    address = "https://huggingface.co/owner/tiny-GGUF/blob/main/tiny-F16.gguf"
+    done = run(hub, tmp_path, "models", "pull", address)
+    assert done.returncode == 0 and f"downloading {name} (" in done.stderr, done.stderr
+    assert done.stdout.rstrip().endswith("/tiny-F16.gguf")
+    for same in (address, name):
+        assert run(hub, tmp_path, "models", "path", same).stdout == done.stdout
+    missing = address.replace("F16", "F32")
+    assert one_line(run(hub, tmp_path, "models", "pull", missing)) == (
+        f"owner/tiny-GGUF has no whole model for {name.replace('F16', 'F32')}; it has F16, Q4_K_M"
+    )
+    assert run(hub, tmp_path, "models", "rm", address, "--yes").returncode == 0
+    assert_no_model(tmp_path)
+
+
 def test_chat_with_a_repository(hub, tmp_path) -> None:
     """The model is announced, downloaded once, and answers; other programs find it."""
     text = "The secret code of Marlow is 48213.\nWhat is the secret code of Marlow?"

@@ -78,6 +78,66 @@ def test_names_of_repositories() -> None:
             parse(wrong)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("hf.co/a/b-GGUF", "hf:a/b-GGUF"),  # as in ollama
+        ("hf.co/a/b-GGUF:Q8_0", "hf:a/b-GGUF:Q8_0"),
+        ("huggingface.co/a/b-GGUF:Q8_0", "hf:a/b-GGUF:Q8_0"),
+        ("https://huggingface.co/a/b-GGUF", "hf:a/b-GGUF"),
+        ("HTTPS://www.HuggingFace.co/a/b-GGUF/", "hf:a/b-GGUF"),
+        ("https://hf.co/a/b-GGUF?local-app=x#readme", "hf:a/b-GGUF"),
+        ("https://huggingface.co/a/b-GGUF/tree/main", "hf:a/b-GGUF"),
+        ("https://huggingface.co/a/b-GGUF/blob/main/m-Q4_0.gguf", "hf:a/b-GGUF/m-Q4_0.gguf"),
+        ("https://huggingface.co/a/b/resolve/main/x/m%201.gguf?download=true", "hf:a/b/x/m 1.gguf"),
+        ("https://huggingface.co/a/b?show_file_info=m-Q4_0.gguf", "hf:a/b/m-Q4_0.gguf"),
+        ("hf:https://huggingface.co/a/b", "hf:a/b"),  # -hf
+        ("hf:a/b/m.gguf", "hf:a/b/m.gguf"),
+    ],
+)
+def test_addresses_of_the_hub(text, name) -> None:
+    parsed = parse(text)
+    assert isinstance(parsed, HubName) and str(parsed) == name and parse(name) == parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("https://huggingface.co/", "is not the name of a repository"),
+        ("https://huggingface.co/a", "is not the name of a repository"),
+        ("https://huggingface.co/datasets/a/b", "is not the name of a repository"),
+        ("https://huggingface.co/a/b/blob/main/README.md", "is not the name of a repository"),
+        ("https://huggingface.co/a/b/blob/main/../x.gguf", "is not the name of a repository"),
+        ("https://huggingface.co/a/b/tree/v2", "names the revision v2"),
+        ("https://example.org/m.gguf", "is not an address of Hugging Face; download the file"),
+        ("hf:a/b/../c.gguf", "is not the name of a repository"),
+    ],
+)
+def test_other_addresses_are_refused(text, why) -> None:
+    with pytest.raises(RazorError, match=re.escape(f"'{text}' {why}")):
+        parse(text)
+
+
+def test_a_file_of_a_repository() -> None:
+    assert HubName("a/b", file="m-Q4_0.gguf").choose(FILES) == ["m-Q4_0.gguf"]
+    assert HubName("a/b", file=FILES[6]).choose(FILES) == [FILES[5], FILES[6]]
+    assert HubName("a/b", file="m-Q4_1.gguf").choose(FILES) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("llama3.1", "llama3.1:8b"),
+        ("llama3.2:latest", "llama3.2:3b"),
+        ("Qwen3", "qwen3:8b"),
+        ("SmolLM2:LATEST", "smollm2:1.7b"),
+        ("SmolLM2:135M", "smollm2:135m"),
+    ],
+)
+def test_names_without_a_tag(text, name) -> None:
+    assert str(parse(text)) == name
+
+
 def test_unknown_names_and_what_is_near() -> None:
     assert nearest("llama3") == ["llama3.1:8b", "llama3.2:1b", "llama3.2:3b"]
     assert nearest("qwen3:06b")[0] == "qwen3:0.6b"
@@ -102,6 +162,8 @@ def test_catalog_is_well_formed() -> None:
         assert (entry.sha256 is None) == (entry.bytes is None)
         if entry.wheel is not None:
             assert entry.wheel.member.endswith(entry.file) and entry.sha256
+    latest = [entry.family for entry in entries().values() if entry.latest]
+    assert sorted(latest) == sorted({entry.family for entry in entries().values()})
     assert [entry.name for entry in search("smollm2 135")] == ["smollm2:135m"]
     assert len(search("")) == len(entries()) and search("no such thing") == []
 
