@@ -14,7 +14,10 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from .common.progress import Progress, Stop
 from .errors import ContextFullError, RazorError, options
@@ -41,6 +44,7 @@ class Model(Protocol):
 
     def n_ctx(self) -> int: ...
     def n_ctx_train(self) -> int: ...
+    def n_vocab(self) -> int: ...
     def tokenize(self, text: bytes, add_bos: bool = ..., special: bool = ...) -> list[int]: ...
     def mark_plain(self, messages: Any) -> Any: ...
     def piece(self, token: int) -> bytes: ...
@@ -185,6 +189,7 @@ class Chat:
         max_tokens: maximum tokens of an answer, None for as many as fit. A prompt must leave room
             for them (None: for a sixteenth of the context, at most 256).
         end_loops: whether to end an answer that repeats itself endlessly, see Loop.
+        ignore_end: whether the model cannot end an answer that is free text.
         drop_oldest: whether a message that does not fit drops the oldest messages after the system
             prompt, with their answers.
     """
@@ -199,10 +204,12 @@ class Chat:
         sampling: Sampling | None = None,
         end_loops: bool = True,
         drop_oldest: bool = False,
+        ignore_end: bool = False,
     ) -> None:
         self.model = model
         self.end_loops = end_loops
         self.drop_oldest = drop_oldest
+        self.ignore_end = ignore_end
         self.max_tokens = max_tokens
         self.grammar: Any = None  # a llama_cpp.LlamaGrammar that answers follow
         self.last: Turn | None = None
@@ -438,7 +445,14 @@ class Chat:
         options: dict[str, Any] = asdict(s) | {"seed": seed}
         if self.grammar is not None:
             options["grammar"] = self.grammar
+        elif self.ignore_end:
+            options["logits_processor"] = partial(_without, self._ends)
         return model.generate(tokens, **options)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        return [token for token in range(self.model.n_vocab()) if self.model.is_end(token)]
 
     def _rendered(self, messages: list[Message]) -> str:
         if self._render is None:
@@ -515,6 +529,12 @@ class Chat:
         # (bytes that are no UTF-8 come from a terminal as surrogates)
         data = text.encode("utf-8", "surrogateescape")
         return self.model.tokenize(data, add_bos=self._render is None, special=True)
+
+
+def _without(tokens: list[int], input_ids: Any, logits: np.ndarray) -> np.ndarray:
+    """Return logits with which tokens are never drawn."""
+    logits[tokens] = -np.inf
+    return logits
 
 
 def _user(text: str) -> Message:

@@ -43,6 +43,7 @@ With a pipe on stdin, the whole input is one message, and the answer goes to std
     " their answers.",
 )  # fmt: skip
 @click.option("--session", metavar="NAME", help="Continue the conversation that /save NAME saved.")
+@click.option("-st", "--single-turn", is_flag=True, help="Leave after the first answer.")
 @click.option(
     "--no-history", is_flag=True,
     help="Do not read or write the input history.",
@@ -51,10 +52,12 @@ def chat(model: Path | None, **options: Any) -> None:
     """Chat with MODEL, or with the small built-in model.
 
     MODEL is a GGUF file, or a name such as llama3.2:1b ('razor-local models search' shows them).
+    PROMPT is the first message.
     """
     if options["system"] is not None and options["session"] is not None:
         raise click.UsageError("--system and --session exclude each other; use /system")
     generation.check_options(options)
+    grammar = generation.grammar(options)
     text = generation.read_text(options)
 
     llama, chosen = generation.load(model or DEFAULT_MODEL, options)
@@ -68,7 +71,9 @@ def chat(model: Path | None, **options: Any) -> None:
         max_tokens=options["predict"],
         drop_oldest=options["on_full"] == "drop-oldest",
         sampling=generation.sampling(options, generation.default_temp(model)),
+        ignore_end=options["ignore_eos"],
     )
+    conversation.grammar = grammar
     loaded = None
     if options["session"] is not None:
         from .chat_commands import load_session
@@ -100,4 +105,10 @@ def chat(model: Path | None, **options: Any) -> None:
     if loaded is not None:
         say(loaded)
     say("/help for help, /exit to leave")
-    converse(display, options["session"], keep_history=not options["no_history"], first=text)
+    converse(
+        display,
+        options["session"],
+        keep_history=not options["no_history"],
+        first=text,
+        single_turn=options["single_turn"],
+    )

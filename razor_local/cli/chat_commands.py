@@ -374,11 +374,15 @@ def _json(talk: Talk, argument: str) -> None:
         talk.chat.grammar, talk.schema = None, ""
     elif argument:
         source = argument if argument.startswith("{") else _path(argument)
-        talk.chat.grammar, talk.schema = generation.grammar(source, "/json"), _short(argument)
+        talk.chat.grammar, talk.schema = (
+            generation.schema_grammar(source, "/json"),
+            _short(argument),
+        )
     if talk.chat.grammar is None:
         say("answers are free text; /json SCHEMA or /json FILE makes them JSON")
     else:
-        say(f"answers follow the JSON schema {talk.schema}; /json off turns it off")
+        what = f"the JSON schema {talk.schema}" if talk.schema else "the grammar of --grammar"
+        say(f"answers follow {what}; /json off turns it off")
 
 
 def _schemas(text: str) -> list[str]:

@@ -26,7 +26,11 @@ FILLING = 0.9  # the part of the context from which on a note says so
 
 
 def converse(
-    display: Display, session: str | None, keep_history: bool, first: str | None = None
+    display: Display,
+    session: str | None,
+    keep_history: bool,
+    first: str | None = None,
+    single_turn: bool = False,
 ) -> None:
     """Read messages and commands, and answer them, until the user leaves.
 
@@ -34,6 +38,7 @@ def converse(
         session: the name of the session that was loaded
         keep_history: whether the next chat can recall what is typed
         first: a message to answer before the first one is read
+        single_turn: whether to leave after the first answer
     """
     from . import chat_commands
     from .terminal import MessageReader
@@ -51,7 +56,7 @@ def converse(
             with _shown():
                 answer(partial(chat.say, first), False)
         talk = chat_commands.Talk(display.llama, chat, reader, answer, session)
-        while not talk.is_over:
+        while not talk.is_over and not (single_turn and chat.last is not None):
             begin, is_edit, talk.line, talk.is_edit = talk.line, talk.is_edit, "", False
             try:
                 line = reader.read(begin)

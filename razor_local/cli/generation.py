@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from .params import (
     UBATCH_SIZE,
     ContextSize,
     Number,
+    OnOffAuto,
     Prediction,
     Whole,
     cache_text,
@@ -67,6 +71,12 @@ ENVVARS = {
     "repeat_penalty": "LLAMA_ARG_REPEAT_PENALTY",
 }
 
+
+def _set_color(ctx: click.Context, param: click.Parameter, value: str) -> None:
+    if value != "auto":
+        os.environ["NO_COLOR"] = "1" if value == "off" else ""
+
+
 CTX_SIZE = click.option(
     "-c",
     "--ctx-size",
@@ -76,9 +86,29 @@ CTX_SIZE = click.option(
     " the free memory).  [default: the largest up to 32768 and the trained length"
     " that fits]",
 )
+
+
+def _prompt_argument(command: Any) -> Any:
+    """Add PROMPT and -p to a command. Its function gets the text of either as prompt."""
+
+    @functools.wraps(command)
+    def run(*args: Any, words: tuple[str, ...], prompt: str | None, **options: Any) -> Any:
+        if words and prompt is not None:
+            raise click.UsageError("PROMPT and --prompt exclude each other")
+        return command(*args, prompt=" ".join(words) if words else prompt, **options)
+
+    option = click.option("-p", "--prompt", metavar="TEXT", help="Another way to give PROMPT.")
+    return click.argument("words", nargs=-1, metavar="[PROMPT]...")(option(run))
+
+
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     model_argument(),
-    click.option("-p", "--prompt", metavar="TEXT", help="Message for the model."),
+    _prompt_argument,
+    click.option(
+        "-e", "--escape/--no-escape", default=False,
+        help="Replace \\n, \\r, \\t, \\', \\\", \\\\ and \\xHH in the prompt.  [default:"
+        " --no-escape]",
+    ),
     click.option(
         "-f", "--file", type=click.Path(path_type=Path), metavar="FILE",
         help="Text file that precedes the prompt.",
@@ -129,6 +159,16 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True, help="Penalty for recently generated tokens (1: off).",
     ),
     click.option(
+        "--ignore-eos", is_flag=True, help="Do not let the model end its answer.",
+    ),
+    click.option(
+        "--grammar", metavar="GRAMMAR", help="Grammar (GBNF) that the answer follows.",
+    ),
+    click.option(
+        "--grammar-file", type=click.Path(path_type=Path), metavar="FILE",
+        help="File with a grammar that the answer follows.",
+    ),
+    click.option(
         "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
         help="Sidecar with the profile of the model.",
     ),
@@ -145,6 +185,11 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--jinja", is_flag=True, expose_value=False,
         help="No effect: chat templates are always Jinja templates.",
+    ),
+    click.option(
+        "-co", "--color", type=OnOffAuto(["on", "off", "auto"]), is_flag=False, flag_value="on",
+        default="auto", show_default=True, expose_value=False, callback=_set_color,
+        help="Colors on a terminal; auto: unless NO_COLOR is set.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Show the log of llama.cpp on stderr."),
 )  # fmt: skip
@@ -165,6 +210,15 @@ def check_options(options: dict[str, Any]) -> None:
     if options["calibrate"] == "now" and (options["sidecar"] or not options["razor"]):
         other = "sidecar" if options["sidecar"] else "no-razor"
         raise click.UsageError(f"--calibrate now and --{other} exclude each other")
+    grammars = [
+        name
+        for name in ("grammar", "grammar_file", "json_schema", "json_schema_file")
+        if options.get(name) is not None
+    ]
+    for name in (*grammars[1:], *["ignore_eos"] * options["ignore_eos"]):
+        if grammars:
+            first, second = (n.replace("_", "-") for n in (grammars[0], name))
+            raise click.UsageError(f"--{first} and --{second} exclude each other")
     if sys.stdin is None or sys.stdout is None:
         command = click.get_current_context().info_name
         raise click.UsageError(
@@ -185,13 +239,27 @@ def read_text(options: dict[str, Any]) -> str | None:
     if options["file"] is not None:
         texts.append(read_text_file(options["file"], MAX_TEXT).strip("\r\n"))
     if options["prompt"] is not None:
-        texts.append(options["prompt"])
+        prompt = options["prompt"]
+        texts.append(_unescaped(prompt) if options["escape"] else prompt)
     if not texts:
         return None
     given = [text for text in texts if text.strip()]
     if not given:
         raise RazorError(_nothing(options))
     return "\n\n".join(given)
+
+
+def _unescaped(text: str) -> str:
+    """Return a text with its escape sequences replaced as llama.cpp does it."""
+    simple = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+    def replaced(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        return bytes.fromhex(code[1:].decode()) if len(code) == 3 else simple.get(code, code)
+
+    data = text.encode("utf-8", "surrogateescape")
+    data = re.sub(rb"""\\([nrt'"\\]|x[0-9A-Fa-f]{2})""", replaced, data)
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _nothing(options: dict[str, Any]) -> str:
@@ -318,7 +386,27 @@ def sampling(options: dict[str, Any], default_temp: float) -> Sampling:
     )
 
 
-def grammar(schema: str | Path, name: str) -> Any:
+def grammar(options: dict[str, Any]) -> Any:
+    """Return the grammar that answers follow from the start, None if they are free text.
+
+    Raises RazorError for an empty or malformed one.
+    """
+    from llama_cpp import LlamaGrammar
+
+    for name in ("json_schema", "json_schema_file"):
+        if options.get(name) is not None:
+            return schema_grammar(options[name], "--json-schema")
+    text, file = options["grammar"], options["grammar_file"]
+    if file is not None:
+        text = read_text_file(file, max_bytes=MAX_SCHEMA)
+    if text is None:
+        return None
+    if not text.strip():
+        raise RazorError(f"{file or '--grammar'} is empty, expected a grammar with a rule 'root'")
+    return LlamaGrammar.from_string(text, verbose=False)
+
+
+def schema_grammar(schema: str | Path, name: str) -> Any:
     """Return the grammar of answers that follow a JSON schema.
 
     Args:

@@ -233,6 +233,12 @@ class ModelFile(click.ParamType):
             return value
         from ..models import parse
 
+        takes_prompt = ctx is not None and any(p.name == "prompt" for p in ctx.command.params)
+        if takes_prompt and re.search(r"\s", value) and not value.endswith(".gguf"):
+            if not Path(value).exists():
+                self.fail(
+                    f"'{value}' is not a model; pass a prompt after MODEL, or with -p", param, ctx
+                )
         try:
             return parse(self.prefix + value)
         except RazorError as error:

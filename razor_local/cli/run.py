@@ -27,13 +27,13 @@ FINISH_REASONS = {"end": "stop", "stopped": "interrupted"}  # the others are tho
 EPILOG = """
 \b
 Examples:
-  razor-local run smollm2:135m -p "Why is the sky blue?"
+  razor-local run smollm2:135m "Why is the sky blue?"
   razor-local run model-razor.gguf -f text.txt -p "What is the secret code?" --json
   cat text.txt | razor-local run -p "What is the secret code of Marlow?"
   razor-local run -p "Who are you?" -j '{"type": "object"}' -n 64
   razor-local run base.gguf -n 64 -p "Once upon a time"
 
-The text of stdin comes first, then that of -f, then that of -p, with empty lines between them. A
+The text of stdin comes first, then that of -f, then PROMPT, with empty lines between them. A
 model without a chat template continues the text. Only the answer goes to stdout.
 
 \b
@@ -46,6 +46,10 @@ The exit code is 0, 1 after an error, 2 for wrong options, or 130 if Ctrl-C stop
 @click.option(
     "-no-cnv", "--no-conversation", "plain", is_flag=True,
     help="Continue the text as it is, without the chat template.",
+)  # fmt: skip
+@click.option(
+    "-st", "--single-turn", is_flag=True, expose_value=False,
+    help="No effect: run always answers one prompt.",
 )  # fmt: skip
 @click.option(
     "-j", "--json-schema", metavar="SCHEMA", help="JSON schema that the answer follows.",
@@ -62,15 +66,12 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
     """Answer one prompt with MODEL, or with the small built-in model.
 
     MODEL is a GGUF file, or a name such as llama3.2:1b ('razor-local models search' shows them).
+    Without MODEL, pass the prompt with -p.
     """
     from ..chat import Chat, chat_template, has_chat_template
 
     generation.check_options(options)
-    schema, file = options["json_schema"], options["json_schema_file"]
-    if schema is not None and file is not None:
-        raise click.UsageError("--json-schema and --json-schema-file exclude each other")
-    source = schema if file is None else file
-    grammar = None if source is None else generation.grammar(source, "--json-schema")
+    grammar = generation.grammar(options)
     text = generation.read_text(options)
     if text is None:
         raise click.UsageError(
@@ -92,6 +93,7 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
             system=options["system"],
             max_tokens=options["predict"],
             sampling=generation.sampling(options, generation.default_temp(model)),
+            ignore_end=options["ignore_eos"],
         )
         chat.grammar = grammar
         if as_json:

@@ -497,6 +497,41 @@ def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back():
         assert t.wait()[0] == 0
 
 
+def test_a_single_turn():
+    model = str(DEFAULT_MODEL)
+    with terminal(model, "Hello", "-st", "--temp", "0") as t:
+        t.expect("tok/s | context")
+        assert t.wait()[0] == 0
+    with terminal("--single-turn") as t:
+        t.expect(">>>")
+        t.send("/set\r")  # not a turn
+        t.expect("top_k 40")
+        t.send("Hello\r")
+        t.expect("tok/s | context")
+        assert t.wait()[0] == 0
+
+
+def test_grammar_from_the_command_line():
+    with terminal("--grammar", 'root ::= "maybe so"') as t:
+        t.expect(">>>")
+        t.send("/json\r")
+        t.expect("answers follow the grammar of --grammar; /json off turns it off")
+        t.send("Hello\r")
+        t.expect("maybe so")
+
+
+def test_color_off_and_on():
+    for args, env, dimmed in (
+        ((), {}, True),
+        (("--color", "off"), {}, False),
+        ((), {"NO_COLOR": "1"}, False),
+        (("--color", "on"), {"NO_COLOR": "1"}, True),
+    ):
+        with terminal(*args, **env) as t:
+            t.expect(">>>")
+            assert ("\x1b[2m" in t.raw) is dimmed, (args, env)
+
+
 def test_ctrl_c_with_a_pipe_ends_with_130():
     child = subprocess.Popen(
         [sys.executable, "-c", ENDLESS, "chat", "-s", "7"],

@@ -59,6 +59,51 @@ def test_the_order_of_stdin_file_and_prompt(tmp_path, monkeypatch):
     assert seen == ["stdin\n\nfile\n\nprompt"]
 
 
+def test_the_prompt_after_the_model(text):
+    for words in ([QUESTION], QUESTION.split()):  # as ollama run takes it
+        done = run(DEFAULT_MODEL, *words, "-f", text, "--temp", 0)
+        assert (done.exit_code, done.stdout) == (0, f"{ANSWER}\n"), done.output
+    done = run(DEFAULT_MODEL, QUESTION, "-p", "hi")
+    assert done.exit_code == 2 and "PROMPT and --prompt exclude each other" in done.stderr
+
+
+def test_escapes_in_the_prompt_alone(text):
+    lines = (FACT + QUESTION).replace(FACT, FACT + r"\n\n")
+    assert run("-p", lines, "-e").stdout == f"{ANSWER}\n"
+    n_tokens = [
+        json.loads(run("-p", r"a\nb", *option, "-n", 1, "--json").stdout)["tokens"]["prompt"]
+        for option in ([], ["--no-escape"], ["-e"])
+    ]
+    assert n_tokens[0] == n_tokens[1] > n_tokens[2]
+
+
+def test_ignore_eos_goes_on_after_the_end():
+    for option, reason in (([], "stop"), (["--ignore-eos"], "length")):
+        report = json.loads(run("-p", "hi", "-n", 30, "--json", *option).stdout)
+        assert report["finish_reason"] == reason
+    for other in (["-j", "{}"], ["--grammar", "x"], ["--grammar-file", "x"], ["-jf", "x"]):
+        done = run("-p", "hi", "--ignore-eos", *other)
+        assert done.exit_code == 2 and "--ignore-eos exclude each other" in done.stderr
+
+
+def test_grammars(tmp_path):
+    grammar = 'root ::= "yes, " [0-9]{3}'
+    (tmp_path / "g.gbnf").write_text(grammar)
+    for option in (["--grammar", grammar], ["--grammar-file", tmp_path / "g.gbnf"]):
+        assert re.fullmatch(r"yes, \d{3}\n", run("-p", "hi", *option).stdout)
+    (tmp_path / "empty").write_text("\n")
+    for option, why in (
+        (["--grammar", "root ::= ("], "the grammar is malformed"),
+        (["--grammar", " "], "--grammar is empty, expected a grammar with a rule 'root'"),
+        (["--grammar-file", tmp_path / "empty"], "is empty, expected a grammar"),
+        (["--grammar-file", tmp_path / "none"], "No such file"),
+    ):
+        done = run("-p", "hi", *option)
+        assert done.exit_code == 1 and why in done.stderr and done.stdout == ""
+    done = run("-p", "hi", "--grammar", grammar, "-j", "{}")
+    assert done.exit_code == 2 and "--grammar and --json-schema exclude each other" in done.stderr
+
+
 def test_json_has_the_numbers(text):
     done = run(DEFAULT_MODEL, "-p", QUESTION, "-f", text, "--temp", 0, "--json")
     report = json.loads(done.stdout)

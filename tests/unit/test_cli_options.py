@@ -13,6 +13,7 @@ from razor_local.cli import COMMANDS, main
 from razor_local.cli.chat import chat
 from razor_local.cli.chat_commands import SETTINGS
 from razor_local.cli.generation import ENVVARS
+from razor_local.cli.generation import _unescaped as unescaped
 from razor_local.cli.parser import Command, Group
 from razor_local.cli.run import run
 from tests.support.commands import PAGE, all_examples, commands, examples, page
@@ -66,6 +67,13 @@ def test_all_commands_match_options_by_their_whole_names():
         (["-p", ""], {"prompt": ""}),
         (["--jinja", "-v", "--mlock", "--no-mmap"], {"verbose": True, "mlock": True}),
         (["-no-cnv"], {"plain": True}),
+        (["a.gguf", "Why?"], {"words": ("Why?",), "prompt": None}),
+        (["a.gguf", "-n", "5", "is", "it", "so?"], {"words": ("is", "it", "so?"), "predict": 5}),
+        (["-e"], {"escape": True}),
+        (["--escape", "--no-escape"], {"escape": False}),
+        (["--color", "off", "-st", "--ignore-eos"], {"ignore_eos": True}),
+        (["-co"], {}),
+        (["--grammar", 'root ::= "a"'], {"grammar": 'root ::= "a"'}),
         (["--", "-m.gguf"], {"model_option": None}),
     ],
     ids=" ".join,
@@ -130,6 +138,31 @@ def test_values_that_may_be_left_out():
     assert parsed("--real-prefill", "-r", "3", command=bench)["pairs"] == 3
     assert parsed("--real-prefill", "512", command=bench)["real_prefill"] == 512
     assert parsed("--compare", "a", "-b", command=bench)["compare"][1].name == "-b"
+
+
+@pytest.mark.parametrize("text", ["What is it?", "what/is it?", "two\nlines"])
+def test_a_prompt_in_place_of_the_model(text):
+    for command in (run, chat):
+        with pytest.raises(click.UsageError, match="is not a model; pass a prompt after MODEL, or"):
+            parsed(text, command=command)
+
+
+def test_models_may_have_spaces_in_their_names(tmp_path):
+    (tmp_path / "a b").touch()
+    for path in (tmp_path / "a b", tmp_path / "no file.gguf"):
+        assert parsed(str(path))["model"] == path
+
+
+def test_escape_sequences_are_those_of_llama_cpp():
+    for text, expected in (
+        (r"a\nb\rc\td", "a\nb\rc\td"),
+        (r"\'\"\\n", "'\"\\n"),
+        (r"\x41\xe2\x82\xac", "A€"),
+        (r"\q\x4\xzz\\", "\\q\\x4\\xzz\\"),
+        ("\\", "\\"),
+        ("caf\udce9 \\xff", "caf\udce9 \udcff"),  # bytes that are not UTF-8
+    ):
+        assert unescaped(text) == expected
 
 
 # -- help --
