@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from difflib import get_close_matches
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -350,23 +351,46 @@ def _set(talk: Talk, argument: str) -> None:
     chat = talk.chat
     values: dict[str, Any] = asdict(chat.sampling) | {"predict": chat.max_tokens}
     if argument:
-        name, _, text = argument.partition(" ")
-        if name not in SETTINGS or not text.strip():
-            raise RazorError(f"expected /set, or one of {', '.join(SETTINGS)} and its value")
+        written, *rest = re.split(r"[\s=]+", argument, maxsplit=1)
+        text = "".join(rest).strip()
+        name = _spellings().get(_plain(written))
+        if name is None:
+            near = get_close_matches(_plain(written), _spellings(), n=1, cutoff=0.4)
+            hint = f"did you mean {_spellings()[near[0]]}? " if near else ""
+            raise RazorError(f"/set {written}: {hint}expected one of {', '.join(SETTINGS)}")
+        if not text:
+            raise RazorError(f"/set {written}: a value is missing, such as /set temp 0.2")
         try:
-            value = SETTINGS[name].convert(text.strip(), None, None)
+            value = SETTINGS[name].convert(text, None, None)
         except click.BadParameter as error:
-            raise RazorError(f"/set {name}: {error.message}") from None
+            raise RazorError(f"/set {written}: {error.message}") from None
         if name == "predict" and value == 0:
-            raise RazorError("/set predict: 0 is not a number of tokens, or -1")
+            raise RazorError(f"/set {written}: 0 is not a number of tokens, or -1")
         values[name] = None if value == -1 else value
         chat.max_tokens = values["predict"]
         chat.sampling = Sampling(**{key: values[key] for key in values if key != "predict"})
     say(", ".join(f"{key} {-1 if values[key] is None else values[key]}" for key in SETTINGS))
 
 
+@cache
+def _spellings() -> dict[str, str]:
+    """Return the names of the sampling options, by all spellings that the command line takes."""
+    from .chat import chat
+
+    return {
+        _plain(option): param.name
+        for param in chat.params
+        if param.name in SETTINGS
+        for option in (param.name, *param.opts)
+    }
+
+
+def _plain(option: str) -> str:
+    return option.lower().lstrip("-").replace("_", "-")
+
+
 def _settings(text: str) -> list[str]:
-    return [f"{name} " for name in SETTINGS if name.startswith(text)]
+    return [f"{name} " for name in SETTINGS if _plain(name).startswith(_plain(text))]
 
 
 def _json(talk: Talk, argument: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from razor_local import ContextFullError, RazorError, sessions
 from razor_local.chat import Chat, Sampling
 from razor_local.cli.chat import chat as chat_command
-from razor_local.cli.chat_commands import COMMANDS, Talk, complete, parse, run, unescape
+from razor_local.cli.chat_commands import COMMANDS, SETTINGS, Talk, complete, parse, run, unescape
 from razor_local.cli.run import run as run_command
 from razor_local.cli.terminal import MessageReader, is_ascii
 from tests.support.scripted_model import ScriptedModel, make, render, roles
@@ -440,15 +440,34 @@ def test_settings_are_shown_and_changed(talk, capsys):
     assert talk.chat.sampling.seed is None and talk.chat.max_tokens is None
 
 
+def test_settings_have_all_spellings_of_the_command_line(talk, capsys):
+    spellings = {
+        (option, param.name)
+        for command in (chat_command, run_command)
+        for param in command.params
+        for option in param.opts
+        if param.name in SETTINGS
+    }
+    assert {("--temperature", "temp"), ("-n", "predict"), ("--top-k", "top_k")} < spellings
+    for option, name in spellings:
+        plain = option.lstrip("-")
+        for written in (option, plain, plain.replace("-", "_"), plain.upper()):
+            for between in (" ", "=", "  "):
+                assert f"{name} 1" in told(talk, f"/set {written}{between}1", capsys)
+        told(talk, f"/set {name} 0.5" if name.endswith("_p") else f"/set {name} 2", capsys)
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
+        ("temp", "/set temp: a value is missing, such as /set temp 0.2"),
         (
-            "temp",
-            "expected /set, or one of temp, top_k, top_p, min_p, repeat_penalty, seed, predict and"
-            " its value",
+            "xyzzy 3",
+            "/set xyzzy: expected one of temp, top_k, top_p, min_p, repeat_penalty, seed, predict",
         ),
-        ("heat 3", "expected /set, or one of temp"),
+        ("temprature 3", "/set temprature: did you mean temp? expected one of temp, top_k"),
+        ("topk 3", "/set topk: did you mean top_k? expected one of temp"),
+        ("repetition_penalty 1", "/set repetition_penalty: did you mean repeat_penalty? expected"),
         ("temp hot", "/set temp: hot is not a number"),
         ("temp nan", "/set temp: nan is not a number"),
         ("temp -1", "/set temp: -1.0 is not in the range x>=0"),
