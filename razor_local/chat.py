@@ -8,6 +8,7 @@ fit is refused.
 from __future__ import annotations
 
 import codecs
+import math
 import secrets
 import time
 from bisect import bisect_left
@@ -17,14 +18,14 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from .common.progress import Progress, Stop
 from .errors import ContextFullError, RazorError, options
 from .prompt.reasoning import Reasoning
 from .prompt.templates import Template
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .llama import Llama, Prefill
 
 # {"role": "system" | "user" | "assistant", "content": text}. An answer also has its "tokens"
@@ -533,7 +534,7 @@ class Chat:
 
 def _without(tokens: list[int], input_ids: Any, logits: np.ndarray) -> np.ndarray:
     """Return logits with which tokens are never drawn."""
-    logits[tokens] = -np.inf
+    logits[tokens] = -math.inf
     return logits
 
 

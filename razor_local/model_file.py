@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from . import known_profiles, profile_cache
-from .errors import ProfileError
+from .errors import ProfileError, option
 from .gguf.header import Header, read_header
 from .gguf.split import read_parts
 from .model_shape import ModelShape, shape_from_parts, why_not_converted
@@ -40,6 +41,15 @@ class FoundProfile:
             "list": f"the list that razor-local ships for {self.where}",
             "measured": "measured now",
         }[self.source]
+
+    def check_budget(self, model: str | os.PathLike[str]) -> None:
+        """Raise ProfileError for a list of heads without scores, by which no budget can choose."""
+        if self.source == "list" and self.profile.echo_score is None:
+            raise ProfileError(
+                f"{self.origin} has no head scores by which {option('budget')} could choose;"
+                f" measure them once with 'razor-local convert {shlex.quote(os.fspath(model))}',"
+                f" or leave out {option('budget')}"
+            )
 
     def __str__(self) -> str:
         """The source in a few words, such as "a sidecar (m.razor.gguf)"."""
@@ -98,6 +108,8 @@ class ModelFile(os.PathLike[str]):
         found = self._find_profile(sidecar)
         if found is None:
             return None
+        if budget is not None:
+            found.check_budget(self)
         profile = self.choose_profile(found.profile, budget)
         return None if profile is None else replace(found, profile=profile)
 

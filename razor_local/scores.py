@@ -363,7 +363,7 @@ def profile_scores(profile: Profile, shape: ModelShape) -> Scores:
     if profile.echo_score is None or profile.induction_score is None:
         raise ProfileError(
             "the razor profile has no head scores, so the budget cannot be changed; measure them"
-            " with 'razor-local convert'"
+            " with 'razor-local convert MODEL -o OUT.gguf'"
         )
     record = {"model_fingerprint": shape.fingerprint} | profile.calibration
     return Scores(

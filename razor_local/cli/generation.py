@@ -446,6 +446,8 @@ def _find_profile(
     note_damaged_profile(model, found)
     when = options["calibrate"]
     if found is not None and not (found.source == "list" and when == "now"):
+        if options["budget"] is not None:
+            found.check_budget(model)
         if found.source != "file":
             say(f"profile: {found}")
         return found.profile

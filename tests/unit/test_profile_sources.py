@@ -57,6 +57,16 @@ def source(model: Path) -> str:
     return "" if found is None else found.source
 
 
+@pytest.mark.usefixtures("built_library")
+@pytest.mark.parametrize("args", [["inspect"], ["fit"], ["bench"], ["run", "-p", "hi"]])
+def test_a_budget_for_a_list_without_scores(model, known, args):
+    code, _, stderr = run(*args, "--budget", "0.2", "-m", model)
+    assert code == 1 and stderr.splitlines()[-1] == (
+        "Error: the list that razor-local ships for Tiny has no head scores by which --budget could"
+        f" choose; measure them once with 'razor-local convert {model}', or leave out --budget"
+    )
+
+
 def test_the_order_of_sources(model, known, tmp_path, monkeypatch):
     copy = write_copy(model, tmp_path / "copy.gguf", ONE)
     assert source(model) == "list"
