@@ -17,6 +17,13 @@ from .errors import ContextFullError, RazorError, StateError, option
 from .json_schema import read_schema, refuse
 
 _ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
+# chat handlers in which the model can choose a tool, and the tool_choice that means "auto" to them
+_CALLING = {
+    "chatml-function-calling": "auto",
+    "functionary": None,
+    "functionary-v1": None,
+    "functionary-v2": None,
+}
 _SAMPLING = (  # arguments that create_completion() and generate() have in common
     "top_k", "top_p", "min_p", "typical_p", "tfs_z", "mirostat_mode", "mirostat_tau",
     "mirostat_eta", "frequency_penalty", "presence_penalty", "repeat_penalty",
@@ -43,12 +50,15 @@ def read_stops(stop: str | Iterable[str] | None) -> list[bytes]:
     return [one.encode("utf-8", "surrogatepass") for one in stops]
 
 
-def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, Any]:
+def read_chat_request(
+    request: dict[str, Any], reads_parts: bool, chat_format: str = ""
+) -> dict[str, Any]:
     """Return the arguments of create_chat_completion() in the forms that llama_cpp understands.
 
     Args:
         request: all arguments by name.
         reads_parts: True if messages may contain parts other than text, such as images.
+        chat_format: the name of the chat handler.
 
     Raises:
         RazorError: an argument is not understood, or contradicts another one.
@@ -64,17 +74,7 @@ def read_chat_request(request: dict[str, Any], reads_parts: bool) -> dict[str, A
     if grammar is not None and request.get("grammar") is not None:
         raise RazorError("grammar and response_format both constrain the answer; pass one of them")
     request["grammar"] = grammar or request.get("grammar")
-    choice = request.get("tool_choice")
-    chosen = (
-        choice["function"]["name"] if isinstance(choice, dict) and "function" in choice else None
-    )
-    tools = [tool for tool in request.get("tools") or () if isinstance(tool, dict)]
-    names = [tool.get("function", {}).get("name") for tool in tools]
-    if chosen is not None and tools and chosen not in names:
-        raise RazorError(f"tool_choice names {chosen!r}, expected one of the tools {names}")
-    for tool in tools:
-        if tool.get("function", {}).get("name") == chosen is not None:
-            _check_tool(f"parameters of {chosen!r}", tool["function"].get("parameters"))
+    _check_tools(request, chat_format)
     return request
 
 
@@ -127,15 +127,50 @@ def _read_response_format(response_format: Any) -> Any:
     return grammar_of("response_format", schema)
 
 
-def _check_tool(what: str, schema: Any) -> None:
-    """Raise RazorError if llama_cpp cannot convert a tool's schema: it would allow any JSON."""
-    from llama_cpp import LlamaGrammar
+def _check_tools(request: dict[str, Any], chat_format: str) -> None:
+    """Raise RazorError if a tool call that the request forces cannot follow its schema.
 
-    grammar_of(what, schema)
-    try:
-        LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)
-    except Exception as error:  # the converter asserts, or fails at what it does not expect
-        refuse(what, f"llama_cpp does not support it in tools ({type(error).__name__}: {error})")
+    llama_cpp would allow any JSON instead. functions and function_call are the older names of tools
+    and tool_choice, which they replace.
+    """
+    choice = request.get("function_call") or request.get("tool_choice")
+    functions = request.get("functions")
+    if functions is None:
+        tools = [tool for tool in request.get("tools") or () if isinstance(tool, dict)]
+        functions = [tool.get("function") for tool in tools]
+    functions = [function for function in functions if isinstance(function, dict)]
+    names = [function.get("name") for function in functions]
+    if isinstance(choice, dict):
+        chosen = [choice.get("function", choice).get("name")]
+        if names and chosen[0] not in names:
+            name = "function_call" if request.get("function_call") else "tool_choice"
+            raise RazorError(f"{name} names {chosen[0]!r}, expected one of the tools {names}")
+    elif chat_format in _CALLING and choice in ("auto", _CALLING[chat_format]):
+        chosen = names  # the model chooses, and its choice is then forced
+    else:
+        return
+    for function in functions:
+        if function.get("name") in chosen:
+            gbnf_of(f"parameters of {function.get('name')!r}", function.get("parameters"))
+
+
+def replace_gbnf() -> None:
+    """Make chat handlers of llama_cpp convert the schemas of tools as grammar_of() does.
+
+    What grammar_of() refuses is converted as before: requests that force such a tool are refused
+    earlier.
+    """
+    from llama_cpp import llama_grammar
+
+    original = llama_grammar.json_schema_to_gbnf
+
+    def json_schema_to_gbnf(schema: str, prop_order: list[str] | None = None) -> str:
+        try:
+            return gbnf_of("a tool", json.loads(schema))
+        except RazorError:
+            return original(schema, prop_order)
+
+    llama_grammar.json_schema_to_gbnf = json_schema_to_gbnf
 
 
 def grammar_of(what: str, schema: Any) -> Any:
@@ -145,6 +180,12 @@ def grammar_of(what: str, schema: Any) -> Any:
         what: where the schema comes from, for errors
     """
     from llama_cpp import LlamaGrammar
+
+    return LlamaGrammar.from_string(gbnf_of(what, schema), verbose=False)
+
+
+def gbnf_of(what: str, schema: Any) -> str:
+    """Return the text of the grammar of grammar_of(), and raise what that raises."""
     from llama_cpp.llama_grammar import PRIMITIVE_RULES, STRING_FORMAT_RULES, SchemaConverter
 
     class Converter(SchemaConverter):  # type: ignore[misc]
@@ -173,7 +214,7 @@ def grammar_of(what: str, schema: Any) -> Any:
         bare = _QUOTED.sub(" ", rule)
         if len(_GROUPS.findall(bare)) + len(set(_NAMES.findall(bare))) > _MAX_RULE:
             refuse(what, "it has too many optional properties or repetitions in one place")
-    return LlamaGrammar.from_string(converter.format_grammar(), verbose=False)
+    return converter.format_grammar()
 
 
 def _with_logit_bias(llama: Any, request: dict[str, Any]) -> list[Any]:

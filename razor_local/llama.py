@@ -16,7 +16,7 @@ from . import evaluation, native, sampling
 from .common.machine import n_cores
 from .common.progress import Progress, Stop
 from .completion import complete
-from .completion_request import read_chat_request
+from .completion_request import read_chat_request, replace_gbnf
 from .errors import GGUFError, LibraryError, MemoryFullError, RazorError, UnsupportedError
 from .evaluation import Prefill
 from .llama_options import choose_cache, out_of_memory, refuse_arguments, type_name
@@ -59,6 +59,7 @@ llama_cpp.llama.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assign
 llama_cpp._internals.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
 
 isolate_formatters()
+replace_gbnf()
 
 _CHAT = inspect.signature(llama_cpp.Llama.create_chat_completion)
 
@@ -318,7 +319,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self, *args: Any, **kwargs: Any
     ) -> Any:
         request = _CHAT.bind(self, *args, **kwargs).arguments
-        request = read_chat_request(request, self.chat_handler is not None)
+        request = read_chat_request(request, self.chat_handler is not None, self.chat_format or "")
         for name in ("messages", "functions", "tools"):
             request[name] = self.mark_plain(request.get(name))
         return llama_cpp.Llama.create_chat_completion(**request)

@@ -576,14 +576,60 @@ def test_the_largest_grammars_are_understood(llama, schema):
     )
 
 
-def test_a_tool_whose_schema_cannot_be_converted_is_refused(llama):
-    tool = {"name": "f", "parameters": {"$ref": "#/nowhere"}}
-    with pytest.raises(RazorError, match="parameters of 'f' cannot be converted to a grammar"):
-        llama.create_chat_completion(
-            MESSAGES,
-            tools=[{"type": "function", "function": tool}],
-            tool_choice={"type": "function", "function": {"name": "f"}},
-        )
+def calling(llama, parameters: dict, how: str, name: str = "f") -> dict:
+    """Return the arguments of a tool call that is forced, in the new or the old form."""
+    function = {"name": "f", "parameters": parameters}
+    forced = {
+        "tools": {
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": {"type": "function", "function": {"name": name}},
+        },
+        "functions": {"functions": [function], "function_call": {"name": name}},
+    }[how]
+    answer = llama.create_chat_completion(MESSAGES, max_tokens=40, temperature=0, **forced)
+    return answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"]
+
+
+@pytest.mark.parametrize("how", ["tools", "functions"])
+def test_a_tool_whose_schema_cannot_be_enforced_is_refused(llama, how):
+    for schema, why in (
+        ({"$ref": "#/nowhere"}, "nowhere"),
+        ({"type": "object", "properties": {"n": {"type": "integer", "minimum": 3}}}, '"minimum"'),
+        ({"type": "array", "uniqueItems": True}, '"uniqueItems" is not supported'),
+        (None, "it is null"),
+    ):
+        with pytest.raises(RazorError, match="parameters of 'f' cannot be converted to") as error:
+            calling(llama, schema, how)
+        assert why in str(error.value)
+    with pytest.raises(RazorError, match="names 'g', expected one of the tools"):
+        calling(llama, {"type": "object"}, how, name="g")
+
+
+@pytest.mark.parametrize("how", ["tools", "functions"])
+def test_a_tool_call_follows_what_llama_cpp_converts_wrongly(llama, how):
+    """llama_cpp's converter does not escape backslashes."""
+    values = ["a\\nb", 'c"d', "e\\\\"]
+    schema = {
+        "type": "object",
+        "properties": {"v": {"enum": values}},
+        "required": ["v"],
+    }
+    assert json.loads(calling(llama, schema, how))["v"] in values
+
+
+def test_tools_that_the_model_may_choose_are_checked(llama, monkeypatch):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"minimum": 1}}}]
+    message = "parameters of 'f' cannot be converted to a grammar"
+    for chat_format, choice in (
+        ("chatml-function-calling", "auto"),
+        ("functionary-v2", "auto"),
+        ("functionary-v2", None),
+    ):
+        monkeypatch.setattr(llama, "chat_format", chat_format)
+        with pytest.raises(RazorError, match=message):
+            llama.create_chat_completion(MESSAGES, tools=tools, tool_choice=choice)
+    monkeypatch.undo()
+    llama.create_chat_completion(MESSAGES, tools=tools, tool_choice="auto", max_tokens=1)
 
 
 @pytest.mark.parametrize(
