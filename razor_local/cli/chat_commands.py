@@ -119,8 +119,11 @@ def run(talk: Talk, line: str) -> bool:
         return False
     name, argument = command
     if name not in COMMANDS:
+        near = get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
+        hint = f"did you mean /{near[0]}? " if near else ""
         raise RazorError(
-            f"there is no /{name}; /help shows the commands, and //{name} sends it as a message"
+            f"there is no /{name}; {hint}/help shows the commands, and //{name} sends it as a"
+            " message"
         )
     talk.line = markers
     try:
@@ -351,6 +354,7 @@ def _set(talk: Talk, argument: str) -> None:
     chat = talk.chat
     values: dict[str, Any] = asdict(chat.sampling) | {"predict": chat.max_tokens}
     if argument:
+        argument = re.sub(r"^parameter\s+", "", argument)  # as ollama has it
         written, *rest = re.split(r"[\s=]+", argument, maxsplit=1)
         text = "".join(rest).strip()
         name = _spellings().get(_plain(written))

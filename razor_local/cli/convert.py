@@ -18,6 +18,7 @@ from .params import (
     GpuLayers,
     Number,
     Size,
+    Tokens,
     cache_text,
     command_word,
     duration_text,
@@ -156,7 +157,7 @@ NOT_FOR_ALIBI = (
 @click.option(
     "-c",
     "--ctx-size",
-    type=click.IntRange(1),
+    type=Tokens(),
     metavar="N",
     help="Context size for which --scope-by chooses the windows.  [default: the trained length]",
 )

@@ -16,6 +16,7 @@ from .params import (
     DEFAULT_MODEL,
     FLASH_ATTN,
     Number,
+    Tokens,
     flash_attention,
     model_argument,
     note_damaged_profile,
@@ -50,9 +51,10 @@ Examples:
 @click.option(
     "-c",
     "--ctx-size",
-    type=int,
+    type=Tokens(),
     default=0,
-    help="Context size in tokens.  [default: trained length]",
+    metavar="N",
+    help="Context size in tokens, such as 8192 or 32k.  [default: trained length]",
 )
 @CACHE_TYPE_K
 @CACHE_TYPE_V

@@ -8,6 +8,15 @@ from typing import Any
 
 import click
 
+# commands of ollama
+OTHER_NAMES = {
+    "list": "models",
+    "ls": "models",
+    "show": "inspect",
+    "remove": "rm",
+    "download": "pull",
+}
+
 
 class _ExactOptions(click.Command):
     """A command that matches options by their whole names.
@@ -74,6 +83,25 @@ class Command(_ExactOptions):
 
 
 class Group(_ExactOptions, click.Group):
-    """A command with subcommands."""
+    """A command with subcommands. An unknown one suggests the nearest, also one level below."""
 
     command_class = Command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None:
+            ctx.fail(f"No such command '{name}'. {self._instead(ctx, name)}")
+        return super().resolve_command(ctx, args)
+
+    def _instead(self, ctx: click.Context, name: str) -> str:
+        names = {sub: sub for sub in self.list_commands(ctx)}
+        for sub in tuple(names):
+            command = self.get_command(ctx, sub)
+            if isinstance(command, click.Group):
+                names |= {below: f"{sub} {below}" for below in command.list_commands(ctx)} | names
+        near = get_close_matches(OTHER_NAMES.get(name, name), names, n=1)
+        if near:
+            return f"Did you mean '{ctx.command_path} {names[near[0]]}'?"
+        return f"'{ctx.command_path} --help' shows the commands."

@@ -18,6 +18,7 @@ from .params import (
     THREADS,
     UBATCH_SIZE,
     GpuLayers,
+    Tokens,
     flash_attention,
     model_argument,
 )
@@ -47,7 +48,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 @click.option(
     "-c",
     "--ctx-size",
-    type=click.IntRange(min=0),
+    type=Tokens(),
     default=0,
     metavar="N",
     help="Context size in tokens.  [default: 8192, or the trained length if that is less]",

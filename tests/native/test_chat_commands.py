@@ -221,6 +221,8 @@ def test_what_is_no_text_file_that_fits_is_refused(talk, tmp_path, monkeypatch, 
 
 
 def test_unknown_commands_are_named(talk):
+    with pytest.raises(RazorError, match=r"there is no /regenrate; did you mean /regen\? /help"):
+        run(talk, "/regenrate")
     with pytest.raises(RazorError, match="there is no /nonsense; /help shows the commands"):
         run(talk, "/nonsense")
 
@@ -454,6 +456,7 @@ def test_settings_have_all_spellings_of_the_command_line(talk, capsys):
         for written in (option, plain, plain.replace("-", "_"), plain.upper()):
             for between in (" ", "=", "  "):
                 assert f"{name} 1" in told(talk, f"/set {written}{between}1", capsys)
+        assert f"{name} 1" in told(talk, f"/set parameter {name} 1", capsys)
         told(talk, f"/set {name} 0.5" if name.endswith("_p") else f"/set {name} 2", capsys)
 
 

@@ -16,6 +16,7 @@ from razor_local.cli.generation import ENVVARS
 from razor_local.cli.generation import _unescaped as unescaped
 from razor_local.cli.parser import Command, Group
 from razor_local.cli.run import run
+from tests.support.cli import run as razor_local
 from tests.support.commands import PAGE, all_examples, commands, examples, page
 
 
@@ -138,6 +139,32 @@ def test_values_that_may_be_left_out():
     assert parsed("--real-prefill", "-r", "3", command=bench)["pairs"] == 3
     assert parsed("--real-prefill", "512", command=bench)["real_prefill"] == 512
     assert parsed("--compare", "a", "-b", command=bench)["compare"][1].name == "-b"
+
+
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        ("chta", "Did you mean 'razor-local chat'?"),
+        ("pull llama3.2:1b", "Did you mean 'razor-local models pull'?"),
+        ("list", "Did you mean 'razor-local models'?"),
+        ("perplexity", "Did you mean 'razor-local eval perplexity'?"),
+        ("models serch", "Did you mean 'razor-local models search'?"),
+        ("xyzzy", "'razor-local --help' shows the commands."),
+    ],
+)
+def test_unknown_commands_suggest_the_nearest(words, suggestion):
+    code, stdout, stderr = razor_local(*words.split())
+    name = words.split()[words.startswith("models")]
+    assert (code, stdout) == (2, "")
+    assert stderr.endswith(f"\n\nError: No such command '{name}'. {suggestion}\n")
+
+
+def test_context_sizes_have_one_form():
+    for name, command in commands().items():
+        for param in command.params:
+            if "--ctx-size" in param.opts:
+                value = param.type_cast_value(None, ["32k"] if param.multiple else "32k")
+                assert value == (((32768,),) if param.multiple else 32768), name
 
 
 @pytest.mark.parametrize("text", ["What is it?", "what/is it?", "two\nlines"])
