@@ -391,8 +391,6 @@ def grammar(options: dict[str, Any]) -> Any:
 
     Raises RazorError for an empty or malformed one.
     """
-    from llama_cpp import LlamaGrammar
-
     for name in ("json_schema", "json_schema_file"):
         if options.get(name) is not None:
             return schema_grammar(options[name], "--json-schema")
@@ -403,6 +401,8 @@ def grammar(options: dict[str, Any]) -> Any:
         return None
     if not text.strip():
         raise RazorError(f"{file or '--grammar'} is empty, expected a grammar with a rule 'root'")
+    from llama_cpp import LlamaGrammar
+
     return LlamaGrammar.from_string(text, verbose=False)
 
 

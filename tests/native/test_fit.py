@@ -674,7 +674,7 @@ def test_bad_input_is_one_sentence(files, tmp_path):
             2,
             "is not a context size, expected a number such as 8192 or 32k, or auto",
         ),
-        ([files["llama"], "-c", 9**9], 1, "tokens cannot be planned, expected 1 to 4,194,304"),
+        ([files["llama"], "-c", 2**30], 1, "tokens cannot be planned, expected 1 to 4,194,304"),
         ([files["llama"], "-ctk", "q8_0", "-fa", "off"], 1, "requires flash_attn"),
         ([files["llama"], "--retrieval", 0.5], 1, "has no razor profile; make one with"),
         ([files["llama"], "--sidecar", files["gpt2"]], 1, "is not a sidecar"),
