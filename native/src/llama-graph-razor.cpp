@@ -30,12 +30,16 @@ llm_graph_input_razor::llm_graph_input_razor(
     // 1. find the orders of the heads and their offsets in the inputs
     init_orders();
 
-    size_t n_rows  = 0;
-    size_t n_heads = 0;
+    size_t n_rows   = 0;
+    size_t n_heads  = 0;
+    size_t n_slopes = 0;
 
     for (auto & order : orders) {
         order.offs_rows = n_rows;
         n_rows += order.n_head_kv;
+
+        order.offs_slopes = n_slopes;
+        n_slopes += order.n_head;
 
         if (!order.identity) {
             order.offs_q   = n_heads;
@@ -56,6 +60,10 @@ llm_graph_input_razor::llm_graph_input_razor(
 
     if (n_heads > 0) {
         heads = input(GGML_TYPE_I32, n_heads*n_tokens, 1, "razor_inp_heads");
+    }
+
+    if (hparams.use_alibi) {
+        slopes = input(GGML_TYPE_F32, n_slopes, 1, "razor_inp_slopes");
     }
 
     // 3. elements of transposed V caches
@@ -247,6 +255,34 @@ static void set_input_mask(
     }
 }
 
+// with ALiBi, the mask holds distances
+template<typename T>
+static void set_input_distances(
+        T * data,
+        const llama_razor_group & group,
+        const llama_kv_cache_razor::group_step & step,
+        uint32_t pos0,
+        uint32_t n_kv,
+        uint32_t n_tokens) {
+    GGML_ASSERT(group.n_comp == 0 && "refused when the context is created");
+
+    std::fill(data, data + (size_t) n_tokens*n_kv, llama_cast<T>(-INFINITY));
+
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        T * row = data + (size_t) i*n_kv;
+
+        const uint32_t pos = pos0 + i;
+
+        for (uint32_t p = 0; p < std::min(group.sink_tokens, pos + 1); ++p) {
+            row[group.cell(p)] = llama_cast<T>(-(float) (pos - p));
+        }
+
+        for (uint32_t p = step.frontier; p <= pos; ++p) {
+            row[group.cell(p)] = llama_cast<T>(-(float) (pos - p));
+        }
+    }
+}
+
 // smallest and largest `since` of each tile, as in ggml-razor.h
 // return the position after the last tile
 static int32_t * set_input_tiles(int32_t * data, const int32_t * since, const float * bias, uint32_t n_kv) {
@@ -282,10 +318,18 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
         if (ggml_tensor * mask = group.mask; mask->buffer) {
             GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
 
+            auto set_mask = [&](auto * data) {
+                if (hparams.use_alibi) {
+                    set_input_distances(data, plan.groups[g], step.groups[g], step.pos0, group.n_kv, n_tokens);
+                } else {
+                    set_input_mask(data, plan.groups[g], step.groups[g], step.pos0, group.n_kv, n_tokens);
+                }
+            };
+
             if (mask->type == GGML_TYPE_F16) {
-                set_input_mask((ggml_fp16_t *) mask->data, plan.groups[g], step.groups[g], step.pos0, group.n_kv, n_tokens);
+                set_mask((ggml_fp16_t *) mask->data);
             } else {
-                set_input_mask((float *) mask->data, plan.groups[g], step.groups[g], step.pos0, group.n_kv, n_tokens);
+                set_mask((float *) mask->data);
             }
         }
 
@@ -302,6 +346,10 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
 
     if (heads && heads->buffer) {
         set_input_heads();
+    }
+
+    if (slopes && slopes->buffer) {
+        set_input_slopes();
     }
 }
 
@@ -477,6 +525,24 @@ void llm_graph_input_razor::set_input_heads() const {
             std::copy(data_out, data_out + n_head, data_out + i*n_head);
             if (data_v) {
                 std::copy(data_v, data_v + n_head_kv, data_v + i*n_head_kv);
+            }
+        }
+    }
+}
+
+void llm_graph_input_razor::set_input_slopes() const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(slopes->buffer));
+
+    for (const auto & order : orders) {
+        const auto values = razor_attn_slopes(order.n_head, hparams.f_max_alibi_bias);
+
+        float * data = (float *) slopes->data + order.offs_slopes;
+
+        for (const size_t k : order.sequence) {
+            const uint32_t n_gqa = order.n_head/order.n_head_kv;
+
+            for (const uint32_t h : order.groups[k]) {
+                data = std::copy_n(values.begin() + h*n_gqa, n_gqa, data);
             }
         }
     }
@@ -738,6 +804,10 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     }
 
     // 4. else attention of each group with upstream's operations
+    // where all heads of an ALiBi model are in one group, each has its place in the model, from which ggml derives its slope
+    const bool alibi = hparams.use_alibi && order.sequence.size() > 1;
+    const bool flash = g.cparams.flash_attn && !alibi;
+
     if (!order.identity) {
         q_cur = build_gather(g, layer, q_cur, order.offs_q);
 
@@ -763,21 +833,28 @@ ggml_tensor * llm_graph_input_razor::build_attn(
         ggml_tensor * q = ggml_view_3d(ctx0, q_cur, q_cur->ne[0], n*n_gqa, n_tokens, q_cur->nb[1], q_cur->nb[2], first*n_gqa*q_cur->nb[1]);
 
         // if q is not contiguous, ggml-vulkan assumes that a quantized k is, but there are gaps between its heads
-        if (!g.cparams.flash_attn && ggml_is_quantized(k->type)) {
+        if (!flash && ggml_is_quantized(k->type)) {
             q = ggml_permute(ctx0, ggml_cont(ctx0, ggml_permute(ctx0, q, 0, 2, 1, 3)), 0, 2, 1, 3);
         }
 
         // the scheduler may move matrix products of host layers to a device, where ggml-cuda does not support a quantized k with gaps
-        if (!g.cparams.flash_attn && ggml_is_quantized(k->type) && n_tokens > 1 && kv.has_devices() && ggml_backend_buffer_is_host(layer.k->buffer)) {
+        if (!flash && ggml_is_quantized(k->type) && n_tokens > 1 && kv.has_devices() && ggml_backend_buffer_is_host(layer.k->buffer)) {
             k = ggml_cast(ctx0, k, GGML_TYPE_F32);
         }
 
         // build_attn_mha() assumes that v is transposed if the stride of its heads is larger than that of its rows
         if (!v_trans) {
+            if (!flash && ggml_is_quantized(v->type)) {
+                v = ggml_cast(ctx0, v, GGML_TYPE_F32); // quantized rows cannot be transposed
+            }
             v = ggml_transpose(ctx0, v);
-            if (!g.cparams.flash_attn) {
+            if (!flash) {
                 v = ggml_cont(ctx0, v);
             }
+        }
+
+        if (alibi) {
+            return build_attn_alibi(g, layer, order, q, k, v, mask, first*n_gqa, kq_scale, il);
         }
 
         return g.build_attn_mha(q, ggml_permute(ctx0, k, 0, 2, 1, 3), ggml_permute(ctx0, v, 0, 2, 1, 3),
@@ -837,6 +914,53 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     return cur;
 }
 
+ggml_tensor * llm_graph_input_razor::build_attn_alibi(
+        const llm_graph_context & g,
+        const razor_layer & layer,
+        const head_order & order,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * mask,
+            int64_t   first,
+              float   kq_scale,
+                int   il) const {
+    ggml_context * ctx0 = g.ctx0;
+
+    const int64_t n = q->ne[1];
+
+    // 1. the mask of each head
+    ggml_tensor * slope = get_on_device(g, layer, slopes);
+
+    slope = ggml_view_3d(ctx0, slope, 1, 1, n, slope->nb[0], slope->nb[0], (order.offs_slopes + first)*slope->nb[0]);
+
+    if (mask->type != GGML_TYPE_F32) {
+        mask = ggml_cast(ctx0, mask, GGML_TYPE_F32);
+    }
+    mask = ggml_mul(ctx0, ggml_repeat_4d(ctx0, mask, mask->ne[0], mask->ne[1], n, 1), slope);
+
+    // 2. same as build_attn_mha() without flash attention
+    ggml_tensor * kq = ggml_mul_mat(ctx0, k, ggml_permute(ctx0, q, 0, 2, 1, 3));
+    g.cb(kq, "kq", il);
+
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+
+    kq = ggml_soft_max_ext(ctx0, kq, mask, kq_scale, 0.0f);
+    g.cb(kq, "kq_soft_max", il);
+
+    ggml_tensor * cur = ggml_mul_mat(ctx0, v, kq);
+    g.cb(cur, "kqv", il);
+
+    cur = ggml_permute(ctx0, cur, 0, 2, 1, 3);
+    cur = ggml_cont_2d(ctx0, cur, cur->ne[0]*n, n_tokens);
+
+    if (!g.cparams.offload_kqv) {
+        ggml_backend_sched_set_tensor_backend(g.sched, cur, g.backend_cpu);
+    }
+
+    return cur;
+}
+
 ggml_tensor * llm_graph_input_razor::build_attn_own(
         const llm_graph_context & g,
         ggml_tensor * kq_mask,
@@ -856,6 +980,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     attn.scale  = kq_scale;
     attn.cap    = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
     attn.sinks  = sinks;
+    attn.slopes = razor_attn_slopes(order.n_head, hparams.f_max_alibi_bias);
     attn.kernel = layer.attn;
     attn.n_gqa  = order.n_head/order.n_head_kv;
 
@@ -887,7 +1012,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     const auto * kv = llama_razor_get_cache(memory);
 
-    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: a store, an attention (about 16 nodes without flash attention) and
+    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: a store, an attention (up to 22 nodes without flash attention) and
     // 2 folds of 15 nodes
     return kv ? (20 + 60*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;
 }

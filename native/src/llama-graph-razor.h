@@ -77,6 +77,8 @@ private:
         size_t offs_q    = 0; // only if not identity, like the next two
         size_t offs_out  = 0;
         size_t offs_v    = 0; // only for a transposed V cache
+
+        size_t offs_slopes = 0; // only with ALiBi
     };
 
     // inputs of a group of local heads
@@ -107,6 +109,7 @@ private:
 
     void set_input_rows() const;
     void set_input_heads() const;
+    void set_input_slopes() const;
     void set_input_fold(size_t i_group) const;
 
     // return the indices at which the layer's rows are stored
@@ -133,6 +136,26 @@ private:
     // return the rows of each token in another order, which starts at offs in heads
     ggml_tensor * build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const;
 
+    // attention of a group with upstream's operations, for ALiBi models
+    // each head has a mask of its own: ggml derives the slope from the place of a head in the operation, where the heads of a group
+    // have other places than in the model. Flash attention of most backends takes one mask for all heads, so it is not used
+    //   q    [n_embd_head_k, n_head, n_tokens]
+    //   k    [n_embd_head_k, n_kv, n_head_kv]
+    //   v    [n_kv, n_embd_head_v, n_head_kv]
+    //   mask [n_kv, n_tokens]
+    // first is the first query head in the order of the graph
+    ggml_tensor * build_attn_alibi(
+            const llm_graph_context & g,
+            const razor_layer & layer,
+            const head_order & order,
+            ggml_tensor * q,
+            ggml_tensor * k,
+            ggml_tensor * v,
+            ggml_tensor * mask,
+                int64_t   first,
+                  float   kq_scale,
+                    int   il) const;
+
     // attention with razor_attn: on CPUs, or on devices for one token or if layer.device_batch
     ggml_tensor * build_attn_own(
             const llm_graph_context & g,
@@ -150,6 +173,9 @@ private:
 
     // for each order and token: the heads in the order of the graph
     ggml_tensor * heads     = nullptr; // I32 [n]
+
+    // for each order: the ALiBi slopes of the query heads, in the order of the graph
+    ggml_tensor * slopes    = nullptr; // F32 [n]
 
     // only for a transposed V cache, the key is the number of elements of a token
     std::map<uint32_t, ggml_tensor *> v_elems; // I64 [n_retrieval*n_embd_head_v*n_tokens] elements of the retrieval heads

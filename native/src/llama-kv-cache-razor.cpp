@@ -148,8 +148,8 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         const auto n_groups = std::count_if(plan.local[il].begin(), plan.local[il].end(), [](const auto & heads) { return !heads.empty(); });
 
-        layer.device_token = layer.device       && n_groups <= 1;
-        layer.device_batch = layer.device_batch && n_groups <= 1;
+        layer.device_token = layer.device       && n_groups <= 1 && !hparams_model.use_alibi;
+        layer.device_batch = layer.device_batch && n_groups <= 1 && !hparams_model.use_alibi;
 
         // each retrieval head is a layer of llama_kv_cache
         for (int64_t i = 0; i < n_retrieval; ++i) {

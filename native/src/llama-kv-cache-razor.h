@@ -89,7 +89,7 @@ public:
         razor_attn_kernel attn = nullptr; // kernel for flash attention if the cache is in host memory, else nullptr
 
         // with flash attention: the operations of ggml-razor.h that the layer can use on its device
-        // those for attention support at most one group with heads in the layer
+        // those for attention support at most one group with heads in the layer, and no ALiBi
         bool device       = false; // storing and folding
         bool device_token = false; // attention of one token
         bool device_batch = false; // attention of a batch

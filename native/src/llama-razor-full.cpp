@@ -120,6 +120,7 @@ ggml_tensor * llama_razor_full_attn(
 
     attn.scale    = kq_scale;
     attn.kernel   = mctx_full->kernel;
+    attn.slopes   = razor_attn_slopes(q->ne[1], g.hparams.f_max_alibi_bias);
     attn.n_gqa    = q->ne[1]/k->ne[1];
     attn.by_token = true;
 

@@ -43,7 +43,6 @@ static std::string razor_plan_find_unsupported(const llama_model & model, const 
     if (llm_arch_is_recurrent(model.arch))               { return "recurrent models"; }
     if (hparams.is_mla())                                { return "multi-head latent attention (MLA)"; }
     if (hparams.indexer_head_size > 0)                   { return "sparse attention with an indexer"; }
-    if (hparams.use_alibi)                               { return "ALiBi"; }
     if (!hparams.causal_attn || !cparams.causal_attn)    { return "non-causal attention (encoders)"; }
     if (hparams.dec_n_layer > 0 || hparams.n_rel_attn_bkts > 0) { return "encoder-decoder models"; }
     if (llm_arch_is_hybrid(model.arch) && hparams.swa_type != LLAMA_SWA_TYPE_NONE) { return "hybrid models with sliding windows"; }
@@ -273,8 +272,14 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
     const std::vector<uint8_t> & mask = heads->retrieval;
 
     // such a model can be loaded, but only used with razor off
-    if (heads->alibi) {
-        llama_razor_error_throw("razor.method is 'alibi', and only 'rope' can be run, switch razor off to use the full cache");
+    if (heads->alibi && !hparams.use_alibi) {
+        llama_razor_error_throw(format("razor.method is 'alibi' and %s does not use ALiBi, convert the model again or switch razor off to use the full cache",
+                    llm_arch_name(model.arch)));
+    }
+
+    // a mean of keys has no distance, so no slope can be applied to it
+    if (hparams.use_alibi && profile->compensation) {
+        llama_razor_error_throw("a compensation token is not supported with ALiBi, switch the compensation off, or razor to use the full cache");
     }
 
     const size_t n_kv_heads = llama_razor_n_kv_heads(model.arch, hparams);

@@ -234,15 +234,17 @@ std::shared_ptr<const llama_razor_profile> llama_razor_profile_load(const gguf_c
         }
     }
 
-    // 6. read the scopes, which version 1 does not use with method "rope"
+    // 6. read the scopes, which version 1 uses only with method "alibi"
+    const bool use_scope = version == RAZOR_VERSION_SCOPE || res->alibi;
+
     const std::string type_scope = format("u32[%zu]", n_kv_heads);
 
-    const int64_t id_scope = razor_meta_find(ctx, "razor.head.scope", type_scope, version == RAZOR_VERSION_SCOPE);
+    const int64_t id_scope = razor_meta_find(ctx, "razor.head.scope", type_scope, use_scope);
     if (id_scope >= 0) {
         razor_meta_check_type(ctx, id_scope, "razor.head.scope", type_scope);
     }
 
-    if (version == RAZOR_VERSION_SCOPE) {
+    if (use_scope) {
         const uint32_t * scope = (const uint32_t *) gguf_get_arr_data(ctx, id_scope);
         res->scope.assign(scope, scope + n_kv_heads);
         razor_check_scope(res->retrieval, res->scope);

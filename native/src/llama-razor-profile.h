@@ -22,7 +22,7 @@ struct llama_razor_profile {
     uint32_t window_min     = 4000;
     uint32_t window_divisor = 5;
     bool     compensation   = true;
-    bool     alibi          = false; // razor.method is "alibi", which is not implemented
+    bool     alibi          = false; // razor.method is "alibi": the scopes are those of ALiBi heads
     bool     own_attention  = true;  // use razor's attention if the context gets upstream's cache
 
     std::vector<uint8_t>  retrieval; // 0/1 per KV head, layer-major

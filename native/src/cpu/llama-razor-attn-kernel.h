@@ -309,10 +309,10 @@ inline void soft_cap_row(float * s, float cap) {
 }
 
 // softmax of a tile's scores [TC] goes on: s becomes e^(s - m)
-inline void softmax_row(float * s, const float * mask, float & m, float & l, float * o, int d_v) {
+inline void softmax_row(float * s, const float * mask, float slope, float & m, float & l, float * o, int d_v) {
     vf top = splat(m);
     for (int c = 0; c < TC; c += W) {
-        const vf x = load(s + c) + load(mask + c);
+        const vf x = load(s + c) + load(mask + c)*slope;
         store(s + c, x);
         top = max(top, x);
     }
@@ -506,7 +506,7 @@ void attention(const razor_attn_task & t, float * scratch) {
             if (t.cap != 0.0f) {
                 soft_cap_row(s + i*TC, t.cap);
             }
-            softmax_row(s + i*TC, mask + (i / n_gqa)*TC, m[i], l[i], o + i*d_v, d_v);
+            softmax_row(s + i*TC, mask + (i / n_gqa)*TC, t.slopes ? t.slopes[i % n_gqa] : 1.0f, m[i], l[i], o + i*d_v, d_v);
         }
 
         // rows that are read once or twice need not be stored as F32

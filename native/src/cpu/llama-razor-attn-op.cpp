@@ -78,6 +78,28 @@ bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64
     return d_k % 16 == 0 && d_v % 16 == 0 && razor_attn_get_rows(type_k, rows) && razor_attn_get_rows(type_v, rows);
 }
 
+// same as ggml_soft_max_ext()
+std::vector<float> razor_attn_slopes(int64_t n_head, float max_bias) {
+    if (max_bias <= 0.0f) {
+        return {};
+    }
+
+    int64_t n = 1; // largest power of two up to n_head
+    while (2*n <= n_head) {
+        n *= 2;
+    }
+
+    const float m0 = powf(2.0f, -max_bias/n);
+    const float m1 = powf(2.0f, -max_bias/2.0f/n);
+
+    std::vector<float> res(n_head);
+    for (int64_t h = 0; h < n_head; ++h) {
+        res[h] = h < n ? powf(m0, h + 1) : powf(m1, 2*(h - n) + 1);
+    }
+
+    return res;
+}
+
 // threads take tasks in turn, the last one to leave resets the counters for the next run of the graph
 int64_t razor_attn::next_task() {
     const int64_t res = next.fetch_add(1, std::memory_order_relaxed);
@@ -177,7 +199,8 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
         task.cell0 = chunk*op.chunk;
         task.cell1 = std::min(task.cell0 + op.chunk, group.n_kv);
 
-        task.sinks = sinks ? sinks + head : nullptr;
+        task.sinks  = sinks ? sinks + head : nullptr;
+        task.slopes = op.slopes.empty() ? nullptr : op.slopes.data() + head;
 
         task.out = (float *) dst->data + token*task.out_token + head*task.out_head + chunk*op.partial_size();
 
@@ -259,6 +282,8 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
     if (sinks) {
         GGML_ASSERT(sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(sinks) && ggml_nelements(sinks) == n_head);
     }
+    GGML_ASSERT(slopes.empty() || (int64_t) slopes.size() == n_head);
+
     if (sinks && n_chunks == 1) {
         src_sinks = n_args;
 

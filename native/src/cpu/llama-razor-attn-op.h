@@ -21,6 +21,9 @@ razor_attn_kernel razor_attn_choose_kernel();
 
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
 
+// return the ALiBi slope of each query head of a layer, in the model's order, empty if max_bias is 0
+std::vector<float> razor_attn_slopes(int64_t n_head, float max_bias);
+
 // parameters of the operation for one layer, must live as long as the graph
 struct razor_attn {
     // KV heads with the same number of cells
@@ -45,6 +48,8 @@ struct razor_attn {
     razor_attn_kernel kernel = nullptr;
 
     ggml_tensor * sinks = nullptr; // F32 [n_head], logits without a value
+
+    std::vector<float> slopes; // ALiBi: factors of the mask for each query head, empty: 1
 
     // the rows of a token, not of a head, are contiguous, and the only group has all heads:
     //   k [d_k, n_head_kv, cells]

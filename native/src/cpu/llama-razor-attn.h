@@ -53,6 +53,8 @@ struct razor_attn_task {
     const uint16_t * mask; // F16
     int64_t mask_token;
 
+    const float * slopes; // ALiBi: factors of the mask for each query head, nullptr: 1
+
     int64_t cell0;
     int64_t cell1;
     int64_t chunk; // cells that are summed before their sum is added to the total, so that the result does not depend on n_tokens
