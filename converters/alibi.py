@@ -23,7 +23,7 @@ from ..common.progress import Progress, silent
 from ..errors import ConvertError, GGUFError, UnsupportedError
 from ..gguf.header import F32, TENSOR_TYPES, Header, Tensor
 from ..model_file import open_model
-from ..model_shape import LAYER_NORM, RMS_NORM, ModelShape, alibi_max_bias
+from ..model_shape import LAYER_NORM, RMS_NORM, ModelShape
 from ..profile import MAX_WINDOW, Profile
 
 DEFAULT_EPSILON = 0.001
@@ -56,7 +56,7 @@ def profile_from_weights(
         raise ConvertError(f"epsilon is {epsilon:g}, expected a number between 0 and 1")
     model = open_model(model_path)
     header, shape = model.header, model.shape
-    max_bias = alibi_max_bias(header, shape)
+    max_bias = shape.max_alibi_bias
     if not max_bias:
         raise ConvertError(
             f"{header.path} ({shape.arch}) does not use ALiBi; measure its heads instead"

@@ -35,6 +35,7 @@ from .scores import profile_from_scores
 MAX_SECONDS = 120  # "auto" measures a model only if that takes less
 LOADS = 3  # how often the model is loaded: for the scores, the facts and their prompts
 NO_PROFILE = "the model has no razor profile"
+ALIBI = f"{NO_PROFILE} ('razor-local convert' computes the scopes of its ALiBi heads)"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def auto_profile(
             return AutoProfile(found, f"razor does not run models with {feature}")
         if native.is_disabled():
             return AutoProfile(found, f"{native.DISABLE_ENV} is set")
+        if shape.max_alibi_bias:  # nothing is measured
+            return AutoProfile(found, ALIBI)
         plan = make_plan(shape, paper_profile(shape), n_ctx, type_k, type_v, flash_attn)
     except RazorError as error:
         return AutoProfile(found, str(error))

@@ -49,7 +49,7 @@ class ModelSetup:
         """Return shape and profile. Raises RazorError without a profile that can change so."""
         if self.found is None:
             raise self.file.no_profile()
-        from .profile import check_parameters
+        from .profile import ONE_WINDOW, check_parameters
 
         names = ("window_min", "window_divisor", "sink_tokens")
         changes: dict[str, Any] = {
@@ -57,5 +57,5 @@ class ModelSetup:
         }
         check_parameters(**changes)
         if {"window_min", "window_divisor"} & changes.keys():
-            changes["scope"] = None  # one window for all local heads
+            changes.update(ONE_WINDOW)
         return self.file.shape, replace(self.found.profile, **changes)

@@ -97,6 +97,11 @@ class ModelShape:
         return self.parts[0].path if self.parts else None
 
     @cached_property
+    def max_alibi_bias(self) -> float:
+        """See alibi_max_bias(). 0 without a model."""
+        return alibi_max_bias(self.parts[0], self) if self.parts else 0.0
+
+    @cached_property
     def fingerprint(self) -> str:
         """See model_fingerprint(). It is computed on first use; "" without a model."""
         return model_fingerprint(self.parts) if self.parts else ""
@@ -224,19 +229,17 @@ def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
         causal = key == "attention.causal"
         if entry is not None and (entry.value == 0 if causal else entry.value != 0):
             return feature
-    if alibi_max_bias(header, shape):
-        return "ALiBi"
     return None if any(shape.n_head_kv) else "no layer with full attention"
 
 
 def why_not_converted(header: Header, shape: ModelShape) -> str | None:
     """Return why `convert` may not make a profile for this model, None if no reason is known."""
     feature = unsupported_feature(header, shape)
-    if feature != "ALiBi":
-        return f"the model has {feature}" if feature else None
-    if shape.arch in LAYER_NORM + RMS_NORM:
-        return None
-    return f"the scopes of {shape.arch} models cannot be computed"
+    if feature:
+        return f"the model has {feature}"
+    if alibi_max_bias(header, shape) and shape.arch not in LAYER_NORM + RMS_NORM:
+        return f"the scopes of {shape.arch} models cannot be computed"
+    return None
 
 
 def model_fingerprint(parts: Sequence[Header]) -> str:

@@ -246,8 +246,8 @@ def make_plan(
     profile. n_ubatch: tokens, which layers with a sliding window keep in addition to it. swa_full:
     these layers keep everything; None: llama.cpp's default for a full cache, and not with razor.
     Raises ProfileError for a profile of another shape or values out of range, and
-    UnsupportedError for combinations of types that llama.cpp refuses and for profiles of ALiBi
-    scopes.
+    UnsupportedError for combinations of types that llama.cpp refuses and for a compensation token
+    in an ALiBi model.
     """
     n_ctx = padded_n_ctx(shape, n_ctx)
     _kv_type(type_k)
@@ -283,10 +283,10 @@ def make_plan(
 
     profile = profile.with_options(window, sink_tokens, compensation)
     profile.check_shape(shape)
-    if profile.method != "rope":
+    if profile.compensation and (shape.max_alibi_bias or profile.method == "alibi"):
         raise UnsupportedError(
-            f"razor cannot run profiles of the method '{profile.method}', only of 'rope'; pass"
-            f" {options(razor=False)} to run a full cache"
+            f"razor does not support a compensation token in models with ALiBi ({shape.arch}); pass"
+            f" {options(compensation=False)}, or {options(razor=False)} to run a full cache"
         )
     windows, block = head_windows(profile, n_ctx)
     if not any(map(any, windows)):

@@ -20,7 +20,8 @@ from .model_shape import MAX_HEADS, MAX_LAYERS, ModelShape, describe_heads
 
 VERSION = 1
 VERSION_SCOPES = 2  # method "rope" with a scope for each head
-METHODS = ("rope", "alibi")  # profiles of the second can be made and looked at, not run
+METHODS = ("rope", "alibi")
+ONE_WINDOW: dict[str, Any] = {"method": "rope", "scope": None}  # fields without scopes
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW_MIN = 4000
 DEFAULT_WINDOW_DIVISOR = 5
@@ -147,14 +148,13 @@ class Profile:
     ) -> Profile:
         """Return a copy with the options that are not None.
 
-        A window applies to every context size, and replaces the scopes of all local heads.
+        A window applies to every context size, and replaces the scopes of all local heads
+        (ONE_WINDOW).
         """
         changes: dict[str, Any] = {}
         if window is not None:
             _check_range("window", window, 1, MAX_WINDOW)
-            changes.update(window_min=window, window_divisor=0)
-            if self.method == "rope":
-                changes["scope"] = None
+            changes.update(ONE_WINDOW, window_min=window, window_divisor=0)
         if sink_tokens is not None:
             check_parameters(sink_tokens=sink_tokens)
             changes["sink_tokens"] = sink_tokens

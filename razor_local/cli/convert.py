@@ -221,7 +221,7 @@ def convert(
     from ..converters.write import check_output, write_copy, write_sidecar
     from ..errors import ConvertError, NoProfileError
     from ..model_file import ModelFile
-    from ..model_shape import alibi_max_bias, unsupported_feature
+    from ..model_shape import unsupported_feature
     from ..profile import MAX_WINDOW, check_parameters, facts_line, scopes_text
     from ..scores import check_scopes_by_score, with_scopes_by_score
 
@@ -235,14 +235,14 @@ def convert(
     check_parameters(**options)
     file = ModelFile(model)
     shape = file.shape
-    alibi = alibi_max_bias(file.header, shape) > 0
+    alibi = shape.max_alibi_bias > 0
     measured = _Measured()
     _check_method(shape, alibi, epsilon)
     options["compensation"] = not no_compensation
     if scope_by is not None:
         check_scopes_by_score(shape, ctx_size or shape.n_ctx_train, **options)
     if output is None:
-        output = _cache_path(file, alibi)
+        output = _cache_path(file)
         force = True  # replace an earlier measurement
     texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
     check_outputs([output, measuring["save_scores"]], [heads, scopes, measuring["scores"], *texts])
@@ -297,16 +297,17 @@ def convert(
         else:
             with ProgressBar() as bar:
                 output = write_copy(file, output, profile, force, bar)
-    if profile.method == "alibi":
+    if alibi:
         from ..converters.head_map import scope_line
 
-        return echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
-    n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
-    echo(
-        f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
-        f" ({n_retrieval / max(n_heads, 1):.1%})"
-        + (f", the others have {scopes_text(profile)}" if profile.scope is not None else "")
-    )
+        echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
+    else:
+        n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
+        echo(
+            f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
+            f" ({n_retrieval / max(n_heads, 1):.1%})"
+            + (f", the others have {scopes_text(profile)}" if profile.scope is not None else "")
+        )
     proof = facts_line(profile)
     if proof is not None:
         echo(proof[0].upper() + proof[1:])
@@ -319,15 +320,13 @@ def convert(
         click.get_current_context().exit(1)
 
 
-def _cache_path(file: ModelFile, alibi: bool) -> Path:
+def _cache_path(file: ModelFile) -> Path:
     """Return the path in the profile cache. Raises ConvertError if it would not be used."""
     from .. import profile_cache
     from ..errors import ConvertError
 
     why = None
-    if alibi:
-        why = "razor cannot run the scopes of ALiBi models yet"
-    elif file.profile is not None:
+    if file.profile is not None:
         why = f"{file} has a profile of its own, which comes first"
     elif file.sidecar_path.is_file():
         why = f"{file.sidecar_path} comes first"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,11 +127,8 @@ def inspect(
     no_convert = why_not_converted(opened.header, shape)
     if looking and profile is not None and not as_json:
         return _print_heads(shape, found, heads, there, compare, plot)
-    run = None if profile is None or profile.method == "alibi" else profile
     use_flash_attn = flash_attention(flash_attn, model, cache_type_k, cache_type_v)
-    plan = make_plan(shape, run, ctx_size, cache_type_k, cache_type_v, use_flash_attn)
-    if run is not profile:
-        plan = replace(plan, why_inactive="ALiBi scopes cannot be run yet")
+    plan = make_plan(shape, profile, ctx_size, cache_type_k, cache_type_v, use_flash_attn)
     if as_json:
         described = describe(shape, found, plan)
         if heads and profile is not None:
@@ -145,7 +142,7 @@ def inspect(
         echo(json.dumps(described, indent=2))
     else:
         _print_profile(table_console(), shape, found, no_convert)
-        _print_plan(shape, profile, run, plan)
+        _print_plan(shape, profile, plan)
 
 
 def describe(shape: ModelShape, found: FoundProfile | None, plan: Plan) -> dict[str, Any]:
@@ -236,10 +233,8 @@ def _print_heads(
         console.print(f"\nplot     {printable(str(plot), one_line=True)}")
 
 
-def _print_plan(
-    shape: ModelShape, profile: Profile | None, run: Profile | None, plan: Plan
-) -> None:
-    """Print what the plan does and its bytes. run: the part of the profile that can be run."""
+def _print_plan(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
+    """Print what the plan does and its bytes."""
     from rich.table import Table
 
     console = table_console()
@@ -290,7 +285,7 @@ def _print_plan(
     for type_k, type_v in dict.fromkeys([(plan.type_k, plan.type_v), *((t, t) for t in COMPARED)]):
         name = type_k if type_k == type_v else f"{type_k}/{type_v}"
         name += " (this plan)" if (type_k, type_v) == (plan.type_k, plan.type_v) else ""
-        other = _with_types(shape, run, plan, type_k, type_v)
+        other = _with_types(shape, profile, plan, type_k, type_v)
         if isinstance(other, str):
             table.add_row(name, other)
         else:
@@ -317,7 +312,7 @@ def _other_parts(shape: ModelShape, plan: Plan) -> list[str]:
 
 
 def _with_types(
-    shape: ModelShape, run: Profile | None, plan: Plan, type_k: str, type_v: str
+    shape: ModelShape, profile: Profile | None, plan: Plan, type_k: str, type_v: str
 ) -> Plan | str:
     """Return the plan with other types of the KV cache, or the reason if there is none."""
     from ..errors import UnsupportedError
@@ -326,7 +321,7 @@ def _with_types(
     if (type_k, type_v) == (plan.type_k, plan.type_v):
         return plan
     try:
-        return make_plan(shape, run, plan.n_ctx, type_k, type_v, plan.flash_attn)
+        return make_plan(shape, profile, plan.n_ctx, type_k, type_v, plan.flash_attn)
     except UnsupportedError:
         return "needs flash attention" if _full_bytes(plan, type_v) else "head size does not fit"
 

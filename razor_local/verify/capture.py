@@ -277,8 +277,6 @@ class Capture:
     def _parameters(self, tensor: Tensor, cap: int | None = None) -> None:
         values = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))
         self.scale = values[0]
-        if values[1] != 0.0:
-            self._refuse("ALiBi")
         if cap is not None:
             self.cap = values[cap]
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from ..converters.alibi import alibi_slopes
 from ..plan import KV_TYPES, Plan
 from . import reference
 from .capture import Layer, rotation_sizes
@@ -80,6 +81,7 @@ def expected_output(layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndar
     windows: the window of each KV head, 0 for retrieval heads.
     """
     size_k, _ = rotation_sizes(plan)
+    max_bias = plan.shape.max_alibi_bias
     return reference.attention(
         layer.q if size_k is None else reference.rotate(layer.q, size_k),
         layer.positions,
@@ -91,6 +93,7 @@ def expected_output(layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndar
         sink_tokens=plan.sink_tokens,
         compensation=plan.compensation,
         scale=layer.scale,
+        slopes=alibi_slopes(layer.q.shape[1], max_bias) if max_bias else None,
         cap=layer.cap,
         sinks=layer.sinks,
         round_k=partial(reference.round_rows, kv_type=plan.type_k),

@@ -11,8 +11,8 @@ its KV head (query head h reads KV head h // (n_head / n_head_kv)):
                     whose weight is N_d exp(q.k^ / sqrt(d)), so + log N_d on its logit (eq. 5)
     soft cap        with a cap c, q.k becomes c tanh(q.k / c) before anything is added to it
     sink logits     gpt-oss: one more logit per query head, learned, whose value is 0
-    ALiBi head      attends to j in (p - L_h, p], L_h its scope (theorem 1), with
-                    - m_h (p - j) on the logit, m_h its slope
+    ALiBi           - m_h (p - j) on the logit, m_h the slope of the query head; there is no
+                    compensation token
 
 The fold frontier F moves in blocks of B tokens (docs/architecture.md): with a window of L tokens,
 which may differ from head to head, F = max(S, B floor(p / B) - L). round_rows() rounds rows to the
@@ -57,7 +57,6 @@ def attention(
     compensation: bool,
     scale: float | None = None,
     slopes: np.ndarray | None = None,
-    scopes: np.ndarray | None = None,
     cap: float = 0.0,
     sinks: np.ndarray | None = None,
     round_k: Rounding | None = None,
@@ -75,8 +74,6 @@ def attention(
         compensation: whether folded tokens are compensated; False drops them.
         scale: factor of q.k, by default 1 / sqrt(d_k).
         slopes: ALiBi's m_h, f32 [n_head].
-        scopes: L_h in tokens, int [n_head_kv], 0 for the whole context. If given, they replace
-            retrieval.
         cap: soft cap of the logits, 0 for none.
         sinks: f32 [n_head], a logit without a value for each query head.
         round_k, round_v: how the cache rounds the compensation token, rows f32 [..., d].
@@ -105,24 +102,19 @@ def attention(
     comp = np.full((n_kv, n_rows), -1, np.int64)
     comp_log: np.ndarray | list[float]
     comp_k, comp_v, comp_log = (np.zeros((0, n_kv, d_k)), np.zeros((0, n_kv, v.shape[2])), [])
-    if scopes is not None:
-        for head, scope in enumerate(np.asarray(scopes, np.int64)):
-            if scope > 0:
-                first[head] = np.maximum(positions - scope + 1, 0)
-    else:
-        local = np.asarray(retrieval) == 0
-        windows = np.broadcast_to(np.asarray(window, np.int64), n_kv)[local]
-        fronts = frontier(positions, sink_tokens, windows[:, None], block)  # [local heads, n_rows]
-        first[local], kept[local] = fronts, sink_tokens
-        if compensation and local.any():
-            folded = np.unique(fronts[fronts > sink_tokens])
-            comp_k, comp_v, comp_log = fold(k, v, folded, sink_tokens)
-            if round_k is not None:
-                comp_k = round_k(comp_k.astype(np.float32))
-            if round_v is not None:
-                comp_v = round_v(comp_v.astype(np.float32))
-            which = np.where(fronts > sink_tokens, np.searchsorted(folded, fronts), -1)
-            comp[local] = which
+    local = np.asarray(retrieval) == 0
+    windows = np.broadcast_to(np.asarray(window, np.int64), n_kv)[local]
+    fronts = frontier(positions, sink_tokens, windows[:, None], block)  # [local heads, n_rows]
+    first[local], kept[local] = fronts, sink_tokens
+    if compensation and local.any():
+        folded = np.unique(fronts[fronts > sink_tokens])
+        comp_k, comp_v, comp_log = fold(k, v, folded, sink_tokens)
+        if round_k is not None:
+            comp_k = round_k(comp_k.astype(np.float32))
+        if round_v is not None:
+            comp_v = round_v(comp_v.astype(np.float32))
+        which = np.where(fronts > sink_tokens, np.searchsorted(folded, fronts), -1)
+        comp[local] = which
 
     # 2. Run the kernel with the queries in order: neighbors attend to almost the same keys.
     order = np.argsort(positions, kind="stable")

@@ -33,7 +33,13 @@ def test_the_header_says_what_the_library_does(arch: str) -> None:
         return  # no plan describes its cache
     assert tuple(arch_runs.layers_of(path)) == shape.n_head_kv
     heads = np.zeros(sum(shape.n_head_kv), np.uint8)
-    profile = Profile(split_heads(heads, shape.n_head_kv), window_min=64, window_divisor=0)
+    compensation = arch_runs.compensates(path)
+    profile = Profile(
+        split_heads(heads, shape.n_head_kv),
+        window_min=64,
+        window_divisor=0,
+        compensation=compensation,
+    )
     with Model(path) as model:
         for razor in (False, True):
             for flash_attn, swa_full in ((True, False), (False, True)):
@@ -42,7 +48,8 @@ def test_the_header_says_what_the_library_does(arch: str) -> None:
                     n_ubatch=128, swa_full=swa_full,
                 )  # fmt: skip
                 params = {"type_k": "f16", "type_v": "f16", "n_ctx": 2048, "n_ubatch": 128}
-                override = Override(heads.tobytes(), window=64) if razor else OFF
+                local = Override(heads.tobytes(), window=64, compensation=compensation)
+                override = local if razor else OFF
                 with Context(
                     model, override, flash_attn=flash_attn, swa_full=swa_full, **params
                 ) as ctx:

@@ -1,12 +1,13 @@
 """Tiny models of all architectures with ALiBi, and their attention in float64 numpy.
 
-attention() is written from the models' definition and shares no code with the converter.
-adversary() finds inputs that bring a head to the edge of its bound.
+attention() and forward() are written from the models' definition and share no code with the
+converter. adversary() finds inputs that bring a head to the edge of its bound.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import dequantize, quantize
 
+from tests.support.reference import Razor, gelu_f16_table
 from tests.support.tiny_models import write_gguf
 
 U32, F32, STR = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
@@ -169,6 +171,14 @@ def queries_and_keys(
     spec: AlibiSpec, weights: dict[str, np.ndarray], il: int, residual: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute q and k of the query heads: [n_head, n, head_dim], scaled; residual: [n, n_embd]."""
+    q, k, _ = projections(spec, weights, il, residual)
+    return q, k
+
+
+def projections(
+    spec: AlibiSpec, weights: dict[str, np.ndarray], il: int, residual: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute q, k and v of the query heads: [n_head, n, head_dim], q scaled."""
     blk = f"blk.{il}.attn"
 
     def get(name: str, size: int) -> np.ndarray:
@@ -178,7 +188,7 @@ def queries_and_keys(
     x = x + get("_norm.bias", spec.n_embd)
     parts = []
     d, n_kv = spec.n_embd, spec.n_head_kv * spec.head_dim
-    for name, start, size in (("q", 0, d), ("k", d, n_kv)):
+    for name, start, size in (("q", 0, d), ("k", d, n_kv), ("v", d + n_kv, n_kv)):
         if f"{blk}_qkv.weight" in weights:
             w = weights[f"{blk}_qkv.weight"][start : start + size]
             bias = get("_qkv.bias", d + 2 * n_kv)[start : start + size]
@@ -187,13 +197,58 @@ def queries_and_keys(
         y = x @ w.T + bias
         if spec.clamp:
             y = y.clip(-spec.clamp, spec.clamp)
-        if spec.qk_norm:
+        if spec.qk_norm and name != "v":
             y = normalize(y, False) * weights[f"{blk}_{name}_norm.weight"]
             y = y + get(f"_{name}_norm.bias", size)
         y = y.reshape(len(x), -1, spec.head_dim).transpose(1, 0, 2)
         parts.append(np.repeat(y, spec.n_head // len(y), axis=0))
-    q, k = parts
-    return q / (spec.head_dim if spec.arch == "jais" else spec.head_dim**0.5), k
+    q, k, v = parts
+    return q / (spec.head_dim if spec.arch == "jais" else spec.head_dim**0.5), k, v
+
+
+def forward(
+    spec: AlibiSpec,
+    weights: dict[str, np.ndarray],
+    tokens: Sequence[int],
+    razor: Razor | None = None,
+) -> np.ndarray:
+    """Compute the logits of every position, f64 [n_tokens, n_vocab], without compensation."""
+    w = {name: data.astype(np.float64) for name, data in weights.items()}
+    rms, n, pos = spec.arch in RMS, len(tokens), np.arange(len(tokens))
+    distance = pos[:, None] - pos
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        return normalize(x, rms) * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
+
+    x = w["token_embd.weight"][np.asarray(tokens)]
+    if spec.arch == "bloom":
+        x = norm("token_embd_norm", x)
+    for il in range(spec.n_layer):
+        blk = f"blk.{il}"
+        q, k, v = projections(spec, w, il, x)
+        out = np.empty((n, spec.n_head, spec.head_dim))
+        for ih, slope in enumerate(slopes(spec)):
+            window = razor.window_of(il, ih * spec.n_head_kv // spec.n_head) if razor else 0
+            seen = distance >= 0
+            if razor and window:
+                first = razor.frontier(pos, window)
+                seen &= (pos < razor.sink_tokens) | (pos >= first[:, None])
+            logits = np.where(seen, q[ih] @ k[ih].T - slope * distance, -np.inf)
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+            out[:, ih] = p / p.sum(axis=1, keepdims=True) @ v[ih]
+        x = x + linear(f"{blk}.attn_output", out.reshape(n, -1))
+        h = norm(f"{blk}.ffn_norm", x)
+        up = linear(f"{blk}.ffn_up", h)
+        if f"{blk}.ffn_gate.weight" in w:
+            gate = linear(f"{blk}.ffn_gate", h)
+            h = gate / (1 + np.exp(-gate)) * up
+        else:
+            h = gelu_f16_table(up)
+        x = x + linear(f"{blk}.ffn_down", h)
+    return norm("output_norm", x) @ w["output.weight"].T
 
 
 def attention(

@@ -34,6 +34,11 @@ def mask_of(layers: list[int] | tuple[int, ...]) -> bytes:
     return b"".join(bytes([1] * (n - 1) + [0]) for n in layers if n)
 
 
+def compensates(path: Path) -> bool:
+    """Return whether local heads have a compensation token, which ALiBi models do not support."""
+    return ModelFile(path).shape.max_alibi_bias == 0
+
+
 def layers_of(path: Path) -> list[int]:
     """KV heads of each layer, by the library."""
     with runner.Model(path) as model:
@@ -43,7 +48,7 @@ def layers_of(path: Path) -> list[int]:
 def refusal(path: Path) -> str | None:
     """The sentence with which the library refuses razor; None if it does not."""
     n = sum(layers_of(path))
-    razor = Override(bytes(max(n, 1)), window=WINDOW)
+    razor = Override(bytes(max(n, 1)), window=WINDOW, compensation=compensates(path))
     return runner.refusal(str(path), razor, n_ctx=N_CTX)
 
 
@@ -54,7 +59,8 @@ def full_logits(path: Path, flash_attn: bool) -> np.ndarray:
 
 
 def razor_logits(path: Path, flash_attn: bool, window: int) -> np.ndarray:
-    return _logits(path, Override(mask_of(layers_of(path)), window=window), flash_attn)
+    razor = Override(mask_of(layers_of(path)), window=window, compensation=compensates(path))
+    return _logits(path, razor, flash_attn)
 
 
 def _logits(path: Path, razor: Override | None, flash_attn: bool) -> np.ndarray:
@@ -72,15 +78,15 @@ def attention_error(
     """
     file = ModelFile(path)
     layers = file.shape.n_head_kv
+    compensation = compensates(path)
     if len(windows) == 1:
-        mask = np.frombuffer(mask_of(layers), np.uint8)
-        profile = Profile(split_heads(mask, layers), window_min=WINDOW, window_divisor=0)
+        mask = split_heads(np.frombuffer(mask_of(layers), np.uint8), layers)
+        profile = Profile(mask, window_min=WINDOW, window_divisor=0, compensation=compensation)
     else:
         scopes = np.resize(np.uint32(windows), sum(layers))
         scopes[0] = 0 if len(scopes) > len(windows) else windows[0]
-        profile = Profile(
-            split_heads((scopes == 0).astype(np.uint8), layers), scope=split_heads(scopes, layers)
-        )
+        mask = split_heads((scopes == 0).astype(np.uint8), layers)
+        profile = Profile(mask, scope=split_heads(scopes, layers), compensation=compensation)
     with tempfile.TemporaryDirectory() as folder:
         sidecar = Path(folder) / "sidecar.gguf"
         write_sidecar(file, sidecar, profile)

@@ -141,7 +141,7 @@ def forward(
 
         h = _norm(spec, w, f"{blk}.ffn_norm", x)
         if spec.arch == "gpt2":
-            h = _gelu_f16_table(_linear(w, f"{blk}.ffn_up", h))
+            h = gelu_f16_table(_linear(w, f"{blk}.ffn_up", h))
         else:
             gate = _linear(w, f"{blk}.ffn_gate", h)
             h = gate / (1 + np.exp(-gate)) * _linear(w, f"{blk}.ffn_up", h)
@@ -265,7 +265,7 @@ def _rope(spec: TinySpec, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray
     return y
 
 
-def _gelu_f16_table(x: np.ndarray) -> np.ndarray:
+def gelu_f16_table(x: np.ndarray) -> np.ndarray:
     """Compute GELU (tanh form) as llama.cpp's CPU backend does.
 
     x and the result are rounded to F16; beyond +-10 the result is exact.

@@ -37,7 +37,9 @@ layers keep llama.cpp's own caches. *runs razor* means that a tiny random model 
 passed these checks, with and without flash attention:
 
 - With one local head in each layer with full attention and a window longer than the text, the
-  logits have the same bits as those of a stock llama.cpp.
+  logits have the same bits as those of a stock llama.cpp. (Layers of ALiBi models with several
+  groups of heads run without flash attention, so they are compared with a stock llama.cpp without
+  it.)
 - With a window of 64 and 400 tokens (250 if positions are learned), the attention of each head in
   each of these layers differs from the reference by at most 1e-4 (F32 cache).
 
@@ -117,7 +119,9 @@ def examine(path: Path, workers: Workers) -> dict[str, Any]:
     problems, notes = [], []
     for flash_attn in (False, True):
         razor = workers("upstream", arch_runs.razor_logits, path, flash_attn, 500)
-        same = np.array_equal(razor, workers("stock", arch_runs.full_logits, path, flash_attn))
+        # the heads of an ALiBi layer are two groups, except with one KV head
+        flash = flash_attn and (arch_runs.compensates(path) or max(ModelFile(path).shape.n_head_kv) == 1)
+        same = np.array_equal(razor, workers("stock", arch_runs.full_logits, path, flash))
         try:
             error = workers("razor", arch_runs.attention_error, path, flash_attn)
         except RuntimeError as refused:

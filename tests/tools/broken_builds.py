@@ -28,7 +28,7 @@ SOURCES = ROOT / "native/src"
 RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-razor-device.cpp"
 PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
 CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
-MEMORY = "llama-memory-razor.cpp"
+MEMORY, FULL = "llama-memory-razor.cpp", "llama-razor-full.cpp"
 ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
 
 
@@ -154,11 +154,31 @@ BREAKS = [
     Break("groups-rolled-back-by-the-first", CACHE, "        if (frontier < st.groups[g].frontier && !can_unfold(st, g, frontier)) {", "        if (g == 0 && frontier < st.groups[g].frontier && !can_unfold(st, g, frontier)) {", "test_a_rollback_needs_every_group"),
     Break("groups-state-of-other-heads", CACHE, "            for (const uint32_t h : plan.local[il][g]) {\n                add(h);\n            }", "", "test_state_of_exchanged_windows_is_refused"),
     Break("groups-counted-by-the-largest", RAZOR, "groups.back().frontier;", "groups.front().frontier;", "test_statistics_are_of_the_smallest_window"),
-    Break("groups-by-version-1", PROFILE, "    if (version == RAZOR_VERSION_SCOPE) {", "    if (id_scope >= 0) {", "test_scopes_of_the_metadata"),
+    Break("groups-by-version-1", PROFILE, "    if (use_scope) {", "    if (id_scope >= 0) {", "test_scopes_of_the_metadata"),
     Break("groups-despite-a-window", PLAN, "if (scope.empty() || profile.window > 0) {", "if (scope.empty()) {", "test_scopes_of_the_metadata"),
     Break("groups-of-any-scope", PROFILE, "        if ((scope[i] == 0) != (mask[i] == 1)) {", "        if (false) {", "test_bad_scopes_are_refused"),
     Break("groups-copied", GRAPH, "cur = ggml_concat(ctx0, cur, outs[order.sequence[i]], 0);", "cur = ggml_concat(ctx0, cur, ggml_cont(ctx0, outs[order.sequence[i]]), 0);", "test_nodes_of_another_group"),
     Break("groups-without-compensation", PLAN, "profile.compensation ? llama_razor_group::N_COMP : 0;", "profile.compensation && scope.empty() ? llama_razor_group::N_COMP : 0;", "test_scopes_of_one_window_are_that_window"),
+    # ALiBi
+    Break("alibi-slopes-in-the-order-of-groups", GRAPH, "data = std::copy_n(values.begin() + h*n_gqa, n_gqa, data);", "data = std::copy_n(values.begin() + (data - ((float *) slopes->data + order.offs_slopes)) + 0*h, n_gqa, data);", "test_alibi_scopes_equal_the_reference test_any_alibi_scopes_equal_the_reference"),
+    Break("alibi-slopes-of-the-first-heads", GRAPH, "(order.offs_slopes + first)*slope->nb[0]", "(order.offs_slopes + 0*first)*slope->nb[0]", "test_alibi_scopes_equal_the_reference test_other_types_with_alibi_are_as_exact_as_a_full_cache"),
+    Break("alibi-slopes-of-the-first-layer", GRAPH, "order.offs_slopes = n_slopes;", "order.offs_slopes = 0;", "test_alibi_scopes_equal_the_reference"),
+    Break("alibi-slopes-of-the-first-kv-head", ATTN, "op.slopes.data() + head", "op.slopes.data()", "test_alibi_scopes_equal_the_reference test_a_full_cache_with_alibi_equals_the_reference"),
+    Break("alibi-slope-of-the-first-query-head", KERNEL, "t.slopes[i % n_gqa]", "t.slopes[0]", "test_alibi_scopes_equal_the_reference test_a_full_cache_with_alibi_equals_the_reference"),
+    Break("alibi-slopes-of-a-power-of-two", ATTN, "h < n ? powf(m0, h + 1) : powf(m1, 2*(h - n) + 1)", "powf(m0, h + 1)", "test_alibi_scopes_equal_the_reference"),
+    Break("alibi-full-cache-without-slopes", FULL, "    attn.slopes   = razor_attn_slopes(q->ne[1], g.hparams.f_max_alibi_bias);\n", "", "test_a_full_cache_with_alibi_equals_the_reference"),
+    Break("alibi-without-sinks", GRAPH, "p < std::min(group.sink_tokens, pos + 1)", "p < 0", "test_alibi_scopes_equal_the_reference"),
+    Break("alibi-without-distances", GRAPH, "                if (hparams.use_alibi) {", "                if (false) {", "test_alibi_scopes_equal_the_reference"),
+    Break("alibi-flash-attention-lost", GRAPH, "hparams.use_alibi && order.sequence.size() > 1;", "hparams.use_alibi;", "test_alibi_window_that_holds_everything_equals_stock"),
+    Break("alibi-next-frontier", GRAPH, "for (uint32_t p = step.frontier; p <= pos; ++p) {", "for (uint32_t p = step.frontier + 1; p <= pos; ++p) {", "test_alibi_scopes_equal_the_reference test_alibi_window_that_holds_everything_equals_stock"),
+    Break("alibi-rollback-refused", CACHE, "    if (plan.n_comp > 0 && st.groups[i_group].frontier_prev", "    if (st.groups[i_group].frontier_prev", "test_alibi_rollback"),
+    Break("alibi-state-of-other-heads", CACHE, "            for (const uint32_t h : plan.local[il][g]) {\n                add(h);\n            }\n", "", "test_alibi_state"),
+    Break("alibi-abort-keeps-fold", CACHE, "            unfold(st.groups[g], groups[g].fold_from);\n        }\n    }\n\n    llama_kv_cache::seq_rm", "        }\n    }\n\n    llama_kv_cache::seq_rm", "test_alibi_abort"),
+    Break("alibi-more-bytes", CACHE, "ggml_new_tensor_3d(ctx, type_k, n_embd_k, n_rows, n_strm)", "ggml_new_tensor_3d(ctx, type_k, n_embd_k, n_rows + 256, n_strm)", "test_bytes_of_alibi_scopes"),
+    Break("alibi-scopes-not-read", PROFILE, "version == RAZOR_VERSION_SCOPE || res->alibi;", "version == RAZOR_VERSION_SCOPE;", "test_alibi_scopes_of_the_metadata test_alibi_is_refused_by_name"),
+    Break("alibi-compensation-accepted", PLAN, "    if (hparams.use_alibi && profile->compensation) {", "    if (false) {", "test_alibi_is_refused_by_name"),
+    Break("alibi-in-any-model", PLAN, "    if (heads->alibi && !hparams.use_alibi) {", "    if (false) {", "test_alibi_is_refused_by_name"),
+    Break("alibi-on-devices", CACHE, "layer.device_batch && n_groups <= 1 && !hparams_model.use_alibi;", "layer.device_batch && n_groups <= 1;", "test_any_alibi_scopes_equal_the_reference", naive=True),
     # stock behavior
     Break("razor-without-metadata", PROFILE, "    if (!any) {\n        return nullptr;\n    }", "    if (!any) {\n        auto res = std::make_shared<llama_razor_profile>();\n        res->window_min = 32;\n        res->window_divisor = 0;\n        res->retrieval.resize(llama_razor_n_kv_heads(arch, hparams));\n        return res;\n    }",
           "test_supported_arch_without_metadata test_other_arch_without_metadata test_two_sequences_without_metadata test_rollback_and_state_without_metadata"),
