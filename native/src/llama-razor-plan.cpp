@@ -279,7 +279,8 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
 
     // a mean of keys has no distance, so no slope can be applied to it
     if (hparams.use_alibi && profile->compensation) {
-        llama_razor_error_throw("a compensation token is not supported with ALiBi, switch the compensation off, or razor to use the full cache");
+        llama_razor_error_throw(format("%s: a compensation token is not supported with ALiBi, switch the compensation or razor off",
+                    llm_arch_name(model.arch)));
     }
 
     const size_t n_kv_heads = llama_razor_n_kv_heads(model.arch, hparams);

@@ -69,10 +69,12 @@ def _heads(llama: Llama) -> str:
     if not memory.active or plan is None:
         return f"all keep every token: {memory.why}"
     between = "the average of those between" if plan.compensation else "drop those between"
-    between += f" ({llama.stats().n_folded:,} so far)"
+    if not plan.sink_tokens:
+        between = between.replace("between", "before")
+    first = f"the first {plan.sink_tokens:,} and " if plan.sink_tokens else ""
     return (
-        f"{plan.retrieval_kv_heads} of {plan.kv_heads} keep every token; the others keep the first"
-        f" {plan.sink_tokens:,} and the last {plan.windows_text}, and {between}"
+        f"{plan.retrieval_kv_heads} of {plan.kv_heads} keep every token; the others keep {first}the"
+        f" last {plan.windows_text}, and {between} ({llama.stats().n_folded:,} so far)"
     )
 
 

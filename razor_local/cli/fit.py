@@ -202,6 +202,8 @@ def _profile(
     if found is None:
         if budget is not None:
             raise dry.file.no_profile()
+        if dry.shape.max_alibi_bias:  # the scopes depend on the weights
+            return None, None
         return paper_profile(dry.shape), "paper"
     return found.profile, found.source
 
@@ -271,7 +273,10 @@ def _print_head(report: dict[str, Any]) -> None:
         f" trained for {trained:,} tokens"
     )
     if profile is None:
-        console.print("profile  none, and razor cannot run this kind of model")
+        console.print(
+            "profile  none, so only full caches are planned; 'razor-local convert' adds one if razor"
+            " can run the model"
+        )
     else:
         n, total = profile["retrieval_kv_heads"], profile["kv_heads"]
         where = {

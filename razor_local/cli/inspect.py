@@ -248,10 +248,11 @@ def _print_plan(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
         console.print(f"scopes   {scope_line(profile, plan.n_ctx)}")
     if plan.active:
         kept = f"plan     {plan.retrieval_kv_heads} KV heads keep {plan.n_ctx:,} tokens;"
+        folded = "folded" if plan.compensation else "dropped"
         for group in plan.groups:
             console.print(
                 f"{kept} {group.n_heads} keep {plan.sink_tokens} sinks and the last"
-                f" {group.window:,} ({group.cells:,} cells each, folded in blocks of {plan.block})"
+                f" {group.window:,} ({group.cells:,} cells each, {folded} in blocks of {plan.block})"
             )
             kept = " " * 8
     else:

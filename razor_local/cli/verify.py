@@ -187,7 +187,8 @@ def _print(result: Verification) -> None:
         left_out = result.n_text - result.n_tokens
         echo(f"\nThe last {left_out:,} tokens of the text were left out.", err=True)
     echo(
-        f"\n{result.n_tokens:,} tokens, {result.n_folded:,} of them folded at the end (sinks"
+        f"\n{result.n_tokens:,} tokens, {result.n_folded:,} of them"
+        f" {'folded' if plan.compensation else 'dropped'} at the end (sinks"
         f" {plan.sink_tokens}, window {plan.windows_text}, blocks of {plan.block}), flash attention"
         f" {'on' if plan.flash_attn else 'off'}, cache on {', '.join(result.buffers)};"
         f" {result.n_rows:,} rows compared in each layer"

@@ -1,4 +1,4 @@
-"""ALiBi models as the library runs them: attention stays within the scopes; razor is refused."""
+"""ALiBi models as the library runs them: attention stays within the scopes, and razor runs them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFValueType
 from razor_local.converters.alibi import alibi_slopes, profile_from_weights
 from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import Llama
 from razor_local.errors import ProfileError, UnsupportedError
+from razor_local.cli.chat_status import _heads as status_heads
 from razor_local.model_file import read_model_shape
+from razor_local.model_setup import ModelSetup
 from razor_local.native import tensors
 from razor_local.plan import make_plan
-from tests.support import alibi_models, other_models, runner, tiny_models
+from razor_local.verify.run import verify
+from tests.support import alibi_models, runner
 from tests.support.alibi_models import AlibiSpec, adversary, make_weights, write
 from tests.support.alibi_scopes import (
     EPSILON,
@@ -24,6 +26,17 @@ from tests.support.alibi_scopes import (
     passed_distance,
     query_head_scopes,
 )
+from tests.support.cli import run
+from tests.support.device import tolerance
+
+# scopes that save something in a context of 1,024 tokens
+RUN = {
+    "bloom": AlibiSpec("bloom", 2, gain=0.15),
+    "mpt": AlibiSpec("mpt", 2, 3, 3, 32, max_bias=4.0, gain=0.15),
+    "jais": AlibiSpec("jais", 2, gain=0.4),
+    "refact": AlibiSpec("refact", 2, 6, 3, gain=0.1),
+    "baichuan": AlibiSpec("baichuan", 40, head_dim=16, fused=False, gain=0.1),
+}
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -112,38 +125,71 @@ def test_slopes_are_the_library_s(n_head, max_bias, tmp_path):
     assert alibi_slopes(0, max_bias).size == 0
 
 
-def test_scopes_cannot_be_run_yet(tmp_path):
-    spec = AlibiSpec("bloom", 2)
-    model = write(tmp_path / "m.gguf", spec)
+@pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
+@pytest.mark.parametrize("name", RUN)
+def test_each_layer_equals_the_reference(name: str, flash_attn: bool, tmp_path) -> None:
+    """Profiles that `convert` computes, with an F32 cache."""
+    model = write(tmp_path / "m.gguf", RUN[name])
+    side = write_sidecar(model, tmp_path / "side.gguf", profile_from_weights(model))
+    types = {"type_k": "f32", "type_v": "f32"}
+    result = verify(model, n_ctx=1024, sidecar=side, rows=100, flash_attn=flash_attn, **types)
+    assert result.passed and result.plan.groups
+    assert max(group.errors.worst_rms for group in result.groups) <= tolerance(1e-4)
+
+
+def test_llama_runs_the_scopes(tmp_path):
+    """From the metadata, a sidecar and the profile cache, with the bytes of the plan."""
+    model = write(tmp_path / "m.gguf", RUN["bloom"])
     profile = profile_from_weights(model)
     copy = write_copy(model, tmp_path / "copy.gguf", profile)
     side = write_sidecar(model, tmp_path / "side.gguf", profile)
-    assert "bloom: ALiBi not supported" in runner.refusal(str(copy))
-    assert runner.refusal(str(copy), runner.OFF) is None
-    # whatever the architecture, the method is refused when a context is created, not before
-    keys = tiny_models.razor_kv([[0, 0]] * 3) | {
-        "razor.method": ("alibi", GGUFValueType.STRING),
-        "razor.head.scope": (np.full(6, 9, np.uint32), GGUFValueType.ARRAY),
-    }
-    llama = tiny_models.make_model(tmp_path / "llama.gguf", tiny_models.TinySpec(), keys)
-    assert "razor.method is 'alibi', and only 'rope' can be run" in runner.refusal(str(llama))
-    assert runner.refusal(str(llama), runner.Override(None, window=16)) is not None
-    assert runner.refusal(str(llama), runner.OFF) is None
-    assert runner.refusal(str(llama), runner.Override(bytes(6), window=16)) is None
-    with pytest.raises(UnsupportedError, match="profiles of the method 'alibi', only of 'rope'"):
-        Llama(copy, n_ctx=256)
-    with pytest.raises(UnsupportedError, match="profiles of the method 'alibi', only of 'rope'"):
-        Llama(model, n_ctx=256, razor=side)
-    with pytest.raises(UnsupportedError, match="profiles of the method 'alibi', only of 'rope'"):
-        make_plan(read_model_shape(model), profile, 512)
+    code, _, stderr = run("convert", model)
+    assert code == 0, stderr
+    plan = make_plan(read_model_shape(model), profile, 1024)
+    assert plan.active and not plan.compensation and plan.sink_tokens == 0
+    for path, razor in ((copy, True), (model, side), (model, "auto")):
+        llama = Llama(path, n_ctx=1024, razor=razor)
+        try:
+            memory = llama.memory()
+            assert memory.active and memory.kv_bytes == plan.kv_bytes
+            llama.eval([1, 2, 3])
+            words = status_heads(llama)
+            last = f"keep the last {plan.windows_text}, and drop those before (0 so far)"
+            assert words.endswith(last)
+        finally:
+            llama.close()
+
+
+def test_options_of_a_run(tmp_path):
+    """A window replaces the scopes; compensation and another budget are refused."""
+    model = write(tmp_path / "m.gguf", RUN["bloom"])
+    profile = profile_from_weights(model)
+    copy = write_copy(model, tmp_path / "copy.gguf", profile)
+    llama = Llama(copy, n_ctx=1024, window=100)
+    try:
+        assert [group.window for group in llama.plan.groups] == [100]
+        assert llama.memory().kv_bytes == llama.plan.kv_bytes
+    finally:
+        llama.close()
+    setup = ModelSetup(str(copy), window_min=100, window_divisor=0)
+    assert make_plan(*setup.read(), 1024).window == 100
+    with pytest.raises(UnsupportedError, match="compensation token in models with ALiBi \\(bloom"):
+        Llama(copy, n_ctx=1024, compensation=True)
     with pytest.raises(ProfileError, match="holds a scope for each head"):
-        Llama(copy, n_ctx=256, retrieval=0.5)
+        Llama(copy, n_ctx=1024, retrieval=0.5)
     llama = Llama(copy, n_ctx=256, razor=False)
     llama.eval([1, 2, 3])
     assert llama.n_tokens == 3
+    llama.close()
 
 
-def test_old_models_are_still_refused_natively(tmp_path):
-    """The architecture is refused as well as the profile."""
-    path = other_models.make_other(tmp_path / "m.gguf", "mpt", tiny_models.razor_kv([[0, 0]] * 2))
-    assert "ALiBi" in runner.refusal(str(path))
+def test_without_a_profile(tmp_path):
+    """The full cache runs, and the reason names the command."""
+    model = write(tmp_path / "m.gguf", RUN["bloom"])
+    llama = Llama(model, n_ctx=1024, razor="auto")
+    assert not llama.memory().active
+    assert "'razor-local convert' computes the scopes" in llama.memory().why
+    llama.close()
+    code, stdout, stderr = run("fit", model, "-c", 512)
+    assert code == 0, stderr
+    assert "profile  none, so only full caches are planned" in " ".join(stdout.split("\n"))

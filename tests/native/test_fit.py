@@ -165,7 +165,7 @@ def test_caches_that_no_plan_describes(arch, tmp_path):
     assert weights + kv_bytes + compute == pytest.approx(need.total, rel=0.01)
     code, stdout, stderr = run(path, "-c", 512)
     assert (code, stderr) == (0, "")
-    assert "razor cannot run this kind of model" in stdout and "\nfull f16 " in stdout
+    assert "only full caches are planned" in stdout and "\nfull f16 " in stdout
 
 
 def test_layers_on_the_gpu_do_nothing_without_one(files):

@@ -40,7 +40,6 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
     "version str": ("razor.version", ("1", STR), "str"),
     "version array": ("razor.version", (np.array([1], np.uint32), ARRAY), "u32"),
     "method missing": ("razor.method", MISSING, "str"),
-    "method alibi": ("razor.method", ("alibi", STR), "alibi"),
     "method unknown": ("razor.method", ("ROPE", STR), "ROPE"),
     "method empty": ("razor.method", ("", STR), "rope"),
     "method of two lines": ("razor.method", ("ro\npe\x7f\x1b[1m", STR), "ro?pe"),

@@ -23,11 +23,8 @@ from razor_local import Profile
 from razor_local.errors import ConvertError, GGUFError, ProfileError, UnsupportedError
 from razor_local.gguf.header import read_header
 from razor_local.model_file import read_model_shape, read_profile
-from razor_local.model_shape import (
-    ModelShape,
-    alibi_max_bias,
-    unsupported_feature,
-)
+from razor_local.model_shape import ModelShape, alibi_max_bias, unsupported_feature
+from razor_local.plan import make_plan
 from razor_local.profile import read_sidecar
 from tests.support import alibi_models, tiny_models
 from tests.support.alibi_models import (
@@ -257,10 +254,8 @@ def test_which_models_have_alibi(tmp_path):
         path.write_bytes(raw)
         header, shape = read_header(path), read_model_shape(path)
         assert shape.arch == arch
-        assert (unsupported_feature(header, shape) == "ALiBi") == (
-            alibi_max_bias(header, shape) > 0
-        )
-        return alibi_max_bias(header, shape)
+        assert unsupported_feature(header, shape) is None
+        return shape.max_alibi_bias
 
     assert bias("bloom") == 8 and bias("llama") == 0
     # a key that llama.cpp reads of two architectures alone
@@ -278,7 +273,7 @@ def test_which_models_have_alibi(tmp_path):
         assert alibi_max_bias(read_header(tmp_path / "m"), shape) == expected
     for value, expected in ((8.0, 8), (2.5, 2.5), (0.0, 0), (-1.0, 0)):
         path = write(tmp_path / "k.gguf", AlibiSpec("mpt", max_bias=value))
-        assert alibi_max_bias(read_header(path), read_model_shape(path)) == expected
+        assert read_model_shape(path).max_alibi_bias == expected
     for value in (math.nan, math.inf):
         path = write(tmp_path / "k.gguf", AlibiSpec("jais", max_bias=value))
         with pytest.raises(GGUFError, match="max_alibi_bias is .*, expected a finite number"):
@@ -416,7 +411,7 @@ def converted(tmp_path_factory) -> Path:
     write(folder / "model.gguf", AlibiSpec("mpt", 2, max_bias=16.0, gain=0.3))
     code, stdout, stderr = run("convert", folder / "model.gguf", "-o", folder / "out.gguf")
     assert code == 0, stderr
-    assert stderr == "Note: the model has ALiBi, which razor may refuse to run.\n"
+    assert stderr == ""
     (folder / "said").write_text(stdout)
     return folder
 
@@ -433,7 +428,9 @@ def test_convert_computes_the_scopes(converted):
     assert (profile.sink_tokens, profile.compensation) == (0, False)
     shape = read_model_shape(converted / "out.gguf")
     line = scope_line(profile, shape.n_ctx_train)
-    assert (converted / "said").read_text() == f"{converted / 'out.gguf'}: {line}\n"
+    said = (converted / "said").read_text().splitlines()
+    assert said[0] == f"{converted / 'out.gguf'}: {line}"
+    assert said[-1] == f"Next: razor-local chat {converted / 'out.gguf'}"
     entries = read_header(converted / "out.gguf").entries
     assert entries["razor.head.scope"].type_name == "u32[]"
     fields = GGUFReader(converted / "out.gguf").fields
@@ -461,6 +458,8 @@ def test_convert_to_a_sidecar_and_another_epsilon(converted, tmp_path):
 
 def test_inspect_shows_the_scopes(converted):
     profile = read_profile(converted / "out.gguf")
+    plan = make_plan(read_model_shape(converted / "out.gguf"), profile, 1024)
+    group = plan.groups[0]
     code, stdout, _ = run("inspect", converted / "out.gguf")
     assert code == 0
     assert stdout.splitlines()[1:6] == [
@@ -468,7 +467,9 @@ def test_inspect_shows_the_scopes(converted):
         "source   the metadata of the model file",
         "context  1,024 tokens, K f16, V f16, flash attention on",
         f"scopes   {scope_line(profile, 1024)}",
-        "plan     full cache: ALiBi scopes cannot be run yet",
+        f"plan     {plan.retrieval_kv_heads} KV heads keep 1,024 tokens;"
+        f" {group.n_heads} keep 0 sinks and the last {group.window:,} ({group.cells} cells each,"
+        f" dropped in blocks of {plan.block})",
     ]
     code, stdout, _ = run("inspect", converted / "out.gguf", "--heads")
     assert code == 0
@@ -481,6 +482,7 @@ def test_inspect_shows_the_scopes(converted):
     assert found["profile"]["scope"] == [layer.tolist() for layer in profile.scope]
     assert found["profile"]["method"] == "alibi" and found["scores"] == {}
     assert found["active"] is False and found["kv_bytes"] == found["kv_bytes_full"]
+    assert found["why_inactive"] == "RazorAttention saves nothing up to 512 tokens of context"
     code, _, stderr = run("inspect", converted / "out.gguf", "--retrieval", 0.2)
     assert code == 1 and "holds a scope for each head" in stderr
 

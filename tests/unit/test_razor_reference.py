@@ -124,17 +124,17 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     st.integers(1, 300),
     st.lists(st.sampled_from([0, 1, 2, 63, 64, 65, 400]), min_size=2, max_size=2),
 )
-def test_alibi_heads_see_their_scope(n: int, scopes: list[int]) -> None:
+def test_alibi_slopes_and_windows(n: int, windows: list[int]) -> None:
     q, positions, k, v = layer(n, 200, 2, 2, 16, 16, n)
     slopes = np.array([0.5, 0.25, 0.03, 0.001], np.float32)
     got = reference.attention(
-        q, positions, k, v, [0, 0], window=1, block=64, sink_tokens=4, compensation=True,
-        slopes=slopes, scopes=scopes,
+        q, positions, k, v, [w == 0 for w in windows], window=windows, block=64, sink_tokens=0,
+        compensation=False, slopes=slopes,
     )  # fmt: skip
-    distance = positions[:, None] - np.arange(n)
+    distance, start = positions[:, None] - np.arange(n), positions[:, None] // 64 * 64
     for head in range(4):
         kv = head // 2
-        seen = (distance >= 0) & (distance < (scopes[kv] or n))
+        seen = (distance >= 0) & (np.arange(n) >= start - (windows[kv] or n))
         logits = q[:, head].astype(float) @ k[:, kv].T / 4 - slopes[head] * distance
         want = softmax(np.where(seen, logits, -np.inf)) @ v[:, kv]
         np.testing.assert_allclose(got[:, head], want, rtol=0, atol=TOLERANCE)
