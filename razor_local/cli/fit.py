@@ -274,8 +274,8 @@ def _print_head(report: dict[str, Any]) -> None:
     )
     if profile is None:
         console.print(
-            "profile  none, so only full caches are planned; 'razor-local convert' adds one if razor"
-            " can run the model"
+            "profile  none, so only full caches are planned; 'razor-local convert' adds one if"
+            " razor can run the model"
         )
     else:
         n, total = profile["retrieval_kv_heads"], profile["kv_heads"]

@@ -252,7 +252,8 @@ def _print_plan(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
         for group in plan.groups:
             console.print(
                 f"{kept} {group.n_heads} keep {plan.sink_tokens} sinks and the last"
-                f" {group.window:,} ({group.cells:,} cells each, {folded} in blocks of {plan.block})"
+                f" {group.window:,} ({group.cells:,} cells each, {folded} in blocks of"
+                f" {plan.block})"
             )
             kept = " " * 8
     else:

@@ -10,8 +10,8 @@ from razor_local.converters.alibi import alibi_slopes, profile_from_weights
 from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import Llama
-from razor_local.errors import ProfileError, UnsupportedError
 from razor_local.cli.chat_status import _heads as status_heads
+from razor_local.errors import ProfileError, UnsupportedError
 from razor_local.model_file import read_model_shape
 from razor_local.model_setup import ModelSetup
 from razor_local.native import tensors

@@ -119,8 +119,9 @@ def examine(path: Path, workers: Workers) -> dict[str, Any]:
     problems, notes = [], []
     for flash_attn in (False, True):
         razor = workers("upstream", arch_runs.razor_logits, path, flash_attn, 500)
-        # the heads of an ALiBi layer are two groups, except with one KV head
-        flash = flash_attn and (arch_runs.compensates(path) or max(ModelFile(path).shape.n_head_kv) == 1)
+        # the KV heads of an ALiBi layer are two groups if there are several
+        one_group = max(ModelFile(path).shape.n_head_kv) == 1
+        flash = flash_attn and (one_group or arch_runs.compensates(path))
         same = np.array_equal(razor, workers("stock", arch_runs.full_logits, path, flash))
         try:
             error = workers("razor", arch_runs.attention_error, path, flash_attn)
