@@ -398,6 +398,11 @@ def _kernel() -> Callable[..., tuple[float, float]]:
 
 def _check_supported(lib: native.Native, C: Any, model: int, shape: ModelShape) -> None:
     """Raise UnsupportedError if this model can never run with a razor cache."""
+    if shape.max_alibi_bias:
+        raise UnsupportedError(
+            f"the heads of {shape.path} are not measured: the scopes of ALiBi heads are computed"
+            " from the weights"
+        )
     local = Profile(tuple(np.zeros(n, np.uint8) for n in shape.n_head_kv), window_min=64)
     params = C.llama_context_default_params()
     params.n_ctx = params.n_batch = 1024

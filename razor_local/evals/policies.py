@@ -173,6 +173,11 @@ def _profile(
         return base
     if kind == "razor-no-comp":
         return replace(base, compensation=False)
+    if base.method == "alibi":
+        raise RazorError(
+            f"the policy {kind!r} chooses other heads than the profile, but the scopes of ALiBi"
+            " heads follow from the weights; leave it out"
+        )
     base = replace(
         base, scope=None
     )  # other heads have no scopes, so all local heads get one window

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from razor_local.converters.alibi import alibi_slopes, profile_from_weights
+from razor_local.converters.calibrate import calibrate
 from razor_local.converters.write import write_copy, write_sidecar
 
 from razor_local import Llama
 from razor_local.cli.chat_status import _heads as status_heads
-from razor_local.errors import ProfileError, UnsupportedError
+from razor_local.errors import ProfileError, RazorError, UnsupportedError
+from razor_local.evals.policies import make_policies
 from razor_local.model_file import read_model_shape
 from razor_local.model_setup import ModelSetup
 from razor_local.native import tensors
@@ -173,6 +175,13 @@ def test_options_of_a_run(tmp_path):
         llama.close()
     setup = ModelSetup(str(copy), window_min=100, window_divisor=0)
     assert make_plan(*setup.read(), 1024).window == 100
+    shape, policies = make_policies(ModelSetup(str(copy)), ("full", "razor", "razor-no-comp"))
+    assert [policy.plan(shape, 1024).active for policy in policies] == [False, True, True]
+    for name in ("local", "streaming", "random-heads"):
+        with pytest.raises(RazorError, match="the scopes of ALiBi heads follow from the weights"):
+            make_policies(ModelSetup(str(copy)), (name,))
+    with pytest.raises(UnsupportedError, match="scopes of ALiBi heads are computed from"):
+        calibrate(model)
     with pytest.raises(UnsupportedError, match="compensation token in models with ALiBi \\(bloom"):
         Llama(copy, n_ctx=1024, compensation=True)
     with pytest.raises(ProfileError, match="holds a scope for each head"):

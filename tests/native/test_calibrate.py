@@ -367,7 +367,7 @@ def test_options_out_of_range(known, options, text):
         calibrate(known[0], **options)
 
 
-@pytest.mark.parametrize("arch", ["deepseek2", "mpt"])
+@pytest.mark.parametrize("arch", ["deepseek2"])
 def test_models_that_razor_cannot_run_are_not_measured(tmp_path, arch):
     path = other_models.make_other(tmp_path / "model.gguf", arch)
     with pytest.raises(UnsupportedError, match="are not measured: .*not supported"):
