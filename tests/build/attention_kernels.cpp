@@ -102,6 +102,11 @@ int main() {
                 x = rng() % 3 == 0 ? 0xfc00 : rng() % 7 == 0 ? 0x4400 : 0;
             }
 
+            std::vector<float> slopes(n_gqa, 1.0f); // of ALiBi
+            for (auto & x : slopes) {
+                x = i % 2 ? 1.0f : 0.01f + 0.1f*(rng() % 10);
+            }
+
             std::vector<float> out(n_tokens*n_gqa*(d_v + 2));
 
             razor_attn_task t = {};
@@ -111,6 +116,7 @@ int main() {
             t.k = { k.data(), row_bytes(format, d_k), format, nullptr };
             t.v = { v.data(), row_bytes(format, d_v), format, nullptr };
             t.mask  = mask.data(); t.mask_token = n_kv;
+            t.slopes = i % 2 ? nullptr : slopes.data();
             t.cell0 = rng() % n_kv;
             t.cell1 = n_kv;
             t.partial = rng() % 2;
@@ -131,7 +137,7 @@ int main() {
                     for (int d = 0; d < d_k; ++d) {
                         s += (double) q[r*d_k + d]*row[d];
                     }
-                    const double e = exp(s*t.scale + f16_to_float(mask[r/n_gqa*n_kv + c]));
+                    const double e = exp(s*t.scale + slopes[r%n_gqa]*f16_to_float(mask[r/n_gqa*n_kv + c]));
                     sum += e;
                     for (int d = 0; d < d_v; ++d) {
                         want[d] += e*row[d_k + d];
@@ -157,6 +163,7 @@ int main() {
                     u.n_tokens = u.n_gqa = 1;
                     u.q        = q.data() + r*d_k;
                     u.mask     = mask.data() + r/n_gqa*n_kv;
+                    u.slopes   = t.slopes ? t.slopes + r%n_gqa : nullptr;
                     u.partial  = true;
                     for (int64_t j = 0; j < n_parts; ++j) {
                         u.cell0 = t.cell0 + j*t.chunk;
