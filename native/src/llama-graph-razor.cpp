@@ -929,10 +929,11 @@ ggml_tensor * llm_graph_input_razor::build_attn_alibi(
 
     const int64_t n = q->ne[1];
 
-    // 1. the mask of each head
+    // 1. the mask of each head; a CPU multiplies rows of the same length faster than a row with a number
     ggml_tensor * slope = get_on_device(g, layer, slopes);
 
     slope = ggml_view_3d(ctx0, slope, 1, 1, n, slope->nb[0], slope->nb[0], (order.offs_slopes + first)*slope->nb[0]);
+    slope = ggml_repeat_4d(ctx0, slope, mask->ne[0], 1, n, 1);
 
     if (mask->type != GGML_TYPE_F32) {
         mask = ggml_cast(ctx0, mask, GGML_TYPE_F32);
@@ -1012,7 +1013,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     const auto * kv = llama_razor_get_cache(memory);
 
-    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: a store, an attention (up to 22 nodes without flash attention) and
+    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: a store, an attention (up to 23 nodes without flash attention) and
     // 2 folds of 15 nodes
     return kv ? (20 + 60*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;
 }
