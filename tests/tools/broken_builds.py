@@ -173,7 +173,7 @@ BREAKS = [
     Break("alibi-next-frontier", GRAPH, "for (uint32_t p = step.frontier; p <= pos; ++p) {", "for (uint32_t p = step.frontier + 1; p <= pos; ++p) {", "test_alibi_scopes_equal_the_reference test_alibi_window_that_holds_everything_equals_stock"),
     Break("alibi-rollback-refused", CACHE, "    if (plan.n_comp > 0 && st.groups[i_group].frontier_prev", "    if (st.groups[i_group].frontier_prev", "test_alibi_rollback"),
     Break("alibi-state-of-other-heads", CACHE, "            for (const uint32_t h : plan.local[il][g]) {\n                add(h);\n            }\n", "", "test_alibi_state"),
-    Break("alibi-abort-keeps-fold", CACHE, "            unfold(st.groups[g], groups[g].fold_from);\n        }\n    }\n\n    llama_kv_cache::seq_rm", "        }\n    }\n\n    llama_kv_cache::seq_rm", "test_alibi_abort"),
+    Break("alibi-abort-keeps-tokens", CACHE, "    llama_kv_cache::seq_rm(seq_id, p0, -1);\n}\n\nvoid llama_kv_cache_razor::seq_cp", "}\n\nvoid llama_kv_cache_razor::seq_cp", "test_alibi_abort"),
     Break("alibi-more-bytes", CACHE, "ggml_new_tensor_3d(ctx, type_k, n_embd_k, n_rows, n_strm)", "ggml_new_tensor_3d(ctx, type_k, n_embd_k, n_rows + 256, n_strm)", "test_bytes_of_alibi_scopes"),
     Break("alibi-scopes-not-read", PROFILE, "version == RAZOR_VERSION_SCOPE || res->alibi;", "version == RAZOR_VERSION_SCOPE;", "test_alibi_scopes_of_the_metadata test_alibi_is_refused_by_name"),
     Break("alibi-compensation-accepted", PLAN, "    if (hparams.use_alibi && profile->compensation) {", "    if (false) {", "test_alibi_is_refused_by_name"),
