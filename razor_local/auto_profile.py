@@ -70,6 +70,8 @@ def auto_profile(
     max_seconds: float = MAX_SECONDS,
     progress: Progress | None = None,
     stop: Stop | None = None,
+    type_k_local: str | None = None,
+    type_v_local: str | None = None,
 ) -> AutoProfile:
     """Return the profile that ModelFile.find_profile() finds, or measure one.
 
@@ -81,8 +83,8 @@ def auto_profile(
         when: "auto" measures if that takes less than max_seconds. "now" measures however long it
             takes, even if the package has a list for the model or no head stood out before.
             "never" does not measure.
-        n_ctx, type_k, type_v, flash_attn: settings of the context that will run; n_ctx 0 means the
-            trained length.
+        n_ctx, type_k, type_v, flash_attn, type_k_local, type_v_local: settings of the context that
+            will run; n_ctx 0 means the trained length.
         n_threads, n_gpu_layers: settings for measuring.
 
     Raises:
@@ -103,7 +105,10 @@ def auto_profile(
             return AutoProfile(found, f"{native.DISABLE_ENV} is set")
         if shape.max_alibi_bias:  # nothing is measured
             return AutoProfile(found, ALIBI)
-        plan = make_plan(shape, paper_profile(shape), n_ctx, type_k, type_v, flash_attn)
+        plan = make_plan(
+            shape, paper_profile(shape), n_ctx, type_k, type_v, flash_attn,
+            type_k_local=type_k_local, type_v_local=type_v_local,
+        )  # fmt: skip
     except RazorError as error:
         return AutoProfile(found, str(error))
     if not plan.active:

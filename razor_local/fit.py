@@ -133,7 +133,8 @@ class ContextOptions:
     """Options of a context that decide about its memory; the defaults are those of Llama.
 
     profile: None for llama.cpp's own full cache. n_batch, n_ubatch: tokens. logits_all: the
-    bindings keep the logits of every token, which counts as a compute buffer.
+    bindings keep the logits of every token, which counts as a compute buffer. type_k_local,
+    type_v_local: KV types of local heads; None for type_k and type_v.
     """
 
     profile: Profile | None = None
@@ -146,10 +147,12 @@ class ContextOptions:
     op_offload: bool | None = None
     swa_full: bool | None = None
     logits_all: bool = False
+    type_k_local: str | None = None
+    type_v_local: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (self.type_k, self.type_v):
-            if name not in KV_TYPES:
+        for name in (self.type_k, self.type_v, self.type_k_local, self.type_v_local):
+            if name is not None and name not in KV_TYPES:
                 raise UnsupportedError(
                     f"{name!r} is not a KV cache type, expected one of {', '.join(KV_TYPES)}"
                 )
@@ -257,13 +260,15 @@ class DryModel:
         n = largest_fitting(room, n_max, self._needs[options])
         return self.need(n, options) if n else None
 
-    def flash_attention(self, type_k: str = "f16", type_v: str = "f16") -> bool:
+    def flash_attention(
+        self, type_k: str = "f16", type_v: str = "f16", type_v_local: str | None = None
+    ) -> bool:
         """Return whether llama.cpp's "auto" turns flash attention on.
 
         It does if V is quantized, which needs it, or the device of every layer can run it. Raises
         UnsupportedError.
         """
-        if KV_TYPES[type_v].block > 1:
+        if any(KV_TYPES[name].block > 1 for name in (type_v, type_v_local or type_v)):
             return True
         params = C.llama_context_default_params()
         params.n_ctx = N_CTX_PAD
@@ -280,7 +285,7 @@ class DryModel:
         callback = C.llama_log_callback(log)
         C.llama_log_set(callback, None)  # no function reports it
         try:
-            with self._context(params, None):
+            with self._context(params, native.make_params(None)):
                 pass
         finally:
             C.llama_log_set(before, data)
@@ -335,7 +340,12 @@ class DryModel:
             params.op_offload = options.op_offload
         if options.swa_full is not None or (plan and plan.active):
             params.swa_full = bool(options.swa_full)  # as Llama does
-        with self._context(params, options.profile) as context:
+        override = native.make_params(
+            options.profile,
+            type_k_local=options.type_k_local,
+            type_v_local=options.type_v_local,
+        )
+        with self._context(params, override) as context:
             active = bool(library.stats(context).active)
             memory = library.memory(context)
             n_logits = 4 * n_ctx * self._n_vocab if options.logits_all else 0
@@ -353,12 +363,11 @@ class DryModel:
             )
         return need
 
-    def _context(self, params: Any, profile: Profile | None) -> AbstractContextManager[int]:
+    def _context(self, params: Any, override: native.Params) -> AbstractContextManager[int]:
         def failed(why: str) -> RazorError:
             return UnsupportedError(f"{self.path} cannot be planned: {why}")
 
         assert self._model is not None
-        override = native.make_params(profile)
         return new_context(library, C, self._model, params, override, failed)
 
     def _plan(self, n_ctx: int, options: ContextOptions) -> Plan | None:
@@ -369,6 +378,7 @@ class DryModel:
         return make_plan(
             self.shape, options.profile, n_ctx, options.type_k, options.type_v, options.flash_attn,
             n_ubatch=min(options.n_ubatch, options.n_batch, n_ctx), swa_full=options.swa_full,
+            type_k_local=options.type_k_local, type_v_local=options.type_v_local,
         )  # fmt: skip
 
 
@@ -382,9 +392,17 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For example "razor q8_0"."""
-        k, v = self.options.type_k, self.options.type_v
-        return f"{self.cache} {k}" if k == v else f"{self.cache} {k}/{v}"
+        """For example "razor q8_0", or "razor f16 (local q8_0)"."""
+        options = self.options
+        name = f"{self.cache} {_pair(options.type_k, options.type_v)}"
+        if options.type_k_local is None and options.type_v_local is None:
+            return name
+        local = options.type_k_local or options.type_k, options.type_v_local or options.type_v
+        return f"{name} (local {_pair(*local)})"
+
+
+def _pair(type_k: str, type_v: str) -> str:
+    return type_k if type_k == type_v else f"{type_k}/{type_v}"
 
 
 def make_candidates(
@@ -411,6 +429,8 @@ def make_candidates(
             options = replace(
                 base or ContextOptions(), profile=planned, type_k=type_k, type_v=type_v
             )
+            if cache == "full":
+                options = replace(options, type_k_local=None, type_v_local=None)
             refused = None
             try:
                 model.need(n_ctx, options)
@@ -568,6 +588,9 @@ def _fitting(
             continue
         if need is not None and need.n_ctx > n_found:
             types = {} if type_k == type_v == "f16" else {"type_k": type_k, "type_v": type_v}
+            for name in ("type_k_local", "type_v_local"):
+                if getattr(options, name) is not None:
+                    types[name] = getattr(options, name)
             found.append(written(n_ctx=need.n_ctx, **types))
             n_found = need.n_ctx
     return found

@@ -76,6 +76,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         by the scores in the profile. retrieval is an alias.
     window, sink_tokens (tokens), compensation: replace the profile's values.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
+    type_k_local, type_v_local: KV cache types of local heads; by default type_k and type_v.
     progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
         before that while the heads are measured (0 to 1 for each step). Returning False stops
         either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
@@ -127,6 +128,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         n_ctx: int | str = 512,
         type_k: int | str | None = None,
         type_v: int | str | None = None,
+        type_k_local: int | str | None = None,
+        type_v_local: int | str | None = None,
         flash_attn: bool = True,
         n_gpu_layers: int = -1,
         verbose: bool = False,
@@ -144,6 +147,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
             "window": window,
             "sink_tokens": sink_tokens,
             "compensation": compensation,
+            "type_k_local": type_k_local,
+            "type_v_local": type_v_local,
             "wait": wait,
         }
         self._progress = progress
@@ -160,6 +165,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
         kwargs["n_threads"] = kwargs.get("n_threads") or n_cores()
         kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
         type_k, type_v = type_name(type_k), type_name(type_v)
+        local_types = {
+            name: None if value is None else type_name(value)
+            for name, value in (("type_k_local", type_k_local), ("type_v_local", type_v_local))
+        }
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
             n_ctx = 512 if n_ctx == "auto" else n_ctx
@@ -167,7 +176,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         model_path = os.fspath(model_path)
         cache = choose_cache(
             self._file, razor, budget, window, sink_tokens, compensation, n_ctx, type_k, type_v,
-            flash_attn, kwargs, progress,
+            flash_attn, kwargs, progress, **local_types,
         )  # fmt: skip
         self._plan, self._profile, self._why = cache.plan, cache.profile, cache.why
         if cache.plan is not None:
@@ -182,7 +191,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         library.show_log(verbose)
         library.clear_errors()
         refusal: RazorError | None = None
-        with library.override(native.make_params(cache.profile, cache.own_attention)):
+        override = native.make_params(cache.profile, cache.own_attention, **local_types)
+        with library.override(override):
             try:
                 super().__init__(
                     model_path,
@@ -211,6 +221,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             self._loading.check()
         if isinstance(refusal, MemoryFullError):  # after the memory of the model was freed
             given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
+            given |= local_types
             raise out_of_memory(str(refusal), self._file, cache.n_ctx, cache.profile, given)
         if refusal is not None:
             raise refusal

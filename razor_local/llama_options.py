@@ -27,7 +27,7 @@ from .gguf.hyper_parameters import check_overrides
 from .model_file import ModelFile
 from .model_shape import ModelShape
 from .native.loaded import C, llama_cpp
-from .plan import KV_TYPES, Plan, make_plan, padded_n_ctx
+from .plan import KV_TYPES, NO_LOCAL_TYPES, Plan, make_plan, padded_n_ctx
 from .profile import KEY_PREFIX, Profile
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def choose_cache(
     flash_attn: bool,
     others: dict[str, Any],
     progress: Callable[[float], object] | None = None,
+    type_k_local: str | None = None,
+    type_v_local: str | None = None,
 ) -> CacheChoice:
     """Choose the cache for arguments of Llama().
 
@@ -145,13 +147,22 @@ def choose_cache(
     """
     _refuse_razor(razor)
     reason = None
+    local_types: dict[str, Any] = {"type_k_local": type_k_local, "type_v_local": type_v_local}
     if isinstance(razor, str) and razor == "auto":
         context = {"n_ctx": n_ctx, "type_k": type_k, "type_v": type_v, "flash_attn": flash_attn}
+        context = context | local_types
         razor, reason = _auto_profile(file, context, others, progress)
     shape, profile, why = choose_profile(file, razor, budget, window, sink_tokens, compensation)
     why = reason or why
+    if (type_k_local or type_v_local) and profile is None:
+        if razor is False or reason is None and not native.is_disabled():
+            raise UnsupportedError(
+                f"{option('type_k_local')} and {option('type_v_local')} have no effect without"
+                f" razor ({why}); leave them out"
+            )
+        why = f"{why} ({NO_LOCAL_TYPES})"
     own_attention = razor is not False and not native.is_disabled()
-    given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **others}
+    given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **local_types, **others}
     if isinstance(n_ctx, str):
         n_ctx = _auto_n_ctx(file, n_ctx, profile, given)
     if shape is None:
@@ -160,7 +171,7 @@ def choose_cache(
     n_ubatch = min(others.get("n_ubatch", 512), others.get("n_batch", 512), n_ctx)
     plan = make_plan(
         shape, profile, n_ctx, type_k, type_v, flash_attn,
-        n_ubatch=n_ubatch, swa_full=others.get("swa_full"),
+        n_ubatch=n_ubatch, swa_full=others.get("swa_full"), **local_types,
     )  # fmt: skip
     if profile is None:
         plan = replace(plan, why_inactive=why)

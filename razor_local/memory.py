@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .errors import RazorError
 from .native import Native
-from .plan import Plan
+from .plan import KV_TYPES, Plan
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Memory:
             sliding window, and recurrent states.
         layers: one per layer, empty if not active.
         n_tokens: tokens in the cache now.
+        type_k, type_v, type_k_local, type_v_local: KV types of retrieval and of local heads by
+            name; None if no plan describes the model's cache.
         weights_bytes: bytes of the whole model, whether mapped from the file or not.
         compute_bytes: buffers for the computation of a batch.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.
@@ -58,6 +60,10 @@ class Memory:
     devices: tuple[str, ...]
     sliding_bytes: int = 0
     recurrent_bytes: int = 0
+    type_k: str | None = None
+    type_v: str | None = None
+    type_k_local: str | None = None
+    type_v_local: str | None = None
 
     @property
     def share(self) -> float:
@@ -98,6 +104,11 @@ def read_memory(
             LayerMemory(il, r.n_retrieval, r.n_local, r.bytes_k + r.bytes_v + r.bytes_sums)
             for il, r in enumerate(rows)
         )
+    names = ("type_k", "type_v", "type_k_local", "type_v_local")
+    types: dict[str, str | None] = {name: getattr(plan, name, None) for name in names}
+    if stats.active:
+        known = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
+        types = {name: known[getattr(stats, name)] for name in names}
     places = library.memory(ctx)
     held = [m for m in places if not m.is_host and m.weights + m.cache]
     return Memory(
@@ -116,6 +127,7 @@ def read_memory(
         devices=tuple(dict.fromkeys(m.device.decode("utf-8", "replace") for m in held)),
         sliding_bytes=stats.kv_bytes_sliding,
         recurrent_bytes=stats.kv_bytes_recurrent,
+        **types,
     )
 
 

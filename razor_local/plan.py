@@ -22,6 +22,7 @@ SLACK = 64  # LLAMA_RAZOR_SLACK: tokens that can be rolled back over a fold
 MAX_WINDOWS = 4  # maximum number of different windows, LLAMA_RAZOR_MAX_WINDOWS
 COMPENSATION_CELLS = 4  # C: rows that hold the compensation token and its earlier values
 N_CTX_PAD = 256  # llama.cpp rounds n_ctx up to it; the cells of local heads are rounded alike
+NO_LOCAL_TYPES = "the KV types of local heads have no effect"  # if razor is not active
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class Plan:
     Attributes:
         block, sink_tokens: tokens (0 if inactive).
         groups: the local heads, largest window first.
+        type_k, type_v: KV types of retrieval heads, of a full cache and of sliding layers.
+        type_k_local, type_v_local: KV types of local heads; the same if inactive.
         kv_bytes: bytes of the whole cache.
         kv_bytes_full: bytes of a full cache with the same types and flash attention setting.
         kv_bytes_full_f16: bytes of llama.cpp's default, a full f16 cache.
@@ -125,6 +128,8 @@ class Plan:
     compensation: bool
     type_k: str
     type_v: str
+    type_k_local: str
+    type_v_local: str
     flash_attn: bool
     layers: tuple[LayerPlan, ...]
     shape: ModelShape
@@ -142,6 +147,28 @@ class Plan:
         """The windows of the local heads as text: "4,096", or "256 to 4,096"."""
         smallest = self.groups[-1].window if self.groups else 0
         return f"{smallest:,} to {self.window:,}" if smallest < self.window else f"{self.window:,}"
+
+    def heads(self, il: int) -> tuple[list[int], list[int]]:
+        """The retrieval heads and the local heads of a layer."""
+        windows = self.layers[il].windows
+        return [i for i, w in enumerate(windows) if not w], [i for i, w in enumerate(windows) if w]
+
+    @property
+    def has_local_types(self) -> bool:
+        """Whether local heads have other KV types than retrieval heads."""
+        return (self.type_k_local, self.type_v_local) != (self.type_k, self.type_v)
+
+    @property
+    def types_text(self) -> str:
+        """The KV types as text, such as "f16" or "f16; local heads keys q8_0, values q4_0"."""
+
+        def pair(k: str, v: str) -> str:
+            return k if k == v else f"keys {k}, values {v}"
+
+        text = pair(self.type_k, self.type_v)
+        if not self.has_local_types:
+            return text
+        return f"{text}; local heads {pair(self.type_k_local, self.type_v_local)}"
 
     @property
     def cells(self) -> int:
@@ -210,6 +237,8 @@ class Plan:
             "compensation": self.compensation,
             "type_k": self.type_k,
             "type_v": self.type_v,
+            "type_k_local": self.type_k_local,
+            "type_v_local": self.type_v_local,
             "flash_attn": self.flash_attn,
             "layers": [
                 {
@@ -239,18 +268,25 @@ def make_plan(
     compensation: bool | None = None,
     n_ubatch: int = 512,
     swa_full: bool | None = None,
+    type_k_local: str | None = None,
+    type_v_local: str | None = None,
 ) -> Plan:
     """Make the plan of a context of n_ctx tokens (0: the trained length; rounded up to 256).
 
     profile None: llama.cpp's own full cache. window, sink_tokens and compensation override the
     profile. n_ubatch: tokens, which layers with a sliding window keep in addition to it. swa_full:
     these layers keep everything; None: llama.cpp's default for a full cache, and not with razor.
+    type_k_local, type_v_local: KV types of local heads; None: type_k and type_v. They have no
+    effect if the plan is inactive, which why_inactive then adds.
     Raises ProfileError for a profile of another shape or values out of range, and
     UnsupportedError for combinations of types that llama.cpp refuses and for a compensation token
     in an ALiBi model.
     """
     n_ctx = padded_n_ctx(shape, n_ctx)
-    _kv_type(type_k)
+    local_types = type_k_local or type_k, type_v_local or type_v
+    for name in (type_k, *local_types):
+        _kv_type(name)
+    unused = f" ({NO_LOCAL_TYPES})" if type_k_local or type_v_local else ""
     if _kv_type(type_v).block > 1 and not flash_attn:
         raise UnsupportedError(
             f"a quantized V cache ({type_v}) needs flash attention; switch it on or use f16 for V"
@@ -265,6 +301,8 @@ def make_plan(
         compensation=False,
         type_k=type_k,
         type_v=type_v,
+        type_k_local=type_k,
+        type_v_local=type_v,
         flash_attn=flash_attn,
         layers=_full_layers(shape, n_ctx, type_k, type_v, flash_attn),
         shape=shape,
@@ -279,7 +317,7 @@ def make_plan(
 
     full = with_sliding(full)
     if profile is None:
-        return replace(full, why_inactive="no profile")
+        return replace(full, why_inactive=f"no profile{unused}")
 
     profile = profile.with_options(window, sink_tokens, compensation)
     profile.check_shape(shape)
@@ -293,9 +331,12 @@ def make_plan(
         whole = profile.scope is None or profile.flat().all()
         return replace(
             full,
-            why_inactive="every KV head is a retrieval head"
-            if whole
-            else f"no scope is below {n_ctx:,} tokens",
+            why_inactive=(
+                "every KV head is a retrieval head"
+                if whole
+                else f"no scope is below {n_ctx:,} tokens"
+            )
+            + unused,
         )
     extra = COMPENSATION_CELLS if profile.compensation else 0
     cells = {
@@ -307,7 +348,12 @@ def make_plan(
         return replace(
             full,
             why_inactive=f"RazorAttention saves nothing up to {min(cells.values()):,} tokens of"
-            " context",
+            f" context{unused}",
+        )
+    if _kv_type(local_types[1]).block > 1 and not flash_attn:
+        raise UnsupportedError(
+            f"a quantized V cache of local heads ({local_types[1]}) needs flash attention; switch"
+            " it on or use f16 for V"
         )
     windows = [tuple(w if w in saving else 0 for w in layer) for layer in windows]
     counts = Counter(w for layer in windows for w in layer)
@@ -318,8 +364,17 @@ def make_plan(
         block=block,
         groups=tuple(Group(window, n, counts[window]) for window, n in saving.items()),
         compensation=profile.compensation,
+        type_k_local=local_types[0],
+        type_v_local=local_types[1],
         layers=_layers(
-            shape, windows, saving, n_ctx, profile.compensation, type_k, type_v, flash_attn
+            shape,
+            windows,
+            saving,
+            n_ctx,
+            profile.compensation,
+            (type_k, type_v),
+            local_types,
+            flash_attn,
         ),
     )
     return with_sliding(active)
@@ -399,8 +454,8 @@ def _layers(
     cells: dict[int, int],
     n_ctx: int,
     compensation: bool,
-    type_k: str,
-    type_v: str,
+    types: tuple[str, str],
+    local_types: tuple[str, str],
     flash_attn: bool,
 ) -> tuple[LayerPlan, ...]:
     """Plan the layers of a cache.
@@ -408,26 +463,29 @@ def _layers(
     Args:
         windows: the window of each KV head.
         cells: cells of a head, by window.
+        types, local_types: of K and V, of retrieval and of local heads.
     """
-    d_k, d_v = shape.head_dim_k, shape.head_dim_v
-    row_k, row_v = row_size(type_k, d_k), row_size(type_v, d_v)
+    dims = d_k, d_v = shape.head_dim_k, shape.head_dim_v
+    row_k, row_v = map(row_size, types, dims)
+    local_k, local_v = map(row_size, local_types, dims)
     padded = not cells and not flash_attn  # a full cache pads V of every layer to the widest
     width = shape.v_width or max(map(len, windows), default=0) * d_v
     layers = []
     for il, layer in enumerate(windows):
-        rows = sum(cells[window] if window else n_ctx for window in layer)
+        rows = n_ctx * layer.count(0)
+        local_rows = sum(cells[window] for window in layer if window)
         local = len(layer) - layer.count(0)
         if padded:
             # a hybrid or sliding model has no cache in its other layers
             has_cache = len(layer) > 0 or not (shape.sliding or shape.recurrent_bytes)
-            bytes_v = n_ctx * row_size(type_v, width) if has_cache else 0
+            bytes_v = n_ctx * row_size(types[1], width) if has_cache else 0
         else:
-            bytes_v = rows * row_v
+            bytes_v = rows * row_v + local_rows * local_v
         layers.append(
             LayerPlan(
                 il=il,
                 windows=layer,
-                bytes_k=rows * row_k,
+                bytes_k=rows * row_k + local_rows * local_k,
                 bytes_v=bytes_v,
                 bytes_sums=3 * local * (d_k + d_v) * 4 if compensation else 0,
             )
@@ -439,7 +497,8 @@ def _full_layers(
     shape: ModelShape, n_ctx: int, type_k: str, type_v: str, flash_attn: bool
 ) -> tuple[LayerPlan, ...]:
     windows = [(0,) * n for n in shape.n_head_kv]
-    return _layers(shape, windows, {}, n_ctx, False, type_k, type_v, flash_attn)
+    types = type_k, type_v
+    return _layers(shape, windows, {}, n_ctx, False, types, types, flash_attn)
 
 
 def _sliding_bytes(

@@ -39,6 +39,8 @@ _PLAN = {
     "compensation": "compensation",
     "type_k": "type of keys",
     "type_v": "type of values",
+    "type_k_local": "type of local keys",
+    "type_v_local": "type of local values",
     "flash_attn": "flash attention",
     "n_ctx": "context",
 }
@@ -204,6 +206,8 @@ def _other_plan(session: Session, llama: Llama) -> str | None:
         keys = keys[:1]
 
     def shown(value: Any) -> str:
+        if value is None:
+            return "that of all heads"  # a type of local heads
         return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
     differences = ", ".join(
@@ -214,6 +218,8 @@ def _other_plan(session: Session, llama: Llama) -> str | None:
 
 def _plan(llama: Llama) -> dict[str, Any]:
     plan = llama.plan.to_dict() if llama.plan is not None else {}
+    if llama.plan is not None and not llama.plan.has_local_types:  # as in earlier sessions
+        del plan["type_k_local"], plan["type_v_local"]
     return {key: plan[key] for key in _PLAN if key in plan}
 
 

@@ -44,8 +44,8 @@ llm_graph_input_razor::llm_graph_input_razor(
         if (!order.identity) {
             order.offs_q   = n_heads;
             order.offs_out = n_heads + order.n_head;
-            order.offs_v   = n_heads + order.n_head*2;
-            n_heads += order.n_head*2 + (kv.get_v_trans() ? order.n_head_kv : 0);
+            order.offs_kv  = n_heads + order.n_head*2;
+            n_heads += order.n_head*2 + (kv.get_v_trans() || order.split ? order.n_head_kv : 0);
         }
     }
 
@@ -153,6 +153,7 @@ void llm_graph_input_razor::init_orders() {
 
         order.n_head    = hparams.n_head(il);
         order.n_head_kv = hparams.n_head_kv(source);
+        order.split     = plan.is_split(source);
 
         order.groups.push_back(plan.retrieval[source]);
         order.groups.insert(order.groups.end(), plan.local[source].begin(), plan.local[source].end());
@@ -415,26 +416,34 @@ void llm_graph_input_razor::set_input_rows_as(T * rows_data) const {
     for (const auto & order : orders) {
         T * data = rows_data + order.offs_rows*n_tokens;
 
-        int64_t n_rows = 0;
-        for (size_t k = 0; k < order.groups.size(); ++k) {
-            n_rows += (int64_t) order.groups[k].size()*(k == 0 ? plan.n_ctx : plan.groups[k - 1].cells);
+        const int64_t n_rows_full = (int64_t) order.groups[0].size()*plan.n_ctx;
+
+        int64_t n_rows_local = 0;
+        for (size_t k = 1; k < order.groups.size(); ++k) {
+            n_rows_local += (int64_t) order.groups[k].size()*plan.groups[k - 1].cells;
         }
 
-        GGML_ASSERT((step.strm + 1)*n_rows <= std::numeric_limits<T>::max());
+        GGML_ASSERT((step.strm + 1)*(n_rows_full + n_rows_local) <= std::numeric_limits<T>::max());
 
         // first row of the group
-        int64_t first = step.strm*n_rows;
+        int64_t first = step.strm*(order.split ? n_rows_full : n_rows_full + n_rows_local);
 
         for (size_t k = 0; k < order.groups.size(); ++k) {
             const auto & heads_kv = order.groups[k];
 
             const int64_t head_rows = k == 0 ? plan.n_ctx : plan.groups[k - 1].cells;
 
+            if (order.split && k == 1) {
+                first = step.strm*n_rows_local;
+            }
+
             for (uint32_t i = 0; i < n_tokens; ++i) {
                 const uint32_t cell = k == 0 ? cells[i] : plan.groups[k - 1].cell(step.pos0 + i);
 
                 for (size_t j = 0; j < heads_kv.size(); ++j) {
-                    data[i*order.n_head_kv + heads_kv[j]] = first + j*head_rows + cell;
+                    const size_t at = order.split ? order.first[k]*n_tokens + i*heads_kv.size() + j : i*order.n_head_kv + heads_kv[j];
+
+                    data[at] = first + j*head_rows + cell;
                 }
             }
 
@@ -503,7 +512,7 @@ void llm_graph_input_razor::set_input_heads() const {
 
         int32_t * data_q   = data + order.offs_q  *n_tokens;
         int32_t * data_out = data + order.offs_out*n_tokens;
-        int32_t * data_v   = mctx->get_kv().get_v_trans() ? data + order.offs_v*n_tokens : nullptr;
+        int32_t * data_kv  = mctx->get_kv().get_v_trans() || order.split ? data + order.offs_kv*n_tokens : nullptr;
 
         int32_t i_kv = 0;
 
@@ -513,8 +522,8 @@ void llm_graph_input_razor::set_input_heads() const {
                     data_q  [i_kv*n_gqa + j] = h*n_gqa + j;
                     data_out[h*n_gqa + j]    = i_kv*n_gqa + j;
                 }
-                if (data_v) {
-                    data_v[i_kv] = h;
+                if (data_kv) {
+                    data_kv[i_kv] = h;
                 }
                 ++i_kv;
             }
@@ -523,8 +532,8 @@ void llm_graph_input_razor::set_input_heads() const {
         for (uint32_t i = 1; i < n_tokens; ++i) {
             std::copy(data_q,   data_q   + n_head, data_q   + i*n_head);
             std::copy(data_out, data_out + n_head, data_out + i*n_head);
-            if (data_v) {
-                std::copy(data_v, data_v + n_head_kv, data_v + i*n_head_kv);
+            if (data_kv) {
+                std::copy(data_kv, data_kv + n_head_kv, data_kv + i*n_head_kv);
             }
         }
     }
@@ -643,8 +652,8 @@ void llm_graph_input_razor::build_folds(const llm_graph_context & g, const razor
             (int32_t) plan.local[layer.il][i_group].size(), (int32_t) plan.groups[i_group].cells, first,
         }));
     } else {
-        build_fold(g, layer, group, view_local(g.ctx0, layer, layer.k, i_group), sums.k);
-        build_fold(g, layer, group, view_local(g.ctx0, layer, layer.v, i_group), sums.v);
+        build_fold(g, layer, group, view_local(g.ctx0, layer, layer.k_local, i_group), sums.k);
+        build_fold(g, layer, group, view_local(g.ctx0, layer, layer.v_local, i_group), sums.v);
     }
 }
 
@@ -687,23 +696,44 @@ static ggml_tensor * reshape_rows(ggml_context * ctx, ggml_tensor * cur) {
     return ggml_reshape_2d(ctx, cur, cur->ne[0], cur->ne[1]*cur->ne[2]);
 }
 
-ggml_tensor * llm_graph_input_razor::view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const {
+ggml_tensor * llm_graph_input_razor::view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order, size_t first, size_t n) const {
     ggml_tensor * idxs = layer.device || rows->type == GGML_TYPE_I32 ? get_on_device(g, layer, rows) : rows;
 
-    return ggml_view_1d(g.ctx0, idxs, order.n_head_kv*n_tokens, order.offs_rows*n_tokens*ggml_element_size(idxs));
+    return ggml_view_1d(g.ctx0, idxs, n*n_tokens, (order.offs_rows + first)*n_tokens*ggml_element_size(idxs));
 }
 
-void llm_graph_input_razor::build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const {
+void llm_graph_input_razor::build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * dst_local, ggml_tensor * cur, const head_order & order) const {
     ggml_context * ctx0 = g.ctx0;
 
-    dst = ggml_reshape_2d(ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
+    auto store = [&](ggml_tensor * dst, ggml_tensor * cur, size_t first) {
+        ggml_tensor * idxs = view_rows(g, layer, order, first, cur->ne[1]);
 
-    ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, reshape_rows(ctx0, cur), view_rows(g, layer, order)));
+        dst = ggml_reshape_2d(ctx0, dst, dst->ne[0], dst->ne[1]*dst->ne[2]);
+
+        ggml_build_forward_expand(g.gf, ggml_set_rows(ctx0, dst, reshape_rows(ctx0, cur), idxs));
+    };
+
+    if (!order.split) {
+        store(dst, cur, 0);
+
+        return;
+    }
+
+    if (!order.identity) {
+        cur = build_gather(g, layer, cur, order.offs_kv);
+    }
+
+    for (const size_t i : order.sequence) {
+        const size_t first = order.first[i];
+
+        store(i == 0 ? dst : dst_local,
+                ggml_view_3d(ctx0, cur, cur->ne[0], order.groups[i].size(), n_tokens, cur->nb[1], cur->nb[2], first*cur->nb[1]), first);
+    }
 }
 
 void llm_graph_input_razor::build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const {
     ggml_build_forward_expand(g.gf,
-            razor_device_build_store(g.ctx0, reshape_rows(g.ctx0, k_cur), reshape_rows(g.ctx0, v_cur), layer.k, layer.v, view_rows(g, layer, order)));
+            razor_device_build_store(g.ctx0, reshape_rows(g.ctx0, k_cur), reshape_rows(g.ctx0, v_cur), layer.k, layer.v, view_rows(g, layer, order, 0, order.n_head_kv)));
 }
 
 void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const {
@@ -712,7 +742,7 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
     const int64_t n_embd = v_cur->ne[0];
 
     if (!order.identity) {
-        v_cur = build_gather(g, layer, v_cur, order.offs_v);
+        v_cur = build_gather(g, layer, v_cur, order.offs_kv);
     }
 
     auto part = [&](int64_t first, int64_t n) {
@@ -737,7 +767,7 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
 
         if (n > 0) {
             ggml_tensor * cur = ggml_reshape_2d(ctx0, part(order.first[i + 1], n), n_embd, n*n_tokens);
-            ggml_tensor * dst = view_local(ctx0, layer, layer.v, i);
+            ggml_tensor * dst = view_local(ctx0, layer, layer.v_local, i);
 
             dst = ggml_reshape_2d(ctx0, dst, n_embd, dst->ne[1]*dst->ne[2]);
 
@@ -789,12 +819,12 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     } else if (layer.device) {
         build_store_device(g, layer, k_cur, v_cur, order);
     } else {
-        build_store(g, layer, layer.k, k_cur, order);
+        build_store(g, layer, layer.k, layer.k_local, k_cur, order);
 
         if (kv.get_v_trans()) {
             build_store_v_trans(g, layer, v_cur, order);
         } else {
-            build_store(g, layer, layer.v, v_cur, order);
+            build_store(g, layer, layer.v, layer.v_local, v_cur, order);
         }
     }
 
@@ -882,7 +912,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
             return ggml_view_3d(ctx0, src, src->ne[0], groups[i].n_kv, src->ne[2], src->nb[1], src->nb[2], 0);
         };
 
-        return attend(view(layer.k), view(layer.v), false, order.first[i + 1], groups[i].mask);
+        return attend(view(layer.k_local), view(layer.v_local), false, order.first[i + 1], groups[i].mask);
     };
 
     // the retrieval heads come first in the graph, independently of the order of the heads
@@ -973,8 +1003,10 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
 
-    const uint32_t strm  = mctx->get_step().strm;
-    const int64_t  first = strm*layer.k->ne[1];
+    const uint32_t strm = mctx->get_step().strm;
+
+    const int64_t first_full = strm*layer.k->ne[1];
+    const int64_t first      = strm*layer.k_local->ne[1];
 
     razor_attn & attn = attns.emplace_back();
 
@@ -985,10 +1017,15 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     attn.kernel = layer.attn;
     attn.n_gqa  = order.n_head/order.n_head_kv;
 
+    if (order.split) {
+        attn.k_local = layer.k_local;
+        attn.v_local = layer.v_local;
+    }
+
     // leave out groups without heads, but keep one local group: the operations of devices require it
     size_t i_local = 0;
 
-    attn.groups.push_back({ &order.groups[0], kq_mask, first, plan.n_ctx });
+    attn.groups.push_back({ &order.groups[0], kq_mask, first_full, plan.n_ctx });
 
     for (size_t i = 0; i < groups.size(); ++i) {
         if (!order.groups[i + 1].empty()) {
@@ -1013,7 +1050,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     const auto * kv = llama_razor_get_cache(memory);
 
-    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: a store, an attention (up to 23 nodes without flash attention) and
+    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: up to 2 stores, an attention (up to 23 nodes without flash attention) and
     // 2 folds of 15 nodes
-    return kv ? (20 + 60*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;
+    return kv ? (20 + 70*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;
 }

@@ -72,11 +72,13 @@ private:
 
         bool identity = true; // the heads of the model are in this order
 
+        bool split = false; // the local heads have tensors of their own: the rows of each group are stored separately
+
         // offsets in the inputs, in heads
         size_t offs_rows = 0;
         size_t offs_q    = 0; // only if not identity, like the next two
         size_t offs_out  = 0;
-        size_t offs_v    = 0; // only for a transposed V cache
+        size_t offs_kv   = 0; // only for a transposed V cache or if split
 
         size_t offs_slopes = 0; // only with ALiBi
     };
@@ -112,8 +114,8 @@ private:
     void set_input_slopes() const;
     void set_input_fold(size_t i_group) const;
 
-    // return the indices at which the layer's rows are stored
-    ggml_tensor * view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const;
+    // return the indices at which the rows of n heads are stored. All heads of the layer, or those of a group if split
+    ggml_tensor * view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order, size_t first, size_t n) const;
 
     // return the rows of the local heads of a group [n_embd_head, cells, n_local]
     ggml_tensor * view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src, size_t i_group) const;
@@ -126,7 +128,7 @@ private:
 
     void build_fold(const llm_graph_context & g, const razor_layer & layer, const group_input & group, ggml_tensor * store, ggml_tensor * sums) const;
 
-    void build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * cur, const head_order & order) const;
+    void build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * dst_local, ggml_tensor * cur, const head_order & order) const;
 
     // store both K and V, if layer.device
     void build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const;
@@ -169,7 +171,8 @@ private:
     std::vector<group_input> groups; // one per group of the plan
 
     // for each order and token: the rows of the KV heads, in the order of the model
-    ggml_tensor * rows      = nullptr; // I32 [n] rows of razor_layer::k and ::v, I64 for the operations of ggml-razor.h
+    // if the order is split: for each of its groups and token
+    ggml_tensor * rows      = nullptr; // I32 [n] rows of the layer's K and V, I64 for the operations of ggml-razor.h
 
     // for each order and token: the heads in the order of the graph
     ggml_tensor * heads     = nullptr; // I32 [n]

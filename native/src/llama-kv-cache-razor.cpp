@@ -32,8 +32,6 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         const llama_model & model,
      const llama_cparams  & cparams,
          llama_razor_plan   plan_in,
-                ggml_type   type_k,
-                ggml_type   type_v,
         razor_attn_kernel   attn,
       razor_device_choice   device,
     const layer_reuse_cb & reuse) :
@@ -41,8 +39,8 @@ llama_kv_cache_razor::llama_kv_cache_razor(
     llama_kv_cache(
             model,
             hparams_head,
-            type_k,
-            type_v,
+            plan_in.types.k,
+            plan_in.types.v,
             !cparams.flash_attn,
             cparams.offload_kqv,
             cparams.kv_unified,
@@ -55,7 +53,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             [](int32_t) { return false; },
             nullptr,
             nullptr),
-    cparams(cparams), plan(std::move(plan_in)), tk(type_k), tv(type_v) {
+    cparams(cparams), plan(std::move(plan_in)) {
 
     // 1. initialize the streams and the rotation
     const llama_hparams & hparams_model = model.hparams;
@@ -76,7 +74,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         const int64_t n_retrieval = plan.retrieval[il].size();
         const int64_t n_local     = plan.n_local(il);
 
-        razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, std::vector<group_sums>(plan.groups.size()) };
+        razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, nullptr, nullptr, std::vector<group_sums>(plan.groups.size()) };
 
         const int32_t source = reuse ? reuse(il) : -1;
 
@@ -92,10 +90,10 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         auto & ctx_ptr = ctx_map[buft];
         if (!ctx_ptr) {
-            // 2 tensors per layer, 2 per group, 2 per retrieval head and stream
+            // up to 4 tensors per layer, 2 per group, 2 per retrieval head and stream
             size_t n_tensors = 0;
             for (const auto & heads : plan.retrieval) {
-                n_tensors += 2 + 2*plan.groups.size() + 2*(1 + n_strm)*heads.size();
+                n_tensors += 4 + 2*plan.groups.size() + 2*(1 + n_strm)*heads.size();
             }
 
             ggml_init_params params = {
@@ -114,13 +112,25 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         const int64_t n_embd_k = hparams_model.n_embd_head_k(il);
         const int64_t n_embd_v = hparams_model.n_embd_head_v(il);
-        const int64_t n_rows   = plan.n_rows(il);
 
-        layer.k = ggml_new_tensor_3d(ctx, type_k, n_embd_k, n_rows, n_strm);
-        layer.v = ggml_new_tensor_3d(ctx, type_v, n_embd_v, n_rows, n_strm);
+        const ggml_type type_k = plan.first_types(il).k;
+        const ggml_type type_v = plan.first_types(il).v;
+
+        const bool split = plan.is_split(il);
+
+        layer.k = ggml_new_tensor_3d(ctx, type_k, n_embd_k, plan.n_rows(il), n_strm);
+        layer.v = ggml_new_tensor_3d(ctx, type_v, n_embd_v, plan.n_rows(il), n_strm);
+
+        layer.k_local = split ? ggml_new_tensor_3d(ctx, plan.types_local.k, n_embd_k, plan.n_rows_local(il), n_strm) : layer.k;
+        layer.v_local = split ? ggml_new_tensor_3d(ctx, plan.types_local.v, n_embd_v, plan.n_rows_local(il), n_strm) : layer.v;
 
         ggml_format_name(layer.k, "cache_razor_k_l%d", il);
         ggml_format_name(layer.v, "cache_razor_v_l%d", il);
+
+        if (split) {
+            ggml_format_name(layer.k_local, "cache_razor_k_local_l%d", il);
+            ggml_format_name(layer.v_local, "cache_razor_v_local_l%d", il);
+        }
 
         for (size_t g = 0; g < plan.groups.size(); ++g) {
             const int64_t n = plan.local[il][g].size();
@@ -136,17 +146,18 @@ llama_kv_cache_razor::llama_kv_cache_razor(
             }
         }
 
-        if (ggml_backend_buft_is_host(buft) && razor_attn_supported(type_k, type_v, n_embd_k, n_embd_v)) {
+        const auto n_groups = std::count_if(plan.local[il].begin(), plan.local[il].end(), [](const auto & heads) { return !heads.empty(); });
+
+        if (ggml_backend_buft_is_host(buft) && razor_attn_supported(type_k, type_v, n_embd_k, n_embd_v) &&
+                (!split || (n_groups <= RAZOR_ATTN_MAX_SPLIT && razor_attn_supported(plan.types_local.k, plan.types_local.v, n_embd_k, n_embd_v)))) {
             layer.attn = attn;
         }
 
-        layer.device = device != RAZOR_DEVICE_OFF && cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
+        layer.device = device != RAZOR_DEVICE_OFF && !split && cparams.offload_kqv && cparams.flash_attn && !hparams_model.attn_soft_cap && razor_device_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
 
         layer.device_batch = layer.device && device == RAZOR_DEVICE_ON && razor_device_batch_supported(
                 model.dev_layer(il), type_k, type_v, n_embd_k, n_embd_v, hparams_model.n_head(il), n_retrieval + n_local);
-
-        const auto n_groups = std::count_if(plan.local[il].begin(), plan.local[il].end(), [](const auto & heads) { return !heads.empty(); });
 
         layer.device_token = layer.device       && n_groups <= 1 && !hparams_model.use_alibi;
         layer.device_batch = layer.device_batch && n_groups <= 1 && !hparams_model.use_alibi;
@@ -231,8 +242,12 @@ void llama_kv_cache_razor::init_rotation() {
         }
     }
 
-    attn_rot_k = rot && ggml_is_quantized(tk) && n_embd_head_k_all > 0 && hparams.n_embd_head_k() % 64 == 0;
-    attn_rot_v = rot && ggml_is_quantized(tv) && n_embd_head_v_all > 0 && hparams.n_embd_head_v() % 64 == 0;
+    // all heads are rotated if those of one kind are: the queries of a layer are rotated together
+    const bool any_k = ggml_is_quantized(plan.types.k) || ggml_is_quantized(plan.types_local.k);
+    const bool any_v = ggml_is_quantized(plan.types.v) || ggml_is_quantized(plan.types_local.v);
+
+    attn_rot_k = rot && any_k && n_embd_head_k_all > 0 && hparams.n_embd_head_k() % 64 == 0;
+    attn_rot_v = rot && any_v && n_embd_head_v_all > 0 && hparams.n_embd_head_v() % 64 == 0;
 
     for (int64_t n = 64; (attn_rot_k || attn_rot_v) && n <= std::max(n_embd_head_k_all, n_embd_head_v_all); n *= 2) {
         // orthonormal Walsh-Hadamard matrix: the sign is the parity of the bits that row and column have in common
@@ -504,6 +519,14 @@ void llama_kv_cache_razor::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
     }
 }
 
+size_t llama_kv_cache_razor::bytes_k(const razor_layer & layer) {
+    return layer.k ? ggml_nbytes(layer.k) + (layer.k_local != layer.k ? ggml_nbytes(layer.k_local) : 0) : 0;
+}
+
+size_t llama_kv_cache_razor::bytes_v(const razor_layer & layer) {
+    return layer.v ? ggml_nbytes(layer.v) + (layer.v_local != layer.v ? ggml_nbytes(layer.v_local) : 0) : 0;
+}
+
 size_t llama_kv_cache_razor::bytes_sums(const razor_layer & layer) {
     size_t res = 0;
     for (const auto & sums : layer.sums) {
@@ -615,8 +638,13 @@ uint64_t llama_kv_cache_razor::fingerprint() const {
         add(group.n_comp);
         add(group.cells);
     }
-    add(tk);
-    add(tv);
+    for (const auto * types : { &plan.types, &plan.types_local }) {
+        // equal types are not added again, as in states of earlier versions
+        if (types == &plan.types || !(*types == plan.types)) {
+            add(types->k);
+            add(types->v);
+        }
+    }
     add(get_n_stream());
     add(cparams.flash_attn);
 
@@ -644,7 +672,7 @@ uint64_t llama_kv_cache_razor::fingerprint() const {
 template<typename F>
 void llama_kv_cache_razor::for_each_local_head(const stream_state & st, F && f) const {
     for (const auto & layer : layers_razor) {
-        for (auto * t : { layer.k, layer.v }) {
+        for (auto * t : { layer.k_local, layer.v_local }) {
             for (size_t g = 0; g < plan.groups.size(); ++g) {
                 // the rows after the first n_used are not in use
                 const uint32_t n_used = plan.groups[g].n_used(st.n_high, st.groups[g].frontier);

@@ -81,8 +81,12 @@ public:
 
         // the rows are n_ctx rows of each retrieval head, then for each group the cells of its heads
         // without flash attention, the values of each retrieval head are transposed: [n_ctx, n_embd_head_v]
-        ggml_tensor * k; // type_k [n_embd_head_k, rows, n_stream]
-        ggml_tensor * v; // type_v [n_embd_head_v, rows, n_stream]
+        ggml_tensor * k; // [n_embd_head_k, rows, n_stream]
+        ggml_tensor * v; // [n_embd_head_v, rows, n_stream]
+
+        // the tensors with the rows of the groups: k and v, or others if the layer is split
+        ggml_tensor * k_local;
+        ggml_tensor * v_local;
 
         std::vector<group_sums> sums; // one per group, with nullptr if there is no compensation or the group has no heads in the layer
 
@@ -99,8 +103,6 @@ public:
             const llama_model & model,
          const llama_cparams  & cparams,
              llama_razor_plan   plan,
-                    ggml_type   type_k,
-                    ggml_type   type_v,
             razor_attn_kernel   attn,
           razor_device_choice   device,
         const layer_reuse_cb & reuse = nullptr);
@@ -159,6 +161,10 @@ public:
 
     const razor_layer & get_layer(int32_t il) const { return layers_razor[il]; }
 
+    // return the size of a layer's K or V in bytes
+    static size_t bytes_k(const razor_layer & layer);
+    static size_t bytes_v(const razor_layer & layer);
+
     // return the size of a layer's accumulators in bytes
     static size_t bytes_sums(const razor_layer & layer);
 
@@ -174,9 +180,6 @@ public:
     // return the number of tokens that seq_rm() can remove from the end
     uint32_t n_rollback(uint32_t strm) const;
 
-    ggml_type get_type_k() const { return tk; }
-    ggml_type get_type_v() const { return tv; }
-
     bool get_v_trans() const { return v_trans; }
     bool has_devices() const;
 
@@ -186,9 +189,6 @@ private:
     const llama_cparams & cparams;
 
     const llama_razor_plan plan;
-
-    const ggml_type tk;
-    const ggml_type tv;
 
     // an operation was requested that local heads do not support: refuse to decode until the cache is cleared
     bool broken = false;

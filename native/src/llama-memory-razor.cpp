@@ -266,7 +266,7 @@ llama_kv_cache * llama_razor_new_kv_cache(
         }
     }
 
-    razor_new->kv = new llama_kv_cache_razor(model, razor_new->cparams, plan, type_k, type_v, razor_new->attn, razor_new->device, reuse);
+    razor_new->kv = new llama_kv_cache_razor(model, razor_new->cparams, plan, razor_new->attn, razor_new->device, reuse);
 
     return razor_new->kv;
 }

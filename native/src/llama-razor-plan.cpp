@@ -228,16 +228,42 @@ static void razor_plan_check_tensors(const llama_model & model, const llama_memo
         ggml_backend_dev_t dev = model.dev_layer(il);
 
         if (plan) {
-            const uint64_t n_rows = plan->n_rows(il);
+            razor_plan_check_tensor(dev, plan->first_types(il).k, d_k, n_stream*plan->n_rows(il));
+            razor_plan_check_tensor(dev, plan->first_types(il).v, d_v, n_stream*plan->n_rows(il));
 
-            razor_plan_check_tensor(dev, params.type_k, d_k, n_stream*n_rows);
-            razor_plan_check_tensor(dev, params.type_v, d_v, n_stream*n_rows);
+            if (plan->is_split(il)) {
+                razor_plan_check_tensor(dev, plan->types_local.k, d_k, n_stream*plan->n_rows_local(il));
+                razor_plan_check_tensor(dev, plan->types_local.v, d_v, n_stream*plan->n_rows_local(il));
+            }
         } else {
             // without flash attention, upstream pads V to the widest layer
             const uint64_t n_embd_v = cparams.flash_attn || d_v == 0 ? n_head_kv*d_v : hparams.n_embd_v_gqa_max();
 
             razor_plan_check_tensor(dev, params.type_k, n_head_kv*d_k, n_stream*cparams.n_ctx_seq);
             razor_plan_check_tensor(dev, params.type_v, n_embd_v,      n_stream*cparams.n_ctx_seq);
+        }
+    }
+}
+
+// check the types of local heads as upstream checks those of the context
+static void razor_plan_check_types(const llama_razor_plan & plan, const llama_model & model, const llama_cparams & cparams) {
+    const auto & types = plan.types_local;
+
+    if (types == plan.types) {
+        return;
+    }
+
+    if (ggml_is_quantized(types.v) && (!cparams.flash_attn || cparams.auto_fa)) {
+        llama_razor_error_throw(format("a quantized V cache of local heads (%s) needs flash attention, switch it on or use f16", ggml_type_name(types.v)));
+    }
+
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+        const uint32_t d_k = model.hparams.n_embd_head_k(il);
+        const uint32_t d_v = model.hparams.n_embd_head_v(il);
+
+        if (plan.n_local(il) > 0 && (d_k % ggml_blck_size(types.k) != 0 || d_v % ggml_blck_size(types.v) != 0)) {
+            llama_razor_error_throw(format("the cache types of local heads (K %s, V %s) need head sizes that are multiples of %d and %d, layer %u has %u and %u; use f16",
+                        ggml_type_name(types.k), ggml_type_name(types.v), (int) ggml_blck_size(types.k), (int) ggml_blck_size(types.v), il, d_k, d_v));
         }
     }
 }
@@ -292,11 +318,19 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
     // 4. make the plan and check that it saves something
     llama_razor_plan plan = razor_plan_make(*profile, mask, heads->scope, model, cparams.n_ctx_seq);
 
+    plan.types       = { params.type_k, params.type_v };
+    plan.types_local = {
+        profile->type_k_local < 0 ? params.type_k : (ggml_type) profile->type_k_local,
+        profile->type_v_local < 0 ? params.type_v : (ggml_type) profile->type_v_local,
+    };
+
     if (plan.groups.empty()) {
         LLAMA_LOG_INFO("razor: nothing would be saved at a context of %u tokens, using the full cache\n", plan.n_ctx);
 
         return nullptr;
     }
+
+    razor_plan_check_types(plan, model, cparams);
 
     return std::make_unique<llama_razor_plan>(std::move(plan));
 }
@@ -351,5 +385,5 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
         return llama_razor_new_memory(model, params, cparams, std::move(*plan), attn, device);
     }
 
-    return new llama_kv_cache_razor(model, cparams, std::move(*plan), params.type_k, params.type_v, attn, device);
+    return new llama_kv_cache_razor(model, cparams, std::move(*plan), attn, device);
 }

@@ -12,10 +12,20 @@
 #include <cstdint>
 #include <vector>
 
+#include "ggml.h"
+
 struct llama_cparams;
 struct llama_memory_i;
 struct llama_memory_params;
 struct llama_model;
+
+// types of the rows of K and V
+struct llama_razor_types {
+    ggml_type k;
+    ggml_type v;
+
+    bool operator==(const llama_razor_types & other) const { return k == other.k && v == other.v; }
+};
 
 // the local heads with the same window
 // the cells of a head are [sinks | ring of recent tokens | compensation tokens]
@@ -69,6 +79,9 @@ struct llama_razor_plan {
     uint32_t block       = 0;
     uint32_t n_comp      = 0;
 
+    llama_razor_types types;       // of retrieval heads
+    llama_razor_types types_local; // of local heads
+
     // largest window first, each group has a head in at least one layer
     std::vector<llama_razor_group> groups;
 
@@ -90,9 +103,19 @@ struct llama_razor_plan {
     // return the first position after pos with another frontier in any group
     uint32_t frontier_end(uint32_t pos) const { return groups.back().frontier_end(pos); }
 
-    // return the first row of a group in a layer's cache, where the groups follow the retrieval heads
+    // return true if the local heads of a layer have tensors of their own, because their types differ from those of its retrieval heads
+    bool is_split(uint32_t il) const {
+        return !(types == types_local) && !retrieval[il].empty() && n_local(il) > 0;
+    }
+
+    // return the types of the first rows of a layer's cache
+    const llama_razor_types & first_types(uint32_t il) const { return retrieval[il].empty() ? types_local : types; }
+
+    uint64_t n_rows_retrieval(uint32_t il) const { return (uint64_t) retrieval[il].size()*n_ctx; }
+
+    // return the first row of a group in a layer's cache, where the groups follow the retrieval heads unless the layer is split
     uint64_t first_row(uint32_t il, size_t i_group) const {
-        uint64_t res = (uint64_t) retrieval[il].size()*n_ctx;
+        uint64_t res = is_split(il) ? 0 : n_rows_retrieval(il);
         for (size_t g = 0; g < i_group; ++g) {
             res += (uint64_t) local[il][g].size()*groups[g].cells;
         }
@@ -100,8 +123,11 @@ struct llama_razor_plan {
         return res;
     }
 
-    // return the number of rows of a layer's cache
-    uint64_t n_rows(uint32_t il) const { return first_row(il, groups.size()); }
+    // return the number of rows of the tensors with the local heads
+    uint64_t n_rows_local(uint32_t il) const { return first_row(il, groups.size()); }
+
+    // return the number of rows of the tensors with the retrieval heads
+    uint64_t n_rows(uint32_t il) const { return is_split(il) ? n_rows_retrieval(il) : n_rows_local(il); }
 };
 
 // return the memory of a context with RazorAttention, nullptr if upstream's memory should be created

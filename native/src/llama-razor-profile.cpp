@@ -63,6 +63,24 @@ static void razor_check_range(const char * key, uint32_t val, uint32_t min, uint
     }
 }
 
+static void razor_check_type(const char * key, int32_t type) {
+    switch (type) {
+        case -1:
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_IQ4_NL:
+            return;
+        default:
+            llama_razor_error_throw(format("%s is %d, expected the number of a KV cache type or -1", key, type));
+    }
+}
+
 static uint32_t razor_meta_get_u32(const gguf_context * ctx, const char * key, uint32_t min, uint32_t max) {
     const int64_t id = razor_meta_find(ctx, key, "u32", true);
     razor_meta_check_type(ctx, id, key, "u32");
@@ -291,6 +309,12 @@ bool llama_razor_set_override(const llama_razor_params * params) {
             res->window_min     = params->window_min;
             res->window_divisor = params->window_divisor;
             res->compensation   = params->compensation != 0;
+
+            razor_check_type("type_k_local", params->type_k_local);
+            razor_check_type("type_v_local", params->type_v_local);
+
+            res->type_k_local = params->type_k_local;
+            res->type_v_local = params->type_v_local;
 
             if (params->n_retrieval > 0) {
                 if (!params->retrieval) {

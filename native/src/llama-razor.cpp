@@ -109,8 +109,10 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
         res.block              = plan.block;
         res.cells              = plan.groups[0].cells;
         res.compensation       = plan.n_comp > 0;
-        res.type_k             = kv->get_type_k();
-        res.type_v             = kv->get_type_v();
+        res.type_k             = plan.types.k;
+        res.type_v             = plan.types.v;
+        res.type_k_local       = plan.types_local.k;
+        res.type_v_local       = plan.types_local.v;
         res.n_buffers          = kv->bufs().size();
 
         res.n_windows = plan.groups.size();
@@ -118,27 +120,29 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
             res.windows[g] = plan.groups[g].window;
         }
 
+        bool any_host   = false;
+        bool all_host   = true;
         bool any_device = false;
         bool all_device = true;
 
         for (uint32_t il = 0; il < plan.n_layer(); ++il) {
             const auto & layer = kv->get_layer(il);
-            res.own_attention |= layer.attn && ctx->get_cparams().flash_attn;
-            if (layer.k && !ggml_backend_buffer_is_host(layer.k->buffer)) {
+            if (layer.k && ggml_backend_buffer_is_host(layer.k->buffer)) {
+                any_host = true;
+                all_host = all_host && layer.attn && ctx->get_cparams().flash_attn;
+            } else if (layer.k) {
                 any_device = true;
                 all_device = all_device && layer.device_token;
             }
+            res.kv_bytes_local += kv->bytes_k(layer) + kv->bytes_v(layer) + kv->bytes_sums(layer);
             for (const auto * t : { layer.k, layer.v }) {
-                res.kv_bytes_local += t ? ggml_nbytes(t) : 0;
-            }
-            res.kv_bytes_local += kv->bytes_sums(layer);
-            for (const auto * t : { layer.k, layer.v }) {
-                const uint64_t bytes = t ? plan.first_row(il, 0)*t->nb[1]*t->ne[2] : 0;
+                const uint64_t bytes = t ? plan.n_rows_retrieval(il)*t->nb[1]*t->ne[2] : 0;
                 res.kv_bytes_local     -= bytes;
                 res.kv_bytes_retrieval += bytes;
             }
         }
 
+        res.own_attention    = any_host   && all_host;
         res.device_attention = any_device && all_device;
     }
 
@@ -168,8 +172,8 @@ bool llama_razor_get_layer(const llama_context * ctx, uint32_t il, llama_razor_l
 
     const auto & layer = kv->get_layer(il);
 
-    res.bytes_k    = layer.k     ? ggml_nbytes(layer.k) : 0;
-    res.bytes_v    = layer.v     ? ggml_nbytes(layer.v) : 0;
+    res.bytes_k    = kv->bytes_k(layer);
+    res.bytes_v    = kv->bytes_v(layer);
     res.bytes_sums = kv->bytes_sums(layer);
 
     *stats = res;

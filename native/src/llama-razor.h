@@ -29,8 +29,8 @@
 // cells and F(p) follow from L and B as above.
 //
 // Size in bytes of the cache of a layer with r retrieval and l local KV heads of size d_k (K) and d_v (V):
-//   K     (r*n_ctx + sum of the cells of the local heads) * row_size(type_k, d_k)
-//   V     (r*n_ctx + sum of the cells of the local heads) * row_size(type_v, d_v)
+//   K     r*n_ctx * row_size(type_k, d_k) + (sum of the cells of the local heads) * row_size(type_k_local, d_k)
+//   V     r*n_ctx * row_size(type_v, d_v) + (sum of the cells of the local heads) * row_size(type_v_local, d_v)
 //   sums  l > 0 && compensation ? 3*l*(d_k + d_v)*4 : 0                                     (F32 accumulators)
 
 #include "llama.h"
@@ -42,7 +42,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 5
+#define LLAMA_RAZOR_API_VERSION 6
 #define LLAMA_RAZOR_MAX_WINDOWS 4  // maximum number of different windows
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
 
@@ -61,6 +61,8 @@ struct llama_razor_params {
     const uint8_t * retrieval; // 0/1 per KV head, layer-major
     uint32_t own_attention;   // 1: use razor's attention with upstream's full cache, for layers in host memory
     const uint32_t * scope;   // 0..2^30 tokens per KV head of the mask, 0 exactly for retrieval heads; NULL: one window for all local heads
+    int32_t  type_k_local;    // enum ggml_type of the rows of local heads, -1: type_k of the context
+    int32_t  type_v_local;    // enum ggml_type of the rows of local heads, -1: type_v of the context
 };
 
 // statistics of a context
@@ -78,6 +80,8 @@ struct llama_razor_stats {
     uint32_t compensation;
     int32_t  type_k;          // enum ggml_type
     int32_t  type_v;
+    int32_t  type_k_local;    // of local heads
+    int32_t  type_v_local;
     uint64_t kv_bytes;        // total size of the buffers of the cache, as allocated by the backends
     uint64_t kv_bytes_retrieval; // size of the tensors of the retrieval heads
     uint64_t kv_bytes_local;  // size of the tensors of the local heads, including the accumulators

@@ -41,6 +41,8 @@ class Side:
     type_k: str
     type_v: str
     n_ctx: int
+    type_k_local: str | None = None  # of local heads
+    type_v_local: str | None = None
 
     def plan(self, shape: ModelShape, profile: Profile) -> Plan:
         """Return the plan of the context.
@@ -52,7 +54,10 @@ class Side:
             RazorError: a razor context would run a full cache though it has local heads.
         """
         run = profile if self.razor else None
-        plan = make_plan(shape, run, self.n_ctx, self.type_k, self.type_v, swa_full=False)
+        plan = make_plan(
+            shape, run, self.n_ctx, self.type_k, self.type_v, swa_full=False,
+            type_k_local=self.type_k_local, type_v_local=self.type_v_local,
+        )  # fmt: skip
         if self.razor and not plan.active and not profile.flat().all():
             raise RazorError(
                 f"razor does nothing at {plan.n_ctx} tokens ({plan.why_inactive});"
@@ -75,6 +80,7 @@ class Settings:
         real_prefill: tokens that are prefilled for real to check the random caches, with the first
             types, in every context that holds them. 0 takes as many as fold, in the smallest
             context; None makes no check.
+        type_k_local, type_v_local: types of razor's local heads; None for those of types.
     """
 
     depths: tuple[int, ...] = (0, 8192, 32768)
@@ -83,6 +89,8 @@ class Settings:
     max_pairs: int = 100
     seconds: float = 15.0
     real_prefill: int | None = None
+    type_k_local: str | None = None
+    type_v_local: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def make_batches(
     batches = []
     for n_ctx, depths in sorted(groups.items()):
         for i, types in enumerate(settings.types):
-            sides = _sides(types, n_ctx)
+            sides = _sides(types, n_ctx, settings.type_k_local, settings.type_v_local)
             plan = sides[0].plan(shape, profile)
             for side in sides[1:]:
                 side.plan(shape, profile)  # raises if a type does not fit the head size
@@ -190,8 +198,13 @@ def _context_size(settings: Settings, shape: ModelShape, depth: int) -> int:
     return n_ctx
 
 
-def _sides(types: tuple[str, str], n_ctx: int) -> tuple[Side, ...]:
-    sides = [Side("razor", True, *types, n_ctx), Side("full", False, *types, n_ctx)]
+def _sides(
+    types: tuple[str, str], n_ctx: int, type_k_local: str | None, type_v_local: str | None
+) -> tuple[Side, ...]:
+    sides = [
+        Side("razor", True, *types, n_ctx, type_k_local, type_v_local),
+        Side("full", False, *types, n_ctx),
+    ]
     if types != ("f16", "f16"):
         sides.append(Side("full_f16", False, "f16", "f16", n_ctx))
     return tuple(sides)

@@ -42,7 +42,8 @@ def differences(here: Report, there: Report) -> list[str]:
     for path in (
         "model.name", "model.fingerprint", "model.retrieval_kv_heads", "model.window_min",
         "model.window_divisor", "machine.cpu", "machine.cores", "machine.gpus", "setup.n_threads",
-        "setup.n_gpu_layers", "settings.n_ctx", "library.build", "code.commit",
+        "setup.n_gpu_layers", "settings.n_ctx", "settings.type_k_local",
+        "settings.type_v_local", "library.build", "code.commit",
     ):  # fmt: skip
         part, name = path.split(".")
         a, b = here.head[part].get(name), there.head[part].get(name)

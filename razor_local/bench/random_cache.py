@@ -35,13 +35,14 @@ def _frontier(plan: Plan, group: Group, n_tokens: int) -> int:
 def kept_bytes(plan: Plan, n_tokens: int) -> int:
     """Return the bytes of K and V of n_tokens, which the attention of a decoded token reads."""
     shape = plan.shape
-    row = row_size(plan.type_k, shape.head_dim_k) + row_size(plan.type_v, shape.head_dim_v)
+    dims = shape.head_dim_k, shape.head_dim_v
+    row = sum(map(row_size, (plan.type_k, plan.type_v), dims))
     if plan.active:
-        n_rows = plan.retrieval_kv_heads * n_tokens
-        n_rows += sum(group.n_heads * local_rows(plan, group, n_tokens) for group in plan.groups)
+        local_row = sum(map(row_size, (plan.type_k_local, plan.type_v_local), dims))
+        n_local = sum(group.n_heads * local_rows(plan, group, n_tokens) for group in plan.groups)
+        kept = plan.retrieval_kv_heads * n_tokens * row + n_local * local_row
     else:
-        n_rows = sum(layer.n_head_kv for layer in plan.layers) * n_tokens
-    kept = n_rows * row
+        kept = sum(layer.n_head_kv for layer in plan.layers) * n_tokens * row
     if shape.sliding:
         row = row_size(plan.type_k, shape.sliding.head_dim_k)
         row += row_size(plan.type_v, shape.sliding.head_dim_v)
@@ -92,6 +93,7 @@ def _attention_parts(plan: Plan, n_tokens: int, saved: bytes, mrope: bool) -> Pa
     shape = plan.shape
     parts: Parts = [(saved[: _STATE_HEAD.size], 1)]
     dims = ((plan.type_k, shape.head_dim_k), (plan.type_v, shape.head_dim_v))
+    local_dims = ((plan.type_k_local, shape.head_dim_k), (plan.type_v_local, shape.head_dim_v))
     if plan.active:
         parts.append((saved[_STATE_HEAD.size :][: _RAZOR_HEAD.size], 1))
         head = struct.pack("<II", n_tokens, n_tokens)
@@ -107,7 +109,7 @@ def _attention_parts(plan: Plan, n_tokens: int, saved: bytes, mrope: bool) -> Pa
         for layer in plan.layers:
             heads = [(group, layer.windows.count(group.window)) for group in plan.groups]
             heads = [(group, n) for group, n in heads if n]
-            for kv_type, head_dim in dims:
+            for kv_type, head_dim in local_dims:
                 for group, n in heads:
                     used = local_rows(plan, group, n_tokens)
                     parts.append((_random_row(kv_type, n * head_dim), used))

@@ -134,6 +134,13 @@ def describe_lines(report: Report) -> Iterable[str]:
         f" ({share:.1%}); {window}; {model['sink_tokens']} sinks;"
         f" weights read per token: {model['weights_bytes'] / 2**20:,.0f} MiB."
     )
+    local = [
+        f"{name} {head['settings'][key]}"
+        for name, key in (("K", "type_k_local"), ("V", "type_v_local"))
+        if head["settings"].get(key)
+    ]
+    if local:
+        yield f"KV types of razor's local heads: {', '.join(local)}."
     if head.get("profile"):
         yield f"Profile: {one_line(head['profile'])}."
     memory = machine["memory_total"]

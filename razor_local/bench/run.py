@@ -185,7 +185,12 @@ def _describe_run(
         },
         "setup": {k: v for k, v in asdict(setup).items() if k not in ("model", "sidecar", "lib")}
         | {"full_cache": "another build" if stock_lib else "the same library, razor off"},
-        "settings": asdict(settings),
+        # journals of runs without types of local heads do not have these keys
+        "settings": {
+            name: value
+            for name, value in asdict(settings).items()
+            if value is not None or not name.endswith("_local")
+        },
         "profile": setup.found.origin if setup.found else None,
     }
 

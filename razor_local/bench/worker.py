@@ -291,7 +291,12 @@ class SessionContext:
         else:
             from ..native import make_params
 
-            with self.native.override(make_params(session.profile if side.razor else None)):
+            override = make_params(
+                session.profile if side.razor else None,
+                type_k_local=side.type_k_local,
+                type_v_local=side.type_v_local,
+            )
+            with self.native.override(override):
                 self.ctx = self.api.llama_init_from_model(session.model, params)
         if not self.ctx:
             raise RazorError(

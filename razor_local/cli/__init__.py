@@ -40,6 +40,8 @@ OPTIONS = {
     "n_gpu_layers": "-ngl",
     "type_k": "-ctk",
     "type_v": "-ctv",
+    "type_k_local": "-ctlk",
+    "type_v_local": "-ctlv",
     "budget": "--budget",
     "sink_tokens": "--sink-tokens",
     "window_min": "--window-min",

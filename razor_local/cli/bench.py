@@ -11,6 +11,8 @@ import click
 from ..bench.batches import KINDS
 from ..bench.shapes import SHAPES
 from .params import (
+    CACHE_TYPE_LOCAL_K,
+    CACHE_TYPE_LOCAL_V,
     DEFAULT_MODEL,
     KV_TYPE,
     N_GPU_LAYERS,
@@ -73,6 +75,8 @@ Examples:
 @click.option(
     "-ctv", "--cache-type-v", type=KV_TYPE, help="Type of the V cache, instead of --types."
 )
+@CACHE_TYPE_LOCAL_K
+@CACHE_TYPE_LOCAL_V
 @click.option(
     "-r",
     "--pairs",
@@ -285,6 +289,8 @@ def _settings(options: dict[str, Any]) -> Settings:
         changes["depths"] = tuple(sorted({n for some in options["depths"] for n in some}))
     return Settings(
         n_ctx=options["ctx_size"],
+        type_k_local=options["cache_type_local_k"],
+        type_v_local=options["cache_type_local_v"],
         max_pairs=options["pairs"],
         seconds=options["seconds"],
         real_prefill=options["real_prefill"],

@@ -37,6 +37,8 @@ def describe(llama: Llama, chosen: AutoContext | None = None) -> str:
         f"{printable(name[:300], one_line=True)} · {_weights_type(llama)} · {_device(llama)}",
         " · ".join(parts),
     ]
+    if llama.plan is not None and llama.plan.has_local_types:
+        lines.append(f"KV cache types: {llama.plan.types_text}")
     if not memory.active:
         lines.append(f"{memory.why}, so the full cache runs")
     return "\n".join(lines)
@@ -45,9 +47,7 @@ def describe(llama: Llama, chosen: AutoContext | None = None) -> str:
 def stats(llama: Llama, conversation: Chat) -> str:
     """Return the lines of /stats."""
     memory, plan, last = llama.memory(), llama.plan, conversation.last
-    types = "" if plan is None else f", {plan.type_k}"
-    if plan is not None and plan.type_v != plan.type_k:
-        types = f", keys {plan.type_k}, values {plan.type_v}"
+    types = "" if plan is None else f", {plan.types_text}"
     rows = [
         ("device", _device(llama)),
         ("weights", f"{size_text(memory.weights_bytes)}, {_weights_type(llama)}"),

@@ -15,6 +15,8 @@ from ..plan import N_CTX_PAD
 from ..printable import printable
 from .params import (
     BATCH_SIZE,
+    CACHE_TYPE_LOCAL_K,
+    CACHE_TYPE_LOCAL_V,
     DEFAULT_MODEL,
     FLASH_ATTN,
     KV_TYPE,
@@ -86,6 +88,8 @@ class Memory:
 @click.option(
     "-ctv", "--cache-type-v", type=KV_TYPE, help="Type of the V cache.  [default: same as -ctk]"
 )
+@CACHE_TYPE_LOCAL_K
+@CACHE_TYPE_LOCAL_V
 @FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
@@ -119,11 +123,13 @@ def fit(model: Path, **given: Any) -> None:
         profile, source = _profile(dry, given["sidecar"], given["budget"])
         flash_attn = given["flash_attn"] == "on"
         if given["flash_attn"] == "auto":
-            flash_attn = dry.flash_attention(*_types(given)[0])
+            flash_attn = dry.flash_attention(*_types(given)[0], given["cache_type_local_v"])
         base = ContextOptions(
             flash_attn=flash_attn,
             n_batch=given["batch_size"],
             n_ubatch=given["ubatch_size"],
+            type_k_local=given["cache_type_local_k"],
+            type_v_local=given["cache_type_local_v"],
         )
         smallest = N_CTX_PAD if n_ctx is None else n_ctx
         candidates = make_candidates(dry, profile, _types(given), base, smallest)
@@ -251,6 +257,8 @@ def _report(
                 "cache": c.cache,
                 "type_k": c.options.type_k,
                 "type_v": c.options.type_v,
+                "type_k_local": c.options.type_k_local or c.options.type_k,
+                "type_v_local": c.options.type_v_local or c.options.type_v,
                 "refused": c.refused,
                 "needs": [
                     described(need, memory)

@@ -19,6 +19,8 @@ from .interrupt import stop_on_interrupt
 from .params import (
     BATCH_SIZE,
     CACHE_TYPE_K,
+    CACHE_TYPE_LOCAL_K,
+    CACHE_TYPE_LOCAL_V,
     CACHE_TYPE_V,
     CALIBRATE,
     FLASH_ATTN,
@@ -126,6 +128,8 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     UBATCH_SIZE,
     CACHE_TYPE_K,
     CACHE_TYPE_V,
+    CACHE_TYPE_LOCAL_K,
+    CACHE_TYPE_LOCAL_V,
     FLASH_ATTN,
     click.option(
         "--no-mmap", is_flag=True, help="Load the model into memory instead of mapping it."
@@ -204,9 +208,9 @@ def generation_options(command: Any) -> Any:
 
 def check_options(options: dict[str, Any]) -> None:
     """Refuse options that exclude each other, and closed streams."""
-    for name in ("sidecar", "budget"):
+    for name in ("sidecar", "budget", "cache_type_local_k", "cache_type_local_v"):
         if options[name] is not None and not options["razor"]:
-            raise click.UsageError(f"--{name} and --no-razor exclude each other")
+            raise click.UsageError(f"--{name.replace('_', '-')} and --no-razor exclude each other")
     if options["calibrate"] == "now" and (options["sidecar"] or not options["razor"]):
         other = "sidecar" if options["sidecar"] else "no-razor"
         raise click.UsageError(f"--calibrate now and --{other} exclude each other")
@@ -301,6 +305,7 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
         path,
         options["cache_type_k"],
         options["cache_type_v"],
+        options["cache_type_local_v"],
         options["n_gpu_layers"],
     )
     razor = options["sidecar"] or options["razor"]
@@ -334,12 +339,20 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
             n_ubatch=options["ubatch_size"],
             type_k=options["cache_type_k"],
             type_v=options["cache_type_v"],
+            **_local_types(options),
             flash_attn=use_flash_attn,
             use_mmap=not options["no_mmap"],
             use_mlock=options["mlock"],
             verbose=options["verbose"],
         )
     return llama, chosen
+
+
+def _local_types(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type_k_local": options["cache_type_local_k"],
+        "type_v_local": options["cache_type_local_v"],
+    }
 
 
 def _choose_context(
@@ -355,6 +368,7 @@ def _choose_context(
         profile=profile,
         type_k=options["cache_type_k"],
         type_v=options["cache_type_v"],
+        **_local_types(options),
         flash_attn=use_flash_attn,
         n_batch=options["batch_size"],
         n_ubatch=options["ubatch_size"],
@@ -464,6 +478,7 @@ def _find_profile(
                     n_ctx=0 if n_ctx == "auto" else int(n_ctx),
                     type_k=options["cache_type_k"],
                     type_v=options["cache_type_v"],
+                    **_local_types(options),
                     flash_attn=flash_attn,
                     n_threads=options["threads"],
                     n_gpu_layers=options["n_gpu_layers"],

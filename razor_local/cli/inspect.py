@@ -12,6 +12,8 @@ import click
 from ..printable import printable
 from .params import (
     CACHE_TYPE_K,
+    CACHE_TYPE_LOCAL_K,
+    CACHE_TYPE_LOCAL_V,
     CACHE_TYPE_V,
     DEFAULT_MODEL,
     FLASH_ATTN,
@@ -27,6 +29,7 @@ from .terminal import echo, table_console
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
+    from rich.table import Table
 
     from ..model_file import FoundProfile
     from ..model_shape import ModelShape
@@ -58,6 +61,8 @@ Examples:
 )
 @CACHE_TYPE_K
 @CACHE_TYPE_V
+@CACHE_TYPE_LOCAL_K
+@CACHE_TYPE_LOCAL_V
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",
@@ -82,6 +87,8 @@ def inspect(
     ctx_size: int,
     cache_type_k: str,
     cache_type_v: str,
+    cache_type_local_k: str | None,
+    cache_type_local_v: str | None,
     sidecar: Path | None,
     budget: float | None,
     flash_attn: str,
@@ -127,8 +134,13 @@ def inspect(
     no_convert = why_not_converted(opened.header, shape)
     if looking and profile is not None and not as_json:
         return _print_heads(shape, found, heads, there, compare, plot)
-    use_flash_attn = flash_attention(flash_attn, model, cache_type_k, cache_type_v)
-    plan = make_plan(shape, profile, ctx_size, cache_type_k, cache_type_v, use_flash_attn)
+    use_flash_attn = flash_attention(
+        flash_attn, model, cache_type_k, cache_type_v, cache_type_local_v
+    )
+    plan = make_plan(
+        shape, profile, ctx_size, cache_type_k, cache_type_v, use_flash_attn,
+        type_k_local=cache_type_local_k, type_v_local=cache_type_local_v,
+    )  # fmt: skip
     if as_json:
         described = describe(shape, found, plan)
         if heads and profile is not None:
@@ -238,8 +250,10 @@ def _print_plan(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
     from rich.table import Table
 
     console = table_console()
+    local = f" (local heads K {plan.type_k_local}, V {plan.type_v_local})"
     console.print(
-        f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v},"
+        f"context  {plan.n_ctx:,} tokens, K {plan.type_k}, V {plan.type_v}"
+        f"{local if plan.has_local_types else ''},"
         f" flash attention {'on' if plan.flash_attn else 'off'}"
     )
     if profile is not None and profile.method == "alibi":
@@ -284,17 +298,27 @@ def _print_plan(shape: ModelShape, profile: Profile | None, plan: Plan) -> None:
     if plan.active:
         table.add_column("razor MiB", justify="right")
         table.add_column("razor / full", justify="right")
-    for type_k, type_v in dict.fromkeys([(plan.type_k, plan.type_v), *((t, t) for t in COMPARED)]):
+    compared = [(t, t) for t in COMPARED]
+    if plan.has_local_types:
+        _add_plan(table, "this plan", plan)
+    else:
+        compared.insert(0, (plan.type_k, plan.type_v))
+    for type_k, type_v in dict.fromkeys(compared):
         name = type_k if type_k == type_v else f"{type_k}/{type_v}"
-        name += " (this plan)" if (type_k, type_v) == (plan.type_k, plan.type_v) else ""
-        other = _with_types(shape, profile, plan, type_k, type_v)
+        same = not plan.has_local_types and (type_k, type_v) == (plan.type_k, plan.type_v)
+        name += " (this plan)" if same else ""
+        other = plan if same else _with_types(shape, profile, plan, type_k, type_v)
         if isinstance(other, str):
             table.add_row(name, other)
         else:
-            sizes = _mib(other.kv_bytes_full), _mib(other.kv_bytes), f"{other.share:.1%}"
-            table.add_row(name, *sizes[: len(table.columns) - 1])
+            _add_plan(table, name, other)
     console.print()
     console.print(table)
+
+
+def _add_plan(table: Table, name: str, plan: Plan) -> None:
+    sizes = _mib(plan.kv_bytes_full), _mib(plan.kv_bytes), f"{plan.share:.1%}"
+    table.add_row(name, *sizes[: len(table.columns) - 1])
 
 
 def _other_parts(shape: ModelShape, plan: Plan) -> list[str]:
@@ -316,12 +340,10 @@ def _other_parts(shape: ModelShape, plan: Plan) -> list[str]:
 def _with_types(
     shape: ModelShape, profile: Profile | None, plan: Plan, type_k: str, type_v: str
 ) -> Plan | str:
-    """Return the plan with other types of the KV cache, or the reason if there is none."""
+    """Return the plan with these types for all heads, or the reason if there is none."""
     from ..errors import UnsupportedError
     from ..plan import make_plan
 
-    if (type_k, type_v) == (plan.type_k, plan.type_v):
-        return plan
     try:
         return make_plan(shape, profile, plan.n_ctx, type_k, type_v, plan.flash_attn)
     except UnsupportedError:

@@ -177,6 +177,14 @@ CACHE_TYPE_V = click.option(
     "-ctv", "--cache-type-v", type=KV_TYPE, default="f16", show_default=True,
     help="Type of the V cache.",
 )  # fmt: skip
+CACHE_TYPE_LOCAL_K = click.option(
+    "-ctlk", "--cache-type-local-k", type=KV_TYPE,
+    help="Type of the K cache of local heads.  [default: same as -ctk]",
+)  # fmt: skip
+CACHE_TYPE_LOCAL_V = click.option(
+    "-ctlv", "--cache-type-local-v", type=KV_TYPE,
+    help="Type of the V cache of local heads.  [default: same as -ctv]",
+)  # fmt: skip
 FLASH_ATTN = click.option(
     "-fa",
     "--flash-attn",
@@ -196,7 +204,12 @@ CALIBRATE = click.option(
 
 
 def flash_attention(
-    choice: str, model: Path, type_k: str, type_v: str, n_gpu_layers: int = -1
+    choice: str,
+    model: Path,
+    type_k: str,
+    type_v: str,
+    type_v_local: str | None = None,
+    n_gpu_layers: int = -1,
 ) -> bool:
     """Return whether a context uses flash attention, given the value of FLASH_ATTN.
 
@@ -209,7 +222,7 @@ def flash_attention(
     from ..fit import DryModel
 
     with DryModel(model, n_gpu_layers=n_gpu_layers) as dry:
-        return dry.flash_attention(type_k, type_v)
+        return dry.flash_attention(type_k, type_v, type_v_local)
 
 
 def report_kind(as_json: bool, output: Path | None) -> str:

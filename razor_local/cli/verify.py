@@ -12,6 +12,8 @@ from .interrupt import stop_on_interrupt
 from .params import (
     BATCH_SIZE,
     CACHE_TYPE_K,
+    CACHE_TYPE_LOCAL_K,
+    CACHE_TYPE_LOCAL_V,
     CACHE_TYPE_V,
     DEFAULT_MODEL,
     FLASH_ATTN,
@@ -93,6 +95,8 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
 @UBATCH_SIZE
 @CACHE_TYPE_K
 @CACHE_TYPE_V
+@CACHE_TYPE_LOCAL_K
+@CACHE_TYPE_LOCAL_V
 @FLASH_ATTN
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -109,6 +113,8 @@ def verify(
     ubatch_size: int,
     cache_type_k: str,
     cache_type_v: str,
+    cache_type_local_k: str | None,
+    cache_type_local_v: str | None,
     flash_attn: str,
     sidecar: Path | None,
     as_json: bool,
@@ -138,7 +144,11 @@ def verify(
             sidecar=sidecar,
             type_k=cache_type_k,
             type_v=cache_type_v,
-            flash_attn=flash_attention(flash_attn, model, cache_type_k, cache_type_v, n_gpu_layers),
+            type_k_local=cache_type_local_k,
+            type_v_local=cache_type_local_v,
+            flash_attn=flash_attention(
+                flash_attn, model, cache_type_k, cache_type_v, cache_type_local_v, n_gpu_layers
+            ),
             n_batch=batch_size,
             n_ubatch=min(ubatch_size, batch_size),
             n_threads=threads,

@@ -348,13 +348,17 @@ class Examiner:
         type_k: str = "f16",
         type_v: str = "f16",
         what: str = "planting facts",
+        local_type: str | None = None,
     ) -> Outcome:
-        """Ask a context with flash attention. With profile None it has a full cache."""
-        with self._context(profile, type_k, type_v) as ctx:
+        """Ask a context with flash attention. With profile None it has a full cache.
+
+        local_type: KV type of local heads, None for type_k and type_v.
+        """
+        with self._context(profile, type_k, type_v, local_type) as ctx:
             return self._take(ctx, what)
 
     def _context(
-        self, profile: Profile | None, type_k: str, type_v: str
+        self, profile: Profile | None, type_k: str, type_v: str, local_type: str | None
     ) -> AbstractContextManager[int]:
         params = self._C.llama_context_default_params()
         params.n_ctx = self._exam.n_ctx
@@ -369,9 +373,8 @@ class Examiner:
         def failed(why: str) -> RazorError:
             return UnsupportedError(f"no context could be created for {self._path} ({why})")
 
-        return new_context(
-            self._lib, self._C, self._model, params, native.make_params(profile), failed
-        )
+        override = native.make_params(profile, type_k_local=local_type, type_v_local=local_type)
+        return new_context(self._lib, self._C, self._model, params, override, failed)
 
     def _take(self, ctx: int, what: str, read_attention: bool = False) -> Outcome:
         """Read the text once, and ask each question after it."""

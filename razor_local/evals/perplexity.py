@@ -191,7 +191,11 @@ def run_facts(
     ) as examiner:
         for policy in some:
             outcome = examiner.ask(
-                policy.profile, policy.kv_type, policy.kv_type, f"planting facts: {policy.name}"
+                policy.profile,
+                policy.kv_type,
+                policy.kv_type,
+                f"planting facts: {policy.name}",
+                policy.local_type,
             )
             journal.add(
                 {

@@ -8,7 +8,8 @@
     random-heads    as many retrieval heads as the profile has, drawn at random
     heads=FILE      the retrieval heads of another profile, sidecar, head list or file of scores
 
-A KV type may follow each name (razor-q8_0; the default is f16). A budget may follow razor and
+A KV type may follow each name (razor-q8_0; the default is f16), and after a plus that of the local
+heads (razor-f16+q8_0). A budget may follow razor and
 razor-no-comp (razor-q8_0@0.1): the share of retrieval heads, chosen again by the scores in the
 profile.
 """
@@ -46,6 +47,7 @@ class Policy:
         series: the name without the budget.
         profile: the profile, or None for a full cache.
         budget: the share of retrieval heads, or None for the profile's.
+        local_type: the KV type of local heads, or None for kv_type.
     """
 
     name: str
@@ -53,9 +55,13 @@ class Policy:
     profile: Profile | None
     kv_type: str
     budget: float | None = None
+    local_type: str | None = None
 
     def plan(self, shape: ModelShape, n_ctx: int) -> Plan:
-        return make_plan(shape, self.profile, n_ctx, self.kv_type, self.kv_type)
+        return make_plan(
+            shape, self.profile, n_ctx, self.kv_type, self.kv_type,
+            type_k_local=self.local_type, type_v_local=self.local_type,
+        )  # fmt: skip
 
     def llama_args(self) -> dict[str, Any]:
         """Return the arguments of razor_local.Llama."""
@@ -63,6 +69,8 @@ class Policy:
             "razor": self.profile if self.profile is not None else False,
             "type_k": self.kv_type,
             "type_v": self.kv_type,
+            "type_k_local": self.local_type,
+            "type_v_local": self.local_type,
         }
 
 
@@ -92,7 +100,7 @@ def make_policies(
     shape = setup.file.shape
     if names is None:
         chosen = DEFAULT_FOR_BUDGETS if budgets else DEFAULT
-        names = [name for name in chosen if _fits(shape, _split(name)[1])]
+        names = [name for name in chosen if _fits(shape, _split(name)[1][0])]
     wanted = [_split(name) for name in names]
     if budgets:
         if not any(kind.startswith("razor") for kind, _, _ in wanted):
@@ -100,19 +108,19 @@ def make_policies(
                 "there is no policy to give budgets to; add razor-f16 or razor-q8_0 to the policies"
             )
         wanted = [
-            (kind, kv_type, share)
-            for kind, kv_type, own in wanted
+            (kind, types, share)
+            for kind, types, own in wanted
             for share in ((own, *budgets) if kind.startswith("razor") and own is None else (own,))
         ]
     base = None
     if any(kind != "full" for kind, _, _ in wanted):
         shape, base = setup.read()
     policies: dict[tuple[Any, ...], Policy] = {}
-    for kind, kv_type, budget in wanted:
-        series = f"{kind}-{kv_type}"
+    for kind, (kv_type, local_type), budget in wanted:
+        series = f"{kind}-{kv_type}" + (f"+{local_type}" if local_type else "")
         name = series if budget is None else f"{series}@{budget:g}"
         profile = _profile(kind, budget, base, shape, setup, seed)
-        policy = Policy(name, series, profile, kv_type, budget)
+        policy = Policy(name, series, profile, kv_type, budget, local_type)
         policy.plan(shape, shape.n_ctx_train or 4096)  # raises if the type does not fit the head
         heads = b"" if profile is None else _heads(profile)
         policies.setdefault((series, heads), policy)
@@ -125,23 +133,24 @@ def _heads(profile: Profile) -> bytes:
     return b"".join(array.tobytes() for array in arrays)
 
 
-def _split(name: str) -> tuple[str, str, float | None]:
-    """Split a policy's name into kind, KV type and budget."""
+def _split(name: str) -> tuple[str, tuple[str, str | None], float | None]:
+    """Split a policy's name into kind, KV types (the second of local heads) and budget."""
     rest, budget = name, None
     match = re.fullmatch(r"(razor.*)@([0-9.]+)", name)
     if match:
         rest, budget = match[1], _share(match[2], name)
-    kind, _, kv_type = rest.rpartition("-")
-    if kv_type not in KV_TYPES:
-        kind, kv_type = rest, "f16"
+    kind, _, types = rest.rpartition("-")
+    kv_type, plus, local_type = types.partition("+")
+    if kv_type not in KV_TYPES or (plus and (local_type not in KV_TYPES or kind == "full")):
+        kind, kv_type, local_type = rest, "f16", ""
     file = kind.startswith("heads=") and len(kind) > len("heads=")
     seeded = re.fullmatch(r"random-heads=\d{1,9}", kind)
     if not (kind in KINDS[:-1] or file or seeded):
         raise RazorError(
             f"{name!r} is not a policy, expected one of {', '.join(KINDS)}, each with or without a"
-            " KV type as in razor-q8_0"
+            " KV type as in razor-q8_0 or razor-f16+q8_0"
         )
-    return kind, kv_type, budget
+    return kind, (kv_type, local_type or None), budget
 
 
 def _share(text: str, name: str) -> float:

@@ -59,6 +59,8 @@ def _describe_policy(policy: Policy) -> dict[str, Any]:
         "budget": policy.budget,
         "kv_type": policy.kv_type,
     }
+    if policy.local_type is not None:
+        described["local_type"] = policy.local_type
     if profile is None:
         return described | {"retrieval_kv_heads": None}
     heads = profile.flat()

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LibraryError
+from ..plan import KV_TYPES
 from . import errors, log
 from .structs import BufferStats, LayerStats, Memory, Params, SeqStats, Stats
 
 if TYPE_CHECKING:
     from ..profile import Profile
 
-API_VERSION = 5  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 6  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
@@ -135,15 +136,23 @@ class Native:
         return out
 
 
-def make_params(profile: Profile | None, own_attention: bool = False) -> Params:
+def make_params(
+    profile: Profile | None,
+    own_attention: bool = False,
+    type_k_local: str | None = None,
+    type_v_local: str | None = None,
+) -> Params:
     """Return what override() takes.
 
     Args:
         profile: None switches razor off.
         own_attention: whether a full cache in host memory runs razor's attention kernel instead of
             llama.cpp's. With a profile razor's kernel always runs.
+        type_k_local, type_v_local: KV types of local heads, None for those of the context.
     """
     params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
+    params.type_k_local = KV_TYPES[type_k_local].ggml_id if type_k_local else -1
+    params.type_v_local = KV_TYPES[type_v_local].ggml_id if type_v_local else -1
     if profile is None:
         return params  # enabled = 0
     heads = profile.flat()

@@ -35,6 +35,8 @@ class Params(ctypes.Structure):
         ("retrieval", ctypes.POINTER(c_uint8)),
         ("own_attention", c_uint32),
         ("scope", ctypes.POINTER(c_uint32)),
+        ("type_k_local", c_int32),
+        ("type_v_local", c_int32),
     ]
 
 
@@ -54,6 +56,8 @@ class Stats(ctypes.Structure):
         ("compensation", c_uint32),
         ("type_k", c_int32),
         ("type_v", c_int32),
+        ("type_k_local", c_int32),
+        ("type_v_local", c_int32),
         ("kv_bytes", c_uint64),
         ("kv_bytes_retrieval", c_uint64),
         ("kv_bytes_local", c_uint64),

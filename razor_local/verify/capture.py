@@ -20,7 +20,7 @@ from . import reference
 
 KEYS_COMPARED = 8  # tokens of each ubatch whose keys show which heads are stored
 
-_CACHE = re.compile(r"cache_(razor_)?([kv])_l(\d+)\b")  # of both caches
+_CACHE = re.compile(r"cache_(razor_)?([kv])_(local_)?l(\d+)\b")  # of both caches
 # where the output has a gate, the model gives it another name
 _OUTPUT = re.compile(r"(?:kqv_out|attn_pregate|attn_out)-(\d+)$")
 _SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
@@ -33,7 +33,8 @@ class Layer:
     Attributes:
         q: f32 [n_rows, n_head, d_k], after RoPE.
         positions: int [n_rows], the positions of q.
-        k, v: all tokens, packed in the KV types of the plan after rotation (reference.pack_rows).
+        k, v: all tokens, packed in the KV types of the plan after rotation (reference.pack_rows):
+            the retrieval heads, and the local heads.
         out: f32 [n_rows, n_head, d_v], rotated if V is (reference.rotation_sizes).
         scale: factor of q.k.
         cap: soft cap of the logits, 0 for none.
@@ -42,8 +43,8 @@ class Layer:
 
     q: np.ndarray
     positions: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
+    k: tuple[np.ndarray, np.ndarray]
+    v: tuple[np.ndarray, np.ndarray]
     out: np.ndarray
     scale: float
     cap: float = 0.0
@@ -105,8 +106,8 @@ class Capture:
                 f"layer {il} of this model ({self.shape.arch}) shows its attention for {n_rows} of"
                 f" {len(self.positions)} rows"
             )
-        q, k, v, out = (np.concatenate(parts[name]) for name in ("q", "k", "v", "out"))
-        return Layer(q, self.positions, k, v, out, *self.logits[il])
+        q, k, k_local, v, v_local, out = map(np.concatenate, parts.values())
+        return Layer(q, self.positions, (k, k_local), (v, v_local), out, *self.logits[il])
 
     def misplaced(self, windows: Sequence[Sequence[int]]) -> tuple[str, ...]:
         """Return a sentence for each layer whose keys are not stored as the profile says.
@@ -163,7 +164,7 @@ class Capture:
         if op == "SET_ROWS":
             cache = _CACHE.match(self._name(tensor.view_src))
             if cache:
-                ours, what, il = cache.groups()
+                ours, what, _, il = cache.groups()
                 self.il = int(il)
                 if not self._is_compared(self.il):
                     return False
@@ -203,7 +204,7 @@ class Capture:
         elif tensor.src[1] and "attn_sinks" in self._name(tensor.src[1]):
             self._find_sinks(tensor)  # partial sums are added up
         elif cache := _CACHE.match(self._name(tensor.src[2])):
-            self.il = int(cache[3])
+            self.il = int(cache[4])
             n_heads = self.shape.n_head_kv[self.il]
             self._find("k", tensor.src[0], self.shape.head_dim_k, n_heads)
             self._find("v", tensor.src[1], self.shape.head_dim_v, n_heads)
@@ -242,28 +243,38 @@ class Capture:
         if k is None:
             return  # the mean of a fold
         n_tokens, n_heads, d = k.shape
-        rows = read(self.lib, stored).reshape(n_tokens, n_heads, d)[:KEYS_COMPARED]
+        rows = read(self.lib, stored).reshape(n_tokens, -1, d)[:KEYS_COMPARED]
         k = k[:KEYS_COMPARED]
         size_k, _ = rotation_sizes(self.plan)
         if size_k is not None:
             k = reference.rotate(k, size_k)
         off = np.abs(rows[:, :, None] - k[:, None]).max(axis=(0, 3))
         same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
-        for window, order in self._places(places, cache, n_heads).items():
+        for window, order in self._places(places, cache, n_heads, rows.shape[1]).items():
             place = (self.il, window)
             before = self.stored.get(place)
             fits = before is not None and before.shape == same[order].shape
             self.stored[place] = same[order] & before if fits else same[order]
 
-    def _places(self, places: int, cache: int, n_heads: int) -> dict[int, np.ndarray]:
+    def _places(
+        self, places: int, cache: int, n_heads: int, n_stored: int
+    ) -> dict[int, np.ndarray]:
         """Return the heads of a token's rows in the order of the cache.
 
-        The key is the window of the heads, 0 for those stored for the whole context.
+        The key is the window of the heads, 0 for those stored for the whole context. Heads whose
+        types differ are stored in different tensors: n_stored of n_heads are in this one.
         """
-        rows = read(self.lib, places).reshape(-1)[:n_heads]
+        rows = read(self.lib, places).reshape(-1)[:n_stored]
         windows = [0, *(group.window for group in self.plan.groups)]
         sizes = [self.plan.n_ctx, *(group.cells for group in self.plan.groups)]
-        if len(windows) == 2:  # their numbers follow from the size of the cache
+        if n_stored < n_heads:
+            kind = slice(1, None) if _is_local(self._name(cache)) else slice(1)
+            windows, sizes = windows[kind], sizes[kind]
+        if len(windows) == 1:
+            counts = [n_stored]
+        elif (
+            n_stored == n_heads and len(windows) == 2
+        ):  # their numbers follow from the size of the cache
             n_rows = Tensor.from_address(cache).ne[1]
             n_retrieval = (n_rows - n_heads * sizes[1]) // (sizes[0] - sizes[1])
             counts = [n_retrieval, n_heads - n_retrieval]
@@ -318,10 +329,15 @@ class Capture:
         low, high = np.searchsorted(self.positions, (start, start + len(q)))
         chosen = self.positions[low:high] - start
         size_k, size_v = rotation_sizes(self.plan)
-        parts = self.layers.setdefault(il, {name: [] for name in ("q", "k", "v", "out")})
+        names = ("q", "k", "k_local", "v", "v_local", "out")
+        parts = self.layers.setdefault(il, {name: [] for name in names})
         parts["q"].append(q[chosen])
-        parts["k"].append(_pack(k, self.plan.type_k, size_k))
-        parts["v"].append(_pack(v, self.plan.type_v, size_v))
+        for name, data, size in (("k", k, size_k), ("v", v, size_v)):
+            rows = data if size is None else reference.rotate(data, size)
+            for kind, heads in zip((name, f"{name}_local"), self.plan.heads(il), strict=True):
+                parts[kind].append(
+                    reference.pack_rows(rows[:, heads], getattr(self.plan, f"type_{kind}"))
+                )
         parts["out"].append(out[chosen])
         self.logits[il] = self.scale, self.cap, self.sinks
         self.cap, self.sinks = 0.0, None
@@ -344,12 +360,17 @@ def _names(heads: Sequence[int | None]) -> str:
     return ", ".join("?" if head is None else str(head) for head in heads) or "none"
 
 
-def _pack(rows: np.ndarray, kv_type: str, rotation: int | None) -> np.ndarray:
-    if rotation is not None:
-        rows = reference.rotate(rows, rotation)
-    return reference.pack_rows(rows, kv_type)
+def _is_local(cache: str) -> bool:
+    found = _CACHE.match(cache)
+    return found is not None and found[3] is not None
 
 
 def rotation_sizes(plan: Plan) -> tuple[int | None, int | None]:
+    """Return the rotation of K and V, which is the same for all heads of a cache."""
     shape = plan.shape
-    return reference.rotation_sizes(plan.type_k, plan.type_v, shape.head_dim_k, shape.head_dim_v)
+    sizes = [
+        reference.rotation_sizes(k, v, shape.head_dim_k, shape.head_dim_v)
+        for k, v in ((plan.type_k, plan.type_v), (plan.type_k_local, plan.type_v_local))
+    ]
+    (k, v), (k_local, v_local) = sizes
+    return k or k_local, v or v_local

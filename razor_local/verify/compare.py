@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -43,11 +44,11 @@ def compare_layer(
     """
     everything = (0,) * len(windows)
     group = razor.q.shape[1] // len(windows)
+    full_plan = replace(plan, type_k_local=plan.type_k, type_v_local=plan.type_v)
     diffs = []
-    for layer, heads in ((razor, windows), (full, everything)):
-        diffs.append(layer.out.astype(np.float64) - expected_output(layer, heads, plan))
-    bounds = [_bound(kv_type, plan.flash_attn) for kv_type in (plan.type_k, plan.type_v)]
-    bound_rms, bound_largest = (max(pair) for pair in zip(*bounds, strict=True))
+    for layer, heads, its_plan in ((razor, windows, plan), (full, everything, full_plan)):
+        expected = expected_output(il, layer, heads, its_plan)
+        diffs.append(layer.out.astype(np.float64) - expected)
     results = []
     names = {0: "retrieval"} | {
         g.window: "local" if len(plan.groups) == 1 else f"local ({g.window})" for g in plan.groups
@@ -56,6 +57,9 @@ def compare_layer(
         kv_heads = np.flatnonzero(np.asarray(windows) == window)
         if len(kv_heads) == 0:
             continue
+        types = (plan.type_k_local, plan.type_v_local) if window else (plan.type_k, plan.type_v)
+        bounds = [_bound(kv_type, plan.flash_attn) for kv_type in types]
+        bound_rms, bound_largest = (max(pair) for pair in zip(*bounds, strict=True))
         heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
         errors, yardstick = (
             _errors(diff, layer.out, heads)
@@ -75,18 +79,19 @@ def compare_layer(
     return results
 
 
-def expected_output(layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndarray:
+def expected_output(il: int, layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndarray:
     """Return the output of the reference for a layer: f32 [n_rows, n_head, d_v].
 
-    windows: the window of each KV head, 0 for retrieval heads.
+    plan: the plan with the types of the cache. windows: the window of each KV head, 0 for retrieval
+    heads.
     """
     size_k, _ = rotation_sizes(plan)
     max_bias = plan.shape.max_alibi_bias
     return reference.attention(
         layer.q if size_k is None else reference.rotate(layer.q, size_k),
         layer.positions,
-        reference.unpack_rows(layer.k, plan.type_k),
-        reference.unpack_rows(layer.v, plan.type_v),
+        _unpack(layer.k, (plan.type_k, plan.type_k_local), plan.heads(il)),
+        _unpack(layer.v, (plan.type_v, plan.type_v_local), plan.heads(il)),
         np.asarray(windows) == 0,
         window=np.asarray(windows),
         block=plan.block,
@@ -96,9 +101,22 @@ def expected_output(layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndar
         slopes=alibi_slopes(layer.q.shape[1], max_bias) if max_bias else None,
         cap=layer.cap,
         sinks=layer.sinks,
-        round_k=partial(reference.round_rows, kv_type=plan.type_k),
-        round_v=partial(reference.round_rows, kv_type=plan.type_v),
+        round_k=partial(reference.round_rows, kv_type=plan.type_k_local),
+        round_v=partial(reference.round_rows, kv_type=plan.type_v_local),
     )
+
+
+def _unpack(
+    parts: Sequence[np.ndarray], types: Sequence[str], heads: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Put the rows of retrieval and of local heads together again: f32 [n, n_head_kv, d]."""
+    rows = [reference.unpack_rows(part, name) for part, name in zip(parts, types, strict=True)]
+    n, _, d = max(rows, key=np.size).shape
+    result = np.empty((n, sum(map(len, heads)), d), np.float32)
+    for its_heads, its_rows in zip(heads, rows, strict=True):
+        if its_heads:
+            result[:, its_heads] = its_rows
+    return result
 
 
 def kl_divergence(full: np.ndarray, razor: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ def verify(
     n_ubatch: int = 512,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
+    type_k_local: str | None = None,
+    type_v_local: str | None = None,
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> Verification:
@@ -78,6 +81,7 @@ def verify(
             compares all.
         sidecar: the profile, if not the one in the model.
         type_k, type_v: KV types.
+        type_k_local, type_v_local: KV types of local heads, by default type_k and type_v.
         flash_attn: whether to use flash attention.
         n_batch, n_ubatch: tokens per batch and per ubatch.
         n_threads: number of CPU threads, by default one per core.
@@ -98,7 +102,11 @@ def verify(
     if found is None:
         raise file.no_profile()
     profile = found.profile
-    plan = _plan(shape, profile, n_ctx, type_k, type_v, flash_attn, min(n_ubatch, n_batch))
+    plan = _plan(
+        shape, profile, n_ctx, type_k, type_v, flash_attn, min(n_ubatch, n_batch), type_k_local,
+        type_v_local,
+    )  # fmt: skip
+    full_plan = replace(plan, type_k_local=plan.type_k, type_v_local=plan.type_v)
     if n_ubatch > n_batch or n_batch < 1 or n_ubatch < 1:
         raise RazorError(
             f"the batch has {n_batch} tokens and the ubatch {n_ubatch}; expected an ubatch from 1"
@@ -117,9 +125,11 @@ def verify(
         positions = sample_positions(len(tokens), rows, seed)
         sides = []
         # The library reads a profile in the file itself.
-        own = None if found.source == "file" else native.make_params(profile)
-        for params in (own, native.make_params(None)):
-            capture = Capture(lib.lib, shape, plan, positions, control)
+        local_types: dict[str, Any] = {"type_k_local": type_k_local, "type_v_local": type_v_local}
+        in_file = found.source == "file" and not any(local_types.values())
+        own = None if in_file else native.make_params(profile, **local_types)
+        for params, its_plan in ((own, plan), (native.make_params(None), full_plan)):
+            capture = Capture(lib.lib, shape, its_plan, positions, control)
             ctx = stack.enter_context(
                 _context(
                     lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cores()
@@ -190,13 +200,16 @@ def _plan(
     type_v: str,
     flash_attn: bool,
     n_ubatch: int,
+    type_k_local: str | None,
+    type_v_local: str | None,
 ) -> Plan:
     """Make a plan. Raises ProfileError if it is not active."""
     n_ctx = n_ctx or min(DEFAULT_N_CTX, shape.n_ctx_train or DEFAULT_N_CTX)
     n_ctx = padded_n_ctx(shape, n_ctx)
     plan = make_plan(
-        shape, profile, n_ctx, type_k, type_v, flash_attn, n_ubatch=min(n_ubatch, n_ctx)
-    )
+        shape, profile, n_ctx, type_k, type_v, flash_attn, n_ubatch=min(n_ubatch, n_ctx),
+        type_k_local=type_k_local, type_v_local=type_v_local,
+    )  # fmt: skip
     if not plan.active:
         raise ProfileError(
             f"razor would not be active in a context of {plan.n_ctx} tokens ({plan.why_inactive}),"

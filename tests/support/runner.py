@@ -57,6 +57,8 @@ class Override:
     enabled: bool = True
     own_attention: bool = False  # with llama.cpp's own cache
     scope: tuple[int, ...] | None = None  # one per head of the mask
+    type_k_local: str | None = None  # of local heads
+    type_v_local: str | None = None
 
 
 OFF = Override(enabled=False)
@@ -157,6 +159,9 @@ def raw_params(value: Override) -> Params:
         params.n_retrieval = len(value.retrieval)
         params.retrieval = mask
     params.own_attention = value.own_attention
+    params.type_k_local, params.type_v_local = (
+        -1 if name is None else KV_TYPES[name] for name in (value.type_k_local, value.type_v_local)
+    )
     if value.scope is not None:
         params.scope = (ctypes.c_uint32 * max(1, len(value.scope)))(*value.scope)
     return params

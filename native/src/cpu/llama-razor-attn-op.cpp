@@ -12,6 +12,9 @@
 // query rows of a task: enough to amortize the conversion of K and V
 static constexpr int64_t ROWS = 64;
 
+// sources that ggml_custom_4d() allows
+static constexpr int MAX_ARGS = GGML_MAX_SRC - 1;
+
 // cells of a task if there are few query rows, so that there is a task for each thread
 static constexpr int64_t CHUNK = 512;
 
@@ -128,8 +131,6 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
     auto & op = *(razor_attn *) userdata;
 
     const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
-    const ggml_tensor * v = dst->src[2];
 
     // 1. what all tasks have in common
     razor_attn_task task = {};
@@ -145,11 +146,6 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
 
     task.q_token = q->nb[2]/sizeof(float);
     task.q_head  = q->nb[1]/sizeof(float);
-
-    razor_attn_get_rows(k->type, task.k);
-    razor_attn_get_rows(v->type, task.v);
-    task.k.row_bytes = k->nb[op.by_token ? 2 : 1];
-    task.v.row_bytes = v->nb[op.by_token ? 2 : 1];
 
     task.chunk     = CHUNK;
     task.partial   = op.n_chunks > 1;
@@ -185,7 +181,14 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
         const int64_t row   = op.by_token ? j : group.first_row + j*group.head_rows;
         const int64_t head  = (*group.heads)[j]*op.n_gqa;
 
+        const ggml_tensor * k    = dst->src[i_group > 0 ? op.src_local     : 1];
+        const ggml_tensor * v    = dst->src[i_group > 0 ? op.src_local + 1 : 2];
         const ggml_tensor * mask = dst->src[group.src_mask];
+
+        razor_attn_get_rows(k->type, task.k);
+        razor_attn_get_rows(v->type, task.v);
+        task.k.row_bytes = k->nb[op.by_token ? 2 : 1];
+        task.v.row_bytes = v->nb[op.by_token ? 2 : 1];
 
         task.n_tokens = std::min(op.block_tokens, op.n_tokens - token);
 
@@ -251,6 +254,15 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
     ggml_tensor * args[GGML_MAX_SRC] = { q, k, v };
     int n_args = 3;
 
+    if (k_local) {
+        GGML_ASSERT(k_local->ne[0] == d_k && v_local->ne[0] == d_v);
+
+        src_local = n_args;
+
+        args[n_args++] = k_local;
+        args[n_args++] = v_local;
+    }
+
     for (auto & group : groups) {
         group.n_tasks  = 0;
         group.n_chunks = 1;
@@ -259,7 +271,7 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
             continue;
         }
 
-        GGML_ASSERT(n_args < GGML_MAX_SRC);
+        GGML_ASSERT(n_args < MAX_ARGS);
 
         group.n_kv     = group.mask->ne[0];
         group.n_chunks = (group.n_kv + chunk - 1)/chunk;
@@ -284,6 +296,9 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
     }
     GGML_ASSERT(slopes.empty() || (int64_t) slopes.size() == n_head);
 
+    if (sinks && n_args == MAX_ARGS) {
+        n_chunks = std::max<int64_t>(n_chunks, 2); // razor_attn_reduce() adds them, even to a single part
+    }
     if (sinks && n_chunks == 1) {
         src_sinks = n_args;
 

@@ -19,6 +19,9 @@
 // throws std::runtime_error if RAZOR_ATTN_ENV has another value
 razor_attn_kernel razor_attn_choose_kernel();
 
+// groups of local heads with tensors of their own for which the operation has enough sources
+#define RAZOR_ATTN_MAX_SPLIT 3
+
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
 
 // return the ALiBi slope of each query head of a layer, in the model's order, empty if max_bias is 0
@@ -56,6 +59,10 @@ struct razor_attn {
     //   v [d_v, n_head_kv, cells]
     bool by_token = false;
 
+    // if not nullptr, K and V of all groups but the first, like those of build()
+    ggml_tensor * k_local = nullptr;
+    ggml_tensor * v_local = nullptr;
+
     std::vector<head_group> groups; // the retrieval heads come first
 
     int64_t n_gqa = 1;
@@ -66,6 +73,7 @@ struct razor_attn {
     int64_t chunk        = 0;
 
     int src_sinks = 0;
+    int src_local = 1; // K of all groups but the first, V follows
 
     int64_t n_blocks = 0;
     int64_t n_chunks = 1;
