@@ -7,6 +7,8 @@ ubatches, ring or accumulators. In a local KV head, a token at position p attend
     q.k / sqrt(d) + log(N_d), N_d = F(p) - N0 (eq. 4 and 5 of arXiv 2407.15891), if N_d > 0,
   - the window [F(p), p],
 with F(p) = max(N0, B * floor(p / B) - L), L of the head. A retrieval head attends to [0, p].
+
+With Razor.types, rows of K and V and means are rounded to the KV types of their heads.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from razor_local.verify.reference import rotate, rotation_sizes, round_rows
 from tests.support.tiny_models import TinySpec
+
+Types = tuple[str, str]  # of K and V
 
 SLACK = 64  # LLAMA_RAZOR_SLACK
 
@@ -30,6 +35,7 @@ class Razor:
         window: L, the largest if there are several.
         scopes: a row per layer, as in a profile. None if all local heads have the same window.
         windows: L of each head, 0 if it keeps everything. None if scopes is None.
+        types: KV types of retrieval and of local heads. None: rows are not rounded.
     """
 
     mask: tuple[tuple[int, ...], ...]
@@ -39,6 +45,25 @@ class Razor:
     compensation: bool = True
     scopes: tuple[tuple[int, ...], ...] | None = None
     windows: tuple[tuple[int, ...], ...] | None = None
+    types: tuple[Types, Types] | None = None
+
+    def rounding(self, local: bool, part: int, head_dim: int) -> Callable[..., np.ndarray]:
+        """Return the function that rounds rows of K (part 0) or V (part 1) of a head.
+
+        Rows are rotated before if K or V of any head is quantized.
+        """
+        if self.types is None:
+            return lambda rows: rows
+        sizes = [rotation_sizes(*pair, head_dim, head_dim)[part] for pair in self.types]
+        size = sizes[0] or sizes[1]
+        kv_type = self.types[local][part]
+
+        def rounded(rows: np.ndarray) -> np.ndarray:
+            if size is None:
+                return round_rows(rows, kv_type).astype(np.float64)
+            return rotate(round_rows(rotate(rows, size), kv_type), size).astype(np.float64)
+
+        return rounded
 
     def window_of(self, il: int, kv: int) -> int:
         """Return L of a KV head, 0 if it keeps everything."""
@@ -177,7 +202,11 @@ def _attention(
     for ih in range(spec.n_head):
         kv = ih // (spec.n_head // n_kv)
         window = razor.window_of(il, kv) if razor is not None else 0
-        out[:, ih], prob = _attend(q[:, ih], k[:, kv], v[:, kv], razor if window else None, window)
+        rows_k, rows_v = k[:, kv], v[:, kv]
+        if razor is not None:
+            rows_k = razor.rounding(window > 0, 0, d)(rows_k)
+            rows_v = razor.rounding(window > 0, 1, d)(rows_v)
+        out[:, ih], prob = _attend(q[:, ih], rows_k, rows_v, razor if window else None, window)
         if probe is not None:
             probe.setdefault(il, []).append(1 / (prob**2).sum(axis=1))
         if see is not None:
@@ -210,6 +239,7 @@ def _attend(
             at = front == f
             k_mean[at] = k[n0:f].mean(axis=0)
             v_mean[at] = v[n0:f].mean(axis=0)
+        k_mean, v_mean = (razor.rounding(True, i, d)(x) for i, x in enumerate((k_mean, v_mean)))
         comp = np.einsum("pd,pd->p", q, k_mean) / np.sqrt(d) + np.log(np.maximum(n_d, 1))
         logits = np.concatenate([logits, np.where(folded, comp, -np.inf)[:, None]], axis=1)
 

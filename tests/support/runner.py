@@ -74,6 +74,8 @@ def override(razor: Any, **changes: Any) -> Override:
     }
     if razor.scopes is not None:
         args["scope"] = tuple(x for row in razor.scopes for x in row)
+    if razor.types is not None:
+        args["type_k_local"], args["type_v_local"] = razor.types[1]
     return Override(**(args | changes))
 
 
