@@ -347,8 +347,8 @@ class Examiner:
         profile: Profile | None,
         type_k: str = "f16",
         type_v: str = "f16",
-        what: str = "planting facts",
         local_type: str | None = None,
+        what: str = "planting facts",
     ) -> Outcome:
         """Ask a context with flash attention. With profile None it has a full cache.
 

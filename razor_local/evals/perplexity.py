@@ -194,8 +194,8 @@ def run_facts(
                 policy.profile,
                 policy.kv_type,
                 policy.kv_type,
-                f"planting facts: {policy.name}",
                 policy.local_type,
+                f"planting facts: {policy.name}",
             )
             journal.add(
                 {

@@ -251,6 +251,8 @@ class Capture:
         off = np.abs(rows[:, :, None] - k[:, None]).max(axis=(0, 3))
         same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
         for window, order in self._places(places, cache, n_heads, rows.shape[1]).items():
+            if len(order) == 0:
+                continue  # heads with other types have other tensors
             place = (self.il, window)
             before = self.stored.get(place)
             fits = before is not None and before.shape == same[order].shape

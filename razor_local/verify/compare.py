@@ -32,7 +32,12 @@ WORSE_THAN_FULL = 2.0  # allowed multiple of the full cache's error where that e
 
 
 def compare_layer(
-    il: int, razor: Layer, full: Layer, windows: Sequence[int], plan: Plan
+    il: int,
+    razor: Layer,
+    full: Layer,
+    windows: Sequence[int],
+    plan: Plan,
+    full_local: Layer | None = None,
 ) -> list[GroupResult]:
     """Compare each head group of a layer with the reference.
 
@@ -41,13 +46,18 @@ def compare_layer(
         razor, full: the layer as it ran with razor and with a full cache.
         windows: the window of each KV head, 0 for retrieval heads.
         plan: the plan of the razor context.
+        full_local: the layer as it ran with a full cache of the types of local heads, if these have
+            other types.
     """
     everything = (0,) * len(windows)
     group = razor.q.shape[1] // len(windows)
-    full_plan = replace(plan, type_k_local=plan.type_k, type_v_local=plan.type_v)
+    full_plan = with_full_types(plan)
+    sides = [(razor, windows, plan), (full, everything, full_plan)]
+    if full_local is not None:
+        sides.append((full_local, everything, with_full_types(plan, local=True)))
     diffs = []
-    for layer, heads, its_plan in ((razor, windows, plan), (full, everything, full_plan)):
-        expected = expected_output(il, layer, heads, its_plan)
+    for layer, its_windows, its_plan in sides:
+        expected = expected_output(il, layer, its_windows, its_plan)
         diffs.append(layer.out.astype(np.float64) - expected)
     results = []
     names = {0: "retrieval"} | {
@@ -61,10 +71,11 @@ def compare_layer(
         bounds = [_bound(kv_type, plan.flash_attn) for kv_type in types]
         bound_rms, bound_largest = (max(pair) for pair in zip(*bounds, strict=True))
         heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
-        errors, yardstick = (
-            _errors(diff, layer.out, heads)
-            for diff, layer in zip(diffs, (razor, full), strict=True)
-        )
+        errors = _errors(diffs[0], razor.out, heads)
+        if window and full_local is not None:
+            yardstick = _errors(diffs[2], full_local.out, heads)
+        else:
+            yardstick = _errors(diffs[1], full.out, heads)
         results.append(
             GroupResult(
                 il=il,
@@ -77,6 +88,12 @@ def compare_layer(
             )
         )
     return results
+
+
+def with_full_types(plan: Plan, local: bool = False) -> Plan:
+    """Return a plan whose heads all have the types of retrieval heads, or of local ones."""
+    k, v = (plan.type_k_local, plan.type_v_local) if local else (plan.type_k, plan.type_v)
+    return replace(plan, type_k=k, type_v=v, type_k_local=k, type_v_local=v)
 
 
 def expected_output(il: int, layer: Layer, windows: Sequence[int], plan: Plan) -> np.ndarray:
@@ -110,12 +127,15 @@ def _unpack(
     parts: Sequence[np.ndarray], types: Sequence[str], heads: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """Put the rows of retrieval and of local heads together again: f32 [n, n_head_kv, d]."""
-    rows = [reference.unpack_rows(part, name) for part, name in zip(parts, types, strict=True)]
-    n, _, d = max(rows, key=np.size).shape
+    some = [
+        (its_heads, reference.unpack_rows(part, name))
+        for part, name, its_heads in zip(parts, types, heads, strict=True)
+        if its_heads
+    ]
+    n, _, d = some[0][1].shape
     result = np.empty((n, sum(map(len, heads)), d), np.float32)
-    for its_heads, its_rows in zip(heads, rows, strict=True):
-        if its_heads:
-            result[:, its_heads] = its_rows
+    for its_heads, rows in some:
+        result[:, its_heads] = rows
     return result
 
 

@@ -102,7 +102,10 @@ class Verification:
     def verdict(self) -> str:
         """The result in one sentence."""
         failed = [group for group in self.groups if not group.passed]
-        what = f"{self.n_tokens:,} tokens, {self.plan.type_k}/{self.plan.type_v} KV"
+        plan = self.plan
+        what = f"{self.n_tokens:,} tokens, {plan.type_k}/{plan.type_v} KV"
+        if plan.has_local_types:
+            what += f", {plan.type_k_local}/{plan.type_v_local} of local heads"
         if self.misplaced:
             more = f" (and {len(self.misplaced) - 1} more layers)" if self.misplaced[1:] else ""
             return f"FAIL: {self.misplaced[0]}{more}"

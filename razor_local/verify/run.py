@@ -9,7 +9,8 @@ into each cache.
 
 A second context with a full cache reads the same tokens. Its error against the reference shows how
 precise the arithmetic of this backend is, and the KL divergence of the logits shows what
-RazorAttention costs on this text.
+RazorAttention costs on this text. If local heads have KV types of their own, a third context with
+a full cache of these types shows the precision for them.
 
 docs/verification.md explains what is checked, with which bounds, and what is not.
 """
@@ -19,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from ..plan import KV_TYPES, Plan, make_plan, padded_n_ctx
 from ..profile import Profile
 from . import reference
 from .capture import Capture
-from .compare import compare_layer, kl_divergence
+from .compare import compare_layer, kl_divergence, with_full_types
 from .result import Divergence, GroupResult, Verification
 
 DEFAULT_N_CTX = 8192
@@ -106,7 +106,6 @@ def verify(
         shape, profile, n_ctx, type_k, type_v, flash_attn, min(n_ubatch, n_batch), type_k_local,
         type_v_local,
     )  # fmt: skip
-    full_plan = replace(plan, type_k_local=plan.type_k, type_v_local=plan.type_v)
     if n_ubatch > n_batch or n_batch < 1 or n_ubatch < 1:
         raise RazorError(
             f"the batch has {n_batch} tokens and the ubatch {n_ubatch}; expected an ubatch from 1"
@@ -119,7 +118,8 @@ def verify(
     bind(lib.lib)
     control = Control(C, progress, stop)
     with ExitStack() as stack:
-        # 2. Load the model, and create a razor context and one with a full cache.
+        # 2. Load the model, and create a razor context and one with a full cache,
+        #    and another one if local heads have other types.
         model = stack.enter_context(load_model(lib, C, model_path, n_gpu_layers, control))
         tokens, n_text = _tokens(C, model, plan, n_tokens, text, seed)
         positions = sample_positions(len(tokens), rows, seed)
@@ -128,16 +128,27 @@ def verify(
         local_types: dict[str, Any] = {"type_k_local": type_k_local, "type_v_local": type_v_local}
         in_file = found.source == "file" and not any(local_types.values())
         own = None if in_file else native.make_params(profile, **local_types)
-        for params, its_plan in ((own, plan), (native.make_params(None), full_plan)):
+        planned = [(own, plan), (native.make_params(None), with_full_types(plan))]
+        if plan.has_local_types:  # as a yardstick for local heads
+            planned.append((native.make_params(None), with_full_types(plan, local=True)))
+        for params, its_plan in planned:
             capture = Capture(lib.lib, shape, its_plan, positions, control)
             ctx = stack.enter_context(
                 _context(
-                    lib, C, model, plan, params, capture, n_batch, n_ubatch, n_threads or n_cores()
+                    lib,
+                    C,
+                    model,
+                    its_plan,
+                    params,
+                    capture,
+                    n_batch,
+                    n_ubatch,
+                    n_threads or n_cores(),
                 )
             )
             sides.append((ctx, capture))
         active = [bool(lib.stats(ctx).active) for ctx, _ in sides]
-        if active != [True, False]:
+        if active[:2] != [True, False]:
             raise RazorError(
                 f"the library runs {'razor' if active[1] else 'a full cache'} instead of"
                 f" {'a full cache' if active[1] else 'razor'}; unset"
@@ -152,8 +163,9 @@ def verify(
         for i, il in enumerate(layers):
             control.progress(i, len(layers), "checking")
             control.check()
-            razor_layer, full_layer = (capture.layer(il) for _, capture in sides)
-            groups += compare_layer(il, razor_layer, full_layer, plan.layers[il].windows, plan)
+            razor_layer, full_layer, *other = (capture.layer(il) for _, capture in sides)
+            windows = plan.layers[il].windows
+            groups += compare_layer(il, razor_layer, full_layer, windows, plan, *other)
     last = reference.frontier(
         np.array([len(tokens) - 1]), plan.sink_tokens, plan.groups[-1].window, plan.block
     )
@@ -332,7 +344,7 @@ def _run(
                 parts.append(np.ctypeslib.as_array(flat, (rows, n_vocab)).copy())
         return np.concatenate(parts)
 
-    (razor_ctx, _), (full_ctx, _) = sides
+    (razor_ctx, _), (full_ctx, _), *others = sides
     kl, same = [], []
     starts = [*range(0, n_prompt, n_batch), *range(n_prompt, n)]
     for start, end in zip(starts, [*starts[1:], n], strict=True):
@@ -342,6 +354,8 @@ def _run(
         # their size can decide which kernel computes them.
         first = (start // block + 1) * block
         full = logits(full_ctx, [start, *range(first, end, block), end])
+        for ctx, _ in others:
+            logits(ctx, [start, *range(first, end, block), end])
         kl.append(kl_divergence(full, razor))
         same.append(full.argmax(axis=1) == razor.argmax(axis=1))
     values, tops = np.concatenate(kl), np.concatenate(same)

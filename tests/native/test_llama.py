@@ -767,7 +767,7 @@ def test_a_plan_that_the_library_does_not_follow_is_noticed(monkeypatch):
     from razor_local import LibraryError
 
     make_params = native.make_params
-    monkeypatch.setattr(native, "make_params", lambda *_: make_params(None))  # razor off
+    monkeypatch.setattr(native, "make_params", lambda *_, **__: make_params(None))  # razor off
     with pytest.raises(LibraryError, match="but the plan has"):
         Llama(DEFAULT_MODEL, n_ctx=2048)
 

@@ -110,6 +110,8 @@ def contexts(draw) -> tuple[TinySpec, list[list[int]], dict, dict]:
     options = {
         "type_k": draw(st.sampled_from(types)),
         "type_v": draw(st.sampled_from(types if flash_attn else ["f32", "f16", "bf16"])),
+        "type_k_local": draw(st.sampled_from([None, *types])),
+        "type_v_local": draw(st.sampled_from([None, *(types if flash_attn else ["f32", "f16"])])),
         "flash_attn": flash_attn,
         "n_ubatch": draw(st.sampled_from([7, 64, 100, 512])),
         "n_ctx": 2048,
@@ -292,6 +294,44 @@ def test_several_windows_pass(kv: tuple[str, str, bool], tmp_path: Path) -> None
     assert result.n_folded == 448 - 64 - 4
     if kv[0] == "f32":
         assert max(g.errors.largest for g in result.groups) <= 1e-4
+
+
+LOCAL = [
+    (("f16", "f16"), ("q8_0", "q8_0"), True),
+    (("q8_0", "q8_0"), ("q4_0", "q4_0"), True),
+    (("f32", "f32"), ("q8_0", "f16"), False),
+]
+
+
+@pytest.mark.parametrize("scoped", [False, True], ids=["window", "scopes"])
+@pytest.mark.parametrize(("types", "local", "flash_attn"), LOCAL)
+def test_other_types_of_local_heads_pass(
+    types: tuple[str, str],
+    local: tuple[str, str],
+    flash_attn: bool,
+    scoped: bool,
+    tmp_path: Path,
+    monkeypatch,
+) -> None:
+    """They fail if the library runs with other types than the reference."""
+    path = scoped_model(tmp_path, SCOPES) if scoped else MIXED
+    options = QUICK | {"type_k": types[0], "type_v": types[1], "flash_attn": flash_attn}
+    options |= {"type_k_local": local[0], "type_v_local": local[1]}
+    result = verify(path, **options)
+    assert result.passed, result.verdict
+    assert f"{local[0]}/{local[1]} of local heads" in result.verdict
+    make_params = module.native.make_params
+    other = "q4_0" if local[0] == "q8_0" else "q8_0"
+    monkeypatch.setattr(
+        module.native,
+        "make_params",
+        lambda profile, **names: make_params(
+            profile, type_k_local=other, type_v_local=names.get("type_v_local")
+        ),
+    )
+    result = verify(path, **options)
+    failed = {group.group.split()[0] for group in result.groups if not group.passed}
+    assert failed == {"local"}
 
 
 def test_windows_of_other_heads_fail(tmp_path: Path, monkeypatch) -> None:
