@@ -45,6 +45,23 @@ def test_random_cache_has_the_state_of_a_prefill(tiny, type_kv: str) -> None:
     side.close()
 
 
+def test_types_of_local_heads(tiny) -> None:
+    path = tiny(SPEC, KV)
+    session = Session(ModelSetup(str(path)))
+    side = SessionContext(session, Side("razor", True, "f16", "q8_0", 1024, "q8_0", "q4_0"))
+    for _ in range(300):
+        side.append(1)
+    size = side.api.llama_state_seq_get_size(side.ctx, 0)
+    side.fill(300)
+    assert side.api.llama_state_seq_get_size(side.ctx, 0) == size
+    assert side.step() > 0
+    side.close()
+    plan = side.plan
+    assert plan.has_local_types
+    row, local_row = 64 * 2 + 68, 68 + 36
+    assert kept_bytes(plan, 1000) == 3 * 1000 * row + 3 * plan.cells * local_row
+
+
 def test_full_cache_is_filled_too(tiny) -> None:
     session = Session(ModelSetup(str(tiny(SPEC, KV))))
     side = SessionContext(session, Side("full", False, "f16", "f16", 1024))

@@ -54,6 +54,8 @@ def test_the_line_of_numbers_is_the_plan():
     quantized = run("-ctk", "q8_0", "-ctv", "q8_0")
     full = make_plan(read_model_shape(DEFAULT_MODEL), None, 0, "q8_0", "q8_0").kv_bytes / 2**20
     assert "48213" in quantized.stdout and f"instead of {full:.1f} MiB (−" in quantized.stderr
+    local = run("-ctlk", "q8_0", "-ctlv", "q4_0", "-fa", "auto")
+    assert "48213" in local.stdout and f"instead of {FULL} (−" in local.stderr
     assert "48213" in run("-fa", "off").stdout
     assert "48213" in run("-fa", "auto").stdout
     assert "/1024 |" in run("-c", "1000").stderr
@@ -101,6 +103,8 @@ def test_a_model_and_its_sidecar(tmp_path):
         (["-t", "1000000"], "x", 2, "1000000 is not in the range 1<=x<=512"),
         (["-ctk", "q9"], "x", 2, "'q9' is not one of"),
         (["-ctv", "q8_0", "-fa", "off"], "x", 1, "needs flash attention"),
+        (["-ctlv", "q8_0", "-fa", "off"], "x", 1, "V cache of local heads (q8_0) needs flash"),
+        (["-ctlk", "q8_0", "--no-razor"], "x", 2, "--cache-type-local-k and --no-razor exclude"),
     ],
 )
 def test_errors_are_one_line_on_stderr(args, message, code, expected):

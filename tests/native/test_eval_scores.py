@@ -150,7 +150,7 @@ def test_policies_keep_what_their_names_say() -> None:
     assert (by_name["random-heads-f16"].profile.flat() != profile.flat()).any()
 
 
-@pytest.mark.parametrize("name", DEFAULT)
+@pytest.mark.parametrize("name", [*DEFAULT, "razor-f16+q8_0", "local-q8_0+q4_0"])
 def test_the_cache_takes_the_bytes_of_the_plan(name) -> None:
     setup = replace(SETUP, window_min=100, window_divisor=0)
     shape, (policy,) = make_policies(setup, [name])
@@ -211,6 +211,8 @@ def test_a_head_list_is_a_policy(tmp_path) -> None:
     [
         (["rasor"], [], RazorError, "'rasor' is not a policy, expected one of full"),
         (["razor-q9_0"], [], RazorError, "is not a policy"),
+        (["razor-f16+q9_0"], [], RazorError, "is not a policy"),
+        (["full-f16+q8_0"], [], RazorError, "each with or without a KV type as in razor-q8_0 or"),
         (["razor@2"], [], RazorError, "is not a share from 0 to 1"),
         (["full"], [0.1], RazorError, "no policy to give budgets to"),
         (["heads=/nowhere.tsv"], [], OSError, "nowhere"),

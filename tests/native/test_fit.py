@@ -114,6 +114,22 @@ def test_what_is_planned_is_allocated(name, cache, kv_type, files):
         llama.close()
 
 
+def test_types_of_local_heads(files):
+    """A column of its own for razor; a full cache has none."""
+    code, stdout, stderr = run(files["llama"], "-c", "4096", "-ctk", "f16", "-ctlk", "q8_0")
+    assert (code, stderr) == (0, "")
+    rows = table(stdout)
+    assert {"full f16", "razor f16 (local q8_0/f16)"} <= set(rows)
+    with DryModel(files["llama"]) as dry:
+        options = ContextOptions(profile_of(dry), type_k_local="q8_0", type_v_local="q4_0")
+        need = dry.need(3000, options)
+        assert dry.flash_attention("f16", "f16", "q4_0")
+    types = {"type_k_local": "q8_0", "type_v_local": "q4_0"}
+    llama = Llama(files["llama"], razor=options.profile, n_ctx=3000, **types, **EVERYWHERE)
+    assert allocated(llama)[1] == need.kv == llama.plan.kv_bytes
+    assert llama.plan.has_local_types
+
+
 @pytest.mark.parametrize("cache", ["full", "razor"])
 def test_without_flash_attention(cache, files):
     """Other buffers, and a V cache padded to the widest layer."""

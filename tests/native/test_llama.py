@@ -402,6 +402,31 @@ def test_kv_types_by_name_and_number():
         Llama(DEFAULT_MODEL, type_v="q8_0", flash_attn=False)
 
 
+def test_types_of_local_heads(plain):
+    llama = Llama(DEFAULT_MODEL, n_ctx=2048, type_k_local="q8_0", type_v_local=2)
+    memory, plan = llama.memory(), llama.plan
+    types = (memory.type_k, memory.type_v, memory.type_k_local, memory.type_v_local)
+    assert types == ("f16", "f16", "q8_0", "q4_0")
+    assert memory.kv_bytes == plan.kv_bytes < Llama(DEFAULT_MODEL, n_ctx=2048).memory().kv_bytes
+    assert memory.kv_bytes_full == Llama(DEFAULT_MODEL, n_ctx=2048, razor=False).memory().kv_bytes
+    assert memory.own_attention
+    copy = pickle.loads(pickle.dumps(llama))
+    assert copy.plan.to_dict() == plan.to_dict() and copy.plan.has_local_types
+
+    # they are never ignored without a word
+    said = "type_k_local and type_v_local have no effect without razor"
+    for path, options in ((DEFAULT_MODEL, {"razor": False}), (plain, {})):
+        with pytest.raises(UnsupportedError, match=said):
+            Llama(path, n_ctx=2048, type_k_local="q8_0", **options)
+    memory = Llama(DEFAULT_MODEL, n_ctx=256, type_k_local="q8_0").memory()
+    assert not memory.active and memory.type_k_local == "f16"
+    assert memory.why.endswith("(the KV types of local heads have no effect)")
+    with pytest.raises(UnsupportedError, match="'q9_0' is not a KV cache type"):
+        Llama(DEFAULT_MODEL, n_ctx=2048, type_k_local="q9_0")
+    with pytest.raises(UnsupportedError, match="V cache of local heads .* needs flash attention"):
+        Llama(DEFAULT_MODEL, n_ctx=2048, type_v_local="q8_0", flash_attn=False)
+
+
 def test_all_layers_are_offloaded_by_default():
     assert Llama(DEFAULT_MODEL).model_params.n_gpu_layers == 2**31 - 1
     assert Llama(DEFAULT_MODEL, n_gpu_layers=3).model_params.n_gpu_layers == 3
@@ -642,7 +667,9 @@ def test_the_ram_cache_of_the_base_class_works():
         llama("something else", max_tokens=2)
 
 
-@pytest.mark.parametrize("other", [{"window": 300}, {"razor": False}, {"type_k": "q8_0"}])
+@pytest.mark.parametrize(
+    "other", [{"window": 300}, {"razor": False}, {"type_k": "q8_0"}, {"type_k_local": "q8_0"}]
+)
 def test_a_state_of_another_plan_is_refused_and_changes_nothing(llama, other):
     tokens = prompt(llama, 300)
     llama.prefill(tokens)

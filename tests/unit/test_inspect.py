@@ -76,6 +76,25 @@ def test_a_model_without_a_profile(folder):
     ]
 
 
+def test_types_of_local_heads(folder):
+    """Rows of 64 bytes, and of 34 (K) and 18 (V)."""
+    code, stdout, stderr = run("inspect", folder / "razor.gguf", "-ctlk", "q8_0", "-ctlv", "q4_0")
+    assert (code, stderr) == (0, "")
+    out = lines(stdout)
+    assert out[3] == (
+        "context  4,096 tokens, K f16, V f16 (local heads K q8_0, V q4_0), flash attention on"
+    )
+    assert out[-5:] == [
+        "KV cache   full MiB  razor MiB  razor / full",
+        "this plan      3.00       1.62         53.9%",
+        "f16            3.00       1.78         59.4%",
+        "q8_0           1.59       0.95         59.5%",
+        "q4_0           0.84       0.50         59.6%",
+    ]
+    _, stdout, _ = run("inspect", folder / "razor.gguf", "-c", 768, "-ctlk", "q8_0")
+    assert "(the KV types of local heads have no effect)\n" in stdout
+
+
 def test_a_context_too_short_for_razor_says_so(folder):
     _, stdout, _ = run("inspect", folder / "razor.gguf", "-c", 768)
     said = "plan     full cache: RazorAttention saves nothing up to 768 tokens of context\n"

@@ -293,6 +293,8 @@ DIMS = st.sampled_from([32, 64, 96, 128, 256])
     n_ctx=st.integers(1, 200_000),
     type_k=TYPES,
     type_v=TYPES,
+    local_k=st.none() | TYPES,
+    local_v=st.none() | TYPES,
     flash=st.booleans(),
     sinks=st.integers(0, 4096),
     window_min=st.integers(1, 2**20),
@@ -300,9 +302,10 @@ DIMS = st.sampled_from([32, 64, 96, 128, 256])
     compensation=st.booleans(),
 )
 def test_every_plan(
-    layers, d_k, d_v, n_ctx, type_k, type_v, flash, sinks, window_min, divisor, compensation
-):
-    assume(flash or KV_TYPES[type_v].block == 1)
+    layers, d_k, d_v, n_ctx, type_k, type_v, local_k, local_v, flash, sinks, window_min, divisor,
+    compensation,
+):  # fmt: skip
+    assume(flash or all(KV_TYPES[name].block == 1 for name in (type_v, local_v or type_v)))
     heads, counts = tuple(n for n, _ in layers), [r for _, r in layers]
     p = with_counts(
         heads,
@@ -312,7 +315,8 @@ def test_every_plan(
         window_divisor=divisor,
         compensation=compensation,
     )
-    plan = make_plan(shape(heads, d_k, d_v), p, n_ctx, type_k, type_v, flash)
+    local = {"type_k_local": local_k, "type_v_local": local_v}
+    plan = make_plan(shape(heads, d_k, d_v), p, n_ctx, type_k, type_v, flash, **local)
     assert plan.n_ctx % 256 == 0 and 0 <= plan.n_ctx - n_ctx < 256
     assert plan.kv_heads == sum(heads)
 
@@ -323,13 +327,41 @@ def test_every_plan(
     assert plan.active == (cells < plan.n_ctx and sum(counts) < sum(heads))
     if not plan.active:
         assert plan.kv_bytes == plan.kv_bytes_full and plan.why_inactive
+        assert ("have no effect" in plan.why_inactive) == bool(local_k or local_v)
+        assert not plan.has_local_types
         return
     assert plan.cells == cells and plan.window == length
     assert plan.retrieval_kv_heads == sum(counts)
     sums = sum(layer.bytes_sums for layer in plan.layers)
-    rows = sum(counts) * plan.n_ctx + (sum(heads) - sum(counts)) * cells
-    assert plan.kv_bytes - sums == rows * (row_size(type_k, d_k) + row_size(type_v, d_v))
-    assert plan.kv_bytes < plan.kv_bytes_full  # what a context does without asking
+    row = row_size(type_k, d_k) + row_size(type_v, d_v)
+    local_row = row_size(local_k or type_k, d_k) + row_size(local_v or type_v, d_v)
+    n_local = sum(heads) - sum(counts)
+    assert plan.kv_bytes - sums == sum(counts) * plan.n_ctx * row + n_local * cells * local_row
+    if local_row <= row:
+        assert plan.kv_bytes < plan.kv_bytes_full  # what a context does without asking
+
+
+def test_types_of_local_heads():
+    heads = (4, 2)
+    p = with_counts(heads, [1, 1], window_min=512, window_divisor=0)
+    plan = make_plan(shape(heads), p, 4096, "f16", "q8_0", type_k_local="q8_0")
+    assert (plan.type_k_local, plan.type_v_local) == ("q8_0", "q8_0")
+    assert plan.types_text == "keys f16, values q8_0; local heads q8_0"
+    assert plan.kv_bytes_full == make_plan(shape(heads), None, 4096, "f16", "q8_0").kv_bytes
+    assert plan.to_dict()["type_k_local"] == "q8_0"
+    same = make_plan(shape(heads), p, 4096, type_k_local="f16", type_v_local="f16")
+    assert same == make_plan(shape(heads), p, 4096) and same.types_text == "f16"
+    with pytest.raises(UnsupportedError, match=r"V cache of local heads \(q4_0\) needs flash"):
+        make_plan(shape(heads), p, 4096, flash_attn=False, type_v_local="q4_0")
+    with pytest.raises(UnsupportedError, match="'q3_k' is not a KV cache type"):
+        make_plan(shape(heads), p, 4096, type_k_local="q3_k")
+    with pytest.raises(UnsupportedError, match="a q8_0 KV cache needs a head size"):
+        make_plan(shape(heads, 80, 80), p, 4096, type_k_local="q8_0")
+    short = make_plan(shape(heads), p, 768, flash_attn=False, type_v_local="q4_0")
+    assert short.why_inactive == (
+        "RazorAttention saves nothing up to 768 tokens of context (the KV types of local heads"
+        " have no effect)"
+    )
 
 
 @settings(max_examples=100, deadline=None)
