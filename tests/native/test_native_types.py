@@ -38,7 +38,7 @@ SCOPED = Case(
     ((0, 1, 0, 0), (0, 0, 0, 1)),
     0,
     500,
-    scopes=((64, 0, 250, 120), (250, 64, 64, 0)),
+    scopes=((64, 0, 250, 64), (120, 64, 64, 0)),
 )
 
 
@@ -110,7 +110,7 @@ def test_upstreams_operations_read_them_too(
 @st.composite
 def random_cases(draw: Any) -> tuple[Case, Types, Types, dict[str, Any]]:
     n_kv, n_layer = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    scope = st.sampled_from([0, 0, 64, 130, 200, 300])
+    scope = st.sampled_from([0, 0, 64, 200])
     row = st.lists(scope, min_size=n_kv, max_size=n_kv).map(tuple)
     scopes = tuple(draw(st.lists(row, min_size=n_layer, max_size=n_layer)))
     assume(any(sum(scopes, ())))
@@ -189,10 +189,10 @@ def test_nodes_of_a_split_layer(mask, own: bool, more: int, tiny, monkeypatch) -
 
 
 @ON_CPU
-@pytest.mark.parametrize(("n_windows", "own"), [(3, True), (4, False)])
+@pytest.mark.parametrize(("n_windows", "own"), [(2, True), (3, False)])
 def test_layers_with_many_windows_run_upstreams_attention(n_windows: int, own: bool, tiny) -> None:
     """ggml's custom operations have nine sources. The statistics show what runs."""
-    row = (0, 64, 128, 192, 256 if n_windows == 4 else 192)
+    row = (0, 64, 128, 64, 192 if n_windows == 3 else 128)
     case = Case(TinySpec("llama", 2, 5, 5, 32, seed=804), ((1, 0, 0, 0, 0),) * 2, 0, 420,
                 scopes=(row,) * 2)  # fmt: skip
     razor = with_types(case, Q8, Q4)

@@ -193,7 +193,7 @@ BREAKS = [
     Break("types-not-rotated", CACHE, "const bool any_k = ggml_is_quantized(plan.types.k) || ggml_is_quantized(plan.types_local.k);", "const bool any_k = ggml_is_quantized(plan.types_local.k);", "test_rows_have_the_types_of_their_heads test_any_types_equal_the_reference"),
     Break("types-always-upstreams-attention", CACHE, "(!split || (n_groups", "(!split && (n_groups", "test_nodes_of_a_split_layer test_layers_with_many_windows_run_upstreams_attention"),
     Break("types-of-too-many-windows", CACHE, "n_groups <= RAZOR_ATTN_MAX_SPLIT", "n_groups <= 4", "test_layers_with_many_windows_run_upstreams_attention"),
-    Break("types-without-sinks", ATTN, "    if (sinks && n_args == MAX_ARGS) {", "    if (k_local) {\n        sinks = nullptr;\n    }\n    if (sinks && n_args == MAX_ARGS) {", "test_sinks_and_caps_of_split_layers"),
+    Break("types-without-sinks", ATTN, "    if (sinks && n_chunks == 1) {", "    if (k_local) {\n        sinks = nullptr;\n    }\n    if (sinks && n_chunks == 1) {", "test_sinks_and_caps_of_split_layers"),
     # stock behavior
     Break("razor-without-metadata", PROFILE, "    if (!any) {\n        return nullptr;\n    }", "    if (!any) {\n        auto res = std::make_shared<llama_razor_profile>();\n        res->window_min = 32;\n        res->window_divisor = 0;\n        res->retrieval.resize(llama_razor_n_kv_heads(arch, hparams));\n        return res;\n    }",
           "test_supported_arch_without_metadata test_other_arch_without_metadata test_two_sequences_without_metadata test_rollback_and_state_without_metadata"),

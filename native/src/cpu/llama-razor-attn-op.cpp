@@ -12,9 +12,6 @@
 // query rows of a task: enough to amortize the conversion of K and V
 static constexpr int64_t ROWS = 64;
 
-// sources that ggml_custom_4d() allows
-static constexpr int MAX_ARGS = GGML_MAX_SRC - 1;
-
 // cells of a task if there are few query rows, so that there is a task for each thread
 static constexpr int64_t CHUNK = 512;
 
@@ -271,7 +268,7 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
             continue;
         }
 
-        GGML_ASSERT(n_args < MAX_ARGS);
+        GGML_ASSERT(n_args < GGML_MAX_SRC);
 
         group.n_kv     = group.mask->ne[0];
         group.n_chunks = (group.n_kv + chunk - 1)/chunk;
@@ -296,9 +293,6 @@ ggml_tensor * razor_attn::build(ggml_context * ctx, ggml_tensor * q, ggml_tensor
     }
     GGML_ASSERT(slopes.empty() || (int64_t) slopes.size() == n_head);
 
-    if (sinks && n_args == MAX_ARGS) {
-        n_chunks = std::max<int64_t>(n_chunks, 2); // razor_attn_reduce() adds them, even to a single part
-    }
     if (sinks && n_chunks == 1) {
         src_sinks = n_args;
 

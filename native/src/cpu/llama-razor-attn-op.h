@@ -19,8 +19,8 @@
 // throws std::runtime_error if RAZOR_ATTN_ENV has another value
 razor_attn_kernel razor_attn_choose_kernel();
 
-// groups of local heads with tensors of their own for which the operation has enough sources
-#define RAZOR_ATTN_MAX_SPLIT 3
+// groups of local heads with tensors of their own for which the operation has enough sources, also with sinks
+#define RAZOR_ATTN_MAX_SPLIT 2
 
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
 
