@@ -436,7 +436,7 @@ def test_n_ctx_0_is_the_trained_length():
     assert Llama(DEFAULT_MODEL, n_ctx=0).n_ctx() == read_model_shape(DEFAULT_MODEL).n_ctx_train
 
 
-@pytest.mark.parametrize("arch", ["deepseek2", "mamba", "mpt"])
+@pytest.mark.parametrize("arch", ["deepseek2", "mamba"])
 def test_other_architectures_are_refused_by_name_and_run_stock(arch, tmp_path):
     path = make_other(tmp_path / f"{arch}.gguf", arch)
     try:

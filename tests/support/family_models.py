@@ -119,7 +119,7 @@ def forward(arch: str, tokens: Sequence[int], razor: Razor | None = None) -> np.
         x = x + h
         h = _norm(w, f"{blk}.ffn_norm", x)
         gate, up = _linear(w, f"{blk}.ffn_gate", h), _linear(w, f"{blk}.ffn_up", h)
-        act = reference._gelu_f16_table(gate) if arch == "gemma3" else gate / (1 + np.exp(-gate))
+        act = reference.gelu_f16_table(gate) if arch == "gemma3" else gate / (1 + np.exp(-gate))
         h = _linear(w, f"{blk}.ffn_down", act * up)
         x = x + (_norm(w, f"{blk}.post_ffw_norm", h) if arch == "gemma3" else h)
     x = _norm(w, "token_embd_norm" if arch == "lfm2" else "output_norm", x)
@@ -135,15 +135,15 @@ def _attention(
     q, k, v = (
         _linear(w, f"{blk}.attn_{name}", h).reshape(n, -1, HEAD_DIM) for name in ("q", "k", "v")
     )
-    q = reference._rope(spec, {}, _norm(w, f"{blk}.attn_q_norm", q))
-    k = reference._rope(spec, {}, _norm(w, f"{blk}.attn_k_norm", k))
+    q = reference.rope(spec, {}, _norm(w, f"{blk}.attn_q_norm", q))
+    k = reference.rope(spec, {}, _norm(w, f"{blk}.attn_k_norm", k))
     out = np.empty_like(q)
     for ih in range(N_HEAD):
         kv = ih // (N_HEAD // N_KV)
         if full:
             window = razor.window_of(il, kv) if razor is not None else 0
             local = razor if window else None
-            out[:, ih], _ = reference._attend(q[:, ih], k[:, kv], v[:, kv], local, window)
+            out[:, ih], _ = reference.attend(q[:, ih], k[:, kv], v[:, kv], local, window)
         else:
             out[:, ih] = _slide(q[:, ih], k[:, kv], v[:, kv])
     return _linear(w, f"{blk}.attn_output", out.reshape(n, -1))

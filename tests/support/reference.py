@@ -196,7 +196,7 @@ def _attention(
         q = _rms(q, spec.norm_eps) * w[f"{blk}.attn_q_norm.weight"]
         k = _rms(k, spec.norm_eps) * w[f"{blk}.attn_k_norm.weight"]
     if spec.arch != "gpt2":
-        q, k = _rope(spec, w, q), _rope(spec, w, k)
+        q, k = rope(spec, w, q), rope(spec, w, k)
 
     out = np.empty_like(q)
     for ih in range(spec.n_head):
@@ -206,7 +206,7 @@ def _attention(
         if razor is not None:
             rows_k = razor.rounding(window > 0, 0, d)(rows_k)
             rows_v = razor.rounding(window > 0, 1, d)(rows_v)
-        out[:, ih], prob = _attend(q[:, ih], rows_k, rows_v, razor if window else None, window)
+        out[:, ih], prob = attend(q[:, ih], rows_k, rows_v, razor if window else None, window)
         if probe is not None:
             probe.setdefault(il, []).append(1 / (prob**2).sum(axis=1))
         if see is not None:
@@ -214,7 +214,7 @@ def _attention(
     return out.reshape(n, -1)
 
 
-def _attend(
+def attend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, razor: Razor | None, window: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute one head over a sequence, from q, k, v f64 [n, d].
@@ -267,7 +267,7 @@ def _norm(spec: TinySpec, w: dict[str, np.ndarray], name: str, x: np.ndarray) ->
     return _rms(x, spec.norm_eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def _rope(spec: TinySpec, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+def rope(spec: TinySpec, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     """Rotate pairs of x [n, heads, d], which are neighbors (llama) or halves (qwen).
 
     The angle is p * base^(-2i/d), divided by the factor of the pair if the model has any. It is

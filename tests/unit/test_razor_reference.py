@@ -38,9 +38,7 @@ def expected(q, positions, k, v, retrieval, rule: plain.Razor) -> np.ndarray:
         full = np.zeros((n, d_k))
         full[positions] = q[:, head]
         keys, values = k[:, kv].astype(float), v[:, kv].astype(float)
-        head_out, _ = plain._attend(
-            full, keys, values, None if retrieval[kv] else rule, rule.window
-        )
+        head_out, _ = plain.attend(full, keys, values, None if retrieval[kv] else rule, rule.window)
         out[:, head] = head_out[positions]
     return out
 
