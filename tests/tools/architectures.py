@@ -56,8 +56,8 @@ Metal has not been tried on a Mac. `tests/native/test_metal.py` asks the rules i
 (`ggml-metal-device.m`, for GPUs from the M1 on) about every operation of razor's graphs that the
 graph of the full cache has not. Metal accepts all of them, so none moves to the CPU:
 
-- in llama, qwen2vl, gemma2, gemma3, gemma4, gpt-oss, llama4, lfm2, granitehybrid, falcon-h1, qwen35,
-  qwen35moe and bloom,
+- in llama, qwen2vl, gemma2, gemma3, gemma4, gpt-oss, llama4, lfm2, granitehybrid, falcon-h1,
+  qwen35, qwen35moe and bloom,
 - with heads of 64, 80, 96, 128, 256 and 512,
 - with KV types f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 and q4_0,
 - with and without flash attention. Flash attention on Metal needs K and V of the same type.
