@@ -55,7 +55,7 @@ CASES = [
     Case("all local", AlibiSpec("bloom", 2), ((64, 300, 64, 300), (64, 64, 64, 64))),
     Case("many windows", AlibiSpec("bloom", 2, 8, 8), ((10, 70, 140, 200, 260, 330, 390, 0),) * 2),
     Case("baichuan", AlibiSpec("baichuan", 40, 4, 4, 16, fused=False), (MIXED * 14)[:40]),
-    Case("baichuan of 8", AlibiSpec("baichuan", 40, 4, 4, 8, fused=False), (MIXED * 14)[:40]),
+    Case("heads of 8", AlibiSpec("bloom", 3, head_dim=8), MIXED),
 ]
 BY_NAME = {case.name: case for case in CASES}
 
