@@ -120,7 +120,7 @@ def examine(path: Path, workers: Workers) -> dict[str, Any]:
     problems, notes = [], []
     for flash_attn in (False, True):
         razor = workers("upstream", arch_runs.razor_logits, path, flash_attn, 500)
-        # the KV heads of an ALiBi layer are two groups if there are several
+        # an ALiBi layer with several KV heads has two groups
         one_group = max(ModelFile(path).shape.n_head_kv) == 1
         flash = flash_attn and (one_group or arch_runs.compensates(path))
         same = np.array_equal(razor, workers("stock", arch_runs.full_logits, path, flash))
