@@ -13,7 +13,7 @@ from .common.machine import free_memory, n_cores
 from .native import load
 
 _PROC = Path("/proc/self")
-# of versions 2 and 1: limit, usage
+# limit and usage of a control group, in versions 2 and 1
 _CGROUP_FILES = (
     ("memory.max", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -30,8 +30,8 @@ def available_ram(n_unused: int = 0) -> int:
     group above it, if that is less.
 
     Args:
-        n_unused: bytes of address space that the process will take without using the memory. They
-            count only for ulimit -v.
+        n_unused: bytes of address space that the process will reserve without using the memory.
+            They count only for ulimit -v.
     """
     space = _process_left()
     left = [_cgroup_left(folder) for folder in _cgroup_folders()]
@@ -40,9 +40,9 @@ def available_ram(n_unused: int = 0) -> int:
 
 
 def space_of_program() -> int:
-    """Return the address space that computing takes beside models and contexts, in bytes.
+    """Return the bytes of address space that a computation takes besides models and contexts.
 
-    It is that of the threads and of what Python and the library load later.
+    These are the stacks and arenas of the threads, and what Python and the library load later.
     """
     stack = psutil.Process().rlimit(psutil.RLIMIT_STACK)[0] if hasattr(psutil, "RLIMIT_AS") else 0
     stack = 0 if stack == psutil.RLIM_INFINITY else stack
@@ -59,7 +59,7 @@ def _process_left() -> int | None:
 
 
 def _cgroup_folders() -> list[Path]:
-    """Return the folders of the memory control groups of this process, and of those above them."""
+    """Return the folders of this process's memory control groups, and of the groups above them."""
     folders = []
     try:
         groups = [line.split(":", 2) for line in (_PROC / "cgroup").read_text().splitlines()]
@@ -70,7 +70,7 @@ def _cgroup_folders() -> list[Path]:
                 is_memory = "memory" in names.split(",") and "memory" in controllers.split(",")
                 if not (kind == "cgroup2" and not names) and not (kind == "cgroup" and is_memory):
                     continue
-                inside = os.path.relpath(path, root)  # a container may see a part of the tree
+                inside = os.path.relpath(path, root)  # a container may see only a subtree
                 inner = Path() if inside.startswith("..") else Path(inside)
                 folders += [Path(mount) / group for group in (inner, *inner.parents)]
     except (OSError, ValueError):  # not on Linux
@@ -84,7 +84,7 @@ def _cgroup_left(folder: Path) -> int | None:
         try:
             lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
             stat = dict(line.split() for line in lines)
-            # parts of files that were read are let go of when memory is short
+            # cached parts of files are freed when memory is short
             cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
             n_max, n_used = (int((folder / name).read_text()) for name in (limit, used))
             return max(n_max - n_used + cached, 0)

@@ -182,7 +182,7 @@ def chat_template(model: Llama) -> Callable[[list[Message]], str]:
 class Chat:
     """One conversation. messages can be read at any time, and always is a valid conversation.
 
-    n_dropped: messages and answers that were dropped so far to make room for others.
+    n_dropped counts the messages and answers that were dropped to make room for others.
 
     Args:
         render: see chat_template(). With None, the answer continues the text of the message, which
@@ -190,7 +190,7 @@ class Chat:
         max_tokens: maximum tokens of an answer, None for as many as fit. A prompt must leave room
             for them (None: for a sixteenth of the context, at most 256).
         end_loops: whether to end an answer that repeats itself endlessly, see Loop.
-        ignore_end: whether the model cannot end an answer that is free text.
+        ignore_end: whether to keep the model from ending its answer. A grammar takes precedence.
         drop_oldest: whether a message that does not fit drops the oldest messages after the system
             prompt, with their answers.
     """
@@ -304,7 +304,7 @@ class Chat:
 
     @property
     def n_left(self) -> int:
-        """Tokens of the next message that can be answered, even if it drops all others."""
+        """Tokens that the next message can have if the messages that may be dropped are dropped."""
         used = self.n_used
         if self.drop_oldest and used:
             used = len(self._tokenize(self._rendered([*self._system_messages(), _user("")])))
@@ -533,7 +533,7 @@ class Chat:
 
 
 def _without(tokens: list[int], input_ids: Any, logits: np.ndarray) -> np.ndarray:
-    """Return logits with which tokens are never drawn."""
+    """Set the logits of tokens to -inf, so that they are never drawn."""
     logits[tokens] = -math.inf
     return logits
 

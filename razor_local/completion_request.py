@@ -17,7 +17,7 @@ from .errors import ContextFullError, RazorError, StateError, option
 from .json_schema import read_schema, refuse
 
 _ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
-# chat handlers in which the model can choose a tool, and the tool_choice that means "auto" to them
+# chat handlers in which the model can choose a tool, and the tool_choice that they read as "auto"
 _CALLING = {
     "chatml-function-calling": "auto",
     "functionary": None,
@@ -131,7 +131,7 @@ def _check_tools(request: dict[str, Any], chat_format: str) -> None:
     """Raise RazorError if a tool call that the request forces cannot follow its schema.
 
     llama_cpp would allow any JSON instead. functions and function_call are the older names of tools
-    and tool_choice, which they replace.
+    and tool_choice. If both are given, the older ones take precedence.
     """
     choice = request.get("function_call") or request.get("tool_choice")
     functions = request.get("functions")
@@ -155,10 +155,10 @@ def _check_tools(request: dict[str, Any], chat_format: str) -> None:
 
 
 def replace_gbnf() -> None:
-    """Make chat handlers of llama_cpp convert the schemas of tools as grammar_of() does.
+    """Make the chat handlers of llama_cpp convert the schemas of tools as grammar_of() does.
 
-    What grammar_of() refuses is converted as before: requests that force such a tool are refused
-    earlier.
+    Schemas that grammar_of() refuses are still converted by llama_cpp. Requests that force a tool
+    with such a schema are refused earlier.
     """
     from llama_cpp import llama_grammar
 
@@ -185,7 +185,7 @@ def grammar_of(what: str, schema: Any) -> Any:
 
 
 def gbnf_of(what: str, schema: Any) -> str:
-    """Return the text of the grammar of grammar_of(), and raise what that raises."""
+    """Return the text of grammar_of()'s grammar. Raises the same errors."""
     from llama_cpp.llama_grammar import PRIMITIVE_RULES, STRING_FORMAT_RULES, SchemaConverter
 
     class Converter(SchemaConverter):  # type: ignore[misc]

@@ -132,9 +132,12 @@ class Need:
 class ContextOptions:
     """Options of a context that decide about its memory; the defaults are those of Llama.
 
-    profile: None for llama.cpp's own full cache. n_batch, n_ubatch: tokens. logits_all: the
-    bindings keep the logits of every token, which counts as a compute buffer. type_k_local,
-    type_v_local: KV types of local heads; None for type_k and type_v.
+    Attributes:
+        profile: None for llama.cpp's own full cache.
+        n_batch, n_ubatch: batch sizes in tokens.
+        logits_all: whether the bindings keep the logits of every token. They count as a compute
+            buffer.
+        type_k_local, type_v_local: KV types of local heads; None for type_k and type_v.
     """
 
     profile: Profile | None = None
@@ -311,11 +314,11 @@ class DryModel:
         A device that does not report its memory is left out.
 
         Args:
-            n_batch: tokens whose logits the bindings have room for.
+            n_batch: batch size in tokens; the bindings reserve an array for its logits.
         """
         devices = self.devices()
-        # what takes address space and no memory: the mapped file as far as it is not the weights
-        # themselves, the threads, and the array for logits
+        # These take address space but no memory: the part of the mapped file that is not used as
+        # weights, the threads, and the array for logits.
         n_file = sum(part.file_size for part in self.file.parts)
         n_unused = max(n_file - self._n_mapped, 0) + 4 * n_batch * self._n_vocab
         n_unused += available_memory.space_of_program()

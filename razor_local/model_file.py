@@ -43,7 +43,7 @@ class FoundProfile:
         }[self.source]
 
     def check_budget(self, model: str | os.PathLike[str]) -> None:
-        """Raise ProfileError for a list of heads without scores, by which no budget can choose."""
+        """Raise ProfileError for a list of heads without scores: a budget chooses by scores."""
         if self.source == "list" and self.profile.echo_score is None:
             raise ProfileError(
                 f"{self.origin} has no head scores by which {option('budget')} could choose;"

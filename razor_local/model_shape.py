@@ -98,7 +98,7 @@ class ModelShape:
 
     @cached_property
     def max_alibi_bias(self) -> float:
-        """See alibi_max_bias(). 0 without a model."""
+        """The model's ALiBi bias, see alibi_max_bias(). 0 without a model."""
         return alibi_max_bias(self.parts[0], self) if self.parts else 0.0
 
     @cached_property

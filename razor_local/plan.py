@@ -149,7 +149,7 @@ class Plan:
         return f"{smallest:,} to {self.window:,}" if smallest < self.window else f"{self.window:,}"
 
     def heads(self, il: int) -> tuple[list[int], list[int]]:
-        """The retrieval heads and the local heads of a layer."""
+        """Return the indices of the retrieval heads and of the local heads of a layer."""
         windows = self.layers[il].windows
         return [i for i, w in enumerate(windows) if not w], [i for i, w in enumerate(windows) if w]
 
@@ -276,8 +276,8 @@ def make_plan(
     profile None: llama.cpp's own full cache. window, sink_tokens and compensation override the
     profile. n_ubatch: tokens, which layers with a sliding window keep in addition to it. swa_full:
     these layers keep everything; None: llama.cpp's default for a full cache, and not with razor.
-    type_k_local, type_v_local: KV types of local heads; None: type_k and type_v. They have no
-    effect if the plan is inactive, which why_inactive then adds.
+    type_k_local, type_v_local: KV types of local heads; None: type_k and type_v. If the plan is
+    inactive, they have no effect, and why_inactive says so.
     Raises ProfileError for a profile of another shape or values out of range, and
     UnsupportedError for combinations of types that llama.cpp refuses and for a compensation token
     in an ALiBi model.
@@ -463,7 +463,7 @@ def _layers(
     Args:
         windows: the window of each KV head.
         cells: cells of a head, by window.
-        types, local_types: of K and V, of retrieval and of local heads.
+        types, local_types: KV types (K, V) of retrieval heads and of local heads.
     """
     dims = d_k, d_v = shape.head_dim_k, shape.head_dim_v
     row_k, row_v = map(row_size, types, dims)

@@ -207,7 +207,7 @@ def _other_plan(session: Session, llama: Llama) -> str | None:
 
     def shown(value: Any) -> str:
         if value is None:
-            return "that of all heads"  # a type of local heads
+            return "same as for other heads"  # a type of local heads
         return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
     differences = ", ".join(

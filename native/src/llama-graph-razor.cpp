@@ -834,7 +834,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     }
 
     // 4. else attention of each group with upstream's operations
-    // where all heads of an ALiBi model are in one group, each has its place in the model, from which ggml derives its slope
+    // if all heads of an ALiBi model are in one group, they keep the positions from which ggml derives their slopes
     const bool alibi = hparams.use_alibi && order.sequence.size() > 1;
     const bool flash = g.cparams.flash_attn && !alibi;
 
@@ -959,7 +959,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_alibi(
 
     const int64_t n = q->ne[1];
 
-    // 1. the mask of each head; a CPU multiplies rows of the same length faster than a row with a number
+    // 1. the mask of each head. The slope is repeated to a row: CPUs multiply two rows faster than a row by a number
     ggml_tensor * slope = get_on_device(g, layer, slopes);
 
     slope = ggml_view_3d(ctx0, slope, 1, 1, n, slope->nb[0], slope->nb[0], (order.offs_slopes + first)*slope->nb[0]);

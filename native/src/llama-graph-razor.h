@@ -72,7 +72,7 @@ private:
 
         bool identity = true; // the heads of the model are in this order
 
-        bool split = false; // the local heads have tensors of their own: the rows of each group are stored separately
+        bool split = false; // the local heads have separate tensors, so the rows of each group are stored separately
 
         // offsets in the inputs, in heads
         size_t offs_rows = 0;
@@ -114,7 +114,7 @@ private:
     void set_input_slopes() const;
     void set_input_fold(size_t i_group) const;
 
-    // return the indices at which the rows of n heads are stored. All heads of the layer, or those of a group if split
+    // return the indices at which the rows of n heads are stored: all heads of the layer, or those of a group if split
     ggml_tensor * view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order, size_t first, size_t n) const;
 
     // return the rows of the local heads of a group [n_embd_head, cells, n_local]
@@ -139,8 +139,8 @@ private:
     ggml_tensor * build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const;
 
     // attention of a group with upstream's operations, for ALiBi models
-    // each head has a mask of its own: ggml derives the slope from the place of a head in the operation, where the heads of a group
-    // have other places than in the model. Flash attention of most backends takes one mask for all heads, so it is not used
+    // ggml derives the slope from the position of a head in the operation, but a head has another position in its group than in the
+    // model. So each head has its own mask. Flash attention is not used: on most backends it takes one mask for all heads
     //   q    [n_embd_head_k, n_head, n_tokens]
     //   k    [n_embd_head_k, n_kv, n_head_kv]
     //   v    [n_kv, n_embd_head_v, n_head_kv]
@@ -171,7 +171,7 @@ private:
     std::vector<group_input> groups; // one per group of the plan
 
     // for each order and token: the rows of the KV heads, in the order of the model
-    // if the order is split: for each of its groups and token
+    // if the order is split: for each group and token
     ggml_tensor * rows      = nullptr; // I32 [n] rows of the layer's K and V, I64 for the operations of ggml-razor.h
 
     // for each order and token: the heads in the order of the graph

@@ -242,7 +242,7 @@ void llama_kv_cache_razor::init_rotation() {
         }
     }
 
-    // all heads are rotated if those of one kind are: the queries of a layer are rotated together
+    // the queries of a layer are rotated together, so all heads are rotated if those of one kind are
     const bool any_k = ggml_is_quantized(plan.types.k) || ggml_is_quantized(plan.types_local.k);
     const bool any_v = ggml_is_quantized(plan.types.v) || ggml_is_quantized(plan.types_local.v);
 

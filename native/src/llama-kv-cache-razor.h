@@ -84,7 +84,7 @@ public:
         ggml_tensor * k; // [n_embd_head_k, rows, n_stream]
         ggml_tensor * v; // [n_embd_head_v, rows, n_stream]
 
-        // the tensors with the rows of the groups: k and v, or others if the layer is split
+        // the tensors with the rows of the groups: separate ones if the layer is split, else k and v
         ggml_tensor * k_local;
         ggml_tensor * v_local;
 

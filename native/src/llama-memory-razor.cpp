@@ -25,9 +25,9 @@ llama_memory_razor::llama_memory_razor(llama_memory_i * memory, llama_kv_cache_r
     GGML_ASSERT(iswa ? iswa->get_base() == kv : hybrid && hybrid->get_mem_attn() == kv);
 }
 
-// upstream's prepare() tries the ubatches one after the other and takes them back, but not the tokens that it removes
-// because older than those that a later ubatch overwrites. Where cells are not in the order of tokens, as after loading
-// a state, the first ubatch would miss some that it has to attend to
+// upstream's prepare() applies the ubatches one after the other and then undoes them, but it does not restore the tokens
+// that it removed because they are older than those that an ubatch overwrites. If the cells are not in the order of the
+// tokens, as after loading a state, the first ubatch would not see all tokens in its window
 struct razor_sliding_cells : llama_kv_cache {
     static slot_info_vec_t prepare(llama_kv_cache & swa, const std::vector<llama_ubatch> & ubatches) {
         if (ubatches.size() == 1) {

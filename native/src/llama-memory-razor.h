@@ -73,8 +73,8 @@ private:
     bool can_keep(uint32_t n) const;
 };
 
-// create the KV cache for the layers with full attention; called by upstream's memories
-// takes the parameters of llama_kv_cache's constructor
+// create the KV cache for the layers with full attention, called by upstream's memories
+// same parameters as the constructor of llama_kv_cache
 llama_kv_cache * llama_razor_new_kv_cache(
         const llama_model & model,
         const llama_hparams & hparams,

@@ -303,7 +303,7 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
                     llm_arch_name(model.arch)));
     }
 
-    // a mean of keys has no distance, so no slope can be applied to it
+    // a slope cannot be applied to a mean of keys, which has no distance
     if (hparams.use_alibi && profile->compensation) {
         llama_razor_error_throw(format("%s: a compensation token is not supported with ALiBi, switch the compensation or razor off",
                     llm_arch_name(model.arch)));

@@ -103,7 +103,7 @@ struct llama_razor_plan {
     // return the first position after pos with another frontier in any group
     uint32_t frontier_end(uint32_t pos) const { return groups.back().frontier_end(pos); }
 
-    // return true if the local heads of a layer have tensors of their own, because their types differ from those of its retrieval heads
+    // return true if the local heads of a layer have separate tensors, because their types differ from those of its retrieval heads
     bool is_split(uint32_t il) const {
         return !(types == types_local) && !retrieval[il].empty() && n_local(il) > 0;
     }

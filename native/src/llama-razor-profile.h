@@ -25,7 +25,7 @@ struct llama_razor_profile {
     bool     alibi          = false; // razor.method is "alibi": the scopes are those of ALiBi heads
     bool     own_attention  = true;  // use razor's attention if the context gets upstream's cache
 
-    int32_t  type_k_local   = -1;    // enum ggml_type of the rows of local heads, -1: as the context's
+    int32_t  type_k_local   = -1;    // enum ggml_type of the rows of local heads, -1: as in the context
     int32_t  type_v_local   = -1;
 
     std::vector<uint8_t>  retrieval; // 0/1 per KV head, layer-major

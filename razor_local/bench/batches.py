@@ -80,7 +80,7 @@ class Settings:
         real_prefill: tokens that are prefilled for real to check the random caches, with the first
             types, in every context that holds them. 0 takes as many as fold, in the smallest
             context; None makes no check.
-        type_k_local, type_v_local: types of razor's local heads; None for those of types.
+        type_k_local, type_v_local: types of razor's local heads; None: those in types.
     """
 
     depths: tuple[int, ...] = (0, 8192, 32768)

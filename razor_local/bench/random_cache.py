@@ -55,14 +55,14 @@ def random_state(
 ) -> np.ndarray:
     """Return a saved sequence with random rows for llama_state_seq_set_data, as uint8.
 
-    The layout is that of state_write() in llama_kv_cache and llama_kv_cache_razor. In models with
-    sliding windows those of these layers follow, in hybrid models the recurrent states.
+    The layout is that of state_write() in llama_kv_cache and llama_kv_cache_razor. The cache of the
+    sliding layers follows in models with sliding windows, the recurrent states in hybrid models.
 
     Args:
         plan: a plan with flash attention.
         n_tokens: number of tokens in the sequence.
-        saved: one token, saved by a context with this plan; its head and its recurrent states are
-            copied.
+        saved: a state of one token, saved by a context with this plan. Its head and its recurrent
+            states are copied.
         mrope: whether the model has several positions per token.
         n_threads: number of threads that write a large state.
     """
@@ -79,7 +79,7 @@ def random_state(
     elif shape.recurrent_bytes:
         before = sum(len(what) * n for what, n in _attention_parts(plan, 1, saved, mrope))
         states = bytearray(saved[before:])
-        struct.pack_into("<i", states, 4, n_tokens - 1)  # after the number of cells: its position
+        struct.pack_into("<i", states, 4, n_tokens - 1)  # the position, after the number of cells
         parts.append((bytes(states), 1))
     return _repeated(parts, n_threads)
 
@@ -120,7 +120,7 @@ def _attention_parts(plan: Plan, n_tokens: int, saved: bytes, mrope: bool) -> Pa
 
 
 def _cache_parts(positions: range, layers: list[int], dims: Dims, mrope: bool) -> Parts:
-    """Return the parts of llama_kv_cache::state_write(). layers: KV heads of each."""
+    """Return the parts of llama_kv_cache::state_write(). layers: the KV heads of each layer."""
     import numpy as np
 
     n_cells = len(positions)

@@ -75,7 +75,7 @@ def write_shape_model(
         progress: called with the progress.
 
     Raises:
-        UnsupportedError: the shape or the type is not known.
+        UnsupportedError: the shape or the type is unknown.
         RazorError: the disk has too little room.
         OSError: the file cannot be written. No part of it is left.
     """

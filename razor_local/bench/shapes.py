@@ -13,8 +13,9 @@ class Sliding:
     """Layers with a sliding window. Every period-th layer has full attention.
 
     Attributes:
-        window: tokens.
-        n_head_kv, head_dim: of these layers; 0: as in the layers with full attention.
+        window: window in tokens.
+        n_head_kv, head_dim: KV heads and head size of these layers; 0: as in the layers with full
+            attention.
     """
 
     window: int
@@ -27,7 +28,9 @@ class Sliding:
 class DeltaNet:
     """Recurrent layers (gated delta net). Every period-th layer has full attention.
 
-    head_dim is that of queries, keys and values. n_conv: tokens of the convolution.
+    Attributes:
+        head_dim: size of the heads of queries, keys and values.
+        n_conv: width of the convolution in tokens.
     """
 
     period: int
@@ -57,7 +60,8 @@ class Shape:
         tied: whether the output head is the token embedding.
         qk_norm: whether queries and keys pass an RMS norm.
         rope_dim: rotated elements of a head; 0: all of them.
-        keys_are_values: layers with full attention have no projection for values.
+        keys_are_values: whether layers with full attention use keys as values, without a projection
+            for values.
     """
 
     arch: str
@@ -148,7 +152,7 @@ class Tensor:
 
     Attributes:
         dims: elements, innermost first as in GGUF: (inputs, outputs) for a matrix.
-        value: of all its elements, in F32; None for random weights.
+        value: the value of every element, in F32; None for random weights.
     """
 
     name: str
@@ -178,7 +182,7 @@ def _attention(shape: Shape, full: bool) -> Iterator[Tensor]:
         n_head_kv = shape.sliding.n_head_kv or n_head_kv
         dim = shape.sliding.head_dim or dim
     n_q, n_kv = shape.n_head * dim, n_head_kv * dim
-    gates = 2 if shape.delta_net else 1  # the matrix of queries gives a gate for each of them too
+    gates = 2 if shape.delta_net else 1  # attn_q also computes a gate for each query
     yield Tensor("attn_q.weight", (d, gates * n_q))
     yield Tensor("attn_k.weight", (d, n_kv))
     if not (full and shape.keys_are_values):

@@ -43,7 +43,7 @@ With a pipe on stdin, the whole input is one message, and the answer goes to std
     " their answers.",
 )  # fmt: skip
 @click.option("--session", metavar="NAME", help="Continue the conversation that /save NAME saved.")
-@click.option("-st", "--single-turn", is_flag=True, help="Leave after the first answer.")
+@click.option("-st", "--single-turn", is_flag=True, help="Exit after the first answer.")
 @click.option(
     "--no-history", is_flag=True,
     help="Do not read or write the input history.",

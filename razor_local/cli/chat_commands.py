@@ -354,7 +354,7 @@ def _set(talk: Talk, argument: str) -> None:
     chat = talk.chat
     values: dict[str, Any] = asdict(chat.sampling) | {"predict": chat.max_tokens}
     if argument:
-        argument = re.sub(r"^parameter\s+", "", argument)  # as ollama has it
+        argument = re.sub(r"^parameter\s+", "", argument)  # as in ollama
         written, *rest = re.split(r"[\s=]+", argument, maxsplit=1)
         text = "".join(rest).strip()
         name = _spellings().get(_plain(written))
@@ -363,13 +363,13 @@ def _set(talk: Talk, argument: str) -> None:
             hint = f"did you mean {_spellings()[near[0]]}? " if near else ""
             raise RazorError(f"/set {written}: {hint}expected one of {', '.join(SETTINGS)}")
         if not text:
-            raise RazorError(f"/set {written}: a value is missing, such as /set temp 0.2")
+            raise RazorError(f"/set {written}: expected a value, as in /set temp 0.2")
         try:
             value = SETTINGS[name].convert(text, None, None)
         except click.BadParameter as error:
             raise RazorError(f"/set {written}: {error.message}") from None
         if name == "predict" and value == 0:
-            raise RazorError(f"/set {written}: 0 is not a number of tokens, or -1")
+            raise RazorError(f"/set {written}: 0 is not a number of tokens, or -1 for unlimited")
         values[name] = None if value == -1 else value
         chat.max_tokens = values["predict"]
         chat.sampling = Sampling(**{key: values[key] for key in values if key != "predict"})
@@ -378,7 +378,7 @@ def _set(talk: Talk, argument: str) -> None:
 
 @cache
 def _spellings() -> dict[str, str]:
-    """Return the names of the sampling options, by all spellings that the command line takes."""
+    """Map every spelling that the command line takes to the name of the sampling option."""
     from .chat import chat
 
     return {

@@ -101,7 +101,7 @@ def context(chat: Chat, ascii_only: bool) -> str:
     dropped = f" ({chat.n_dropped} were dropped)" if chat.n_dropped else ""
     larger = ""
     if chat.n_left > free:
-        larger = f"\na longer message, up to {chat.n_left} tokens, drops the oldest ones"
+        larger = f"\na longer message, up to {chat.n_left} tokens, drops the oldest messages"
     return (
         f"{used} of {n_ctx} tokens used by {count_text(len(chat.messages), 'message')}{dropped};"
         f" {free} left for the next message, {kept} kept for its answer{larger}\n"

@@ -39,8 +39,8 @@ MAX_LENGTH = 32768  # of the default lengths
 
 POLICIES_HELP = """
 \b
-Policies (--policies), each with or without a KV type as in razor-q8_0, or
-razor-f16+q8_0 with q8_0 for local heads:
+Policies (--policies). A name can end in a KV type (razor-q8_0), or in one for
+retrieval heads and one for local heads (razor-f16+q8_0):
   full           llama.cpp's own cache
   razor          the profile; razor@0.1: another share of retrieval heads
   razor-no-comp  the same without compensation tokens

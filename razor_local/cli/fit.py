@@ -282,7 +282,7 @@ def _print_head(report: dict[str, Any]) -> None:
     )
     if profile is None:
         console.print(
-            "profile  none, so only full caches are planned; 'razor-local convert' adds one if"
+            "profile  none, so only full caches are planned; 'razor-local convert' makes one if"
             " razor can run the model"
         )
     else:

@@ -91,7 +91,7 @@ CTX_SIZE = click.option(
 
 
 def _prompt_argument(command: Any) -> Any:
-    """Add PROMPT and -p to a command. Its function gets the text of either as prompt."""
+    """Add PROMPT and -p to a command. Its function receives the text of either as prompt."""
 
     @functools.wraps(command)
     def run(*args: Any, words: tuple[str, ...], prompt: str | None, **options: Any) -> Any:
@@ -254,7 +254,7 @@ def read_text(options: dict[str, Any]) -> str | None:
 
 
 def _unescaped(text: str) -> str:
-    """Return a text with its escape sequences replaced as llama.cpp does it."""
+    """Replace the escape sequences of a text, as llama.cpp does."""
     simple = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
     def replaced(match: re.Match[bytes]) -> bytes:
@@ -403,7 +403,7 @@ def sampling(options: dict[str, Any], default_temp: float) -> Sampling:
 def grammar(options: dict[str, Any]) -> Any:
     """Return the grammar that answers follow from the start, None if they are free text.
 
-    Raises RazorError for an empty or malformed one.
+    Raises RazorError for an empty or malformed grammar.
     """
     for name in ("json_schema", "json_schema_file"):
         if options.get(name) is not None:

@@ -41,8 +41,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def models(ctx: click.Context, as_json: bool) -> None:
     """List the models on this machine, find and download others, and remove them.
 
-    A NAME is one of the catalog (see search), or hf:OWNER/REPO, hf:OWNER/REPO:QUANT or an address
-    of Hugging Face. All commands with a MODEL take one, and download it if need be.
+    A NAME is a name of the catalog (see search), hf:OWNER/REPO, hf:OWNER/REPO:QUANT or a Hugging
+    Face URL. All commands that take a MODEL accept a NAME, and download the model if needed.
     """
     if ctx.invoked_subcommand is not None:
         return

@@ -297,7 +297,7 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
 
 
 def _note_changed(options: dict[str, Any]) -> None:
-    """Name the options that this build ignores, and the size that a context gets, on stderr."""
+    """Print notes on the options that this build ignores, and on a context that is rounded up."""
     ignored = {}
     if options.get("vram") is not None:
         ignored["vram"] = "counts as main memory"

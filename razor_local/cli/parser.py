@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-# commands of ollama
+# commands of ollama and other programs, and their names here
 OTHER_NAMES = {
     "list": "models",
     "ls": "models",
@@ -83,7 +83,10 @@ class Command(_ExactOptions):
 
 
 class Group(_ExactOptions, click.Group):
-    """A command with subcommands. An unknown one suggests the nearest, also one level below."""
+    """A command with subcommands.
+
+    An unknown subcommand is refused with the nearest name, which may be one level below.
+    """
 
     command_class = Command
 

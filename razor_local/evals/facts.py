@@ -352,7 +352,7 @@ class Examiner:
     ) -> Outcome:
         """Ask a context with flash attention. With profile None it has a full cache.
 
-        local_type: KV type of local heads, None for type_k and type_v.
+        local_type: the KV type of local heads; None: type_k and type_v.
         """
         with self._context(profile, type_k, type_v, local_type) as ctx:
             return self._take(ctx, what)

@@ -8,10 +8,9 @@
     random-heads    as many retrieval heads as the profile has, drawn at random
     heads=FILE      the retrieval heads of another profile, sidecar, head list or file of scores
 
-A KV type may follow each name (razor-q8_0; the default is f16), and after a plus that of the local
-heads (razor-f16+q8_0). A budget may follow razor and
-razor-no-comp (razor-q8_0@0.1): the share of retrieval heads, chosen again by the scores in the
-profile.
+A KV type may follow each name (razor-q8_0; the default is f16), and the type of local heads may
+follow after a plus (razor-f16+q8_0). A budget may follow razor and razor-no-comp (razor-q8_0@0.1):
+the share of retrieval heads, chosen again by the scores in the profile.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def _heads(profile: Profile) -> bytes:
 
 
 def _split(name: str) -> tuple[str, tuple[str, str | None], float | None]:
-    """Split a policy's name into kind, KV types (the second of local heads) and budget."""
+    """Split a policy's name into kind, KV types (the second one for local heads) and budget."""
     rest, budget = name, None
     match = re.fullmatch(r"(razor.*)@([0-9.]+)", name)
     if match:
@@ -185,7 +184,7 @@ def _profile(
     if base.method == "alibi":
         raise RazorError(
             f"the policy {kind!r} chooses other heads than the profile, but the scopes of ALiBi"
-            " heads follow from the weights; leave it out"
+            " heads follow from the weights; leave this policy out"
         )
     base = replace(
         base, scope=None

@@ -32,7 +32,7 @@ class Entry:
     """A name of the catalog: a file in a Hugging Face repository.
 
     bytes and sha256 of the file: None where they are not known. wheel: another place that has it.
-    latest: the name without its tag means this entry, as in ollama.
+    latest: whether the name without its tag means this entry, as in ollama.
     """
 
     name: str
@@ -68,7 +68,11 @@ def entries() -> dict[str, Entry]:
 
 
 def find(name: str) -> Entry | None:
-    """Return the entry of a name in any case, also without a tag or with :latest; or None."""
+    """Return the entry of a name, or None.
+
+    Upper and lower case do not matter. A name without a tag or with :latest means the entry that is
+    marked as latest.
+    """
     name = name.lower()
     entry = entries().get(name)
     if entry is not None:

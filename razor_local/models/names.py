@@ -1,4 +1,4 @@
-"""Parse a MODEL argument: a path, a name of the catalog, or a model of Hugging Face."""
+"""Parse a MODEL argument: a path, a name of the catalog, or a model on Hugging Face."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INSIDE = re.compile(r"(?:tree|blob|resolve)/([^/]+)/?(.*)", re.DOTALL)  # a rev
 
 @dataclass(frozen=True)
 class HubName:
-    """A repository of Hugging Face, and a quantization (by default "") or a file in it."""
+    """A Hugging Face repository, with a quantization ("": the default one) or a file in it."""
 
     repo: str
     quant: str = ""
@@ -46,7 +46,7 @@ ModelName = HubName | catalog.Entry
 def parse(text: str) -> Path | ModelName:
     """Return what a MODEL argument means; a file that exists always comes before a name.
 
-    Raises RazorError where it is none of these.
+    Raises RazorError if it is none of these.
     """
     if os.path.exists(text):
         return Path(text)
@@ -55,9 +55,7 @@ def parse(text: str) -> Path | ModelName:
     if address is not None:
         return _hub_name(text, _without_revision(text, address[1]))
     if "://" in named:
-        raise RazorError(
-            f"'{text}' is not an address of Hugging Face; download the file and pass its path"
-        )
+        raise RazorError(f"'{text}' is not a Hugging Face URL; download the file and pass its path")
     if is_path(text):
         return Path(text)
     if text.startswith(HUB):
@@ -75,23 +73,23 @@ def parse(text: str) -> Path | ModelName:
 
 
 def _hub_name(text: str, name: str) -> HubName:
-    """Return the model of OWNER/REPO, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.
+    """Parse OWNER/REPO, OWNER/REPO:QUANT or OWNER/REPO/FILE.gguf.
 
-    Raises RazorError for any other name, which quotes text.
+    Raises RazorError for any other name. The message quotes text.
     """
     match = _HUB_NAME.fullmatch(name)
     if match is None or len(match[1]) > 96 or match[1].endswith(".git") or ".." in name.split("/"):
         raise RazorError(
             f"'{text}' is not the name of a repository, expected hf:OWNER/REPO or"
-            " hf:OWNER/REPO:QUANT, or the address of a model or GGUF file at Hugging Face"
+            " hf:OWNER/REPO:QUANT, or the URL of a model or GGUF file on Hugging Face"
         )
     return HubName(match[1], match[3] or "", match[2] or "")
 
 
 def _without_revision(text: str, path: str) -> str:
-    """Return OWNER/REPO, with the :QUANT or /FILE.gguf, of a path at Hugging Face.
+    """Return OWNER/REPO, with :QUANT or /FILE.gguf if present, from the path of a URL.
 
-    Raises RazorError for a revision other than main, which quotes text.
+    Raises RazorError for a revision other than main. The message quotes text.
     """
     address = urlsplit(path)
     owner, _, rest = unquote(address.path).strip("/").partition("/")
@@ -101,10 +99,10 @@ def _without_revision(text: str, path: str) -> str:
         revision, inside = match.groups()
         if revision != "main":
             raise RazorError(
-                f"'{text}' names the revision {revision}, and models come from main; download the"
-                " file and pass its path"
+                f"'{text}' names the revision {revision}, but models are downloaded from main;"
+                " download the file yourself and pass its path"
             )
-    # the page of a repository shows a file of it in a panel
+    # a repository's page can show one of its files in a panel
     inside = inside or parse_qs(address.query).get("show_file_info", [""])[0]
     return "/".join(part for part in (owner, repo, inside) if part)
 

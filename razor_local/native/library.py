@@ -148,7 +148,7 @@ def make_params(
         profile: None switches razor off.
         own_attention: whether a full cache in host memory runs razor's attention kernel instead of
             llama.cpp's. With a profile razor's kernel always runs.
-        type_k_local, type_v_local: KV types of local heads, None for those of the context.
+        type_k_local, type_v_local: KV types of local heads; None: those of the context.
     """
     params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
     params.type_k_local = KV_TYPES[type_k_local].ggml_id if type_k_local else -1

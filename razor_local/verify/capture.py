@@ -33,8 +33,8 @@ class Layer:
     Attributes:
         q: f32 [n_rows, n_head, d_k], after RoPE.
         positions: int [n_rows], the positions of q.
-        k, v: all tokens, packed in the KV types of the plan after rotation (reference.pack_rows):
-            the retrieval heads, and the local heads.
+        k, v: the rows of all tokens, packed in the KV types of the plan after rotation
+            (reference.pack_rows): first those of retrieval heads, then those of local heads.
         out: f32 [n_rows, n_head, d_v], rotated if V is (reference.rotation_sizes).
         scale: factor of q.k.
         cap: soft cap of the logits, 0 for none.
@@ -252,7 +252,7 @@ class Capture:
         same = off <= 1e-3 * np.abs(k).max()  # [heads in the order of the rows, KV heads]
         for window, order in self._places(places, cache, n_heads, rows.shape[1]).items():
             if len(order) == 0:
-                continue  # heads with other types have other tensors
+                continue  # heads with other types are in another tensor
             place = (self.il, window)
             before = self.stored.get(place)
             fits = before is not None and before.shape == same[order].shape
@@ -263,8 +263,8 @@ class Capture:
     ) -> dict[int, np.ndarray]:
         """Return the heads of a token's rows in the order of the cache.
 
-        The key is the window of the heads, 0 for those stored for the whole context. Heads whose
-        types differ are stored in different tensors: n_stored of n_heads are in this one.
+        The key is the window of the heads, 0 for those stored for the whole context. Heads with
+        different types are in different tensors, so n_stored of n_heads are in this one.
         """
         rows = read(self.lib, places).reshape(-1)[:n_stored]
         windows = [0, *(group.window for group in self.plan.groups)]

@@ -46,8 +46,8 @@ def compare_layer(
         razor, full: the layer as it ran with razor and with a full cache.
         windows: the window of each KV head, 0 for retrieval heads.
         plan: the plan of the razor context.
-        full_local: the layer as it ran with a full cache of the types of local heads, if these have
-            other types.
+        full_local: the layer as it ran with a full cache of the types of local heads, if these
+            differ from the types of retrieval heads.
     """
     everything = (0,) * len(windows)
     group = razor.q.shape[1] // len(windows)
@@ -91,7 +91,7 @@ def compare_layer(
 
 
 def with_full_types(plan: Plan, local: bool = False) -> Plan:
-    """Return a plan whose heads all have the types of retrieval heads, or of local ones."""
+    """Return a copy of a plan in which all heads have the types of retrieval or of local heads."""
     k, v = (plan.type_k_local, plan.type_v_local) if local else (plan.type_k, plan.type_v)
     return replace(plan, type_k=k, type_v=v, type_k_local=k, type_v_local=v)
 
@@ -126,7 +126,7 @@ def expected_output(il: int, layer: Layer, windows: Sequence[int], plan: Plan) -
 def _unpack(
     parts: Sequence[np.ndarray], types: Sequence[str], heads: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """Put the rows of retrieval and of local heads together again: f32 [n, n_head_kv, d]."""
+    """Unpack and join the rows of retrieval and of local heads: f32 [n, n_head_kv, d]."""
     some = [
         (its_heads, reference.unpack_rows(part, name))
         for part, name, its_heads in zip(parts, types, heads, strict=True)

@@ -9,8 +9,8 @@ into each cache.
 
 A second context with a full cache reads the same tokens. Its error against the reference shows how
 precise the arithmetic of this backend is, and the KL divergence of the logits shows what
-RazorAttention costs on this text. If local heads have KV types of their own, a third context with
-a full cache of these types shows the precision for them.
+RazorAttention costs on this text. If local heads have other KV types, a third context with a full
+cache of these types shows how precise the arithmetic is with them.
 
 docs/verification.md explains what is checked, with which bounds, and what is not.
 """
@@ -129,7 +129,7 @@ def verify(
         in_file = found.source == "file" and not any(local_types.values())
         own = None if in_file else native.make_params(profile, **local_types)
         planned = [(own, plan), (native.make_params(None), with_full_types(plan))]
-        if plan.has_local_types:  # as a yardstick for local heads
+        if plan.has_local_types:  # to compare local heads with
             planned.append((native.make_params(None), with_full_types(plan, local=True)))
         for params, its_plan in planned:
             capture = Capture(lib.lib, shape, its_plan, positions, control)

@@ -2,8 +2,9 @@
 
     python -m tests.fuzz.memories --operations 100000
 
-The texts of a model branch off a common one, so that a cache can go back and on with other tokens.
-Every decoded token's logits must be those of a context that read its text without interruption.
+The texts of a model branch off a common one, so a cache can be rolled back and continue with other
+tokens. The logits of every decoded token must equal those of a context that read its text without
+interruption.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ PARAMS = {"n_ctx": 1024, "n_ubatch": 128, "swa_full": False, "type_k": "f32", "t
 
 
 class Finding(AssertionError):
-    """An operation had another result than on a fresh context."""
+    """The result of an operation differs from that of a fresh context."""
 
 
 class Fuzzer:
-    """One context of a model, and what it must compute."""
+    """One context of a model, and the logits that it must compute."""
 
     def __init__(self, arch: str, seed: int, flash_attn: bool) -> None:
         path = arch_models.path_of(arch)
@@ -64,8 +65,8 @@ class Fuzzer:
     def _noise(self) -> float:
         """Return the largest difference of logits to accept.
 
-        Sums have another order if the tokens are in other cells or in other batches: in
-        llama.cpp's own cache too, where they are measured.
+        The order of sums depends on the cells and batches of the tokens. This is also true of
+        llama.cpp's own cache, on which the differences are measured.
         """
         text = self.texts[0]
         with Context(self.model, OFF, **self.params) as ctx:
@@ -145,7 +146,7 @@ class Fuzzer:
         self.text = text
 
     def load_damaged(self) -> None:
-        """A state that ends too early changes nothing, or leaves the cache empty."""
+        """Load a truncated state, which must change nothing or leave the cache empty."""
         if not self.states:
             return
         state, whole, _, _ = self.rng.choice(self.states)
@@ -178,7 +179,7 @@ class Fuzzer:
         self.ctx.n_past = held
 
     def branch(self) -> None:
-        """Go on with another text, if the tokens in the cache are a part of it."""
+        """Switch to any text that begins with the tokens in the cache."""
         held = self.texts[self.text][: self.ctx.n_past]
         fitting = [i for i, text in enumerate(self.texts) if text[: len(held)] == held]
         self.text = self.rng.choice(fitting)
@@ -208,7 +209,7 @@ def _texts(path: Path, rng: random.Random) -> list[list[int]]:
 
 
 def run(n: int, seed: int = 0, archs: tuple[str, ...] = ARCHS) -> Counter[str]:
-    """Run n operations in all, as many on each architecture. Raises Finding."""
+    """Run n operations, distributed evenly over the architectures. Raises Finding."""
     done: Counter[str] = Counter()
     runs = [(arch, flash_attn) for arch in archs for flash_attn in (True, False)]
     for arch, flash_attn in runs:

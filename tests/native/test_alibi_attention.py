@@ -1,4 +1,4 @@
-"""ALiBi models as the library runs them: attention stays within the scopes, and razor runs them."""
+"""ALiBi models in the library: attention stays within the scopes, and razor runs the models."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_slopes_are_the_library_s(n_head, max_bias, tmp_path):
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
 @pytest.mark.parametrize("name", RUN)
 def test_each_layer_equals_the_reference(name: str, flash_attn: bool, tmp_path) -> None:
-    """Profiles that `convert` computes, with an F32 cache."""
+    """Profiles that `convert` computes pass `verify` with an F32 cache."""
     model = write(tmp_path / "m.gguf", RUN[name])
     side = write_sidecar(model, tmp_path / "side.gguf", profile_from_weights(model))
     types = {"type_k": "f32", "type_v": "f32"}
@@ -140,7 +140,7 @@ def test_each_layer_equals_the_reference(name: str, flash_attn: bool, tmp_path) 
 
 
 def test_llama_runs_the_scopes(tmp_path):
-    """From the metadata, a sidecar and the profile cache, with the bytes of the plan."""
+    """The metadata, a sidecar and the profile cache give contexts with the planned bytes."""
     model = write(tmp_path / "m.gguf", RUN["bloom"])
     profile = profile_from_weights(model)
     copy = write_copy(model, tmp_path / "copy.gguf", profile)

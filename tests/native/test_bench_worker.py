@@ -202,7 +202,7 @@ def test_states_of_several_windows_can_be_loaded(compensation, n_tokens, tiny) -
 @pytest.mark.parametrize("razor", [True, False])
 @pytest.mark.parametrize("arch", SMALL)
 def test_caches_of_every_shape_are_filled(tmp_path, arch: str, razor: bool) -> None:
-    """A random state has the size of one that was decoded, and decoding goes on after it."""
+    """A random state is as large as a decoded one, and decoding continues after it."""
     path = write_shape_model(tmp_path / "m.gguf", small_shape(arch), retrieval=0.5)
     session = Session(ModelSetup(str(path), window_min=64, window_divisor=0))
     side = SessionContext(session, Side("any", razor, "f16", "q8_0", 1024))

@@ -463,7 +463,7 @@ def test_settings_have_all_spellings_of_the_command_line(talk, capsys):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("temp", "/set temp: a value is missing, such as /set temp 0.2"),
+        ("temp", "/set temp: expected a value, as in /set temp 0.2"),
         (
             "xyzzy 3",
             "/set xyzzy: expected one of temp, top_k, top_p, min_p, repeat_penalty, seed, predict",

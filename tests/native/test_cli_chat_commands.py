@@ -337,11 +337,11 @@ def test_a_full_context():
         t.expect("Dropped to make room: the oldest message and its answer.")
         assert "note: " not in t.expect(">>>")
         t.send("/context\r")
-        shown = t.expect("drops the oldest ones")
+        shown = t.expect("drops the oldest messages")
         match = re.search(
             r"(\d+) of 256 tokens used by 6 messages \(2 were dropped\); (\d+) left for the next"
             r" message, (\d+) kept for its answer\s+a longer message, up to (\d+) tokens, $",
-            shown.partition("/context")[2].replace("drops the oldest ones", ""),
+            shown.partition("/context")[2].replace("drops the oldest messages", ""),
         )
         assert match, shown
         used, free, kept, most = map(int, match.groups())

@@ -1,4 +1,4 @@
-"""Notes on options that this build ignores, and on contexts of another size than asked for."""
+"""Notes on options that this build ignores, and on context sizes that are rounded up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def with_option(name: str) -> list[str]:
 
 
 def notes(command: str, *args: str, **env: str) -> str:
-    """Return what a command writes to stderr before it misses the file of its model."""
+    """Return what a command writes to stderr before it fails because the model file is missing."""
     args = (*args, *NEEDED.get(command, ()))
     done = CliRunner().invoke(main, [*command.split(), "/no.gguf", *args], input="x", env=env)
     assert done.exit_code != 0 and done.stdout == ""

@@ -115,7 +115,7 @@ def test_what_is_planned_is_allocated(name, cache, kv_type, files):
 
 
 def test_types_of_local_heads(files):
-    """A column of its own for razor; a full cache has none."""
+    """Types of local heads appear in the name of razor's cache, not in that of a full cache."""
     code, stdout, stderr = run(files["llama"], "-c", "4096", "-ctk", "f16", "-ctlk", "q8_0")
     assert (code, stderr) == (0, "")
     rows = table(stdout)
@@ -513,7 +513,7 @@ V2, V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usa
     ],
 )
 def test_limits_of_control_groups(tmp_path, monkeypatch, cgroup, root, kind, files, limits, left):
-    """The least of a group and those above it counts. Sizes are in MB, 3 of them used."""
+    """The least memory left by a group or a group above it counts. Sizes in MB, 3 MB are used."""
     mount = tmp_path / "mount"
     for folder, limit in limits.items():
         (mount / folder).mkdir(parents=True, exist_ok=True)

@@ -413,7 +413,7 @@ def test_types_of_local_heads(plain):
     copy = pickle.loads(pickle.dumps(llama))
     assert copy.plan.to_dict() == plan.to_dict() and copy.plan.has_local_types
 
-    # they are never ignored without a word
+    # they are never ignored silently
     said = "type_k_local and type_v_local have no effect without razor"
     for path, options in ((DEFAULT_MODEL, {"razor": False}), (plain, {})):
         with pytest.raises(UnsupportedError, match=said):

@@ -45,7 +45,7 @@ def limited(n_mib: int, code: str) -> subprocess.CompletedProcess:
 
 
 def runs(n_mib: int, options: str) -> None:
-    """Check that a context that was said to fit can be created, and computes an answer."""
+    """Check that a context that an error named as fitting can be created and computes an answer."""
     code = f"Llama(MODEL, {options}).create_completion('hello ' * 200); print('ok')"
     done = limited(n_mib, code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", ""), options

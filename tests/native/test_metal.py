@@ -17,13 +17,13 @@ ARCHS = ("llama", "qwen2vl", "gemma2", "gemma3", "gemma4", "gpt-oss", "llama4", 
          "granitehybrid", "falcon-h1", "qwen35", "qwen35moe", "bloom")  # fmt: skip
 HEAD_DIMS = (64, 80, 96, 128, 256, 512)
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-# of supports_op() in the release that metal.accepts() was written from
+# SHA-256 of supports_op() in the release that metal.accepts() was written from
 RULES = "285292d4914986b05147aff147c14f893ef09112a8835d89ddface9739f19b8d"
 
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[runner.Worker]:
-    """A process with llama.cpp's attention, which is what devices without our kernels run."""
+    """A process with llama.cpp's attention, which devices without razor's kernels run."""
     with runner.Worker(None, {"RAZOR_LOCAL_CPU_ATTENTION": "off"}) as worker:
         yield worker
 
@@ -60,7 +60,7 @@ def test_every_type(kv_type: str, flash_attn: bool, tmp_path: Path, upstream) ->
 
 
 def test_what_metal_refuses() -> None:
-    """The checks above can fail."""
+    """Show that the checks above can fail."""
 
     def node(op: str, kind: str, *sources: str, dim: int = 64) -> Node:
         dims = ((dim, 1, 1, 1),) * len(sources)

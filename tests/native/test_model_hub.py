@@ -64,7 +64,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 
 
 def test_a_pasted_address(hub, tmp_path) -> None:
-    """It means the file that it names, and the hub that HF_ENDPOINT names."""
+    """A URL selects the file that it names, on the hub that HF_ENDPOINT names."""
     name = "hf:owner/tiny-GGUF/tiny-F16.gguf"
     address = "https://huggingface.co/owner/tiny-GGUF/blob/main/tiny-F16.gguf"
     done = run(hub, tmp_path, "models", "pull", address)

@@ -1,7 +1,7 @@
-"""Models with ALiBi: the slope of a head follows it into its group, and there is no compensation.
+"""Models with ALiBi: heads keep their slopes in any group, and there is no compensation.
 
-Error: max |logit - float64 reference| with an F32 cache, of logits with a standard deviation of
-about 8.
+The error is max |logit - float64 reference| with an F32 cache. The logits have a standard deviation
+of about 8.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def path_of(tmp_path_factory):
 
 
 def weights_of(spec: AlibiSpec) -> dict[str, np.ndarray]:
-    """Return weights with which an error of the attention is not hidden by llama.cpp's GELU.
+    """Return weights that keep llama.cpp's GELU from hiding errors of the attention.
 
-    It rounds to F16, so a difference of any size can grow to that of a rounding.
+    GELU rounds to F16, so even a tiny difference can grow to the size of a rounding error.
     """
     weights = make_weights(spec)
     for name in weights:
@@ -106,7 +106,7 @@ def without_local_heads(case: Case) -> Case:
 def test_alibi_scopes_equal_the_reference(
     case: Case, flash_attn: bool, own: bool, path_of, monkeypatch
 ) -> None:
-    """Ubatches have several sizes, and the last tokens are decoded one by one."""
+    """Use ubatches of several sizes, and decode the last tokens one by one."""
     if not own:
         monkeypatch.setenv("RAZOR_LOCAL_CPU_ATTENTION", "off")
     n, single = 520, 70
@@ -174,7 +174,7 @@ def test_any_alibi_scopes_equal_the_reference(path_of, drawn) -> None:
 @pytest.mark.skipif(runner.GPU_LAYERS != 0, reason="on CPUs")
 @pytest.mark.parametrize("name", ["bloom", "mpt of 6", "refact", "refact mqa"])
 def test_a_full_cache_with_alibi_equals_the_reference(name: str, path_of) -> None:
-    """Razor's attention in llama.cpp's own cache: all prompts and single tokens."""
+    """Razor's attention runs in llama.cpp's own cache, for a prompt and for single tokens."""
     case = without_local_heads(BY_NAME[name])
     tokens = tokens_of(case.spec, 520)
     want = forward(case.spec, weights_of(case.spec), tokens)
@@ -215,11 +215,11 @@ def test_other_types_with_alibi_are_as_exact_as_a_full_cache(
 def test_alibi_window_that_holds_everything_equals_stock(
     name: str, flash_attn: bool, path_of, stock, monkeypatch
 ) -> None:
-    """With upstream's operations and an F16 cache.
+    """Compare the bits with stock, with upstream's operations and an F16 cache.
 
-    The bits are those of stock, except for slopes that are no power of two in layers with several
-    groups: their products with a distance are rounded before they are added to the logit. Flash
-    attention is only used in layers with one group.
+    They differ only for slopes that are not powers of two, in layers with several groups: the
+    products of slope and distance are rounded before they are added to the logit. Flash attention
+    is only used in layers with one group.
     """
     monkeypatch.setenv("RAZOR_LOCAL_CPU_ATTENTION", "off")
     case = BY_NAME[name]
@@ -241,7 +241,7 @@ def test_alibi_window_that_holds_everything_equals_stock(
 
 
 def test_alibi_rollback(path_of) -> None:
-    """A sequence can go back as long as the rows are in the rings of all groups."""
+    """A sequence can be rolled back as long as its rows are in the rings of all groups."""
     case = BY_NAME["bloom"]
     razor, spec = case.razor, case.spec
     assert razor.block == 64
@@ -268,7 +268,7 @@ def test_alibi_rollback(path_of) -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_alibi_state(whole: bool, path_of) -> None:
-    """A context goes on from a loaded state with the same bits; other scopes are refused."""
+    """A context continues from a loaded state with the same bits; other scopes are refused."""
     case = BY_NAME["jais"]
     tokens, razor = tokens_of(case.spec, 500), runner.override(case.razor)
     assert case.scopes[0] == (30, 0, 200, 130)
@@ -288,7 +288,7 @@ def test_alibi_state(whole: bool, path_of) -> None:
 
 
 def test_alibi_abort(path_of) -> None:
-    """After an abort the cache goes on from what it holds."""
+    """After an abort, decoding continues from the tokens that the cache holds."""
     case = BY_NAME["bloom"]
     tokens, held = tokens_of(case.spec, 500), set()
     params = {"n_ctx": N_CTX, "n_ubatch": 64}
@@ -325,7 +325,7 @@ def test_alibi_abort(path_of) -> None:
     st.sampled_from([("f16", "f16", True), ("q8_0", "q4_0", True), ("q8_0", "f16", False)]),
 )
 def test_bytes_of_alibi_scopes(path_of, scopes: list, n_ctx: int, kv: tuple) -> None:
-    """The backend buffers are razor_local.plan's bytes, there are no sums, and no scope is cut."""
+    """Buffers have the bytes of razor_local.plan, there are no sums, and no scope is shortened."""
     path = path_of(AlibiSpec("bloom", 2, 4, 4, 32))
     type_k, type_v, flash_attn = kv
     profile = Profile(
@@ -365,7 +365,7 @@ def alibi_keys(scopes: Scopes, **changes: Any) -> dict[str, Any]:
 
 
 def test_alibi_scopes_of_the_metadata(tmp_path: Path, path_of) -> None:
-    """Version 1 uses them with the method "alibi", and a window replaces them."""
+    """Version 1 uses scopes with the method "alibi", and a window replaces them."""
     case = BY_NAME["all local"]
     tokens = tokens_of(case.spec, 500)
     path = write(tmp_path / "m.gguf", case.spec, weights_of(case.spec), alibi_keys(case.scopes))
@@ -381,7 +381,7 @@ def test_alibi_scopes_of_the_metadata(tmp_path: Path, path_of) -> None:
 
 
 def test_alibi_is_refused_by_name(tmp_path: Path, path_of) -> None:
-    """What the plan does not support: a compensation token, and the method in other models."""
+    """Refuse a compensation token, and the method "alibi" in other models."""
     case = BY_NAME["bloom"]
     path = path_of(case.spec)
     razor = runner.override(case.razor, compensation=True)

@@ -57,8 +57,8 @@ def tokens(n: int, seed: int = 3) -> list[int]:
 def noise(model: Model, text: list[int], **params) -> float:
     """How far logits of llama.cpp's own cache are from each other.
 
-    By the size of batches, and after a state was loaded: tokens then have other cells, which
-    changes the order of sums.
+    The logits differ by the size of batches, and after a state was loaded: the tokens are then in
+    other cells, which changes the order of sums.
     """
     with Context(model, OFF, **params) as ctx:
         want = ctx.decode(text[:300])
@@ -101,7 +101,7 @@ def test_attention_with_several_windows(path: Path, flash_attn: bool) -> None:
 def test_logits_equal_a_float64_model(
     tmp_path: Path, arch: str, flash_attn: bool, window: int
 ) -> None:
-    """Whole logits, with an F32 cache."""
+    """Compare all logits, with an F32 cache."""
     text = tokens(530)
     full = family_models.FULL[arch]
     heads = [[0, 1], [1, 0]]  # of the two layers with full attention
@@ -258,7 +258,7 @@ def test_rollback_states_are_refused(path: Path) -> None:
 
 @over(*SLIDING)
 def test_cells_in_another_order(path: Path) -> None:
-    """A batch of several ubatches, where a sliding window has cells that follow no order."""
+    """A batch of several ubatches loses no tokens if a sliding window has unordered cells."""
     text, other = tokens(400), tokens(13, 8)
     params = PARAMS | {"n_ubatch": 128}
     with Model(path) as model, Context(model, razor_of(path), **params) as ctx:

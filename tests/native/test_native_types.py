@@ -1,7 +1,7 @@
-"""KV types of local heads: other types of K and V than those of retrieval heads.
+"""KV types of local heads, which may differ from those of retrieval heads.
 
-Where the types of a layer's heads differ, its local heads have tensors of their own. The reference
-rounds rows and compensation tokens to the types of their heads.
+If the types in a layer differ, its local heads have separate tensors. The reference rounds rows and
+compensation tokens to the types of their heads.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def rms(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def misread(full: Types, local: Types) -> list[tuple[Types, Types]]:
-    """Types that heads would have after a mix-up."""
+    """Return wrong types: those that heads would have if types were mixed up."""
     others = [(local, full), (full, full), (local, local), (full, local[::-1])]
     return [types for types in others if types != (full, local)]
 
 
 def check(path: Any, case: Case, full: Types, local: Types, limit: float, **params: Any) -> None:
-    """Compare with the reference of these types, relative to those of mixed-up types."""
+    """Check that the error is small next to the error against references with mixed-up types."""
     razor = with_types(case, full, local)
     got = run(path, case, razor, **params)
     error = rms(got, expected(case.spec, case.n_tokens, razor))
@@ -88,8 +88,7 @@ def check(path: Any, case: Case, full: Types, local: Types, limit: float, **para
 )  # fmt: skip
 @pytest.mark.parametrize("case", [*CASES, SCOPED], ids=str)
 def test_rows_have_the_types_of_their_heads(case: Case, full: Types, local: Types, tiny) -> None:
-    """The attention on CPUs computes with F32, so that hardly anything but the rounding of rows
-    differs from exact arithmetic."""
+    """The attention on CPUs computes in F32, so the rounding of rows is almost the only error."""
     check(tiny(case.spec), case, full, local, 0.25, n_ubatch=100)
 
 
@@ -102,7 +101,7 @@ def test_rows_have_the_types_of_their_heads(case: Case, full: Types, local: Type
 def test_upstreams_operations_read_them_too(
     full: Types, local: Types, flash_attn: bool, case: Case, tiny, monkeypatch
 ) -> None:
-    """They round queries as well. Without flash attention, V of retrieval heads is transposed."""
+    """Upstream also rounds queries. Without flash attention, V of retrieval heads is transposed."""
     monkeypatch.setenv(ENV, "off")
     check(tiny(case.spec), case, full, local, 0.6, n_ubatch=100, flash_attn=flash_attn)
 
@@ -136,7 +135,7 @@ def random_cases(draw: Any) -> tuple[Case, Types, Types, dict[str, Any]]:
 )
 @given(random_cases())
 def test_any_types_equal_the_reference(tiny, drawn) -> None:
-    """The error is at most a small part of what rounding to the coarsest type changes."""
+    """The error is at most a small part of the change that the rounding of rows makes."""
     case, full, local, params = drawn
     razor = with_types(case, full, local)
     got = run(tiny(case.spec), case, razor, **params)
@@ -148,7 +147,7 @@ def test_any_types_equal_the_reference(tiny, drawn) -> None:
 @pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
 @pytest.mark.parametrize("case", [CASES[0], SCOPED], ids=str)
 def test_the_same_types_change_nothing(case: Case, flash_attn: bool, tiny) -> None:
-    """The same bits, bytes and nodes as without types of local heads."""
+    """Bits, bytes and nodes are the same as without types of local heads."""
     path, plain = tiny(case.spec), runner.override(case.razor)
     params = {"type_k": "q8_0", "type_v": "f16", "flash_attn": flash_attn, "n_ctx": N_CTX}
     named = replace(plain, type_k_local="q8_0", type_v_local="f16")
@@ -176,8 +175,7 @@ def test_the_same_types_change_nothing(case: Case, flash_attn: bool, tiny) -> No
     ids=["in order", "mixed", "local", "upstream"],
 )
 def test_nodes_of_a_split_layer(mask, own: bool, more: int, tiny, monkeypatch) -> None:
-    """Each kind of heads has a store of K and of V, and where they are mixed K and V are gathered.
-    The attention remains one operation."""
+    """Each kind of heads has its stores, mixed heads are gathered, and attention is one node."""
     if not own:
         monkeypatch.setenv(ENV, "off")
     path = tiny(TinySpec("llama", 4, 8, 4, 64, seed=31))
@@ -208,8 +206,10 @@ def test_layers_with_many_windows_run_upstreams_attention(n_windows: int, own: b
 
 @pytest.mark.parametrize("arch", ["gpt-oss", "gemma2"])
 def test_sinks_and_caps_of_split_layers(arch: str) -> None:
-    """F16 rows hold what a cache of F32 would hold up to rounding: the logits are nearby, for few
-    cells and for many. Layers with a sliding window keep the types of the context."""
+    """Logits with F16 rows differ from those of an F32 cache only by rounding, with any depth.
+
+    Layers with a sliding window keep the types of the context.
+    """
     path = arch_models.path_of(arch)
     tokens = runner.random_tokens(800, 100, 3)
     params = {"n_ctx": N_CTX, "swa_full": False, "type_k": "f32", "type_v": "f32"}
@@ -282,7 +282,7 @@ def test_bytes_of_any_types(tiny, scopes, types: list[str], comp: bool, flash_at
 
 
 def runner_row(name: str) -> int:
-    """Bytes of a row of 32 elements."""
+    """Return the bytes of a row of 32 elements."""
     return {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20,
             "q4_0": 18}[name]  # fmt: skip
 
@@ -322,7 +322,7 @@ def test_a_state_continues_and_other_types_are_refused(whole: bool, n: int, tiny
 
 @pytest.mark.parametrize("back", [1, 40, 64])
 def test_a_rollback_leaves_nothing(back: int, tiny) -> None:
-    """Over a fold; all tokens are decoded one by one, so that the bits can be compared."""
+    """Roll back over a fold. Tokens are decoded one by one, so the bits can be compared."""
     tokens, others = tokens_of(STATE.spec, 240), runner.random_tokens(back, 100, 9)
     override = replace(runner.override(STATE.razor), type_k_local="q8_0", type_v_local="q4_0")
     with Model(tiny(STATE.spec)) as model, Context(model, override, **STATE_PARAMS) as ctx:

@@ -577,7 +577,7 @@ def test_the_largest_grammars_are_understood(llama, schema):
 
 
 def calling(llama, parameters: dict, how: str, name: str = "f") -> dict:
-    """Return the arguments of a tool call that is forced, in the new or the old form."""
+    """Force a tool call in the new or the old form, and return its arguments."""
     function = {"name": "f", "parameters": parameters}
     forced = {
         "tools": {

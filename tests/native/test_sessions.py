@@ -255,7 +255,10 @@ def test_a_named_pipe_is_refused(llama, folder):
         ({"compensation": False}, r"plan \(compensation on, here off\)"),
         ({"budget": 0.34}, r"plan \(retrieval heads 4, here 9\)"),
         ({"type_k": "q8_0"}, r"plan \(type of keys f16, here q8_0\)"),
-        ({"type_v_local": "q4_0"}, r"local keys that of all heads, here f16, type of local values"),
+        (
+            {"type_v_local": "q4_0"},
+            r"local keys same as for other heads, here f16, type of local values",
+        ),
         ({"razor": False}, r"plan \(razor on, here off\)"),
         ({"rope_freq_base": 20000.0}, "other weights of razor-default .* another RoPE"),
     ],

@@ -313,7 +313,7 @@ def test_other_types_of_local_heads_pass(
     tmp_path: Path,
     monkeypatch,
 ) -> None:
-    """They fail if the library runs with other types than the reference."""
+    """Verification fails if the library runs other types than the reference."""
     scopes = [[0, 64, 256, 64], *SCOPES[1:3]] * (SHAPE.n_layer // 3)
     path = scoped_model(tmp_path, scopes) if scoped else MIXED
     options = QUICK | {"type_k": types[0], "type_v": types[1], "flash_attn": flash_attn}

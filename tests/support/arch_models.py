@@ -117,8 +117,11 @@ def _make(temp: Path) -> Path:
 
 
 def _with_letters(source: Path, target: Path) -> None:
-    """A copy with a vocabulary, with logits of attention that matter, and without numbers that
-    razor_local refuses: the test writes every key, also those of other architectures."""
+    """Copy a model, with a vocabulary and with weights for which attention matters.
+
+    Numbers that razor_local refuses are left out: the test writes every key, also those of other
+    architectures.
+    """
     reader = GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()
     kv: dict[str, tuple[Any, GGUFValueType]] = {}
@@ -145,8 +148,11 @@ def _with_letters(source: Path, target: Path) -> None:
 
 
 def _realistic(name: str, data: np.ndarray) -> np.ndarray:
-    """The test's norms and scales are so small that attention is nearly uniform, whatever the keys
-    are, and that a sink logit weighs as much as one of many tokens."""
+    """Return norms, scales and sinks of a realistic size.
+
+    Those of the test are so small that attention is nearly uniform, whatever the keys are, and that
+    a sink logit weighs as much as one of many tokens.
+    """
     if data.dtype != np.float32:
         return data
     if name.endswith((".scale", ".input_scale")):

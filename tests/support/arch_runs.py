@@ -73,8 +73,9 @@ def attention_error(
 ) -> float:
     """The worst relative error of a head's output against the reference (verify).
 
-    With several windows local heads have them in turn, and the first head is a retrieval head if
-    there are more heads than windows. AssertionError if keys are stored for the wrong heads.
+    Several windows are assigned to the local heads in turn, and the first head is a retrieval head
+    if there are more heads than windows. Raises AssertionError if keys are stored for the wrong
+    heads.
     """
     file = ModelFile(path)
     layers = file.shape.n_head_kv

@@ -1,4 +1,4 @@
-"""A tiny model with sliding windows (gemma3) and a hybrid one (lfm2), and both in float64.
+"""A tiny model with sliding windows (gemma3) and a hybrid one (lfm2), also in float64 numpy.
 
 The attention of layers without a sliding window is that of reference.py.
 """
@@ -21,7 +21,7 @@ N_EMBD, N_HEAD, N_KV, HEAD_DIM, N_FF, N_VOCAB = 128, 4, 2, 32, 96, 128
 EPS = 1e-5
 SLIDING_WINDOW = 48
 ROPE_BASE, ROPE_BASE_SLIDING = 100000.0, 10000.0
-N_CONV = 3  # tokens that lfm2's convolution sees
+N_CONV = 3  # width of lfm2's convolution in tokens
 # whether each layer has full attention; the others slide (gemma3) or are recurrent (lfm2)
 FULL = {"gemma3": (False, True, False, True), "lfm2": (False, True, True, False)}
 
@@ -31,7 +31,7 @@ Weights = dict[str, np.ndarray]
 
 
 def make_weights(arch: str) -> Weights:
-    """Tensors by GGUF name: f32, shapes in numpy order (rows = outputs)."""
+    """Return the tensors by GGUF name: f32, shapes in numpy order (rows = outputs)."""
     weights: Weights = {}
 
     def tensor(name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> None:
@@ -101,7 +101,7 @@ def make_model(path: Path, arch: str) -> Path:
 def forward(arch: str, tokens: Sequence[int], razor: Razor | None = None) -> np.ndarray:
     """Compute the logits of every position, f64 [n_tokens, n_vocab].
 
-    Rows of razor.mask are those of all layers; layers without full attention ignore theirs.
+    razor.mask has a row for every layer; layers without full attention ignore theirs.
     """
     w = {name: data.astype(np.float64) for name, data in make_weights(arch).items()}
     x = w["token_embd.weight"][np.asarray(tokens)]

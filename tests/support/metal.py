@@ -1,9 +1,9 @@
-"""Which operations of razor's graphs the Metal backend accepts, found without a Mac.
+"""Find which operations of razor's graphs the Metal backend accepts, without a Mac.
 
 accepts() repeats the rules of ggml_metal_device_supports_op() in the pinned source
-(ggml-metal-device.m), for GPUs from the M1 on. It is asked about every node of a graph that razor's
-contexts build with upstream's operations, which is what they build on Metal. The scheduler moves a
-refused node to the CPU, with its inputs and its result.
+(ggml-metal-device.m), for GPUs from the M1 on. It checks every node of the graphs that razor's
+contexts build with upstream's operations, as they do on Metal. The scheduler moves a refused node,
+with its inputs and its result, to the CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TYPES_COPIED_FROM = {
 
 @dataclass(frozen=True)
 class Node:
-    """A node of a graph: the operation, its type, and types and dims of its sources."""
+    """A node of a graph: its operation and type, and the types and dimensions of its sources."""
 
     op: str
     kind: str
@@ -46,7 +46,7 @@ class Node:
 
 
 def accepts(node: Node) -> bool:
-    """Whether ggml-metal computes the node."""
+    """Return whether ggml-metal computes the node."""
     first = node.sources[0] if node.sources else node.kind
     match node.op:
         case op if op in FREE or op in ANY:
@@ -81,7 +81,7 @@ def accepts(node: Node) -> bool:
 
 
 def supports_op() -> str:
-    """The function that accepts() repeats, from the pinned sdist."""
+    """Return the source of the function that accepts() repeats, from the pinned sdist."""
     version, _ = pin()
     with tarfile.open(cache_dir() / f"llama_cpp_python-{version}.tar.gz") as sdist:
         file = sdist.extractfile(f"llama_cpp_python-{version}/{RULES}")
@@ -92,7 +92,7 @@ def supports_op() -> str:
 
 
 def nodes_of(path: Path, razor: Override, kv_type: str, flash_attn: bool) -> set[Node]:
-    """The nodes of a prefill that folds and of decoding a token."""
+    """Return the nodes of a prefill that folds, and of decoding one token."""
     llama = runner.bindings()
     lib = llama._lib
     lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
@@ -129,7 +129,7 @@ def nodes_of(path: Path, razor: Override, kv_type: str, flash_attn: bool) -> set
 
 
 def refused(path: Path, kv_type: str, flash_attn: bool, compensation: bool = True) -> list[str]:
-    """Nodes that ggml-metal refuses in razor's graph and not in that of the full cache."""
+    """Return the nodes that ggml-metal refuses in razor's graph but not in a full cache's."""
     mask = arch_runs.mask_of(arch_runs.layers_of(path))
     razor = Override(mask, window=64, compensation=compensation)
     ours = nodes_of(path, razor, kv_type, flash_attn)

@@ -35,7 +35,7 @@ class Razor:
         window: L, the largest if there are several.
         scopes: a row per layer, as in a profile. None if all local heads have the same window.
         windows: L of each head, 0 if it keeps everything. None if scopes is None.
-        types: KV types of retrieval and of local heads. None: rows are not rounded.
+        types: KV types of retrieval heads and of local heads. None: rows are not rounded.
     """
 
     mask: tuple[tuple[int, ...], ...]
@@ -50,7 +50,7 @@ class Razor:
     def rounding(self, local: bool, part: int, head_dim: int) -> Callable[..., np.ndarray]:
         """Return the function that rounds rows of K (part 0) or V (part 1) of a head.
 
-        Rows are rotated before if K or V of any head is quantized.
+        Rows are rotated first if that part of any head is quantized.
         """
         if self.types is None:
             return lambda rows: rows

@@ -37,9 +37,9 @@ layers keep llama.cpp's own caches. *runs razor* means that a tiny random model 
 passed these checks, with and without flash attention:
 
 - With one local head in each layer with full attention and a window longer than the text, the
-  logits have the same bits as those of a stock llama.cpp. (Layers of ALiBi models with several
-  groups of heads run without flash attention, so they are compared with a stock llama.cpp without
-  it.)
+  logits have the same bits as those of a stock llama.cpp. (In ALiBi models, layers with several
+  groups of heads run without flash attention. They are compared with a stock llama.cpp without
+  flash attention.)
 - With a window of 64 and 400 tokens (250 if positions are learned), the attention of each head in
   each of these layers differs from the reference by at most 1e-4 (F32 cache).
 
@@ -52,9 +52,10 @@ these are encoders, draft models and purely recurrent models.
 METAL = """
 ## Metal
 
-Metal has not been tried on a Mac. `tests/native/test_metal.py` asks the rules in the pinned source
-(`ggml-metal-device.m`, for GPUs from the M1 on) about every operation of razor's graphs that the
-graph of the full cache has not. Metal accepts all of them, so none moves to the CPU:
+The Metal backend has not been run on a Mac yet. `tests/native/test_metal.py` checks every operation
+that razor adds to the graph of a full cache against the rules in the pinned source
+(`ggml-metal-device.m`, for GPUs from the M1 on). Metal accepts all of them, so none moves to the
+CPU:
 
 - in llama, qwen2vl, gemma2, gemma3, gemma4, gpt-oss, llama4, lfm2, granitehybrid, falcon-h1,
   qwen35, qwen35moe and bloom,
@@ -119,7 +120,7 @@ def examine(path: Path, workers: Workers) -> dict[str, Any]:
     problems, notes = [], []
     for flash_attn in (False, True):
         razor = workers("upstream", arch_runs.razor_logits, path, flash_attn, 500)
-        # the KV heads of an ALiBi layer are two groups if there are several
+        # an ALiBi layer with several KV heads has two groups
         one_group = max(ModelFile(path).shape.n_head_kv) == 1
         flash = flash_attn and (one_group or arch_runs.compensates(path))
         same = np.array_equal(razor, workers("stock", arch_runs.full_logits, path, flash))

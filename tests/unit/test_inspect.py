@@ -77,7 +77,7 @@ def test_a_model_without_a_profile(folder):
 
 
 def test_types_of_local_heads(folder):
-    """Rows of 64 bytes, and of 34 (K) and 18 (V)."""
+    """A row takes 64 bytes in retrieval heads, and 34 (K) or 18 (V) bytes in local heads."""
     code, stdout, stderr = run("inspect", folder / "razor.gguf", "-ctlk", "q8_0", "-ctlv", "q4_0")
     assert (code, stderr) == (0, "")
     out = lines(stdout)

@@ -109,7 +109,7 @@ def test_addresses_of_the_hub(text, name) -> None:
         ("https://huggingface.co/a/b/blob/main/README.md", "is not the name of a repository"),
         ("https://huggingface.co/a/b/blob/main/../x.gguf", "is not the name of a repository"),
         ("https://huggingface.co/a/b/tree/v2", "names the revision v2"),
-        ("https://example.org/m.gguf", "is not an address of Hugging Face; download the file"),
+        ("https://example.org/m.gguf", "is not a Hugging Face URL; download the file"),
         ("hf:a/b/../c.gguf", "is not the name of a repository"),
     ],
 )

@@ -19,12 +19,12 @@
 // throws std::runtime_error if RAZOR_ATTN_ENV has another value
 razor_attn_kernel razor_attn_choose_kernel();
 
-// groups of local heads with tensors of their own for which the operation has enough sources, also with sinks
+// maximum number of groups of local heads in separate tensors, limited by the number of sources of the operation
 #define RAZOR_ATTN_MAX_SPLIT 2
 
 bool razor_attn_supported(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v);
 
-// return the ALiBi slope of each query head of a layer, in the model's order, empty if max_bias is 0
+// return the ALiBi slope of each query head of a layer, in the model's order. Empty if max_bias is 0
 std::vector<float> razor_attn_slopes(int64_t n_head, float max_bias);
 
 // parameters of the operation for one layer, must live as long as the graph
@@ -52,14 +52,14 @@ struct razor_attn {
 
     ggml_tensor * sinks = nullptr; // F32 [n_head], logits without a value
 
-    std::vector<float> slopes; // ALiBi: factors of the mask for each query head, empty: 1
+    std::vector<float> slopes; // ALiBi: factor of the mask for each query head, empty: 1
 
     // the rows of a token, not of a head, are contiguous, and the only group has all heads:
     //   k [d_k, n_head_kv, cells]
     //   v [d_v, n_head_kv, cells]
     bool by_token = false;
 
-    // if not nullptr, K and V of all groups but the first, like those of build()
+    // if not nullptr: K and V of all groups but the first, with the layout of build()'s k and v
     ggml_tensor * k_local = nullptr;
     ggml_tensor * v_local = nullptr;
 

@@ -53,7 +53,7 @@ struct razor_attn_task {
     const uint16_t * mask; // F16
     int64_t mask_token;
 
-    const float * slopes; // ALiBi: factors of the mask for each query head, nullptr: 1
+    const float * slopes; // ALiBi: factor of the mask for each query head, nullptr: 1
 
     int64_t cell0;
     int64_t cell1;
