@@ -63,9 +63,10 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch) -> None:
         "razor_local.available_memory.available_ram", lambda *_: 3 << 30
     )  # it changes by itself
     monkeypatch.setenv("COLUMNS", "200")
-    wide = [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")]
+    commands = [(), ("-c", "4096"), ("-ctlk", "q8_0", "-ctlv", "q4_0")]
+    wide = [run(DEFAULT_MODEL, *options) for options in commands]
     monkeypatch.setenv("COLUMNS", "30")
-    assert [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")] == wide
+    assert [run(DEFAULT_MODEL, *options) for options in commands] == wide
 
 
 @pytest.fixture(scope="module")
