@@ -177,7 +177,7 @@ def _memories(dry: DryModel, given: dict[str, Any]) -> list[Memory]:
         limits = {} if vram is None else dict.fromkeys(devices or (RAM,), vram)
         limits |= {} if ram is None else {RAM: ram}
         return [Memory("given", limits)]
-    here = Memory("this machine", {name: n - MARGIN for name, n in dry.available().items()})
+    here = Memory("this machine", {name: max(n - MARGIN, 0) for name, n in dry.available().items()})
     if given["ctx_size"] == "auto":
         return [here]
     if given["ctx_size"] is not None:

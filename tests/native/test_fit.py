@@ -390,6 +390,13 @@ def leave(monkeypatch, n_bytes: int) -> None:
     monkeypatch.setattr(available_memory, "available_ram", lambda *_: n_bytes + fit.MARGIN)
 
 
+def test_no_memory_left(model, monkeypatch):
+    monkeypatch.setattr(available_memory, "available_ram", lambda *_: fit.MARGIN // 2)
+    if model.devices():
+        pytest.skip("this build has a device")
+    assert "this machine: 0.0 GiB of RAM available" in run(model.path)[1]
+
+
 def test_auto(model, monkeypatch):
     if model.devices():
         pytest.skip("this build has a device")
