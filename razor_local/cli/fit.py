@@ -177,7 +177,7 @@ def _memories(dry: DryModel, given: dict[str, Any]) -> list[Memory]:
         limits = {} if vram is None else dict.fromkeys(devices or (RAM,), vram)
         limits |= {} if ram is None else {RAM: ram}
         return [Memory("given", limits)]
-    here = Memory("this machine", {name: n - MARGIN for name, n in dry.available().items()})
+    here = Memory("this machine", {name: max(n - MARGIN, 0) for name, n in dry.available().items()})
     if given["ctx_size"] == "auto":
         return [here]
     if given["ctx_size"] is not None:
@@ -321,6 +321,7 @@ def _print_cards(report: dict[str, Any]) -> None:
         table.add_row(memory["name"], *(f"{need['n_ctx']:,}" if need else "-" for need in needs))
     console = table_console()
     console.print("largest context in tokens, leaving 1 GiB of each memory free:\n")
+    console.width = max(console.width, 256)  # types of local heads make long names
     console.print(table)
     limits = report["memories"][-1]["limits"].items()
     here = ", ".join(f"{n / 2**30:.1f} GiB of {name}" for name, n in limits)

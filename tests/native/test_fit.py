@@ -63,9 +63,10 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch) -> None:
         "razor_local.available_memory.available_ram", lambda *_: 3 << 30
     )  # it changes by itself
     monkeypatch.setenv("COLUMNS", "200")
-    wide = [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")]
+    commands = [(), ("-c", "4096"), ("-ctlk", "q8_0", "-ctlv", "q4_0")]
+    wide = [run(DEFAULT_MODEL, *options) for options in commands]
     monkeypatch.setenv("COLUMNS", "30")
-    assert [run(DEFAULT_MODEL), run(DEFAULT_MODEL, "-c", "4096")] == wide
+    assert [run(DEFAULT_MODEL, *options) for options in commands] == wide
 
 
 @pytest.fixture(scope="module")
@@ -387,6 +388,13 @@ def test_paper_shares(model):
 def leave(monkeypatch, n_bytes: int) -> None:
     """Lets this machine have n_bytes for a model, beside the margin."""
     monkeypatch.setattr(available_memory, "available_ram", lambda *_: n_bytes + fit.MARGIN)
+
+
+def test_no_memory_left(model, monkeypatch):
+    monkeypatch.setattr(available_memory, "available_ram", lambda *_: fit.MARGIN // 2)
+    if model.devices():
+        pytest.skip("this build has a device")
+    assert "this machine: 0.0 GiB of RAM available" in run(model.path)[1]
 
 
 def test_auto(model, monkeypatch):
