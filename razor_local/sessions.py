@@ -73,7 +73,7 @@ def path_of(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise RazorError(
             f"{name!r} cannot be the name of a session: use up to 60 letters, digits, spaces and"
-            " any of - _ . +"
+            " any of - _ . +, with a letter or digit first"
         )
     return folder() / f"{name}{SUFFIX}"
 

@@ -43,7 +43,9 @@ def cached_shape_model(
     The arguments and errors are those of write_shape_model().
     """
     shape = find_shape(name)
-    label = f"{name}-{quant}-{round(retrieval * sum(shape.heads_in_full_layers))}heads-seed{seed}"
+    label = (
+        f"{name}-{quant}-{n_of_share(sum(shape.heads_in_full_layers), retrieval)}heads-seed{seed}"
+    )
     path = cache_folder() / f"shapes-{VERSION}" / f"{label}.gguf"
     if path.exists() and is_random(read_header(path)):
         return path
@@ -114,8 +116,13 @@ def write_shape_model(
 def scattered_heads(n: int, share: float, rng: np.random.Generator) -> np.ndarray:
     """Mark a share of n heads at random: uint8 [n]."""
     heads = np.zeros(n, np.uint8)
-    heads[rng.choice(n, round(share * n), replace=False)] = 1
+    heads[rng.choice(n, n_of_share(n, share), replace=False)] = 1
     return heads
+
+
+def n_of_share(n: int, share: float) -> int:
+    """Return the share of n heads, at least one unless it is 0."""
+    return max(round(share * n), 1) if share > 0 else 0
 
 
 def is_random(header: Header) -> bool:

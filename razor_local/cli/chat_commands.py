@@ -82,9 +82,10 @@ class Command(NamedTuple):
 def parse(text: str) -> tuple[str, str] | None:
     """Return the name and the argument of a command, None for a message.
 
-    A command that takes no argument is one word: "/exit code 3" and "/usr/bin/ls is a path" are
-    messages. Any other word behind a slash is taken for a misspelled command. Two words leave
-    without a slash, as they do in other programs.
+    "/usr/bin/ls is a path", texts of several words that begin with another word than a command, and
+    of several lines that begin with a command without an argument are messages. Any other word
+    behind a slash is taken for a misspelled command. Two words leave without a slash, as they do in
+    other programs.
     """
     if text.rstrip() in ("exit", "quit"):
         return "exit", ""
@@ -92,7 +93,7 @@ def parse(text: str) -> tuple[str, str] | None:
     if match is None:
         return None
     name, argument = ALIASES.get(match[1], match[1]), (match[2] or "").strip()
-    if argument and not (name in COMMANDS and COMMANDS[name].takes_argument):
+    if argument and (name not in COMMANDS or "\n" in text and not COMMANDS[name].takes_argument):
         return None
     return name, argument
 
@@ -125,6 +126,8 @@ def run(talk: Talk, line: str) -> bool:
             f"there is no /{name}; {hint}/help shows the commands, and //{name} sends it as a"
             " message"
         )
+    if argument and not COMMANDS[name].takes_argument:
+        raise RazorError(f"/{name} takes no text; //{name} {argument} sends it as a message")
     talk.line = markers
     try:
         COMMANDS[name].run(talk, argument)
@@ -171,7 +174,8 @@ def _save(talk: Talk, argument: str) -> None:
         session = sessions.save(name, talk.llama, talk.chat)
     talk.session = name
     size = session.n_bytes / 2**20
-    say(f"saved as {name} ({size:.1f} MiB); '/load {name}' and 'chat --session' continue it")
+    ways = f"'/load {name}' and 'chat --session {shlex.quote(name)}'"
+    say(f"saved as {name} ({size:.1f} MiB); {ways} continue it")
 
 
 def _load(talk: Talk, argument: str) -> None:

@@ -303,10 +303,11 @@ def convert(
         echo(f"{output}: {scope_line(profile, shape.n_ctx_train or MAX_WINDOW)}")
     else:
         n_retrieval, n_heads = int(profile.flat().sum()), sum(shape.n_head_kv)
+        has_scopes = profile.scope is not None and n_retrieval < n_heads
         echo(
             f"{output}: {n_retrieval} of {n_heads} KV heads are retrieval heads"
             f" ({n_retrieval / max(n_heads, 1):.1%})"
-            + (f", the others have {scopes_text(profile)}" if profile.scope is not None else "")
+            + (f", the others have {scopes_text(profile)}" if has_scopes else "")
         )
     proof = facts_line(profile)
     if proof is not None:

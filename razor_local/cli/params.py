@@ -231,6 +231,9 @@ def report_kind(as_json: bool, output: Path | None) -> str:
     return "json" if as_json or is_json else "md"
 
 
+PROMPT_ALONE = "without MODEL before it, a prompt needs -p"
+
+
 class ModelFile(click.ParamType):
     """A path of a GGUF file, or a name of a model; prefix: what is put before the name."""
 
@@ -249,13 +252,12 @@ class ModelFile(click.ParamType):
         takes_prompt = ctx is not None and any(p.name == "prompt" for p in ctx.command.params)
         if takes_prompt and re.search(r"\s", value) and not value.endswith(".gguf"):
             if not Path(value).exists():
-                self.fail(
-                    f"'{value}' is not a model; pass a prompt after MODEL, or with -p", param, ctx
-                )
+                self.fail(f"'{value}' is not a model; {PROMPT_ALONE}", param, ctx)
         try:
             return parse(self.prefix + value)
         except RazorError as error:
-            self.fail(str(error), param, ctx)
+            hint = f"; {PROMPT_ALONE}" if takes_prompt and value.isalpha() else ""
+            self.fail(f"{error}{hint}", param, ctx)
 
 
 def model_argument(default: Path | None = None) -> Callable[[Any], Any]:

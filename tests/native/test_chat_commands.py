@@ -30,8 +30,8 @@ from tests.support.scripted_model import ScriptedModel, make, render, roles
         ("/system\n\nYou know codes.\nAnd words.\n", ("system", "You know codes.\nAnd words.")),
         ("/etc", ("etc", "")),
         ("/usr/bin/ls is a path", None),
-        ("/exit code 3", None),
-        ("/clear it all up", None),
+        ("/exit code 3", ("exit", "code 3")),
+        ("/clear it all up", ("clear", "it all up")),
         ("/etc holds files", None),
         (" /help", None),
         ("/help\n/clear", None),
@@ -176,7 +176,7 @@ def test_commands_behind_a_file_leave_it_in_the_line(talk, tmp_path, capsys):
     assert run(talk, f"{talk.line}/context") and f"; {left + 2} are left" in capsys.readouterr().err
     assert talk.line == "[file 1: a, 10 tokens][file 2: b, 10 tokens]"
     assert talk.reader.message(talk.line) == "a a a a a \n\nb b b b b "
-    for text in ("/etc", "/exit code 3", "exit", " /help"):
+    for text in ("/etc", "exit", " /help"):
         assert not run(talk, talk.line + text)
 
 
@@ -615,3 +615,10 @@ def test_dropping_takes_a_few_renderings_of_a_long_conversation():
     n_renderings, model.answers = 0, [b"ok\0"]
     list(chat.say("x" * 4000))
     assert chat.last.n_dropped > 200 and n_renderings < 12
+
+
+def test_text_after_a_command_that_takes_none_is_not_sent(talk) -> None:
+    with pytest.raises(RazorError, match="/undo takes no text; //undo 2 sends it as a message"):
+        run(talk, "/undo 2")
+    assert not run(talk, "//undo 2") and unescape("//undo 2") == "/undo 2"
+    assert not run(talk, "/help\nis how this begins")

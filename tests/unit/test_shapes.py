@@ -78,6 +78,7 @@ def test_seed_and_share_choose_the_heads(tmp_path) -> None:
     other, other_heads = make(seed=1)
     assert other != first and other_heads != heads
     assert sum(make(retrieval=0.0)[1]) == 0 and sum(make(retrieval=1.0)[1]) == 32
+    assert sum(make(retrieval=0.001)[1]) == 1
 
 
 def test_profile_of_ones_own(tmp_path) -> None:
