@@ -140,6 +140,13 @@ def _check_tools(request: dict[str, Any], chat_format: str) -> None:
         functions = [tool.get("function") for tool in tools]
     functions = [function for function in functions if isinstance(function, dict)]
     names = [function.get("name") for function in functions]
+    words = {"auto", "none", _CALLING.get(chat_format) or "auto"}
+    if isinstance(choice, str) and choice not in words:
+        name = "function_call" if request.get("function_call") else "tool_choice"
+        raise RazorError(
+            f"{name} is {choice!r}, expected auto, none, or the tool to call, such as"
+            ' {"type": "function", "function": {"name": "NAME"}}'
+        )
     if isinstance(choice, dict):
         chosen = [choice.get("function", choice).get("name")]
         if names and chosen[0] not in names:

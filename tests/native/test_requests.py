@@ -900,10 +900,14 @@ def test_a_kept_answer_of_another_context_is_not_found():
 
 
 def test_a_tool_that_is_not_there_is_refused(llama):
-    tool = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    for choice in ("required", "sure"):
+        with pytest.raises(RazorError, match=f"tool_choice is '{choice}', expected auto, none, or"):
+            llama.create_chat_completion(MESSAGES, tools=tools, tool_choice=choice)
     with pytest.raises(RazorError, match="tool_choice names 'g', expected one of the tools"):
         llama.create_chat_completion(
             MESSAGES,
-            tools=[{"type": "function", "function": tool}],
+            tools=tools,
             tool_choice={"type": "function", "function": {"name": "g"}},
         )

@@ -170,7 +170,9 @@ def test_context_sizes_have_one_form():
 @pytest.mark.parametrize("text", ["What is it?", "what/is it?", "two\nlines"])
 def test_a_prompt_in_place_of_the_model(text):
     for command in (run, chat):
-        with pytest.raises(click.UsageError, match="is not a model; pass a prompt after MODEL, or"):
+        with pytest.raises(click.UsageError, match="is not a model; without MODEL before it"):
+            click.UsageError, match="is not a model; without MODEL before it, a prompt"
+        ):
             parsed(text, command=command)
 
 
