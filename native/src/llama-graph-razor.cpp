@@ -14,7 +14,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_kv_cache_razor_context * mctx) :
-    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()) {
+    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()), strm(mctx->get_step().strm) {
 
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -595,7 +595,7 @@ bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
 
     mctx = mctx_new;
 
-    if (params.ubatch.n_tokens != n_tokens || mctx->get_n_kv() != n_kv_full) {
+    if (params.ubatch.n_tokens != n_tokens || mctx->get_n_kv() != n_kv_full || mctx->get_step().strm != strm) {
         return false;
     }
 
@@ -807,6 +807,11 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     const int64_t n_gqa     = n_head/n_head_kv;
 
     GGML_ASSERT((!k_cur || k_cur->ne[1] == n_head_kv) && (uint32_t) q_cur->ne[2] == n_tokens);
+
+    // upstream reserves memory for an ubatch of all sequences. An ubatch of one sequence with as many tokens needs no less
+    if (kq_mask->ne[3] > 1) {
+        kq_mask = ggml_reshape_2d(ctx0, kq_mask, kq_mask->ne[0], n_tokens);
+    }
 
     // 1. fold, before the new tokens overwrite its rows and attend to the compensation token
     // a layer without K reads the cache of an earlier one, which folds and stores

@@ -2,7 +2,7 @@
 
 // the graph of an ubatch with RazorAttention: folding, storing and the attention of all heads
 //
-// the topology depends only on the plan and on the number of tokens, cells and folded positions. Everything else, such as where rows
+// the topology depends only on the plan, on the stream and on the number of tokens, cells and folded positions. Everything else, such as where rows
 // are stored and which cells a token sees, is data of the inputs: a graph can be reused as long as these numbers do not change
 
 #include "llama-graph.h"
@@ -198,6 +198,7 @@ private:
     // the graph can be reused as long as these numbers and the n_kv and n_fold of all groups are the same
     const uint32_t n_tokens;
     const uint32_t n_kv_full; // cells of the retrieval heads
+    const uint32_t strm;
 };
 
 // return an upper bound for the number of nodes that razor adds to a graph

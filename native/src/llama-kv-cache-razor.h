@@ -4,6 +4,9 @@
 //
 // the content of the local heads depends only on the tokens, not on how they were split into batches: the fold frontier of a group
 // is a function of the position, all positions of an ubatch have the same frontiers, and only apply_local() folds
+//
+// each sequence has a stream of its own, with the same number: its cells, rows, accumulators and frontiers. An ubatch holds tokens of
+// one sequence
 
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
@@ -43,6 +46,9 @@ public:
 
     struct stream_state {
         uint32_t n_high = 0; // positions below this one were written since the last clear, even if they were removed again
+
+        // an operation was requested that local heads do not support: refuse to decode until the stream is cleared
+        bool broken = false;
 
         std::vector<group_state> groups;
     };
@@ -88,6 +94,9 @@ public:
         ggml_tensor * k_local;
         ggml_tensor * v_local;
 
+        // with several streams: for each of them, its part of each tensor of the layer
+        std::vector<std::vector<ggml_tensor *>> parts;
+
         std::vector<group_sums> sums; // one per group, with nullptr if there is no compensation or the group has no heads in the layer
 
         razor_attn_kernel attn = nullptr; // kernel for flash attention if the cache is in host memory, else nullptr
@@ -120,12 +129,15 @@ public:
 
     llama_memory_context_ptr init_full() override;
 
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
     bool get_can_shift() const override;
 
     void clear(bool data) override;
 
-    // only the end of the sequence can be removed, across a fold only while the folded rows are still in the ring
+    // only the end of a sequence can be removed, across a fold only while the folded rows are still in the ring
     bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    // only a whole sequence can be copied, else the copy is empty and must be removed before it is used
     void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id)                                                          override;
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
@@ -138,7 +150,7 @@ public:
     // llama_kv_cache_razor specific API
     //
 
-    // split the batch into ubatches whose positions have the same frontier
+    // split the batch into ubatches of one sequence whose positions have the same frontier
     // with equal_seqs: for memories with a recurrent part
     // return why the batch is refused, nullptr if it is not
     const char * split_batch(
@@ -148,7 +160,7 @@ public:
             std::vector<llama_ubatch> & ubatches) const;
 
     // to be called if an ubatch was applied but its computation failed
-    // undo the ubatch, or clear the cache if rows that are needed for it were overwritten
+    // undo the ubatch, or clear the sequence if rows that are needed for it were overwritten
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
 
     // to be called for each ubatch before its graph is built
@@ -177,6 +189,11 @@ public:
 
     const stream_state & get_state(uint32_t strm) const { return streams[strm]; }
 
+    // perform the copies that seq_cp() requested; no computation may be running
+    void copy_streams() const;
+
+    bool has_copies() const { return !copies.empty(); }
+
     // return the number of tokens that seq_rm() can remove from the end
     uint32_t n_rollback(uint32_t strm) const;
 
@@ -190,10 +207,10 @@ private:
 
     const llama_razor_plan plan;
 
-    // an operation was requested that local heads do not support: refuse to decode until the cache is cleared
-    bool broken = false;
-
     std::vector<stream_state> streams;
+
+    // pending copies from a stream to another one, performed before the rows of a stream are read or written
+    mutable std::vector<std::pair<uint32_t, uint32_t>> copies;
 
     std::vector<razor_layer> layers_razor; // one per layer of the plan
 
@@ -209,6 +226,16 @@ private:
     // return the state of an empty stream
     stream_state empty_state() const;
 
+    void clear_stream(uint32_t strm);
+
+    // return true if the positions [p0, p1) of a stream can be removed
+    bool can_remove(uint32_t strm, uint32_t p0, uint32_t p1) const;
+
+    void remove(uint32_t strm, uint32_t p0, uint32_t p1);
+
+    // make a sequence unusable, if it has tokens
+    void set_broken(llama_seq_id seq_id, const char * why);
+
     // return true if the frontier of a group can be moved back: the rows from position `to` on are still in the ring
     bool can_unfold(const stream_state & st, size_t i_group, uint32_t to) const;
 
@@ -219,7 +246,12 @@ private:
 
     // call f(tensor, offset, size), in bytes, for the rows in use of each local head and for the accumulators
     template<typename F>
-    void for_each_local_head(const stream_state & st, F && f) const;
+    void for_each_local_head(uint32_t strm, const stream_state & st, F && f) const;
+
+    void state_write_stream(llama_io_write_i & io, uint32_t n, const stream_state & st) const;
+
+    // return the number of tokens, throws if the state cannot be right
+    uint32_t state_read_stream(llama_io_read_i & io, stream_state & st) const;
 };
 
 class llama_kv_cache_razor_context : public llama_kv_cache_context {
@@ -250,6 +282,19 @@ private:
     std::vector<std::vector<uint32_t>> cells; // per ubatch
 
     size_t i_cur = 0;
+};
+
+// performs the pending copies of streams
+class llama_kv_cache_razor_update : public llama_kv_cache_context {
+public:
+    llama_kv_cache_razor_update(const llama_kv_cache_razor * kv, llama_context * lctx);
+
+    bool apply() override;
+
+private:
+    const llama_kv_cache_razor * kv;
+
+    llama_context * lctx;
 };
 
 // refuse a batch, for a reason that llama_razor_last_error() returns

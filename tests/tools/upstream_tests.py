@@ -218,7 +218,7 @@ RAZOR_TESTS = [
         UpstreamTest(
             "test-state-restore-fragmented",
             "-m {razor}",
-            says="more than one sequence (n_seq_max > 1) not supported, switch razor off",
+            says="set kv_unified to false or switch razor off",
         ),
         False,
         "three sequences: refused by name",
