@@ -406,8 +406,6 @@ void llama_kv_cache_razor::clear(bool data) {
         st = empty_state();
     }
 
-    copies.clear();
-
     last_step = step_info();
 }
 
@@ -463,12 +461,10 @@ bool llama_kv_cache_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         p1 = std::numeric_limits<llama_pos>::max();
     }
 
-    // a negative id means all sequences, an id without a stream has no tokens
-    const uint32_t first = std::max(seq_id, 0);
-    const uint32_t end   = seq_id < 0 ? n_stream : std::min<uint32_t>((uint32_t) seq_id + 1, n_stream);
-
     // ask all sequences before the first one changes
-    for (uint32_t s = first; s < end; ++s) {
+    const auto range = streams_of(seq_id);
+
+    for (uint32_t s = range.first; s < range.end; ++s) {
         // sequences that end before p0 do not matter if all are meant
         const bool is_shorter = seq_id < 0 && n_stream > 1 && n_tokens(s) < (uint32_t) p0;
 
@@ -477,11 +473,19 @@ bool llama_kv_cache_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         }
     }
 
-    for (uint32_t s = first; s < end; ++s) {
+    for (uint32_t s = range.first; s < range.end; ++s) {
         remove(s, p0, p1);
     }
 
     return true;
+}
+
+llama_kv_cache_razor::stream_range llama_kv_cache_razor::streams_of(llama_seq_id seq_id) const {
+    if (seq_id < 0) {
+        return { 0, n_stream };
+    }
+
+    return { (uint32_t) seq_id, std::min<uint32_t>((uint32_t) seq_id + 1, n_stream) };
 }
 
 bool llama_kv_cache_razor::can_remove(uint32_t strm, uint32_t p0, uint32_t p1) const {
@@ -858,20 +862,18 @@ void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_i
     io.write(&RAZOR_STATE_VERSION, sizeof(RAZOR_STATE_VERSION));
     io.write(&fp,                  sizeof(fp));
 
-    // a negative id means all sequences, an id without a stream has no tokens
-    const uint32_t first = std::max(seq_id, 0);
-    const uint32_t end   = seq_id < 0 ? n_stream : std::min<uint32_t>((uint32_t) seq_id + 1, n_stream);
+    const auto range = streams_of(seq_id);
 
-    for (uint32_t s = first; s < end; ++s) {
+    for (uint32_t s = range.first; s < range.end; ++s) {
         state_write_stream(io, n_tokens(s), streams[s]);
     }
-    if (first >= end) {
+    if (range.first >= range.end) {
         state_write_stream(io, 0, empty_state());
     }
 
     llama_kv_cache::state_write(io, seq_id, flags);
 
-    for (uint32_t s = first; s < end; ++s) {
+    for (uint32_t s = range.first; s < range.end; ++s) {
         if (n_tokens(s) > 0) {
             for_each_local_head(s, streams[s], [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); });
         }

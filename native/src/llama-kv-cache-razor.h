@@ -53,6 +53,11 @@ public:
         std::vector<group_state> groups;
     };
 
+    struct stream_range {
+        uint32_t first;
+        uint32_t end;
+    };
+
     // the part of an ubatch's graph that concerns the local heads of a group
     struct group_step {
         uint32_t n_kv      = 0;  // cells that the attention reads
@@ -189,6 +194,11 @@ public:
 
     const stream_state & get_state(uint32_t strm) const { return streams[strm]; }
 
+    // return the streams of a sequence id: all of them if it is negative, none if there is no such sequence
+    stream_range streams_of(llama_seq_id seq_id) const;
+
+    void clear_stream(uint32_t strm);
+
     // perform the copies that seq_cp() requested; no computation may be running
     void copy_streams() const;
 
@@ -225,8 +235,6 @@ private:
 
     // return the state of an empty stream
     stream_state empty_state() const;
-
-    void clear_stream(uint32_t strm);
 
     // return true if the positions [p0, p1) of a stream can be removed
     bool can_remove(uint32_t strm, uint32_t p0, uint32_t p1) const;

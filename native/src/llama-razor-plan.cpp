@@ -19,11 +19,6 @@
 #include <stdexcept>
 #include <string>
 
-// return true if the memory of the model is one KV cache
-static bool razor_plan_is_plain(const llama_model & model) {
-    return !llm_arch_is_hybrid(model.arch) && model.hparams.swa_type == LLAMA_SWA_TYPE_NONE;
-}
-
 // return a feature of the model or the context that razor does not support, "" if there is none
 static std::string razor_plan_find_unsupported(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const auto & hparams = model.hparams;
@@ -57,11 +52,12 @@ static std::string razor_plan_find_unsupported(const llama_model & model, const 
     if (params.mem_other)                                { return "a cache that is shared with another context"; }
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR)   { return "split mode 'tensor'"; }
 
-    if (cparams.n_seq_max > 1 && !razor_plan_is_plain(model)) {
-        return "more than one sequence (n_seq_max > 1) with sliding windows or recurrent states";
-    }
-
     return "";
+}
+
+// return true if the memory of the model is one KV cache
+static bool razor_plan_is_plain(const llama_model & model) {
+    return !llm_arch_is_hybrid(model.arch) && model.hparams.swa_type == LLAMA_SWA_TYPE_NONE;
 }
 
 // return the fold block B of a window

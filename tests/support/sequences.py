@@ -73,9 +73,9 @@ class Sequences:
         n_seq: int = N_SEQ,
         **params: Any,
     ) -> None:
-        self.ctx = runner.Context(
-            model, razor, n_ctx=n_seq * N_CTX_SEQ, n_seq_max=n_seq, **(PARAMS | params)
-        )
+        params = PARAMS | {"n_ctx": N_CTX_SEQ} | params
+        params["n_ctx"] *= n_seq
+        self.ctx = runner.Context(model, razor, n_seq_max=n_seq, **params)
         self.text = [texts[i % len(texts)] for i in range(n_seq)]
         self.held = [0] * n_seq
 
