@@ -14,7 +14,7 @@ llm_graph_input_razor::llm_graph_input_razor(
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_kv_cache_razor_context * mctx) :
-    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()), strm(mctx->get_step().strm) {
+    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()) {
 
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -595,7 +595,7 @@ bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
 
     mctx = mctx_new;
 
-    if (params.ubatch.n_tokens != n_tokens || mctx->get_n_kv() != n_kv_full || mctx->get_step().strm != strm) {
+    if (params.ubatch.n_tokens != n_tokens || mctx->get_n_kv() != n_kv_full) {
         return false;
     }
 

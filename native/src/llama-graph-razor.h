@@ -2,8 +2,9 @@
 
 // the graph of an ubatch with RazorAttention: folding, storing and the attention of all heads
 //
-// the topology depends only on the plan, on the stream and on the number of tokens, cells and folded positions. Everything else, such as where rows
-// are stored and which cells a token sees, is data of the inputs: a graph can be reused as long as these numbers do not change
+// the topology depends only on the plan, the sequence, and the number of tokens, cells and folded positions. Everything else, such as where rows
+// are stored and which cells a token sees, is data of the inputs: a graph can be reused as long as these numbers do not change. Upstream does
+// not reuse the graph of another sequence
 
 #include "llama-graph.h"
 #include "llama-memory-razor.h"
@@ -198,7 +199,6 @@ private:
     // the graph can be reused as long as these numbers and the n_kv and n_fold of all groups are the same
     const uint32_t n_tokens;
     const uint32_t n_kv_full; // cells of the retrieval heads
-    const uint32_t strm;
 };
 
 // return an upper bound for the number of nodes that razor adds to a graph

@@ -935,9 +935,7 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
                 throw std::runtime_error("razor: the state is damaged, evaluate the prompt again");
             }
 
-            if (n[i] == 0) {
-                clear_stream(first + i);
-            } else {
+            if (n[i] > 0) {
                 for_each_local_head(first + i, st[i], [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
 
                 streams[first + i] = st[i];
@@ -951,13 +949,6 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
             clear(true);
         } else {
             clear_stream(seq_id);
-
-            // free cells must not contain NaNs
-            for (const auto & layer : layers_razor) {
-                for (size_t i = 0; layer.k && i < layer.parts[seq_id].size(); ++i) {
-                    llama_clear_tensor_data(layer.parts[seq_id][i], 0, ggml_nbytes(layer.parts[seq_id][i]));
-                }
-            }
         }
         throw;
     }

@@ -51,7 +51,7 @@ def make_texts(
         tokens[:shared] = draws[0][:shared]
     texts = []
     for tokens in draws:
-        with runner.Context(model, razor, n_ctx=N_CTX_SEQ, **(PARAMS | params)) as ctx:
+        with runner.Context(model, razor, **(PARAMS | {"n_ctx": N_CTX_SEQ} | params)) as ctx:
             texts.append(Text(tokens, ctx.decode(tokens)))
     return texts
 
