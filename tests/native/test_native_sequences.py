@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.support import reference, runner
+from razor_local.model_file import ModelFile
+from razor_local.plan import make_plan
+from razor_local.profile import Profile, split_heads
+from tests.support import arch_models, arch_runs, reference, runner
 from tests.support.native_cases import FLASH_F32
 from tests.support.sequences import N_CTX_SEQ, N_SEQ, TOLERANCE, Sequences, make_texts
 from tests.support.tiny_models import TinySpec
@@ -65,16 +68,45 @@ def test_statistics_of_no_sequence(model, texts) -> None:
             seqs.ctx.seq(N_SEQ)
 
 
-def test_bytes_of_sequences(model, texts) -> None:
-    """Each sequence takes as much memory as a context of its own."""
-    with (
-        Sequences(model, PLAN, texts) as seqs,
-        runner.Context(model, PLAN, n_ctx=N_CTX_SEQ) as one,
-    ):
-        for name in ("kv_bytes_local", "kv_bytes_retrieval"):
-            assert getattr(seqs.ctx.stats(), name) == N_SEQ * getattr(one.stats(), name)
-        for layer in range(3):
-            assert seqs.ctx.layer(layer).bytes_sums == N_SEQ * one.layer(layer).bytes_sums
+@pytest.mark.parametrize("flash_attn", [True, False], ids=["fa", "nofa"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "granitehybrid"])
+def test_bytes_of_sequences(arch: str, flash_attn: bool) -> None:
+    """The plan counts the cache of each sequence, as the backends do, with razor and without."""
+    path = arch_models.path_of(arch)
+    shape = ModelFile(path).shape
+    mask = arch_runs.mask_of(shape.n_head_kv)
+    heads = split_heads(np.frombuffer(mask, np.uint8), shape.n_head_kv)
+    profile = Profile(heads, window_min=64, window_divisor=0)
+    params = {"flash_attn": flash_attn, "type_k": "f16", "type_v": "f16"}
+    razor = runner.Override(mask, window=64)
+    plan = make_plan(
+        shape, profile, N_CTX_SEQ, n_ubatch=128, swa_full=False, n_stream=N_SEQ, **params
+    )
+    assert plan.active
+    with runner.Model(path) as model:
+        for override, n_bytes in ((razor, plan.kv_bytes), (runner.OFF, plan.kv_bytes_full)):
+            with runner.Context(
+                model,
+                override,
+                n_ctx=N_SEQ * N_CTX_SEQ,
+                n_ubatch=128,
+                swa_full=False,
+                n_seq_max=N_SEQ,
+                **params,
+            ) as ctx:
+                stats = ctx.stats()
+                assert stats.n_stream == N_SEQ
+                assert stats.kv_bytes == n_bytes
+                assert stats.kv_bytes_sliding == plan.sliding_bytes
+                assert stats.kv_bytes_recurrent == plan.recurrent_bytes
+                if not stats.active:
+                    continue
+                rest = stats.kv_bytes_local + stats.kv_bytes_retrieval
+                assert rest == n_bytes - plan.sliding_bytes - plan.recurrent_bytes
+                for layer in plan.layers:
+                    found = ctx.layer(layer.il)
+                    assert (found.bytes_k, found.bytes_v) == (layer.bytes_k, layer.bytes_v)
+                    assert found.bytes_sums == layer.bytes_sums
 
 
 # -- refusals --

@@ -221,7 +221,7 @@ RAZOR_TESTS = [
             says="set kv_unified to false or switch razor off",
         ),
         False,
-        "three sequences: refused by name",
+        "three sequences in a unified cache: refused by name",
     ),
     # test-save-load-state also needs two sequences, and crashes without a context
     RazorTest(
