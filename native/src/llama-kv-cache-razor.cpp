@@ -337,25 +337,58 @@ const char * llama_kv_cache_razor::split_batch(
     // 2. split the batch where the frontier changes
     balloc.split_reset();
 
-    std::vector<uint32_t> next(n_stream); // position of the next token of each sequence
+    std::vector<uint32_t> next(n_stream);   // position of the next token of each sequence
+    std::vector<uint32_t> n_left(n_stream); // tokens that are in no ubatch
+
     for (uint32_t s = 0; s < n_stream; ++s) {
         next[s] = n_tokens(s);
+    }
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        n_left[batch.seq_id[i][0]]++;
     }
 
     int32_t i_next = 0; // first token that is in no ubatch
 
+    auto is_used = [&](int32_t i) { return (uint32_t) batch.pos[i] < next[batch.seq_id[i][0]]; };
+
     while (true) {
-        while (i_next + 1 < batch.n_tokens && (uint32_t) batch.pos[i_next] < next[batch.seq_id[i_next][0]]) {
+        while (i_next + 1 < batch.n_tokens && is_used(i_next)) {
             ++i_next;
         }
 
-        uint32_t & pos = next[batch.seq_id[i_next][0]];
+        // all positions of a sequence in an ubatch have the same frontiers, so the contents of the cache do not depend on the split
+        auto n_to_frontier = [&](uint32_t s) { return plan.frontier_end(next[s]) - next[s]; };
 
-        // all positions of an ubatch have the same frontiers, so the contents of the cache do not depend on the split
-        const uint32_t n_max = std::min(n_ubatch, plan.frontier_end(pos) - pos);
+        const uint32_t s_next = batch.seq_id[i_next][0];
+
+        // the sequences of split_equal(), and the tokens that each of them can have
+        uint32_t n_seqs = 1;
+        uint32_t n_each = n_left[s_next];
+        uint32_t n_room = n_to_frontier(s_next);
+
+        for (int32_t i = i_next + 1; i < batch.n_tokens && n_seqs < MAX_SEQS; ++i) {
+            const uint32_t s = batch.seq_id[i][0];
+
+            if (s == s_next + n_seqs && !is_used(i)) {
+                n_seqs++;
+                n_each = std::min(n_each, n_left[s]);
+                n_room = std::min(n_room, n_to_frontier(s));
+            }
+        }
+
+        llama_ubatch ubatch;
 
         // the ubatch begins with the first token that is in no ubatch
-        auto ubatch = equal_seqs || n_stream > 1 ? balloc.split_seq(n_max) : balloc.split_simple(n_max);
+        // it takes several sequences if one of them ends in it. Other ubatches are large enough with one sequence
+        if (n_seqs == MAX_SEQS && n_each == 1 && n_ubatch >= MAX_SEQS) {
+            ubatch = balloc.split_equal(MAX_SEQS - 1, true, 0); // it takes one more sequence, with one token each
+        } else if (n_seqs > 1 && n_seqs < MAX_SEQS && n_each <= n_room && n_each*n_seqs <= n_ubatch) {
+            ubatch = balloc.split_equal(n_each*n_seqs, true, 0);
+        } else {
+            const uint32_t n_max = std::min(n_ubatch, n_to_frontier(s_next));
+
+            ubatch = equal_seqs || n_stream > 1 ? balloc.split_seq(n_max) : balloc.split_simple(n_max);
+        }
 
         if (ubatch.n_tokens == 0) {
             break;
@@ -367,15 +400,18 @@ const char * llama_kv_cache_razor::split_batch(
         }
 
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            if (ubatch.pos[i] != (llama_pos) (pos + i)) {
+            const uint32_t s = ubatch.seq_id[i][0];
+
+            if (ubatch.pos[i] != (llama_pos) next[s]) {
                 return "the positions of a sequence must start at 0 and follow each other without a gap";
             }
-        }
 
-        pos += ubatch.n_tokens;
+            next[s]++;
+            n_left[s]--;
 
-        if (pos > plan.n_ctx) {
-            return "the context is full";
+            if (next[s] > plan.n_ctx) {
+                return "the context is full";
+            }
         }
 
         ubatches.push_back(std::move(ubatch)); // NOLINT
@@ -406,7 +442,7 @@ void llama_kv_cache_razor::clear(bool data) {
         st = empty_state();
     }
 
-    last_step = step_info();
+    last_steps.clear();
 }
 
 void llama_kv_cache_razor::clear_stream(uint32_t strm) {
@@ -530,20 +566,25 @@ void llama_kv_cache_razor::remove(uint32_t strm, uint32_t p0, uint32_t p1) {
 }
 
 void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
-    GGML_ASSERT(get_stream(seq_id) == last_step.strm);
+    const uint32_t strm = get_stream(seq_id);
 
-    auto & st = streams[last_step.strm];
+    const auto it = std::find_if(last_steps.begin(), last_steps.end(), [&](const auto & step) { return step.strm == strm; });
+    if (it == last_steps.end()) {
+        return; // cleared
+    }
+
+    auto & st = streams[strm];
 
     LLAMA_LOG_WARN("%s: the ubatch at position %d did not complete\n", __func__, p0);
 
     // some layers may have folded and others may not
-    const auto & groups = last_step.groups;
+    const auto & groups = it->groups;
 
     for (size_t g = 0; g < groups.size(); ++g) {
         if (groups[g].n_fold > 0 && st.n_high > groups[g].fold_from + plan.groups[g].ring()) {
             LLAMA_LOG_WARN("%s: rows that were to be folded are overwritten, clearing the sequence\n", __func__);
 
-            clear_stream(last_step.strm);
+            clear_stream(strm);
 
             return;
         }
@@ -674,13 +715,22 @@ uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     return n_tokens(strm) - n_left;
 }
 
-llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ubatch & ubatch) {
-    const uint32_t strm = get_stream(ubatch.seq_id[0][0]);
+std::vector<llama_kv_cache_razor::step_info> llama_kv_cache_razor::apply_local(const llama_ubatch & ubatch) {
+    const uint32_t n = ubatch.n_tokens/ubatch.n_seqs_unq;
 
+    last_steps.clear();
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; i += n) {
+        last_steps.push_back(apply_seq(get_stream(ubatch.seq_id[i][0]), ubatch.pos[i], n));
+    }
+
+    return last_steps;
+}
+
+llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens) {
     auto & st = streams[strm];
 
-    const uint32_t pos0  = ubatch.pos[0];
-    const uint32_t n_end = pos0 + ubatch.n_tokens;
+    const uint32_t n_end = pos0 + n_tokens;
 
     step_info res;
 
@@ -715,8 +765,6 @@ llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ub
     }
 
     st.n_high = std::max(st.n_high, n_end);
-
-    last_step = res;
 
     return res;
 }
@@ -967,7 +1015,7 @@ bool llama_kv_cache_razor::has_devices() const {
 //
 
 llama_kv_cache_razor_context::llama_kv_cache_razor_context(llama_kv_cache_razor * kv) :
-    llama_kv_cache_context(kv), kv_razor(kv), step(kv->full_step()) {
+    llama_kv_cache_context(kv), kv_razor(kv), steps({ kv->full_step() }) {
 }
 
 llama_kv_cache_razor_context::llama_kv_cache_razor_context(
@@ -977,7 +1025,7 @@ llama_kv_cache_razor_context::llama_kv_cache_razor_context(
     llama_kv_cache_context(kv, sinfos, std::move(ubatches)), kv_razor(kv) {
 
     for (auto & sinfo : sinfos) {
-        cells.push_back(std::move(sinfo.idxs[0]));
+        cells.push_back(std::move(sinfo.idxs));
     }
 }
 
@@ -988,7 +1036,7 @@ bool llama_kv_cache_razor_context::next() {
 }
 
 bool llama_kv_cache_razor_context::apply() {
-    step = kv_razor->apply_local(get_ubatch());
+    steps = kv_razor->apply_local(get_ubatch());
 
     return llama_kv_cache_context::apply();
 }

@@ -5,8 +5,7 @@
 // the content of the local heads depends only on the tokens, not on how they were split into batches: the fold frontier of a group
 // is a function of the position, all positions of an ubatch have the same frontiers, and only apply_local() folds
 //
-// each sequence has a stream of its own, with the same number: its cells, rows, accumulators and frontiers. An ubatch holds tokens of
-// one sequence
+// each sequence has a stream of its own, with the same number: its cells, rows, accumulators and frontiers
 
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
@@ -67,9 +66,10 @@ public:
         uint32_t n_fold    = 0;
     };
 
+    // one sequence of an ubatch
     struct step_info {
         uint32_t strm = 0;
-        uint32_t pos0 = 0; // first position of the ubatch
+        uint32_t pos0 = 0; // its first position in the ubatch
 
         std::vector<group_step> groups;
     };
@@ -155,7 +155,10 @@ public:
     // llama_kv_cache_razor specific API
     //
 
-    // split the batch into ubatches of one sequence whose positions have the same frontier
+    // maximum number of sequences in an ubatch: each of them has its own attention in the graph
+    static constexpr uint32_t MAX_SEQS = 8;
+
+    // split the batch into ubatches, in each of which the positions of a sequence have the same frontier
     // with equal_seqs: for memories with a recurrent part
     // return why the batch is refused, nullptr if it is not
     const char * split_batch(
@@ -164,12 +167,13 @@ public:
             bool equal_seqs,
             std::vector<llama_ubatch> & ubatches) const;
 
-    // to be called if an ubatch was applied but its computation failed
+    // to be called for each sequence of an ubatch that was applied but whose computation failed
     // undo the ubatch, or clear the sequence if rows that are needed for it were overwritten
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
 
     // to be called for each ubatch before its graph is built
-    step_info apply_local(const llama_ubatch & ubatch);
+    // return a step for each of its sequences, which have the same number of tokens
+    std::vector<step_info> apply_local(const llama_ubatch & ubatch);
 
     // return the step with the largest graph
     step_info full_step() const;
@@ -227,7 +231,7 @@ private:
     std::vector<int32_t> sources; // layer -> layer whose cache it reads
 
     // result of the last apply_local()
-    step_info last_step;
+    std::vector<step_info> last_steps;
 
     void init_rotation();
 
@@ -240,6 +244,9 @@ private:
     bool can_remove(uint32_t strm, uint32_t p0, uint32_t p1) const;
 
     void remove(uint32_t strm, uint32_t p0, uint32_t p1);
+
+    // advance a stream by tokens that follow pos0
+    step_info apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens);
 
     // make a sequence unusable, if it has tokens
     void set_broken(llama_seq_id seq_id, const char * why);
@@ -276,18 +283,22 @@ public:
     bool next()  override;
     bool apply() override;
 
-    const llama_kv_cache_razor            & get_kv()   const { return *kv_razor; }
-    const llama_kv_cache_razor::step_info & get_step() const { return step; }
+    const llama_kv_cache_razor & get_kv() const { return *kv_razor; }
 
-    // return the cells of the ubatch's tokens in the retrieval heads
-    const std::vector<uint32_t> & get_cells() const { return cells[i_cur]; }
+    // return the number of sequences of the ubatch
+    uint32_t n_seqs() const { return steps.size(); }
+
+    const llama_kv_cache_razor::step_info & get_step(uint32_t i_seq) const { return steps[i_seq]; }
+
+    // return the cells of a sequence's tokens in the retrieval heads
+    const std::vector<uint32_t> & get_cells(uint32_t i_seq) const { return cells[i_cur][i_seq]; }
 
 private:
     llama_kv_cache_razor * kv_razor;
 
-    llama_kv_cache_razor::step_info step;
+    std::vector<llama_kv_cache_razor::step_info> steps;
 
-    std::vector<std::vector<uint32_t>> cells; // per ubatch
+    std::vector<std::vector<std::vector<uint32_t>>> cells; // per ubatch and sequence
 
     size_t i_cur = 0;
 };

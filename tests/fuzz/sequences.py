@@ -211,7 +211,10 @@ class Fuzzer:
         order = []
         for s in self.rng.sample(range(N_SEQ), self.rng.randint(1, N_SEQ)):
             order += [s] * min(self.rng.randint(1, most), N_TOKENS - self.seqs.held[s])
-        self.rng.shuffle(order)
+        if self.rng.random() < 0.5:
+            self.rng.shuffle(order)
+        else:
+            order.sort()  # then more ubatches hold several sequences
         return order
 
     def cut(self, s: int, n: int) -> None:

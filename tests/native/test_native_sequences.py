@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import numpy as np
@@ -60,6 +61,40 @@ def test_sequences_are_computed_as_if_alone(plan: str, flash_attn: bool, model) 
         assert seqs.decode([2] * 90) <= TOLERANCE
         for _ in range(5):
             assert seqs.decode([3, 1, 0, 2]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("flash_attn", FLASH_F32)
+@pytest.mark.parametrize("plan", PLANS)
+def test_sequences_share_ubatches(plan: str, flash_attn: bool, model) -> None:
+    """A token of each sequence at a time, while each of them folds at another time."""
+    texts = make_texts(model, PLANS[plan], flash_attn=flash_attn)
+    n_ubatches = 0
+
+    @runner.bindings().ggml_backend_sched_eval_callback
+    def count(pointer: int, ask: bool, data: object) -> bool:
+        nonlocal n_ubatches
+        n_ubatches += ask and name_of(pointer) == b"result_output"
+        return False
+
+    name_of = runner.bindings()._lib.ggml_get_name
+    name_of.argtypes, name_of.restype = [ctypes.c_void_p], ctypes.c_char_p
+    with Sequences(model, PLANS[plan], texts, flash_attn=flash_attn, cb_eval=count) as seqs:
+        seqs.fill([150, 140, 300, 60])
+        for _ in range(80):
+            n_ubatches = 0
+            assert seqs.decode([0, 1, 2, 3]) <= TOLERANCE
+            assert n_ubatches == 1
+        for order in ([0] * 5 + [1] * 7 + [2] * 5 + [3] * 9, [1] * 60 + [2] * 60):
+            assert seqs.decode(order) <= TOLERANCE
+
+
+def test_more_sequences_than_an_ubatch_holds(model, texts) -> None:
+    """Up to eight of them share an ubatch."""
+    with Sequences(model, PLAN, texts, 11) as seqs:
+        assert seqs.fill([20 * s for s in range(11)]) <= TOLERANCE
+        for _ in range(70):
+            assert seqs.decode(range(11)) <= TOLERANCE
+        assert seqs.decode([s for s in range(11) for _ in range(s + 1)]) <= TOLERANCE
 
 
 def test_statistics_of_no_sequence(model, texts) -> None:
