@@ -3,7 +3,7 @@
 // the KV cache of a context with RazorAttention
 //
 // the content of the local heads depends only on the tokens, not on how they were split into batches: the fold frontier of a group
-// is a function of the position, all positions of an ubatch have the same frontiers, and only apply_local() folds
+// is a function of the position, all positions of a sequence in an ubatch have the same frontiers, and only apply_local() folds
 //
 // each sequence has a stream of its own, with the same number: its cells, rows, accumulators and frontiers
 
