@@ -198,8 +198,8 @@ def make_texts(path: Path, rng: random.Random) -> list[list[int]]:
 def noise(model: Model, text: list[int], params: dict[str, Any]) -> float:
     """Return the largest difference of logits to accept.
 
-    The order of sums depends on the cells and batches of the tokens. This is also true of llama.cpp's
-    own cache, on which the differences are measured.
+    The order of sums depends on the cells and batches of the tokens. This is also true of
+    llama.cpp's own cache, on which the differences are measured.
     """
     with Context(model, OFF, **params) as ctx:
         want = ctx.decode(text)
