@@ -138,6 +138,9 @@ def test_bytes_of_sequences(arch: str, flash_attn: bool) -> None:
                     continue
                 rest = stats.kv_bytes_local + stats.kv_bytes_retrieval
                 assert rest == n_bytes - plan.sliding_bytes - plan.recurrent_bytes
+                rows = N_SEQ * N_CTX_SEQ * plan.retrieval_kv_heads
+                row_bytes = 2 * (shape.head_dim_k + shape.head_dim_v)
+                assert stats.kv_bytes_retrieval == rows * row_bytes > 0
                 for layer in plan.layers:
                     found = ctx.layer(layer.il)
                     assert (found.bytes_k, found.bytes_v) == (layer.bytes_k, layer.bytes_v)
@@ -312,6 +315,20 @@ def test_a_copy_can_be_saved_at_once(model, texts) -> None:
         assert seqs.ctx.load(state, whole=False, seq_id=1)
         seqs.text[1], seqs.held = texts[0], [0, 330, 0, 0]
         assert seqs.fill([50, 400, 0, 0], seed=1) <= TOLERANCE
+
+
+def test_a_copy_with_sliding_windows_can_be_saved_at_once() -> None:
+    with runner.Model(arch_models.path_of("gemma3")) as model:
+        razor = runner.Override(arch_runs.mask_of(model.layers()), window=64)
+        texts = make_texts(model, razor, 1, swa_full=False)
+        with Sequences(model, razor, texts, swa_full=False) as seqs:
+            seqs.fill([330, 0, 0, 0])
+            seqs.ctx.seq_cp(0, 2)
+            state = seqs.ctx.save(whole=False, seq_id=2)
+            seqs.ctx.clear()
+            assert seqs.ctx.load(state, whole=False, seq_id=1)
+            seqs.held = [0, 330, 0, 0]
+            assert seqs.fill([0, 400, 0, 0], seed=1) <= 1e-3
 
 
 def test_a_copy_is_dropped_by_a_clear(model, texts) -> None:

@@ -159,7 +159,7 @@ BREAKS = [
     Break("copy-anywhere", CACHE, "if (seq_id < 0 || seq_id >= (llama_seq_id) n_stream) {", "if (false) {", "test_copies_of_no_sequence"),
     Break("copy-without-sliding-part", MEMORY, "        swa->seq_cp(seq_id_src, seq_id_dst, -1, -1);", "", "test_random_operations_on_sequences"),
     Break("copy-without-states", MEMORY, "        recr->seq_cp(seq_id_src, seq_id_dst, -1, -1);", "", "test_random_operations_on_sequences"),
-    Break("copy-of-sliding-part-after-load", MEMORY, "        razor_sliding_cells::copy_streams(*swa);", "", "test_random_operations_on_sequences"),
+    Break("copy-of-sliding-part-after-load", MEMORY, "        razor_sliding_cells::copy_streams(*swa);", "", "test_a_copy_with_sliding_windows_can_be_saved_at_once"),
     Break("state-of-first-stream", CACHE, "f(t, strm*t->nb[2] + ", "f(t, ", "test_state_of_a_sequence_in_another_one test_state_of_all_sequences"),
     Break("state-with-first-sums", CACHE, "f(sums.k, strm*sums.k->nb[2], ", "f(sums.k, 0, ", "test_state_of_a_sequence_in_another_one test_state_of_all_sequences"),
     Break("state-added-to-a-sequence", CACHE, "            clear_stream(seq_id);\n        }\n\n        llama_kv_cache::state_read", "        }\n\n        llama_kv_cache::state_read", "test_state_of_an_empty_sequence"),
