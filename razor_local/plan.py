@@ -108,6 +108,7 @@ class Plan:
     """The plan that a context follows. If active is False, every head keeps every token.
 
     Attributes:
+        n_ctx: tokens of each sequence.
         block, sink_tokens: tokens (0 if inactive).
         groups: the local heads, largest window first.
         type_k, type_v: KV types of retrieval heads, of a full cache and of sliding layers.
@@ -117,6 +118,7 @@ class Plan:
         kv_bytes_full_f16: bytes of llama.cpp's default, a full f16 cache.
         sliding_bytes, recurrent_bytes: parts of these three that razor does not change: layers with
             a sliding window (of sliding_cells tokens each), and states of recurrent layers.
+        n_stream: number of sequences, each of which has a cache of its own. All bytes count them.
     """
 
     n_ctx: int
@@ -136,6 +138,7 @@ class Plan:
     sliding_cells: int = 0
     sliding_bytes: int = 0
     recurrent_bytes: int = 0
+    n_stream: int = 1
 
     @property
     def window(self) -> int:
@@ -204,7 +207,8 @@ class Plan:
         shape = self.shape
         layers = _full_layers(shape, self.n_ctx, type_k, type_v, flash_attn)
         sliding = _sliding_bytes(shape, self.sliding_cells, type_k, type_v, flash_attn)
-        return sum(layer.kv_bytes for layer in layers) + sliding + self.recurrent_bytes
+        one = sum(layer.kv_bytes for layer in layers) + sliding
+        return self.n_stream * one + self.recurrent_bytes
 
     @property
     def share(self) -> float:
@@ -270,6 +274,7 @@ def make_plan(
     swa_full: bool | None = None,
     type_k_local: str | None = None,
     type_v_local: str | None = None,
+    n_stream: int = 1,
 ) -> Plan:
     """Make the plan of a context of n_ctx tokens (0: the trained length; rounded up to 256).
 
@@ -277,7 +282,8 @@ def make_plan(
     profile. n_ubatch: tokens, which layers with a sliding window keep in addition to it. swa_full:
     these layers keep everything; None: llama.cpp's default for a full cache, and not with razor.
     type_k_local, type_v_local: KV types of local heads; None: type_k and type_v. If the plan is
-    inactive, they have no effect, and why_inactive says so.
+    inactive, they have no effect, and why_inactive says so. n_stream: number of sequences, each
+    with n_ctx tokens.
     Raises ProfileError for a profile of another shape or values out of range, and
     UnsupportedError for combinations of types that llama.cpp refuses and for a compensation token
     in an ALiBi model.
@@ -304,15 +310,16 @@ def make_plan(
         type_k_local=type_k,
         type_v_local=type_v,
         flash_attn=flash_attn,
-        layers=_full_layers(shape, n_ctx, type_k, type_v, flash_attn),
+        layers=_times(_full_layers(shape, n_ctx, type_k, type_v, flash_attn), n_stream),
         shape=shape,
-        recurrent_bytes=shape.recurrent_bytes,
+        recurrent_bytes=n_stream * shape.recurrent_bytes,
+        n_stream=n_stream,
     )
 
     def with_sliding(plan: Plan) -> Plan:
         keep_all = not plan.active if swa_full is None else swa_full
         cells = sliding_cells(shape, n_ctx, n_ubatch, keep_all)
-        n_bytes = _sliding_bytes(shape, cells, type_k, type_v, flash_attn)
+        n_bytes = n_stream * _sliding_bytes(shape, cells, type_k, type_v, flash_attn)
         return replace(plan, sliding_cells=cells, sliding_bytes=n_bytes)
 
     full = with_sliding(full)
@@ -366,15 +373,18 @@ def make_plan(
         compensation=profile.compensation,
         type_k_local=local_types[0],
         type_v_local=local_types[1],
-        layers=_layers(
-            shape,
-            windows,
-            saving,
-            n_ctx,
-            profile.compensation,
-            (type_k, type_v),
-            local_types,
-            flash_attn,
+        layers=_times(
+            _layers(
+                shape,
+                windows,
+                saving,
+                n_ctx,
+                profile.compensation,
+                (type_k, type_v),
+                local_types,
+                flash_attn,
+            ),
+            n_stream,
         ),
     )
     return with_sliding(active)
@@ -499,6 +509,19 @@ def _full_layers(
     windows = [(0,) * n for n in shape.n_head_kv]
     types = type_k, type_v
     return _layers(shape, windows, {}, n_ctx, False, types, types, flash_attn)
+
+
+def _times(layers: tuple[LayerPlan, ...], n: int) -> tuple[LayerPlan, ...]:
+    """Return the layers of n equal caches."""
+    return tuple(
+        replace(
+            layer,
+            bytes_k=n * layer.bytes_k,
+            bytes_v=n * layer.bytes_v,
+            bytes_sums=n * layer.bytes_sums,
+        )
+        for layer in layers
+    )
 
 
 def _sliding_bytes(

@@ -8,13 +8,14 @@
 #include <cmath>
 #include <limits>
 
-llm_graph_input_razor::llm_graph_input_razor(
+llm_graph_razor_seq::llm_graph_razor_seq(
         ggml_context * ctx,
-        const llama_ubatch  & ubatch,
+        uint32_t i_seq,
+        uint32_t n_tokens,
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_kv_cache_razor_context * mctx) :
-    hparams(hparams), mctx(mctx), n_tokens(ubatch.n_tokens), n_kv_full(mctx->get_n_kv()) {
+    hparams(hparams), mctx(mctx), i_seq(i_seq), n_tokens(n_tokens), n_kv_full(mctx->get_n_kv()) {
 
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -82,8 +83,8 @@ llm_graph_input_razor::llm_graph_input_razor(
     for (size_t g = 0; g < plan.groups.size(); ++g) {
         group_input group;
 
-        group.n_kv   = mctx->get_step().groups[g].n_kv;
-        group.n_fold = mctx->get_step().groups[g].n_fold;
+        group.n_kv   = get_step().groups[g].n_kv;
+        group.n_fold = get_step().groups[g].n_fold;
 
         // flash attention requires an F16 mask
         group.mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, group.n_kv, n_tokens, "razor_inp_mask");
@@ -127,23 +128,7 @@ llm_graph_input_razor::llm_graph_input_razor(
     }
 }
 
-llm_graph_input_razor * llm_graph_input_razor::create(
-        llm_graph_result * res,
-        ggml_context * ctx,
-        const llama_ubatch  & ubatch,
-        const llama_hparams & hparams,
-        const llama_cparams & cparams,
-        const llama_memory_context_i * mctx) {
-    const auto * mctx_razor = llama_razor_get_context(mctx);
-    if (!mctx_razor) {
-        return nullptr;
-    }
-
-    return static_cast<llm_graph_input_razor *>(
-            res->add_input(std::make_unique<llm_graph_input_razor>(ctx, ubatch, hparams, cparams, mctx_razor)));
-}
-
-void llm_graph_input_razor::init_orders() {
+void llm_graph_razor_seq::init_orders() {
     const auto & plan = mctx->get_kv().get_plan();
 
     for (uint32_t il = 0; il < plan.n_layer(); ++il) {
@@ -305,11 +290,9 @@ static int32_t * set_input_tiles(int32_t * data, const int32_t * since, const fl
     return data;
 }
 
-void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
+void llm_graph_razor_seq::set_input() {
     const auto & plan = mctx->get_kv().get_plan();
-    const auto & step = mctx->get_step();
-
-    GGML_ASSERT(ubatch->n_tokens == n_tokens);
+    const auto & step = get_step();
 
     for (size_t g = 0; g < groups.size(); ++g) {
         const auto & group = groups[g];
@@ -335,7 +318,7 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
         }
 
         if (group.batch.tiles && group.batch.tiles->buffer) {
-            set_input_batch(*ubatch, g);
+            set_input_batch(g);
         }
 
         if (group.fold_rows && group.fold_rows->buffer) {
@@ -354,9 +337,9 @@ void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
     }
 }
 
-void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch, size_t i_group) const {
+void llm_graph_razor_seq::set_input_batch(size_t i_group) const {
     const auto & group = mctx->get_kv().get_plan().groups[i_group];
-    const auto & step  = mctx->get_step();
+    const auto & step  = get_step();
     const auto & batch = groups[i_group].batch;
 
     const uint32_t n_kv = groups[i_group].n_kv;
@@ -370,7 +353,7 @@ void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch, size_t 
     float   * bias       = (float   *) batch.bias->data;
 
     // 1. retrieval heads, same as upstream's mask: the positions of an ubatch are consecutive, see init_batch()
-    const llama_seq_id seq_id = ubatch.seq_id[0][0];
+    const llama_seq_id seq_id = step.strm;
     const auto &       cells  = mctx->get_kv().get_cells(seq_id);
 
     for (uint32_t j = 0; j < n_kv_full; ++j) {
@@ -408,10 +391,10 @@ void llm_graph_input_razor::set_input_batch(const llama_ubatch & ubatch, size_t 
 }
 
 template<typename T>
-void llm_graph_input_razor::set_input_rows_as(T * rows_data) const {
+void llm_graph_razor_seq::set_input_rows_as(T * rows_data) const {
     const auto & plan  = mctx->get_kv().get_plan();
-    const auto & step  = mctx->get_step();
-    const auto & cells = mctx->get_cells();
+    const auto & step  = get_step();
+    const auto & cells = mctx->get_cells(i_seq);
 
     for (const auto & order : orders) {
         T * data = rows_data + order.offs_rows*n_tokens;
@@ -452,10 +435,10 @@ void llm_graph_input_razor::set_input_rows_as(T * rows_data) const {
     }
 }
 
-void llm_graph_input_razor::set_input_rows() const {
+void llm_graph_razor_seq::set_input_rows() const {
     const auto & plan  = mctx->get_kv().get_plan();
-    const auto & step  = mctx->get_step();
-    const auto & cells = mctx->get_cells();
+    const auto & step  = get_step();
+    const auto & cells = mctx->get_cells(i_seq);
 
     if (rows->buffer) {
         GGML_ASSERT(ggml_backend_buffer_is_host(rows->buffer));
@@ -496,7 +479,7 @@ void llm_graph_input_razor::set_input_rows() const {
     }
 }
 
-void llm_graph_input_razor::set_input_heads() const {
+void llm_graph_razor_seq::set_input_heads() const {
     GGML_ASSERT(ggml_backend_buffer_is_host(heads->buffer));
 
     int32_t * data = (int32_t *) heads->data;
@@ -539,7 +522,7 @@ void llm_graph_input_razor::set_input_heads() const {
     }
 }
 
-void llm_graph_input_razor::set_input_slopes() const {
+void llm_graph_razor_seq::set_input_slopes() const {
     GGML_ASSERT(ggml_backend_buffer_is_host(slopes->buffer));
 
     for (const auto & order : orders) {
@@ -557,12 +540,12 @@ void llm_graph_input_razor::set_input_slopes() const {
     }
 }
 
-void llm_graph_input_razor::set_input_fold(size_t i_group) const {
+void llm_graph_razor_seq::set_input_fold(size_t i_group) const {
     const auto & plan  = mctx->get_kv().get_plan().groups[i_group];
-    const auto & step  = mctx->get_step().groups[i_group];
+    const auto & step  = get_step().groups[i_group];
     const auto & group = groups[i_group];
 
-    const uint32_t strm = mctx->get_step().strm;
+    const uint32_t strm = get_step().strm;
 
     int32_t * data = (int32_t *) group.fold_rows->data;
 
@@ -587,19 +570,14 @@ void llm_graph_input_razor::set_input_fold(size_t i_group) const {
     }
 }
 
-bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
-    const auto * mctx_new = llama_razor_get_context(params.mctx);
-    if (!mctx_new) {
-        return false;
-    }
-
+bool llm_graph_razor_seq::can_reuse(const llama_kv_cache_razor_context * mctx_new) {
     mctx = mctx_new;
 
-    if (params.ubatch.n_tokens != n_tokens || mctx->get_n_kv() != n_kv_full) {
+    if (mctx->get_n_kv() != n_kv_full) {
         return false;
     }
 
-    const auto & step = mctx->get_step();
+    const auto & step = get_step();
 
     for (size_t g = 0; g < groups.size(); ++g) {
         if (step.groups[g].n_kv != groups[g].n_kv || step.groups[g].n_fold != groups[g].n_fold) {
@@ -610,18 +588,18 @@ bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
     return true;
 }
 
-ggml_tensor * llm_graph_input_razor::view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src, size_t i_group) const {
+ggml_tensor * llm_graph_razor_seq::view_local(ggml_context * ctx0, const razor_layer & layer, ggml_tensor * src, size_t i_group) const {
     const auto & plan = mctx->get_kv().get_plan();
 
     const size_t cells = plan.groups[i_group].cells;
-    const size_t offs  = mctx->get_step().strm*src->nb[2] + plan.first_row(layer.il, i_group)*src->nb[1];
+    const size_t offs  = get_step().strm*src->nb[2] + plan.first_row(layer.il, i_group)*src->nb[1];
 
     return ggml_view_3d(ctx0, src, src->ne[0], cells, plan.local[layer.il][i_group].size(), src->nb[1], cells*src->nb[1], offs);
 }
 
 // the scheduler would copy each view of an input to the device separately, and wait each time
 // so the input is copied once, and layers on a device use views of the copy
-ggml_tensor * llm_graph_input_razor::get_on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const {
+ggml_tensor * llm_graph_razor_seq::get_on_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * input) const {
     if (ggml_backend_buffer_is_host(layer.k->buffer)) {
         return input;
     }
@@ -635,7 +613,7 @@ ggml_tensor * llm_graph_input_razor::get_on_device(const llm_graph_context & g, 
     return copy;
 }
 
-void llm_graph_input_razor::build_folds(const llm_graph_context & g, const razor_layer & layer, size_t i_group) const {
+void llm_graph_razor_seq::build_folds(const llm_graph_context & g, const razor_layer & layer, size_t i_group) const {
     const auto & plan  = mctx->get_kv().get_plan();
     const auto & sums  = layer.sums[i_group];
     const auto & group = groups[i_group];
@@ -645,7 +623,7 @@ void llm_graph_input_razor::build_folds(const llm_graph_context & g, const razor
     }
 
     if (layer.device) {
-        const int64_t first = mctx->get_step().strm*layer.k->ne[1] + plan.first_row(layer.il, i_group);
+        const int64_t first = get_step().strm*layer.k->ne[1] + plan.first_row(layer.il, i_group);
 
         ggml_build_forward_expand(g.gf, razor_device_build_fold(g.ctx0, {
             layer.k, layer.v, sums.k, sums.v, group.fold_rows, group.fold_src, group.fold_dst, group.fold_cell, group.fold_inv,
@@ -657,7 +635,7 @@ void llm_graph_input_razor::build_folds(const llm_graph_context & g, const razor
     }
 }
 
-void llm_graph_input_razor::build_fold(
+void llm_graph_razor_seq::build_fold(
         const llm_graph_context & g,
         const razor_layer & layer,
         const group_input & group,
@@ -696,13 +674,13 @@ static ggml_tensor * reshape_rows(ggml_context * ctx, ggml_tensor * cur) {
     return ggml_reshape_2d(ctx, cur, cur->ne[0], cur->ne[1]*cur->ne[2]);
 }
 
-ggml_tensor * llm_graph_input_razor::view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order, size_t first, size_t n) const {
+ggml_tensor * llm_graph_razor_seq::view_rows(const llm_graph_context & g, const razor_layer & layer, const head_order & order, size_t first, size_t n) const {
     ggml_tensor * idxs = layer.device || rows->type == GGML_TYPE_I32 ? get_on_device(g, layer, rows) : rows;
 
     return ggml_view_1d(g.ctx0, idxs, n*n_tokens, (order.offs_rows + first)*n_tokens*ggml_element_size(idxs));
 }
 
-void llm_graph_input_razor::build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * dst_local, ggml_tensor * cur, const head_order & order) const {
+void llm_graph_razor_seq::build_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * dst, ggml_tensor * dst_local, ggml_tensor * cur, const head_order & order) const {
     ggml_context * ctx0 = g.ctx0;
 
     auto store = [&](ggml_tensor * dst, ggml_tensor * cur, size_t first) {
@@ -731,12 +709,12 @@ void llm_graph_input_razor::build_store(const llm_graph_context & g, const razor
     }
 }
 
-void llm_graph_input_razor::build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const {
+void llm_graph_razor_seq::build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const {
     ggml_build_forward_expand(g.gf,
             razor_device_build_store(g.ctx0, reshape_rows(g.ctx0, k_cur), reshape_rows(g.ctx0, v_cur), layer.k, layer.v, view_rows(g, layer, order, 0, order.n_head_kv)));
 }
 
-void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const {
+void llm_graph_razor_seq::build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const {
     ggml_context * ctx0 = g.ctx0;
 
     const int64_t n_embd = v_cur->ne[0];
@@ -749,7 +727,7 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
         return ggml_cont(ctx0, ggml_view_3d(ctx0, v_cur, n_embd, n, n_tokens, v_cur->nb[1], v_cur->nb[2], first*v_cur->nb[1]));
     };
 
-    const size_t offs = mctx->get_step().strm*layer.v->nb[2];
+    const size_t offs = get_step().strm*layer.v->nb[2];
 
     if (layer.n_retrieval > 0) {
         const int64_t n_elems = n_embd*layer.n_retrieval;
@@ -776,14 +754,14 @@ void llm_graph_input_razor::build_store_v_trans(const llm_graph_context & g, con
     }
 }
 
-ggml_tensor * llm_graph_input_razor::build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const {
+ggml_tensor * llm_graph_razor_seq::build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const {
     ggml_tensor * idxs = ggml_view_2d(g.ctx0, get_on_device(g, layer, heads), cur->ne[1], n_tokens,
             cur->ne[1]*sizeof(int32_t), offs*n_tokens*sizeof(int32_t));
 
     return ggml_get_rows(g.ctx0, cur, idxs);
 }
 
-ggml_tensor * llm_graph_input_razor::build_attn(
+ggml_tensor * llm_graph_razor_seq::build_attn(
         const llm_graph_context & g,
         ggml_tensor * kq_mask,
         ggml_tensor * q_cur,
@@ -894,12 +872,12 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     auto attend_retrieval = [&]() {
         auto view = [&](ggml_tensor * src) {
             return ggml_view_3d(ctx0, src, src->ne[0], n_kv_full, layer.n_retrieval,
-                    src->nb[1], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
+                    src->nb[1], plan.n_ctx*src->nb[1], get_step().strm*src->nb[2]);
         };
 
         auto view_trans = [&](ggml_tensor * src) {
             return ggml_view_3d(ctx0, src, n_kv_full, src->ne[0], layer.n_retrieval,
-                    plan.n_ctx*src->nb[0], plan.n_ctx*src->nb[1], mctx->get_step().strm*src->nb[2]);
+                    plan.n_ctx*src->nb[0], plan.n_ctx*src->nb[1], get_step().strm*src->nb[2]);
         };
 
         return attend(view(layer.k), kv.get_v_trans() ? view_trans(layer.v) : view(layer.v), kv.get_v_trans(), order.first[0], kq_mask);
@@ -944,7 +922,7 @@ ggml_tensor * llm_graph_input_razor::build_attn(
     return cur;
 }
 
-ggml_tensor * llm_graph_input_razor::build_attn_alibi(
+ggml_tensor * llm_graph_razor_seq::build_attn_alibi(
         const llm_graph_context & g,
         const razor_layer & layer,
         const head_order & order,
@@ -992,7 +970,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_alibi(
     return cur;
 }
 
-ggml_tensor * llm_graph_input_razor::build_attn_own(
+ggml_tensor * llm_graph_razor_seq::build_attn_own(
         const llm_graph_context & g,
         ggml_tensor * kq_mask,
         const razor_layer & layer,
@@ -1003,7 +981,7 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
 
-    const uint32_t strm = mctx->get_step().strm;
+    const uint32_t strm = get_step().strm;
 
     const int64_t first_full = strm*layer.k->ne[1];
     const int64_t first      = strm*layer.k_local->ne[1];
@@ -1047,10 +1025,112 @@ ggml_tensor * llm_graph_input_razor::build_attn_own(
     return cur;
 }
 
+//
+// llm_graph_input_razor
+//
+
+llm_graph_input_razor::llm_graph_input_razor(
+        ggml_context * ctx,
+        const llama_ubatch  & ubatch,
+        const llama_hparams & hparams,
+        const llama_cparams & cparams,
+        const llama_kv_cache_razor_context * mctx) : n_tokens(ubatch.n_tokens/mctx->n_seqs()) {
+
+    for (uint32_t i = 0; i < mctx->n_seqs(); ++i) {
+        seqs.push_back(std::make_unique<llm_graph_razor_seq>(ctx, i, n_tokens, hparams, cparams, mctx));
+    }
+}
+
+llm_graph_input_razor * llm_graph_input_razor::create(
+        llm_graph_result * res,
+        ggml_context * ctx,
+        const llama_ubatch  & ubatch,
+        const llama_hparams & hparams,
+        const llama_cparams & cparams,
+        const llama_memory_context_i * mctx) {
+    const auto * mctx_razor = llama_razor_get_context(mctx);
+    if (!mctx_razor) {
+        return nullptr;
+    }
+
+    return static_cast<llm_graph_input_razor *>(
+            res->add_input(std::make_unique<llm_graph_input_razor>(ctx, ubatch, hparams, cparams, mctx_razor)));
+}
+
+void llm_graph_input_razor::set_input(const llama_ubatch * ubatch) {
+    GGML_ASSERT(ubatch->n_tokens == n_tokens*seqs.size());
+
+    for (auto & seq : seqs) {
+        seq->set_input();
+    }
+}
+
+bool llm_graph_input_razor::can_reuse(const llm_graph_params & params) {
+    const auto * mctx = llama_razor_get_context(params.mctx);
+
+    if (!mctx || mctx->n_seqs() != seqs.size() || params.ubatch.n_tokens != n_tokens*seqs.size()) {
+        return false;
+    }
+
+    bool res = true;
+    for (auto & seq : seqs) {
+        res = seq->can_reuse(mctx) && res;
+    }
+
+    return res;
+}
+
+ggml_tensor * llm_graph_input_razor::build_attn(
+        const llm_graph_context & g,
+        ggml_tensor * kq_mask,
+        ggml_tensor * q_cur,
+        ggml_tensor * k_cur,
+        ggml_tensor * v_cur,
+        ggml_tensor * kq_b,
+        ggml_tensor * sinks,
+              float   kq_scale,
+                int   il) const {
+    ggml_context * ctx0 = g.ctx0;
+
+    // upstream's mask has a dimension for the sequences. It also reserves memory with an ubatch of all sequences, for which razor
+    // builds the graph of one sequence with as many tokens, which needs the most memory
+    if (kq_mask->ne[3] > 1) {
+        kq_mask = ggml_reshape_2d(ctx0, kq_mask, kq_mask->ne[0], q_cur->ne[2]);
+    }
+
+    if (seqs.size() == 1) {
+        return seqs[0]->build_attn(g, kq_mask, q_cur, k_cur, v_cur, kq_b, sinks, kq_scale, il);
+    }
+
+    ggml_tensor * res = nullptr;
+
+    for (size_t i = 0; i < seqs.size(); ++i) {
+        // return the tokens of the sequence
+        auto view = [&](ggml_tensor * cur) {
+            return cur ? ggml_view_3d(ctx0, cur, cur->ne[0], cur->ne[1], n_tokens, cur->nb[1], cur->nb[2], i*n_tokens*cur->nb[2]) : nullptr;
+        };
+
+        ggml_tensor * mask = ggml_view_2d(ctx0, kq_mask, kq_mask->ne[0], n_tokens, kq_mask->nb[1], i*n_tokens*kq_mask->nb[1]);
+
+        ggml_tensor * cur = seqs[i]->build_attn(g, mask, view(q_cur), view(k_cur), view(v_cur), kq_b, sinks, kq_scale, il);
+
+        res = res ? ggml_concat(ctx0, res, cur, 1) : cur;
+    }
+
+    ggml_build_forward_expand(g.gf, res);
+
+    return res;
+}
+
 uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     const auto * kv = llama_razor_get_cache(memory);
+    if (!kv) {
+        return 0;
+    }
 
-    // per layer: 3 gathers and 3 stores of up to 6 nodes; per group: up to 2 stores, an attention (up to 23 nodes without flash attention) and
-    // 2 folds of 15 nodes
-    return kv ? (20 + 70*kv->get_plan().groups.size())*kv->get_plan().n_layer() : 0;
+    // per sequence and layer: 3 gathers and 3 stores of up to 6 nodes; per group: up to 2 stores, an attention (up to 23 nodes without flash
+    // attention) and 2 folds of 15 nodes; with several sequences 5 views and a concatenation
+    const uint32_t n_seqs = std::min(kv->get_n_stream(), llama_kv_cache_razor::MAX_SEQS);
+
+    return n_seqs*(20 + 70*kv->get_plan().groups.size() + (n_seqs > 1 ? 6 : 0))*kv->get_plan().n_layer();
 }

@@ -2,8 +2,11 @@
 
 // the graph of an ubatch with RazorAttention: folding, storing and the attention of all heads
 //
-// the topology depends only on the plan and on the number of tokens, cells and folded positions. Everything else, such as where rows
-// are stored and which cells a token sees, is data of the inputs: a graph can be reused as long as these numbers do not change
+// the sequences of an ubatch have an attention each, all other operations of the graph are common to them
+//
+// the topology depends only on the plan, the sequences, and the number of tokens, cells and folded positions. Everything else, such as where rows
+// are stored and which cells a token sees, is data of the inputs: a graph can be reused as long as these numbers do not change. Upstream does
+// not reuse the graph of other sequences
 
 #include "llama-graph.h"
 #include "llama-memory-razor.h"
@@ -11,39 +14,26 @@
 
 #include <deque>
 #include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
-// inputs that all layers share
-class llm_graph_input_razor : public llm_graph_input_i {
+// inputs of a sequence that all layers share
+class llm_graph_razor_seq {
 public:
-    llm_graph_input_razor(
+    llm_graph_razor_seq(
             ggml_context * ctx,
-            const llama_ubatch  & ubatch,
+            uint32_t i_seq,
+            uint32_t n_tokens,
             const llama_hparams & hparams,
             const llama_cparams & cparams,
             const llama_kv_cache_razor_context * mctx);
 
-    // create the inputs and add them to the graph, return nullptr if the memory has no local heads
-    static llm_graph_input_razor * create(
-            llm_graph_result * res,
-            ggml_context * ctx,
-            const llama_ubatch  & ubatch,
-            const llama_hparams & hparams,
-            const llama_cparams & cparams,
-            const llama_memory_context_i * mctx);
+    void set_input();
 
-    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llama_kv_cache_razor_context * mctx_new);
 
-    bool can_reuse(const llm_graph_params & params) override;
-
-    // replaces llm_graph_context::build_attn_mha() and the stores before it
-    //   q_cur [n_embd_head_k, n_head,    n_tokens]
-    //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
-    //   v_cur [n_embd_head_v, n_head_kv, n_tokens]
-    //   sinks [n_head]
-    // kq_mask is that of the retrieval heads; k_cur and v_cur are nullptr if the layer reads the cache of an earlier one
-    // returns [n_embd_head_v*n_head, n_tokens]
+    // see llm_graph_input_razor::build_attn(), for the tokens of the sequence
     ggml_tensor * build_attn(
             const llm_graph_context & g,
             ggml_tensor * kq_mask,
@@ -105,7 +95,9 @@ private:
 
     void init_orders();
 
-    void set_input_batch(const llama_ubatch & ubatch, size_t i_group) const;
+    const llama_kv_cache_razor::step_info & get_step() const { return mctx->get_step(i_seq); }
+
+    void set_input_batch(size_t i_group) const;
     template<typename T>
     void set_input_rows_as(T * rows_data) const;
 
@@ -195,9 +187,58 @@ private:
 
     const llama_kv_cache_razor_context * mctx;
 
+    const uint32_t i_seq; // in the ubatch
+
     // the graph can be reused as long as these numbers and the n_kv and n_fold of all groups are the same
     const uint32_t n_tokens;
     const uint32_t n_kv_full; // cells of the retrieval heads
+};
+
+// inputs of an ubatch
+class llm_graph_input_razor : public llm_graph_input_i {
+public:
+    llm_graph_input_razor(
+            ggml_context * ctx,
+            const llama_ubatch  & ubatch,
+            const llama_hparams & hparams,
+            const llama_cparams & cparams,
+            const llama_kv_cache_razor_context * mctx);
+
+    // create the inputs and add them to the graph, return nullptr if the memory has no local heads
+    static llm_graph_input_razor * create(
+            llm_graph_result * res,
+            ggml_context * ctx,
+            const llama_ubatch  & ubatch,
+            const llama_hparams & hparams,
+            const llama_cparams & cparams,
+            const llama_memory_context_i * mctx);
+
+    void set_input(const llama_ubatch * ubatch) override;
+
+    bool can_reuse(const llm_graph_params & params) override;
+
+    // replaces llm_graph_context::build_attn_mha() and the stores before it
+    //   q_cur [n_embd_head_k, n_head,    n_tokens]
+    //   k_cur [n_embd_head_k, n_head_kv, n_tokens]
+    //   v_cur [n_embd_head_v, n_head_kv, n_tokens]
+    //   sinks [n_head]
+    // kq_mask is that of the retrieval heads; k_cur and v_cur are nullptr if the layer reads the cache of an earlier one
+    // returns [n_embd_head_v*n_head, n_tokens]
+    ggml_tensor * build_attn(
+            const llm_graph_context & g,
+            ggml_tensor * kq_mask,
+            ggml_tensor * q_cur,
+            ggml_tensor * k_cur,
+            ggml_tensor * v_cur,
+            ggml_tensor * kq_b,
+            ggml_tensor * sinks,
+                  float   kq_scale,
+                    int   il) const;
+
+private:
+    std::vector<std::unique_ptr<llm_graph_razor_seq>> seqs;
+
+    const uint32_t n_tokens; // of each sequence
 };
 
 // return an upper bound for the number of nodes that razor adds to a graph

@@ -74,7 +74,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         const int64_t n_retrieval = plan.retrieval[il].size();
         const int64_t n_local     = plan.n_local(il);
 
-        razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, nullptr, nullptr, std::vector<group_sums>(plan.groups.size()) };
+        razor_layer layer = { il, (uint32_t) n_retrieval, (uint32_t) n_local, nullptr, nullptr, nullptr, nullptr, {}, std::vector<group_sums>(plan.groups.size()) };
 
         const int32_t source = reuse ? reuse(il) : -1;
 
@@ -90,10 +90,10 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         auto & ctx_ptr = ctx_map[buft];
         if (!ctx_ptr) {
-            // up to 4 tensors per layer, 2 per group, 2 per retrieval head and stream
+            // up to 4 tensors per layer and 2 per group, their parts of each stream, 2 per retrieval head and stream
             size_t n_tensors = 0;
             for (const auto & heads : plan.retrieval) {
-                n_tensors += 4 + 2*plan.groups.size() + 2*(1 + n_strm)*heads.size();
+                n_tensors += (4 + 2*plan.groups.size())*(1 + n_strm) + 2*(1 + n_strm)*heads.size();
             }
 
             ggml_init_params params = {
@@ -161,6 +161,23 @@ llama_kv_cache_razor::llama_kv_cache_razor(
 
         layer.device_token = layer.device       && n_groups <= 1 && !hparams_model.use_alibi;
         layer.device_batch = layer.device_batch && n_groups <= 1 && !hparams_model.use_alibi;
+
+        std::vector<ggml_tensor *> tensors = { layer.k, layer.v };
+        if (split) {
+            tensors.insert(tensors.end(), { layer.k_local, layer.v_local });
+        }
+        for (const auto & sums : layer.sums) {
+            if (sums.k) {
+                tensors.insert(tensors.end(), { sums.k, sums.v });
+            }
+        }
+
+        for (uint32_t s = 0; n_strm > 1 && s < n_strm; ++s) {
+            auto & parts = layer.parts.emplace_back();
+            for (ggml_tensor * t : tensors) {
+                parts.push_back(ggml_view_2d(ctx, t, t->ne[0], t->ne[1], t->nb[1], s*t->nb[2]));
+            }
+        }
 
         // each retrieval head is a layer of llama_kv_cache
         for (int64_t i = 0; i < n_retrieval; ++i) {
@@ -300,8 +317,15 @@ const char * llama_kv_cache_razor::split_batch(
             bool equal_seqs,
             std::vector<llama_ubatch> & ubatches) const {
     // 1. check that the cache can be used
-    if (broken) {
-        return "the cache was changed in a way that local heads cannot follow, clear it before the next token is decoded";
+    const llama_batch & batch = balloc.get_batch();
+
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        if (batch.n_seq_id[i] != 1 || batch.seq_id[i][0] >= (llama_seq_id) n_stream) {
+            return "a token of several sequences is not supported, decode it in one sequence and copy the sequence";
+        }
+        if (streams[batch.seq_id[i][0]].broken) {
+            return "the sequence was changed in a way that local heads cannot follow, clear it before the next token is decoded";
+        }
     }
     if (!cparams.causal_attn) {
         return "non-causal attention is not supported, switch razor off for this context";
@@ -313,13 +337,58 @@ const char * llama_kv_cache_razor::split_batch(
     // 2. split the batch where the frontier changes
     balloc.split_reset();
 
-    uint32_t pos = n_tokens(0);
+    std::vector<uint32_t> next(n_stream);   // position of the next token of each sequence
+    std::vector<uint32_t> n_left(n_stream); // tokens that are in no ubatch
+
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        next[s] = n_tokens(s);
+    }
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        n_left[batch.seq_id[i][0]]++;
+    }
+
+    int32_t i_next = 0; // first token that is in no ubatch
+
+    auto is_used = [&](int32_t i) { return (uint32_t) batch.pos[i] < next[batch.seq_id[i][0]]; };
 
     while (true) {
-        // all positions of an ubatch have the same frontiers, so the contents of the cache do not depend on the split
-        const uint32_t n_max = std::min(n_ubatch, plan.frontier_end(pos) - pos);
+        while (i_next + 1 < batch.n_tokens && is_used(i_next)) {
+            ++i_next;
+        }
 
-        auto ubatch = equal_seqs ? balloc.split_seq(n_max) : balloc.split_simple(n_max);
+        // all positions of a sequence in an ubatch have the same frontiers, so the contents of the cache do not depend on the split
+        auto n_to_frontier = [&](uint32_t s) { return plan.frontier_end(next[s]) - next[s]; };
+
+        const uint32_t s_next = batch.seq_id[i_next][0];
+
+        // the sequences of split_equal(), and the tokens that each of them can have
+        uint32_t n_seqs = 1;
+        uint32_t n_each = n_left[s_next];
+        uint32_t n_room = n_to_frontier(s_next);
+
+        for (int32_t i = i_next + 1; i < batch.n_tokens && n_seqs < MAX_SEQS; ++i) {
+            const uint32_t s = batch.seq_id[i][0];
+
+            if (s == s_next + n_seqs && !is_used(i)) {
+                n_seqs++;
+                n_each = std::min(n_each, n_left[s]);
+                n_room = std::min(n_room, n_to_frontier(s));
+            }
+        }
+
+        llama_ubatch ubatch;
+
+        // the ubatch begins with the first token that is in no ubatch
+        // it takes several sequences if one of them ends in it. Other ubatches are large enough with one sequence
+        if (n_seqs == MAX_SEQS && n_each == 1 && n_ubatch >= MAX_SEQS) {
+            ubatch = balloc.split_equal(MAX_SEQS - 1, true, 0); // it takes one more sequence, with one token each
+        } else if (n_seqs > 1 && n_seqs < MAX_SEQS && n_each <= n_room && n_each*n_seqs <= n_ubatch) {
+            ubatch = balloc.split_equal(n_each*n_seqs, true, 0);
+        } else {
+            const uint32_t n_max = std::min(n_ubatch, n_to_frontier(s_next));
+
+            ubatch = equal_seqs || n_stream > 1 ? balloc.split_seq(n_max) : balloc.split_simple(n_max);
+        }
 
         if (ubatch.n_tokens == 0) {
             break;
@@ -331,28 +400,34 @@ const char * llama_kv_cache_razor::split_batch(
         }
 
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            if (ubatch.seq_id[i][0] != 0 || ubatch.n_seq_id[i] != 1) {
-                return "more than one sequence is not supported, switch razor off for this context";
-            }
-            if (ubatch.pos[i] != (llama_pos) (pos + i)) {
+            const uint32_t s = ubatch.seq_id[i][0];
+
+            if (ubatch.pos[i] != (llama_pos) next[s]) {
                 return "the positions of a sequence must start at 0 and follow each other without a gap";
             }
-        }
 
-        pos += ubatch.n_tokens;
+            next[s]++;
+            n_left[s]--;
+
+            if (next[s] > plan.n_ctx) {
+                return "the context is full";
+            }
+        }
 
         ubatches.push_back(std::move(ubatch)); // NOLINT
     }
 
-    if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return "failed to split the batch";
-    }
-
-    return pos > plan.n_ctx ? "the context is full" : nullptr;
+    return balloc.get_n_used() < balloc.get_n_tokens() ? "failed to split the batch" : nullptr;
 }
 
 llama_memory_context_ptr llama_kv_cache_razor::init_full() {
     return std::make_unique<llama_kv_cache_razor_context>(this);
+}
+
+llama_memory_context_ptr llama_kv_cache_razor::init_update(llama_context * lctx, bool optimize) {
+    GGML_UNUSED(optimize);
+
+    return std::make_unique<llama_kv_cache_razor_update>(this, lctx);
 }
 
 bool llama_kv_cache_razor::get_can_shift() const {
@@ -367,9 +442,14 @@ void llama_kv_cache_razor::clear(bool data) {
         st = empty_state();
     }
 
-    last_step = step_info();
+    last_steps.clear();
+}
 
-    broken = false;
+void llama_kv_cache_razor::clear_stream(uint32_t strm) {
+    v_cells[strm].reset();
+    v_heads[strm] = 0;
+
+    streams[strm] = empty_state();
 }
 
 llama_kv_cache_razor::stream_state llama_kv_cache_razor::empty_state() const {
@@ -412,37 +492,67 @@ void llama_kv_cache_razor::unfold(group_state & st, uint32_t to) const {
 }
 
 bool llama_kv_cache_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    const uint32_t n = n_tokens(0);
-
-    if (seq_id > 0) {
-        return true; // there is no such sequence
-    }
-
     p0 = std::max(p0, 0);
     if (p1 < 0) {
         p1 = std::numeric_limits<llama_pos>::max();
     }
 
-    if (p0 == 0 && (uint32_t) p1 >= n) {
-        clear(false);
+    // ask all sequences before the first one changes
+    const auto range = streams_of(seq_id);
 
-        return true;
+    for (uint32_t s = range.first; s < range.end; ++s) {
+        // sequences that end before p0 do not matter if all are meant
+        const bool is_shorter = seq_id < 0 && n_stream > 1 && n_tokens(s) < (uint32_t) p0;
+
+        if (!is_shorter && !can_remove(s, p0, p1)) {
+            return false;
+        }
     }
 
-    if (p0 >= p1 || (uint32_t) p0 == n) {
+    for (uint32_t s = range.first; s < range.end; ++s) {
+        remove(s, p0, p1);
+    }
+
+    return true;
+}
+
+llama_kv_cache_razor::stream_range llama_kv_cache_razor::streams_of(llama_seq_id seq_id) const {
+    if (seq_id < 0) {
+        return { 0, n_stream };
+    }
+
+    return { (uint32_t) seq_id, std::min<uint32_t>((uint32_t) seq_id + 1, n_stream) };
+}
+
+bool llama_kv_cache_razor::can_remove(uint32_t strm, uint32_t p0, uint32_t p1) const {
+    const uint32_t n = n_tokens(strm);
+
+    if ((p0 == 0 && p1 >= n) || p0 >= p1 || p0 == n) {
         return true;
     }
 
     // there must be p0 tokens to keep, and tokens in the middle cannot be removed from a mean
-    if ((uint32_t) p0 > n || (uint32_t) p1 < n) {
+    if (p0 > n || p1 < n) {
         return false;
     }
 
-    auto & st = streams[0];
+    return can_unfold_to(streams[strm], p0);
+}
 
-    if (!can_unfold_to(st, p0)) {
-        return false;
+void llama_kv_cache_razor::remove(uint32_t strm, uint32_t p0, uint32_t p1) {
+    const uint32_t n = n_tokens(strm);
+
+    if (p0 == 0 && p1 >= n) {
+        clear_stream(strm);
+
+        return;
     }
+
+    if (p0 >= p1 || p0 >= n) {
+        return;
+    }
+
+    auto & st = streams[strm];
 
     for (size_t g = 0; g < plan.groups.size(); ++g) {
         const uint32_t frontier = plan.groups[g].frontier(p0);
@@ -452,24 +562,29 @@ bool llama_kv_cache_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         }
     }
 
-    return llama_kv_cache::seq_rm(seq_id, p0, p1);
+    llama_kv_cache::seq_rm(strm, p0, p1);
 }
 
 void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
-    GGML_ASSERT(seq_id == 0);
+    const uint32_t strm = get_stream(seq_id);
 
-    auto & st = streams[last_step.strm];
+    const auto it = std::find_if(last_steps.begin(), last_steps.end(), [&](const auto & step) { return step.strm == strm; });
+    if (it == last_steps.end()) {
+        return; // cleared
+    }
+
+    auto & st = streams[strm];
 
     LLAMA_LOG_WARN("%s: the ubatch at position %d did not complete\n", __func__, p0);
 
     // some layers may have folded and others may not
-    const auto & groups = last_step.groups;
+    const auto & groups = it->groups;
 
     for (size_t g = 0; g < groups.size(); ++g) {
         if (groups[g].n_fold > 0 && st.n_high > groups[g].fold_from + plan.groups[g].ring()) {
-            LLAMA_LOG_WARN("%s: rows that were to be folded are overwritten, clearing the cache\n", __func__);
+            LLAMA_LOG_WARN("%s: rows that were to be folded are overwritten, clearing the sequence\n", __func__);
 
-            clear(false);
+            clear_stream(strm);
 
             return;
         }
@@ -485,17 +600,62 @@ void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
 }
 
 void llama_kv_cache_razor::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    GGML_UNUSED(p0);
-    GGML_UNUSED(p1);
-
-    if (seq_id_src != seq_id_dst) {
-        LLAMA_LOG_ERROR("razor: seq_cp is not supported, the context has one sequence\n");
+    if (seq_id_src == seq_id_dst) {
+        return;
     }
+
+    for (const llama_seq_id seq_id : { seq_id_src, seq_id_dst }) {
+        if (seq_id < 0 || seq_id >= (llama_seq_id) n_stream) {
+            LLAMA_LOG_ERROR("razor: seq_cp of sequence %d to %d is not possible, the context has %u (n_seq_max)\n", seq_id_src, seq_id_dst, n_stream);
+
+            return;
+        }
+    }
+
+    const llama_pos n = n_tokens(seq_id_src);
+
+    clear_stream(seq_id_dst);
+
+    if (n > 0 && (p0 > 0 || (p1 >= 0 && p1 < n))) {
+        LLAMA_LOG_ERROR("razor: seq_cp of a part of a sequence is not supported, copy all of it (p0 = p1 = -1)\n");
+        streams[seq_id_dst].broken = true;
+
+        return;
+    }
+
+    llama_kv_cache::seq_cp(seq_id_src, seq_id_dst, -1, -1);
+
+    // upstream would copy the rows of the retrieval heads alone
+    sc_info = {};
+    copies.emplace_back(seq_id_src, seq_id_dst);
+
+    streams[seq_id_dst] = streams[seq_id_src];
+}
+
+void llama_kv_cache_razor::copy_streams() const {
+    for (const auto & [src, dst] : copies) {
+        for (const auto & layer : layers_razor) {
+            for (size_t i = 0; layer.k && i < layer.parts[src].size(); ++i) {
+                ggml_backend_tensor_copy(layer.parts[src][i], layer.parts[dst][i]);
+            }
+        }
+    }
+
+    copies.clear();
 }
 
 void llama_kv_cache_razor::seq_keep(llama_seq_id seq_id) {
-    if (seq_id != 0) {
-        clear(false);
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        if ((llama_seq_id) s != seq_id) {
+            clear_stream(s);
+        }
+    }
+}
+
+void llama_kv_cache_razor::set_broken(llama_seq_id seq_id, const char * why) {
+    if (seq_id >= 0 && seq_id < (llama_seq_id) n_stream && n_tokens(seq_id) > 0) {
+        LLAMA_LOG_ERROR("razor: %s\n", why);
+        streams[seq_id].broken = true;
     }
 }
 
@@ -503,9 +663,8 @@ void llama_kv_cache_razor::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos 
     GGML_UNUSED(p0);
     GGML_UNUSED(p1);
 
-    if (seq_id == 0 && shift != 0 && n_tokens(0) > 0) {
-        LLAMA_LOG_ERROR("razor: seq_add is not supported, positions cannot be shifted (llama_memory_can_shift is false)\n");
-        broken = true;
+    if (shift != 0) {
+        set_broken(seq_id, "seq_add is not supported, positions cannot be shifted (llama_memory_can_shift is false)");
     }
 }
 
@@ -513,9 +672,8 @@ void llama_kv_cache_razor::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos 
     GGML_UNUSED(p0);
     GGML_UNUSED(p1);
 
-    if (seq_id == 0 && d != 1 && n_tokens(0) > 0) {
-        LLAMA_LOG_ERROR("razor: seq_div is not supported, positions cannot be divided\n");
-        broken = true;
+    if (d != 1) {
+        set_broken(seq_id, "seq_div is not supported, positions cannot be divided");
     }
 }
 
@@ -557,13 +715,22 @@ uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     return n_tokens(strm) - n_left;
 }
 
-llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ubatch & ubatch) {
-    const uint32_t strm = 0;
+std::vector<llama_kv_cache_razor::step_info> llama_kv_cache_razor::apply_local(const llama_ubatch & ubatch) {
+    const uint32_t n = ubatch.n_tokens/ubatch.n_seqs_unq;
 
+    last_steps.clear();
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; i += n) {
+        last_steps.push_back(apply_seq(get_stream(ubatch.seq_id[i][0]), ubatch.pos[i], n));
+    }
+
+    return last_steps;
+}
+
+llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens) {
     auto & st = streams[strm];
 
-    const uint32_t pos0  = ubatch.pos[0];
-    const uint32_t n_end = pos0 + ubatch.n_tokens;
+    const uint32_t n_end = pos0 + n_tokens;
 
     step_info res;
 
@@ -598,8 +765,6 @@ llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_local(const llama_ub
     }
 
     st.n_high = std::max(st.n_high, n_end);
-
-    last_step = res;
 
     return res;
 }
@@ -670,7 +835,7 @@ uint64_t llama_kv_cache_razor::fingerprint() const {
 }
 
 template<typename F>
-void llama_kv_cache_razor::for_each_local_head(const stream_state & st, F && f) const {
+void llama_kv_cache_razor::for_each_local_head(uint32_t strm, const stream_state & st, F && f) const {
     for (const auto & layer : layers_razor) {
         for (auto * t : { layer.k_local, layer.v_local }) {
             for (size_t g = 0; g < plan.groups.size(); ++g) {
@@ -678,78 +843,35 @@ void llama_kv_cache_razor::for_each_local_head(const stream_state & st, F && f) 
                 const uint32_t n_used = plan.groups[g].n_used(st.n_high, st.groups[g].frontier);
 
                 for (size_t i = 0; i < plan.local[layer.il][g].size(); ++i) {
-                    f(t, (plan.first_row(layer.il, g) + i*plan.groups[g].cells)*t->nb[1], n_used*t->nb[1]);
+                    f(t, strm*t->nb[2] + (plan.first_row(layer.il, g) + i*plan.groups[g].cells)*t->nb[1], n_used*t->nb[1]);
                 }
             }
         }
 
         for (const auto & sums : layer.sums) {
             if (sums.k) {
-                f(sums.k, 0, SLOT_ZERO*sums.k->nb[1]);
-                f(sums.v, 0, SLOT_ZERO*sums.v->nb[1]);
+                f(sums.k, strm*sums.k->nb[2], SLOT_ZERO*sums.k->nb[1]);
+                f(sums.v, strm*sums.v->nb[2], SLOT_ZERO*sums.v->nb[1]);
             }
         }
     }
 }
 
-void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    const auto & st = streams[0];
-
-    // there is only one sequence, all others are empty
-    const uint32_t n = seq_id > 0 ? 0 : n_tokens(0);
-
-    const uint64_t fp = fingerprint();
-
-    io.write(&RAZOR_STATE_MAGIC,   sizeof(RAZOR_STATE_MAGIC));
-    io.write(&RAZOR_STATE_VERSION, sizeof(RAZOR_STATE_VERSION));
-    io.write(&fp,                  sizeof(fp));
-    io.write(&n,                   sizeof(n));
-    io.write(&st.n_high,           sizeof(st.n_high));
+void llama_kv_cache_razor::state_write_stream(llama_io_write_i & io, uint32_t n, const stream_state & st) const {
+    io.write(&n,         sizeof(n));
+    io.write(&st.n_high, sizeof(st.n_high));
     for (const auto & group : st.groups) {
         io.write(&group.frontier,      sizeof(group.frontier));
         io.write(&group.frontier_prev, sizeof(group.frontier_prev));
         io.write(&group.slot,          sizeof(group.slot));
     }
-
-    llama_kv_cache::state_write(io, seq_id, flags);
-
-    if (n == 0) {
-        return;
-    }
-
-    for_each_local_head(st, [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); });
 }
 
-void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    llama_razor_error_set("");
+uint32_t llama_kv_cache_razor::state_read_stream(llama_io_read_i & io, stream_state & st) const {
+    uint32_t n = 0;
 
-    // 1. check the header, before anything is changed
-    uint32_t magic   = 0;
-    uint32_t version = 0;
-    uint64_t fp      = 0;
-    uint32_t n       = 0;
-
-    stream_state st = empty_state();
-
-    io.read(&magic, sizeof(magic));
-    if (magic != RAZOR_STATE_MAGIC) {
-        llama_razor_error_throw("the state was not saved by a context that runs razor, load it with razor off");
-    }
-
-    io.read(&version, sizeof(version));
-    if (version != RAZOR_STATE_VERSION) {
-        llama_razor_error_throw("the state was saved by another version of razor, evaluate the prompt again");
-    }
-
-    io.read(&fp, sizeof(fp));
-    if (fp != fingerprint()) {
-        llama_razor_error_throw(
-                "the state was saved under another plan (heads, window, sinks, compensation, KV types or flash attention), "
-                "load it with the options it was saved with");
-    }
-
-    io.read(&n,                sizeof(n));
-    io.read(&st.n_high,        sizeof(st.n_high));
+    io.read(&n,         sizeof(n));
+    io.read(&st.n_high, sizeof(st.n_high));
     for (auto & group : st.groups) {
         io.read(&group.frontier,      sizeof(group.frontier));
         io.read(&group.frontier_prev, sizeof(group.frontier_prev));
@@ -776,36 +898,106 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         llama_razor_error_throw("the state is damaged, evaluate the prompt again");
     }
 
-    if (seq_id > 0) {
-        llama_razor_error_throw("more than one sequence is not supported, load the state into sequence 0");
+    return n;
+}
+
+void llama_kv_cache_razor::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    copy_streams();
+
+    const uint64_t fp = fingerprint();
+
+    io.write(&RAZOR_STATE_MAGIC,   sizeof(RAZOR_STATE_MAGIC));
+    io.write(&RAZOR_STATE_VERSION, sizeof(RAZOR_STATE_VERSION));
+    io.write(&fp,                  sizeof(fp));
+
+    const auto range = streams_of(seq_id);
+
+    for (uint32_t s = range.first; s < range.end; ++s) {
+        state_write_stream(io, n_tokens(s), streams[s]);
+    }
+    if (range.first >= range.end) {
+        state_write_stream(io, 0, empty_state());
     }
 
-    // 2. read the retrieval heads, then the local heads; clear the cache if that fails
+    llama_kv_cache::state_write(io, seq_id, flags);
+
+    for (uint32_t s = range.first; s < range.end; ++s) {
+        if (n_tokens(s) > 0) {
+            for_each_local_head(s, streams[s], [&](ggml_tensor * t, size_t offset, size_t size) { io.write_tensor(t, offset, size); });
+        }
+    }
+}
+
+void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    llama_razor_error_set("");
+
+    // 1. check the header, before anything is changed
+    uint32_t magic   = 0;
+    uint32_t version = 0;
+    uint64_t fp      = 0;
+
+    io.read(&magic, sizeof(magic));
+    if (magic != RAZOR_STATE_MAGIC) {
+        llama_razor_error_throw("the state was not saved by a context that runs razor, load it with razor off");
+    }
+
+    io.read(&version, sizeof(version));
+    if (version != RAZOR_STATE_VERSION) {
+        llama_razor_error_throw("the state was saved by another version of razor, evaluate the prompt again");
+    }
+
+    io.read(&fp, sizeof(fp));
+    if (fp != fingerprint()) {
+        llama_razor_error_throw(
+                "the state was saved under another plan (heads, window, sinks, compensation, KV types, number of sequences or flash attention), "
+                "load it with the options it was saved with");
+    }
+
+    const uint32_t n_read = seq_id < 0 ? n_stream : 1;
+    const uint32_t first  = std::max(seq_id, 0);
+
+    std::vector<uint32_t>     n(n_read);
+    std::vector<stream_state> st(n_read, empty_state());
+
+    for (uint32_t i = 0; i < n_read; ++i) {
+        n[i] = state_read_stream(io, st[i]);
+    }
+
+    if (first + n_read > n_stream) {
+        llama_razor_error_throw(format("the context has no sequence %d, load the state into a sequence below %u (n_seq_max)", seq_id, n_stream));
+    }
+
+    // 2. read the retrieval heads, then the local heads; clear what was to be read if that fails
+    copy_streams();
+
     try {
-        if (seq_id == 0) {
+        if (seq_id >= 0) {
             // upstream would only free the cells of the sequence
-            clear(false);
+            clear_stream(seq_id);
         }
 
         llama_kv_cache::state_read(io, seq_id, flags);
 
-        if (n_tokens(0) != n) {
-            throw std::runtime_error("razor: the state is damaged, evaluate the prompt again");
+        for (uint32_t i = 0; i < n_read; ++i) {
+            if (n_tokens(first + i) != n[i]) {
+                throw std::runtime_error("razor: the state is damaged, evaluate the prompt again");
+            }
+
+            if (n[i] > 0) {
+                for_each_local_head(first + i, st[i], [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
+
+                streams[first + i] = st[i];
+            }
         }
-
-        if (n == 0) {
-            clear(false);
-
-            return;
-        }
-
-        for_each_local_head(st, [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
-
-        streams[0] = st;
     } catch (const std::exception & err) {
         llama_razor_error_set(err.what());
         io.discard();
-        clear(true);
+
+        if (n_read == n_stream) {
+            clear(true);
+        } else {
+            clear_stream(seq_id);
+        }
         throw;
     }
 }
@@ -823,7 +1015,7 @@ bool llama_kv_cache_razor::has_devices() const {
 //
 
 llama_kv_cache_razor_context::llama_kv_cache_razor_context(llama_kv_cache_razor * kv) :
-    llama_kv_cache_context(kv), kv_razor(kv), step(kv->full_step()) {
+    llama_kv_cache_context(kv), kv_razor(kv), steps({ kv->full_step() }) {
 }
 
 llama_kv_cache_razor_context::llama_kv_cache_razor_context(
@@ -833,7 +1025,7 @@ llama_kv_cache_razor_context::llama_kv_cache_razor_context(
     llama_kv_cache_context(kv, sinfos, std::move(ubatches)), kv_razor(kv) {
 
     for (auto & sinfo : sinfos) {
-        cells.push_back(std::move(sinfo.idxs[0]));
+        cells.push_back(std::move(sinfo.idxs));
     }
 }
 
@@ -844,7 +1036,23 @@ bool llama_kv_cache_razor_context::next() {
 }
 
 bool llama_kv_cache_razor_context::apply() {
-    step = kv_razor->apply_local(get_ubatch());
+    steps = kv_razor->apply_local(get_ubatch());
 
     return llama_kv_cache_context::apply();
+}
+
+//
+// llama_kv_cache_razor_update
+//
+
+llama_kv_cache_razor_update::llama_kv_cache_razor_update(const llama_kv_cache_razor * kv, llama_context * lctx) :
+    llama_kv_cache_context(kv->has_copies() ? LLAMA_MEMORY_STATUS_SUCCESS : LLAMA_MEMORY_STATUS_NO_UPDATE), kv(kv), lctx(lctx) {
+}
+
+bool llama_kv_cache_razor_update::apply() {
+    llama_synchronize(lctx);
+
+    kv->copy_streams();
+
+    return true;
 }

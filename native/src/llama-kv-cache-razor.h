@@ -3,7 +3,9 @@
 // the KV cache of a context with RazorAttention
 //
 // the content of the local heads depends only on the tokens, not on how they were split into batches: the fold frontier of a group
-// is a function of the position, all positions of an ubatch have the same frontiers, and only apply_local() folds
+// is a function of the position, all positions of a sequence in an ubatch have the same frontiers, and only apply_local() folds
+//
+// each sequence has a stream of its own, with the same number: its cells, rows, accumulators and frontiers
 
 #include "llama-hparams.h"
 #include "llama-kv-cache.h"
@@ -44,7 +46,15 @@ public:
     struct stream_state {
         uint32_t n_high = 0; // positions below this one were written since the last clear, even if they were removed again
 
+        // an operation was requested that local heads do not support: refuse to decode until the stream is cleared
+        bool broken = false;
+
         std::vector<group_state> groups;
+    };
+
+    struct stream_range {
+        uint32_t first;
+        uint32_t end;
     };
 
     // the part of an ubatch's graph that concerns the local heads of a group
@@ -56,9 +66,10 @@ public:
         uint32_t n_fold    = 0;
     };
 
+    // one sequence of an ubatch
     struct step_info {
         uint32_t strm = 0;
-        uint32_t pos0 = 0; // first position of the ubatch
+        uint32_t pos0 = 0; // its first position in the ubatch
 
         std::vector<group_step> groups;
     };
@@ -87,6 +98,9 @@ public:
         // the tensors with the rows of the groups: separate ones if the layer is split, else k and v
         ggml_tensor * k_local;
         ggml_tensor * v_local;
+
+        // with several streams: for each of them, its part of each tensor of the layer
+        std::vector<std::vector<ggml_tensor *>> parts;
 
         std::vector<group_sums> sums; // one per group, with nullptr if there is no compensation or the group has no heads in the layer
 
@@ -120,12 +134,15 @@ public:
 
     llama_memory_context_ptr init_full() override;
 
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
     bool get_can_shift() const override;
 
     void clear(bool data) override;
 
-    // only the end of the sequence can be removed, across a fold only while the folded rows are still in the ring
+    // only the end of a sequence can be removed, across a fold only while the folded rows are still in the ring
     bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    // only a whole sequence can be copied, else the copy is empty and must be removed before it is used
     void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id)                                                          override;
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
@@ -138,7 +155,10 @@ public:
     // llama_kv_cache_razor specific API
     //
 
-    // split the batch into ubatches whose positions have the same frontier
+    // maximum number of sequences in an ubatch: each of them has its own attention in the graph
+    static constexpr uint32_t MAX_SEQS = 8;
+
+    // split the batch into ubatches, in each of which the positions of a sequence have the same frontier
     // with equal_seqs: for memories with a recurrent part
     // return why the batch is refused, nullptr if it is not
     const char * split_batch(
@@ -147,12 +167,13 @@ public:
             bool equal_seqs,
             std::vector<llama_ubatch> & ubatches) const;
 
-    // to be called if an ubatch was applied but its computation failed
-    // undo the ubatch, or clear the cache if rows that are needed for it were overwritten
+    // to be called for each sequence of an ubatch that was applied but whose computation failed
+    // undo the ubatch, or clear the sequence if rows that are needed for it were overwritten
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
 
     // to be called for each ubatch before its graph is built
-    step_info apply_local(const llama_ubatch & ubatch);
+    // return a step for each of its sequences, which have the same number of tokens
+    std::vector<step_info> apply_local(const llama_ubatch & ubatch);
 
     // return the step with the largest graph
     step_info full_step() const;
@@ -177,6 +198,16 @@ public:
 
     const stream_state & get_state(uint32_t strm) const { return streams[strm]; }
 
+    // return the streams of a sequence id: all of them if it is negative, none if there is no such sequence
+    stream_range streams_of(llama_seq_id seq_id) const;
+
+    void clear_stream(uint32_t strm);
+
+    // perform the copies that seq_cp() requested; no computation may be running
+    void copy_streams() const;
+
+    bool has_copies() const { return !copies.empty(); }
+
     // return the number of tokens that seq_rm() can remove from the end
     uint32_t n_rollback(uint32_t strm) const;
 
@@ -190,17 +221,17 @@ private:
 
     const llama_razor_plan plan;
 
-    // an operation was requested that local heads do not support: refuse to decode until the cache is cleared
-    bool broken = false;
-
     std::vector<stream_state> streams;
+
+    // pending copies from a stream to another one, performed before the rows of a stream are read or written
+    mutable std::vector<std::pair<uint32_t, uint32_t>> copies;
 
     std::vector<razor_layer> layers_razor; // one per layer of the plan
 
     std::vector<int32_t> sources; // layer -> layer whose cache it reads
 
     // result of the last apply_local()
-    step_info last_step;
+    std::vector<step_info> last_steps;
 
     void init_rotation();
 
@@ -208,6 +239,17 @@ private:
 
     // return the state of an empty stream
     stream_state empty_state() const;
+
+    // return true if the positions [p0, p1) of a stream can be removed
+    bool can_remove(uint32_t strm, uint32_t p0, uint32_t p1) const;
+
+    void remove(uint32_t strm, uint32_t p0, uint32_t p1);
+
+    // advance a stream by tokens that follow pos0
+    step_info apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens);
+
+    // make a sequence unusable, if it has tokens
+    void set_broken(llama_seq_id seq_id, const char * why);
 
     // return true if the frontier of a group can be moved back: the rows from position `to` on are still in the ring
     bool can_unfold(const stream_state & st, size_t i_group, uint32_t to) const;
@@ -219,7 +261,12 @@ private:
 
     // call f(tensor, offset, size), in bytes, for the rows in use of each local head and for the accumulators
     template<typename F>
-    void for_each_local_head(const stream_state & st, F && f) const;
+    void for_each_local_head(uint32_t strm, const stream_state & st, F && f) const;
+
+    void state_write_stream(llama_io_write_i & io, uint32_t n, const stream_state & st) const;
+
+    // return the number of tokens, throws if the state cannot be right
+    uint32_t state_read_stream(llama_io_read_i & io, stream_state & st) const;
 };
 
 class llama_kv_cache_razor_context : public llama_kv_cache_context {
@@ -236,20 +283,37 @@ public:
     bool next()  override;
     bool apply() override;
 
-    const llama_kv_cache_razor            & get_kv()   const { return *kv_razor; }
-    const llama_kv_cache_razor::step_info & get_step() const { return step; }
+    const llama_kv_cache_razor & get_kv() const { return *kv_razor; }
 
-    // return the cells of the ubatch's tokens in the retrieval heads
-    const std::vector<uint32_t> & get_cells() const { return cells[i_cur]; }
+    // return the number of sequences of the ubatch
+    uint32_t n_seqs() const { return steps.size(); }
+
+    const llama_kv_cache_razor::step_info & get_step(uint32_t i_seq) const { return steps[i_seq]; }
+
+    // return the cells of a sequence's tokens in the retrieval heads
+    const std::vector<uint32_t> & get_cells(uint32_t i_seq) const { return cells[i_cur][i_seq]; }
 
 private:
     llama_kv_cache_razor * kv_razor;
 
-    llama_kv_cache_razor::step_info step;
+    std::vector<llama_kv_cache_razor::step_info> steps;
 
-    std::vector<std::vector<uint32_t>> cells; // per ubatch
+    std::vector<std::vector<std::vector<uint32_t>>> cells; // per ubatch and sequence
 
     size_t i_cur = 0;
+};
+
+// performs the pending copies of streams
+class llama_kv_cache_razor_update : public llama_kv_cache_context {
+public:
+    llama_kv_cache_razor_update(const llama_kv_cache_razor * kv, llama_context * lctx);
+
+    bool apply() override;
+
+private:
+    const llama_kv_cache_razor * kv;
+
+    llama_context * lctx;
 };
 
 // refuse a batch, for a reason that llama_razor_last_error() returns

@@ -11,6 +11,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <limits>
 
 //
 // llama_memory_razor
@@ -42,15 +43,34 @@ struct razor_sliding_cells : llama_kv_cache {
 
         return res;
     }
+
+    static void clear(llama_kv_cache & swa, uint32_t strm) {
+        (*(swa.*(&razor_sliding_cells::v_cells_impl)))[strm].reset();
+        (swa.*(&razor_sliding_cells::v_heads))[strm] = 0;
+    }
+
+    // perform the copies that upstream would perform at the next update
+    static void copy_streams(llama_kv_cache & swa) {
+        auto & copies = swa.*(&razor_sliding_cells::sc_info);
+
+        for (size_t i = 0; i < copies.ssrc.size(); ++i) {
+            for (const auto & layer : swa.*(&razor_sliding_cells::layers)) {
+                ggml_backend_tensor_copy(layer.k_stream[copies.ssrc[i]], layer.k_stream[copies.sdst[i]]);
+                ggml_backend_tensor_copy(layer.v_stream[copies.ssrc[i]], layer.v_stream[copies.sdst[i]]);
+            }
+        }
+
+        copies = {};
+    }
 };
 
 llama_memory_context_ptr llama_memory_razor::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /* embd_all */) {
     llama_razor_error_set("");
 
-    const llama_pos pos_max = swa ? swa->seq_pos_max(0) : recr->seq_pos_max(0);
-
-    if (pos_max + 1 != (llama_pos) kv->n_tokens(0)) {
-        return llama_razor_refuse_batch("the parts of the cache hold different numbers of tokens, clear it before the next token is decoded");
+    for (uint32_t s = 0; s < kv->get_n_stream(); ++s) {
+        if (pos_max_other(s) + 1 != (llama_pos) kv->n_tokens(s)) {
+            return llama_razor_refuse_batch("the parts of the cache hold different numbers of tokens, clear it before the next token is decoded");
+        }
     }
 
     std::vector<llama_ubatch> ubatches;
@@ -79,49 +99,69 @@ llama_memory_context_ptr llama_memory_razor::init_batch(llama_batch_allocr & bal
     return std::make_unique<llama_kv_cache_iswa_context>(iswa, std::move(sinfos), std::move(sinfos_swa), std::move(ubatches));
 }
 
-bool llama_memory_razor::can_keep(uint32_t n) const {
+llama_pos llama_memory_razor::pos_max_other(uint32_t strm) const {
+    return swa ? swa->seq_pos_max(strm) : recr->seq_pos_max(strm);
+}
+
+bool llama_memory_razor::can_keep(uint32_t strm, uint32_t n) const {
     if (recr) {
-        return recr->seq_pos_max(0) + 1 == (llama_pos) n;
+        return recr->seq_pos_max(strm) + 1 == (llama_pos) n;
     }
 
-    if (swa->seq_pos_max(0) + 1 < (llama_pos) n) {
+    if (swa->seq_pos_max(strm) + 1 < (llama_pos) n) {
         return false;
     }
 
     // the token at position n must not attend to tokens that are gone
-    const llama_pos pos_min = swa->seq_pos_min(0);
+    const llama_pos pos_min = swa->seq_pos_min(strm);
 
     const auto & hparams = kv->get_model_hparams();
 
     return pos_min <= 0 || llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, pos_min - 1, n);
 }
 
+void llama_memory_razor::clear_other(uint32_t strm) {
+    if (swa) {
+        razor_sliding_cells::clear(*swa, strm);
+    } else if (kv->get_n_stream() == 1) {
+        recr->clear(false);
+    } else {
+        recr->seq_rm(strm, -1, -1);
+    }
+}
+
 bool llama_memory_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    const llama_pos n = kv->n_tokens(0);
-
-    if (seq_id > 0) {
-        return true; // there is no such sequence
-    }
-
     p0 = std::max(p0, 0);
-
-    if (p0 == 0 && (p1 < 0 || p1 >= n)) {
-        clear(false);
-
-        return true;
-    }
-
-    if ((p1 >= 0 && p0 >= p1) || p0 == n) {
-        return true;
+    if (p1 < 0) {
+        p1 = std::numeric_limits<llama_pos>::max();
     }
 
     // ask all parts before the first one changes
-    if (!can_keep(p0) || !kv->seq_rm(seq_id, p0, p1)) {
+    const auto range = kv->streams_of(seq_id);
+
+    for (uint32_t s = range.first; s < range.end; ++s) {
+        const llama_pos n = kv->n_tokens(s);
+
+        const bool all  = p0 == 0 && p1 >= n;
+        const bool none = p0 >= p1 || p0 >= n;
+
+        if (!all && !none && !can_keep(s, p0)) {
+            return false;
+        }
+    }
+
+    if (!kv->seq_rm(seq_id, p0, p1)) {
         return false;
     }
 
-    if (swa) {
-        swa->seq_rm(0, p0, -1);
+    for (uint32_t s = range.first; s < range.end; ++s) {
+        const llama_pos n = kv->n_tokens(s);
+
+        if (n == 0) {
+            clear_other(s);
+        } else if (swa) {
+            swa->seq_rm(s, n, -1);
+        }
     }
 
     return true;
@@ -129,11 +169,41 @@ bool llama_memory_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 
 void llama_memory_razor::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     kv->seq_cp(seq_id_src, seq_id_dst, p0, p1);
+
+    for (const llama_seq_id seq_id : { seq_id_src, seq_id_dst }) {
+        if (seq_id < 0 || seq_id >= (llama_seq_id) kv->get_n_stream() || seq_id_src == seq_id_dst) {
+            return;
+        }
+    }
+
+    clear_other(seq_id_dst);
+
+    if (kv->n_tokens(seq_id_dst) == 0) {
+        return; // there is nothing to copy, or not all was to be copied
+    }
+
+    if (swa) {
+        swa->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+    } else {
+        recr->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+    }
+}
+
+void llama_memory_razor::copy_streams() const {
+    kv->copy_streams();
+
+    if (swa) {
+        razor_sliding_cells::copy_streams(*swa);
+    }
 }
 
 void llama_memory_razor::seq_keep(llama_seq_id seq_id) {
-    if (seq_id != 0) {
-        clear(false);
+    kv->seq_keep(seq_id);
+
+    for (uint32_t s = 0; s < kv->get_n_stream(); ++s) {
+        if ((llama_seq_id) s != seq_id) {
+            clear_other(s);
+        }
     }
 }
 
@@ -146,6 +216,8 @@ void llama_memory_razor::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 }
 
 void llama_memory_razor::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    copy_streams();
+
     if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
         kv->state_write(io, seq_id, flags);
     }
@@ -158,16 +230,29 @@ void llama_memory_razor::state_write(llama_io_write_i & io, llama_seq_id seq_id,
 }
 
 void llama_memory_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    copy_streams();
+
     if ((flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == 0) {
+        auto clear_empty = [&]() {
+            const auto range = kv->streams_of(seq_id);
+
+            for (uint32_t s = range.first; s < range.end; ++s) {
+                if (kv->n_tokens(s) == 0) {
+                    clear_other(s);
+                }
+            }
+        };
+
         try {
             kv->state_read(io, seq_id, flags);
         } catch (...) {
-            // either nothing has changed, or the cache is empty
-            if (kv->n_tokens(0) == 0) {
-                clear(true);
-            }
+            // either nothing has changed, or what was to be read is empty
+            clear_empty();
             throw;
         }
+
+        // upstream keeps the tokens of a sequence if its state is empty
+        clear_empty();
     }
 
     try {
@@ -179,7 +264,13 @@ void llama_memory_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
     } catch (const std::exception & err) {
         llama_razor_error_set(err.what());
         io.discard();
-        clear(true);
+
+        if (seq_id < 0 || kv->get_n_stream() == 1) {
+            clear(true);
+        } else {
+            kv->clear_stream(seq_id);
+            clear_other(seq_id);
+        }
         throw;
     }
 }
@@ -187,23 +278,26 @@ void llama_memory_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
 void llama_memory_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
     kv->abort_ubatch(seq_id, p0);
 
-    if (recr || (llama_pos) kv->n_tokens(0) != p0) {
+    if (recr) {
         LLAMA_LOG_WARN("%s: clearing the cache\n", __func__);
 
         clear(false);
+    } else if ((llama_pos) kv->n_tokens(seq_id) != p0) {
+        LLAMA_LOG_WARN("%s: clearing the sequence\n", __func__);
 
-        return;
+        kv->clear_stream(seq_id);
+        clear_other(seq_id);
+    } else {
+        swa->seq_rm(seq_id, p0, -1);
     }
-
-    swa->seq_rm(0, p0, -1);
 }
 
-uint32_t llama_memory_razor::n_rollback() const {
-    const uint32_t n     = kv->n_tokens(0);
-    const uint32_t n_max = kv->n_rollback(0);
+uint32_t llama_memory_razor::n_rollback(uint32_t strm) const {
+    const uint32_t n     = kv->n_tokens(strm);
+    const uint32_t n_max = kv->n_rollback(strm);
 
     uint32_t res = 0;
-    while (res < n_max && can_keep(n - res - 1)) {
+    while (res < n_max && can_keep(strm, n - res - 1)) {
         ++res;
     }
 

@@ -31,6 +31,7 @@ public:
 
     // false with nothing changed if a part cannot go back to p0
     bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    // a recurrent state is copied when one of the sequences goes on, by upstream
     void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id)                                                          override;
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
@@ -48,11 +49,12 @@ public:
     // llama_memory_razor specific API
     //
 
-    // see llama_kv_cache_razor::abort_ubatch(); a recurrent state cannot go back, so the cache is cleared if there is one
+    // see llama_kv_cache_razor::abort_ubatch(); recurrent states cannot go back, and an ubatch may move those of other sequences,
+    // so the cache is cleared if there are some
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
 
     // return the number of tokens that seq_rm() can remove from the end
-    uint32_t n_rollback() const;
+    uint32_t n_rollback(uint32_t strm) const;
 
     llama_kv_cache_razor * get_kv() const { return kv; }
 
@@ -69,8 +71,17 @@ private:
     llama_kv_cache         * const swa;    // nullptr for hybrid
     llama_memory_recurrent * const recr;   // nullptr for iswa
 
-    // return true if the other parts can be cut to n tokens
-    bool can_keep(uint32_t n) const;
+    // return the last position of a stream in the other parts
+    llama_pos pos_max_other(uint32_t strm) const;
+
+    // return true if the other parts of a stream can be cut to n tokens
+    bool can_keep(uint32_t strm, uint32_t n) const;
+
+    // remove a stream from the other parts
+    void clear_other(uint32_t strm);
+
+    // perform the pending copies of streams of all parts
+    void copy_streams() const;
 };
 
 // create the KV cache for the layers with full attention, called by upstream's memories

@@ -48,7 +48,6 @@ static std::string razor_plan_find_unsupported(const llama_model & model, const 
     if (llm_arch_is_hybrid(model.arch) && hparams.swa_type != LLAMA_SWA_TYPE_NONE) { return "hybrid models with sliding windows"; }
     if (llm_arch_is_hybrid(model.arch) && cparams.n_rs_seq > 0)                   { return "rollback of recurrent states (n_rs_seq > 0)"; }
     if (hparams.ple_n_heads > 0)                         { return "n-gram embeddings"; }
-    if (cparams.n_seq_max > 1)                           { return "more than one sequence (n_seq_max > 1)"; }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT)   { return "draft (MTP) contexts"; }
     if (params.mem_other)                                { return "a cache that is shared with another context"; }
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR)   { return "split mode 'tensor'"; }
@@ -289,6 +288,11 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
         llama_razor_error_throw(format("%s: %s not supported, switch razor off to use the full cache", llm_arch_name(model.arch), unsupported.c_str()));
     }
 
+    if (cparams.n_seq_max > 1 && cparams.kv_unified) {
+        llama_razor_error_throw(format("local heads need a cache for each of the %u sequences (n_seq_max), set kv_unified to false or switch razor off to use the full cache",
+                    cparams.n_seq_max));
+    }
+
     // 3. find the mask and check that it fits
     const llama_razor_profile * heads = profile->retrieval.empty() ? model.razor.get() : profile;
     if (!heads) {
@@ -362,7 +366,7 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
     razor_plan_check_tensors(model, params, cparams, plan.get());
 
     if (!plan) {
-        if (!razor_plan_is_plain(model) || !razor_wants_own_attention(model) || !razor_plan_find_unsupported(model, params, cparams).empty()) {
+        if (!razor_plan_is_plain(model) || cparams.n_seq_max > 1 || !razor_wants_own_attention(model) || !razor_plan_find_unsupported(model, params, cparams).empty()) {
             return nullptr;
         }
         try {

@@ -204,7 +204,7 @@ bool llama_razor_get_seq(const llama_context * ctx, llama_seq_id seq_id, llama_r
 
     const auto * parts = dynamic_cast<const llama_memory_razor *>(ctx->get_memory());
 
-    res.n_rollback = parts ? parts->n_rollback() : kv->n_rollback(strm);
+    res.n_rollback = parts ? parts->n_rollback(strm) : kv->n_rollback(strm);
 
     *stats = res;
 

@@ -14,6 +14,7 @@ import random
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,13 +48,13 @@ class Fuzzer:
         self.hybrid = ModelFile(path).shape.recurrent_bytes > 0
         self.params = PARAMS | {"flash_attn": flash_attn}
         self.model = Model(path)
-        self.texts = _texts(path, self.rng)
+        self.texts = make_texts(path, self.rng)
         razor = Override(arch_runs.mask_of(self.model.layers()), window=64)
         self.want = []
         for text in self.texts:
             with Context(self.model, razor, **self.params) as ctx:
                 self.want.append(ctx.decode(text))
-        self.limit = self._noise()
+        self.limit = noise(self.model, self.texts[0], self.params)
         self.ctx = Context(self.model, razor, **self.params)
         self.text = 0
         self.states: list[tuple[bytes, bool, int, int]] = []  # bytes, whole, text, tokens
@@ -61,21 +62,6 @@ class Fuzzer:
     def close(self) -> None:
         self.ctx.close()
         self.model.close()
-
-    def _noise(self) -> float:
-        """Return the largest difference of logits to accept.
-
-        The order of sums depends on the cells and batches of the tokens. This is also true of
-        llama.cpp's own cache, on which the differences are measured.
-        """
-        text = self.texts[0]
-        with Context(self.model, OFF, **self.params) as ctx:
-            want = ctx.decode(text)
-        worst = 0.0
-        for size in (1, 37, 100):
-            with Context(self.model, OFF, **self.params) as ctx:
-                worst = max(worst, float(np.abs(ctx.decode(text, size) - want).max()))
-        return max(1e-4, 4 * worst)
 
     # -- operations --
 
@@ -200,12 +186,28 @@ class Fuzzer:
         raise Finding("\n".join([f"{self.name}: {text}", *self.log]))
 
 
-def _texts(path: Path, rng: random.Random) -> list[list[int]]:
+def make_texts(path: Path, rng: random.Random) -> list[list[int]]:
+    """Return the tokens of texts of a model."""
     first = arch_runs.tokens_of(path)[:1] + [rng.randrange(4, 100) for _ in range(N_TOKENS - 1)]
     texts = [first]
     for n in BRANCHES:
         texts.append(first[:n] + [rng.randrange(4, 100) for _ in range(N_TOKENS - n)])
     return texts
+
+
+def noise(model: Model, text: list[int], params: dict[str, Any]) -> float:
+    """Return the largest difference of logits to accept.
+
+    The order of sums depends on the cells and batches of the tokens. This is also true of
+    llama.cpp's own cache, on which the differences are measured.
+    """
+    with Context(model, OFF, **params) as ctx:
+        want = ctx.decode(text)
+    worst = 0.0
+    for size in (1, 37, 100):
+        with Context(model, OFF, **params) as ctx:
+            worst = max(worst, float(np.abs(ctx.decode(text, size) - want).max()))
+    return max(1e-4, 4 * worst)
 
 
 def run(n: int, seed: int = 0, archs: tuple[str, ...] = ARCHS) -> Counter[str]:

@@ -262,11 +262,10 @@ def test_other_architectures_run(arch: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"n_seq_max": 2}, "n_seq_max"),
-        ({"n_seq_max": 4, "kv_unified": True}, "n_seq_max"),
+        ({"n_seq_max": 4, "kv_unified": True}, "kv_unified"),
         ({"attention_type": 1}, "non-causal"),
     ],
-    ids=["two sequences", "unified sequences", "non-causal"],
+    ids=["unified sequences", "non-causal"],
 )
 def test_unsupported_context(params: dict[str, Any], says: str, tiny) -> None:
     override = runner.Override(bytes(4), window=16)

@@ -211,7 +211,7 @@ class Model:
 
 
 class Context:
-    """A context with one sequence.
+    """A context. Methods without a sequence id work on sequence 0.
 
     With razor=None the model's metadata decides. A stock library allows only None.
     """
@@ -331,6 +331,30 @@ class Context:
             start += size
         return np.concatenate(parts)
 
+    def decode_sequences(self, batch: Sequence[tuple[int, int, int]]) -> np.ndarray:
+        """Decode tokens of several sequences in one call.
+
+        Args:
+            batch: (sequence id, position, token) of each token.
+
+        Returns: logits f32 [n_tokens, n_vocab]. Raises RuntimeError if the call fails.
+        """
+        llama, n = bindings(), len(batch)
+        raw = llama.llama_batch_init(n, 0, 1)
+        try:
+            raw.n_tokens = n
+            for i, (seq_id, pos, token) in enumerate(batch):
+                raw.token[i], raw.pos[i], raw.logits[i] = token, pos, True
+                raw.n_seq_id[i], raw.seq_id[i][0] = 1, seq_id
+            status = llama.llama_decode(self.ptr, raw)
+        finally:
+            llama.llama_batch_free(raw)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}: {last_error()}")
+        self.n_past = self.pos_max() + 1
+        logits = llama.llama_get_logits(self.ptr)
+        return np.ctypeslib.as_array(logits, (n, self.model.n_vocab)).copy()
+
     # memory
 
     def seq_rm(self, p0: int, p1: int = -1, seq_id: int = 0) -> bool:
@@ -339,6 +363,14 @@ class Context:
         if ok:
             self.n_past = self.pos_max() + 1
         return ok
+
+    def seq_cp(self, source: int, target: int, p0: int = -1, p1: int = -1) -> None:
+        bindings().llama_memory_seq_cp(self.memory, source, target, p0, p1)
+        self.n_past = self.pos_max() + 1
+
+    def seq_keep(self, seq_id: int) -> None:
+        bindings().llama_memory_seq_keep(self.memory, seq_id)
+        self.n_past = self.pos_max() + 1
 
     def clear(self, data: bool = True) -> None:
         bindings().llama_memory_clear(self.memory, data)
@@ -353,28 +385,28 @@ class Context:
 
     # state
 
-    def save(self, whole: bool = True) -> bytes:
-        """Save the state of the context (whole) or of sequence 0."""
+    def save(self, whole: bool = True, seq_id: int = 0) -> bytes:
+        """Save the state of the context (whole) or of a sequence."""
         llama = bindings()
         if whole:
             size = llama.llama_state_get_size(self.ptr)
             buf = (ctypes.c_uint8 * size)()
             n = llama.llama_state_get_data(self.ptr, buf, size)
         else:
-            size = llama.llama_state_seq_get_size(self.ptr, 0)
+            size = llama.llama_state_seq_get_size(self.ptr, seq_id)
             buf = (ctypes.c_uint8 * size)()
-            n = llama.llama_state_seq_get_data(self.ptr, buf, size, 0)
+            n = llama.llama_state_seq_get_data(self.ptr, buf, size, seq_id)
         assert 0 < n <= size, f"state of {size} bytes, {n} written"
         return bytes(buf[:n])
 
-    def load(self, state: bytes, whole: bool = True) -> bool:
-        """Load the result of save(). Return False if the library refused it."""
+    def load(self, state: bytes, whole: bool = True, seq_id: int = 0) -> bool:
+        """Load the result of save(), of any sequence. Return False if the library refused it."""
         llama = bindings()
         buf = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if whole:
             n = llama.llama_state_set_data(self.ptr, buf, len(state))
         else:
-            n = llama.llama_state_seq_set_data(self.ptr, buf, len(state), 0)
+            n = llama.llama_state_seq_set_data(self.ptr, buf, len(state), seq_id)
         self.n_past = self.pos_max() + 1
         return n != 0
 

@@ -218,10 +218,10 @@ RAZOR_TESTS = [
         UpstreamTest(
             "test-state-restore-fragmented",
             "-m {razor}",
-            says="more than one sequence (n_seq_max > 1) not supported, switch razor off",
+            says="set kv_unified to false or switch razor off",
         ),
         False,
-        "three sequences: refused by name",
+        "three sequences in a unified cache: refused by name",
     ),
     # test-save-load-state also needs two sequences, and crashes without a context
     RazorTest(

@@ -1,0 +1,267 @@
+"""Random operations on contexts with several sequences, each compared with a context of its own.
+
+    python -m tests.fuzz.sequences --operations 100000
+
+The texts of a model branch off a common one, as in tests/fuzz/memories.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import Counter
+
+from razor_local.model_file import ModelFile
+from tests.fuzz.memories import ARCHS, N_TOKENS, PARAMS, Finding, make_texts, noise
+from tests.support import arch_models, arch_runs, runner
+from tests.support.runner import Context, Model, Override
+from tests.support.sequences import N_SEQ, Sequences, Text
+
+
+class Fuzzer:
+    """One context of a model with several sequences, and what each of them must compute."""
+
+    def __init__(self, arch: str, seed: int, flash_attn: bool) -> None:
+        path = arch_models.path_of(arch)
+        self.name = f"{arch}, flash attention {'on' if flash_attn else 'off'}, seed {seed}"
+        self.rng = random.Random(f"{arch} {seed} {flash_attn}")
+        self.done: Counter[str] = Counter()
+        self.log: list[str] = []
+        self.hybrid = ModelFile(path).shape.recurrent_bytes > 0
+        params = PARAMS | {"flash_attn": flash_attn, "n_batch": 1024}
+        self.model = Model(path)
+        razor = Override(arch_runs.mask_of(self.model.layers()), window=64)
+        self.texts = []
+        for tokens in make_texts(path, self.rng):
+            with Context(self.model, razor, **params) as ctx:
+                self.texts.append(Text(tokens, ctx.decode(tokens)))
+        self.limit = noise(self.model, self.texts[0].tokens, params)
+        self.seqs = Sequences(self.model, razor, self.texts, **params)
+        self.ctx = self.seqs.ctx
+        # bytes, whether of all sequences, the text and the number of tokens of each
+        self.states: list[tuple[bytes, bool, list[Text], list[int]]] = []
+
+    def close(self) -> None:
+        self.ctx.close()
+        self.model.close()
+
+    # -- operations --
+
+    def step(self) -> None:
+        operations = {
+            self.decode: 40, self.decode_more: 25, self.roll_back: 16, self.remove: 4,
+            self.remove_from_all: 4, self.keep: 1, self.clear: 1, self.copy: 8, self.copy_part: 2,
+            self.save: 6, self.load: 6, self.load_damaged: 3, self.abort: 6,
+        }  # fmt: skip
+        operation = self.rng.choices(list(operations), list(operations.values()))[0]
+        operation()
+        if self.seqs.lengths() != self.seqs.held:
+            self.fail(f"the sequences hold {self.seqs.lengths()} tokens, not {self.seqs.held}")
+        self.done[operation.__name__] += 1
+
+    def decode(self, most: int = 4) -> None:
+        order = self.order(most)
+        if not order:
+            self.remove()
+            return
+        self.note(f"decode {Counter(order)}")
+        try:
+            error = self.seqs.decode(order)
+        except RuntimeError as e:
+            self.fail(str(e))
+        if not error <= self.limit:
+            self.fail(f"logits differ by {error:.3g}, {self.limit:.3g} is accepted")
+
+    def decode_more(self) -> None:
+        self.decode(120)
+
+    def roll_back(self) -> None:
+        s = self.rng.randrange(N_SEQ)
+        n = self.seqs.held[s]
+        p0 = max(0, n - self.rng.randint(1, self.rng.choice([40, N_TOKENS])))
+        possible = self.ctx.seq(s).n_rollback
+        self.note(f"remove from {p0} in {s}")
+        if self.ctx.seq_rm(p0, seq_id=s):
+            self.cut(s, p0)
+        elif p0 == 0 or n - p0 <= possible:
+            self.fail(f"a rollback was refused, although {possible} tokens can be removed")
+
+    def remove(self) -> None:
+        s = self.rng.randrange(N_SEQ)
+        self.note(f"remove {s}")
+        if not self.ctx.seq_rm(-1, -1, seq_id=s):
+            self.fail("a sequence was not removed")
+        self.cut(s, 0)
+
+    def remove_from_all(self) -> None:
+        p0 = max(0, self.rng.choice(self.seqs.held) - self.rng.randint(0, 30))
+        self.note(f"remove from {p0} in all")
+        held = self.seqs.held
+        possible = all(n - p0 <= self.ctx.seq(s).n_rollback for s, n in enumerate(held))
+        if self.ctx.seq_rm(p0, seq_id=-1):
+            for s in range(N_SEQ):
+                self.cut(s, min(p0, held[s]))
+        elif possible and p0 <= max(held):
+            self.fail("a rollback was refused, although each sequence can go back")
+
+    def keep(self) -> None:
+        s = self.rng.randrange(N_SEQ)
+        self.note(f"keep {s}")
+        self.ctx.seq_keep(s)
+        for other in set(range(N_SEQ)) - {s}:
+            self.cut(other, 0)
+
+    def clear(self) -> None:
+        self.note("clear")
+        self.ctx.clear(self.rng.random() < 0.5)
+        for s in range(N_SEQ):
+            self.cut(s, 0)
+
+    def copy(self) -> None:
+        source, target = self.rng.sample(range(N_SEQ), 2)
+        self.note(f"copy {source} to {target}")
+        self.ctx.seq_cp(source, target)
+        self.seqs.text[target] = self.seqs.text[source]
+        self.cut(target, self.seqs.held[source])
+
+    def copy_part(self) -> None:
+        source, target = self.rng.sample(range(N_SEQ), 2)
+        if self.seqs.held[source] < 2:
+            return
+        self.note(f"copy a part of {source} to {target}")
+        self.ctx.seq_cp(source, target, 0, 1)
+        self.cut(target, 0)
+        try:
+            self.ctx.decode_sequences(self.seqs.batch([target]))
+        except RuntimeError:
+            pass
+        else:
+            self.fail("a copy of a part was decoded")
+        if not self.ctx.seq_rm(-1, -1, seq_id=target):
+            self.fail("a sequence was not removed")
+
+    def save(self) -> None:
+        whole, s = self.rng.random() < 0.3, self.rng.randrange(N_SEQ)
+        self.note("save all" if whole else f"save {s}")
+        state = self.ctx.save(whole, s)
+        text, held = list(self.seqs.text), list(self.seqs.held)
+        self.states.append(
+            (state, whole, text if whole else [text[s]], held if whole else [held[s]])
+        )
+        self.states = self.states[-5:]
+
+    def load(self) -> None:
+        if not self.states:
+            return
+        state, whole, text, held = self.rng.choice(self.states)
+        first = 0 if whole else self.rng.randrange(N_SEQ)
+        self.note(f"load {held} to {'all' if whole else first}")
+        if not self.ctx.load(state, whole, first):
+            self.fail(f"a state was refused: {runner.last_error()}")
+        self.seqs.text[first : first + len(text)] = text
+        for s, n in enumerate(held, first):
+            self.cut(s, n)
+
+    def load_damaged(self) -> None:
+        """A state that ends too early changes nothing, or leaves its sequences empty."""
+        if not self.states:
+            return
+        state, whole, _, held = self.rng.choice(self.states)
+        first = 0 if whole else self.rng.randrange(N_SEQ)
+        end = self.rng.randrange(16, len(state) - 1)
+        self.note(f"load {end} bytes of {len(state)} to {'all' if whole else first}")
+        if self.ctx.load(state[:end], whole, first):
+            self.fail("a state that ends too early was taken")
+        loaded = range(first, first + len(held))
+        if not any(self.seqs.lengths()[s] for s in loaded):
+            for s in loaded:
+                self.cut(s, 0)
+
+    def abort(self) -> None:
+        order = self.order(200)
+        if not order:
+            return
+        nodes = self.rng.randint(0, 1500)
+        self.note(f"decode {Counter(order)}, abort after {nodes} nodes")
+        held = list(self.seqs.held)
+        self.ctx.abort_after(nodes)
+        try:
+            error = self.seqs.decode(order)
+        except RuntimeError:
+            error = 0.0
+        finally:
+            self.ctx.abort_after(None)
+        if not error <= self.limit:
+            self.fail(f"logits differ by {error:.3g}, {self.limit:.3g} is accepted")
+        now = self.seqs.lengths()
+        lost = [s for s in range(N_SEQ) if now[s] < held[s]]
+        for s in range(N_SEQ):
+            if now[s] > held[s] + order.count(s) or (s in lost and now[s] > 0):
+                self.fail(f"the sequences hold {now} tokens, before there were {held}")
+        if len(lost) > 1 and not self.hybrid:
+            self.fail(f"several sequences were lost: {now} are left of {held}")
+        for s in range(N_SEQ):
+            self.cut(s, now[s])
+
+    # -- the texts --
+
+    def order(self, most: int) -> list[int]:
+        """Draw the sequences of the tokens of a batch."""
+        order = []
+        for s in self.rng.sample(range(N_SEQ), self.rng.randint(1, N_SEQ)):
+            order += [s] * min(self.rng.randint(1, most), N_TOKENS - self.seqs.held[s])
+        if self.rng.random() < 0.5:
+            self.rng.shuffle(order)
+        else:
+            order.sort()  # then more ubatches hold several sequences
+        return order
+
+    def cut(self, s: int, n: int) -> None:
+        """Go on after n tokens, with any text that begins with them."""
+        held = self.seqs.text[s].tokens[:n]
+        self.seqs.text[s] = self.rng.choice([t for t in self.texts if t.tokens[:n] == held])
+        self.seqs.held[s] = n
+
+    # -- checks --
+
+    def note(self, text: str) -> None:
+        texts = [self.texts.index(text) for text in self.seqs.text]
+        self.log.append(f"texts {texts}, {self.seqs.held} tokens: {text}")
+        self.log = self.log[-30:]
+
+    def fail(self, text: str) -> None:
+        raise Finding("\n".join([f"{self.name}: {text}", *self.log]))
+
+
+def run(n: int, seed: int = 0, archs: tuple[str, ...] = ARCHS) -> Counter[str]:
+    """Run n operations in all, as many on each architecture. Raises Finding."""
+    done: Counter[str] = Counter()
+    runs = [(arch, flash_attn) for arch in archs for flash_attn in (True, False)]
+    for arch, flash_attn in runs:
+        fuzzer = Fuzzer(arch, seed, flash_attn)
+        try:
+            while sum(fuzzer.done.values()) < n / len(runs):
+                fuzzer.step()
+        finally:
+            fuzzer.close()
+        done += fuzzer.done
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--operations", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("archs", nargs="*", default=ARCHS)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    done = run(arguments.operations, arguments.seed, tuple(arguments.archs))
+    seconds = time.monotonic() - started
+    n = len(arguments.archs)
+    print(f"{sum(done.values()):,} operations on {n} architectures in {seconds:.0f} s, none found")
+    print(", ".join(f"{name} {count:,}" for name, count in done.most_common()))
+
+
+if __name__ == "__main__":
+    main()
