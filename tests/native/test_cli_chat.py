@@ -314,13 +314,17 @@ def test_a_recalled_message_has_its_pasted_text():
         t.expect(sent.replace(str(len(text) + 5), str(len(text) + 4)))
 
 
-def test_a_line_that_only_looks_like_a_command_is_a_message():
+def test_a_line_that_only_looks_like_a_command():
     with terminal("-n", "1", code=COUNTING) as t:
         for line in ("/usr/bin/ls is a path", "/exit code 3", "/etc", "/clear it all up", "//"):
             t.expect(">>>")
             t.send(f"{line}\r")
-            told = "there is no /etc" if line == "/etc" else f"<{len(line)} "
-            t.expect(told)
+            refused = {
+                "/etc": "there is no /etc",
+                "/exit code 3": "/exit takes no text",
+                "/clear it all up": "/clear takes no text",
+            }
+            t.expect(refused.get(line, f"<{len(line)} "))
         t.expect(">>>")
         t.send("/exit\r")
         assert t.wait()[0] == 0

@@ -408,6 +408,20 @@ def test_state_of_an_empty_sequence(model, texts) -> None:
         assert seqs.decode([1, 0] * 60) <= TOLERANCE
 
 
+def test_state_of_an_empty_sequence_with_sliding_windows() -> None:
+    """It empties the sliding part of its target too, which upstream keeps."""
+    with runner.Model(arch_models.path_of("gemma3")) as model:
+        razor = runner.Override(arch_runs.mask_of(model.layers()), window=64)
+        texts = make_texts(model, razor, 2, swa_full=False)
+        with Sequences(model, razor, texts, 2, swa_full=False) as seqs:
+            state = seqs.ctx.save(whole=False, seq_id=0)
+            seqs.fill([330, 200])
+            assert seqs.ctx.load(state, whole=False, seq_id=1)
+            seqs.held[1] = 0
+            assert seqs.lengths() == seqs.held
+            assert seqs.fill([360, 120], seed=1) <= 1e-3
+
+
 def test_state_of_a_sequence_is_refused(model, texts) -> None:
     """By a sequence that does not exist, and by a context with another number of sequences."""
     with Sequences(model, PLAN, texts) as seqs:

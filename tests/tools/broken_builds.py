@@ -163,7 +163,7 @@ BREAKS = [
     Break("state-of-first-stream", CACHE, "f(t, strm*t->nb[2] + ", "f(t, ", "test_state_of_a_sequence_in_another_one test_state_of_all_sequences"),
     Break("state-with-first-sums", CACHE, "f(sums.k, strm*sums.k->nb[2], ", "f(sums.k, 0, ", "test_state_of_a_sequence_in_another_one test_state_of_all_sequences"),
     Break("state-added-to-a-sequence", CACHE, "            clear_stream(seq_id);\n        }\n\n        llama_kv_cache::state_read", "        }\n\n        llama_kv_cache::state_read", "test_state_of_an_empty_sequence"),
-    Break("state-of-empty-sequence-ignored", MEMORY, "        // upstream keeps the tokens of a sequence if its state is empty\n        clear_empty();", "", "test_random_operations_on_sequences"),
+    Break("state-of-empty-sequence-ignored", MEMORY, "        // upstream keeps the tokens of a sequence if its state is empty\n        clear_empty();", "", "test_state_of_an_empty_sequence_with_sliding_windows"),
     Break("state-of-other-streams", CACHE, "    add(get_n_stream());", "", "test_state_of_a_sequence_is_refused"),
     Break("state-in-no-sequence", CACHE, "if (first + n_read > n_stream) {", "if (false) {", "test_state_of_a_sequence_is_refused"),
     Break("state-clears-all", CACHE, "        } else {\n            clear_stream(seq_id);\n        }\n        throw;", "        } else {\n            clear(true);\n        }\n        throw;", "test_damaged_state_of_a_sequence"),
