@@ -13,6 +13,8 @@ import argparse
 import random
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -210,26 +212,28 @@ def noise(model: Model, text: list[int], params: dict[str, Any]) -> float:
     return max(1e-4, 4 * worst)
 
 
-def run(n: int, seed: int = 0, archs: tuple[str, ...] = ARCHS) -> Counter[str]:
-    """Run n operations, distributed evenly over the architectures. Raises Finding."""
+def run(n: int, seed: int = 0, archs: Sequence[str] = ARCHS, fuzzer: Any = Fuzzer) -> Counter[str]:
+    """Run n operations, distributed evenly over the architectures. Raises Finding.
+
+    Args:
+        fuzzer: called with an architecture, the seed, and whether flash attention is on.
+    """
     done: Counter[str] = Counter()
     runs = [(arch, flash_attn) for arch in archs for flash_attn in (True, False)]
     for arch, flash_attn in runs:
-        fuzzer = Fuzzer(arch, seed, flash_attn)
-        try:
-            while sum(fuzzer.done.values()) < n / len(runs):
-                fuzzer.step()
-        finally:
-            fuzzer.close()
-        done += fuzzer.done
+        with closing(fuzzer(arch, seed, flash_attn)) as machine:
+            while sum(machine.done.values()) < n / len(runs):
+                machine.step()
+            done += machine.done
     return done
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(description: str, archs: Sequence[str], run: Callable[..., Counter[str]]) -> None:
+    """Run the operations that the command line asks for, and print their numbers."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--operations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("archs", nargs="*", default=ARCHS)
+    parser.add_argument("archs", nargs="*", default=archs)
     arguments = parser.parse_args()
     started = time.monotonic()
     done = run(arguments.operations, arguments.seed, tuple(arguments.archs))
@@ -240,4 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, ARCHS, run)

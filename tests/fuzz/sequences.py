@@ -7,12 +7,12 @@ The texts of a model branch off a common one, as in tests/fuzz/memories.py.
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
 from collections import Counter
+from collections.abc import Sequence
 
 from razor_local.model_file import ModelFile
+from tests.fuzz import memories
 from tests.fuzz.memories import ARCHS, N_TOKENS, PARAMS, Finding, make_texts, noise
 from tests.support import arch_models, arch_runs, runner
 from tests.support.runner import Context, Model, Override
@@ -234,34 +234,10 @@ class Fuzzer:
         raise Finding("\n".join([f"{self.name}: {text}", *self.log]))
 
 
-def run(n: int, seed: int = 0, archs: tuple[str, ...] = ARCHS) -> Counter[str]:
-    """Run n operations in all, as many on each architecture. Raises Finding."""
-    done: Counter[str] = Counter()
-    runs = [(arch, flash_attn) for arch in archs for flash_attn in (True, False)]
-    for arch, flash_attn in runs:
-        fuzzer = Fuzzer(arch, seed, flash_attn)
-        try:
-            while sum(fuzzer.done.values()) < n / len(runs):
-                fuzzer.step()
-        finally:
-            fuzzer.close()
-        done += fuzzer.done
-    return done
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--operations", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("archs", nargs="*", default=ARCHS)
-    arguments = parser.parse_args()
-    started = time.monotonic()
-    done = run(arguments.operations, arguments.seed, tuple(arguments.archs))
-    seconds = time.monotonic() - started
-    n = len(arguments.archs)
-    print(f"{sum(done.values()):,} operations on {n} architectures in {seconds:.0f} s, none found")
-    print(", ".join(f"{name} {count:,}" for name, count in done.most_common()))
+def run(n: int, seed: int = 0, archs: Sequence[str] = ARCHS) -> Counter[str]:
+    """Run n operations, distributed evenly over the architectures. Raises Finding."""
+    return memories.run(n, seed, archs, Fuzzer)
 
 
 if __name__ == "__main__":
-    main()
+    memories.main(__doc__, ARCHS, run)
