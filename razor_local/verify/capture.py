@@ -87,6 +87,7 @@ class Capture:
         self.copies: dict[int, np.ndarray] = {}  # by address of the tensor
         self.found: dict[str, int] = {}  # q, k, v of the layer under way: address
         self.scale = self.cap = 0.0
+        self.out_scale = 1.0  # of Grok
         self.sinks: np.ndarray | None = None
         self.il = -1
         self.layers: dict[int, dict[str, list[np.ndarray]]] = {}
@@ -181,11 +182,14 @@ class Capture:
             self._find("q", tensor.src[1], self.shape.head_dim_k, self.shape.n_head[self.il])
         elif op == "SOFT_MAX" and name.startswith("kq_soft_max-"):
             self._parameters(tensor)
+            self.scale *= self.out_scale
             self._find_sinks(tensor)
         elif name.startswith("kq_scaled_2-"):
-            self.cap = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))[0]
-        elif name.startswith("kq_tanh-") and self.shape.arch == "grok":
-            self._refuse("the soft cap of this architecture")
+            self.cap = _float_parameter(tensor)
+        elif name.startswith("kq_scaled-"):  # Grok: cap * tanh(q.k * out_scale / cap)
+            tanh = Tensor.from_address(tensor.src[0])
+            self.cap = _float_parameter(tensor)
+            self.out_scale = _float_parameter(Tensor.from_address(tanh.src[0])) * self.cap
         elif op not in ("GET_ROWS", "FLASH_ATTN_EXT", "CUSTOM", "REPEAT") and tensor.type == F32:
             d, n, _, rest = tensor.ne
             seen = op in _SAME_DATA and tensor.src[0] in self.copies
@@ -308,9 +312,6 @@ class Capture:
         """Return whether a layer has full attention with a cache of its own."""
         return il < self.shape.n_layer and self.shape.n_head_kv[il] > 0
 
-    def _refuse(self, feature: str) -> None:
-        raise UnsupportedError(f"this model has {feature}, which the reference does not support")
-
     def _finish(self, il: int, pointer: int) -> None:
         """Keep the inputs and outputs of a layer in this ubatch."""
         if self._name(pointer).startswith("attn_out") and len(self.found) < 3:
@@ -342,7 +343,7 @@ class Capture:
                 )
         parts["out"].append(out[chosen])
         self.logits[il] = self.scale, self.cap, self.sinks
-        self.cap, self.sinks = 0.0, None
+        self.cap, self.out_scale, self.sinks = 0.0, 1.0, None
         self.copies.clear()
         self.found.clear()
 
@@ -351,6 +352,12 @@ class Capture:
 
     def _name(self, pointer: int | None) -> str:
         return Tensor.from_address(pointer).name.decode("utf-8", "replace") if pointer else ""
+
+
+def _float_parameter(tensor: Tensor) -> float:
+    """Return the first parameter of an operation."""
+    value: float = ctypes.cast(tensor.op_params, ctypes.POINTER(c_float))[0]
+    return value
 
 
 def _which(same: np.ndarray) -> int | None:
