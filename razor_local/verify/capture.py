@@ -23,6 +23,7 @@ KEYS_COMPARED = 8  # tokens of each ubatch whose keys show which heads are store
 _CACHE = re.compile(r"cache_(razor_)?([kv])_(local_)?l(\d+)\b")  # of both caches
 # where the output has a gate, the model gives it another name
 _OUTPUT = re.compile(r"(?:kqv_out|attn_pregate|attn_out)-(\d+)$")
+_MOVED = re.compile(r"[^#]+#(.+)#\d+$")  # a copy of a tensor on another backend
 _SAME_DATA = ("VIEW", "RESHAPE", "CONT", "PERMUTE", "TRANSPOSE", "PAD")
 
 
@@ -85,6 +86,7 @@ class Capture:
             )
         }
         self.copies: dict[int, np.ndarray] = {}  # by address of the tensor
+        self.named: dict[str, int] = {}  # the last tensor of each name: address
         self.found: dict[str, int] = {}  # q, k, v of the layer under way: address
         self.scale = self.cap = 0.0
         self.out_scale = 1.0  # of Grok
@@ -155,6 +157,7 @@ class Capture:
             check_layout(self.lib, pointer)
             self.checked = True
         self.copies.pop(pointer, None)  # of a tensor that was in the same memory
+        self.named[self._name(pointer)] = pointer
         is_input = self._is_input(pointer, Tensor.from_address(pointer))
         return is_input or _OUTPUT.match(self._name(pointer)) is not None
 
@@ -219,6 +222,8 @@ class Capture:
         """Follow data back to the model's tensor of shape [d, n_heads, n_tokens]."""
         found = None
         while pointer:
+            moved = _MOVED.match(self._name(pointer))
+            pointer = self.named.get(moved[1], pointer) if moved else pointer
             tensor = Tensor.from_address(pointer)
             if tuple(tensor.ne[:2]) == (d, n_heads) and tensor.ne[3] == 1:
                 if pointer in self.copies:

@@ -86,6 +86,13 @@ def test_attention_of_each_layer(path: Path, flash_attn: bool) -> None:
     assert arch_runs.attention_error(path, flash_attn) <= tolerance(1e-4)
 
 
+@over("gemma3", "lfm2")
+@pytest.mark.skipif(runner.GPU_LAYERS == 0, reason="needs a device")
+def test_attention_with_the_cache_in_main_memory(path: Path) -> None:
+    """The device computes large batches, and its keys and values are copied to the cache."""
+    assert arch_runs.attention_error(path, False, n_gpu_layers=0) <= tolerance(1e-4)
+
+
 @over("gpt-oss", "gemma4", "lfm2", "granitehybrid", "qwen35", "qwen35moe", "qwen3vl", "gemma2")
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_attention_with_several_windows(path: Path, flash_attn: bool) -> None:

@@ -69,7 +69,11 @@ def _logits(path: Path, razor: Override | None, flash_attn: bool) -> np.ndarray:
 
 
 def attention_error(
-    path: Path, flash_attn: bool, kv_type: str = "f32", windows: tuple[int, ...] = (WINDOW,)
+    path: Path,
+    flash_attn: bool,
+    kv_type: str = "f32",
+    windows: tuple[int, ...] = (WINDOW,),
+    n_gpu_layers: int = runner.GPU_LAYERS,
 ) -> float:
     """The worst relative error of a head's output against the reference (verify).
 
@@ -94,6 +98,7 @@ def attention_error(
         result = verify(
             path, n_ctx=1024, n_tokens=n_tokens(path), sidecar=sidecar, rows=100,
             type_k=kv_type, type_v=kv_type, flash_attn=flash_attn, n_threads=1,
+            n_gpu_layers=n_gpu_layers,
         )  # fmt: skip
     assert result.misplaced == (), result.misplaced
     n_local = len({group.group for group in result.groups if group.group.startswith("local")})

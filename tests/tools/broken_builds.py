@@ -262,6 +262,7 @@ NO_BREAK = {
     "test_states_and_rollbacks": "operations of upstream's cache, which the patches do not change",
     "test_patches_stay_small": "counts lines",
     "test_nodes_added_per_layer_on_devices": "needs a device",
+    "test_attention_with_the_cache_in_main_memory": "needs a device",
     "test_lying_array_lengths": "upstream's GGUF reader refuses these before our code sees them",
     "test_truncated_files": "the same",
     "test_random_operations_on_each_memory": "a fuzzer, whose findings become tests of their own",
