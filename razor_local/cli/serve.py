@@ -269,15 +269,17 @@ def _arguments(
     server: Path, model: Path, context: ContextOptions, slots: Slots, options: dict[str, Any]
 ) -> list[str]:
     from ..common.machine import n_cores
+    from ..native.loaded import C
     from ..server.command import PAGE
 
+    typed = click.get_current_context().meta.get(TYPED_MODEL)
     given = {
         "-m": model,
+        "--alias": model.stem if typed is None or Path(typed).exists() else typed,
         "--host": options["host"],
         "--port": options["port"],
         "-c": slots.n_ctx * slots.n_slots,
         "-np": slots.n_slots,
-        "-ngl": "all" if options["n_gpu_layers"] < 0 else options["n_gpu_layers"],
         "-t": options["threads"] or n_cores(),
         "-b": context.n_batch,
         "-ub": context.n_ubatch,
@@ -290,9 +292,8 @@ def _arguments(
         "--path": PAGE,
         "-lv": 3 if options["verbose"] else 1,
     }
-    name = click.get_current_context().meta.get(TYPED_MODEL)
-    if name is not None and not Path(name).exists():
-        given["--alias"] = name
+    if C.llama_supports_gpu_offload():
+        given["-ngl"] = "all" if options["n_gpu_layers"] < 0 else options["n_gpu_layers"]
     words = [word for item in given.items() for word in map(str, item)]
     extra = click.get_current_context().meta[EXTRA]
     return [str(server), *words, "--no-kv-unified", "--metrics", *extra]
