@@ -233,6 +233,11 @@ class DryModel:
         """
         options = options or ContextOptions()
         n_ctx = self.padded(n_ctx)
+        if n_ctx * options.n_slots > MAX_DRY_RUN:
+            raise UnsupportedError(
+                f"{options.n_slots} slots of {n_ctx:,} tokens cannot be planned, expected up to"
+                f" {MAX_DRY_RUN:,} tokens in all"
+            )
         known = self._needs.setdefault(options, {})
         if n_ctx not in known:
             known[n_ctx] = self._dry_run(n_ctx, options)

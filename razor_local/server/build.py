@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..common.files import cache_folder, check_room
@@ -174,7 +174,8 @@ def _compile(
                     raise _failure(path.relative_to(sources), process.returncode, log)
     finally:
         for process in running:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return objects
 

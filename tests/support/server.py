@@ -26,7 +26,7 @@ class Server:
     """
 
     def __init__(self, *args: object, env: dict[str, str] | None = None) -> None:
-        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8")
         command = [sys.executable, "-c", MAIN, "serve", "--port", "0", *map(str, args)]
         self.process = subprocess.Popen(
             command, stderr=self._stderr, stdout=subprocess.DEVNULL, env=os.environ | (env or {})
