@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from razor_local.fit import RAM, ContextOptions, DryModel
 from razor_local.server import build, slots
 from razor_local.server.slots import choose_slots
 from tests.support.cli import run
+from tests.support.commands import all_examples
 from tests.support.tiny_models import TinySpec
 
 PROFILE = read_profile(DEFAULT_MODEL)
@@ -134,6 +136,13 @@ def test_errors(serve, args, code, says):
     assert stderr.count("Error: ") == 1
 
 
+@pytest.mark.parametrize("line", [n for n in all_examples() if n.startswith("razor-local serve")])
+def test_examples(serve, line):
+    args = shlex.split(line)[2:]
+    args[:1] = [str(DEFAULT_MODEL)] * (args[:1] != ["--"])
+    assert serve(*args)[0]["-m"] == str(DEFAULT_MODEL)
+
+
 def test_building_is_announced(serve, monkeypatch):
     monkeypatch.setattr(build, "find_server", lambda: None)
     monkeypatch.setattr(build, "build_server", lambda progress, stop: Path("/built"))
@@ -167,10 +176,10 @@ def test_fewer_slots_where_razor_would_save_nothing(monkeypatch):
     assert chosen.why_fewer == "with more of them, razor would save nothing"
     chosen = choose_slots(DEFAULT_MODEL, options, n_slots=4)
     assert chosen.n_slots == 4 and not chosen.need.active and chosen.why_fewer is None
-    with_memory(monkeypatch, 2**34)
+    with_memory(monkeypatch, 2**35)
     chosen = choose_slots(DEFAULT_MODEL, options, n_max=4096)
     assert (chosen.n_slots, chosen.n_ctx, chosen.why_fewer) == (4, 4096, None)
-    assert chosen.prompt_cache == 8192 - 16
+    assert chosen.prompt_cache == slots.MAX_PROMPT_CACHE
 
 
 def test_slots_that_do_not_fit(monkeypatch):

@@ -191,6 +191,30 @@ def test_a_client_that_leaves_frees_its_slot(server):
     assert server.say(PROMPT).startswith(ANSWER)
 
 
+def test_a_full_context(server):
+    """The answer ends; local heads cannot be shifted."""
+    with Server("-c", 2048, "--parallel", 1, "--", "--context-shift") as small:
+        options = {"max_tokens": 4000, "ignore_eos": True}
+        answer = small.chat(text_with(FACT), **options)
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == 2048
+        assert small.say(PROMPT).startswith(ANSWER)
+
+
+def test_speculative_decoding(server):
+    """Rejected drafts are taken back, also across a fold."""
+    options = ("-md", DEFAULT_MODEL, "--spec-type", "draft-simple", "--spec-draft-n-max", 16)
+    with Server("-c", 8192, "--parallel", 2, "--", *options) as drafting:
+        n_rejected = 0
+        for n in range(300, 1500, 200):
+            text = text_with(FACT, n, n) + QUESTION
+            request = {"ignore_eos": True, "max_tokens": 300}
+            answer = drafting.chat(text, **request)
+            assert answer["choices"] == server.chat(text, **request)["choices"]
+            n_rejected += answer["timings"]["draft_n"] - answer["timings"]["draft_n_accepted"]
+        assert n_rejected > 0
+
+
 def test_saved_slots(server, tmp_path):
     text = text_with(FACT, 1500) + QUESTION
     with Server("-c", 8192, "--parallel", 2, "--", "--slot-save-path", f"{tmp_path}/") as saving:
