@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import ipaddress
 import json
+import os
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,22 @@ def is_loopback(host: str) -> bool:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise RazorError if a server could not listen there now."""
+    """Raise RazorError if a server could not listen there now.
+
+    A Unix socket that no program listens to is removed, because it would be in the way.
+    """
     if host.endswith(".sock"):
-        return
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(host)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            if stat.S_ISSOCK(os.stat(host).st_mode):
+                return os.unlink(host)
+        except OSError as error:
+            raise RazorError(f"cannot listen on {host}: {error.strerror or error}") from None
+        raise RazorError(f"cannot listen on {host}: another program does, or it is no socket")
     try:
         (family, *_, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

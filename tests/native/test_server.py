@@ -308,6 +308,16 @@ def test_signals_end_the_server(number):
         server.get("/health")
 
 
+def test_a_signal_that_comes_twice():
+    """As Ctrl-C does, from the terminal and from a parent process."""
+    server = Server("-c", 4096, "--parallel", 1)
+    for _ in range(3):
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert server.process.wait(20) == 0, server.stderr()
+    assert "Thread" not in server.stderr()
+
+
 def test_the_full_cache():
     with Server("--no-razor", "-c", 8192, "--parallel", 2) as server:
         assert re.search(r"2 slots of 8192 tokens, KV cache 96\.0 MiB \(full\)$", server.line)

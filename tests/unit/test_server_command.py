@@ -43,9 +43,24 @@ def test_a_port_that_is_taken():
         with pytest.raises(RazorError, match=says):
             check_port("127.0.0.1", port)
     check_port("127.0.0.1", port)
-    check_port("/no/folder/a.sock", port)
     with pytest.raises(RazorError, match="this machine has no such address"):
         check_port("192.0.2.1", 8080)  # of documentation
+
+
+def test_a_unix_socket(tmp_path):
+    path = tmp_path / "a.sock"
+    check_port(str(path), 0)
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(path))
+        taken.listen()
+        with pytest.raises(RazorError, match="another program does"):
+            check_port(str(path), 0)
+    check_port(str(path), 0)
+    assert not path.exists()
+    path.write_text("a file")
+    with pytest.raises(RazorError, match="no socket"):
+        check_port(str(path), 0)
+    assert path.exists()
 
 
 def test_the_environment_of_a_profile():

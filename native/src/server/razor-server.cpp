@@ -7,6 +7,8 @@
 #include <cpp-httplib/httplib.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -174,6 +176,20 @@ void razor_server_started(const std::vector<std::string> & addresses) {
                 razor_n_slots, razor_n_slots == 1 ? "" : "s", razor_stats.n_ctx, cache.c_str());
     }
     fflush(stderr);
+}
+
+//
+// signals
+//
+
+bool razor_server_is_repeated() {
+    static std::atomic<int64_t> last = { 0 };
+
+    const int64_t now = std::chrono::duration_cast<std::chrono::milliseconds>(
+            std::chrono::steady_clock::now().time_since_epoch()).count();
+    const int64_t before = last.exchange(now);
+
+    return before && now - before < 500;
 }
 
 //

@@ -34,5 +34,9 @@ std::string razor_server_metrics();
 // return false and fill the response if the request is refused
 bool razor_server_accepts(const common_params & params, const httplib::Request & req, httplib::Response & res);
 
+// called for each signal that ends the server: return true if the last one came just before
+// a terminal, a parent process and programs such as timeout send the same signal one after the other
+bool razor_server_is_repeated();
+
 // print the addresses, the slots and the size of the cache
 void razor_server_started(const std::vector<std::string> & addresses);
