@@ -90,7 +90,7 @@ def razor_environment(
         params = native.make_params(
             profile, own_attention=True, type_k_local=type_k_local, type_v_local=type_v_local
         )
-        for name, _ in params._fields_:
+        for name in (field[0] for field in params._fields_):
             value = getattr(params, name)
             if isinstance(value, int):
                 config[name] = value

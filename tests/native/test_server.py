@@ -265,10 +265,10 @@ def test_bodies(server):
     for body in ("", "{", "[]", "null", "1", '{"messages": 1}', b"\xff\xfe", "[" * 100_000):
         status, _ = server.post(url, body)
         assert 400 <= status < 500 or status == 500, body
-    with pytest.raises(OSError):
-        for _ in range(3):  # the server answers 413 and closes while the client still sends
-            assert server.post(url, b"a" * (100 << 20))[0] == 413
-        raise OSError
+    try:
+        assert server.post(url, b"a" * (100 << 20))[0] == 413
+    except OSError:  # the server closes the connection while the client still sends
+        pass
     assert server.say(PROMPT).startswith(ANSWER)
 
 
