@@ -36,6 +36,7 @@ from .terminal import ProgressBar, say
 
 if TYPE_CHECKING:
     from ..fit import ContextOptions
+    from ..plan import Plan
     from ..server.slots import Slots
 
 EXTRA = "razor_local.extra"  # key of click's context
@@ -160,15 +161,15 @@ def serve(model: Path, **options: Any) -> None:
     context = _context(model, options)
     slots = _choose_slots(model, context, options)
     plan = _plan(model, context, slots)
-    if context.profile is None and options["razor"]:
-        say("the model has no razor profile, so the full cache runs")
-    elif plan is not None and not plan.active:
-        say(f"the full cache runs: {plan.why_inactive}")
+    if slots.need.why_inactive is not None:
+        say(f"the full cache runs: {slots.need.why_inactive}")
     if slots.why_fewer is not None:
         say(f"note: {count_text(slots.n_slots, 'slot')} instead of 4: {slots.why_fewer}")
 
     arguments = _arguments(server, model, context, slots, options)
-    environment = os.environ | razor_environment(
+    read = {param.envvar for param in click.get_current_context().command.params}
+    environment = {name: value for name, value in os.environ.items() if name not in read}
+    environment |= razor_environment(
         context.profile, plan, slots.n_slots, razor=options["razor"], **local_types(options)
     )
     if options["api_key"] is not None:
@@ -249,7 +250,7 @@ def _choose_slots(model: Path, context: ContextOptions, options: dict[str, Any])
         )
 
 
-def _plan(model: Path, context: ContextOptions, slots: Slots) -> Any:
+def _plan(model: Path, context: ContextOptions, slots: Slots) -> Plan | None:
     """Return the plan of one slot, None for a model that no plan describes."""
     from ..model_file import ModelFile
     from ..plan import make_plan
@@ -290,6 +291,7 @@ def _arguments(
         "--cache-ram": slots.prompt_cache,
         "--cors-origins": "localhost",
         "--path": PAGE,
+        "--timeout": 600,  # seconds; connections that send nothing would be kept for an hour
         "-lv": 3 if options["verbose"] else 1,
     }
     if C.llama_supports_gpu_offload():

@@ -96,9 +96,17 @@ def test_a_full_cache(serve):
 
 def test_a_model_without_a_profile(serve, tiny):
     path = tiny(TinySpec("llama"))
-    started, stderr = serve(path, "--calibrate", "never")
-    assert "the model has no razor profile, so the full cache runs" in stderr
+    started, _ = serve(path, "--calibrate", "never")
     assert "RAZOR_LOCAL_SERVER" not in started.env and started["--alias"] == path.stem
+
+
+def test_variables_of_llama_server(serve, monkeypatch):
+    """Those that serve reads are not passed on, because llama-server would warn of them."""
+    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "2048")
+    monkeypatch.setenv("LLAMA_ARG_N_PREDICT", "7")
+    started, _ = serve()
+    assert started["-c"] == str(4 * 2048)
+    assert "LLAMA_ARG_CTX_SIZE" not in started.env and started.env["LLAMA_ARG_N_PREDICT"] == "7"
 
 
 def test_keys(serve, monkeypatch):

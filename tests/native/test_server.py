@@ -23,7 +23,7 @@ from razor_local.server.build import build_server
 from tests.support.server import Server, chat_request
 from tests.support.texts import FACT, QUESTION, text_with
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server")]
+pytestmark = pytest.mark.slow
 
 PLAN = make_plan(read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL), 8192)
 PROMPT = f"{FACT} {QUESTION}"
