@@ -6,7 +6,7 @@ set(razor_tree ${CMAKE_BINARY_DIR}/llama.cpp) # a fixed place: another path woul
 
 option(RAZOR_TESTS "targets of llama.cpp's own tests, built when named (tests/tools/upstream_tests.py)" OFF)
 
-set(razor_parts CMakeLists.txt LICENSE cmake ggml include src vendor)
+set(razor_parts CMakeLists.txt LICENSE cmake ggml include src vendor common tools/mtmd tools/server tools/ui/ui.cpp.in tools/ui/ui.h.in)
 set(razor_common OFF)
 if (RAZOR_TOOLS)
     set(razor_common ON)
@@ -15,9 +15,6 @@ endif()
 if (RAZOR_TESTS)
     set(razor_common ON)
     list(APPEND razor_parts tests)
-endif()
-if (razor_common)
-    list(APPEND razor_parts common)
 endif()
 
 set(razor_patches "")
@@ -129,6 +126,13 @@ if (razor_sources AND TARGET ggml-cuda)
         set_property(SOURCE ${razor_hopper} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY COMPILE_OPTIONS -gencode=arch=compute_90a,code=sm_90a)
         set_property(SOURCE ${razor_cuda} TARGET_DIRECTORY ggml-cuda APPEND PROPERTY COMPILE_DEFINITIONS GGML_CUDA_RAZOR_HOPPER)
     endif()
+endif()
+
+# what razor adds to llama-server
+
+if (razor_sources AND RAZOR_TOOLS)
+    target_sources(server-context PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/native/src/server/razor-server.cpp)
+    target_include_directories(server-context PUBLIC ${CMAKE_CURRENT_SOURCE_DIR}/native/src ${CMAKE_CURRENT_SOURCE_DIR}/native/src/server)
 endif()
 
 # what is built and installed

@@ -138,6 +138,7 @@ class ContextOptions:
         logits_all: whether the bindings keep the logits of every token. They count as a compute
             buffer.
         type_k_local, type_v_local: KV types of local heads; None for type_k and type_v.
+        n_slots: sequences of the context, each with n_ctx tokens of its own.
     """
 
     profile: Profile | None = None
@@ -152,6 +153,7 @@ class ContextOptions:
     logits_all: bool = False
     type_k_local: str | None = None
     type_v_local: str | None = None
+    n_slots: int = 1
 
     def __post_init__(self) -> None:
         for name in (self.type_k, self.type_v, self.type_k_local, self.type_v_local):
@@ -231,6 +233,11 @@ class DryModel:
         """
         options = options or ContextOptions()
         n_ctx = self.padded(n_ctx)
+        if n_ctx * options.n_slots > MAX_DRY_RUN:
+            raise UnsupportedError(
+                f"{options.n_slots} slots of {n_ctx:,} tokens cannot be planned, expected up to"
+                f" {MAX_DRY_RUN:,} tokens in all"
+            )
         known = self._needs.setdefault(options, {})
         if n_ctx not in known:
             known[n_ctx] = self._dry_run(n_ctx, options)
@@ -332,7 +339,8 @@ class DryModel:
     def _dry_run(self, n_ctx: int, options: ContextOptions) -> Need:
         plan = self._plan(n_ctx, options)
         params = C.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = n_ctx * options.n_slots
+        params.n_seq_max = options.n_slots
         params.n_batch = min(options.n_batch, n_ctx)
         params.n_ubatch = min(options.n_ubatch, params.n_batch)
         params.type_k = KV_TYPES[options.type_k].ggml_id
@@ -358,11 +366,11 @@ class DryModel:
         if plan and plan.active and not active:
             why = f"{native.DISABLE_ENV} is set"  # the only other reason
         need = Need(n_ctx, active, why, places)
-        if active and plan and plan.kv_bytes != need.kv:
+        planned = plan.kv_bytes * options.n_slots if active and plan else need.kv
+        if planned != need.kv:
             raise LibraryError(
                 f"the library would allocate {need.kv} bytes of KV cache, but the plan has"
-                f" {plan.kv_bytes}: the library does not match the Python code; reinstall"
-                " razor-local"
+                f" {planned}: the library does not match the Python code; reinstall razor-local"
             )
         return need
 

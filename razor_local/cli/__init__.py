@@ -26,6 +26,7 @@ COMMANDS = {
     "fit": "Estimate the memory of a context, or the context that fits a memory.",
     "inspect": "Show the retrieval heads and the KV cache size of a GGUF model.",
     "run": "Answer one prompt, or continue a text.",
+    "serve": "Serve a model over HTTP, with OpenAI's API.",
     "models": "List, find, download and remove models.",
     "verify": "Check RazorAttention on this machine against a reference.",
 }

@@ -311,7 +311,7 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
     razor = options["sidecar"] or options["razor"]
     if razor is True:
         wanted = min(trained, MAX_DEFAULT_CTX) if n_ctx is None else n_ctx
-        razor = _find_profile(model, wanted, use_flash_attn, options)
+        razor = find_profile(model, wanted, use_flash_attn, options)
     profile = choose_profile(model, razor, options["budget"])[1]
     if n_ctx is None or n_ctx == "auto":
         chosen = _choose_context(model, profile, options, use_flash_attn)
@@ -339,7 +339,7 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
             n_ubatch=options["ubatch_size"],
             type_k=options["cache_type_k"],
             type_v=options["cache_type_v"],
-            **_local_types(options),
+            **local_types(options),
             flash_attn=use_flash_attn,
             use_mmap=not options["no_mmap"],
             use_mlock=options["mlock"],
@@ -348,7 +348,7 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
     return llama, chosen
 
 
-def _local_types(options: dict[str, Any]) -> dict[str, Any]:
+def local_types(options: dict[str, Any]) -> dict[str, Any]:
     return {
         "type_k_local": options["cache_type_local_k"],
         "type_v_local": options["cache_type_local_v"],
@@ -368,7 +368,7 @@ def _choose_context(
         profile=profile,
         type_k=options["cache_type_k"],
         type_v=options["cache_type_v"],
-        **_local_types(options),
+        **local_types(options),
         flash_attn=use_flash_attn,
         n_batch=options["batch_size"],
         n_ubatch=options["ubatch_size"],
@@ -445,7 +445,7 @@ def default_temp(model: Path | None) -> float:
     return 0.8 if model is not None else 0.0
 
 
-def _find_profile(
+def find_profile(
     model: ModelFile, n_ctx: int | str, flash_attn: bool, options: dict[str, Any]
 ) -> Profile | bool:
     """Return the profile of the model, measured if there is none, or True for a full cache.
@@ -478,7 +478,7 @@ def _find_profile(
                     n_ctx=0 if n_ctx == "auto" else int(n_ctx),
                     type_k=options["cache_type_k"],
                     type_v=options["cache_type_v"],
-                    **_local_types(options),
+                    **local_types(options),
                     flash_attn=flash_attn,
                     n_threads=options["threads"],
                     n_gpu_layers=options["n_gpu_layers"],

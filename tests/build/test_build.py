@@ -495,6 +495,7 @@ def test_changes_compile_only_what_they_touch(compiled: Path) -> None:
 def test_tools_and_libraries_run_where_they_are_moved(compiled: Path, tmp_path: Path) -> None:
     run_cmake("--install", compiled / "build", "--prefix", tmp_path / "a", "--component", "razor")
     (tmp_path / "a").rename(tmp_path / "b")
+    assert (tmp_path / "b/razor_local/share/llama-server/razor/razor-server.cpp").is_file()
     (compiled / "build/bin").rename(compiled / "build/bin.away")  # no path of the build is used
     try:
         for tool, option in [

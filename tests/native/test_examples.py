@@ -31,7 +31,8 @@ LESS = {
     "eval longbench": ("-c", "-c 2k"),
     "verify": ("-c|-n", "-c 2048 -n 1000"),
 }
-OF_THE_HUB = re.compile(r"razor-local models (pull|path|rm)")  # tests/native/test_model_hub.py
+# run by test_model_hub.py and test_cli_serve.py
+ELSEWHERE = re.compile(r"razor-local (models (pull|path|rm)|serve)")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def is_slow(line: str) -> bool:
     return any(re.match(f"razor-local {command}", line) for command in LESS)
 
 
-EXAMPLES = [line for line in all_examples() if not OF_THE_HUB.search(line)]
+EXAMPLES = [line for line in all_examples() if not ELSEWHERE.search(line)]
 
 
 @pytest.mark.parametrize("line", [line for line in EXAMPLES if not is_slow(line)])

@@ -26,6 +26,7 @@ PAGES = (
     "README.md",
     "docs/chat.md",
     "docs/models.md",
+    "docs/server.md",
     "docs/evaluation.md",
     "docs/verification.md",
 )

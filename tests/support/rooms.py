@@ -17,8 +17,8 @@ ROOMS = (
     "profile", "scores", "profile_cache", "known_profiles", "model_file", "model_setup", "models",
     "prompt", "chat", "native", "bindings", "ownership", "json_schema", "completion_request",
     "completion", "memory", "available_memory", "fit", "llama_options", "evaluation", "sampling",
-    "state", "llama", "sessions", "converters", "evals", "auto_profile", "bench", "verify", "cli",
-    "__main__",
+    "state", "llama", "sessions", "converters", "evals", "auto_profile", "bench", "verify",
+    "server", "cli", "__main__",
 )  # fmt: skip
 
 

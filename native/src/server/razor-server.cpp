@@ -1,0 +1,264 @@
+#include "razor-server.h"
+
+#include "llama-razor.h"
+
+#include "llama.h"
+
+#include <cpp-httplib/httplib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+
+// of the context of the model, written before the server is ready
+static llama_razor_stats razor_stats = {};
+static uint64_t          razor_kv_bytes_full = 0; // 0: unknown
+static uint32_t          razor_n_slots = 0;
+static uint32_t          razor_n_retrieval = 0;
+static uint32_t          razor_n_local = 0;
+
+//
+// the context
+//
+
+template <typename T>
+static std::vector<T> razor_read_array(const common_json & config, const char * key) {
+    std::vector<T> res;
+    if (config.contains(key)) {
+        for (const auto & item : config.at(key)) {
+            res.push_back((T) item.template get<int64_t>());
+        }
+    }
+
+    return res;
+}
+
+static void razor_set_override(const common_json & config) {
+    if (!config.contains("enabled")) {
+        return; // the metadata of the model
+    }
+
+    const auto retrieval = razor_read_array<uint8_t> (config, "retrieval");
+    const auto scope     = razor_read_array<uint32_t>(config, "scope");
+
+    if (!scope.empty() && scope.size() != retrieval.size()) {
+        throw std::runtime_error("scope and retrieval have different lengths");
+    }
+
+    llama_razor_params params = {};
+
+    params.size           = sizeof(params);
+    params.enabled        = config.value<uint32_t>("enabled",        0);
+    params.sink_tokens    = config.value<uint32_t>("sink_tokens",    0);
+    params.window         = config.value<uint32_t>("window",         0);
+    params.window_min     = config.value<uint32_t>("window_min",     0);
+    params.window_divisor = config.value<uint32_t>("window_divisor", 0);
+    params.compensation   = config.value<uint32_t>("compensation",   0);
+    params.own_attention  = config.value<uint32_t>("own_attention",  0);
+    params.type_k_local   = config.value<int32_t> ("type_k_local",  -1);
+    params.type_v_local   = config.value<int32_t> ("type_v_local",  -1);
+    params.n_retrieval    = retrieval.size();
+    params.retrieval      = retrieval.data();
+    params.scope          = scope.empty() ? nullptr : scope.data();
+
+    if (!llama_razor_set_override(&params)) {
+        throw std::runtime_error(llama_razor_last_error());
+    }
+}
+
+common_init_result_ptr razor_server_init(common_params & params) {
+    const char * env = getenv(RAZOR_SERVER_ENV);
+
+    try {
+        const auto config = common_json::parse(env && *env ? env : "{}");
+
+        razor_kv_bytes_full = config.value<uint64_t>("kv_bytes_full", 0);
+        razor_set_override(config);
+    } catch (const std::exception & err) {
+        fprintf(stderr, "error: the environment variable " RAZOR_SERVER_ENV " is not valid (%s); unset it\n", err.what());
+        exit(1);
+    }
+
+    auto res = common_init_from_params(params);
+
+    llama_context * ctx = res->context();
+    if (!ctx && *llama_razor_last_error()) {
+        fprintf(stderr, "error: %s\n", llama_razor_last_error());
+    }
+
+    llama_razor_set_override(nullptr); // not for the contexts of draft models
+
+    if (ctx) {
+        razor_n_slots = params.n_parallel;
+
+        razor_stats.size = sizeof(razor_stats);
+        llama_razor_get_stats(ctx, &razor_stats);
+
+        llama_razor_layer_stats layer = {};
+        layer.size = sizeof(layer);
+
+        razor_n_retrieval = 0;
+        razor_n_local     = 0;
+        for (uint32_t il = 0; llama_razor_get_layer(ctx, il, &layer); ++il) {
+            razor_n_retrieval += layer.n_retrieval;
+            razor_n_local     += layer.n_local;
+        }
+    }
+
+    return res;
+}
+
+//
+// reports
+//
+
+common_json razor_server_props() {
+    const auto & stats = razor_stats;
+
+    common_json res = {
+        { "active",   stats.active == 1 },
+        { "n_ctx",    stats.n_ctx },
+        { "n_slots",  razor_n_slots },
+        { "kv_bytes", stats.kv_bytes },
+    };
+    if (razor_kv_bytes_full) {
+        res["kv_bytes_full"] = razor_kv_bytes_full;
+    }
+    if (stats.active) {
+        res["n_retrieval"]  = razor_n_retrieval;
+        res["n_local"]      = razor_n_local;
+        res["sink_tokens"]  = stats.sink_tokens;
+        res["window"]       = stats.window;
+        res["block"]        = stats.block;
+        res["compensation"] = stats.compensation == 1;
+        res["type_k"]       = ggml_type_name((ggml_type) stats.type_k);
+        res["type_v"]       = ggml_type_name((ggml_type) stats.type_v);
+        res["type_k_local"] = ggml_type_name((ggml_type) stats.type_k_local);
+        res["type_v_local"] = ggml_type_name((ggml_type) stats.type_v_local);
+    }
+
+    return res;
+}
+
+static std::string razor_metric(const char * name, const char * help, uint64_t value) {
+    return string_format("# HELP razor:%s %s\n# TYPE razor:%s gauge\nrazor:%s %llu\n", name, help, name, name, (unsigned long long) value);
+}
+
+std::string razor_server_metrics() {
+    std::string res = razor_metric("kv_bytes", "Bytes of the KV cache of all slots", razor_stats.kv_bytes);
+    if (razor_kv_bytes_full) {
+        res += razor_metric("kv_bytes_full", "Bytes of a full KV cache of the same size", razor_kv_bytes_full);
+    }
+
+    return res;
+}
+
+static std::string razor_size_text(uint64_t n_bytes) {
+    const double mib = n_bytes / 1048576.0;
+
+    return mib < 1024.0 ? string_format("%.1f MiB", mib) : string_format("%.1f GiB", mib / 1024.0);
+}
+
+void razor_server_started(const std::vector<std::string> & addresses) {
+    std::string cache = "KV cache " + razor_size_text(razor_stats.kv_bytes);
+    if (razor_stats.active && razor_kv_bytes_full) {
+        cache += string_format(" instead of %s (-%.0f %%)", razor_size_text(razor_kv_bytes_full).c_str(),
+                100.0 * (1.0 - (double) razor_stats.kv_bytes / razor_kv_bytes_full));
+    } else if (!razor_stats.active) {
+        cache += " (full)";
+    }
+
+    for (const auto & address : addresses) {
+        fprintf(stderr, "listening on %s: %u slot%s of %u tokens, %s\n", address.c_str(),
+                razor_n_slots, razor_n_slots == 1 ? "" : "s", razor_stats.n_ctx, cache.c_str());
+    }
+    fflush(stderr);
+}
+
+//
+// signals
+//
+
+bool razor_server_is_repeated() {
+    static std::atomic<int64_t> last = { 0 };
+
+    const int64_t now = std::chrono::duration_cast<std::chrono::milliseconds>(
+            std::chrono::steady_clock::now().time_since_epoch()).count();
+    const int64_t before = last.exchange(now);
+
+    return before && now - before < 500;
+}
+
+//
+// requests
+//
+
+// return the host of "host", "host:port", "[IPv6]" or "[IPv6]:port" in lower case
+static std::string razor_host_of(std::string authority) {
+    std::transform(authority.begin(), authority.end(), authority.begin(), [](unsigned char c) { return tolower(c); });
+
+    if (!authority.empty() && authority[0] == '[') {
+        return authority.substr(1, authority.find(']') - 1);
+    }
+
+    return authority.substr(0, authority.find(':'));
+}
+
+static bool razor_is_address(const std::string & host) {
+    unsigned char buf[sizeof(struct in6_addr)];
+
+    return inet_pton(AF_INET, host.c_str(), buf) == 1 || inet_pton(AF_INET6, host.c_str(), buf) == 1;
+}
+
+static bool razor_is_loopback(const std::string & host) {
+    const bool is_name = host == "localhost" || (host.size() > 10 && host.substr(host.size() - 10) == ".localhost");
+
+    return is_name || host == "::1" || (host.substr(0, 4) == "127." && razor_is_address(host));
+}
+
+// return why a request is refused, or ""
+static std::string razor_refusal(const common_params & params, const std::string & authority, const std::string & origin) {
+    if (!params.api_keys.empty()) {
+        return ""; // the key is the protection
+    }
+
+    // a name that someone else controls can be made to mean this machine (DNS rebinding), an address cannot
+    const std::string host = razor_host_of(authority);
+
+    const bool is_known = host.empty() || razor_is_loopback(host) || razor_is_address(host) ||
+        std::any_of(params.hostnames.begin(), params.hostnames.end(), [&](const std::string & name) {
+            return razor_host_of(name) == host || string_ends_with(name, ".sock");
+        });
+    if (!is_known) {
+        return "the Host header is not an address, localhost or a name that --host gives; set an API key to allow any name";
+    }
+
+    if (origin.empty() || params.cors_origins == "*" || params.cors_origins == origin) {
+        return "";
+    }
+
+    const size_t pos = origin.find("://");
+    const std::string from = pos == std::string::npos ? "" : origin.substr(pos + 3);
+    if (from != authority && !razor_is_loopback(razor_host_of(from))) {
+        return "the Origin header names another site; allow it with --cors-origins, or set an API key";
+    }
+
+    return "";
+}
+
+bool razor_server_accepts(const common_params & params, const httplib::Request & req, httplib::Response & res) {
+    const std::string why = razor_refusal(params, req.get_header_value("Host"), req.get_header_value("Origin"));
+    if (why.empty()) {
+        return true;
+    }
+
+    const common_json error = { { "error", { { "message", why }, { "type", "permission_error" }, { "code", 403 } } } };
+
+    res.status = 403;
+    res.set_content(error.dump(), "application/json; charset=utf-8");
+
+    return false;
+}

@@ -1,0 +1,1 @@
+"""llama-server with RazorAttention: builds it, and starts it for a model."""

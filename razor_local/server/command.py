@@ -1,0 +1,101 @@
+"""The command line and the environment of llama-server."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+from .. import native
+from ..errors import RazorError
+from ..plan import Plan
+from ..profile import Profile
+
+ENV = "RAZOR_LOCAL_SERVER"  # RAZOR_SERVER_ENV of native/src/server/razor-server.h
+KEY_ENV = "LLAMA_API_KEY"
+PAGE = Path(__file__).parents[1] / "data" / "web"  # what / shows
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine can reach an address, or the path of a Unix socket."""
+    if host.endswith(".sock") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise RazorError if a server could not listen there now.
+
+    A Unix socket that no program listens to is removed, because it would be in the way.
+    """
+    if host.endswith(".sock"):
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(host)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            if stat.S_ISSOCK(os.stat(host).st_mode):
+                return os.unlink(host)
+        except OSError as error:
+            raise RazorError(f"cannot listen on {host}: {error.strerror or error}") from None
+        raise RazorError(f"cannot listen on {host}: another program does, or it is no socket")
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            what = "another program uses this port; choose another one, or 0 for any free one"
+        elif error.errno == errno.EACCES:
+            what = "this port needs the rights of an administrator; choose one from 1024 on"
+        elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+            what = "this machine has no such address; use 127.0.0.1, or 0.0.0.0 for all of them"
+        else:
+            what = error.strerror or str(error)
+        raise RazorError(f"cannot listen on {host}, port {port}: {what}") from None
+
+
+def razor_environment(
+    profile: Profile | None,
+    plan: Plan | None,
+    n_slots: int,
+    *,
+    razor: bool = True,
+    type_k_local: str | None = None,
+    type_v_local: str | None = None,
+) -> dict[str, str]:
+    """Return the environment variables that make a server follow a profile.
+
+    Args:
+        profile: None for the metadata of the model.
+        plan: the plan of one slot.
+        razor: whether to use razor at all.
+    """
+    if not razor:
+        return {native.DISABLE_ENV: "1"}
+    config: dict[str, Any] = {}
+    if profile is not None:
+        params = native.make_params(
+            profile, own_attention=True, type_k_local=type_k_local, type_v_local=type_v_local
+        )
+        for name in (field[0] for field in params._fields_):
+            value = getattr(params, name)
+            if isinstance(value, int):
+                config[name] = value
+            elif value:
+                config[name] = value[: params.n_retrieval]
+    if plan is not None and plan.active:
+        config["kv_bytes_full"] = plan.kv_bytes_full * n_slots
+    return {ENV: json.dumps(config)} if config else {}
