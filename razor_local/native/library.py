@@ -26,7 +26,7 @@ from .structs import BufferStats, LayerStats, Memory, Params, SeqStats, Stats
 if TYPE_CHECKING:
     from ..profile import Profile
 
-API_VERSION = 6  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 7  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
