@@ -57,7 +57,7 @@ def model(tiny) -> Iterator[runner.Model]:
 
 def block_bytes(plan: Razor, type_size: int) -> int:
     """Return the bytes of a block of the log, for rows of type_size bytes per number."""
-    n_local = sum(not plan.mask[il][kv] for il in range(SPEC.n_layer) for kv in range(SPEC.n_kv))
+    n_local = sum(not x for row in plan.mask for x in row)
     rows = plan.block + (1 if plan.compensation else 0)
     return n_local * 2 * SPEC.head_dim * (rows * type_size + (4 if plan.compensation else 0))
 
@@ -211,3 +211,262 @@ def test_rewinds_to_random_positions(
             np.testing.assert_array_equal(ctx.decode(new, 1), fresh.decode(new, 1))
             calls += [[token] for token in new]
             state.decode(len(new))
+
+
+def test_bytes(model, tmp_path: Path) -> None:
+    """The log grows by a block per fold and shrinks when the sequence goes back."""
+    for name, type_size in (("window-24", 4), ("several windows, no compensation", 4)):
+        plan = PLANS[name]
+        size = block_bytes(plan, type_size)
+        for folder in (None, tmp_path):
+            with Context(model, override(name, folder), n_ctx=N_CTX) as ctx:
+                assert ctx.stats().rewind_bytes == 0
+                state = Model(plan)
+                for n in (500, 300):
+                    ctx.decode(runner.random_tokens(n, SPEC.n_vocab, 1))
+                    state.decode(n)
+                    assert ctx.stats().rewind_bytes == len(state.log) * size
+                assert ctx.seq_rm(300)
+                state.go(300)
+                if folder is None:  # a file shrinks only when it is empty
+                    assert ctx.stats().rewind_bytes == len(state.log) * size
+                ctx.clear()
+                assert ctx.stats().rewind_bytes == 0
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["ram", "disk"])
+@pytest.mark.parametrize("name", ["window-24", "tight, several windows", "tight, no compensation"])
+def test_limit(name: str, disk: bool, model, tmp_path: Path) -> None:
+    """The oldest blocks go. What cannot be gone back to is refused, and nothing changes."""
+    plan, n_blocks, seed = PLANS[name], 3, 7
+    size = block_bytes(plan, 4)
+    limit = n_blocks * size + size // 2
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, seed)
+    with Context(model, override(name, tmp_path if disk else None, limit), n_ctx=N_CTX) as ctx:
+        want = ctx.decode(tokens, 32)
+        for n in (600, 999, N_CTX):
+            ctx.clear()
+            state = Model(plan, n_blocks)
+            ctx.decode(tokens[:n], 32)
+            state.decode(n)
+            assert ctx.stats().rewind_bytes == min(n_blocks, len(state.log)) * size <= limit
+            assert ctx.stats().rewind_limit == limit
+            check_far(ctx, state)
+            lowest = state.lowest()
+            assert 0 < lowest < n - plan.block
+            assert not ctx.seq_rm(lowest - 1) and ctx.pos_max() == n - 1
+            assert ctx.seq_rm(lowest)
+            state.go(lowest)
+            check_far(ctx, state)
+            np.testing.assert_allclose(
+                ctx.decode(tokens[lowest:], 32), want[lowest:], rtol=0, atol=TOLERANCE
+            )
+
+
+def test_a_limit_below_a_block(model) -> None:
+    plan = PLANS["window-24"]
+    with Context(model, override("window-24", limit=block_bytes(plan, 4) - 1), n_ctx=N_CTX) as ctx:
+        ctx.decode(runner.random_tokens(700, SPEC.n_vocab, 1))
+        assert ctx.stats().rewind_bytes == 0
+        state = Model(plan, 0)
+        state.decode(700)
+        check_far(ctx, state)
+
+
+@pytest.mark.parametrize("limit", [0, 4], ids=["unlimited", "limited"])
+def test_sequences(limit: int, model) -> None:
+    """Sequences go back one by one, all together, and as copies that share blocks."""
+    name = "window-24"
+    size = block_bytes(PLANS[name], 4)
+    razor = override(name, limit=limit * size)
+    texts = make_texts(model, razor)
+    with Sequences(model, razor, texts) as seqs:
+        assert seqs.fill([500, 130, 0, 330]) <= TOLERANCE
+        n_blocks = seqs.ctx.stats().rewind_bytes // size
+        if limit:
+            assert n_blocks == limit
+        else:
+            states = [Model(PLANS[name]) for _ in range(N_SEQ)]
+            for s, n in enumerate(seqs.held):
+                states[s].decode(n)
+            assert n_blocks == sum(len(state.log) for state in states)
+            assert [seqs.ctx.seq(s).n_rollback for s in range(N_SEQ)] == seqs.held
+        # 1. one
+        n, lowest = 500, 500 - seqs.ctx.seq(0).n_rollback
+        p = max(lowest, 170)
+        assert seqs.ctx.seq_rm(p, seq_id=0)
+        assert seqs.lengths() == [p, 130, 0, 330]
+        seqs.held[0] = p
+        assert seqs.fill([n, 140, 20, 340], seed=1) <= TOLERANCE
+        # 2. all, or none
+        p = max(seqs.held[s] - seqs.ctx.seq(s).n_rollback for s in range(N_SEQ))
+        if limit:
+            assert not seqs.ctx.seq_rm(p - 1, seq_id=-1)
+            assert seqs.lengths() == seqs.held
+        p = max(p, 100)
+        assert seqs.ctx.seq_rm(p, seq_id=-1)
+        seqs.held = [min(n, p) for n in seqs.held]
+        assert seqs.lengths() == seqs.held
+        assert seqs.fill([500, 200, 70, 400], seed=2) <= TOLERANCE
+        # 3. copies
+        before = seqs.ctx.stats().rewind_bytes
+        seqs.ctx.seq_rm(-1, -1, seq_id=2)
+        seqs.ctx.seq_cp(0, 2)
+        assert seqs.ctx.stats().rewind_bytes <= before
+        assert seqs.ctx.seq(2).n_rollback == seqs.ctx.seq(0).n_rollback
+        seqs.text[2], seqs.held[2] = seqs.text[0], seqs.held[0]
+        for s in (2, 0):
+            p = max(seqs.held[s] - seqs.ctx.seq(s).n_rollback, 90)
+            assert seqs.ctx.seq_rm(p, seq_id=s)
+            seqs.held[s] = p
+            assert seqs.fill([n + 10 * (i == s) for i, n in enumerate(seqs.held)]) <= TOLERANCE
+        assert seqs.fill([510, 300, 510, 500], seed=3) <= TOLERANCE
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "seq"])
+def test_a_loaded_state_has_no_log(whole: bool, model) -> None:
+    """States are equal with and without a log. After loading, going back is possible as far as
+    without one, and to what was decoded since then."""
+    plan = PLANS["window-24"]
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, 3)
+    with (
+        Context(model, override("window-24"), n_ctx=N_CTX) as ctx,
+        Context(model, runner.override(plan), n_ctx=N_CTX) as other,
+    ):
+        want = ctx.decode(tokens)
+        for one in (ctx, other):
+            one.clear()
+            one.decode(tokens[:600])
+        state = ctx.save(whole)
+        assert state == other.save(whole)
+        assert ctx.seq().n_rollback == 600
+        assert ctx.load(state, whole)
+        assert ctx.stats().rewind_bytes == 0
+        assert ctx.seq().n_rollback == other.seq().n_rollback < 600
+        ctx.decode(tokens[600:900])
+        assert ctx.seq().n_rollback == 900 - 576  # of the block that was folded last before
+        assert not ctx.seq_rm(575)
+        assert ctx.seq_rm(590)
+        np.testing.assert_allclose(ctx.decode(tokens[590:]), want[590:], rtol=0, atol=TOLERANCE)
+
+
+def test_a_rewound_state_continues(model) -> None:
+    """A state that is saved after going back is that of a context that never went further."""
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, 4)
+    for name in PLANS:
+        if name == "split layers":
+            continue
+        with (
+            Context(model, override(name), n_ctx=N_CTX) as ctx,
+            Context(model, override(name), n_ctx=N_CTX) as other,
+        ):
+            want = ctx.decode(tokens)
+            for p in (700, 640, 300):
+                assert ctx.seq_rm(p)
+                assert other.load(ctx.save(False), False)
+                n_back = other.seq().n_rollback
+                got = other.decode(tokens[p:])
+                np.testing.assert_allclose(got, want[p:], rtol=0, atol=TOLERANCE)
+                # and it goes back no further than is right
+                assert other.load(ctx.save(False), False)
+                assert other.seq_rm(p - n_back)
+                got = other.decode(tokens[p - n_back :])
+                np.testing.assert_allclose(got, want[p - n_back :], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["tight", "tight, several windows", "block 128, no sinks"])
+def test_an_aborted_fold_is_undone(name: str, model) -> None:
+    """... also if the ubatch has overwritten the rows to be folded, at any node of its graph."""
+    plan = PLANS[name]
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, 5)
+    n = N_CTX - 2 * plan.block
+    with Context(model, override(name), n_ctx=N_CTX) as ctx:
+        want = ctx.decode(tokens)
+        aborted = 0
+        for n_nodes in range(1, 400, 13):
+            assert ctx.seq_rm(n)
+            ctx.abort_after(n_nodes)
+            status, _ = ctx.try_decode(tokens[n : n + plan.block])
+            ctx.abort_after(None)
+            if status == 0:
+                break
+            aborted += 1
+            assert ctx.pos_max() == n - 1 and ctx.seq().n_rollback == n
+            ctx.n_past = n
+            if aborted % 2:  # else once more
+                np.testing.assert_allclose(
+                    ctx.decode(tokens[n:]), want[n:], rtol=0, atol=TOLERANCE
+                )
+                assert ctx.seq_rm(100)
+                ctx.decode(tokens[100:n])
+        assert aborted > 3
+
+
+def log_file() -> int:
+    """Return the descriptor of the log's file, which has no name."""
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if "razor-rewind" in os.readlink(f"/proc/self/fd/{fd}"):
+                return int(fd)
+        except OSError:
+            continue
+    raise AssertionError("there is no file of a log")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_a_log_that_cannot_be_read(model, tmp_path: Path) -> None:
+    """seq_rm() is false and nothing has changed."""
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, 6)
+    with Context(model, override("window-24", tmp_path), n_ctx=N_CTX) as ctx:
+        want = ctx.decode(tokens)
+        ctx.clear()
+        ctx.decode(tokens[:900])
+        size = os.fstat(log_file()).st_size
+        assert ctx.stats().rewind_bytes == size > 0
+        os.ftruncate(log_file(), size // 2)
+        assert ctx.seq_rm(880) and ctx.seq_rm(850)  # with what is left of it
+        ctx.decode(tokens[850:900])
+        os.ftruncate(log_file(), 0)
+        assert ctx.seq().n_rollback == 900
+        assert not ctx.seq_rm(300)
+        assert (ctx.seq().n_tokens, ctx.pos_max()) == (900, 899)
+        stats = ctx.stats()
+        assert stats.rewind_failure == b"Input/output error" and stats.rewind_bytes == 0
+        assert ctx.pos_min() == 900 - ctx.seq().n_rollback - 1 > 0
+        np.testing.assert_allclose(ctx.decode(tokens[900:]), want[900:], rtol=0, atol=TOLERANCE)
+
+
+def test_a_full_disk(model, disk: Path) -> None:
+    """The log ends and gives its space back. The sequence continues."""
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, 6)
+    with Context(model, override("window-24", disk), n_ctx=N_CTX) as ctx:
+        want = ctx.decode(tokens[:300])
+        assert ctx.seq().n_rollback == 300 and ctx.stats().rewind_failure == b""
+        (disk / "ballast").write_bytes(bytes(1 << 19))
+        want = np.concatenate([want, ctx.decode(tokens[300:])])
+        stats = ctx.stats()
+        assert (stats.rewind_failure, stats.rewind_bytes) == (b"No space left on device", 0)
+        (disk / "ballast").unlink()
+        assert os.statvfs(disk).f_bavail == os.statvfs(disk).f_blocks
+        state = Model(PLANS["window-24"], 0)
+        state.decode(N_CTX)
+        check_far(ctx, state)
+        with Context(model, runner.override(PLANS["window-24"]), n_ctx=N_CTX) as fresh:
+            expected = np.concatenate([fresh.decode(tokens[:300]), fresh.decode(tokens[300:])])
+            np.testing.assert_array_equal(want, expected)
+
+
+def test_refused_parameters(model, tmp_path: Path) -> None:
+    for folder, why in ((tmp_path / "none", "No such file or directory"), (None, "NULL")):
+        razor = runner.override(
+            PLANS["window-24"], rewind="disk", rewind_folder=str(folder) if folder else ""
+        )
+        with pytest.raises(runner.LoadError, match=why) as error:
+            Context(model, razor, n_ctx=N_CTX)
+        assert "\n" not in str(error.value)
+        if folder:
+            assert str(error.value).startswith(f"the rewind log cannot be created in {folder} (")
+    params = runner.raw_params(override("window-24"))
+    params.rewind = 3
+    assert not runner.razor_api().llama_razor_set_override(params)
+    assert runner.last_error() == "rewind is 3, expected 0 to 2"
