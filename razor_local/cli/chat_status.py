@@ -53,6 +53,7 @@ def stats(llama: Llama, conversation: Chat) -> str:
         ("weights", f"{size_text(memory.weights_bytes)}, {_weights_type(llama)}"),
         ("KV cache", _kv(memory).removeprefix("KV cache ") + types),
         ("heads", _heads(llama)),
+        ("rewind", _rewind(memory)),
         ("compute", f"{size_text(memory.compute_bytes)} of buffers"),
         ("context", f"{conversation.n_used:,} of {memory.n_ctx:,} tokens used"),
     ]
@@ -75,6 +76,15 @@ def _heads(llama: Llama) -> str:
     return (
         f"{plan.retrieval_kv_heads} of {plan.kv_heads} keep every token; the others keep {first}the"
         f" last {plan.windows_text}, and {between} ({llama.stats().n_folded:,} so far)"
+    )
+
+
+def _rewind(memory: Memory) -> str:
+    if memory.rewind == "off" or memory.rewind_why:
+        return f"no log: {memory.rewind_why}"
+    where = "of memory" if memory.rewind == "ram" else "on disk"
+    return (
+        f"log of {size_text(memory.rewind_bytes)} {where}, up to {size_text(memory.rewind_limit)}"
     )
 
 

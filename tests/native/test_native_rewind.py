@@ -14,7 +14,7 @@ import pytest
 from tests.support import reference, runner
 from tests.support.reference import Razor, cells_of
 from tests.support.runner import Context, Override
-from tests.support.sequences import N_CTX_SEQ, N_SEQ, TOLERANCE, Sequences, make_texts
+from tests.support.sequences import N_SEQ, TOLERANCE, Sequences, make_texts
 from tests.support.tiny_models import TinySpec
 
 N_CTX = 1024
@@ -187,11 +187,13 @@ def test_rewinds_to_random_positions(
         assert ctx.stats().rewind == (2 if disk else 1) and not list(tmp_path.iterdir())
         state, calls = Model(PLANS[name]), []
         for _ in range(12):
-            # 1. decode in calls of different sizes, so that the other context can repeat those that are left
+            # 1. decode in calls of different sizes, which the other context can repeat
             target = rng.choice([200, 500, 1000])
             while state.n < target:
                 n = rng.choice([1, 1, 1, 7, 40, state.to_fold(), 128, 200])
-                new = runner.random_tokens(min(n, target - state.n), SPEC.n_vocab, rng.randrange(99))
+                new = runner.random_tokens(
+                    min(n, target - state.n), SPEC.n_vocab, rng.randrange(99)
+                )
                 ctx.decode(new)
                 calls.append(new)
                 state.decode(len(new))
@@ -394,9 +396,7 @@ def test_an_aborted_fold_is_undone(name: str, model) -> None:
             assert ctx.pos_max() == n - 1 and ctx.seq().n_rollback == n
             ctx.n_past = n
             if aborted % 2:  # else once more
-                np.testing.assert_allclose(
-                    ctx.decode(tokens[n:]), want[n:], rtol=0, atol=TOLERANCE
-                )
+                np.testing.assert_allclose(ctx.decode(tokens[n:]), want[n:], rtol=0, atol=TOLERANCE)
                 assert ctx.seq_rm(100)
                 ctx.decode(tokens[100:n])
         assert aborted > 3
