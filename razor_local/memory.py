@@ -113,8 +113,6 @@ def read_memory(
     """
     stats = library.stats(ctx)
     failure = stats.rewind_failure.decode("utf-8", "replace")
-    if not stats.active:
-        why_no_log = "a full cache can go back to any token"
     layers: tuple[LayerMemory, ...] = ()
     if stats.active:
         rows = [library.layer(ctx, il) for il in range(stats.n_layer)]
@@ -148,7 +146,7 @@ def read_memory(
         rewind=next(name for name, mode in REWIND.items() if mode == stats.rewind),
         rewind_bytes=stats.rewind_bytes,
         rewind_limit=stats.rewind_limit,
-        rewind_why=failure or why_no_log or None,
+        rewind_why=failure or why_no_log or (None if stats.active else why),
         **types,
     )
 

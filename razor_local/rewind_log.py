@@ -6,6 +6,8 @@ again (docs/architecture.md, "The rewind log").
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from dataclasses import dataclass
 
@@ -64,6 +66,8 @@ def choose_rewind_log(rewind: str, limit: int | None, on_device: bool) -> tuple[
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         free = shutil.disk_usage(folder).free
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         why = f"the user's cache folder cannot be used ({error})"
