@@ -1059,10 +1059,6 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
                 for_each_local_head(first + i, st[i], [&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); });
 
                 streams[first + i] = st[i];
-
-                if (rewind) {
-                    rewind->clear(first + i); // states do not hold the log
-                }
             }
         }
     } catch (const std::exception & err) {

@@ -255,9 +255,7 @@ void llama_razor_rewind::add(uint32_t strm, uint32_t start, const std::function<
 
     auto & blocks = streams[strm];
 
-    if (!blocks.empty() && blocks.back().start + n_step != start) {
-        blocks.clear();
-    }
+    GGML_ASSERT((blocks.empty() || blocks.back().start + n_step == start) && "a fold was not logged or not cut");
 
     // 1. make room
     const uint64_t n_max = params.limit > 0 ? params.limit/n_block : std::numeric_limits<uint64_t>::max();

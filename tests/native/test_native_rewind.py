@@ -215,7 +215,7 @@ def test_rewinds_to_random_positions(
             state.decode(len(new))
 
 
-def test_bytes(model, tmp_path: Path) -> None:
+def test_bytes_of_the_log(model, tmp_path: Path) -> None:
     """The log grows by a block per fold and shrinks when the sequence goes back."""
     for name, type_size in (("window-24", 4), ("several windows, no compensation", 4)):
         plan = PLANS[name]
@@ -238,7 +238,7 @@ def test_bytes(model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("disk", [False, True], ids=["ram", "disk"])
 @pytest.mark.parametrize("name", ["window-24", "tight, several windows", "tight, no compensation"])
-def test_limit(name: str, disk: bool, model, tmp_path: Path) -> None:
+def test_a_log_with_a_limit(name: str, disk: bool, model, tmp_path: Path) -> None:
     """The oldest blocks go. What cannot be gone back to is refused, and nothing changes."""
     plan, n_blocks, seed = PLANS[name], 3, 7
     size = block_bytes(plan, 4)
@@ -276,7 +276,7 @@ def test_a_limit_below_a_block(model) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 4], ids=["unlimited", "limited"])
-def test_sequences(limit: int, model) -> None:
+def test_rewinds_of_sequences(limit: int, model) -> None:
     """Sequences go back one by one, all together, and as copies that share blocks."""
     name = "window-24"
     size = block_bytes(PLANS[name], 4)
@@ -323,6 +323,20 @@ def test_sequences(limit: int, model) -> None:
             seqs.held[s] = p
             assert seqs.fill([n + 10 * (i == s) for i, n in enumerate(seqs.held)]) <= TOLERANCE
         assert seqs.fill([510, 300, 510, 500], seed=3) <= TOLERANCE
+
+
+def test_the_oldest_blocks_of_all_sequences_go(model) -> None:
+    name = "window-24"
+    razor = override(name, limit=4 * block_bytes(PLANS[name], 4))
+    texts = make_texts(model, razor, 2)
+    with Sequences(model, razor, texts, n_seq=2) as seqs:
+        for order, back in (
+            ([0] * 256, (256, 0)),  # 3 blocks of sequence 0
+            ([1] * 192, (256 - 64, 192)),  # 2 of sequence 1: one of sequence 0 has gone
+            ([1] * 64, (256 - 128, 256)),
+        ):
+            seqs.decode(order)
+            assert tuple(seqs.ctx.seq(s).n_rollback for s in (0, 1)) == back
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "seq"])
@@ -456,7 +470,7 @@ def test_a_full_disk(model, disk: Path) -> None:
             np.testing.assert_array_equal(want, expected)
 
 
-def test_refused_parameters(model, tmp_path: Path) -> None:
+def test_refused_parameters_of_the_log(model, tmp_path: Path) -> None:
     for folder, why in ((tmp_path / "none", "No such file or directory"), (None, "NULL")):
         razor = runner.override(
             PLANS["window-24"], rewind="disk", rewind_folder=str(folder) if folder else ""
