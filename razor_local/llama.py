@@ -81,7 +81,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
     type_k_local, type_v_local: KV cache types of local heads; by default type_k and type_v.
     rewind: where the rewind log is, with which the cache can go back to any token without
         evaluating again: "disk" (a nameless file in the user's cache folder), "ram" or "off".
-        "auto" is "disk", but "off" if the cache is on a device or the folder cannot be used.
+        "auto" is "disk", but "off" if the cache is on a device, the model has recurrent states, or
+        the folder cannot be used.
         Without the log, the cache can go back by one fold.
     rewind_limit: maximum size of the log in bytes. When it is reached, the oldest part is dropped.
         By default it is 4 GiB, or 10 % of what is free if that is less.
@@ -199,7 +200,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
         on_device = C.llama_supports_gpu_offload() and n_gpu_layers != 0
         on_device = on_device and kwargs.get("offload_kqv", True)
-        log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device)
+        recurrent = cache.plan is not None and cache.plan.recurrent_bytes > 0
+        log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device, recurrent)
 
         native.refuse_after_fork()
         if C.llama_supports_gpu_offload():

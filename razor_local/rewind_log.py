@@ -35,15 +35,18 @@ class RewindLog:
     rewind_folder: str = ""
 
 
-def choose_rewind_log(rewind: str, limit: int | None, on_device: bool) -> tuple[RewindLog, str]:
+def choose_rewind_log(
+    rewind: str, limit: int | None, on_device: bool, recurrent: bool = False
+) -> tuple[RewindLog, str]:
     """Return the log for arguments of Llama(), and why there is none ("" if there is one).
 
     Args:
         rewind: one of MODES. "auto" is "disk" if the cache is in host memory. It is "off" if the
-            cache is on a device, where the cost of the log has not been measured, or if nothing
-            can be written to the user's cache folder.
+            cache is on a device, where the cost of the log has not been measured, if the model has
+            recurrent states, or if nothing can be written to the user's cache folder.
         limit: bytes; None: up to MAX_BYTES, and to MAX_SHARE of what is free.
         on_device: whether the cache is on a device.
+        recurrent: whether the model has recurrent states, which cannot go back.
 
     Raises:
         UnsupportedError: an argument is out of range, or the folder cannot be used.
@@ -59,6 +62,8 @@ def choose_rewind_log(rewind: str, limit: int | None, on_device: bool) -> tuple[
         )
     if rewind == "off":
         return RewindLog(), options(rewind="off")
+    if rewind == "auto" and recurrent:
+        return RewindLog(), "the model has recurrent states, which cannot go back"
     if rewind == "auto" and on_device:
         return RewindLog(), f"the cache is on a device; {options(rewind='ram')} switches it on"
     if rewind == "ram":

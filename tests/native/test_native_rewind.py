@@ -413,7 +413,7 @@ def test_an_aborted_fold_is_undone(name: str, model) -> None:
                 np.testing.assert_allclose(ctx.decode(tokens[n:]), want[n:], rtol=0, atol=TOLERANCE)
                 assert ctx.seq_rm(100)
                 ctx.decode(tokens[100:n])
-        assert aborted > 3
+        assert aborted > (3 if runner.GPU_LAYERS == 0 else 0)
 
 
 def log_file() -> int:
