@@ -4,6 +4,7 @@
 
 #include "llama-impl.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -172,7 +173,7 @@ private:
 
 class razor_rewind_disk : public llama_razor_rewind_store {
 public:
-    razor_rewind_disk(const std::string & folder, size_t n_block) : n_block(n_block), file(folder) {}
+    razor_rewind_disk(const std::string & folder, size_t n_block, size_t n_part) : n_block(n_block), file(folder), buffer(n_part) {}
 
     int64_t alloc() override {
         for (size_t slot = 0; slot < used.size(); ++slot) {
@@ -202,7 +203,6 @@ public:
     }
 
     bool write(int64_t slot, size_t offset, size_t size, const std::function<void(uint8_t * data)> & fill) override {
-        buffer.resize(size);
         fill(buffer.data());
 
         return file.write(buffer.data(), size, slot*n_block + offset);
@@ -228,7 +228,7 @@ private:
     razor_rewind_file file;
 
     std::vector<bool>    used;   // per slot
-    std::vector<uint8_t> buffer; // of a part
+    std::vector<uint8_t> buffer; // for one part
 };
 
 //
@@ -242,7 +242,7 @@ llama_razor_rewind::llama_razor_rewind(const llama_razor_rewind_params & params,
     }
 
     if (params.mode == RAZOR_REWIND_FILE) {
-        store = std::make_shared<razor_rewind_disk>(params.folder, n_block);
+        store = std::make_shared<razor_rewind_disk>(params.folder, n_block, *std::max_element(this->parts.begin(), this->parts.end()));
     } else {
         store = std::make_shared<razor_rewind_ram>(n_block);
     }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from razor_local import Llama, UnsupportedError, rewind_log
 from razor_local.chat import Chat, chat_template
+from razor_local.cli import main
 from razor_local.cli.chat import DEFAULT_MODEL
+from razor_local.cli.chat_status import stats
 from razor_local.rewind_log import RewindLog, choose_rewind_log
 from tests.support.texts import FACT, QUESTION, text_with
 
@@ -133,6 +137,34 @@ def test_choices(monkeypatch, cache) -> None:
     assert log == RewindLog() and why == "the model has recurrent states, which cannot go back"
     log, why = choose_rewind_log("auto", None, True)
     assert log == RewindLog() and why.startswith("the cache is on a device; rewind='ram'")
+
+
+def test_the_line_in_stats() -> None:
+    back = "rewind +the cache can go back by"
+    lines = {
+        "disk": rf"{back} 1,900 tokens, with a log of \d+\.\d MiB on disk",
+        "ram": rf"{back} 1,900 tokens, with a log of \d+\.\d MiB of memory",
+        "off": rf"{back} \d+ tokens; no log: rewind='off'",
+    }
+    for where, line in lines.items():
+        with open_llama(rewind=where) as llama:
+            chat = Chat(llama, chat_template(llama))
+            llama.prefill(prompt(llama, 1900))
+            assert re.search(f"^{line}$", stats(llama, chat), re.MULTILINE)
+    with open_llama(razor=False) as llama:
+        line = r"^rewind +the full cache can go back to any token$"
+        assert re.search(line, stats(llama, Chat(llama, None)), re.MULTILINE)
+
+
+def test_options_of_commands() -> None:
+    args = ["run", "-p", "hi", "-n", "1", "-c", "1024"]
+    for more in (["--rewind", "ram", "--rewind-limit", "3M"], ["--rewind", "off"]):
+        assert CliRunner().invoke(main, [*args, *more]).exit_code == 0
+    done = CliRunner().invoke(main, [*args, "--rewind-limit", "0"])
+    assert done.exit_code == 1 and done.stderr.splitlines()[-1] == (
+        "Error: --rewind-limit is 0, expected a number of bytes from 1; for no log pass --rewind"
+        " off"
+    )
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ BREAKS = [
     Break("rewind-keeps-disk", REWIND, "        file.truncate();\n", "", "test_a_full_disk"),
     Break("rewind-with-a-name", REWIND, "unlink(path.c_str());", "", "test_rewinds_to_random_positions"),
     Break("rewind-anywhere", REWIND, "        if (fd < 0) {", "        if (false) {", "test_refused_parameters_of_the_log"),
-    Break("rewind-position-of-stock", CACHE, "std::max<llama_pos>(n - n_rollback(strm), 1) - 1 :", "0 :", "test_sequences_are_computed_as_if_alone test_rewinds_to_random_positions"),
+    Break("rewind-position-of-stock", CACHE, "std::max<llama_pos>(n - n_rollback(strm), 1) - 1 :", "0 :", "test_sequences_are_computed_as_if_alone test_a_log_with_a_limit"),
     # sliding windows, recurrent states, M-RoPE
     Break("parts-not-asked", MEMORY, "if (!all && !none && !can_keep(s, p0)) {", "if (false) {", "test_rollback_beyond_the_sliding_window test_rollback_of_hybrids test_llama_goes_on_from_another_prompt"),
     Break("sliding-part-not-cut", MEMORY, "            swa->seq_rm(s, n, -1);\n", "", "test_rollback_with_sliding_windows"),
