@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from .plan import KV_TYPES, Plan
 from .profile import Profile
 from .prompt.control_tokens import PlainMessages
 from .prompt.templates import isolate_formatters
+from .rewind_log import choose_rewind_log
 from .state import load_state, save_state
 
 
@@ -77,6 +79,13 @@ class Llama(PlainMessages, llama_cpp.Llama):
     window, sink_tokens (tokens), compensation: replace the profile's values.
     type_k, type_v: KV cache types by name ("q8_0") or ggml number.
     type_k_local, type_v_local: KV cache types of local heads; by default type_k and type_v.
+    rewind: where the rewind log is, with which the cache can go back to any token without
+        evaluating again: "disk" (a nameless file in the user's cache folder), "ram" or "off".
+        "auto" is "disk", but "off" if the cache is on a device, the model has recurrent states, or
+        the folder cannot be used.
+        Without the log, the cache can go back by one fold.
+    rewind_limit: maximum size of the log in bytes. When it is reached, the oldest part is dropped.
+        By default it is 4 GiB, or 10 % of what is free if that is less.
     progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
         before that while the heads are measured (0 to 1 for each step). Returning False stops
         either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
@@ -123,6 +132,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         window: int | None = None,
         sink_tokens: int | None = None,
         compensation: bool | None = None,
+        rewind: str = "auto",
+        rewind_limit: int | None = None,
         progress: Callable[[float], object] | None = None,
         wait: bool = False,
         n_ctx: int | str = 512,
@@ -149,6 +160,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
             "compensation": compensation,
             "type_k_local": type_k_local,
             "type_v_local": type_v_local,
+            "rewind": rewind,
+            "rewind_limit": rewind_limit,
             "wait": wait,
         }
         self._progress = progress
@@ -185,13 +198,19 @@ class Llama(PlainMessages, llama_cpp.Llama):
             if cache.plan.active and kwargs.get("swa_full") is None:
                 kwargs["swa_full"] = False  # else layers with a sliding window keep everything
 
+        on_device = C.llama_supports_gpu_offload() and n_gpu_layers != 0
+        on_device = on_device and kwargs.get("offload_kqv", True)
+        recurrent = cache.plan is not None and cache.plan.recurrent_bytes > 0
+        log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device, recurrent)
+
         native.refuse_after_fork()
         if C.llama_supports_gpu_offload():
             native.computed()
         library.show_log(verbose)
         library.clear_errors()
         refusal: RazorError | None = None
-        override = native.make_params(cache.profile, cache.own_attention, **local_types)
+        razor_options: dict[str, Any] = local_types | asdict(log)
+        override = native.make_params(cache.profile, cache.own_attention, **razor_options)
         with library.override(override):
             try:
                 super().__init__(
@@ -241,7 +260,9 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def memory(self) -> Memory:
         """Return the memory of the cache and the model, as counted by the native library."""
-        return read_memory(library, self.ctx, self._plan, self._why, self.n_tokens, self._n_ctx)
+        return read_memory(
+            library, self.ctx, self._plan, self._why, self.n_tokens, self._n_ctx, self._why_no_log
+        )
 
     def stats(self, seq_id: int = 0) -> SequenceStats:
         """Return the statistics of a sequence. Raises RazorError if razor is not active."""
@@ -252,9 +273,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens after the first n_tokens, which count as evaluated.
 
-        If the cache cannot go back to n_tokens because of a fold, everything is evaluated again
-        from the start. Raises ContextFullError, which changes nothing, and RazorError if the
-        computation fails. n_tokens is then the number of tokens that the cache still holds.
+        If the cache cannot go back to n_tokens, because of a fold and without a rewind log that
+        reaches so far, everything is evaluated again from the start. Raises ContextFullError, which
+        changes nothing, and RazorError if the computation fails. n_tokens is then the number of
+        tokens that the cache still holds.
         """
         self._request(evaluation.evaluate, self, tokens)
 

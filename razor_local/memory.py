@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .errors import RazorError
 from .native import Native
+from .native.structs import REWIND
 from .plan import KV_TYPES, Plan
 
 
@@ -42,6 +43,9 @@ class Memory:
             name; None if no plan describes the model's cache.
         weights_bytes: bytes of the whole model, whether mapped from the file or not.
         compute_bytes: buffers for the computation of a batch.
+        rewind: where the rewind log is: "ram", "disk" or "off".
+        rewind_bytes, rewind_limit: its size, which is not part of kv_bytes, and its limit.
+        rewind_why: why there is no log, or why it has ended; None if there is one.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.
     """
 
@@ -64,6 +68,10 @@ class Memory:
     type_v: str | None = None
     type_k_local: str | None = None
     type_v_local: str | None = None
+    rewind: str = "off"
+    rewind_bytes: int = 0
+    rewind_limit: int = 0
+    rewind_why: str | None = None
 
     @property
     def share(self) -> float:
@@ -77,7 +85,7 @@ class SequenceStats:
 
     Positions [sink_tokens, frontier) are folded into the compensation tokens of the local heads
     with the smallest window, n_folded of them. n_rollback: this many can be taken back from the end
-    without evaluating again.
+    without evaluating again, with the rewind log.
     """
 
     n_tokens: int
@@ -87,7 +95,13 @@ class SequenceStats:
 
 
 def read_memory(
-    library: Native, ctx: int, plan: Plan | None, why: str | None, n_tokens: int, n_ctx: int
+    library: Native,
+    ctx: int,
+    plan: Plan | None,
+    why: str | None,
+    n_tokens: int,
+    n_ctx: int,
+    why_no_log: str = "",
 ) -> Memory:
     """Return what the cache of a context takes, from the native library's own count.
 
@@ -95,8 +109,10 @@ def read_memory(
         ctx: llama_context pointer.
         plan: None for a cache that a plan does not describe.
         why: the reason where razor is not active.
+        why_no_log: the reason where there is no rewind log.
     """
     stats = library.stats(ctx)
+    failure = stats.rewind_failure.decode("utf-8", "replace")
     layers: tuple[LayerMemory, ...] = ()
     if stats.active:
         rows = [library.layer(ctx, il) for il in range(stats.n_layer)]
@@ -127,6 +143,10 @@ def read_memory(
         devices=tuple(dict.fromkeys(m.device.decode("utf-8", "replace") for m in held)),
         sliding_bytes=stats.kv_bytes_sliding,
         recurrent_bytes=stats.kv_bytes_recurrent,
+        rewind=next(name for name, mode in REWIND.items() if mode == stats.rewind),
+        rewind_bytes=stats.rewind_bytes,
+        rewind_limit=stats.rewind_limit,
+        rewind_why=failure or why_no_log or (None if stats.active else why),
         **types,
     )
 

@@ -3,6 +3,7 @@
 #include "llama-razor-error.h"
 
 #include "llama-batch.h"
+#include "llama-context.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -34,6 +35,7 @@ llama_kv_cache_razor::llama_kv_cache_razor(
          llama_razor_plan   plan_in,
         razor_attn_kernel   attn,
       razor_device_choice   device,
+const llama_razor_rewind_params & rewind_params,
     const layer_reuse_cb & reuse) :
     llama_razor_hparams(model.hparams),
     llama_kv_cache(
@@ -223,7 +225,12 @@ llama_kv_cache_razor::llama_kv_cache_razor(
         ctxs_bufs.emplace_back(std::move(ctx), buf);
     }
 
-    // 4. log the number of heads
+    // 4. create the rewind log
+    if (rewind_params.mode != RAZOR_REWIND_OFF && !hparams_model.no_alloc) {
+        init_rewind(rewind_params);
+    }
+
+    // 5. log the number of heads
     size_t n_retrieval = 0;
     size_t n_local     = 0;
     for (uint32_t il = 0; il < plan.n_layer(); ++il) {
@@ -427,6 +434,8 @@ llama_memory_context_ptr llama_kv_cache_razor::init_full() {
 llama_memory_context_ptr llama_kv_cache_razor::init_update(llama_context * lctx, bool optimize) {
     GGML_UNUSED(optimize);
 
+    this->lctx = lctx;
+
     return std::make_unique<llama_kv_cache_razor_update>(this, lctx);
 }
 
@@ -443,6 +452,10 @@ void llama_kv_cache_razor::clear(bool data) {
     }
 
     last_steps.clear();
+
+    for (uint32_t s = 0; rewind && s < n_stream; ++s) {
+        rewind->clear(s);
+    }
 }
 
 void llama_kv_cache_razor::clear_stream(uint32_t strm) {
@@ -450,6 +463,10 @@ void llama_kv_cache_razor::clear_stream(uint32_t strm) {
     v_heads[strm] = 0;
 
     streams[strm] = empty_state();
+
+    if (rewind) {
+        rewind->clear(strm);
+    }
 }
 
 llama_kv_cache_razor::stream_state llama_kv_cache_razor::empty_state() const {
@@ -471,6 +488,10 @@ bool llama_kv_cache_razor::can_unfold(const stream_state & st, size_t i_group, u
 
     // position p + ring overwrites the row of position p
     return st.n_high <= to + plan.groups[i_group].ring();
+}
+
+bool llama_kv_cache_razor::can_go_back(uint32_t strm, uint32_t pos) const {
+    return can_unfold_to(streams[strm], pos) || (rewind && can_rewind(plan_rewind(strm, pos, pos)));
 }
 
 bool llama_kv_cache_razor::can_unfold_to(const stream_state & st, uint32_t pos) const {
@@ -509,6 +530,23 @@ bool llama_kv_cache_razor::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         }
     }
 
+    // read what is needed from the rewind log before anything changes
+    std::vector<rewind_step> steps;
+
+    for (uint32_t s = range.first; s < range.end; ++s) {
+        if (p0 > 0 && p0 < p1 && (uint32_t) p0 < n_tokens(s) && !can_unfold_to(streams[s], p0)) {
+            steps.push_back(plan_rewind(s, p0, p0));
+
+            if (!load_rewind(steps.back())) {
+                return false;
+            }
+        }
+    }
+
+    for (const auto & step : steps) {
+        apply_rewind(step);
+    }
+
     for (uint32_t s = range.first; s < range.end; ++s) {
         remove(s, p0, p1);
     }
@@ -536,7 +574,7 @@ bool llama_kv_cache_razor::can_remove(uint32_t strm, uint32_t p0, uint32_t p1) c
         return false;
     }
 
-    return can_unfold_to(streams[strm], p0);
+    return can_go_back(strm, p0);
 }
 
 void llama_kv_cache_razor::remove(uint32_t strm, uint32_t p0, uint32_t p1) {
@@ -562,6 +600,10 @@ void llama_kv_cache_razor::remove(uint32_t strm, uint32_t p0, uint32_t p1) {
         }
     }
 
+    if (rewind) {
+        rewind->cut(strm, p0);
+    }
+
     llama_kv_cache::seq_rm(strm, p0, p1);
 }
 
@@ -580,20 +622,36 @@ void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
     // some layers may have folded and others may not
     const auto & groups = it->groups;
 
+    bool folds       = false;
+    bool overwritten = false;
+
     for (size_t g = 0; g < groups.size(); ++g) {
-        if (groups[g].n_fold > 0 && st.n_high > groups[g].fold_from + plan.groups[g].ring()) {
+        folds       = folds       || groups[g].n_fold > 0;
+        overwritten = overwritten || (groups[g].n_fold > 0 && st.n_high > groups[g].fold_from + plan.groups[g].ring());
+    }
+
+    if (overwritten) {
+        auto step = plan_rewind(strm, p0, p0 - 1);
+
+        if (!can_rewind(step) || !load_rewind(step)) {
             LLAMA_LOG_WARN("%s: rows that were to be folded are overwritten, clearing the sequence\n", __func__);
 
             clear_stream(strm);
 
             return;
         }
+
+        apply_rewind(step);
+    } else {
+        for (size_t g = 0; g < groups.size(); ++g) {
+            if (groups[g].n_fold > 0) {
+                unfold(st.groups[g], groups[g].fold_from);
+            }
+        }
     }
 
-    for (size_t g = 0; g < groups.size(); ++g) {
-        if (groups[g].n_fold > 0) {
-            unfold(st.groups[g], groups[g].fold_from);
-        }
+    if (rewind && folds) {
+        rewind->cut(strm, p0 - 1);
     }
 
     llama_kv_cache::seq_rm(seq_id, p0, -1);
@@ -630,6 +688,10 @@ void llama_kv_cache_razor::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
     copies.emplace_back(seq_id_src, seq_id_dst);
 
     streams[seq_id_dst] = streams[seq_id_src];
+
+    if (rewind) {
+        rewind->copy(seq_id_src, seq_id_dst);
+    }
 }
 
 void llama_kv_cache_razor::copy_streams() const {
@@ -698,13 +760,19 @@ uint32_t llama_kv_cache_razor::n_tokens(uint32_t strm) const {
     return seq_pos_max(strm) + 1;
 }
 
-uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
-    const auto & st = streams[strm];
+llama_pos llama_kv_cache_razor::seq_pos_min(llama_seq_id seq_id) const {
+    const uint32_t strm = get_stream(seq_id);
 
+    const llama_pos n = n_tokens(strm);
+
+    return n > 0 ? std::max<llama_pos>(n - n_rollback(strm), 1) - 1 : -1;
+}
+
+uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     // go back block by block as long as the frontiers can be moved back, too
     uint32_t n_left = n_tokens(strm);
     while (n_left > 0) {
-        if (!can_unfold_to(st, n_left - 1)) {
+        if (!can_go_back(strm, n_left - 1)) {
             break;
         }
 
@@ -728,6 +796,10 @@ std::vector<llama_kv_cache_razor::step_info> llama_kv_cache_razor::apply_local(c
 }
 
 llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens) {
+    if (rewind) {
+        log_fold(strm, pos0);
+    }
+
     auto & st = streams[strm];
 
     const uint32_t n_end = pos0 + n_tokens;
@@ -1000,6 +1072,256 @@ void llama_kv_cache_razor::state_read(llama_io_read_i & io, llama_seq_id seq_id,
         }
         throw;
     }
+}
+
+//
+// rewind log
+//
+
+void llama_kv_cache_razor::init_rewind(const llama_razor_rewind_params & params) {
+    std::vector<size_t> parts;
+    for (const auto & layer : layers_razor) {
+        parts.push_back(rewind_size(layer));
+    }
+
+    rewind = std::make_unique<llama_razor_rewind>(params, n_stream, plan.block, std::move(parts));
+}
+
+size_t llama_kv_cache_razor::rewind_size(const razor_layer & layer) const {
+    size_t res = 0;
+
+    for (const auto * t : { layer.k_local, layer.v_local }) {
+        res += plan.n_local(layer.il)*(plan.block + (plan.n_comp > 0 ? 1 : 0))*(t ? t->nb[1] : 0);
+    }
+    for (const auto & sums : layer.sums) {
+        res += sums.k ? sums.k->nb[1] + sums.v->nb[1] : 0;
+    }
+
+    return res;
+}
+
+template<typename F>
+void llama_kv_cache_razor::for_each_rewind_piece(
+        const razor_layer & layer,
+        uint32_t strm,
+        uint32_t start,
+        const std::vector<rewind_group> & groups,
+        uint8_t * data,
+        F && f) const {
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        const auto & group = plan.groups[g];
+        const auto & want  = groups[g];
+
+        const size_t n_heads = plan.local[layer.il][g].size();
+
+        if (n_heads == 0) {
+            continue;
+        }
+
+        // positions of the rows in the block
+        const uint32_t first = group.frontier(start - 1);
+        const uint32_t end   = group.frontier(start);
+
+        for (ggml_tensor * t : { layer.k_local, layer.v_local }) {
+            const size_t nb = t->nb[1];
+
+            auto offset = [&](uint32_t cell) { return strm*t->nb[2] + (plan.first_row(layer.il, g) + cell)*nb; };
+
+            // 1. the rows of each head, in pieces without a wrap of the ring
+            for (uint32_t pos = std::max(first, want.from); pos < std::min(end, want.end); ) {
+                const uint32_t cell = group.cell(pos);
+                const uint32_t n    = std::min(std::min(end, want.end) - pos, group.sink_tokens + group.ring() - cell);
+
+                f(t, data + (pos - first)*nb, offset(cell), n*nb, n_heads, group.cells*nb, plan.block*nb);
+
+                pos += n;
+            }
+
+            data += n_heads*plan.block*nb;
+
+            // 2. the compensation token of each head, whose cells have equal rows
+            if (plan.n_comp > 0) {
+                for (uint32_t i = 0; want.move_comp && i < llama_razor_group::N_COMP_CELLS; ++i) {
+                    f(t, data, offset(group.comp_cell(want.slot) + i), nb, n_heads, group.cells*nb, nb);
+                }
+
+                data += n_heads*nb;
+            }
+        }
+
+        // 3. the accumulators
+        for (ggml_tensor * t : { layer.sums[g].k, layer.sums[g].v }) {
+            if (t) {
+                if (want.move_comp) {
+                    f(t, data, strm*t->nb[2] + want.slot*t->nb[1], t->nb[1], 1, 0, 0);
+                }
+
+                data += t->nb[1];
+            }
+        }
+    }
+}
+
+void llama_kv_cache_razor::synchronize() const {
+    if (lctx) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+    }
+
+    copy_streams();
+}
+
+void llama_kv_cache_razor::log_fold(uint32_t strm, uint32_t pos0) {
+    const auto & st = streams[strm];
+
+    std::vector<rewind_group> groups(plan.groups.size());
+
+    bool folds = false;
+    bool known = pos0 > 0;
+
+    for (size_t g = 0; g < groups.size(); ++g) {
+        const auto & state = st.groups[g];
+
+        groups[g].from      = state.frontier;
+        groups[g].end       = plan.groups[g].frontier(pos0);
+        groups[g].slot      = state.slot;
+        groups[g].move_comp = state.frontier > plan.sink_tokens;
+
+        folds = folds || groups[g].from < groups[g].end;
+        known = known && state.frontier == plan.groups[g].frontier(pos0 - 1);
+    }
+
+    if (!folds) {
+        return;
+    }
+
+    // a state that was loaded may be at other frontiers
+    if (!known) {
+        rewind->clear(strm);
+
+        return;
+    }
+
+    synchronize();
+
+    rewind->add(strm, pos0, [&](size_t il, uint8_t * data) {
+        for_each_rewind_piece(layers_razor[il], strm, pos0, groups, data, ggml_backend_tensor_get_2d);
+    });
+}
+
+llama_kv_cache_razor::rewind_step llama_kv_cache_razor::plan_rewind(uint32_t strm, uint32_t p0, uint32_t pos) const {
+    const auto & st = streams[strm];
+
+    rewind_step res;
+
+    res.strm   = strm;
+    res.p0     = p0;
+    res.pos    = pos;
+    res.n_high = st.n_high;
+
+    for (const auto & group : plan.groups) {
+        res.n_high = std::min(res.n_high, group.frontier(pos) + group.ring());
+    }
+
+    // the block with the compensation tokens and accumulators at the frontiers of pos
+    const uint32_t edge = pos - pos % plan.block + plan.block;
+
+    auto add_block = [&](uint32_t start) {
+        res.first = res.end == 0 ? start                : std::min(res.first, start);
+        res.end   = res.end == 0 ? start + plan.block : std::max(res.end,   start + plan.block);
+    };
+
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        const auto & group = plan.groups[g];
+        const auto & state = st.groups[g];
+
+        const uint32_t frontier = group.frontier(pos);
+
+        rewind_group want;
+
+        // rows that were overwritten and are in the ring again at the new n_high
+        auto first_in_ring = [&](uint32_t n_high) { return std::max(plan.sink_tokens, n_high - std::min(n_high, group.ring())); };
+
+        want.from = first_in_ring(res.n_high);
+        want.end  = std::min(p0, first_in_ring(st.n_high));
+
+        if (want.from < want.end) {
+            // a row is in the block of the first position whose frontier is after it
+            add_block((want.from + group.window)/plan.block*plan.block + plan.block);
+            add_block((want.end - 1 + group.window)/plan.block*plan.block + plan.block);
+        }
+
+        if (frontier < state.frontier) {
+            // each fold has changed the slot
+            want.slot      = state.slot ^ ((state.frontier - frontier + plan.block - 1)/plan.block & 1);
+            want.move_comp = plan.n_comp > 0 && frontier > plan.sink_tokens;
+
+            if (want.move_comp) {
+                add_block(edge);
+            }
+        }
+
+        res.groups.push_back(want);
+    }
+
+    return res;
+}
+
+bool llama_kv_cache_razor::can_rewind(const rewind_step & step) const {
+    return step.end == 0 || (rewind && rewind->has(step.strm, step.first, step.end - plan.block));
+}
+
+bool llama_kv_cache_razor::load_rewind(rewind_step & step) const {
+    for (uint32_t start = step.first; start < step.end; start += plan.block) {
+        step.data.push_back(rewind->read(step.strm, start));
+
+        if (!step.data.back()) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
+void llama_kv_cache_razor::apply_rewind(const rewind_step & step) {
+    auto & st = streams[step.strm];
+
+    synchronize();
+
+    // 1. write the rows, compensation tokens and accumulators
+    const uint32_t edge = step.pos - step.pos % plan.block + plan.block;
+
+    for (size_t i = 0; i < step.data.size(); ++i) {
+        const uint32_t start = step.first + i*plan.block;
+
+        auto groups = step.groups;
+        for (auto & group : groups) {
+            group.move_comp = group.move_comp && start == edge;
+        }
+
+        // the pieces are only read
+        uint8_t * data = const_cast<uint8_t *>(step.data[i].get());
+
+        for (const auto & layer : layers_razor) {
+            for_each_rewind_piece(layer, step.strm, start, groups, data, ggml_backend_tensor_set_2d);
+
+            data += rewind_size(layer);
+        }
+    }
+
+    // 2. move the frontiers
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        auto & state = st.groups[g];
+
+        const uint32_t frontier = plan.groups[g].frontier(step.pos);
+
+        if (frontier < state.frontier) {
+            state.frontier      = frontier;
+            state.frontier_prev = -1;
+            state.slot          = step.groups[g].slot;
+        }
+    }
+
+    st.n_high = step.n_high;
 }
 
 const llama_hparams & llama_kv_cache_razor::get_model_hparams() const {

@@ -11,6 +11,7 @@
 #include "llama-kv-cache.h"
 #include "llama-razor-device.h"
 #include "llama-razor-plan.h"
+#include "llama-razor-rewind.h"
 
 #include <vector>
 
@@ -119,6 +120,7 @@ public:
              llama_razor_plan   plan,
             razor_attn_kernel   attn,
           razor_device_choice   device,
+const llama_razor_rewind_params & rewind,
         const layer_reuse_cb & reuse = nullptr);
 
     ~llama_kv_cache_razor() = default;
@@ -140,13 +142,16 @@ public:
 
     void clear(bool data) override;
 
-    // only the end of a sequence can be removed, across a fold only while the folded rows are still in the ring
+    // only the end of a sequence can be removed, across a fold only while the folded rows are still in the ring or in the rewind log
     bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
     // only a whole sequence can be copied, else the copy is empty and must be removed before it is used
     void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id)                                                          override;
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    // one less than the first position to which seq_rm() can go back: callers do not ask it to go back further
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
 
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
@@ -203,6 +208,9 @@ public:
 
     void clear_stream(uint32_t strm);
 
+    // return nullptr if there is no rewind log
+    const llama_razor_rewind * get_rewind() const { return rewind.get(); }
+
     // perform the copies that seq_cp() requested; no computation may be running
     void copy_streams() const;
 
@@ -233,6 +241,37 @@ private:
     // result of the last apply_local()
     std::vector<step_info> last_steps;
 
+    // the context of the cache, nullptr before the first decode
+    llama_context * lctx = nullptr;
+
+    std::unique_ptr<llama_razor_rewind> rewind; // nullptr: off
+
+    // rows [from, end) of a group, and if move_comp is set its compensation token and accumulators in a slot
+    struct rewind_group {
+        uint32_t from = 0;
+        uint32_t end  = 0;
+        uint32_t slot = 0;
+
+        bool move_comp = false;
+    };
+
+    // what brings a stream back to its first p0 tokens and the frontiers of position pos
+    struct rewind_step {
+        uint32_t strm = 0;
+        uint32_t p0   = 0;
+        uint32_t pos  = 0;
+
+        uint32_t n_high = 0; // afterwards
+
+        std::vector<rewind_group> groups;
+
+        // the blocks of the log to read: [first, end), in steps of plan.block
+        uint32_t first = 0;
+        uint32_t end   = 0;
+
+        std::vector<std::shared_ptr<const uint8_t>> data; // their bytes
+    };
+
     void init_rotation();
 
     uint64_t fingerprint() const;
@@ -245,6 +284,32 @@ private:
 
     void remove(uint32_t strm, uint32_t p0, uint32_t p1);
 
+    void init_rewind(const llama_razor_rewind_params & params);
+
+    // wait for computations, so that rows can be read and written
+    void synchronize() const;
+
+    // add what the fold before position pos0 drops to the rewind log, before it is computed
+    void log_fold(uint32_t strm, uint32_t pos0);
+
+    rewind_step plan_rewind(uint32_t strm, uint32_t p0, uint32_t pos) const;
+
+    bool can_rewind(const rewind_step & step) const;
+
+    // read the blocks of a step that is possible, return false if they cannot be read
+    bool load_rewind(rewind_step & step) const;
+
+    void apply_rewind(const rewind_step & step);
+
+    // return the size of the part of a layer in a block of the rewind log
+    size_t rewind_size(const razor_layer & layer) const;
+
+    // call f(tensor, data, offset, size, n_copies, stride_tensor, stride_data) for pieces of a layer and their places in the part of
+    // the layer in the block of the fold before position start
+    template<typename F>
+    void for_each_rewind_piece(const razor_layer & layer, uint32_t strm, uint32_t start, const std::vector<rewind_group> & groups,
+            uint8_t * data, F && f) const;
+
     // advance a stream by tokens that follow pos0
     step_info apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens);
 
@@ -256,6 +321,9 @@ private:
 
     // return true if no frontier is beyond that of the position, or all that are can be moved back to it
     bool can_unfold_to(const stream_state & st, uint32_t pos) const;
+
+    // same, or the rewind log has what is needed to go back to p0 = pos
+    bool can_go_back(uint32_t strm, uint32_t pos) const;
 
     void unfold(group_state & st, uint32_t to) const;
 

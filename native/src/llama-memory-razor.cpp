@@ -316,6 +316,8 @@ struct razor_new_memory {
     razor_attn_kernel   attn;
     razor_device_choice device;
 
+    const llama_razor_rewind_params & rewind;
+
     llama_kv_cache_razor * kv = nullptr;
 };
 
@@ -360,7 +362,7 @@ llama_kv_cache * llama_razor_new_kv_cache(
         }
     }
 
-    razor_new->kv = new llama_kv_cache_razor(model, razor_new->cparams, plan, razor_new->attn, razor_new->device, reuse);
+    razor_new->kv = new llama_kv_cache_razor(model, razor_new->cparams, plan, razor_new->attn, razor_new->device, razor_new->rewind, reuse);
 
     return razor_new->kv;
 }
@@ -379,8 +381,9 @@ llama_memory_i * llama_razor_new_memory(
         const llama_cparams & cparams,
         llama_razor_plan plan,
         razor_attn_kernel attn,
-        razor_device_choice device) {
-    razor_new_memory pending = { cparams, std::move(plan), attn, device };
+        razor_device_choice device,
+        const llama_razor_rewind_params & rewind) {
+    razor_new_memory pending = { cparams, std::move(plan), attn, device, rewind };
 
     struct scope {
         scope(razor_new_memory * pending) { razor_new = pending; }

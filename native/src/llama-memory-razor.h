@@ -117,7 +117,8 @@ llama_memory_i * llama_razor_new_memory(
         const llama_cparams & cparams,
         llama_razor_plan plan,
         razor_attn_kernel attn,
-        razor_device_choice device);
+        razor_device_choice device,
+        const llama_razor_rewind_params & rewind);
 
 // return true while llama_razor_new_memory() lets upstream create the memory
 bool llama_razor_in_new_memory();

@@ -385,9 +385,13 @@ llama_memory_i * llama_razor_create_memory(const llama_model & model, const llam
         llama_razor_error_throw(err.what());
     }
 
+    const llama_razor_profile * asked = llama_razor_profile_get_override();
+
+    const llama_razor_rewind_params rewind = asked ? asked->rewind : llama_razor_rewind_params();
+
     if (!razor_plan_is_plain(model)) {
-        return llama_razor_new_memory(model, params, cparams, std::move(*plan), attn, device);
+        return llama_razor_new_memory(model, params, cparams, std::move(*plan), attn, device, rewind);
     }
 
-    return new llama_kv_cache_razor(model, cparams, std::move(*plan), attn, device);
+    return new llama_kv_cache_razor(model, cparams, std::move(*plan), attn, device, rewind);
 }

@@ -316,6 +316,16 @@ bool llama_razor_set_override(const llama_razor_params * params) {
             res->type_k_local = params->type_k_local;
             res->type_v_local = params->type_v_local;
 
+            razor_check_range("rewind", params->rewind, RAZOR_REWIND_OFF, RAZOR_REWIND_FILE);
+
+            if (params->rewind == RAZOR_REWIND_FILE && !params->rewind_folder) {
+                llama_razor_error_throw("rewind_folder is NULL, name the folder of the rewind log's file");
+            }
+
+            res->rewind.mode   = (llama_razor_rewind_mode) params->rewind;
+            res->rewind.limit  = params->rewind_limit;
+            res->rewind.folder = params->rewind_folder ? params->rewind_folder : "";
+
             if (params->n_retrieval > 0) {
                 if (!params->retrieval) {
                     llama_razor_error_throw("n_retrieval is set and retrieval is NULL");

@@ -5,6 +5,8 @@
 // a profile is checked when it is made: every llama_razor_profile is valid, except that a mask from llama_razor_set_override() may
 // not fit the model
 
+#include "llama-razor-rewind.h"
+
 #include "llama-arch.h"
 
 #include <cstddef>
@@ -27,6 +29,8 @@ struct llama_razor_profile {
 
     int32_t  type_k_local   = -1;    // enum ggml_type of the rows of local heads, -1: as in the context
     int32_t  type_v_local   = -1;
+
+    llama_razor_rewind_params rewind;
 
     std::vector<uint8_t>  retrieval; // 0/1 per KV head, layer-major
     std::vector<uint32_t> scope;     // tokens per KV head, 0 exactly for retrieval heads, empty: one window for all local heads

@@ -120,6 +120,13 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
             res.windows[g] = plan.groups[g].window;
         }
 
+        if (const auto * rewind = kv->get_rewind()) {
+            res.rewind       = rewind->get_params().mode;
+            res.rewind_limit = rewind->get_params().limit;
+            res.rewind_bytes = rewind->n_bytes();
+            snprintf(res.rewind_failure, sizeof(res.rewind_failure), "%s", rewind->get_failure().c_str());
+        }
+
         bool any_host   = false;
         bool all_host   = true;
         bool any_device = false;

@@ -9,6 +9,7 @@
 //   local head          a KV head that keeps the sink tokens, a window of recent tokens and one compensation token
 //   compensation token  k and v are the means of the dropped keys and values, log(number of dropped tokens) is added to its logit
 //   fold                move the oldest tokens of the window into the compensation token
+//   rewind log          what folds drop, kept outside the cache so that llama_memory_seq_rm can go back to any position
 //
 // The plan of a context depends only on n_ctx (the context size per sequence) and llama_razor_params:
 //   L     = window > 0 ? window : max(window_min, window_divisor > 0 ? n_ctx/window_divisor : 0)
@@ -42,9 +43,12 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 6
+#define LLAMA_RAZOR_API_VERSION 7
 #define LLAMA_RAZOR_MAX_WINDOWS 4  // maximum number of different windows
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
+#define LLAMA_RAZOR_REWIND_OFF  0  // no rewind log
+#define LLAMA_RAZOR_REWIND_RAM  1  // in memory
+#define LLAMA_RAZOR_REWIND_FILE 2  // in a file that is deleted when it is opened
 
 // if set to anything but "" or "0", razor metadata and overrides are ignored and upstream's cache is used
 #define LLAMA_RAZOR_DISABLE_ENV "RAZOR_LOCAL_DISABLE"
@@ -63,6 +67,9 @@ struct llama_razor_params {
     const uint32_t * scope;   // 0..2^30 tokens per KV head of the mask, 0 exactly for retrieval heads; NULL: one window for all local heads
     int32_t  type_k_local;    // enum ggml_type of the rows of local heads, -1: type_k of the context
     int32_t  type_v_local;    // enum ggml_type of the rows of local heads, -1: type_v of the context
+    uint32_t rewind;          // LLAMA_RAZOR_REWIND_*
+    uint64_t rewind_limit;    // bytes of the rewind log, 0: unlimited. When it is reached, the oldest part is dropped
+    const char * rewind_folder; // of the file
 };
 
 // statistics of a context
@@ -92,6 +99,10 @@ struct llama_razor_stats {
     uint32_t n_windows;       // number of different windows
     uint32_t windows[LLAMA_RAZOR_MAX_WINDOWS]; // L of each group of local heads, largest first
     uint32_t device_attention; // 1: all layers on devices use razor's operations for the attention of one token
+    uint32_t rewind;          // LLAMA_RAZOR_REWIND_*
+    uint64_t rewind_limit;    // bytes
+    uint64_t rewind_bytes;    // size of the rewind log of all sequences, in memory or in its file; not part of kv_bytes
+    char     rewind_failure[64]; // why the rewind log has ended, "" if it has not
 };
 
 struct llama_razor_layer_stats {
@@ -109,7 +120,7 @@ struct llama_razor_seq_stats {
     uint32_t n_tokens;        // tokens in the cache
     uint32_t frontier;        // F of the smallest window: positions [sink_tokens, frontier) are folded
     uint32_t n_folded;        // N_d = frontier - sink_tokens
-    uint32_t n_rollback;      // llama_memory_seq_rm can remove at least this many tokens from the end
+    uint32_t n_rollback;      // llama_memory_seq_rm can remove at least this many tokens from the end, with the rewind log
     uint32_t reserved;
 };
 

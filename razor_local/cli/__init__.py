@@ -48,6 +48,10 @@ OPTIONS = {
     "window_min": "--window-min",
     "window_divisor": "--window-divisor",
     "flash_attn=True": "-fa on",
+    "rewind": "--rewind",
+    "rewind='off'": "--rewind off",
+    "rewind='ram'": "--rewind ram",
+    "rewind_limit": "--rewind-limit",
     "razor=False": "--no-razor",
     "razor=SIDECAR": "--sidecar FILE",
 }

@@ -53,6 +53,7 @@ def stats(llama: Llama, conversation: Chat) -> str:
         ("weights", f"{size_text(memory.weights_bytes)}, {_weights_type(llama)}"),
         ("KV cache", _kv(memory).removeprefix("KV cache ") + types),
         ("heads", _heads(llama)),
+        ("rewind", _rewind(llama)),
         ("compute", f"{size_text(memory.compute_bytes)} of buffers"),
         ("context", f"{conversation.n_used:,} of {memory.n_ctx:,} tokens used"),
     ]
@@ -76,6 +77,17 @@ def _heads(llama: Llama) -> str:
         f"{plan.retrieval_kv_heads} of {plan.kv_heads} keep every token; the others keep {first}the"
         f" last {plan.windows_text}, and {between} ({llama.stats().n_folded:,} so far)"
     )
+
+
+def _rewind(llama: Llama) -> str:
+    memory = llama.memory()
+    if not memory.active:
+        return "the full cache can go back to any token"
+    back = f"the cache can go back by {llama.stats().n_rollback:,} tokens"
+    if memory.rewind_why is not None:
+        return f"{back}; no log: {memory.rewind_why}"
+    where = "of memory" if memory.rewind == "ram" else "on disk"
+    return f"{back}, with a log of {size_text(memory.rewind_bytes)} {where}"
 
 
 def numbers(llama: Llama, conversation: Chat, turn: Turn) -> str:

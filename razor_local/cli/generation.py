@@ -25,6 +25,8 @@ from .params import (
     CALIBRATE,
     FLASH_ATTN,
     N_GPU_LAYERS,
+    REWIND,
+    REWIND_LIMIT,
     SEED,
     THREADS,
     UBATCH_SIZE,
@@ -130,6 +132,8 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     CACHE_TYPE_V,
     CACHE_TYPE_LOCAL_K,
     CACHE_TYPE_LOCAL_V,
+    REWIND,
+    REWIND_LIMIT,
     FLASH_ATTN,
     click.option(
         "--no-mmap", is_flag=True, help="Load the model into memory instead of mapping it."
@@ -340,6 +344,8 @@ def load(path: Path, options: dict[str, Any]) -> tuple[Llama, AutoContext | None
             type_k=options["cache_type_k"],
             type_v=options["cache_type_v"],
             **local_types(options),
+            rewind=options["rewind"],
+            rewind_limit=options["rewind_limit"],
             flash_attn=use_flash_attn,
             use_mmap=not options["no_mmap"],
             use_mlock=options["mlock"],

@@ -185,6 +185,17 @@ CACHE_TYPE_LOCAL_V = click.option(
     "-ctlv", "--cache-type-local-v", type=KV_TYPE,
     help="Type of the V cache of local heads.  [default: same as -ctv]",
 )  # fmt: skip
+REWIND = click.option(
+    "--rewind", type=click.Choice(["auto", "disk", "ram", "off"]), default="auto",
+    show_default=True,
+    help="Where to keep what the cache drops, so that it can go back without evaluating again;"
+    " auto: on disk, off if the cache is on a GPU or has recurrent states.",
+)  # fmt: skip
+REWIND_LIMIT = click.option(
+    "--rewind-limit", type=Size(), metavar="SIZE",
+    help="Maximum size of --rewind, such as 512M or 3G.  [default: 4G, at most 10 % of what is"
+    " free]",
+)  # fmt: skip
 FLASH_ATTN = click.option(
     "-fa",
     "--flash-attn",

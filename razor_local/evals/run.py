@@ -177,6 +177,7 @@ def open_llama(
         n_threads_batch=setup.n_threads,
         n_gpu_layers=setup.n_gpu_layers,
         progress=lambda _part: check_stop(stop),
+        rewind="off",
         **policy.llama_args(),
         **options,
     )

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LibraryError
 from ..plan import KV_TYPES
 from . import errors, log
-from .structs import BufferStats, LayerStats, Memory, Params, SeqStats, Stats
+from .structs import REWIND, BufferStats, LayerStats, Memory, Params, SeqStats, Stats
 
 if TYPE_CHECKING:
     from ..profile import Profile
 
-API_VERSION = 6  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 7  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
@@ -141,6 +141,9 @@ def make_params(
     own_attention: bool = False,
     type_k_local: str | None = None,
     type_v_local: str | None = None,
+    rewind: str = "off",
+    rewind_limit: int = 0,
+    rewind_folder: str = "",
 ) -> Params:
     """Return what override() takes.
 
@@ -149,6 +152,9 @@ def make_params(
         own_attention: whether a full cache in host memory runs razor's attention kernel instead of
             llama.cpp's. With a profile razor's kernel always runs.
         type_k_local, type_v_local: KV types of local heads; None: those of the context.
+        rewind: where the rewind log is: "off", "ram" or "disk".
+        rewind_limit: its maximum size in bytes, 0: unlimited.
+        rewind_folder: the folder of its file.
     """
     params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
     params.type_k_local = KV_TYPES[type_k_local].ggml_id if type_k_local else -1
@@ -161,6 +167,9 @@ def make_params(
     params.window_min = profile.window_min
     params.window_divisor = profile.window_divisor
     params.compensation = profile.compensation
+    params.rewind = REWIND[rewind]
+    params.rewind_limit = rewind_limit
+    params.rewind_folder = os.fsencode(rewind_folder) or None
     params.n_retrieval = heads.size
     params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
     if profile.scope is not None:

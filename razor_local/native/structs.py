@@ -6,6 +6,7 @@ import ctypes
 from ctypes import (
     c_bool,
     c_char,
+    c_char_p,
     c_int32,
     c_int64,
     c_size_t,
@@ -18,6 +19,7 @@ from ctypes import (
 # llama-razor.h
 
 MAX_WINDOWS = 4  # LLAMA_RAZOR_MAX_WINDOWS
+REWIND = {"off": 0, "ram": 1, "disk": 2}  # LLAMA_RAZOR_REWIND_*
 
 
 class Params(ctypes.Structure):
@@ -37,6 +39,9 @@ class Params(ctypes.Structure):
         ("scope", ctypes.POINTER(c_uint32)),
         ("type_k_local", c_int32),
         ("type_v_local", c_int32),
+        ("rewind", c_uint32),
+        ("rewind_limit", c_uint64),
+        ("rewind_folder", c_char_p),
     ]
 
 
@@ -68,6 +73,10 @@ class Stats(ctypes.Structure):
         ("n_windows", c_uint32),
         ("windows", c_uint32 * MAX_WINDOWS),
         ("device_attention", c_uint32),
+        ("rewind", c_uint32),
+        ("rewind_limit", c_uint64),
+        ("rewind_bytes", c_uint64),
+        ("rewind_failure", c_char * 64),
     ]
 
 

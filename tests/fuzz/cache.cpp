@@ -854,7 +854,7 @@ private:
         const int64_t n   = tokens.size();
 
         EXPECT(seq.n_tokens == n && llama_memory_seq_pos_max(ctx->mem, 0) == n - 1, "%u tokens, expected %d", seq.n_tokens, (int) n);
-        EXPECT(ctx->tainted || llama_memory_seq_pos_min(ctx->mem, 0) == (n == 0 ? -1 : 0), "first position");
+        EXPECT(ctx->tainted || llama_memory_seq_pos_min(ctx->mem, 0) == (n == 0 ? -1 : std::max<int64_t>(n - seq.n_rollback, 1) - 1), "first position");
         EXPECT(seq.n_rollback <= n, "n_rollback %u of %d tokens", seq.n_rollback, (int) n);
         EXPECT(seq.n_folded == seq.frontier - plan.sink_tokens && seq.frontier >= plan.sink_tokens, "folded %u", seq.n_folded);
         // the fold of a block comes with its first token

@@ -13,9 +13,18 @@ from collections.abc import Sequence
 
 from razor_local.model_file import ModelFile
 from tests.fuzz import memories
-from tests.fuzz.memories import ARCHS, N_TOKENS, PARAMS, Finding, make_texts, noise
-from tests.support import arch_models, arch_runs, runner
-from tests.support.runner import Context, Model, Override
+from tests.fuzz.memories import (
+    ARCHS,
+    N_TOKENS,
+    PARAMS,
+    Finding,
+    is_plain,
+    make_override,
+    make_texts,
+    noise,
+)
+from tests.support import arch_models, runner
+from tests.support.runner import Context, Model
 from tests.support.sequences import N_SEQ, Sequences, Text
 
 
@@ -31,7 +40,8 @@ class Fuzzer:
         self.hybrid = ModelFile(path).shape.recurrent_bytes > 0
         params = PARAMS | {"flash_attn": flash_attn, "n_batch": 1024}
         self.model = Model(path)
-        razor = Override(arch_runs.mask_of(self.model.layers()), window=64)
+        self.rewind = self.rng.choice(["off", "ram", "disk"])
+        razor = make_override(self.model, self.rewind)
         self.texts = []
         for tokens in make_texts(path, self.rng):
             with Context(self.model, razor, **params) as ctx:
@@ -39,6 +49,8 @@ class Fuzzer:
         self.limit = noise(self.model, self.texts[0].tokens, params)
         self.seqs = Sequences(self.model, razor, self.texts, **params)
         self.ctx = self.seqs.ctx
+        self.plain = is_plain(path)
+        self.logged = [self.rewind != "off"] * N_SEQ  # since the sequence was empty
         # bytes, whether of all sequences, the text and the number of tokens of each
         self.states: list[tuple[bytes, bool, list[Text], list[int]]] = []
 
@@ -84,7 +96,7 @@ class Fuzzer:
         self.note(f"remove from {p0} in {s}")
         if self.ctx.seq_rm(p0, seq_id=s):
             self.cut(s, p0)
-        elif p0 == 0 or n - p0 <= possible:
+        elif p0 == 0 or n - p0 <= possible or (self.plain and self.logged[s]):
             self.fail(f"a rollback was refused, although {possible} tokens can be removed")
 
     def remove(self) -> None:
@@ -123,6 +135,7 @@ class Fuzzer:
         self.note(f"copy {source} to {target}")
         self.ctx.seq_cp(source, target)
         self.seqs.text[target] = self.seqs.text[source]
+        self.logged[target] = self.logged[source]
         self.cut(target, self.seqs.held[source])
 
     def copy_part(self) -> None:
@@ -161,6 +174,7 @@ class Fuzzer:
             self.fail(f"a state was refused: {runner.last_error()}")
         self.seqs.text[first : first + len(text)] = text
         for s, n in enumerate(held, first):
+            self.logged[s] = False
             self.cut(s, n)
 
     def load_damaged(self) -> None:
@@ -222,6 +236,8 @@ class Fuzzer:
         held = self.seqs.text[s].tokens[:n]
         self.seqs.text[s] = self.rng.choice([t for t in self.texts if t.tokens[:n] == held])
         self.seqs.held[s] = n
+        if n == 0:
+            self.logged[s] = self.rewind != "off"
 
     # -- checks --
 

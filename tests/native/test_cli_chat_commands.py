@@ -178,7 +178,7 @@ def test_what_is_not_kept(tmp_path, monkeypatch):
             ask(t, "hello")
             t.send("/exit\r")
             assert t.wait()[0] == 0
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_chat_without_a_place_for_its_history_goes_on(tmp_path):

@@ -54,7 +54,9 @@ def test_sequences_are_computed_as_if_alone(plan: str, flash_attn: bool, model) 
         assert (stats.active, stats.n_stream, stats.n_ctx) == (1, N_SEQ, N_CTX_SEQ)
         assert seqs.fill([500, 130, 0, 330]) <= TOLERANCE
         assert seqs.lengths() == [500, 130, 0, 330]
-        assert [seqs.ctx.pos_min(s) for s in range(N_SEQ)] == [0, 0, -1, 0]
+        back = [seqs.ctx.seq(s).n_rollback for s in range(N_SEQ)]
+        lowest = [max(n - k, 1) - 1 for n, k in zip(seqs.held, back, strict=True)]
+        assert [seqs.ctx.pos_min(s) for s in range(N_SEQ)] == [*lowest[:2], -1, lowest[3]]
         assert [seqs.ctx.seq(s).n_tokens for s in range(N_SEQ)] == seqs.held
         folded = [seqs.ctx.seq(s).n_folded for s in range(N_SEQ)]
         assert folded[2] == 0 < folded[1] < folded[3] < folded[0]

@@ -71,7 +71,7 @@ MASKS = (
     (r"\d{4}-\d\d-\d\d \d\d:\d\d", "<time>"),
     (r"^\[[█▒░]+\]", "[<bar>]"),
     (r"KV cache .*", "KV cache <bytes>"),
-    (r"^(device|weights|heads|compute|session first:|first  ).*", r"\1 <values>"),
+    (r"^(device|weights|heads|rewind|compute|session first:|first  ).*", r"\1 <values>"),
     (r"[\d.,]*\d (MiB|of|tokens|left|are left|new tokens|per second|tok/s)", r"<n> \1"),
     (r"<n> new tokens, <n> (tok/s|per second)", "<n> new tokens"),  # short prompts have no rate
     (r"context \d+/\d+", "context <n>/<n>"),

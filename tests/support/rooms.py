@@ -16,9 +16,9 @@ ROOMS = (
     "printable", "errors", "hooks", "common", "gguf", "plan", "layer_caches", "model_shape",
     "profile", "scores", "profile_cache", "known_profiles", "model_file", "model_setup", "models",
     "prompt", "chat", "native", "bindings", "ownership", "json_schema", "completion_request",
-    "completion", "memory", "available_memory", "fit", "llama_options", "evaluation", "sampling",
-    "state", "llama", "sessions", "converters", "evals", "auto_profile", "bench", "verify",
-    "server", "cli", "__main__",
+    "completion", "memory", "available_memory", "rewind_log", "fit", "llama_options",
+    "evaluation", "sampling", "state", "llama", "sessions", "converters", "evals", "auto_profile",
+    "bench", "verify", "server", "cli", "__main__",
 )  # fmt: skip
 
 
@@ -70,8 +70,8 @@ GROUPS = {
     ),
     "native": ("native", "bindings"),
     "llama": (
-        "ownership", "json_schema", "completion_request", "completion", "memory", "llama_options",
-        "evaluation", "sampling", "state", "llama",
+        "ownership", "json_schema", "completion_request", "completion", "memory", "rewind_log",
+        "llama_options", "evaluation", "sampling", "state", "llama",
     ),
     "fit": ("available_memory", "fit"),
     "chat": ("chat", "sessions"),

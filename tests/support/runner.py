@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from razor_local.native.structs import BufferStats, LayerStats, Params, SeqStats, Stats
+from razor_local.native.structs import REWIND, BufferStats, LayerStats, Params, SeqStats, Stats
 from tests.support.native_build import ROOT
 
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
@@ -59,6 +59,9 @@ class Override:
     scope: tuple[int, ...] | None = None  # one per head of the mask
     type_k_local: str | None = None  # of local heads
     type_v_local: str | None = None
+    rewind: str = "off"  # or "ram" or "disk"
+    rewind_limit: int = 0  # bytes, 0: unlimited
+    rewind_folder: str = ""
 
 
 OFF = Override(enabled=False)
@@ -166,6 +169,8 @@ def raw_params(value: Override) -> Params:
     )
     if value.scope is not None:
         params.scope = (ctypes.c_uint32 * max(1, len(value.scope)))(*value.scope)
+    params.rewind, params.rewind_limit = REWIND[value.rewind], value.rewind_limit
+    params.rewind_folder = value.rewind_folder.encode() or None
     return params
 
 

@@ -28,6 +28,7 @@ SOURCES = ROOT / "native/src"
 RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-razor-device.cpp"
 PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
 CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
+REWIND = "llama-razor-rewind.cpp"
 MEMORY, FULL = "llama-memory-razor.cpp", "llama-razor-full.cpp"
 ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
 
@@ -107,15 +108,42 @@ BREAKS = [
     Break("device-batch-of-other-rows", DEVICE, "params.cells  = attn.groups[1].head_rows;", "params.cells  = attn.groups[1].head_rows - 1;", "test_f32_cache_equals_the_reference", naive=True),
     Break("device-batch-of-other-heads", DEVICE, "for (const uint32_t h : *attn.groups[0].heads) {", "for (const uint32_t h : *attn.groups[1].heads) {", "test_f32_cache_equals_the_reference", naive=True),
     # rollback, abort
-    Break("rollback-without-unfold", CACHE, "            unfold(st.groups[g], frontier);\n        }\n    }\n\n    llama_kv_cache::seq_rm", "        }\n    }\n\n    llama_kv_cache::seq_rm",
+    Break("rollback-without-unfold", CACHE, "            unfold(st.groups[g], frontier);\n", "",
           "test_rollbacks_of_sequences test_every_length_can_be_rolled_back test_rolled_back_tokens_leave_nothing test_random_operations test_a_rollback_leaves_nothing"),
     Break("rollback-of-the-middle", CACHE, "if (p0 > n || p1 < n) {", "if (p0 > n) {", "test_refused_rollback_changes_nothing"),
     Break("rollback-always-refused", CACHE, "    if (plan.n_comp > 0 && st.groups[i_group].frontier_prev != (int64_t) to) {\n        return false;\n    }", "    return false;", "test_every_length_can_be_rolled_back"),
     Break("high-water-forgotten", CACHE, "st.n_high = std::max(st.n_high, n_end);", "st.n_high = n_end;", "test_rows_overwritten_before_a_rollback_are_remembered"),
     Break("clear-keeps-folds", CACHE, "        st = empty_state();\n    }\n\n    last_step", "    }\n\n    last_step", "test_emptied_cache_starts_from_zero"),
-    Break("abort-keeps-fold", CACHE, "            unfold(st.groups[g], groups[g].fold_from);\n        }\n    }\n\n    llama_kv_cache::seq_rm", "        }\n    }\n\n    llama_kv_cache::seq_rm", "test_abort_in_a_batch_of_sequences test_abort_at_every_node"),
-    Break("abort-with-lost-rows", CACHE, "if (groups[g].n_fold > 0 && st.n_high > groups[g].fold_from + plan.groups[g].ring()) {", "if (false) {", "test_abort_at_every_node"),
+    Break("abort-keeps-fold", CACHE, "                unfold(st.groups[g], groups[g].fold_from);\n", "", "test_abort_in_a_batch_of_sequences test_abort_at_every_node"),
+    Break("abort-with-lost-rows", CACHE, "overwritten || (groups[g].n_fold > 0 &&", "overwritten || (false &&", "test_abort_at_every_node"),
     Break("gaps-accepted", CACHE, "if (ubatch.pos[i] != (llama_pos) next[s]) {", "if (false) {", "test_positions_must_follow"),
+    # rewind log
+    Break("rewind-without-rows", CACHE, "want.end  = std::min(p0, first_in_ring(st.n_high));", "want.end  = want.from;", "test_rewinds_to_random_positions test_an_aborted_fold_is_undone"),
+    Break("rewind-across-the-end-of-the-ring", CACHE, "std::min(std::min(end, want.end) - pos, group.sink_tokens + group.ring() - cell)", "std::min(end, want.end) - pos", "test_rewinds_to_random_positions"),
+    Break("rewind-to-the-other-slot", CACHE, "state.slot ^ ((state.frontier - frontier + plan.block - 1)/plan.block & 1);", "state.slot;", "test_rewinds_to_random_positions"),
+    Break("rewind-without-compensation", CACHE, "want.move_comp = plan.n_comp > 0 && frontier > plan.sink_tokens;", "want.move_comp = false;", "test_rewinds_to_random_positions test_rewinds_of_sequences"),
+    Break("rewind-of-one-cell", CACHE, "want.move_comp && i < llama_razor_group::N_COMP_CELLS;", "want.move_comp && i < 1;", "test_rewinds_to_random_positions"),
+    Break("rewind-without-sums", CACHE, "                if (want.move_comp) {\n                    f(t, data, strm*t->nb[2]", "                if (false) {\n                    f(t, data, strm*t->nb[2]", "test_a_rewound_state_continues"),
+    Break("rewind-to-another-edge", CACHE, "group.move_comp = group.move_comp && start == edge;", "", "test_rewinds_to_random_positions"),
+    Break("rewind-of-rows-in-another-block", CACHE, "            add_block((want.from + group.window)/plan.block*plan.block + plan.block);\n", "", "test_a_log_with_a_limit"),
+    Break("rewind-with-lost-rows", CACHE, "    st.n_high = step.n_high;\n", "", "test_rewinds_to_random_positions"),
+    Break("rewind-of-the-first-stream", CACHE, "return strm*t->nb[2] + (plan.first_row", "return 0*strm*t->nb[2] + (plan.first_row", "test_rewinds_of_sequences"),
+    Break("rewind-without-cut", REWIND, "blocks.back().start > pos", "false", "test_bytes_of_the_log test_rewinds_to_random_positions"),
+    Break("rewind-cut-too-far", CACHE, "rewind->cut(strm, p0);", "rewind->cut(strm, p0 - 1);", "test_rewinds_to_random_positions"),
+    Break("rewind-not-in-aborts", CACHE, "if (!can_rewind(step) || !load_rewind(step)) {", "if (true) {", "test_an_aborted_fold_is_undone"),
+    Break("rewind-keeps-aborted-fold", CACHE, "        rewind->cut(strm, p0 - 1);\n", "", "test_an_aborted_fold_is_undone"),
+    Break("rewind-unlimited", REWIND, "n_used > 0 && n_used >= n_max", "false", "test_a_log_with_a_limit"),
+    Break("rewind-beyond-a-small-limit", REWIND, "    if (n_max == 0) {\n        return;\n    }\n", "", "test_a_limit_below_a_block"),
+    Break("rewind-drops-newest", REWIND, "blocks.front().serial < oldest", "blocks.front().serial > oldest", "test_the_oldest_blocks_of_all_sequences_go"),
+    Break("rewind-not-copied", REWIND, "streams[dst] = streams[src];", "streams[dst].clear();", "test_rewinds_of_sequences"),
+    Break("rewind-survives-clear", CACHE, "        rewind->clear(s);\n", "", "test_bytes_of_the_log"),
+    Break("rewind-survives-load", CACHE, "    if (rewind) {\n        rewind->clear(strm);\n    }\n", "", "test_a_loaded_state_has_no_log"),
+    Break("rewind-unread", CACHE, "        if (!step.data.back()) {\n            return false;\n        }\n", "", "test_a_log_that_cannot_be_read"),
+    Break("rewind-unwritten", REWIND, "return file.write(buffer.data(), size, slot*n_block + offset);", "file.write(buffer.data(), size, slot*n_block + offset);\n\n        return true;", "test_a_full_disk"),
+    Break("rewind-keeps-disk", REWIND, "        file.truncate();\n", "", "test_a_full_disk"),
+    Break("rewind-with-a-name", REWIND, "unlink(path.c_str());", "", "test_rewinds_to_random_positions"),
+    Break("rewind-anywhere", REWIND, "        if (fd < 0) {", "        if (false) {", "test_refused_parameters_of_the_log"),
+    Break("rewind-position-of-stock", CACHE, "std::max<llama_pos>(n - n_rollback(strm), 1) - 1 :", "0 :", "test_sequences_are_computed_as_if_alone test_a_log_with_a_limit"),
     # sliding windows, recurrent states, M-RoPE
     Break("parts-not-asked", MEMORY, "if (!all && !none && !can_keep(s, p0)) {", "if (false) {", "test_rollback_beyond_the_sliding_window test_rollback_of_hybrids test_llama_goes_on_from_another_prompt"),
     Break("sliding-part-not-cut", MEMORY, "            swa->seq_rm(s, n, -1);\n", "", "test_rollback_with_sliding_windows"),
