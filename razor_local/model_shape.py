@@ -30,16 +30,21 @@ RECURRENT_KEYS = ("ssm.state_size", "shortconv.l_cache")  # hybrid models have t
 
 DRAFT = "the layers of a draft model"
 LOOP = "layers that run in a loop"
+DIFFUSION = "non-causal attention (a diffusion model)"
 OTHER = "an attention of its own"
 UNSUPPORTED_ARCHS = {
     "cogvlm": OTHER,
     "dflash": DRAFT,
+    "dream": DIFFUSION,
     "eagle3": DRAFT,
     "gemma4-assistant": DRAFT,
     "graniteswitch": OTHER,
     "hrm_text": LOOP,
+    "llada": DIFFUSION,
+    "llada-moe": DIFFUSION,
     "nanbeige": LOOP,
     "pockettts": OTHER,
+    "rnd1": DIFFUSION,
 }
 
 # llama.cpp knows by these whether a model has ALiBi

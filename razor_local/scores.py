@@ -291,7 +291,8 @@ def _shared_plan(profile: Profile, shape: ModelShape, n_ctx: int) -> Plan:
     plan = make_plan(shape, profile, n_ctx)
     if not plan.active:
         raise ProfileError(
-            f"{plan.why_inactive}, so there are no windows to share; use a larger {option('n_ctx')}"
+            f"{plan.why_inactive}, so there are no windows to share;"
+            f" use a larger {option('n_ctx')}, or fewer retrieval heads"
         )
     return plan
 

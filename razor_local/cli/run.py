@@ -16,7 +16,7 @@ from .chat_loop import Display
 from .interrupt import stop_on_interrupt
 from .params import DEFAULT_MODEL
 from .parser import Command
-from .terminal import ProgressBar, echo
+from .terminal import ProgressBar, echo, say
 
 if TYPE_CHECKING:
     from ..chat import Chat, Turn
@@ -87,6 +87,9 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
             raise click.UsageError(
                 "--system-prompt needs a chat template: leave out -no-cnv, or use an instruct model"
             )
+        memory = llama.memory()
+        if not memory.active and any(generation.local_types(options).values()):
+            say(f"note: the full cache runs: {memory.why}")
         chat = Chat(
             llama,
             None if plain else chat_template(llama),

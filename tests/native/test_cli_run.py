@@ -151,6 +151,14 @@ def test_a_base_model_continues_the_text(tmp_path):
     assert done.exit_code == 2 and "--system-prompt needs a chat template" in done.stderr
 
 
+def test_types_of_local_heads_without_razor():
+    done = run("-c", 512, "-ctlk", "q4_0", *PLAIN)
+    assert done.exit_code == 0, done.output
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1 and "the full cache runs: " in notes[0]
+    assert notes[0].endswith("(the KV types of local heads have no effect)")
+
+
 def test_control_tokens_of_plain_text_are_control_tokens():
     """This is as in llama.cpp. In a message they are plain text."""
     templated, plain = (

@@ -30,22 +30,23 @@ HEAD = """\
 # Architectures
 
 This page lists every architecture of the pinned llama.cpp. `python -m tests.tools.architectures`
-writes it from its results, `docs/architectures.json`.
+tries them and generates the page from its results (`docs/architectures.json`).
 
 razor changes the KV cache of layers with full attention. Layers with a sliding window and recurrent
 layers keep llama.cpp's own caches. *runs razor* means that a tiny random model of the architecture
 passed these checks, with and without flash attention:
 
-- With one local head in each layer with full attention and a window longer than the text, the
-  logits have the same bits as those of a stock llama.cpp. (In ALiBi models, layers with several
+- Each full-attention layer gets one local head, whose window is longer than the text. The logits
+  then have the same bits as those of a stock llama.cpp. (In ALiBi models, layers with several
   groups of heads run without flash attention. They are compared with a stock llama.cpp without
   flash attention.)
-- With a window of 64 and 400 tokens (250 if positions are learned), the attention of each head in
-  each of these layers differs from the reference by at most 1e-4 (F32 cache).
+- With a window of 64 tokens and a text of 400 (250 if positions are learned), the attention of each
+  head in each of these layers differs from the reference by at most 1e-4 (F32 cache).
 
-*refused* means that a context with razor is refused with a sentence that names the reason; the full
-cache runs. *not tried* means that llama.cpp's own tests have no model of the architecture: most of
-these are encoders, draft models and purely recurrent models.
+*refused* means that a context with razor is refused with a sentence that names the reason. The
+model runs with a full cache (`--no-razor`). *not tried* means that llama.cpp's own tests have no
+model of the architecture: most of these are encoders, draft models and purely recurrent
+models.
 
 """
 
