@@ -48,6 +48,20 @@ SHAPE_KEYS = (
     "attention.head_count_kv",
     "attention.key_length",
     "attention.value_length",
+    # which layers have full attention, see layer_caches.py
+    "attention.key_length_swa",
+    "attention.value_length_swa",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.shared_kv_layers",
+    "attention.recurrent_layers",
+    "full_attention_interval",
+    "feed_forward_length",
+    "shortconv.l_cache",
+    "ssm.conv_kernel",
+    "ssm.group_count",
+    "ssm.inner_size",
+    "ssm.state_size",
 )
 
 

@@ -4,9 +4,12 @@ does, and docs/architectures.json is still right."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from razor_local.converters.write import write_sidecar
 
 from razor_local.model_file import ModelFile
 from razor_local.model_shape import unsupported_feature
@@ -21,7 +24,7 @@ TRIED = sorted(arch for arch, found in FOUND.items() if found["result"] != UNTRI
 
 
 @pytest.mark.parametrize("arch", TRIED)
-def test_the_header_says_what_the_library_does(arch: str) -> None:
+def test_the_header_says_what_the_library_does(arch: str, tmp_path: Path) -> None:
     """KV heads of each layer, whether razor is refused, and the bytes of every part."""
     path = arch_models.path_of(arch)
     file = ModelFile(path)
@@ -40,6 +43,9 @@ def test_the_header_says_what_the_library_does(arch: str) -> None:
         window_divisor=0,
         compensation=compensation,
     )
+    sidecar = ModelFile(write_sidecar(file, tmp_path / "sidecar.gguf", profile))
+    assert replace(sidecar.shape, parts=()) == replace(shape, parts=())
+    assert sidecar.profile is not None
     with Model(path) as model:
         for razor in (False, True):
             for flash_attn, swa_full in ((True, False), (False, True)):
