@@ -167,14 +167,14 @@ def metric(server: Server, name: str) -> int:
 @pytest.mark.parametrize("where", ["ram", "disk"])
 def test_an_edit_far_back_reuses_the_beginning(where):
     """Only what follows the edit is computed again, and the answer is that without a cache."""
-    parts = [text_with(FACT, 700, seed) for seed in range(8)]
+    parts = [text_with(FACT, 500, seed) for seed in range(8)]
     with Server("-c", 8192, "--parallel", 2, "--rewind", where) as server:
         assert metric(server, "rewind_bytes") == 0
         before = server.chat(" ".join(parts) + QUESTION, id_slot=0)["usage"]
         assert before["prompt_tokens"] > PLAN.window + 8 * PLAN.block
         n_bytes = metric(server, "rewind_bytes")
         for n_kept in (6, 3, 1, 2):
-            parts[n_kept:] = [text_with(FACT, 700, seed + n_kept) for seed in range(8, 12)]
+            parts[n_kept:] = [text_with(FACT, 500, 10 * n_kept + n) for n in range(n_kept, 8)]
             text = " ".join(parts) + QUESTION
             edited = server.chat(text, id_slot=0, logprobs=True)
             n_cached = edited["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -183,7 +183,7 @@ def test_an_edit_far_back_reuses_the_beginning(where):
             assert edited["timings"]["cache_n"] == n_cached
             fresh = server.chat(text, id_slot=1, logprobs=True, cache_prompt=False)
             assert edited["choices"] == fresh["choices"]
-        assert 0 < metric(server, "rewind_bytes") < 2 * n_bytes
+        assert metric(server, "rewind_bytes") == 2 * n_bytes > 0
         razor = server.get("/props")[1]["razor"]
         assert (razor["rewind"], razor["rewind_failure"]) == (where, "")
         assert razor["rewind_bytes"] <= razor["rewind_limit"] == metric(server, "rewind_limit")
