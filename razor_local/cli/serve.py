@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from .params import (
     DEFAULT_MODEL,
     FLASH_ATTN,
     N_GPU_LAYERS,
+    REWIND,
+    REWIND_LIMIT,
     THREADS,
     TYPED_MODEL,
     UBATCH_SIZE,
@@ -37,6 +40,7 @@ from .terminal import ProgressBar, say
 if TYPE_CHECKING:
     from ..fit import ContextOptions
     from ..plan import Plan
+    from ..rewind_log import RewindLog
     from ..server.slots import Slots
 
 EXTRA = "razor_local.extra"  # key of click's context
@@ -123,6 +127,8 @@ class _ServeCommand(Command):
 @CACHE_TYPE_V
 @CACHE_TYPE_LOCAL_K
 @CACHE_TYPE_LOCAL_V
+@REWIND
+@REWIND_LIMIT
 @FLASH_ATTN
 @click.option(
     "--sidecar", type=click.Path(path_type=Path), metavar="FILE",
@@ -170,7 +176,12 @@ def serve(model: Path, **options: Any) -> None:
     read = {param.envvar for param in click.get_current_context().command.params}
     environment = {name: value for name, value in os.environ.items() if name not in read}
     environment |= razor_environment(
-        context.profile, plan, slots.n_slots, razor=options["razor"], **local_types(options)
+        context.profile,
+        plan,
+        slots.n_slots,
+        razor=options["razor"],
+        **local_types(options),
+        **asdict(_rewind_log(plan, options)),
     )
     if options["api_key"] is not None:
         environment["LLAMA_API_KEY"] = options["api_key"]  # others can read a command line
@@ -264,6 +275,15 @@ def _plan(model: Path, context: ContextOptions, slots: Slots) -> Plan | None:
         n_ubatch=min(context.n_ubatch, slots.n_ctx), swa_full=context.swa_full,
         type_k_local=context.type_k_local, type_v_local=context.type_v_local,
     )  # fmt: skip
+
+
+def _rewind_log(plan: Plan | None, options: dict[str, Any]) -> RewindLog:
+    from ..native.loaded import C
+    from ..rewind_log import choose_rewind_log
+
+    on_device = C.llama_supports_gpu_offload() and options["n_gpu_layers"] != 0
+    recurrent = plan is not None and plan.recurrent_bytes > 0
+    return choose_rewind_log(options["rewind"], options["rewind_limit"], on_device, recurrent)[0]
 
 
 def _arguments(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import native
-from ..errors import RazorError
+from ..errors import RazorError, options
 from ..plan import Plan
 from ..profile import Profile
 
@@ -73,8 +73,7 @@ def razor_environment(
     n_slots: int,
     *,
     razor: bool = True,
-    type_k_local: str | None = None,
-    type_v_local: str | None = None,
+    **params: Any,
 ) -> dict[str, str]:
     """Return the environment variables that make a server follow a profile.
 
@@ -82,20 +81,35 @@ def razor_environment(
         profile: None for the metadata of the model.
         plan: the plan of one slot.
         razor: whether to use razor at all.
+        params: the KV types of local heads and the rewind log, as arguments of
+            native.make_params().
+
+    Raises:
+        RazorError: the folder of the rewind log has a name that is not UTF-8.
     """
     if not razor:
         return {native.DISABLE_ENV: "1"}
     config: dict[str, Any] = {}
     if profile is not None:
-        params = native.make_params(
-            profile, own_attention=True, type_k_local=type_k_local, type_v_local=type_v_local
-        )
-        for name in (field[0] for field in params._fields_):
-            value = getattr(params, name)
+        struct = native.make_params(profile, own_attention=True, **params)
+        for name in (field[0] for field in struct._fields_):
+            value = getattr(struct, name)
             if isinstance(value, int):
                 config[name] = value
+            elif isinstance(value, bytes):
+                config[name] = _utf8(value)
             elif value:
-                config[name] = value[: params.n_retrieval]
+                config[name] = value[: struct.n_retrieval]
     if plan is not None and plan.active:
         config["kv_bytes_full"] = plan.kv_bytes_full * n_slots
     return {ENV: json.dumps(config)} if config else {}
+
+
+def _utf8(folder: bytes) -> str:
+    try:
+        return folder.decode()
+    except UnicodeDecodeError:
+        raise RazorError(
+            f"the user's cache folder {os.fsdecode(folder)!r} has a name that is not UTF-8; set"
+            f" XDG_CACHE_HOME to another one, or pass {options(rewind='ram')}"
+        ) from None

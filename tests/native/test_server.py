@@ -160,6 +160,57 @@ def test_an_edit_reuses_the_beginning(server):
     assert usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] - 200
 
 
+def metric(server: Server, name: str) -> int:
+    return int(re.search(rf"^razor:{name} (\d+)$", server.get("/metrics")[1], re.M)[1])
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_an_edit_far_back_reuses_the_beginning(where):
+    """Only what follows the edit is computed again, and the answer is that without a cache."""
+    parts = [text_with(FACT, 500, seed) for seed in range(8)]
+    with Server("-c", 8192, "--parallel", 2, "--rewind", where) as server:
+        assert metric(server, "rewind_bytes") == 0
+        before = server.chat(" ".join(parts) + QUESTION, id_slot=0)["usage"]
+        assert before["prompt_tokens"] > PLAN.window + 8 * PLAN.block
+        n_bytes = metric(server, "rewind_bytes")
+        for n_kept in (6, 3, 1, 2):
+            parts[n_kept:] = [text_with(FACT, 500, 10 * n_kept + n) for n in range(n_kept, 8)]
+            text = " ".join(parts) + QUESTION
+            edited = server.chat(text, id_slot=0, logprobs=True)
+            n_cached = edited["usage"]["prompt_tokens_details"]["cached_tokens"]
+            status, kept = server.post("/tokenize", {"content": " ".join(parts[:n_kept])})
+            assert status == 200 and n_cached >= len(kept["tokens"])
+            assert edited["timings"]["cache_n"] == n_cached
+            fresh = server.chat(text, id_slot=1, logprobs=True, cache_prompt=False)
+            assert edited["choices"] == fresh["choices"]
+        assert metric(server, "rewind_bytes") == 2 * n_bytes > 0
+        razor = server.get("/props")[1]["razor"]
+        assert (razor["rewind"], razor["rewind_failure"]) == (where, "")
+        assert razor["rewind_bytes"] <= razor["rewind_limit"] == metric(server, "rewind_limit")
+
+
+def test_the_limit_of_the_rewind_log():
+    """What no longer fits is computed again."""
+    text = text_with(FACT, 4000)
+    with Server("-c", 8192, "--parallel", 1, "--rewind-limit", "2M") as server:
+        server.say(text)
+        assert 0 < metric(server, "rewind_bytes") <= metric(server, "rewind_limit") == 2 << 20
+        edited = server.chat(text[: len(text) // 4] + QUESTION)
+        assert edited["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        fresh = server.chat(text[: len(text) // 4] + QUESTION, cache_prompt=False)
+        assert edited["choices"] == fresh["choices"]
+
+
+def test_no_rewind_log():
+    text = text_with(FACT, 4000)
+    with Server("-c", 8192, "--parallel", 1, "--rewind", "off") as server:
+        server.say(text)
+        assert server.get("/props")[1]["razor"]["rewind"] == "off"
+        assert "razor:rewind" not in server.get("/metrics")[1]
+        edited = server.chat(text[: len(text) // 2] + QUESTION)
+        assert edited["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
 def test_clients_do_not_change_each_other(server):
     """8 clients on 4 slots: every answer is that of the same request alone."""
     sizes = random.Random(1).sample(range(5, 2500), 24)

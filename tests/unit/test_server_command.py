@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from razor_local import Profile, RazorError, make_plan, read_model_shape, read_profile
 from razor_local.cli.params import DEFAULT_MODEL
+from razor_local.rewind_log import RewindLog
 from razor_local.server.command import check_port, is_loopback, razor_environment
 
 SHAPE, PROFILE = read_model_shape(DEFAULT_MODEL), read_profile(DEFAULT_MODEL)
@@ -87,6 +90,26 @@ def test_the_environment_of_scopes():
     config = json.loads(env["RAZOR_LOCAL_SERVER"])
     assert (config["retrieval"], config["scope"]) == ([1, 0, 0, 0], [0, 64, 512, 70_000])
     assert "kv_bytes_full" not in config
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (RewindLog(), (0, 0, None)),
+        (RewindLog("ram", 1 << 20), (1, 1 << 20, None)),
+        (RewindLog("disk", 4 << 30, "/home/jürgen/.cache"), (2, 4 << 30, "/home/jürgen/.cache")),
+    ],
+)
+def test_the_environment_of_a_rewind_log(log, expected):
+    config = json.loads(razor_environment(PROFILE, None, 1, **asdict(log))["RAZOR_LOCAL_SERVER"])
+    names = ("rewind", "rewind_limit", "rewind_folder")
+    assert tuple(config.get(name) for name in names) == expected
+
+
+def test_a_folder_of_the_rewind_log_that_is_not_utf8():
+    log = RewindLog("disk", 1, os.fsdecode(b"/tmp/\xff"))
+    with pytest.raises(RazorError, match="not UTF-8; set XDG_CACHE_HOME .* or pass rewind='ram'$"):
+        razor_environment(PROFILE, None, 1, **asdict(log))
 
 
 def test_the_environment_without_a_profile():

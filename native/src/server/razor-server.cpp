@@ -11,14 +11,24 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <mutex>
 #include <stdexcept>
 
 // of the context of the model, written before the server is ready
-static llama_razor_stats razor_stats = {};
 static uint64_t          razor_kv_bytes_full = 0; // 0: unknown
 static uint32_t          razor_n_slots = 0;
 static uint32_t          razor_n_retrieval = 0;
 static uint32_t          razor_n_local = 0;
+
+// of the context of the model, as of the last update
+static llama_razor_stats razor_stats = {};
+static std::mutex        razor_stats_mutex;
+
+static llama_razor_stats razor_get_stats() {
+    std::lock_guard<std::mutex> lock(razor_stats_mutex);
+
+    return razor_stats;
+}
 
 //
 // the context
@@ -43,6 +53,7 @@ static void razor_set_override(const common_json & config) {
 
     const auto retrieval = razor_read_array<uint8_t> (config, "retrieval");
     const auto scope     = razor_read_array<uint32_t>(config, "scope");
+    const auto folder    = config.value<std::string>("rewind_folder", "");
 
     if (!scope.empty() && scope.size() != retrieval.size()) {
         throw std::runtime_error("scope and retrieval have different lengths");
@@ -63,6 +74,9 @@ static void razor_set_override(const common_json & config) {
     params.n_retrieval    = retrieval.size();
     params.retrieval      = retrieval.data();
     params.scope          = scope.empty() ? nullptr : scope.data();
+    params.rewind         = config.value<uint32_t>("rewind",         0);
+    params.rewind_limit   = config.value<uint64_t>("rewind_limit",   0);
+    params.rewind_folder  = folder.c_str();
 
     if (!llama_razor_set_override(&params)) {
         throw std::runtime_error(llama_razor_last_error());
@@ -94,8 +108,7 @@ common_init_result_ptr razor_server_init(common_params & params) {
     if (ctx) {
         razor_n_slots = params.n_parallel;
 
-        razor_stats.size = sizeof(razor_stats);
-        llama_razor_get_stats(ctx, &razor_stats);
+        razor_server_update(ctx);
 
         llama_razor_layer_stats layer = {};
         layer.size = sizeof(layer);
@@ -111,12 +124,37 @@ common_init_result_ptr razor_server_init(common_params & params) {
     return res;
 }
 
+void razor_server_update(const llama_context * ctx) {
+    llama_razor_stats stats = {};
+
+    stats.size = sizeof(stats);
+    llama_razor_get_stats(ctx, &stats);
+
+    std::lock_guard<std::mutex> lock(razor_stats_mutex);
+
+    razor_stats = stats;
+}
+
+// return the fold frontier of the smallest window after n tokens, which folds first
+static uint64_t razor_frontier(const llama_razor_stats & stats, uint64_t n) {
+    const uint64_t window = stats.windows[stats.n_windows - 1];
+    const uint64_t start  = n - n % stats.block;
+
+    return std::max<uint64_t>(stats.sink_tokens, start > window ? start - window : 0);
+}
+
+bool razor_server_state_reaches(size_t n_state, size_t n_reused) {
+    const auto stats = razor_get_stats();
+
+    return !stats.active || n_state - n_reused <= LLAMA_RAZOR_SLACK || razor_frontier(stats, n_state) == razor_frontier(stats, n_reused);
+}
+
 //
 // reports
 //
 
 common_json razor_server_props() {
-    const auto & stats = razor_stats;
+    const auto stats = razor_get_stats();
 
     common_json res = {
         { "active",   stats.active == 1 },
@@ -138,6 +176,13 @@ common_json razor_server_props() {
         res["type_v"]       = ggml_type_name((ggml_type) stats.type_v);
         res["type_k_local"] = ggml_type_name((ggml_type) stats.type_k_local);
         res["type_v_local"] = ggml_type_name((ggml_type) stats.type_v_local);
+
+        static const char * const names[] = { "off", "ram", "disk" };
+
+        res["rewind"]         = names[stats.rewind];
+        res["rewind_bytes"]   = stats.rewind_bytes;
+        res["rewind_limit"]   = stats.rewind_limit;
+        res["rewind_failure"] = stats.rewind_failure;
     }
 
     return res;
@@ -148,9 +193,15 @@ static std::string razor_metric(const char * name, const char * help, uint64_t v
 }
 
 std::string razor_server_metrics() {
-    std::string res = razor_metric("kv_bytes", "Bytes of the KV cache of all slots", razor_stats.kv_bytes);
+    const auto stats = razor_get_stats();
+
+    std::string res = razor_metric("kv_bytes", "Bytes of the KV cache of all slots", stats.kv_bytes);
     if (razor_kv_bytes_full) {
         res += razor_metric("kv_bytes_full", "Bytes of a full KV cache of the same size", razor_kv_bytes_full);
+    }
+    if (stats.rewind != LLAMA_RAZOR_REWIND_OFF) {
+        res += razor_metric("rewind_bytes", "Bytes of the rewind log of all slots", stats.rewind_bytes);
+        res += razor_metric("rewind_limit", "Maximum bytes of the rewind log", stats.rewind_limit);
     }
 
     return res;
@@ -163,17 +214,19 @@ static std::string razor_size_text(uint64_t n_bytes) {
 }
 
 void razor_server_started(const std::vector<std::string> & addresses) {
-    std::string cache = "KV cache " + razor_size_text(razor_stats.kv_bytes);
-    if (razor_stats.active && razor_kv_bytes_full) {
+    const auto stats = razor_get_stats();
+
+    std::string cache = "KV cache " + razor_size_text(stats.kv_bytes);
+    if (stats.active && razor_kv_bytes_full) {
         cache += string_format(" instead of %s (-%.0f %%)", razor_size_text(razor_kv_bytes_full).c_str(),
-                100.0 * (1.0 - (double) razor_stats.kv_bytes / razor_kv_bytes_full));
-    } else if (!razor_stats.active) {
+                100.0 * (1.0 - (double) stats.kv_bytes / razor_kv_bytes_full));
+    } else if (!stats.active) {
         cache += " (full)";
     }
 
     for (const auto & address : addresses) {
         fprintf(stderr, "listening on %s: %u slot%s of %u tokens, %s\n", address.c_str(),
-                razor_n_slots, razor_n_slots == 1 ? "" : "s", razor_stats.n_ctx, cache.c_str());
+                razor_n_slots, razor_n_slots == 1 ? "" : "s", stats.n_ctx, cache.c_str());
     }
     fflush(stderr);
 }

@@ -24,10 +24,16 @@ constexpr size_t RAZOR_SERVER_MAX_BODY = 32u << 20;
 // load the model and create its context with the parameters of RAZOR_SERVER_ENV
 common_init_result_ptr razor_server_init(common_params & params);
 
-// return the plan of the context and the size of its cache
+// read the size of the rewind log for the reports; called by the thread that computes, which may also free the context
+void razor_server_update(const llama_context * ctx);
+
+// return true if a sequence can go back from n_state to n_reused tokens after its state was loaded, without a rewind log
+bool razor_server_state_reaches(size_t n_state, size_t n_reused);
+
+// return the plan of the context and the sizes of its cache and of its rewind log
 common_json razor_server_props();
 
-// return the size of the cache as metrics of Prometheus
+// return these sizes as metrics of Prometheus
 std::string razor_server_metrics();
 
 // check the headers Host and Origin of a request, so that no web page of another site can use a server without an API key
