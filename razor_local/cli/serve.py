@@ -158,12 +158,6 @@ def serve(model: Path, **options: Any) -> None:
 
     _check_options(options)
     check_port(options["host"], options["port"])
-    server = find_server()
-    if server is None:
-        say("llama-server is built once, which takes some minutes")
-        with ProgressBar() as bar, stop_on_interrupt() as stop:
-            server = build_server(bar, stop)
-
     context = _context(model, options)
     slots = _choose_slots(model, context, options)
     plan = _plan(model, context, slots)
@@ -171,6 +165,12 @@ def serve(model: Path, **options: Any) -> None:
         say(f"the full cache runs: {slots.need.why_inactive}")
     if slots.why_fewer is not None:
         say(f"note: {count_text(slots.n_slots, 'slot')} instead of 4: {slots.why_fewer}")
+
+    server = find_server()
+    if server is None:
+        say("llama-server is built once, which takes some minutes")
+        with ProgressBar() as bar, stop_on_interrupt() as stop:
+            server = build_server(bar, stop)
 
     arguments = _arguments(server, model, context, slots, options)
     read = {param.envvar for param in click.get_current_context().command.params}

@@ -105,9 +105,10 @@ def _run_installer(wheel: Wheel, temp: Path, progress: Progress | None) -> None:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # moved meanwhile
-            total += path.stat().st_size
+    for parent, _, names in os.walk(folder):  # which ignores folders that are gone meanwhile
+        for name in names:
+            with suppress(OSError):  # moved meanwhile
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -103,3 +104,23 @@ def test_another_wheel_or_model_is_refused(entry, tmp_path) -> None:
             wheels.download(other)
         assert message in str(error.value)
         assert left(tmp_path) == ["razor_local", "models"]
+
+
+def test_the_size_of_a_folder_that_changes_meanwhile(tmp_path):
+    """The installer removes its own temporary folders."""
+    (tmp_path / "kept").write_bytes(b"x" * 100)
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            (tmp_path / "a/b/c").mkdir(parents=True)
+            shutil.rmtree(tmp_path / "a")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(1000):
+            assert wheels._size(tmp_path) == 100
+    finally:
+        done.set()
+        thread.join()
