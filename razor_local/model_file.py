@@ -159,7 +159,7 @@ class ModelFile(os.PathLike[str]):
         why = why_not_converted(self.header, self.shape)
         make = "make one with 'razor-local convert MODEL.gguf', or"
         if why is not None:
-            make = f"'razor-local convert' may refuse to make one ({why});"
+            make = f"'razor-local convert' refuses to make one ({why});"
         damaged = profile_cache.damaged(self.shape)
         lost = "" if damaged is None else f" (the one in the profile cache, {damaged}, is damaged)"
         return ProfileError(f"{self} has no razor profile{lost}; {make} name one with --sidecar")

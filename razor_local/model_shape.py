@@ -238,7 +238,7 @@ def unsupported_feature(header: Header, shape: ModelShape) -> str | None:
 
 
 def why_not_converted(header: Header, shape: ModelShape) -> str | None:
-    """Return why `convert` may not make a profile for this model, None if no reason is known."""
+    """Return why `convert` makes no profile for this model, None if it makes one."""
     feature = unsupported_feature(header, shape)
     if feature:
         return f"the model has {feature}"

@@ -219,7 +219,7 @@ def convert(
     from ..common.files import check_outputs
     from ..converters.heads import profile_from_heads, profile_from_scopes
     from ..converters.write import check_output, write_copy, write_sidecar
-    from ..errors import ConvertError, NoProfileError
+    from ..errors import ConvertError, NoProfileError, UnsupportedError
     from ..model_file import ModelFile
     from ..model_shape import unsupported_feature
     from ..profile import MAX_WINDOW, check_parameters, facts_line, scopes_text
@@ -254,7 +254,7 @@ def convert(
         haystack = FolderText(measuring["haystack"])
     feature = unsupported_feature(file.header, shape)
     if feature:
-        echo(f"Note: the model has {feature}, which razor may refuse to run.", err=True)
+        raise UnsupportedError(f"{file}: the model has {feature}, which razor does not support")
     if alibi:
         profile = _profile_from_weights(file, epsilon)
     elif scopes is not None:

@@ -118,7 +118,7 @@ def inspect(
     feature = unsupported_feature(opened.header, shape)
     if feature:
         echo(
-            f"Note: the model has {feature}, which razor may refuse to run. The sizes below assume"
+            f"Note: the model has {feature}, which razor does not support. The sizes below assume"
             " plain full attention in every layer.",
             err=True,
         )
@@ -365,7 +365,7 @@ def _print_profile(
         f" trained for {shape.n_ctx_train:,} tokens"
     )
     if profile is None:
-        adds = "adds one" if no_convert is None else f"may refuse to add one ({no_convert})"
+        adds = "adds one" if no_convert is None else f"refuses to add one ({no_convert})"
         console.print(
             f"profile  none: every KV head keeps every token; 'razor-local convert' {adds}"
         )

@@ -94,11 +94,15 @@ def test_command_writes_a_copy_and_a_sidecar(model, heads, tmp_path):
     assert read_sidecar(side, read_model_shape(model)).sink_tokens == 4
 
 
-def test_command_notes_what_razor_may_not_run(heads, tmp_path):
+def test_models_that_razor_does_not_run_get_no_profile(heads, tmp_path):
     model = tmp_path / "m.gguf"
     model.write_bytes(small_model([kv("llama.attention.key_length_mla", U32, 64)], n_layer=3))
     code, _, stderr = run("convert", model, "-o", tmp_path / "o.gguf", "--heads", heads)
-    assert code == 0 and stderr.startswith("Note: the model has multi-head latent attention")
+    assert code == 1 and not (tmp_path / "o.gguf").exists()
+    assert stderr == (
+        f"Error: {model}: the model has multi-head latent attention (MLA), which razor does not"
+        " support\n"
+    )
 
 
 @pytest.mark.parametrize("arch", sorted(MODELS))
@@ -110,8 +114,8 @@ def test_convert_is_offered_where_it_works(tmp_path, arch):
     code, _, error = run("convert", path, "-o", tmp_path / "o.gguf", *options)
     assert offered == (code == 0), error
     if inspected == 0 and not offered:
-        assert "'razor-local convert' may refuse to add one (the model has" in out
-        assert "'razor-local convert' may refuse to make one" in run("inspect", path, "--heads")[2]
+        assert "'razor-local convert' refuses to add one (the model has" in out
+        assert "'razor-local convert' refuses to make one" in run("inspect", path, "--heads")[2]
 
 
 def test_mpt_with_learned_positions_is_an_ordinary_model(tmp_path):

@@ -186,7 +186,7 @@ def test_a_name_cannot_control_the_terminal(tmp_path):
     assert lines(stdout)[0].startswith(r"model    \x1b[2Jx: llama")
 
 
-def test_features_that_razor_may_refuse_are_noted(tmp_path):
+def test_features_that_razor_does_not_support_are_noted(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(small_model([kv("llama.attention.key_length_mla", U32, 64)]))
     code, stdout, stderr = run("inspect", path)
