@@ -45,7 +45,7 @@ class Memory:
         compute_bytes: buffers for the computation of a batch.
         rewind: where the rewind log is: "ram", "disk" or "off".
         rewind_bytes, rewind_limit: its size, which is not part of kv_bytes, and its limit.
-        rewind_why: why there is no log, or why it has ended; None if there is one.
+        rewind_why: why the log is off, or why it ended; None while it is in use.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.
     """
 
@@ -109,7 +109,7 @@ def read_memory(
         ctx: llama_context pointer.
         plan: None for a cache that a plan does not describe.
         why: the reason where razor is not active.
-        why_no_log: the reason where there is no rewind log.
+        why_no_log: why the rewind log is off, None if it is not.
     """
     stats = library.stats(ctx)
     failure = stats.rewind_failure.decode("utf-8", "replace")

@@ -203,12 +203,12 @@ const llama_razor_rewind_params & rewind,
 
     const stream_state & get_state(uint32_t strm) const { return streams[strm]; }
 
-    // return the streams of a sequence id: all of them if it is negative, none if there is no such sequence
+    // return the streams of a sequence id: all of them if it is negative, none if the id is out of range
     stream_range streams_of(llama_seq_id seq_id) const;
 
     void clear_stream(uint32_t strm);
 
-    // return nullptr if there is no rewind log
+    // return nullptr if the rewind log is off
     const llama_razor_rewind * get_rewind() const { return rewind.get(); }
 
     // perform the copies that seq_cp() requested; no computation may be running

@@ -270,7 +270,7 @@ void llama_razor_rewind::add(uint32_t strm, uint32_t start, const std::function<
     // 2. write the block
     const int64_t slot = store->alloc();
     if (slot < 0) {
-        end("there is no memory for it");
+        end("out of memory");
 
         return;
     }

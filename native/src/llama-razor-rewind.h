@@ -33,7 +33,7 @@ class llama_razor_rewind_store {
 public:
     virtual ~llama_razor_rewind_store() = default;
 
-    // return the slot of a new block, -1 if there is no memory
+    // return the slot of a new block, -1 if out of memory
     virtual int64_t alloc()            = 0;
     virtual void    free(int64_t slot) = 0;
 
