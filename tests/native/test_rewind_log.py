@@ -80,6 +80,18 @@ def test_an_edited_message_reads_nothing_before_it() -> None:
         assert chat.last.n_reused > 256
 
 
+def test_a_template_that_drops_the_last_thoughts() -> None:
+    """500 tokens are dropped after 4,000: as with a full cache, only what follows is evaluated."""
+    reused = {}
+    for razor in (True, False):
+        with closing(Llama(DEFAULT_MODEL, n_ctx=8192, razor=razor)) as llama:
+            tokens = prompt(llama, 4700)
+            question, thoughts, answer = tokens[:4000], tokens[4000:4500], tokens[4500:4540]
+            llama.prefill(question + thoughts + answer)
+            reused[razor] = llama.prefill(question + answer + tokens[4540:])
+    assert reused[True] == reused[False] == (4000, 200, True)
+
+
 def test_the_limit_drops_the_oldest_part() -> None:
     with open_llama(rewind="ram", rewind_limit=1 << 20) as llama:
         tokens = prompt(llama, 1900)
