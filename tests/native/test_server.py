@@ -35,6 +35,25 @@ SCHEMA = {
     "required": ["code"],
     "additionalProperties": False,
 }
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "open_door",
+        "parameters": {
+            "type": "object",
+            "properties": {"code": {"type": "integer"}, "door": {"enum": ["front", "back"]}},
+            "required": ["code", "door"],
+        },
+    },
+}
+TEMPLATE_WITH_TOOLS = """
+{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + (m.content or '') }}
+{%- for call in m.tool_calls %}
+{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{- '}</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +114,25 @@ def test_chat_and_stream(server):
 def test_json_schema(server):
     answer = server.say(PROMPT, max_tokens=64, response_format=schema_format(SCHEMA))
     assert json.loads(answer).keys() == {"code"}
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_tool_calls(choice, tmp_path):
+    """The model begins a call by copying its mark from the question. A grammar makes the rest."""
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE_WITH_TOOLS)
+    with Server("-c", 4096, "--", "--chat-template-file", template) as server:
+        answer = server.chat(
+            PROMPT.replace("48213", "<tool_call>"),
+            tools=[TOOL],
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            max_tokens=100,
+        )
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "open_door"
+    arguments = json.loads(call["function"]["arguments"])
+    assert isinstance(arguments["code"], int) and arguments["door"] in ("front", "back")
 
 
 def test_log_probabilities(server):
