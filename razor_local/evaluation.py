@@ -169,6 +169,7 @@ def eval_batch(llama: Llama, batch: list[int], wanted: list[bool] | None = None)
     native.computed()
     # an interrupt may come at any time: the logits count, and n_tokens grows, at the very end
     llama._requires_eval = True
+    llama._logits_row = -1
     if n == 1 and wanted is None:
         ids, native_batch = llama._one
         ids[0] = batch[0]

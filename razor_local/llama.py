@@ -89,6 +89,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
     progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
         before that while the heads are measured (0 to 1 for each step). Returning False stops
         either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
+    draft_model: as in the base class. At most 64 tokens of a draft are used, and only the logits
+        that are needed are computed.
     wait: whether a request waits for a running one (True) or is refused (False).
 
     n_ctx: tokens, rounded up to a multiple of 256. 0 is the trained length. "auto" is the largest
@@ -171,6 +173,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._one = ids, C.llama_batch_get_one(ids, 1)  # a batch of one token, and that token
         self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
         self._ends: dict[int, bool] = {}  # likewise
+        self._logits_row = -1  # of the last token, in the logits of the last batch
         self._state_fingerprint: bytes | None = None
         self._abort_callback: Any = None  # of prefill(); lives as long as it may be called
         kwargs["n_gpu_layers"] = n_gpu_layers
@@ -236,6 +239,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
                 self.close()
                 if refusal is None:
                     raise
+        self._logits_all = bool(kwargs.get("logits_all"))  # draft models need no more logits
         if self._loading is not None:
             self._loading.check()
         if isinstance(refusal, MemoryFullError):  # after the memory of the model was freed
@@ -455,7 +459,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def _last_logits(self) -> np.ndarray:
         """Return the logits of the last token, in the library's own memory: f32 [n_vocab]."""
-        return np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), shape=(self._n_vocab,))
+        logits = self._ctx.get_logits_ith(self._logits_row)
+        return np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
 
     def _init_sampler(
         self, *args: Any, logits_processor: Any = None, seed: int | None = None, **kwargs: Any

@@ -309,15 +309,10 @@ def _planned(
 
 
 def _refuse_options(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("draft_model") is not None:
-        raise UnsupportedError(
-            "draft_model does not work with razor, because rejected drafts cannot be rolled back"
-            f" past a fold; pass {options(razor=False)}"
-        )
     if kwargs.get("embedding"):
         raise UnsupportedError(
-            "embedding=True needs several sequences and razor supports one; pass"
-            f" {options(razor=False)}"
+            "embedding=True puts the sequences of a batch into one cache, which razor does not"
+            f" support; pass {options(razor=False)}"
         )
 
 

@@ -151,11 +151,6 @@ class Inside:
         unguarded = self._llama._UNGUARDED.get(name)
         if unguarded is not None:
             return functools.partial(unguarded, self._llama)
-        if name == "sample":  # of the base class, which goes on with the sampler of its generate()
-            from llama_cpp import Llama
-
-            inside: Any = self
-            return functools.partial(Llama.sample, inside)
         return getattr(self._llama, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

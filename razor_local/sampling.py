@@ -13,7 +13,7 @@ import numpy as np
 from . import evaluation
 from .errors import RazorError
 from .native.loaded import llama_cpp
-from .ownership import Inside
+from .plan import SLACK
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -29,16 +29,15 @@ def generate(
     seed = kwargs.pop("seed", None)
     options = dict(_GENERATE.bind(llama, tokens, *args, **kwargs).arguments)
     del options["self"], options["tokens"]
-    if llama.draft_model is not None:
-        inside: Any = Inside(llama)
-        yield from llama_cpp.Llama.generate(inside, tokens, **options)
-        return
     tokens, reset = list(tokens), options.pop("reset", True)
     criteria = options.pop("stopping_criteria", None)
     if reset and not tokens:
         raise RazorError("the prompt has no tokens; pass at least one")
     with closing(llama._init_sampler(seed=seed, **options)) as sampler:
         _begin(llama, tokens, reset)
+        if llama.draft_model is not None:
+            yield from _generate_with_drafts(llama, sampler, criteria)
+            return
         while True:
             token = sampler.sample(llama._ctx)
             if criteria is not None and criteria(llama._input_ids, llama._last_logits()):
@@ -48,6 +47,46 @@ def generate(
                 evaluation.eval_batch(llama, [token])  # all that evaluate() would do
             else:
                 evaluation.evaluate(llama, [token, *(more or ())])
+
+
+def _generate_with_drafts(
+    llama: Llama, sampler: Sampler, criteria: Any
+) -> Generator[int, Sequence[int] | None, None]:
+    """Generate from the logits of the last token, several tokens per evaluation.
+
+    The draft model proposes tokens, which are evaluated together. A token is drawn from the logits
+    after each of them for as long as the tokens that were drawn are those of the draft.
+    """
+    n_before = llama.n_tokens
+    draft: list[int] = []
+    while True:
+        for i, proposed in enumerate([*draft, None]):
+            # now, so that another request finds only tokens that were drawn
+            llama.n_tokens = n_before + i
+            llama._requires_eval = proposed is not None
+            llama._logits_row = i - len(draft) - 1
+            token = sampler.sample(llama._ctx, llama._logits_row)
+            if criteria is not None and criteria(llama._input_ids, llama._last_logits()):
+                return
+            more = yield token
+            if more is not None or token != proposed:
+                break
+        tokens = [token, *(more or ())]
+        draft = [] if more else _draft(llama, token)
+        tokens = evaluation.after_cached(llama, [*tokens, *draft])
+        n = len(tokens) - len(draft) - 1
+        if n > 0:
+            evaluation.evaluate(llama, tokens[:n])
+        evaluation.eval_batch(llama, tokens[n:], [True] * (len(draft) + 1))
+        n_before = llama.n_tokens - len(draft)
+
+
+def _draft(llama: Llama, token: int) -> list[int]:
+    """Return what the draft model proposes after the last token and this one."""
+    room = min(llama._n_ctx - llama.n_tokens, llama.n_batch) - 1
+    before = np.append(llama._input_ids, np.intc(token))
+    assert llama.draft_model is not None
+    return [int(t) for t in llama.draft_model(before)[: max(0, min(room, SLACK))]]
 
 
 def _begin(llama: Llama, tokens: list[int], reset: bool) -> None:
@@ -94,11 +133,12 @@ class Sampler:
         changed = original.copy()
         for processor in self._processors:
             changed = _checked_logits(processor(llama._input_ids, changed), len(original))
+        requires_eval = llama._requires_eval
         llama._requires_eval = True  # while the library's logits are not the model's
         logits[:] = changed
         token = self._sampler.sample(ctx, idx)
         logits[:] = original
-        llama._requires_eval = False
+        llama._requires_eval = requires_eval
         return token
 
 

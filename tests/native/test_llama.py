@@ -202,17 +202,11 @@ def test_the_override_ends_with_the_constructor():
 
 
 def test_options_that_razor_cannot_serve_are_refused(plain):
-    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-
-    draft = LlamaPromptLookupDecoding()
-    with pytest.raises(UnsupportedError, match="draft_model does not work .* razor=False"):
-        Llama(DEFAULT_MODEL, n_ctx=2048, draft_model=draft)
     with pytest.raises(UnsupportedError, match="embedding=True .* razor=False"):
         Llama(DEFAULT_MODEL, n_ctx=2048, embedding=True)
-    Llama(DEFAULT_MODEL, n_ctx=2048, razor=False, draft_model=draft)
     embedding = Llama(DEFAULT_MODEL, n_ctx=512, razor=False, embedding=True).embed("hello")
     assert np.isfinite(embedding).all()
-    Llama(plain, n_ctx=512, draft_model=draft)  # nothing to refuse without a profile
+    Llama(plain, n_ctx=512, embedding=True)  # nothing to refuse without a profile
 
 
 @pytest.mark.parametrize(
@@ -510,6 +504,71 @@ def test_logprobs_with_logits_all_after_a_rollback():
         first["choices"][0]["logprobs"]["token_logprobs"],
         again["choices"][0]["logprobs"]["token_logprobs"],
         atol=1e-4,
+    )
+
+
+class Drafts:
+    """A draft model that knows the text, but for some wrong tokens in some of its drafts."""
+
+    def __init__(self, tokens, size):
+        self.tokens, self.size, self.rng = tokens, size, np.random.default_rng(0)
+
+    def __call__(self, input_ids, **_):
+        draft = np.array(self.tokens[len(input_ids) :][: self.size], np.intc)
+        wrong = self.rng.random(len(draft)) < self.rng.choice([0, 0.05, 0.5])
+        return np.where(wrong, 7, draft)
+
+
+@pytest.mark.parametrize("options", [{}, {"rewind": "off"}])
+@pytest.mark.parametrize("size", [3, 100])
+def test_drafts_do_not_change_the_answer(options, size):
+    def answers(draft_model=None, **wanted):
+        with closing(Llama(DEFAULT_MODEL, n_ctx=2048, draft_model=draft_model, **options)) as llama:
+            tokens = llama.tokenize(text_with(FACT, 700).encode())[:1400]
+            seen = []
+            for token in llama.generate(tokens, temp=0, **wanted):
+                seen.append((token, llama._last_logits()[token]))
+                if len(seen) == 300:
+                    break
+            assert llama.n_tokens == len(tokens) + 299
+            assert llama._input_ids.tolist() == [*tokens, *(token for token, _ in seen[:-1])]
+            # another request finds a valid cache
+            again = next(llama.generate([*tokens, *(token for token, _ in seen)], temp=0))
+        return tokens, seen, again
+
+    tokens, expected, last = answers()
+    draft_model = Drafts([*tokens, *(token for token, _ in expected)], size)
+    _, seen, again = answers(draft_model)
+    assert [token for token, _ in seen] == [token for token, _ in expected] and again == last
+    np.testing.assert_allclose([x for _, x in seen], [x for _, x in expected], atol=1e-3)
+    # with what a logits processor and a stopping criterion see
+    lengths = []
+    _, seen, _ = answers(
+        draft_model,
+        logits_processor=lambda ids, logits: logits,
+        stopping_criteria=lambda ids, _: bool(lengths.append(len(ids))),
+    )
+    assert [token for token, _ in seen] == [token for token, _ in expected]
+    assert lengths[:300] == list(range(len(tokens), len(tokens) + 300))
+
+
+@pytest.mark.parametrize(("razor", "precision"), [(True, 1e-3), (False, 0.05)])
+def test_drafts_in_a_completion(razor, precision):
+    options = {"max_tokens": 20, "temperature": 0, "logprobs": 2}
+    prompt = f"{text_with(FACT, 300)} {QUESTION}"
+    with closing(Llama(DEFAULT_MODEL, n_ctx=2048, razor=razor)) as llama:
+        expected = llama(prompt, **options)["choices"][0]
+        tokens = llama.tokenize((prompt + expected["text"]).encode())
+    draft_model = Drafts(tokens, 4)
+    with closing(Llama(DEFAULT_MODEL, n_ctx=2048, razor=razor, draft_model=draft_model)) as llama:
+        choice = llama(prompt, **options)["choices"][0]
+    assert choice["text"] == expected["text"]
+    for name in ("tokens", "text_offset"):
+        assert choice["logprobs"][name] == expected["logprobs"][name]
+    np.testing.assert_allclose(
+        choice["logprobs"]["token_logprobs"],
+        expected["logprobs"]["token_logprobs"],
+        atol=precision,
     )
 
 
