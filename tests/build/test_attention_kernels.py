@@ -47,6 +47,7 @@ def run(command: list) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the kernels need GCC or Clang")
 def test_kernels_of_this_cpu(tmp_path) -> None:
     """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
