@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from . import native
+from . import checkpoints, native
 from .common.progress import Progress, Stop, silent
 from .errors import ContextFullError, RazorError, UnsupportedError, option
 from .native.callbacks import Callback
@@ -80,6 +80,7 @@ def prefill(
             f" {option('n_ctx')} or a shorter text"
         )
     keep = rewind(llama, tokens)
+    last = len(tokens) - checkpoints.MARGIN
     asked = Callback(lambda _data: stop is not None and bool(stop()), on_error=True)
     llama._abort_callback = C.ggml_abort_callback(asked.call)
     try:
@@ -89,8 +90,14 @@ def prefill(
             if stop is not None and stop():
                 return Prefill(keep, llama.n_tokens - keep, False)
             report(llama.n_tokens, len(tokens), "reading the prompt")
+            n = llama.n_tokens
+            end = n + llama.n_batch
+            if llama._checkpoints is not None:
+                if n == last or (n == keep > 0 and last - n >= checkpoints.MIN_NEW_TOKENS):
+                    llama._checkpoints.save(llama._input_ids)
+                end = last if n < last < end else end
             try:
-                evaluate(llama, tokens[llama.n_tokens : llama.n_tokens + llama.n_batch])
+                evaluate(llama, tokens[n:end])
             except _AbortedError:
                 asked.check()
                 return Prefill(keep, max(llama.n_tokens - keep, 0), False)
@@ -121,12 +128,30 @@ def rewind(llama: Llama, tokens: list[int]) -> int:
     if same == len(tokens) == llama.n_tokens and not llama._requires_eval:
         return same
     keep = min(same, len(tokens) - 1)
-    if keep > 0:
-        llama._requires_eval = True
-        llama.n_tokens = keep  # before the cache, which may hold more but not less
-        if llama._ctx.kv_cache_seq_rm(-1, keep, -1):
-            return keep
-    reset(llama)
+    if keep == 0:
+        reset(llama)
+        return 0
+    return go_back(llama, keep)
+
+
+def go_back(llama: Llama, n: int) -> int:
+    """Take the cache back to its first n tokens, or to fewer if it cannot keep exactly these.
+
+    Returns:
+        The number of tokens that it keeps.
+    """
+    llama._requires_eval = True
+    llama.n_tokens = n  # before the cache, which may hold more but not less
+    if llama._ctx.kv_cache_seq_rm(-1, n, -1):
+        return n
+    before = llama._input_ids
+    llama.n_tokens = 0  # until all layers hold the same tokens
+    if llama._checkpoints is not None:
+        n = llama._checkpoints.restore(before)
+        if n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1):
+            llama.n_tokens = n
+            return n
+    clear_cache(llama)
     return 0
 
 
@@ -150,11 +175,14 @@ def after_cached(llama: Llama, tokens: Sequence[int]) -> list[int]:
         )
     # checked first: removing nothing scans all cells of llama.cpp's own cache
     cached = n_cached(llama)
-    if cached < llama.n_tokens or (
-        cached > llama.n_tokens and not llama._ctx.kv_cache_seq_rm(-1, llama.n_tokens, -1)
-    ):
-        tokens = [*llama._input_ids.tolist(), *tokens]
-        clear_cache(llama)
+    if cached != llama.n_tokens:
+        before = llama._input_ids.tolist()
+        if cached > len(before):
+            kept = go_back(llama, len(before))
+        else:
+            clear_cache(llama)
+            kept = 0
+        tokens = [*before[kept:], *tokens]
     return tokens
 
 

@@ -8,12 +8,13 @@ import inspect
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from . import evaluation, native, sampling
+from .checkpoints import Checkpoints
 from .common.machine import n_cores
 from .common.progress import Progress, Stop
 from .completion import complete
@@ -30,7 +31,7 @@ from .plan import KV_TYPES, Plan
 from .profile import Profile
 from .prompt.control_tokens import PlainMessages
 from .prompt.templates import isolate_formatters
-from .rewind_log import choose_rewind_log
+from .rewind_log import choose_rewind_log, limit_in_ram
 from .state import load_state, save_state
 
 
@@ -81,11 +82,13 @@ class Llama(PlainMessages, llama_cpp.Llama):
     type_k_local, type_v_local: KV cache types of local heads; by default type_k and type_v.
     rewind: where the rewind log is, with which the cache can go back to any token without
         evaluating again: "disk" (a nameless file in the user's cache folder), "ram" or "off".
-        "auto" is "disk", but "off" if the cache is on a device, the model has recurrent states, or
-        the folder cannot be used.
-        Without the log, the cache can go back by one fold.
-    rewind_limit: maximum size of the log in bytes. When it is reached, the oldest part is dropped.
-        By default it is 4 GiB, or 10 % of what is free if that is less.
+        "auto" is "disk", but "off" if the cache is on a device or the folder cannot be used.
+        Without the log, the cache can go back by one fold. Layers with sliding windows and
+        recurrent states have no log: unless this is "off", copies of them are kept in main memory
+        at the beginning and the end of each of the last prompts, and the cache goes back to one of
+        these checkpoints.
+    rewind_limit: maximum size of the log in bytes, and of the checkpoints. When it is reached, the
+        oldest part is dropped. By default it is 4 GiB, or 10 % of what is free if that is less.
     progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
         before that while the heads are measured (0 to 1 for each step). Returning False stops
         either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
@@ -173,6 +176,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._one = ids, C.llama_batch_get_one(ids, 1)  # a batch of one token, and that token
         self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
         self._ends: dict[int, bool] = {}  # likewise
+        self._checkpoints: Checkpoints | None = None
         self._logits_row = -1  # of the last token, in the logits of the last batch
         self._state_fingerprint: bytes | None = None
         self._abort_callback: Any = None  # of prefill(); lives as long as it may be called
@@ -203,8 +207,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
         on_device = C.llama_supports_gpu_offload() and n_gpu_layers != 0
         on_device = on_device and kwargs.get("offload_kqv", True)
-        recurrent = cache.plan is not None and cache.plan.recurrent_bytes > 0
-        log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device, recurrent)
+        log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device)
 
         native.refuse_after_fork()
         if C.llama_supports_gpu_offload():
@@ -249,6 +252,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if refusal is not None:
             raise refusal
         self._check_plan()
+        if rewind != "off" and not kwargs.get("vocab_only") and self._has_partial_states():
+            self._checkpoints = Checkpoints(self.ctx, rewind_limit or limit_in_ram())
 
     # -- what razor does --
 
@@ -264,9 +269,13 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def memory(self) -> Memory:
         """Return the memory of the cache and the model, as counted by the native library."""
-        return read_memory(
+        memory = read_memory(
             library, self.ctx, self._plan, self._why, self.n_tokens, self._n_ctx, self._why_no_log
         )
+        if self._checkpoints is None:
+            return memory
+        n_bytes = self._checkpoints.n_bytes
+        return replace(memory, checkpoints=len(self._checkpoints), checkpoint_bytes=n_bytes)
 
     def stats(self, seq_id: int = 0) -> SequenceStats:
         """Return the statistics of a sequence. Raises RazorError if razor is not active."""
@@ -510,6 +519,13 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if str(error).startswith("Failed to load model"):
             return kind(f"{model_path} could not be loaded: {reason}")
         return None
+
+    def _has_partial_states(self) -> bool:
+        """Return True if some layers cannot go back to any token, even with a rewind log."""
+        model = self._model.model
+        if C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model):
+            return True
+        return C.llama_model_n_swa(model) > 0 and not self.context_params.swa_full
 
     def _check_plan(self) -> None:
         """Check that the plan that all tools print is what the library allocated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import RazorError
 from .native import Native
@@ -46,6 +47,8 @@ class Memory:
         rewind: where the rewind log is: "ram", "disk" or "off".
         rewind_bytes, rewind_limit: its size, which is not part of kv_bytes, and its limit.
         rewind_why: why the log is off, or why it ended; None while it is in use.
+        checkpoints, checkpoint_bytes: number and size of the copies of sliding windows and
+            recurrent states, to which the cache can go back.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.
     """
 
@@ -72,6 +75,8 @@ class Memory:
     rewind_bytes: int = 0
     rewind_limit: int = 0
     rewind_why: str | None = None
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
 
     @property
     def share(self) -> float:
@@ -121,7 +126,7 @@ def read_memory(
             for il, r in enumerate(rows)
         )
     names = ("type_k", "type_v", "type_k_local", "type_v_local")
-    types: dict[str, str | None] = {name: getattr(plan, name, None) for name in names}
+    types: dict[str, Any] = {name: getattr(plan, name, None) for name in names}
     if stats.active:
         known = {kv_type.ggml_id: name for name, kv_type in KV_TYPES.items()}
         types = {name: known[getattr(stats, name)] for name in names}

@@ -35,18 +35,15 @@ class RewindLog:
     rewind_folder: str = ""
 
 
-def choose_rewind_log(
-    rewind: str, limit: int | None, on_device: bool, recurrent: bool = False
-) -> tuple[RewindLog, str]:
+def choose_rewind_log(rewind: str, limit: int | None, on_device: bool) -> tuple[RewindLog, str]:
     """Return the log for arguments of Llama(), and why there is none ("" if there is one).
 
     Args:
         rewind: one of MODES. "auto" is "disk" if the cache is in host memory. It is "off" if the
-            cache is on a device, where the cost of the log has not been measured, if the model has
-            recurrent states, or if nothing can be written to the user's cache folder.
+            cache is on a device, where the cost of the log has not been measured, or if nothing can
+            be written to the user's cache folder.
         limit: bytes; None: up to MAX_BYTES, and to MAX_SHARE of what is free.
         on_device: whether the cache is on a device.
-        recurrent: whether the model has recurrent states, which cannot go back.
 
     Raises:
         UnsupportedError: an argument is out of range, or the folder cannot be used.
@@ -62,12 +59,10 @@ def choose_rewind_log(
         )
     if rewind == "off":
         return RewindLog(), options(rewind="off")
-    if rewind == "auto" and recurrent:
-        return RewindLog(), "the model has recurrent states, which cannot go back"
     if rewind == "auto" and on_device:
         return RewindLog(), f"the cache is on a device; {options(rewind='ram')} switches it on"
     if rewind == "ram":
-        return RewindLog("ram", limit or _limit(available_ram())), ""
+        return RewindLog("ram", limit or limit_in_ram()), ""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +77,11 @@ def choose_rewind_log(
             f"{why}; set XDG_CACHE_HOME to another one, or pass {options(rewind='ram')}"
         ) from error
     return RewindLog("disk", limit or _limit(free), str(folder)), ""
+
+
+def limit_in_ram() -> int:
+    """Return the default limit in bytes of what is kept in main memory."""
+    return _limit(available_ram())
 
 
 def _limit(free: int) -> int:

@@ -90,7 +90,10 @@ def _draft(llama: Llama, token: int) -> list[int]:
 
 
 def _begin(llama: Llama, tokens: list[int], reset: bool) -> None:
-    evaluation.evaluate(llama, tokens[evaluation.rewind(llama, tokens) :] if reset else tokens)
+    if reset:
+        evaluation.prefill(llama, tokens)
+    else:
+        evaluation.evaluate(llama, tokens)
     evaluation.refresh_logits(llama)
     if not np.isfinite(llama._last_logits().max()):  # nan, if any of them is
         raise RazorError(

@@ -81,9 +81,15 @@ def _heads(llama: Llama) -> str:
 
 def _rewind(llama: Llama) -> str:
     memory = llama.memory()
+    checkpoints = count_text(memory.checkpoints, "checkpoint")
+    checkpoints += f" ({size_text(memory.checkpoint_bytes)})"
+    if not memory.active and memory.checkpoints:
+        return f"the full cache can go back to {checkpoints}"
     if not memory.active:
         return "the full cache can go back to any token"
     back = f"the cache can go back by {llama.stats().n_rollback:,} tokens"
+    if memory.checkpoints:
+        back += f" and to {checkpoints}"
     if memory.rewind_why is not None:
         return f"{back}; no log: {memory.rewind_why}"
     where = "of memory" if memory.rewind == "ram" else "on disk"

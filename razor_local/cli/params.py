@@ -189,7 +189,7 @@ REWIND = click.option(
     "--rewind", type=click.Choice(["auto", "disk", "ram", "off"]), default="auto",
     show_default=True,
     help="Where to keep what the cache drops, so that it can go back without evaluating again;"
-    " auto: on disk, off if the cache is on a GPU or has recurrent states.",
+    " auto: on disk, off if the cache is on a GPU.",
 )  # fmt: skip
 REWIND_LIMIT = click.option(
     "--rewind-limit", type=Size(), metavar="SIZE",

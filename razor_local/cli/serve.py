@@ -181,7 +181,7 @@ def serve(model: Path, **options: Any) -> None:
         slots.n_slots,
         razor=options["razor"],
         **local_types(options),
-        **asdict(_rewind_log(plan, options)),
+        **asdict(_rewind_log(options)),
     )
     if options["api_key"] is not None:
         environment["LLAMA_API_KEY"] = options["api_key"]  # others can read a command line
@@ -277,13 +277,12 @@ def _plan(model: Path, context: ContextOptions, slots: Slots) -> Plan | None:
     )  # fmt: skip
 
 
-def _rewind_log(plan: Plan | None, options: dict[str, Any]) -> RewindLog:
+def _rewind_log(options: dict[str, Any]) -> RewindLog:
     from ..native.loaded import C
     from ..rewind_log import choose_rewind_log
 
     on_device = C.llama_supports_gpu_offload() and options["n_gpu_layers"] != 0
-    recurrent = plan is not None and plan.recurrent_bytes > 0
-    return choose_rewind_log(options["rewind"], options["rewind_limit"], on_device, recurrent)[0]
+    return choose_rewind_log(options["rewind"], options["rewind_limit"], on_device)[0]
 
 
 def _arguments(

@@ -154,8 +154,9 @@ def test_a_profile_object_and_its_sidecar_give_the_same_context(plain, tmp_path)
     profile = Profile(retrieval=tuple(heads), window_min=64, window_divisor=0)
     sidecar = tmp_path / "plain.razor.gguf"
     write_sidecar(plain, sidecar, profile)
-    by_object = Llama(plain, n_ctx=1024, razor=profile)
-    by_file = Llama(str(plain), n_ctx=1024, razor=str(sidecar))
+    limit = 1 << 30  # the default depends on the free disk space
+    by_object = Llama(plain, n_ctx=1024, razor=profile, rewind_limit=limit)
+    by_file = Llama(str(plain), n_ctx=1024, razor=str(sidecar), rewind_limit=limit)
     assert by_object.memory().active and by_object.memory() == by_file.memory()
     assert by_object.plan.to_dict() == make_plan(shape, profile, 1024).to_dict()
     with pytest.raises(ProfileError, match="sidecar of another model"):

@@ -145,8 +145,6 @@ def test_choices(monkeypatch, cache) -> None:
     assert choose_rewind_log("disk", None, True) == (disk, "")
     assert choose_rewind_log("ram", None, False) == (RewindLog("ram", 2 * GIB), "")
     assert choose_rewind_log("ram", 5, True) == (RewindLog("ram", 5), "")
-    log, why = choose_rewind_log("auto", None, False, recurrent=True)
-    assert log == RewindLog() and why == "the model has recurrent states, which cannot go back"
     log, why = choose_rewind_log("auto", None, True)
     assert log == RewindLog() and why.startswith("the cache is on a device; rewind='ram'")
 

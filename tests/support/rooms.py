@@ -17,7 +17,7 @@ ROOMS = (
     "profile", "scores", "profile_cache", "known_profiles", "model_file", "model_setup", "models",
     "prompt", "chat", "native", "bindings", "ownership", "json_schema", "completion_request",
     "completion", "memory", "available_memory", "rewind_log", "fit", "llama_options",
-    "evaluation", "sampling", "state", "llama", "sessions", "converters", "evals", "auto_profile",
+    "checkpoints", "evaluation", "sampling", "state", "llama", "sessions", "converters", "evals", "auto_profile",
     "bench", "verify", "server", "cli", "__main__",
 )  # fmt: skip
 
@@ -71,7 +71,7 @@ GROUPS = {
     "native": ("native", "bindings"),
     "llama": (
         "ownership", "json_schema", "completion_request", "completion", "memory", "rewind_log",
-        "llama_options", "evaluation", "sampling", "state", "llama",
+        "llama_options", "checkpoints", "evaluation", "sampling", "state", "llama",
     ),
     "fit": ("available_memory", "fit"),
     "chat": ("chat", "sessions"),
