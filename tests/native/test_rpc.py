@@ -17,7 +17,8 @@ from razor_local.fit import RAM, DryModel
 from razor_local.model_setup import DEFAULT_MODEL
 from razor_local.native import rpc
 from tests.support.cli import MAIN, run
-from tests.support.rpc import RpcServer, answer
+from tests.support.rpc import MESSAGES, RpcServer, answer
+from tests.support.server import Server
 
 pytestmark = pytest.mark.skipif(not rpc.is_supported(), reason="a build with RAZOR_RPC=OFF")
 
@@ -89,6 +90,24 @@ def test_bench_uses_servers(addresses: str) -> None:
     names = [device["name"] for device in report["head"]["library"]["devices"]]
     assert names == ["RPC0", "RPC1", "CPU"]
     assert all(record["device"] > record["kv_bytes"] > 0 for record in report["records"])
+
+
+@pytest.mark.slow  # builds llama-server
+def test_serve_uses_servers_and_ends_with_them() -> None:
+    with RpcServer() as first, RpcServer() as second:
+        options = ["--rpc", f"{first.address},{second.address}", "-c", N_CTX, "-np", "1"]
+        server = Server(*options)
+        try:
+            with closing(Llama(DEFAULT_MODEL, n_ctx=N_CTX)) as llama:
+                assert server.say(MESSAGES[0]["content"]) == answer(llama)
+            stream = server.stream("Hello", max_tokens=2000, ignore_eos=True)
+            next(stream)
+            first.kill()
+            assert server.process.wait(10) == 1
+        finally:
+            server.process.kill()
+    sentence = f"error: the connection to the RPC server {first.address} was lost"
+    assert server.stderr().splitlines()[-1].startswith(sentence)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
