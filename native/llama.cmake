@@ -52,6 +52,8 @@ set(GGML_CUDA                ${RAZOR_CUDA}   CACHE BOOL "" FORCE)
 set(GGML_METAL               ${RAZOR_METAL}  CACHE BOOL "" FORCE)
 set(GGML_METAL_EMBED_LIBRARY ${RAZOR_METAL}  CACHE BOOL "" FORCE)
 set(GGML_VULKAN              ${RAZOR_VULKAN} CACHE BOOL "" FORCE)
+set(GGML_RPC                 ${RAZOR_RPC}    CACHE BOOL "" FORCE)
+set(GGML_RPC_RDMA            OFF CACHE BOOL "" FORCE) # would link to libibverbs where it is installed
 set(GGML_BACKEND_DL          OFF CACHE BOOL "" FORCE) # its loader also looks in the current folder
 set(LLAMA_BUILD_COMMON       ${razor_common} CACHE BOOL "" FORCE)
 set(LLAMA_BUILD_TOOLS        ${RAZOR_TOOLS}  CACHE BOOL "" FORCE)
@@ -128,6 +130,13 @@ if (razor_sources AND TARGET ggml-cuda)
     endif()
 endif()
 
+# what razor adds to the RPC backend
+
+if (razor_sources AND TARGET ggml-rpc)
+    target_sources(ggml-rpc PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/native/src/rpc/ggml-razor-rpc.cpp)
+    target_include_directories(ggml-rpc PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/native/src/rpc)
+endif()
+
 # what razor adds to llama-server
 
 if (razor_sources AND RAZOR_TOOLS)
@@ -138,7 +147,7 @@ endif()
 # what is built and installed
 
 set(razor_libraries llama)
-foreach (target ggml ggml-base ggml-cpu ggml-blas ggml-cuda ggml-metal ggml-vulkan)
+foreach (target ggml ggml-base ggml-cpu ggml-blas ggml-cuda ggml-metal ggml-vulkan ggml-rpc)
     if (TARGET ${target})
         list(APPEND razor_libraries ${target})
     endif()

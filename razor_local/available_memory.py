@@ -11,6 +11,7 @@ import psutil
 
 from .common.machine import free_memory, n_cores
 from .native import load
+from .native.rpc import find_device
 
 _PROC = Path("/proc/self")
 # limit and usage of a control group, in versions 2 and 1
@@ -115,4 +116,4 @@ def device_description(name: str) -> str:
 def _device(name: str) -> int | None:
     find = load().lib.ggml_backend_dev_by_name
     find.argtypes, find.restype = [c_char_p], c_void_p
-    return find(name.encode())
+    return find_device(name) or find(name.encode())

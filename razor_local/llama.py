@@ -26,6 +26,7 @@ from .memory import Memory, SequenceStats, read_memory, read_sequence
 from .model_file import open_model
 from .native.callbacks import Callback
 from .native.loaded import C, library, llama_cpp
+from .native.rpc import Servers, lost_sentence, lost_server
 from .ownership import Closed, Inside, Requests
 from .plan import KV_TYPES, Plan
 from .profile import Profile
@@ -100,6 +101,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
         context up to the trained length that leaves fit.MARGIN of the memory free (adapters are
         not counted).
 
+    rpc_servers: the addresses of RPC servers, "HOST:PORT,HOST:PORT" or a list, whose devices get
+        layers before those of this machine. If a connection is lost, each later computation raises
+        RazorError.
+
     These defaults differ from the base class: flash_attn=True, n_gpu_layers=-1 (all), n_threads and
     n_threads_batch (physical cores), verbose=False.
 
@@ -148,6 +153,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         type_v_local: int | str | None = None,
         flash_attn: bool = True,
         n_gpu_layers: int = -1,
+        rpc_servers: str | Sequence[str] | None = None,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -167,6 +173,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             "type_v_local": type_v_local,
             "rewind": rewind,
             "rewind_limit": rewind_limit,
+            "rpc_servers": rpc_servers,
             "wait": wait,
         }
         self._progress = progress
@@ -192,68 +199,70 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if kwargs.get("vocab_only"):
             razor = False  # no weights, no cache
             n_ctx = 512 if n_ctx == "auto" else n_ctx
-        self._file = open_model(model_path)
-        model_path = os.fspath(model_path)
-        cache = choose_cache(
-            self._file, razor, budget, window, sink_tokens, compensation, n_ctx, type_k, type_v,
-            flash_attn, kwargs, progress, **local_types,
-        )  # fmt: skip
-        self._plan, self._profile, self._why = cache.plan, cache.profile, cache.why
-        if cache.plan is not None:
-            # llama.cpp does so too, but the base class allocates for n_batch before it
-            kwargs["n_batch"] = min(kwargs.get("n_batch", 512), cache.n_ctx)
-            if cache.plan.active and kwargs.get("swa_full") is None:
-                kwargs["swa_full"] = False  # else layers with a sliding window keep everything
+        self._servers = Servers(rpc_servers)
+        with self._servers.in_use():
+            self._file = open_model(model_path)
+            model_path = os.fspath(model_path)
+            cache = choose_cache(
+                self._file, razor, budget, window, sink_tokens, compensation, n_ctx, type_k, type_v,
+                flash_attn, kwargs, progress, **local_types,
+            )  # fmt: skip
+            self._plan, self._profile, self._why = cache.plan, cache.profile, cache.why
+            if cache.plan is not None:
+                # llama.cpp does so too, but the base class allocates for n_batch before it
+                kwargs["n_batch"] = min(kwargs.get("n_batch", 512), cache.n_ctx)
+                if cache.plan.active and kwargs.get("swa_full") is None:
+                    kwargs["swa_full"] = False  # else layers with a sliding window keep everything
 
-        on_device = C.llama_supports_gpu_offload() and n_gpu_layers != 0
-        on_device = on_device and kwargs.get("offload_kqv", True)
-        log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device)
+            on_device = C.llama_supports_gpu_offload() and n_gpu_layers != 0
+            on_device = on_device and kwargs.get("offload_kqv", True)
+            log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device)
 
-        native.refuse_after_fork()
-        if C.llama_supports_gpu_offload():
-            native.computed()
-        library.show_log(verbose)
-        library.clear_errors()
-        refusal: RazorError | None = None
-        razor_options: dict[str, Any] = local_types | asdict(log)
-        override = native.make_params(cache.profile, cache.own_attention, **razor_options)
-        with library.override(override):
-            try:
-                super().__init__(
-                    model_path,
-                    n_ctx=cache.n_ctx,
-                    type_k=KV_TYPES[type_k].ggml_id,
-                    type_v=KV_TYPES[type_v].ggml_id,
-                    flash_attn=flash_attn,
-                    verbose=verbose,
-                    **kwargs,
-                )
-            except RazorError:
-                self.close()
-                raise
-            except UnicodeDecodeError as error:
-                self.close()
-                refusal = GGUFError(
-                    f"{model_path}: the vocabulary in its metadata has a token that is not UTF-8"
-                    f" ({error.object[:32]!r}); convert the model again"
-                )
-            except (ValueError, RuntimeError, MemoryError) as error:
-                refusal = self._refusal(model_path, error)
-                self.close()
-                if refusal is None:
+            native.refuse_after_fork()
+            if C.llama_supports_gpu_offload():
+                native.computed()
+            library.show_log(verbose)
+            library.clear_errors()
+            refusal: RazorError | None = None
+            razor_options: dict[str, Any] = local_types | asdict(log)
+            override = native.make_params(cache.profile, cache.own_attention, **razor_options)
+            with library.override(override):
+                try:
+                    super().__init__(
+                        model_path,
+                        n_ctx=cache.n_ctx,
+                        type_k=KV_TYPES[type_k].ggml_id,
+                        type_v=KV_TYPES[type_v].ggml_id,
+                        flash_attn=flash_attn,
+                        verbose=verbose,
+                        **kwargs,
+                    )
+                except RazorError:
+                    self.close()
                     raise
-        self._logits_all = bool(kwargs.get("logits_all"))  # draft models need no more logits
-        if self._loading is not None:
-            self._loading.check()
-        if isinstance(refusal, MemoryFullError):  # after the memory of the model was freed
-            given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
-            given |= local_types
-            raise out_of_memory(str(refusal), self._file, cache.n_ctx, cache.profile, given)
-        if refusal is not None:
-            raise refusal
-        self._check_plan()
-        if rewind != "off" and not kwargs.get("vocab_only") and self._has_partial_states():
-            self._checkpoints = Checkpoints(self.ctx, rewind_limit or limit_in_ram())
+                except UnicodeDecodeError as error:
+                    self.close()
+                    refusal = GGUFError(
+                        f"{model_path}: the vocabulary in its metadata has a token that is not"
+                        f" UTF-8 ({error.object[:32]!r}); convert the model again"
+                    )
+                except (ValueError, RuntimeError, MemoryError) as error:
+                    refusal = self._refusal(model_path, error)
+                    self.close()
+                    if refusal is None:
+                        raise
+            self._logits_all = bool(kwargs.get("logits_all"))  # draft models need no more logits
+            if self._loading is not None:
+                self._loading.check()
+            if isinstance(refusal, MemoryFullError):  # after the memory of the model was freed
+                given = {"type_k": type_k, "type_v": type_v, "flash_attn": flash_attn, **kwargs}
+                given |= local_types
+                raise out_of_memory(str(refusal), self._file, cache.n_ctx, cache.profile, given)
+            if refusal is not None:
+                raise refusal
+            self._check_plan()
+            if rewind != "off" and not kwargs.get("vocab_only") and self._has_partial_states():
+                self._checkpoints = Checkpoints(self.ctx, rewind_limit or limit_in_ram())
 
     # -- what razor does --
 
@@ -431,6 +440,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if native.is_forked():  # the threads of the library are not in this process
             self._stack.pop_all()
         super().close()
+        self._servers.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **self._razor_args}
@@ -507,6 +517,9 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def _refusal(self, model_path: str, error: Exception) -> RazorError | None:
         """Return why loading failed in the library, None for a mistake in the arguments."""
+        lost = lost_server()
+        if lost is not None:
+            return RazorError(lost_sentence(lost))
         if isinstance(error, MemoryError) or library.is_out_of_memory():
             n_ctx = f"{self._plan.n_ctx:,} tokens" if self._plan else "this size"
             return MemoryFullError(

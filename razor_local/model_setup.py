@@ -21,6 +21,7 @@ class ModelSetup:
     """A model and what a run changes of its profile. window_divisor 0: window_min alone decides.
 
     lib: folder of a stock build, None for the package's own library.
+    rpc: addresses of RPC servers, see native.rpc.parse_servers().
     """
 
     model: str
@@ -32,6 +33,7 @@ class ModelSetup:
     n_threads: int = 1
     n_gpu_layers: int = 0
     lib: str | None = None
+    rpc: str | None = None
 
     @cached_property
     def file(self) -> ModelFile:

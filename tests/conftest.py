@@ -103,6 +103,20 @@ def stock(stock_folder: Path) -> Iterator[Any]:
         yield worker
 
 
+@pytest.fixture(scope="session")
+def servers() -> Iterator[list[Any]]:
+    """Two RPC servers on this machine."""
+    from tests.support.rpc import RpcServer
+
+    with RpcServer() as first, RpcServer() as second:
+        yield [first, second]
+
+
+@pytest.fixture
+def addresses(servers: list[Any]) -> str:
+    return ",".join(server.address for server in servers)
+
+
 @pytest.fixture
 def broken_tree() -> Iterator[Path]:
     """The folder in which broken_builds.py builds changed libraries, for one test at a time."""

@@ -4,6 +4,7 @@
 #include "llama-razor.h"
 
 #include "llama-razor-error.h"
+#include "llama-razor-rpc.h"
 
 #include "llama-impl.h"
 
@@ -126,5 +127,15 @@ llama_token llama_razor_try_sampler_sample(llama_sampler * smpl, llama_context *
         llama_razor_error_set(what);
 
         return (llama_token) LLAMA_TOKEN_NULL;
+    });
+}
+
+ggml_backend_reg * llama_razor_try_rpc_connect(const char * endpoint, ggml_backend ** connection) {
+    llama_razor_error_set("");
+
+    return razor_guarded([&]() { return razor_rpc_connect(endpoint, connection); }, [](const char * what) -> ggml_backend_reg * {
+        llama_razor_error_set(what);
+
+        return nullptr;
     });
 }

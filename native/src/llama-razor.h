@@ -43,7 +43,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 7
+#define LLAMA_RAZOR_API_VERSION 8
 #define LLAMA_RAZOR_MAX_WINDOWS 4  // maximum number of different windows
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
 #define LLAMA_RAZOR_REWIND_OFF  0  // no rewind log
@@ -193,6 +193,16 @@ LLAMA_API struct llama_context * llama_razor_try_init_from_model(struct llama_mo
 LLAMA_API int32_t     llama_razor_try_tokenize(const struct llama_vocab * vocab, const char * text, int32_t text_len,
                           llama_token * tokens, int32_t n_tokens_max, bool add_special, bool parse_special);
 LLAMA_API llama_token llama_razor_try_sampler_sample(struct llama_sampler * smpl, struct llama_context * ctx, int32_t idx);
+
+// connect to an RPC server, "host:port", and return its devices, for llama_model_params.devices
+// the connection lasts until ggml_backend_free(*connection), and until the models on these devices are freed
+// from now on, a lost connection does not end the process. Instead all results of the server are zeros, see llama_razor_lost_server()
+// on failure: return NULL and set llama_razor_last_error()
+LLAMA_API struct ggml_backend_reg * llama_razor_try_rpc_connect(const char * endpoint, struct ggml_backend ** connection);
+
+// wait for the computation, and return the RPC server of the context's model to which the connection was lost, NULL if there is none
+// the results of the context are not valid then, and its model has to be loaded again
+LLAMA_API const char * llama_razor_lost_server(struct llama_context * ctx);
 
 #ifdef __cplusplus
 }

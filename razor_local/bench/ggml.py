@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
+from collections.abc import Sequence
 from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
 
@@ -17,10 +18,10 @@ READ_CAP = 1 << 30  # bytes that read_seconds() reads at most; larger times are 
 
 
 class Ggml:
-    """The ggml of a loaded library."""
+    """The ggml of a loaded library. remote: devices of RPC servers."""
 
-    def __init__(self, lib: ctypes.CDLL) -> None:
-        self.lib = lib
+    def __init__(self, lib: ctypes.CDLL, remote: Sequence[int] = ()) -> None:
+        self.lib, self._remote = lib, list(remote)
         for name, args, result in (
             ("ggml_backend_reg_count", [], c_size_t),
             ("ggml_backend_reg_get", [c_size_t], c_void_p),
@@ -50,7 +51,8 @@ class Ggml:
             function.argtypes, function.restype = args, result
 
     def _devices(self) -> list[int]:
-        return [self.lib.ggml_backend_dev_get(i) for i in range(self.lib.ggml_backend_dev_count())]
+        local = range(self.lib.ggml_backend_dev_count())
+        return [*self._remote, *(self.lib.ggml_backend_dev_get(i) for i in local)]
 
     def _memory(self, device: int) -> tuple[int, int]:
         free, total = c_size_t(), c_size_t()

@@ -30,6 +30,7 @@ from ..common.child import python_command
 from ..common.machine import free_memory
 from ..errors import RazorError
 from ..model_setup import ModelSetup
+from ..native.rpc import Servers
 from .batches import Side
 from .ggml import Ggml
 from .random_cache import random_state
@@ -194,12 +195,14 @@ class Session:
             self._on_log = llama_cpp.llama_log_callback(self._read_log)
             llama_cpp.llama_log_set(self._on_log, None)
         llama_cpp.llama_backend_init()
-        self.ggml = Ggml(llama_cpp.llama_cpp._lib)
+        self._servers = Servers(setup.rpc)
+        self.ggml = Ggml(llama_cpp.llama_cpp._lib, self._servers.devices)
         self.devices = list(self.ggml.free_memory())
 
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = setup.n_gpu_layers
-        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(setup.model), params)
+        with self._servers.in_use():
+            params = llama_cpp.llama_model_default_params()
+            params.n_gpu_layers = setup.n_gpu_layers
+            self.model = llama_cpp.llama_model_load_from_file(os.fsencode(setup.model), params)
         if not self.model:
             raise RazorError(f"{setup.model} could not be loaded ({self.reason()})")
         vocab = llama_cpp.llama_model_get_vocab(self.model)

@@ -16,7 +16,8 @@ from ..printable import printable
 from .parser import Group
 from .terminal import echo
 
-# command: what it is for; the code is in the file of the same name, as a click command of that name
+# command: what it is for; the code is in the file of the same name (with _ for -), as a click
+# command of that name
 COMMANDS = {
     "bench": "Measure memory and speed against full caches.",
     "chat": "Chat with a model.",
@@ -25,6 +26,7 @@ COMMANDS = {
     "eval": "Measure how much quality each KV cache policy costs.",
     "fit": "Estimate the memory of a context, or the context that fits a memory.",
     "inspect": "Show the retrieval heads and the KV cache size of a GGUF model.",
+    "rpc-server": "Compute layers of models for other machines.",
     "run": "Answer one prompt, or continue a text.",
     "serve": "Serve a model over HTTP, with OpenAI's API.",
     "models": "List, find, download and remove models.",
@@ -78,6 +80,7 @@ class _Group(Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
+        name = name.replace("-", "_")
         return getattr(importlib.import_module(f"{__name__}.{name}"), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

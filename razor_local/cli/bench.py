@@ -96,6 +96,11 @@ Examples:
     "-t", "--threads", type=THREADS, help="Number of CPU threads.  [default: physical cores]"
 )
 @N_GPU_LAYERS
+@click.option(
+    "--rpc",
+    metavar="HOST:PORT,...",
+    help="RPC servers, whose devices compute layers on other machines.",
+)
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(
     "--budget",
@@ -248,9 +253,12 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
     from ..bench.figures import Report
     from ..bench.run import run_bench
 
+    if options["rpc"] is not None and options["stock_lib"] is not None:
+        raise click.UsageError("--rpc and --stock-lib exclude each other")
     settings = _settings(options)
     setup = _setup(model, options)
-    setup = replace(setup, n_gpu_layers=_gpu_layers(setup.n_gpu_layers))
+    if setup.rpc is None:
+        setup = replace(setup, n_gpu_layers=_gpu_layers(setup.n_gpu_layers))
     with ProgressBar() as bar:
         try:
             head, records = run_bench(

@@ -15,6 +15,7 @@ from .interrupt import stop_on_interrupt
 from .params import (
     DEFAULT_MODEL,
     N_GPU_LAYERS,
+    RPC,
     THREADS,
     ListOf,
     Number,
@@ -119,6 +120,7 @@ _MODEL_OPTIONS = (
         help="Number of sink tokens.  [default: the profile's]",
     ),
     N_GPU_LAYERS,
+    RPC,
     click.option(
         "-t",
         "--threads",

@@ -21,6 +21,7 @@ from .params import (
     FLASH_ATTN,
     KV_TYPE,
     N_GPU_LAYERS,
+    RPC,
     UBATCH_SIZE,
     ContextSize,
     Number,
@@ -77,6 +78,7 @@ class Memory:
 )
 @click.option("--ram", type=Size(), metavar="SIZE", help="Main memory available, such as 16GiB.")
 @N_GPU_LAYERS
+@RPC
 @BATCH_SIZE
 @UBATCH_SIZE
 @click.option(

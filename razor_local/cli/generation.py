@@ -27,6 +27,7 @@ from .params import (
     N_GPU_LAYERS,
     REWIND,
     REWIND_LIMIT,
+    RPC,
     SEED,
     THREADS,
     UBATCH_SIZE,
@@ -61,6 +62,7 @@ ENVVARS = {
     "hf_repo": "LLAMA_ARG_HF_REPO",
     "ctx_size": "LLAMA_ARG_CTX_SIZE",
     "n_gpu_layers": "LLAMA_ARG_N_GPU_LAYERS",
+    "rpc": "LLAMA_ARG_RPC",
     "threads": "LLAMA_ARG_THREADS",
     "batch_size": "LLAMA_ARG_BATCH",
     "ubatch_size": "LLAMA_ARG_UBATCH",
@@ -122,6 +124,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     CTX_SIZE,
     N_GPU_LAYERS,
+    RPC,
     click.option(
         "-t", "--threads", type=THREADS, metavar="N",
         help="Number of CPU threads.  [default: physical cores]",

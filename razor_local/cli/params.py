@@ -6,7 +6,8 @@ import functools
 import math
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 TYPED_MODEL = "razor_local.model"  # key of click's context
+RPC_SERVERS = "razor_local.rpc"  # likewise: addresses
 
 
 class Size(click.ParamType):
@@ -156,6 +158,33 @@ class Prediction(click.ParamType):
 KV_TYPE = click.Choice(list(KV_TYPES))
 SEED = Whole(-1, 2**31 - 1)  # -1: random
 THREADS = Whole(1, 512)  # ggml ends the process above it
+
+
+def _keep_servers(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        from ..native.rpc import parse_servers
+
+        ctx.meta[RPC_SERVERS] = parse_servers(value)
+
+
+@contextmanager
+def _rpc_servers() -> Iterator[None]:
+    """Put layers of all models that the command loads on the servers of RPC."""
+    addresses = click.get_current_context().meta.get(RPC_SERVERS)
+    if addresses is None:
+        yield
+        return
+    from ..native.rpc import Servers
+
+    with closing(Servers(addresses)) as servers, servers.in_use():
+        yield
+
+
+# for commands with model_argument()
+RPC = click.option(
+    "--rpc", metavar="HOST:PORT,...", expose_value=False, callback=_keep_servers,
+    help="RPC servers, whose devices compute layers on other machines.",
+)  # fmt: skip
 N_GPU_LAYERS = click.option(
     "-ngl", "--n-gpu-layers", "--gpu-layers", type=GpuLayers(-1), default=-1, show_default=True,
     metavar="N",
@@ -292,9 +321,10 @@ def model_argument(default: Path | None = None) -> Callable[[Any], Any]:
             named = _one_model(model=model, model_option=model_option, hf_repo=hf_repo)
             if named is not None:
                 click.get_current_context().meta[TYPED_MODEL] = str(named)
-            path = default if named is None else model_file(named)
-            _note_changed(options)
-            return command(*args, model=path, **options)
+            with _rpc_servers():
+                path = default if named is None else model_file(named)
+                _note_changed(options)
+                return command(*args, model=path, **options)
 
         run = click.option(
             "-hf", "--hf-repo", type=ModelFile("hf:"), metavar="OWNER/REPO[:QUANT]",
@@ -463,7 +493,7 @@ def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
 
     Args:
         options: sidecar, budget, window_min, window_divisor, sinks, threads and n_gpu_layers, which
-            bench and eval share.
+            bench and eval share, and rpc of bench.
     """
     from ..common.machine import n_cores
     from ..model_setup import ModelSetup
@@ -477,4 +507,5 @@ def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
         sink_tokens=options["sinks"],
         n_threads=options["threads"] or n_cores(),
         n_gpu_layers=options["n_gpu_layers"],
+        rpc=options.get("rpc"),
     )

@@ -24,6 +24,8 @@ from .params import (
     N_GPU_LAYERS,
     REWIND,
     REWIND_LIMIT,
+    RPC,
+    RPC_SERVERS,
     THREADS,
     TYPED_MODEL,
     UBATCH_SIZE,
@@ -114,6 +116,7 @@ class _ServeCommand(Command):
     " they do not fit or razor would save nothing in their contexts]",
 )  # fmt: skip
 @N_GPU_LAYERS
+@RPC
 @click.option(
     "-t", "--threads", type=THREADS, metavar="N",
     help="Number of CPU threads.  [default: physical cores]",
@@ -315,6 +318,9 @@ def _arguments(
     }
     if C.llama_supports_gpu_offload():
         given["-ngl"] = "all" if options["n_gpu_layers"] < 0 else options["n_gpu_layers"]
+    servers = click.get_current_context().meta.get(RPC_SERVERS)
+    if servers is not None:
+        given["--rpc"] = ",".join(servers)
     words = [word for item in given.items() for word in map(str, item)]
     extra = click.get_current_context().meta[EXTRA]
     return [str(server), *words, "--no-kv-unified", "--metrics", *extra]

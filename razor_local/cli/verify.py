@@ -17,6 +17,7 @@ from .params import (
     CACHE_TYPE_V,
     DEFAULT_MODEL,
     FLASH_ATTN,
+    RPC,
     THREADS,
     UBATCH_SIZE,
     GpuLayers,
@@ -90,6 +91,7 @@ Exit code: 0 if the model passes, 1 if it does not or cannot be verified.
     metavar="N",
     help="Layers to offload to the GPU (-1 or all: all, as in chat; 0: verify the CPU).",
 )
+@RPC
 @click.option("-t", "--threads", type=THREADS, metavar="N", help="Number of CPU threads.")
 @BATCH_SIZE
 @UBATCH_SIZE

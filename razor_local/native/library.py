@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LibraryError
 from ..plan import KV_TYPES
-from . import errors, log
+from . import errors, log, rpc
 from .structs import REWIND, BufferStats, LayerStats, Memory, Params, SeqStats, Stats
 
 if TYPE_CHECKING:
     from ..profile import Profile
 
-API_VERSION = 7  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 8  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
@@ -47,6 +47,8 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_razor_log_clear": ([], None),
     "llama_razor_log_get": ([c_char_p, c_int32], c_int32),
     "llama_razor_set_end_callback": ([ctypes.CFUNCTYPE(None, c_char_p)], None),
+    "llama_razor_try_rpc_connect": ([c_char_p, ctypes.POINTER(c_void_p)], c_void_p),
+    "llama_razor_lost_server": ([c_void_p], c_char_p),
 }
 
 
@@ -227,6 +229,7 @@ def load() -> Native:
     log.show(lib, False)
     lib.llama_razor_set_end_callback(log.on_end)
     errors.raise_in_bindings(bindings, lib)
+    rpc.install(bindings, lib)
     return Native(path=path, build=build, lib=lib)
 
 

@@ -29,6 +29,7 @@ RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-ra
 PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
 CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
 REWIND = "llama-razor-rewind.cpp"
+RPC, RPC_BACKEND = "llama-razor-rpc.cpp", "rpc/ggml-razor-rpc.cpp"
 MEMORY, FULL = "llama-memory-razor.cpp", "llama-razor-full.cpp"
 ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
 
@@ -107,6 +108,11 @@ BREAKS = [
     Break("device-batch-tiles-always-seen-whole", GRAPH, "bias && bias[j] != 0.0f ? GGML_RAZOR_NEVER : since[j]", "0", "test_f32_cache_equals_the_reference", naive=True),
     Break("device-batch-of-other-rows", DEVICE, "params.cells  = attn.groups[1].head_rows;", "params.cells  = attn.groups[1].head_rows - 1;", "test_f32_cache_equals_the_reference", naive=True),
     Break("device-batch-of-other-heads", DEVICE, "for (const uint32_t h : *attn.groups[0].heads) {", "for (const uint32_t h : *attn.groups[1].heads) {", "test_f32_cache_equals_the_reference", naive=True),
+    # several machines
+    Break("rpc-loss-not-reported", RPC, "if (is_lost(endpoint)) {", "if (false) {", "test_a_lost_server_is_reported"),
+    Break("rpc-loss-ends-the-process", RPC, "set_callback([](const char * /* endpoint */) {});", "set_callback(nullptr);", "test_a_lost_server_is_reported"),
+    Break("rpc-loss-forever", RPC_BACKEND, "razor_lost.erase(endpoint);", "", "test_a_lost_server_is_reported"),
+    Break("rpc-functions-are-sent", RPC_BACKEND, "        case GGML_OP_CUSTOM:\n            return false;", "            return false;", "test_local_layers_keep_razors_attention"),
     # rollback, abort
     Break("rollback-without-unfold", CACHE, "            unfold(st.groups[g], frontier);\n", "",
           "test_rollbacks_of_sequences test_every_length_can_be_rolled_back test_rolled_back_tokens_leave_nothing test_random_operations test_a_rollback_leaves_nothing"),
@@ -294,6 +300,10 @@ NO_BREAK = {
     "test_lying_array_lengths": "upstream's GGUF reader refuses these before our code sees them",
     "test_truncated_files": "the same",
     "test_random_operations_on_each_memory": "a fuzzer, whose findings become tests of their own",
+    "test_servers_compute_the_same_logits": "compares the same code on two devices",
+    "test_full_caches_on_servers": "the same",
+    "test_some_layers_stay_on_this_machine": "the same",
+    "test_the_cache_of_layers_on_servers_is_there": "upstream chooses the buffers",
     "test_second_sequence_in_a_batch": "upstream's batch check comes before ours, n_seq_max is 1",
 }
 

@@ -17,7 +17,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 def test_commands_exist():
     context = click.Context(main)
-    named = set(re.findall(r"razor-local ([a-z]+)", README))
+    named = set(re.findall(r"razor-local ([a-z]+(?:-[a-z]+)*)", README))
     assert {"chat", "convert", "inspect", "doctor"} <= named
     for name in named:
         assert main.get_command(context, name) is not None, name

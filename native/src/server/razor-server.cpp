@@ -83,7 +83,27 @@ static void razor_set_override(const common_json & config) {
     }
 }
 
+// a server that computes layers on another machine does not answer any more
+static void razor_on_lost(const char * endpoint) {
+    fprintf(stderr, "error: the connection to the RPC server %s was lost; start it again, and then this server\n", endpoint);
+    _Exit(1);
+}
+
+static void razor_watch_rpc_servers() {
+    const auto reg = ggml_backend_reg_by_name("RPC");
+    if (!reg) {
+        return;
+    }
+
+    const auto set_callback = (void (*)(void (*)(const char *))) ggml_backend_reg_get_proc_address(reg, "ggml_razor_rpc_set_callback");
+    if (set_callback) {
+        set_callback(razor_on_lost);
+    }
+}
+
 common_init_result_ptr razor_server_init(common_params & params) {
+    razor_watch_rpc_servers();
+
     const char * env = getenv(RAZOR_SERVER_ENV);
 
     try {

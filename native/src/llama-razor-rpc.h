@@ -1,0 +1,10 @@
+#pragma once
+
+// connections to RPC servers
+
+#include "ggml-backend.h"
+
+// connect to an RPC server and return its devices
+// the connection lasts until connection and all buffers on these devices are freed
+// throws std::runtime_error, also for failed assertions of upstream while these are guarded
+ggml_backend_reg_t razor_rpc_connect(const char * endpoint, ggml_backend_t * connection);
