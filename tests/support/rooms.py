@@ -17,8 +17,8 @@ ROOMS = (
     "profile", "scores", "profile_cache", "known_profiles", "model_file", "model_setup", "models",
     "prompt", "chat", "native", "bindings", "ownership", "json_schema", "completion_request",
     "completion", "memory", "available_memory", "rewind_log", "fit", "llama_options",
-    "checkpoints", "evaluation", "sampling", "state", "llama", "sessions", "converters", "evals", "auto_profile",
-    "bench", "verify", "server", "cli", "__main__",
+    "checkpoints", "evaluation", "sampling", "state", "llama", "sessions", "converters", "evals",
+    "auto_profile", "bench", "verify", "server", "cli", "__main__",
 )  # fmt: skip
 
 
