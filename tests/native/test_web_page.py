@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from razor_local.server.build import build_server
+from razor_local.server.build import build_server, has_web_ui
 from razor_local.server.command import PAGE
 from tests.support.browser import WHY_MISSING, Browser
 from tests.support.server import Server
@@ -24,6 +24,7 @@ PROMPT = f"{FACT} {QUESTION}"
 ANSWER = "The secret code of Marlow is 48213."
 ENTER = "\ue007"
 ANSWERED = f"return document.querySelector('.assistant .text')?.textContent.startsWith({ANSWER!r})"
+NOT_BUSY = "return fetch('slots').then(x => x.json()).then(x => !x.some(y => y.is_processing))"
 IDLE = "return document.querySelector('#send').textContent == 'Send' && document.body.innerText"
 
 
@@ -105,9 +106,7 @@ class TestOwnPage:
             browser.wait(IDLE)
             (answer,) = texts(browser, "assistant")
             assert answer.startswith(ANSWER)
-            browser.wait(
-                "return fetch('slots').then(x => x.json()).then(x => !x.some(y => y.is_processing))"
-            )
+            browser.wait(NOT_BUSY)
             assert texts(browser, "assistant") == [answer]
             browser.run("document.querySelector('#text').value = arguments[0]", "word " * 9000)
             browser.click("#send")
@@ -120,3 +119,64 @@ class TestOwnPage:
             browser.type("#key", "a key" + ENTER)
             browser.type("#text", PROMPT + ENTER)
             browser.wait(ANSWERED)
+
+
+USER = "[aria-label='User message with actions']"
+ASSISTANT = "[aria-label='Assistant message with actions']"
+SHOWN = f"return document.querySelector({ASSISTANT!r})?.innerText.includes(arguments[0])"
+SENT = "return document.querySelector('form').innerText.includes('Send')"
+
+
+class TestLlamaPage:
+    """The page that RAZOR_WEB_UI=ON builds."""
+
+    pytestmark = in_browser
+
+    @pytest.fixture(autouse=True)
+    def built(self) -> None:
+        if not has_web_ui():
+            pytest.skip("needs a build with RAZOR_WEB_UI=ON")
+
+    def test_a_conversation(self, browser):
+        with serve() as server:
+            browser.open(f"http://{server.address}/")
+            browser.type("textarea", PROMPT + ENTER)
+            browser.wait(SHOWN, ANSWER)
+            browser.wait(SENT)
+
+            # an edit of the first message: the earlier version is kept
+            browser.click(f"{USER} [aria-label='Edit']")
+            field = "[placeholder^='Edit your message']"
+            browser.run("document.querySelector(arguments[0]).select()", field)
+            browser.type(field, PROMPT.replace("Marlow", "Dover") + ENTER)
+            browser.wait(SHOWN, "Dover")
+            browser.wait(SENT)
+            assert browser.run(f"return document.querySelectorAll({ASSISTANT!r}).length") == 1
+            browser.element("[aria-label='Message version 2 of 2']")
+            browser.click(f"{ASSISTANT} [aria-label='Regenerate']")
+            browser.element(f"{ASSISTANT} [aria-label='Message version 2 of 2']")
+            browser.wait(SENT)
+
+            # /tools answers 403 without --tools, and the page asks for it
+            errors = [text for text in browser.errors() if "/tools - " not in text]
+            assert errors == []
+            assert all(url.startswith(f"http://{server.address}/") for url in browser.requests())
+
+    def test_stop(self, browser):
+        with serve("--", "--ignore-eos") as server:
+            browser.open(f"http://{server.address}/")
+            browser.type("textarea", PROMPT + ENTER)
+            browser.wait(SHOWN, ANSWER)
+            browser.run(
+                "const buttons = [...document.querySelectorAll('form button')];"
+                "buttons.find(x => x.innerText == 'Stop').click()"
+            )
+            browser.wait(SENT)
+            browser.wait(NOT_BUSY)
+
+    def test_an_api_key(self, browser):
+        with serve("--api-key", "a key") as server:
+            browser.open(f"http://{server.address}/")
+            browser.type("input", "a key" + ENTER)
+            browser.type("textarea", PROMPT + ENTER)
+            browser.wait(SHOWN, ANSWER)
