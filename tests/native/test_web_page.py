@@ -124,6 +124,10 @@ class TestOwnPage:
 USER = "[aria-label='User message with actions']"
 ASSISTANT = "[aria-label='Assistant message with actions']"
 SHOWN = f"return document.querySelector({ASSISTANT!r})?.innerText.includes(arguments[0])"
+PRESS = (
+    "const buttons = [...document.querySelectorAll('button')];"
+    "buttons.find(x => x.innerText == arguments[0]).click()"
+)
 SENT = "return document.querySelector('form').innerText.includes('Send')"
 
 
@@ -167,16 +171,15 @@ class TestLlamaPage:
             browser.open(f"http://{server.address}/")
             browser.type("textarea", PROMPT + ENTER)
             browser.wait(SHOWN, ANSWER)
-            browser.run(
-                "const buttons = [...document.querySelectorAll('form button')];"
-                "buttons.find(x => x.innerText == 'Stop').click()"
-            )
+            browser.run(PRESS, "Stop")
             browser.wait(SENT)
             browser.wait(NOT_BUSY)
 
     def test_an_api_key(self, browser):
         with serve("--api-key", "a key") as server:
             browser.open(f"http://{server.address}/")
+            browser.wait("return document.body.innerText.includes('Enter API Key')")
+            browser.run(PRESS, "Enter API Key")
             browser.type("input", "a key" + ENTER)
             browser.type("textarea", PROMPT + ENTER)
             browser.wait(SHOWN, ANSWER)
