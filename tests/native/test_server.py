@@ -357,6 +357,17 @@ def test_other_sites(server, headers, status):
     assert status == 200 or answer["error"]["type"] == "permission_error"
 
 
+def test_preflight_requests(server):
+    """They are answered as by llama.cpp's server: without leave for other sites."""
+    for origin, allowed in ("https://evil.example", None), ("http://localhost:3000",) * 2:
+        connection = server.connect()
+        connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin})
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (200, b"")
+        assert response.headers["Access-Control-Allow-Origin"] == allowed
+        connection.close()
+
+
 def test_bodies(server):
     url = "/v1/chat/completions"
     for body in ("", "{", "[]", "null", "1", '{"messages": 1}', b"\xff\xfe", "[" * 100_000):

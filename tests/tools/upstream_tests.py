@@ -529,9 +529,11 @@ def compare(
             razor = upstream_models.make_server_stand_ins(folder / "razor-hub", razor=True)
             found = run_server_tests(tests, patched, razor, razor=True)
         rows.append(Row(SERVER_TESTS, *results))
-        razor_rows.append(
-            RazorRow(SERVER_TESTS, "the verdicts of stock", found, differences(results[0], found))
-        )
+        for what in differences(results[0], found):
+            progress.print(f"with razor, {what}")
+        # pytest exits with 1 if a test failed; the words of other models fail on all trees
+        wrong = [] if found.exit_code in (0, 1) else [str(found)]
+        razor_rows.append(RazorRow(SERVER_TESTS, "runs; words may differ", found, wrong))
     return rows, razor_rows
 
 
