@@ -12,6 +12,9 @@ if (RAZOR_TOOLS)
     set(razor_common ON)
     list(APPEND razor_parts scripts/ui-assets.cmake tools)
 endif()
+if (RAZOR_WEB_UI)
+    list(APPEND razor_parts scripts/ui-assets.cmake tools/ui)
+endif()
 if (RAZOR_TESTS)
     set(razor_common ON)
     list(APPEND razor_parts tests)
@@ -64,6 +67,7 @@ set(LLAMA_BUILD_EXAMPLES     OFF CACHE BOOL "" FORCE)
 set(LLAMA_BUILD_TESTS        ${RAZOR_TESTS}  CACHE BOOL "" FORCE)
 set(LLAMA_OPENSSL            OFF CACHE BOOL "" FORCE) # no downloads by the tools
 set(LLAMA_USE_PREBUILT_UI    OFF CACHE BOOL "" FORCE) # nor during the build
+set(LLAMA_BUILD_UI           ${RAZOR_WEB_UI} CACHE BOOL "" FORCE)
 
 # upstream asks git for its commit: without this it would find ours, and each of our commits would
 # compile ggml again

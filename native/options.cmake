@@ -34,6 +34,7 @@ razor_option(RAZOR_VULKAN OFF "build the Vulkan backend (needs the Vulkan SDK)")
 razor_option(RAZOR_RPC    ON  "build the RPC backend, for devices of other machines")
 razor_option(RAZOR_NATIVE ON  "use all instructions of this machine's CPU; OFF: a library for any x86-64 CPU with AVX2")
 razor_option(RAZOR_TOOLS  OFF "also build llama-bench, llama-perplexity and llama-server")
+razor_option(RAZOR_WEB_UI OFF "also build the web page of llama-server (needs npm and the npm registry)")
 razor_option(RAZOR_STOCK  OFF "build upstream as it is, without patches and sources of ours, to compare with")
 
 # what llama_razor_build_info() tells

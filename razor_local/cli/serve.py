@@ -293,6 +293,7 @@ def _arguments(
 ) -> list[str]:
     from ..common.machine import n_cores
     from ..native.loaded import C
+    from ..server.build import has_web_ui
     from ..server.command import PAGE
 
     typed = click.get_current_context().meta.get(TYPED_MODEL)
@@ -312,10 +313,11 @@ def _arguments(
         "-fit": "off",  # the slots were chosen above
         "--cache-ram": slots.prompt_cache,
         "--cors-origins": "localhost",
-        "--path": PAGE,
         "--timeout": 600,  # seconds; connections that send nothing would be kept for an hour
         "-lv": 3 if options["verbose"] else 1,
     }
+    if not has_web_ui():
+        given["--path"] = PAGE
     if C.llama_supports_gpu_offload():
         given["-ngl"] = "all" if options["n_gpu_layers"] < 0 else options["n_gpu_layers"]
     servers = click.get_current_context().meta.get(RPC_SERVERS)

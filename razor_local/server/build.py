@@ -67,6 +67,12 @@ def find_server() -> Path | None:
     return built if built.is_file() else None
 
 
+def has_web_ui() -> bool:
+    """Return True if llama-server contains llama.cpp's web page (RAZOR_WEB_UI=ON)."""
+    header = _sources(library_folder()) / "razor" / "ui.h"
+    return "#define LLAMA_UI_HAS_ASSETS" in header.read_text()
+
+
 def build_server(progress: Progress | None = None, stop: Stop | None = None) -> Path:
     """Return the path of llama-server, which is built if it was not.
 

@@ -18,7 +18,7 @@ from ..profile import Profile
 
 ENV = "RAZOR_LOCAL_SERVER"  # RAZOR_SERVER_ENV of native/src/server/razor-server.h
 KEY_ENV = "LLAMA_API_KEY"
-PAGE = Path(__file__).parents[1] / "data" / "web"  # what / shows
+PAGE = Path(__file__).parents[1] / "data" / "web"  # what / shows without llama.cpp's own page
 
 
 def is_loopback(host: str) -> bool:

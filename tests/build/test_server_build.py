@@ -14,7 +14,7 @@ import pytest
 
 from razor_local.errors import RazorError, Stopped
 from razor_local.server import build
-from razor_local.server.build import build_server, find_server
+from razor_local.server.build import build_server, find_server, has_web_ui
 
 FILES = {
     "razor/main.cpp": '#include "a.h"\nint main() { return a() + c(); }\n',
@@ -54,6 +54,14 @@ def compiler(package: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Pat
 def left(package: Path) -> set[str]:
     """Return the names of the files that a build has left in the cache."""
     return {path.name for path in (package / "cache").rglob("*") if path.is_file()}
+
+
+def test_the_web_page_is_found(package):
+    header = package / "share/llama-server/razor/ui.h"
+    header.write_text("/* #undef LLAMA_UI_HAS_ASSETS */\n")
+    assert not has_web_ui()
+    header.write_text("#define LLAMA_UI_HAS_ASSETS 1\n")
+    assert has_web_ui()
 
 
 def test_it_is_built_once(package, monkeypatch):

@@ -41,6 +41,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
     calls: list[Started] = []
     monkeypatch.setattr(module, "run", lambda *args: calls.append(Started(*args)))
     monkeypatch.setattr(build, "find_server", lambda: Path("/bin/llama-server"))
+    monkeypatch.setattr(build, "has_web_ui", lambda: False)
     for name in ("LLAMA_API_KEY", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_N_PARALLEL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -67,6 +68,12 @@ def test_the_defaults(serve):
     assert config["retrieval"] == PROFILE.flat().tolist()
     assert config["kv_bytes_full"] == 4 * PLAN.kv_bytes_full
     assert "LLAMA_API_KEY" not in started.env
+
+
+def test_the_web_page_of_llama_server(serve, monkeypatch):
+    monkeypatch.setattr(build, "has_web_ui", lambda: True)
+    started, _ = serve()
+    assert "--path" not in started.arguments
 
 
 def test_options(serve):

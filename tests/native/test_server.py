@@ -20,7 +20,7 @@ import pytest
 
 from razor_local import make_plan, read_model_shape, read_profile
 from razor_local.cli.params import DEFAULT_MODEL
-from razor_local.server.build import build_server
+from razor_local.server.build import build_server, has_web_ui
 from tests.support.server import Server, chat_request
 from tests.support.texts import FACT, QUESTION, text_with
 
@@ -96,8 +96,10 @@ def test_the_cache_is_the_plan(server):
 
 
 def test_the_page(server):
-    status, page = server.get("/")
-    assert status == 200 and "v1/chat/completions" in page
+    """In a build with RAZOR_WEB_UI=ON it is llama.cpp's page, which test_web_page.py tests."""
+    if not has_web_ui():
+        status, page = server.get("/")
+        assert status == 200 and "v1/chat/completions" in page
     assert server.get("/nothing")[0] == 404
 
 
@@ -353,6 +355,17 @@ def test_other_sites(server, headers, status):
     found, answer = server.request("POST", "/tokenize", {"content": "a"}, headers)
     assert found == status
     assert status == 200 or answer["error"]["type"] == "permission_error"
+
+
+def test_preflight_requests(server):
+    """They are answered as by llama.cpp's server: without leave for other sites."""
+    for origin, allowed in ("https://evil.example", None), ("http://localhost:3000",) * 2:
+        connection = server.connect()
+        connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin})
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (200, b"")
+        assert response.headers["Access-Control-Allow-Origin"] == allowed
+        connection.close()
 
 
 def test_bodies(server):

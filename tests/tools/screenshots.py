@@ -1,14 +1,18 @@
-"""Draw the screenshots of docs/chat.md: real chats on a terminal in memory.
+"""Draw the screenshots of docs/chat.md and docs/server.md.
 
     uv run python -m tests.tools.screenshots            # with the built-in model
     uv run python -m tests.tools.screenshots --model smollm2:135m
+    RAZOR_WEB_UI=ON uv run python -m tests.tools.screenshots --page
 
-The built-in model gives docs/chat.png, and a chat model docs/chat-markdown.png.
+The built-in model gives docs/chat.png, and a chat model docs/chat-markdown.png: real chats on a
+terminal in memory. --page gives docs/server.png, a chat in a headless Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import time
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -18,6 +22,8 @@ import pyte
 from PIL import Image, ImageDraw, ImageFont
 
 from razor_local.evals.haystack import MadeText
+from tests.support.browser import Browser
+from tests.support.server import Server
 from tests.support.terminal import Terminal, terminal
 from tests.support.texts import FACT, QUESTION
 
@@ -109,13 +115,35 @@ def chat_model(model: str, path: Path) -> None:
         draw(screen_of(t.raw), path)
 
 
+def page(path: Path) -> None:
+    """Write a picture of llama.cpp's web page with two answers of the built-in model."""
+    with Server("--parallel", 2, "--", "--temp", 0) as server, Browser(1100, 720) as browser:
+        browser.open(f"http://{server.address}/")
+        for i, name in enumerate(("Marlow", "Dover"), 1):
+            text = f"{FACT} {QUESTION}".replace("Marlow", name)
+            browser.type("[placeholder^='Type a message']", f"{text}\ue007")
+            browser.wait(
+                "return document.querySelectorAll('[aria-label=Regenerate]').length == arguments[0]"
+                " && document.querySelector('form').innerText.includes('Send')",
+                i,
+            )
+        time.sleep(2)  # animations
+        picture = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
+        picture.quantize(256).save(path, optimize=True)
+    print(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model", help="chat model for docs/chat-markdown.png; draws only this picture"
     )
-    model = parser.parse_args().model
-    if model is None:
+    parser.add_argument("--page", action="store_true", help="draw only docs/server.png")
+    args = parser.parse_args()
+    model = args.model
+    if args.page:
+        page(DOCS / "server.png")
+    elif model is None:
         built_in(DOCS / "chat.png")
     else:
         chat_model(model, DOCS / "chat-markdown.png")

@@ -1,8 +1,8 @@
 """Make the models of upstream's own tests without downloads.
 
 These are the built-in model with and without its razor metadata, and replacements for the models
-that llama-cpp-python's tests download: models of the same kind (transformer, embedding, recurrent,
-hybrid) under the same file name, with other weights.
+that the tests of llama-cpp-python and of llama.cpp's server download: models of the same kind
+(transformer, embedding, recurrent, hybrid) under the same file name, with other weights.
 """
 
 from __future__ import annotations
@@ -25,6 +25,16 @@ STANDS_IN = {  # file that llama-cpp-python's tests want: what it is here
     "mamba-130m-hf.Q2_K.gguf": "mamba-dense.gguf of test-llama-archs",
     "Falcon-H1-Tiny-90M-Instruct-Q2_K.gguf": "falcon-h1-dense.gguf of test-llama-archs",
 }
+
+# files that the tests of llama.cpp's server want, by repository
+SERVER_MODELS = {
+    "ggml-org/test-model-stories260K": "stories260K-F32.gguf",
+    "ggml-org/test-model-stories260K-infill": "stories260K-infill-F32.gguf",
+    "ggml-org/stories15M_MOE": "stories15M_MOE-F16.gguf",
+    "ggml-org/models": "bert-bge-small/ggml-model-f16.gguf",
+    "ggml-org/tinygemma3-GGUF": "tinygemma3-Q8_0.gguf",
+}
+DRAFT_MODEL = "stories15M-q4_0.gguf"
 
 Metadata = dict[str, tuple[Any, GGUFValueType]]
 
@@ -97,3 +107,39 @@ def make_stand_ins(folder: Path, archs: Path, *, razor: bool) -> Path:
     with_letters(archs / "mamba-dense.gguf", recurrent)
     with_letters(archs / "falcon-h1-dense.gguf", hybrid)
     return folder
+
+
+def make_server_stand_ins(hub: Path, *, razor: bool) -> Path:
+    """Write the models of SERVER_MODELS as files of a Hugging Face cache.
+
+    All are the built-in model: the one for embeddings with mean pooling, the one for infill with
+    tokens for it.
+
+    Args:
+        hub: the folder of the cache.
+        razor: whether the models have a profile, with a window that is small enough for the
+            contexts of the tests, 256 tokens and more.
+    """
+    u32 = GGUFValueType.UINT32
+    changes: dict[str, Metadata] = {
+        "ggml-org/models": {"llama.pooling_type": (1, u32)},
+        "ggml-org/test-model-stories260K-infill": {
+            f"tokenizer.ggml.fim_{name}_token_id": (token, u32)
+            for name, token in (("pre", 1020), ("suf", 1021), ("mid", 1022))
+        },
+    }
+    windows: Metadata = {"razor.window_min": (32, u32), "razor.window_divisor": (0, u32)}
+    shutil.rmtree(hub, ignore_errors=True)
+    for repo, name in SERVER_MODELS.items():
+        folder, commit = hub / f"models--{repo.replace('/', '--')}", "0" * 40
+        file = folder / "snapshots" / commit / name
+        file.parent.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        added = changes.get(repo, {}) | (windows if razor else {})
+
+        def keep(key: str, added: Metadata = added) -> bool:
+            return (razor or not key.startswith("razor.")) and key not in added
+
+        copy_model(BUILT_IN, file, keep, added)
+    return hub

@@ -1,4 +1,4 @@
-"""Run llama.cpp's and llama-cpp-python's own tests on the stock and on the patched tree.
+"""Run the tests of llama.cpp, its server and llama-cpp-python on the stock and the patched tree.
 
 Both trees are built from the pinned sdist, which takes minutes the first time. Each test runs on
 both, and each of its cases must have the same result. Then some tests run with razor switched on.
@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from tests.support import native_build
 from tests.support.native_build import ROOT
+from tests.tools import upstream_models
 
 progress = Console(stderr=True)
 
@@ -237,6 +239,7 @@ RAZOR_TESTS = [
 ]
 
 PYTHON_TESTS = "llama-cpp-python's tests"
+SERVER_TESTS = "llama-server's tests"
 
 
 # -- trees --
@@ -259,6 +262,7 @@ def build_tree(name: str, folder: Path, targets: Sequence[str]) -> Tree:
     stock = name == "stock"
     more = os.environ.get("CMAKE_ARGS", "").split()
     definitions = [f"-DRAZOR_STOCK={'ON' if stock else 'OFF'}", "-DRAZOR_TESTS=ON", *more]
+    definitions.append("-DRAZOR_TOOLS=ON")  # llama-server
     native_build.build(build, *definitions)
     native_build.run(
         [native_build.tool("cmake"), "--build", build, "--config", "Release", "--parallel",
@@ -283,21 +287,34 @@ def changed_files(stock: Tree, patched: Tree) -> list[str]:
     return sorted(walk(filecmp.dircmp(stock.source, patched.source, ignore=ignore), ""))
 
 
-def unpack_python_tests(folder: Path) -> Path:
-    """Unpack llama-cpp-python's tests from the pinned sdist, with the file they open by path."""
+def unpack(folder: Path, wanted: str) -> Path:
+    """Unpack the files of the pinned sdist whose path matches a regular expression."""
     version, _ = native_build.pin()
     name = f"llama_cpp_python-{version}"
     sdist = os.environ.get("RAZOR_LOCAL_SDIST") or native_build.cache_dir() / f"{name}.tar.gz"
     shutil.rmtree(folder, ignore_errors=True)
-    wanted = re.compile(r"tests/[^/]+\.py|vendor/llama\.cpp/models/ggml-vocab-llama-spm\.gguf")
     with tarfile.open(sdist, "r|*") as tar:
         for member in tar:
             path = member.name.partition("/")[2]
-            if member.isfile() and wanted.fullmatch(path):
+            if member.isfile() and re.fullmatch(wanted, path):
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(tar.extractfile(member).read())
     return folder
+
+
+def unpack_python_tests(folder: Path) -> Path:
+    """Unpack llama-cpp-python's tests, with the file that they open by path."""
+    return unpack(folder, r"tests/[^/]+\.py|vendor/llama\.cpp/models/ggml-vocab-llama-spm\.gguf")
+
+
+def unpack_server_tests(folder: Path, draft_model: Path) -> Path:
+    """Unpack the tests of llama-server with the chat templates that they open by path."""
+    unpack(folder, r"vendor/llama\.cpp/(tools/server/tests/.*|models/templates/.*)")
+    tests = folder / "vendor/llama.cpp/tools/server/tests"
+    (tests / "tmp").mkdir()  # for files that they download
+    shutil.copy(draft_model, tests / "tmp" / upstream_models.DRAFT_MODEL)
+    return tests
 
 
 # -- running --
@@ -343,26 +360,45 @@ def run_test(test: UpstreamTest, tree: Tree, paths: dict[str, Path]) -> Result:
     return Result(exit_code, test.cases(output, exit_code), output)
 
 
-def run_python_tests(tests: Path, tree: Tree, models: Sequence[Path], *, razor: bool) -> Result:
-    """Run llama-cpp-python's tests on the tree's library. razor: with razor_local's Llama."""
-    lib = str(tree.bin)
+def run_pytest(
+    plugin: str, target: str, tests: Path, tree: Tree, limit: int, env: dict[str, str], razor: bool
+) -> Result:
+    """Run upstream's pytest files in a folder with a plugin of tests/tools."""
     python_path = [str(ROOT / "tests" / "tools"), os.environ.get("PYTHONPATH", "")]
-    env = {
-        "LLAMA_CPP_LIB_PATH": lib,
+    env = env | {
         "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
-        "UPSTREAM_MODELS": os.pathsep.join(map(str, models)),
         "UPSTREAM_PATCHED": "0" if tree.name == "stock" else "1",
         "UPSTREAM_RAZOR": "1" if razor else "0",
     }
-    if razor:
-        env["RAZOR_LOCAL_LIB"] = lib
     with tempfile.TemporaryDirectory() as temp:
         report = Path(temp) / "junit.xml"
-        options = ["-p", "upstream_plugin", "-p", "no:cacheprovider", "-ra", "--rootdir", tests]
-        command = [sys.executable, "-m", "pytest", *options, "--junitxml", report, "tests"]
-        exit_code, output = run(command, 600, tests, env)
+        options = ["-p", plugin, "-p", "no:cacheprovider", "-ra", "--rootdir", tests]
+        command = [sys.executable, "-m", "pytest", *options, "--junitxml", report, target]
+        exit_code, output = run(command, limit, tests, env)
         cases = cases_of_junit(report) if report.is_file() else {}
     return Result(exit_code, cases, output)
+
+
+def run_python_tests(tests: Path, tree: Tree, models: Sequence[Path], *, razor: bool) -> Result:
+    """Run llama-cpp-python's tests on the tree's library. razor: with razor_local's Llama."""
+    lib = str(tree.bin)
+    env = {"LLAMA_CPP_LIB_PATH": lib, "UPSTREAM_MODELS": os.pathsep.join(map(str, models))}
+    if razor:
+        env["RAZOR_LOCAL_LIB"] = lib
+    return run_pytest("upstream_plugin", "tests", tests, tree, 600, env, razor)
+
+
+def run_server_tests(tests: Path, tree: Tree, hub: Path, *, razor: bool) -> Result:
+    """Run the tests of llama-server with the models in `hub`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {
+        "LLAMA_SERVER_BIN_PATH": str(tree.bin / "llama-server"),
+        "LLAMA_CACHE": str(hub),
+        "PORT": str(port),
+    }
+    return run_pytest("upstream_server_plugin", "unit", tests, tree, 1200, env, razor)
 
 
 # -- tables --
@@ -438,7 +474,6 @@ def compare(
     stock: Tree, patched: Tree, folder: Path, patterns: Sequence[str], models: Path | None
 ) -> tuple[list[Row], list[RazorRow]]:
     """Run the tests whose names contain a pattern, or all tests without patterns."""
-    from tests.tools import upstream_models
 
     def chosen(name: str) -> bool:
         return not patterns or any(p in name for p in patterns)
@@ -485,6 +520,20 @@ def compare(
         wrong = differences(results[0], found)
         name = f"{PYTHON_TESTS}, razor_local.Llama"
         razor_rows.append(RazorRow(name, "the verdicts of stock", found, wrong))
+
+    if chosen(SERVER_TESTS):
+        tests = unpack_server_tests(folder / "server", paths["model"])
+        with progress.status(SERVER_TESTS):
+            plain = upstream_models.make_server_stand_ins(folder / "hub", razor=False)
+            results = [run_server_tests(tests, t, plain, razor=False) for t in (stock, patched)]
+            razor = upstream_models.make_server_stand_ins(folder / "razor-hub", razor=True)
+            found = run_server_tests(tests, patched, razor, razor=True)
+        rows.append(Row(SERVER_TESTS, *results))
+        for what in differences(results[0], found):
+            progress.print(f"with razor, {what}")
+        # pytest exits with 1 if a test failed; the words of other models fail on all trees
+        wrong = [] if found.exit_code in (0, 1) else [str(found)]
+        razor_rows.append(RazorRow(SERVER_TESTS, "runs; words may differ", found, wrong))
     return rows, razor_rows
 
 
