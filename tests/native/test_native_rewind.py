@@ -416,17 +416,6 @@ def test_an_aborted_fold_is_undone(name: str, model) -> None:
         assert aborted > (3 if runner.GPU_LAYERS == 0 else 0)
 
 
-def log_file() -> int:
-    """Return the descriptor of the log's file, which has no name."""
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            if "razor-rewind" in os.readlink(f"/proc/self/fd/{fd}"):
-                return int(fd)
-        except OSError:
-            continue
-    raise AssertionError("there is no file of a log")
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_a_log_that_cannot_be_read(model, tmp_path: Path) -> None:
     """seq_rm() is false and nothing has changed."""
@@ -435,12 +424,12 @@ def test_a_log_that_cannot_be_read(model, tmp_path: Path) -> None:
         want = ctx.decode(tokens)
         ctx.clear()
         ctx.decode(tokens[:900])
-        size = os.fstat(log_file()).st_size
+        size = os.fstat(runner.log_file()).st_size
         assert ctx.stats().rewind_bytes == size > 0
-        os.ftruncate(log_file(), size // 2)
+        os.ftruncate(runner.log_file(), size // 2)
         assert ctx.seq_rm(880) and ctx.seq_rm(850)  # with what is left of it
         ctx.decode(tokens[850:900])
-        os.ftruncate(log_file(), 0)
+        os.ftruncate(runner.log_file(), 0)
         assert ctx.seq().n_rollback == 900
         assert not ctx.seq_rm(300)
         assert (ctx.seq().n_tokens, ctx.pos_max()) == (900, 899)
