@@ -23,6 +23,7 @@ from tests.fuzz.memories import (
     Finding,
     Log,
     choose_log,
+    draw_operation,
     full_disk,
     is_plain,
     lose_log_file,
@@ -34,6 +35,13 @@ from tests.fuzz.memories import (
 from tests.support import runner
 from tests.support.runner import Context, Model
 from tests.support.sequences import N_SEQ, Sequences, Text
+
+# operation -> how often it is drawn
+OPERATIONS = {
+    "decode": 40, "decode_more": 25, "roll_back": 16, "remove": 4, "remove_from_all": 4,
+    "remove_part": 2, "keep": 1, "clear": 1, "copy": 8, "copy_part": 2, "save": 6, "load": 6,
+    "load_damaged": 3, "abort": 6, "decode_on_a_full_disk": 1, "lose_log": 1, "restart": 1,
+}  # fmt: skip
 
 
 class Fuzzer:
@@ -73,21 +81,14 @@ class Fuzzer:
     # -- operations --
 
     def step(self) -> None:
-        operations = {
-            self.decode: 40, self.decode_more: 25, self.roll_back: 16, self.remove: 4,
-            self.remove_from_all: 4, self.remove_part: 2, self.keep: 1, self.clear: 1,
-            self.copy: 8, self.copy_part: 2, self.save: 6, self.load: 6, self.load_damaged: 3,
-            self.abort: 6, self.decode_on_a_full_disk: 1, self.lose_log: 1,
-            self.restart: 20 if self.log.damaged else 1,
-        }  # fmt: skip
-        operation = self.rng.choices(list(operations), list(operations.values()))[0]
+        operation = draw_operation(self.rng, OPERATIONS, self.log)
         n = len(self.steps)
-        operation()
+        getattr(self, operation)()
         if fault := self.log.fault(self.ctx):
             self.fail(fault)
         if self.seqs.lengths() != self.seqs.held:
             self.fail(f"the sequences hold {self.seqs.lengths()} tokens, not {self.seqs.held}")
-        self.done[operation.__name__] += len(self.steps) > n  # else there was nothing to do
+        self.done[operation] += len(self.steps) > n  # else there was nothing to do
         self.steps = self.steps[-30:]
 
     def decode(self, most: int = 4) -> None:
