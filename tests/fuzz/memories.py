@@ -273,9 +273,13 @@ def path_of(arch: str) -> Path:
     """Return the model of an architecture, or the tiny one."""
     if arch != "tiny":
         return arch_models.path_of(arch)
-    folder = tempfile.TemporaryDirectory()
-    path_of.folder = folder  # type: ignore[attr-defined]
-    return make_model(Path(folder.name) / "tiny.gguf", TINY)
+    return make_model(Path(_folder().name) / "tiny.gguf", TINY)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """Return a folder that is deleted when the process ends."""
+    return tempfile.TemporaryDirectory()
 
 
 def draw_operation(rng: random.Random, operations: dict[str, int], log: Log) -> str:
