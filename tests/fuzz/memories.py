@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,10 @@ class Fuzzer:
         self.params = PARAMS | {"flash_attn": flash_attn}
         self.model = Model(path)
         self.texts = make_texts(path, self.rng)
+        self.plan = draw_plan(self.rng, self.model)
         self.want = []
         for text in self.texts:
-            with Context(self.model, make_override(self.model, Log("ram")), **self.params) as ctx:
+            with Context(self.model, with_log(self.plan, Log("ram")), **self.params) as ctx:
                 self.want.append(ctx.decode(text))
                 self.log_bytes = ctx.stats().rewind_bytes
         self.limit = noise(self.model, self.texts[0], self.params)
@@ -116,7 +117,7 @@ class Fuzzer:
 
     def open(self) -> None:
         self.log = choose_log(self.rng, self.log_bytes)
-        self.ctx = Context(self.model, make_override(self.model, self.log), **self.params)
+        self.ctx = Context(self.model, with_log(self.plan, self.log), **self.params)
         self.text = 0
         self.logged = self.log.complete  # since the cache was empty
 
@@ -265,7 +266,9 @@ class Fuzzer:
         self.steps.append(f"text {self.text}, {self.ctx.n_past} tokens: {text}")
 
     def fail(self, text: str) -> None:
-        raise Finding("\n".join([f"{self.name}: {text}", str(self.log), *self.steps]))
+        raise Finding(
+            "\n".join([f"{self.name}: {text}", str(self.plan), str(self.log), *self.steps])
+        )
 
 
 @functools.cache
@@ -293,21 +296,23 @@ def choose_log(rng: random.Random, size: int) -> Log:
 
     Args:
         rng: draws it.
-        size: the bytes of the log of a text, which has six blocks.
+        size: the bytes of the log of a text, which has up to six blocks.
     """
     limit = rng.choice([0, 0, 0, size // 8, size // 6, size // 2, size])
     return rng.choice([Log("off"), Log("ram", limit), Log("disk", limit)])
 
 
-def make_override(model: Model, log: Log) -> Override:
-    """Return the Override of a model with a rewind log."""
+def draw_plan(rng: random.Random, model: Model) -> Override:
+    """Draw what the local heads of a model keep. A window of 120 leaves no spare cells."""
     mask = arch_runs.mask_of(model.layers())
-    return Override(
-        mask,
-        window=64,
-        rewind=log.place,
-        rewind_limit=log.limit,
-        rewind_folder=tempfile.gettempdir(),
+    scope = tuple(0 if head else rng.choice([64, 128, 256]) for head in mask)
+    windows: dict[str, Any] = rng.choice([{"window": 64}, {"window": 120}, {"scope": scope}])
+    return Override(mask, compensation=rng.random() < 0.8, **windows)
+
+
+def with_log(plan: Override, log: Log) -> Override:
+    return replace(
+        plan, rewind=log.place, rewind_limit=log.limit, rewind_folder=tempfile.gettempdir()
     )
 
 

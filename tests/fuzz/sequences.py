@@ -24,13 +24,14 @@ from tests.fuzz.memories import (
     Log,
     choose_log,
     draw_operation,
+    draw_plan,
     full_disk,
     is_plain,
     lose_log_file,
-    make_override,
     make_texts,
     noise,
     path_of,
+    with_log,
 )
 from tests.support import runner
 from tests.support.runner import Context, Model
@@ -56,9 +57,10 @@ class Fuzzer:
         self.hybrid = ModelFile(path).shape.recurrent_bytes > 0
         self.params = PARAMS | {"flash_attn": flash_attn, "n_batch": 1024}
         self.model = Model(path)
+        self.plan = draw_plan(self.rng, self.model)
         self.texts = []
         for tokens in make_texts(path, self.rng):
-            with Context(self.model, make_override(self.model, Log("ram")), **self.params) as ctx:
+            with Context(self.model, with_log(self.plan, Log("ram")), **self.params) as ctx:
                 self.texts.append(Text(tokens, ctx.decode(tokens)))
                 self.log_bytes = ctx.stats().rewind_bytes
         self.limit = noise(self.model, self.texts[0].tokens, self.params)
@@ -69,7 +71,7 @@ class Fuzzer:
 
     def open(self) -> None:
         self.log = choose_log(self.rng, self.log_bytes)
-        razor = make_override(self.model, self.log)
+        razor = with_log(self.plan, self.log)
         self.seqs = Sequences(self.model, razor, self.texts, **self.params)
         self.ctx = self.seqs.ctx
         self.logged = [self.log.complete] * N_SEQ  # since the sequence was empty
@@ -300,7 +302,9 @@ class Fuzzer:
         self.steps.append(f"texts {texts}, {self.seqs.held} tokens: {text}")
 
     def fail(self, text: str) -> None:
-        raise Finding("\n".join([f"{self.name}: {text}", str(self.log), *self.steps]))
+        raise Finding(
+            "\n".join([f"{self.name}: {text}", str(self.plan), str(self.log), *self.steps])
+        )
 
 
 def run(n: int, seed: int = 0, archs: Sequence[str] = ARCHS) -> Counter[str]:
