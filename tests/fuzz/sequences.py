@@ -17,7 +17,7 @@ from razor_local.model_file import ModelFile
 from tests.fuzz import memories
 from tests.fuzz.memories import (
     ARCHS,
-    CAN_DAMAGE,
+    HAS_PROC,
     N_TOKENS,
     PARAMS,
     Finding,
@@ -257,14 +257,14 @@ class Fuzzer:
             self.cut(s, now[s])
 
     def decode_on_a_full_disk(self) -> None:
-        if CAN_DAMAGE and self.log.place == "disk" and not self.log.damaged:
+        if HAS_PROC and self.log.place == "disk" and not self.log.damaged:
             self.log.damaged, self.logged = True, [False] * N_SEQ
             with full_disk(self.rng.choice([0, 1, 5000])):
                 self.note("full disk")
                 self.decode_more()
 
     def lose_log(self) -> None:
-        if CAN_DAMAGE and self.log.place == "disk" and not self.log.damaged:
+        if HAS_PROC and self.log.place == "disk" and not self.log.damaged:
             self.log.damaged, self.logged = True, [False] * N_SEQ
             self.note("lose the file of the log")
             lose_log_file()

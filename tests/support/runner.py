@@ -101,13 +101,13 @@ def bindings() -> ModuleType:
     return llama
 
 
-_graphs: list[str] = []  # what the library logged about the graphs of each context
+_graphs: list[str] = []  # what the library logged last about the graphs of a context
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _log(level: int, text: bytes, data: Any) -> None:
     if b" splits = " in text:
-        _graphs.append(text.decode())
+        _graphs[:] = [text.decode()]
     if os.environ.get("RAZOR_TEST_LOG"):
         sys.stderr.write(text.decode(errors="replace"))
 
