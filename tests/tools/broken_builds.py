@@ -54,7 +54,7 @@ NAIVE = [
      '#include "naive_batch.h"\n\nstatic void razor_device_abort(ggml_tensor * dst, int ith, int nth, void * /* userdata */) {\n    if (naive_batch(dst, ith, nth)) {\n        return;\n    }\n'),
     (CACHE, "layer.device_batch = layer.device &&",
      "layer.device_batch = (!split && cparams.flash_attn && ggml_backend_buft_is_host(buft) && !hparams_model.attn_soft_cap && n_retrieval + n_local <= GGML_RAZOR_ATTN_MAX_KV) || layer.device &&"),
-    (GRAPH, "layer.attn    ? attn.build(", "layer.attn && (n_tokens == 1 || !layer.device_batch) ? attn.build("),
+    (GRAPH, "layer.attn    ? attn.build(", "layer.attn && (n_tokens == 1 || sinks || !layer.device_batch) ? attn.build("),
 ]  # fmt: skip
 
 BREAKS = [
