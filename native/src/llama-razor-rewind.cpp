@@ -78,6 +78,8 @@ private:
 //
 
 // a file without a name, which the system deletes when the process ends
+//
+// a process that was forked shares the file but not the slots, so only the process that created it may use it
 class razor_rewind_file {
 public:
     razor_rewind_file(const std::string & folder) {
@@ -93,6 +95,8 @@ public:
             unlink(path.c_str());
             fcntl(fd, F_SETFD, FD_CLOEXEC);
         }
+
+        pid = getpid();
 #endif
         if (fd < 0) {
             llama_razor_error_throw(format("the rewind log cannot be created in %s (%s), name a folder that can be written to or keep the log in memory",
@@ -132,6 +136,9 @@ public:
     }
 
     void truncate() {
+        if (is_forked()) {
+            return;
+        }
 #ifdef _WIN32
         const bool ok = _chsize_s(fd, 0) == 0;
 #else
@@ -145,8 +152,21 @@ public:
 private:
     int fd;
 
+#ifdef _WIN32
+    bool is_forked() const { return false; }
+#else
+    pid_t pid;
+
+    bool is_forked() const { return getpid() != pid; }
+#endif
+
     template<typename F>
     bool transfer(size_t size, uint64_t offset, F && f) const {
+        if (is_forked()) {
+            errno = EPERM;
+
+            return false;
+        }
 #ifdef _WIN32
         if (_lseeki64(fd, offset, SEEK_SET) < 0) {
             return false;
@@ -176,34 +196,32 @@ public:
     razor_rewind_disk(const std::string & folder, size_t n_block, size_t n_part) : n_block(n_block), file(folder), buffer(n_part) {}
 
     int64_t alloc() override {
-        for (size_t slot = 0; slot < used.size(); ++slot) {
-            if (!used[slot]) {
-                used[slot] = true;
-
-                return slot;
-            }
+        size_t slot = 0;
+        while (slot < slots.size() && slots[slot].used) {
+            ++slot;
+        }
+        if (slot == slots.size()) {
+            slots.emplace_back();
         }
 
-        used.push_back(true);
+        slots[slot] = { true, {} };
 
-        return used.size() - 1;
+        return slot;
     }
 
     void free(int64_t slot) override {
-        used[slot] = false;
+        slots[slot].used = false;
 
-        for (const bool u : used) {
-            if (u) {
-                return;
-            }
+        if (std::none_of(slots.begin(), slots.end(), [](const auto & s) { return s.used; })) {
+            slots.clear();
+            file.truncate();
         }
-
-        used.clear();
-        file.truncate();
     }
 
     bool write(int64_t slot, size_t offset, size_t size, const std::function<void(uint8_t * data)> & fill) override {
         fill(buffer.data());
+
+        slots[slot].parts.push_back({ size, checksum(buffer.data(), size) });
 
         return file.write(buffer.data(), size, slot*n_block + offset);
     }
@@ -217,18 +235,63 @@ public:
             return nullptr;
         }
 
-        return file.read(res.get(), n_block, slot*n_block) ? res : nullptr;
+        if (!file.read(res.get(), n_block, slot*n_block)) {
+            return nullptr;
+        }
+
+        const uint8_t * data = res.get();
+
+        for (const auto & part : slots[slot].parts) {
+            if (checksum(data, part.size) != part.sum) {
+                errno = EIO; // the system may fail to write pages of the file later, or someone else wrote to it
+
+                return nullptr;
+            }
+
+            data += part.size;
+        }
+
+        return res;
     }
 
-    uint64_t n_bytes() const override { return used.size()*n_block; }
+    uint64_t n_bytes() const override { return slots.size()*n_block; }
 
 private:
+    struct part {
+        size_t   size;
+        uint64_t sum;
+    };
+
+    struct slot_info {
+        bool used = false;
+
+        std::vector<part> parts; // as they were written
+    };
+
     const uint64_t n_block;
 
     razor_rewind_file file;
 
-    std::vector<bool>    used;   // per slot
-    std::vector<uint8_t> buffer; // for one part
+    std::vector<slot_info> slots;
+    std::vector<uint8_t>   buffer; // for one part
+
+    // FNV-1a, of words
+    static uint64_t checksum(const uint8_t * data, size_t size) {
+        uint64_t res = 0xcbf29ce484222325ull;
+
+        auto add = [&](uint64_t word) { res = (res ^ word)*0x100000001b3ull; };
+
+        size_t i = 0;
+        for (uint64_t word; i + sizeof(word) <= size; i += sizeof(word)) {
+            memcpy(&word, data + i, sizeof(word));
+            add(word);
+        }
+        for (; i < size; ++i) {
+            add(data[i]);
+        }
+
+        return res;
+    }
 };
 
 //
@@ -242,9 +305,9 @@ llama_razor_rewind::llama_razor_rewind(const llama_razor_rewind_params & params,
     }
 
     if (params.mode == RAZOR_REWIND_FILE) {
-        store = std::make_shared<razor_rewind_disk>(params.folder, n_block, *std::max_element(this->parts.begin(), this->parts.end()));
+        store = std::make_unique<razor_rewind_disk>(params.folder, n_block, *std::max_element(this->parts.begin(), this->parts.end()));
     } else {
-        store = std::make_shared<razor_rewind_ram>(n_block);
+        store = std::make_unique<razor_rewind_ram>(n_block);
     }
 }
 

@@ -95,10 +95,10 @@ private:
 
     size_t n_block = 0; // size of a block
 
-    std::shared_ptr<llama_razor_rewind_store> store; // also owned by the slots
+    std::unique_ptr<llama_razor_rewind_store> store; // before the streams, whose blocks free their slots
 
     uint64_t n_added = 0;
-    uint64_t n_used  = 0; // blocks that exist
+    uint64_t n_used  = 0; // blocks that exist, those of copies once
 
     std::vector<std::deque<block>> streams;
 

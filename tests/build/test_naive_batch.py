@@ -17,7 +17,8 @@ from tests.support.native_build import ROOT
 from tests.tools import broken_builds
 
 FILES = [
-    f"tests/native/test_native_{x}.py" for x in ("reference", "stateful", "invariance", "groups")
+    f"tests/native/test_native_{x}.py"
+    for x in ("reference", "stateful", "invariance", "groups", "sequences")
 ]
 
 # test -> why it cannot pass there
@@ -59,6 +60,6 @@ def test_native_tests_pass_with_naive_batches(broken_tree: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = done.stdout.splitlines()[-1]
     assert f"{len(DESELECTED)} deselected" in summary, "a name in DESELECTED is out of date"
-    # the operation ran, and on tiles of every kind
-    expected = {"skipped tile", "whole tile", "tile by cell", "bias"}
+    # the operation ran, on tiles of every kind and in several sequences
+    expected = {"skipped tile", "whole tile", "tile by cell", "bias", "another stream"}
     assert set(noted.read_text().splitlines()) == expected

@@ -1,69 +1,127 @@
 """Random operations on the memory of each kind of model, compared with fresh contexts.
 
     python -m tests.fuzz.memories --operations 100000
+    python -m tests.fuzz.memories --operations 100000 tiny     # some models
 
 The texts of a model branch off a common one, so a cache can be rolled back and continue with other
 tokens. The logits of every decoded token must equal those of a context that read its text without
 interruption.
+
+The context is closed and created again from time to time, with another rewind log: in memory or on
+disk, with or without a limit. On Linux the disk is full at times, or the file cannot be read.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
+import gc
+import os
 import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from razor_local.model_file import ModelFile
 from tests.support import arch_models, arch_runs, runner
 from tests.support.runner import OFF, Context, Model, Override
+from tests.support.tiny_models import TinySpec, make_model
 
+# a plain model that computes quickly
+TINY = TinySpec("llama", 2, 4, 2, 32, n_embd=32, n_ff=32, sharpness=1.0)
 ARCHS = (
-    "llama", "qwen2vl", "qwen3vl", "gemma2", "gemma3", "gemma3n", "gemma4", "gpt-oss", "cohere2",
-    "llama4", "falcon-h1", "granitehybrid", "jamba", "lfm2", "nemotron_h", "qwen35", "qwen35moe",
-    "qwen3next",
+    "tiny", "llama", "qwen2vl", "qwen3vl", "gemma2", "gemma3", "gemma3n", "gemma4", "gpt-oss",
+    "cohere2", "llama4", "falcon-h1", "granitehybrid", "jamba", "lfm2", "nemotron_h", "qwen35",
+    "qwen35moe", "qwen3next",
 )  # fmt: skip
 N_TOKENS = 450
 BRANCHES = (70, 150, 290)  # tokens that a text has in common with the first one
 PARAMS = {"n_ctx": 1024, "n_ubatch": 128, "swa_full": False, "type_k": "f32", "type_v": "f32"}
+# operation -> how often it is drawn
+OPERATIONS = {
+    "decode": 50, "decode_more": 15, "roll_back": 18, "roll_far_back": 4, "clear": 2, "save": 5,
+    "load": 5, "load_damaged": 2, "abort": 5, "decode_on_a_full_disk": 1, "lose_log": 1,
+    "restart": 1,
+}  # fmt: skip
+ROUNDS = 5  # of a run; afterwards the process must not use more than after the first one
+MAX_GROWTH = 0.05  # maximum growth of the resident memory
+HAS_PROC = Path("/proc/self/fd").is_dir()
 
 
 class Finding(AssertionError):
     """The result of an operation differs from that of a fresh context."""
 
 
+@dataclass
+class Log:
+    """The rewind log of a context.
+
+    Attributes:
+        place: "off", "ram" or "disk".
+        limit: bytes, 0: unlimited.
+        damaged: its file was full or was replaced, so the log may have ended.
+    """
+
+    place: str
+    limit: int = 0
+    damaged: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Return True if a sequence can go back to any position."""
+        return self.place != "off" and self.limit == 0 and not self.damaged
+
+    def fault(self, ctx: Context) -> str:
+        """Return what is wrong with the log of a context, "" if nothing is."""
+        stats = ctx.stats()
+        if stats.rewind_failure and not self.damaged:
+            return f"the log has ended: {stats.rewind_failure.decode()}"
+        if stats.rewind_failure and stats.rewind_bytes:
+            return f"the log has ended and has {stats.rewind_bytes} bytes"
+        if 0 < self.limit < stats.rewind_bytes:
+            return f"the log has {stats.rewind_bytes} bytes, its limit is {self.limit}"
+        return ""
+
+
 class Fuzzer:
     """One context of a model, and the logits that it must compute."""
 
     def __init__(self, arch: str, seed: int, flash_attn: bool) -> None:
-        path = arch_models.path_of(arch)
+        path = path_of(arch)
         self.name = f"{arch}, flash attention {'on' if flash_attn else 'off'}, seed {seed}"
         self.rng = random.Random(f"{arch} {seed} {flash_attn}")
         self.done: Counter[str] = Counter()
-        self.log: list[str] = []
+        self.steps: list[str] = []
         self.hybrid = ModelFile(path).shape.recurrent_bytes > 0
         self.params = PARAMS | {"flash_attn": flash_attn}
         self.model = Model(path)
         self.texts = make_texts(path, self.rng)
-        self.rewind = self.rng.choice(["off", "ram", "disk"])
-        razor = make_override(self.model, self.rewind)
+        self.plan = draw_plan(self.rng, self.model)
         self.want = []
         for text in self.texts:
-            with Context(self.model, razor, **self.params) as ctx:
+            with Context(self.model, with_log(self.plan, Log("ram")), **self.params) as ctx:
                 self.want.append(ctx.decode(text))
+                self.log_bytes = ctx.stats().rewind_bytes
         self.limit = noise(self.model, self.texts[0], self.params)
-        self.ctx = Context(self.model, razor, **self.params)
-        self.text = 0
         self.plain = is_plain(path)
-        self.logged = self.rewind != "off"  # since the cache was empty
+        self.open()
         self.states: list[tuple[bytes, bool, int, int]] = []  # bytes, whole, text, tokens
+
+    def open(self) -> None:
+        self.log = choose_log(self.rng, self.log_bytes)
+        self.ctx = Context(self.model, with_log(self.plan, self.log), **self.params)
+        self.text = 0
+        self.logged = self.log.complete  # since the cache was empty
 
     def close(self) -> None:
         self.ctx.close()
@@ -72,13 +130,13 @@ class Fuzzer:
     # -- operations --
 
     def step(self) -> None:
-        operations = {
-            self.decode: 50, self.decode_more: 15, self.roll_back: 18, self.roll_far_back: 4,
-            self.clear: 2, self.save: 5, self.load: 5, self.load_damaged: 2, self.abort: 5,
-        }  # fmt: skip
-        operation = self.rng.choices(list(operations), list(operations.values()))[0]
-        operation()
-        self.done[operation.__name__] += 1
+        operation = draw_operation(self.rng, OPERATIONS, self.log)
+        n = len(self.steps)
+        getattr(self, operation)()
+        if fault := self.log.fault(self.ctx):
+            self.fail(fault)
+        self.done[operation] += len(self.steps) > n  # else there was nothing to do
+        self.steps = self.steps[-30:]
 
     def decode(self, most: int = 4) -> None:
         n_past = self.ctx.n_past
@@ -107,7 +165,8 @@ class Fuzzer:
         else:
             if self.ctx.pos_max() + 1 != n_past:
                 self.fail("a refused rollback has changed the cache")
-            if p0 == 0 or n_past - p0 <= possible or (self.plain and self.logged):
+            can = n_past - p0 <= possible or (self.plain and self.logged)
+            if p0 == 0 or (can and not self.log.damaged):
                 self.fail(f"a rollback was refused, although {possible} tokens can be removed")
 
     def roll_far_back(self) -> None:
@@ -171,10 +230,28 @@ class Fuzzer:
             self.fail(f"{held} tokens are left, before there were {n_past}")
         self.ctx.n_past = held
 
+    def decode_on_a_full_disk(self) -> None:
+        if HAS_PROC and self.log.place == "disk" and not self.log.damaged:
+            self.log.damaged, self.logged = True, False
+            with full_disk(self.rng.choice([0, 1, 5000])):
+                self.note("full disk")
+                self.decode_more()
+
+    def lose_log(self) -> None:
+        if HAS_PROC and self.log.place == "disk" and not self.log.damaged:
+            self.log.damaged, self.logged = True, False
+            self.note("lose the file of the log")
+            lose_log_file()
+
+    def restart(self) -> None:
+        self.note("restart")
+        self.ctx.close()
+        self.open()
+
     def branch(self) -> None:
         """Switch to any text that begins with the tokens in the cache."""
         if self.ctx.n_past == 0:
-            self.logged = self.rewind != "off"
+            self.logged = self.log.complete
         held = self.texts[self.text][: self.ctx.n_past]
         fitting = [i for i, text in enumerate(self.texts) if text[: len(held)] == held]
         self.text = self.rng.choice(fitting)
@@ -188,17 +265,77 @@ class Fuzzer:
             self.fail(f"logits differ by {error:.3g}, {self.limit:.3g} is accepted")
 
     def note(self, text: str) -> None:
-        self.log.append(f"text {self.text}, {self.ctx.n_past} tokens: {text}")
-        self.log = self.log[-30:]
+        self.steps.append(f"text {self.text}, {self.ctx.n_past} tokens: {text}")
 
     def fail(self, text: str) -> None:
-        raise Finding("\n".join([f"{self.name}: {text}", *self.log]))
+        raise Finding(
+            "\n".join([f"{self.name}: {text}", str(self.plan), str(self.log), *self.steps])
+        )
 
 
-def make_override(model: Model, rewind: str) -> Override:
-    """Return the Override of a model whose rewind log is "off", in "ram" or on "disk"."""
+@functools.cache
+def path_of(arch: str) -> Path:
+    """Return the model of an architecture, or the tiny one."""
+    if arch != "tiny":
+        return arch_models.path_of(arch)
+    return make_model(Path(_folder().name) / "tiny.gguf", TINY)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """Return a folder that is deleted when the process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+def draw_operation(rng: random.Random, operations: dict[str, int], log: Log) -> str:
+    """Draw an operation. A log that is damaged is soon replaced."""
+    weights = operations | ({"restart": 20} if log.damaged else {})
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def choose_log(rng: random.Random, size: int) -> Log:
+    """Draw a rewind log.
+
+    Args:
+        rng: draws it.
+        size: the bytes of the log of a text, which has up to six blocks.
+    """
+    limit = rng.choice([0, 0, 0, size // 8, size // 6, size // 2, size])
+    return rng.choice([Log("off"), Log("ram", limit), Log("disk", limit)])
+
+
+def draw_plan(rng: random.Random, model: Model) -> Override:
+    """Draw what the local heads of a model keep. A window of 120 leaves no spare cells."""
     mask = arch_runs.mask_of(model.layers())
-    return Override(mask, window=64, rewind=rewind, rewind_folder=tempfile.gettempdir())
+    scope = tuple(0 if head else rng.choice([64, 128, 256]) for head in mask)
+    windows: dict[str, Any] = rng.choice([{"window": 64}, {"window": 120}, {"scope": scope}])
+    return Override(mask, compensation=rng.random() < 0.8, **windows)
+
+
+def with_log(plan: Override, log: Log) -> Override:
+    return replace(
+        plan, rewind=log.place, rewind_limit=log.limit, rewind_folder=tempfile.gettempdir()
+    )
+
+
+@contextmanager
+def full_disk(n: int) -> Iterator[None]:
+    """Let the file of the log grow by n bytes only. Python ignores SIGXFSZ."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = os.fstat(runner.log_file()).st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def lose_log_file() -> None:
+    """Replace the file of the log by one that cannot be read."""
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), runner.log_file(), inheritable=False)
 
 
 def is_plain(path: Path) -> bool:
@@ -247,6 +384,14 @@ def run(n: int, seed: int = 0, archs: Sequence[str] = ARCHS, fuzzer: Any = Fuzze
     return done
 
 
+def resident_memory() -> int:
+    """Return the resident bytes of this process, without what malloc keeps for later (glibc)."""
+    gc.collect()
+    if HAS_PROC and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
 def main(description: str, archs: Sequence[str], run: Callable[..., Counter[str]]) -> None:
     """Run the operations that the command line asks for, and print their numbers."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
@@ -255,11 +400,26 @@ def main(description: str, archs: Sequence[str], run: Callable[..., Counter[str]
     parser.add_argument("archs", nargs="*", default=archs)
     arguments = parser.parse_args()
     started = time.monotonic()
-    done = run(arguments.operations, arguments.seed, tuple(arguments.archs))
+    done: Counter[str] = Counter()
+    memory, files = [], []
+    for i in range(ROUNDS):
+        n = arguments.operations // ROUNDS
+        done += run(n, ROUNDS * arguments.seed + i, tuple(arguments.archs))
+        memory.append(resident_memory())
+        files.append(len(os.listdir("/proc/self/fd")) if HAS_PROC else 0)
     seconds = time.monotonic() - started
     n = len(arguments.archs)
     print(f"{sum(done.values()):,} operations on {n} architectures in {seconds:.0f} s, none found")
     print(", ".join(f"{name} {count:,}" for name, count in done.most_common()))
+    print(
+        f"{memory[0] / 2**20:.1f} MiB resident after a fifth, {memory[-1] / 2**20:.1f} MiB at the"
+        f" end; {files[0]} open files after a fifth, {files[-1]} at the end"
+    )
+    if left := sorted(Path(tempfile.gettempdir()).glob("razor-rewind-*")):
+        raise Finding(f"files are left: {left}")
+    limit = inf if "ASAN_OPTIONS" in os.environ else memory[0] * (1 + MAX_GROWTH)
+    if memory[-1] > limit or files[-1] > files[0]:  # ASan keeps freed memory
+        raise Finding("the process has lost memory or files")
 
 
 if __name__ == "__main__":

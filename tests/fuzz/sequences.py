@@ -1,8 +1,10 @@
 """Random operations on contexts with several sequences, each compared with a context of its own.
 
     python -m tests.fuzz.sequences --operations 100000
+    python -m tests.fuzz.sequences --operations 100000 tiny     # some models
 
-The texts of a model branch off a common one, as in tests/fuzz/memories.py.
+The texts of a model branch off a common one, and its rewind logs are drawn, as in
+tests/fuzz/memories.py.
 """
 
 from __future__ import annotations
@@ -15,44 +17,64 @@ from razor_local.model_file import ModelFile
 from tests.fuzz import memories
 from tests.fuzz.memories import (
     ARCHS,
+    HAS_PROC,
     N_TOKENS,
     PARAMS,
     Finding,
+    Log,
+    choose_log,
+    draw_operation,
+    draw_plan,
+    full_disk,
     is_plain,
-    make_override,
+    lose_log_file,
     make_texts,
     noise,
+    path_of,
+    with_log,
 )
-from tests.support import arch_models, runner
+from tests.support import runner
 from tests.support.runner import Context, Model
 from tests.support.sequences import N_SEQ, Sequences, Text
+
+# operation -> how often it is drawn
+OPERATIONS = {
+    "decode": 40, "decode_more": 25, "roll_back": 16, "remove": 4, "remove_from_all": 4,
+    "remove_part": 2, "keep": 1, "clear": 1, "copy": 8, "copy_part": 2, "save": 6, "load": 6,
+    "load_damaged": 3, "abort": 6, "decode_on_a_full_disk": 1, "lose_log": 1, "restart": 1,
+}  # fmt: skip
 
 
 class Fuzzer:
     """One context of a model with several sequences, and what each of them must compute."""
 
     def __init__(self, arch: str, seed: int, flash_attn: bool) -> None:
-        path = arch_models.path_of(arch)
+        path = path_of(arch)
         self.name = f"{arch}, flash attention {'on' if flash_attn else 'off'}, seed {seed}"
         self.rng = random.Random(f"{arch} {seed} {flash_attn}")
         self.done: Counter[str] = Counter()
-        self.log: list[str] = []
+        self.steps: list[str] = []
         self.hybrid = ModelFile(path).shape.recurrent_bytes > 0
-        params = PARAMS | {"flash_attn": flash_attn, "n_batch": 1024}
+        self.params = PARAMS | {"flash_attn": flash_attn, "n_batch": 1024}
         self.model = Model(path)
-        self.rewind = self.rng.choice(["off", "ram", "disk"])
-        razor = make_override(self.model, self.rewind)
+        self.plan = draw_plan(self.rng, self.model)
         self.texts = []
         for tokens in make_texts(path, self.rng):
-            with Context(self.model, razor, **params) as ctx:
+            with Context(self.model, with_log(self.plan, Log("ram")), **self.params) as ctx:
                 self.texts.append(Text(tokens, ctx.decode(tokens)))
-        self.limit = noise(self.model, self.texts[0].tokens, params)
-        self.seqs = Sequences(self.model, razor, self.texts, **params)
-        self.ctx = self.seqs.ctx
+                self.log_bytes = ctx.stats().rewind_bytes
+        self.limit = noise(self.model, self.texts[0].tokens, self.params)
         self.plain = is_plain(path)
-        self.logged = [self.rewind != "off"] * N_SEQ  # since the sequence was empty
+        self.open()
         # bytes, whether of all sequences, the text and the number of tokens of each
         self.states: list[tuple[bytes, bool, list[Text], list[int]]] = []
+
+    def open(self) -> None:
+        self.log = choose_log(self.rng, self.log_bytes)
+        razor = with_log(self.plan, self.log)
+        self.seqs = Sequences(self.model, razor, self.texts, **self.params)
+        self.ctx = self.seqs.ctx
+        self.logged = [self.log.complete] * N_SEQ  # since the sequence was empty
 
     def close(self) -> None:
         self.ctx.close()
@@ -61,16 +83,15 @@ class Fuzzer:
     # -- operations --
 
     def step(self) -> None:
-        operations = {
-            self.decode: 40, self.decode_more: 25, self.roll_back: 16, self.remove: 4,
-            self.remove_from_all: 4, self.keep: 1, self.clear: 1, self.copy: 8, self.copy_part: 2,
-            self.save: 6, self.load: 6, self.load_damaged: 3, self.abort: 6,
-        }  # fmt: skip
-        operation = self.rng.choices(list(operations), list(operations.values()))[0]
-        operation()
+        operation = draw_operation(self.rng, OPERATIONS, self.log)
+        n = len(self.steps)
+        getattr(self, operation)()
+        if fault := self.log.fault(self.ctx):
+            self.fail(fault)
         if self.seqs.lengths() != self.seqs.held:
             self.fail(f"the sequences hold {self.seqs.lengths()} tokens, not {self.seqs.held}")
-        self.done[operation.__name__] += 1
+        self.done[operation] += len(self.steps) > n  # else there was nothing to do
+        self.steps = self.steps[-30:]
 
     def decode(self, most: int = 4) -> None:
         order = self.order(most)
@@ -96,8 +117,13 @@ class Fuzzer:
         self.note(f"remove from {p0} in {s}")
         if self.ctx.seq_rm(p0, seq_id=s):
             self.cut(s, p0)
-        elif p0 == 0 or n - p0 <= possible or (self.plain and self.logged[s]):
+        elif p0 == 0 or self.must_go_back(s, n - p0 <= possible):
             self.fail(f"a rollback was refused, although {possible} tokens can be removed")
+
+    def must_go_back(self, s: int, possible: bool) -> bool:
+        if self.log.damaged:
+            return False  # that the log cannot be read is noticed when it is read
+        return possible or (self.plain and self.logged[s])
 
     def remove(self) -> None:
         s = self.rng.randrange(N_SEQ)
@@ -114,8 +140,20 @@ class Fuzzer:
         if self.ctx.seq_rm(p0, seq_id=-1):
             for s in range(N_SEQ):
                 self.cut(s, min(p0, held[s]))
-        elif possible and p0 <= max(held):
+        elif possible and p0 <= max(held) and not self.log.damaged:
             self.fail("a rollback was refused, although each sequence can go back")
+
+    def remove_part(self) -> None:
+        """A part that is not the end cannot be removed."""
+        s = self.rng.randrange(N_SEQ)
+        n = self.seqs.held[s]
+        if n < 3:
+            return
+        p0 = self.rng.randrange(n - 1)
+        p1 = self.rng.randrange(p0 + 1, n)
+        self.note(f"remove {p0} to {p1} in {s}")
+        if self.ctx.seq_rm(p0, p1, seq_id=s):
+            self.fail("a part in the middle was removed")
 
     def keep(self) -> None:
         s = self.rng.randrange(N_SEQ)
@@ -218,6 +256,24 @@ class Fuzzer:
         for s in range(N_SEQ):
             self.cut(s, now[s])
 
+    def decode_on_a_full_disk(self) -> None:
+        if HAS_PROC and self.log.place == "disk" and not self.log.damaged:
+            self.log.damaged, self.logged = True, [False] * N_SEQ
+            with full_disk(self.rng.choice([0, 1, 5000])):
+                self.note("full disk")
+                self.decode_more()
+
+    def lose_log(self) -> None:
+        if HAS_PROC and self.log.place == "disk" and not self.log.damaged:
+            self.log.damaged, self.logged = True, [False] * N_SEQ
+            self.note("lose the file of the log")
+            lose_log_file()
+
+    def restart(self) -> None:
+        self.note("restart")
+        self.ctx.close()
+        self.open()
+
     # -- the texts --
 
     def order(self, most: int) -> list[int]:
@@ -237,17 +293,18 @@ class Fuzzer:
         self.seqs.text[s] = self.rng.choice([t for t in self.texts if t.tokens[:n] == held])
         self.seqs.held[s] = n
         if n == 0:
-            self.logged[s] = self.rewind != "off"
+            self.logged[s] = self.log.complete
 
     # -- checks --
 
     def note(self, text: str) -> None:
         texts = [self.texts.index(text) for text in self.seqs.text]
-        self.log.append(f"texts {texts}, {self.seqs.held} tokens: {text}")
-        self.log = self.log[-30:]
+        self.steps.append(f"texts {texts}, {self.seqs.held} tokens: {text}")
 
     def fail(self, text: str) -> None:
-        raise Finding("\n".join([f"{self.name}: {text}", *self.log]))
+        raise Finding(
+            "\n".join([f"{self.name}: {text}", str(self.plan), str(self.log), *self.steps])
+        )
 
 
 def run(n: int, seed: int = 0, archs: Sequence[str] = ARCHS) -> Counter[str]:

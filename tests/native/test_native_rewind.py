@@ -416,17 +416,6 @@ def test_an_aborted_fold_is_undone(name: str, model) -> None:
         assert aborted > (3 if runner.GPU_LAYERS == 0 else 0)
 
 
-def log_file() -> int:
-    """Return the descriptor of the log's file, which has no name."""
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            if "razor-rewind" in os.readlink(f"/proc/self/fd/{fd}"):
-                return int(fd)
-        except OSError:
-            continue
-    raise AssertionError("there is no file of a log")
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_a_log_that_cannot_be_read(model, tmp_path: Path) -> None:
     """seq_rm() is false and nothing has changed."""
@@ -435,12 +424,12 @@ def test_a_log_that_cannot_be_read(model, tmp_path: Path) -> None:
         want = ctx.decode(tokens)
         ctx.clear()
         ctx.decode(tokens[:900])
-        size = os.fstat(log_file()).st_size
+        size = os.fstat(runner.log_file()).st_size
         assert ctx.stats().rewind_bytes == size > 0
-        os.ftruncate(log_file(), size // 2)
+        os.ftruncate(runner.log_file(), size // 2)
         assert ctx.seq_rm(880) and ctx.seq_rm(850)  # with what is left of it
         ctx.decode(tokens[850:900])
-        os.ftruncate(log_file(), 0)
+        os.ftruncate(runner.log_file(), 0)
         assert ctx.seq().n_rollback == 900
         assert not ctx.seq_rm(300)
         assert (ctx.seq().n_tokens, ctx.pos_max()) == (900, 899)
@@ -448,6 +437,62 @@ def test_a_log_that_cannot_be_read(model, tmp_path: Path) -> None:
         assert stats.rewind_failure == b"Input/output error" and stats.rewind_bytes == 0
         assert ctx.pos_min() == 900 - ctx.seq().n_rollback - 1 > 0
         np.testing.assert_allclose(ctx.decode(tokens[900:]), want[900:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("damage", ["overwritten", "a hole", "closed"])
+def test_a_log_with_other_bytes(damage: str, model, tmp_path: Path) -> None:
+    """... or in another file: seq_rm() is false and nothing has changed."""
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, 6)
+    with Context(model, override("window-24", tmp_path), n_ctx=N_CTX) as ctx:
+        want = ctx.decode(tokens)
+        assert ctx.seq_rm(900)
+        fd = runner.log_file()
+        size = os.fstat(fd).st_size
+        if damage == "overwritten":
+            for offset in range(0, size, 1000):
+                os.pwrite(fd, b"x", offset)
+        elif damage == "a hole":  # as left by pages that the system could not write
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
+        else:
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), fd)
+        assert not ctx.seq_rm(300)
+        assert (ctx.seq().n_tokens, ctx.pos_max()) == (900, 899)
+        stats = ctx.stats()
+        why = b"Bad file descriptor" if damage == "closed" else b"Input/output error"
+        assert stats.rewind_failure == why and stats.rewind_bytes == 0
+        np.testing.assert_allclose(ctx.decode(tokens[900:]), want[900:], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").is_dir() or runner.GPU_LAYERS > 0, reason="needs /proc and fork"
+)
+def test_a_forked_process_leaves_the_log_alone(model, tmp_path: Path) -> None:
+    """It shares the file. Its copy of the log ends when it is read."""
+    tokens = runner.random_tokens(N_CTX, SPEC.n_vocab, 6)
+    with Context(model, override("window-24", tmp_path), n_ctx=N_CTX) as ctx:
+        want = ctx.decode(tokens)
+        assert ctx.seq_rm(900)
+
+        def go_back() -> None:
+            assert not ctx.seq_rm(300)
+            assert ctx.stats().rewind_failure == b"Operation not permitted"
+
+        for operation in (ctx.clear, ctx.close, go_back):
+            child = os.fork()
+            if child == 0:
+                try:
+                    operation()
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+        # a file that was truncated would have a hole in front of this block
+        np.testing.assert_allclose(ctx.decode(tokens[900:]), want[900:], rtol=0, atol=TOLERANCE)
+        assert ctx.seq_rm(300)
+        np.testing.assert_allclose(ctx.decode(tokens[300:]), want[300:], rtol=0, atol=TOLERANCE)
 
 
 def test_a_full_disk(model, disk: Path) -> None:

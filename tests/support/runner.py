@@ -101,13 +101,13 @@ def bindings() -> ModuleType:
     return llama
 
 
-_graphs: list[str] = []  # what the library logged about the graphs of each context
+_graphs: list[str] = []  # what the library logged last about the graphs of a context
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _log(level: int, text: bytes, data: Any) -> None:
     if b" splits = " in text:
-        _graphs.append(text.decode())
+        _graphs[:] = [text.decode()]
     if os.environ.get("RAZOR_TEST_LOG"):
         sys.stderr.write(text.decode(errors="replace"))
 
@@ -402,7 +402,7 @@ class Context:
             buf = (ctypes.c_uint8 * size)()
             n = llama.llama_state_seq_get_data(self.ptr, buf, size, seq_id)
         assert 0 < n <= size, f"state of {size} bytes, {n} written"
-        return bytes(buf[:n])
+        return ctypes.string_at(buf, n)
 
     def load(self, state: bytes, whole: bool = True, seq_id: int = 0) -> bool:
         """Load the result of save(), of any sequence. Return False if the library refused it."""
@@ -500,6 +500,17 @@ def rss_growth(path: str, razor: Override | None, params: dict[str, Any]) -> int
         before = _rss()
         with Context(model, razor, **params):
             return _rss() - before
+
+
+def log_file() -> int:
+    """Return the descriptor of the rewind log's file, which has no name (Linux)."""
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if "razor-rewind" in os.readlink(f"/proc/self/fd/{fd}"):
+                return int(fd)
+        except OSError:
+            continue
+    raise AssertionError("there is no file of a log")
 
 
 def _rss() -> int:

@@ -13,12 +13,12 @@
 #include <vector>
 
 // what came up, a line of the file that RAZOR_NAIVE_BATCH names for each process: tests ask for all of it
-enum naive_case { NAIVE_SKIPPED, NAIVE_WHOLE, NAIVE_BY_CELL, NAIVE_BIAS };
+enum naive_case { NAIVE_SKIPPED, NAIVE_WHOLE, NAIVE_BY_CELL, NAIVE_BIAS, NAIVE_STREAM };
 
 inline void naive_note(naive_case what) {
-    static const char * const names[] = { "skipped tile", "whole tile", "tile by cell", "bias" };
+    static const char * const names[] = { "skipped tile", "whole tile", "tile by cell", "bias", "another stream" };
     static const char * const path = getenv("RAZOR_NAIVE_BATCH");
-    static std::atomic<bool>  noted[4];
+    static std::atomic<bool>  noted[5];
 
     if (path && !noted[what].load() && !noted[what].exchange(true)) {
         FILE * file = fopen(path, "a");
@@ -116,6 +116,11 @@ inline bool naive_batch(ggml_tensor * dst, int ith, int nth) {
     retrieval.check(n_tokens);
     local    .check(n_tokens);
 
+    GGML_ASSERT(params.stream >= 0 && params.stream < k->ne[2]);
+    if (params.stream > 0) {
+        naive_note(NAIVE_STREAM);
+    }
+
     int64_t row = params.stream*k->ne[1];
 
     // rows: retrieval heads first
@@ -127,7 +132,7 @@ inline bool naive_batch(ggml_tensor * dst, int ith, int nth) {
                 continue;
             }
 
-            GGML_ASSERT(row + group.n <= k->ne[1]*k->ne[2]);
+            GGML_ASSERT(row + group.n <= (params.stream + 1)*k->ne[1]);
             const std::vector<float> ks = naive_rows(k, row, group.n);
             const std::vector<float> vs = naive_rows(v, row, group.n);
             row += is_local ? params.cells : params.n_ctx;

@@ -1,12 +1,13 @@
 """Run the native tests and the native fuzz targets on a library built with sanitizers.
 
     python -m tests.tools.sanitizers asan [pytest arguments]
+    python -m tests.tools.sanitizers asan sequences|memories [arguments of the fuzzer]
     python -m tests.tools.sanitizers tsan [number of inputs]
     python -m tests.tools.sanitizers fuzz cache [libFuzzer arguments and corpus folders]
     python -m tests.tools.sanitizers fuzz metadata [libFuzzer arguments and corpus folders]
 
-asan finds memory errors, undefined behavior and leaks in the tests. tsan finds races, with random
-inputs in several threads.
+asan finds memory errors, undefined behavior and leaks in the tests or in a fuzzer of tests/fuzz.
+tsan finds races, with random inputs in several threads.
 
 The exit status is not 0 after a finding. This needs Linux and clang with its runtime libraries; CC
 names another clang than the one in PATH. The builds instrument all of llama.cpp. They take minutes
@@ -32,6 +33,7 @@ FUZZ = ROOT / "tests" / "fuzz"
 SUPPRESSIONS = FUZZ / "undefined-upstream.supp"
 FOLDER = native_build.cache_dir() / "sanitizers"
 TARGETS = ("cache", "metadata")
+FUZZERS = ("sequences", "memories")  # in Python
 
 # Build without asserts, as for users: llama.cpp has them in its innermost loops. _environment()
 # makes a finding end the process.
@@ -45,7 +47,7 @@ FLAGS = {
 def main(args: list[str]) -> int:
     what, *rest = args or [""]
     if what == "asan":
-        return run_tests(rest)
+        return run_asan(rest)
     if what == "tsan" and len(rest) < 2 and all(x.isdigit() for x in rest):
         return run_threads(int(rest[0]) if rest else 30)
     if what == "fuzz" and rest and rest[0] in TARGETS:
@@ -54,10 +56,14 @@ def main(args: list[str]) -> int:
     return 2
 
 
-def run_tests(pytest_args: list[str]) -> int:
-    """Run the native tests under ASan and UBSan, then report the leaks that LSan found."""
+def run_asan(args: list[str]) -> int:
+    """Run native tests or a fuzzer under ASan and UBSan, then report the leaks that LSan found."""
     lib = build("asan")
-    tests = sorted(str(path) for path in (ROOT / "tests/native").glob("test_native_*.py"))
+    if args and args[0] in FUZZERS:
+        module = [f"tests.fuzz.{args[0]}", *args[1:]]
+    else:
+        tests = sorted(str(path) for path in (ROOT / "tests/native").glob("test_native_*.py"))
+        module = ["pytest", "-q", "-p", "no:cacheprovider", *(args or tests)]
     with tempfile.TemporaryDirectory() as logs:
         env = _environment(Path(logs) / "log") | {
             "LD_PRELOAD": preload(),
@@ -65,8 +71,7 @@ def run_tests(pytest_args: list[str]) -> int:
             "LLAMA_CPP_LIB_PATH": str(lib),
             "RAZOR_STOCK_LIB": str(stock_with_our_ggml(lib)),
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        done = subprocess.run([*command, *(pytest_args or tests)], env=env, cwd=ROOT)
+        done = subprocess.run([sys.executable, "-m", *module], env=env, cwd=ROOT)
         reports = [path.read_text(errors="replace") for path in Path(logs).glob("log*")]
     leaks = [leak for text in reports for leak in our_leaks(text)]
     errors = [text for text in reports if "LeakSanitizer" not in text]
