@@ -275,19 +275,28 @@ private:
     std::vector<slot_info> slots;
     std::vector<uint8_t>   buffer; // for one part
 
-    // FNV-1a, of words
+    // FNV-1a of words, four of them at a time because each multiplication waits for the last one
     static uint64_t checksum(const uint8_t * data, size_t size) {
-        uint64_t res = 0xcbf29ce484222325ull;
+        constexpr uint64_t offset = 0xcbf29ce484222325ull;
+        constexpr uint64_t prime  = 0x100000001b3ull;
 
-        auto add = [&](uint64_t word) { res = (res ^ word)*0x100000001b3ull; };
+        uint64_t lanes[4] = { offset, offset, offset, offset };
 
         size_t i = 0;
-        for (uint64_t word; i + sizeof(word) <= size; i += sizeof(word)) {
-            memcpy(&word, data + i, sizeof(word));
-            add(word);
+        for (; i + sizeof(lanes) <= size; i += sizeof(lanes)) {
+            uint64_t words[4];
+            memcpy(words, data + i, sizeof(words));
+            for (int j = 0; j < 4; ++j) {
+                lanes[j] = (lanes[j] ^ words[j])*prime;
+            }
         }
+
+        uint64_t res = offset;
         for (; i < size; ++i) {
-            add(data[i]);
+            res = (res ^ data[i])*prime;
+        }
+        for (const uint64_t lane : lanes) {
+            res = (res ^ lane)*prime;
         }
 
         return res;
