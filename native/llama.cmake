@@ -95,7 +95,7 @@ if (razor_sources)
     set_source_files_properties(${CMAKE_CURRENT_SOURCE_DIR}/native/src/llama-razor.cpp TARGET_DIRECTORY llama PROPERTIES
         COMPILE_DEFINITIONS "RAZOR_BUILD_INFO=\"${razor_version} ${razor_sha256} ${razor_options}\"")
 
-    # attention is compiled for several CPUs, and the one at hand told when it runs
+    # attention is compiled for several CPUs, and chosen at run time
     if (CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang" AND NOT MSVC)
         set(razor_x86 OFF)
         if (CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")

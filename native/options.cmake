@@ -35,9 +35,9 @@ razor_option(RAZOR_RPC    ON  "build the RPC backend, for devices of other machi
 razor_option(RAZOR_NATIVE ON  "use all instructions of this machine's CPU; OFF: a library for any x86-64 CPU with AVX2")
 razor_option(RAZOR_TOOLS  OFF "also build llama-bench, llama-perplexity and llama-server")
 razor_option(RAZOR_WEB_UI OFF "also build the web page of llama-server (needs npm and the npm registry)")
-razor_option(RAZOR_STOCK  OFF "build upstream as it is, without patches and sources of ours, to compare with")
+razor_option(RAZOR_STOCK  OFF "build upstream without razor's patches and sources, to compare with")
 
-# what llama_razor_build_info() tells
+# what llama_razor_build_info() reports
 set(razor_options cpu)
 foreach (backend CUDA METAL VULKAN RPC)
     if (RAZOR_${backend})

@@ -14,7 +14,8 @@ set(BUILD_TARGET   "${CMAKE_SYSTEM_NAME} ${CMAKE_SYSTEM_PROCESSOR}")
 configure_file(${razor_tree}/common/build-info.cpp.in ${CMAKE_BINARY_DIR}/server/build-info.cpp @ONLY)
 
 if (RAZOR_WEB_UI)
-    # the folder of upstream's target llama-ui, which then finds the page made; the script exits with 0 also without npm
+    # build in the folder of upstream's target llama-ui, which then does not build the page again
+    # the script exits with 0 even if npm is missing, so check its output
     set(razor_ui ${CMAKE_BINARY_DIR}/llama/tools/ui)
     message(CHECK_START "razor_local: the web page of llama-server, built with npm")
     execute_process(

@@ -1,7 +1,7 @@
-"""Copies of what a cache cannot take back: its layers with sliding windows and recurrent states.
+"""Keep earlier states of layers that cannot drop tokens: sliding windows and recurrent states.
 
-llama.cpp and the rewind log can remove tokens from full attention layers only. For the other
-layers, the state at some earlier token is kept, and the tokens after it are evaluated again.
+llama.cpp and the rewind log can only take back layers with full attention. For the other layers,
+a checkpoint restores an earlier state, and the tokens after it are evaluated again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from .native.loaded import C
 
 MAX_COUNT = 16
-MARGIN = 4  # tokens of a prompt after its last checkpoint, because templates may end differently
+MARGIN = 4  # distance of the last checkpoint from the end of a prompt, whose last tokens may change
 MIN_NEW_TOKENS = 16  # fewer new tokens are not worth a checkpoint before them
 
 
@@ -64,9 +64,9 @@ class Checkpoints:
             self._held.popleft()
 
     def restore(self, tokens: np.ndarray) -> int:
-        """Restore the newest state within these tokens, with which the cache begins.
+        """Restore the checkpoint of the longest prefix of tokens, with which the cache begins.
 
-        Layers with full attention keep their tokens, which have to be removed next.
+        Layers with full attention are not changed: the caller must remove their later tokens.
 
         Returns:
             The number of tokens of the state, 0 if there is none.

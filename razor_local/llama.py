@@ -88,8 +88,9 @@ class Llama(PlainMessages, llama_cpp.Llama):
         recurrent states have no log: unless this is "off", copies of them are kept in main memory
         at the beginning and the end of each of the last prompts, and the cache goes back to one of
         these checkpoints.
-    rewind_limit: maximum size of the log in bytes, and of the checkpoints. When it is reached, the
-        oldest part is dropped. By default it is 4 GiB, or 10 % of what is free if that is less.
+    rewind_limit: maximum bytes of the log, and separately of all checkpoints. When one of them
+        reaches it, its oldest part is dropped. By default it is 4 GiB, or 10 % of what is free (on
+        disk or in main memory) if that is less.
     progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
         before that while the heads are measured (0 to 1 for each step). Returning False stops
         either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
@@ -261,7 +262,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
             if refusal is not None:
                 raise refusal
             self._check_plan()
-            if rewind != "off" and not kwargs.get("vocab_only") and self._has_partial_states():
+            self._needs_checkpoints = not kwargs.get("vocab_only") and self._has_partial_states()
+            if self._needs_checkpoints and rewind != "off":
                 self._checkpoints = Checkpoints(self.ctx, rewind_limit or limit_in_ram())
 
     # -- what razor does --
@@ -281,10 +283,11 @@ class Llama(PlainMessages, llama_cpp.Llama):
         memory = read_memory(
             library, self.ctx, self._plan, self._why, self.n_tokens, self._n_ctx, self._why_no_log
         )
-        if self._checkpoints is None:
+        if not self._needs_checkpoints:
             return memory
-        n_bytes = self._checkpoints.n_bytes
-        return replace(memory, checkpoints=len(self._checkpoints), checkpoint_bytes=n_bytes)
+        held = self._checkpoints
+        n, n_bytes = (0, 0) if held is None else (len(held), held.n_bytes)
+        return replace(memory, checkpoints=n, checkpoint_bytes=n_bytes)
 
     def stats(self, seq_id: int = 0) -> SequenceStats:
         """Return the statistics of a sequence. Raises RazorError if razor is not active."""

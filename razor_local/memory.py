@@ -47,8 +47,8 @@ class Memory:
         rewind: where the rewind log is: "ram", "disk" or "off".
         rewind_bytes, rewind_limit: its size, which is not part of kv_bytes, and its limit.
         rewind_why: why the log is off, or why it ended; None while it is in use.
-        checkpoints, checkpoint_bytes: number and size of the copies of sliding windows and
-            recurrent states, to which the cache can go back.
+        checkpoints, checkpoint_bytes: number and size of the checkpoints of sliding windows and
+            recurrent states; None for a model that needs none to go back.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.
     """
 
@@ -75,7 +75,7 @@ class Memory:
     rewind_bytes: int = 0
     rewind_limit: int = 0
     rewind_why: str | None = None
-    checkpoints: int = 0
+    checkpoints: int | None = None
     checkpoint_bytes: int = 0
 
     @property

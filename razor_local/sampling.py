@@ -54,8 +54,8 @@ def _generate_with_drafts(
 ) -> Generator[int, Sequence[int] | None, None]:
     """Generate from the logits of the last token, several tokens per evaluation.
 
-    The draft model proposes tokens, which are evaluated together. A token is drawn from the logits
-    after each of them for as long as the tokens that were drawn are those of the draft.
+    The tokens that the draft model proposes are evaluated together. Then tokens are sampled from
+    their logits, one after another, until one differs from the draft.
     """
     n_before = llama.n_tokens
     draft: list[int] = []

@@ -243,7 +243,7 @@ public:
 
         for (const auto & part : slots[slot].parts) {
             if (checksum(data, part.size) != part.sum) {
-                errno = EIO; // the system may fail to write pages of the file later, or someone else wrote to it
+                errno = EIO; // the system failed to store a page after the write, or another process changed the file
 
                 return nullptr;
             }

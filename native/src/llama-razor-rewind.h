@@ -95,10 +95,10 @@ private:
 
     size_t n_block = 0; // size of a block
 
-    std::unique_ptr<llama_razor_rewind_store> store; // before the streams, whose blocks free their slots
+    std::unique_ptr<llama_razor_rewind_store> store; // declared before streams: the destructors of their blocks free slots in it
 
     uint64_t n_added = 0;
-    uint64_t n_used  = 0; // blocks that exist, those of copies once
+    uint64_t n_used  = 0; // number of blocks; a block that sequences share counts once
 
     std::vector<std::deque<block>> streams;
 

@@ -196,7 +196,7 @@ LLAMA_API llama_token llama_razor_try_sampler_sample(struct llama_sampler * smpl
 
 // connect to an RPC server, "host:port", and return its devices, for llama_model_params.devices
 // the connection lasts until ggml_backend_free(*connection), and until the models on these devices are freed
-// from now on, a lost connection does not end the process. Instead all results of the server are zeros, see llama_razor_lost_server()
+// afterwards, a lost connection does not end the process: results from that server are zeros, see llama_razor_lost_server()
 // on failure: return NULL and set llama_razor_last_error()
 LLAMA_API struct ggml_backend_reg * llama_razor_try_rpc_connect(const char * endpoint, struct ggml_backend ** connection);
 

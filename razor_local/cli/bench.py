@@ -99,7 +99,7 @@ Examples:
 @click.option(
     "--rpc",
     metavar="HOST:PORT,...",
-    help="RPC servers, whose devices compute layers on other machines.",
+    help="RPC servers that compute layers on other machines.",
 )
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model.")
 @click.option(

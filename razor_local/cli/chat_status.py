@@ -81,12 +81,11 @@ def _heads(llama: Llama) -> str:
 
 def _rewind(llama: Llama) -> str:
     memory = llama.memory()
-    checkpoints = count_text(memory.checkpoints, "checkpoint")
+    checkpoints = count_text(memory.checkpoints or 0, "checkpoint")
     checkpoints += f" ({size_text(memory.checkpoint_bytes)})"
-    if not memory.active and memory.checkpoints:
-        return f"the full cache can go back to {checkpoints}"
     if not memory.active:
-        return "the full cache can go back to any token"
+        goal = "any token" if memory.checkpoints is None else checkpoints
+        return f"the full cache can go back to {goal}"
     back = f"the cache can go back by {llama.stats().n_rollback:,} tokens"
     if memory.checkpoints:
         back += f" and to {checkpoints}"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 TYPED_MODEL = "razor_local.model"  # key of click's context
-RPC_SERVERS = "razor_local.rpc"  # likewise: addresses
+RPC_SERVERS = "razor_local.rpc"  # key of click's context: addresses of RPC servers
 
 
 class Size(click.ParamType):
@@ -169,7 +169,7 @@ def _keep_servers(ctx: click.Context, _param: click.Parameter, value: str | None
 
 @contextmanager
 def _rpc_servers() -> Iterator[None]:
-    """Put layers of all models that the command loads on the servers of RPC."""
+    """Offload layers of all models that the command loads to the servers of --rpc."""
     addresses = click.get_current_context().meta.get(RPC_SERVERS)
     if addresses is None:
         yield
@@ -183,12 +183,12 @@ def _rpc_servers() -> Iterator[None]:
 # for commands with model_argument()
 RPC = click.option(
     "--rpc", metavar="HOST:PORT,...", expose_value=False, callback=_keep_servers,
-    help="RPC servers, whose devices compute layers on other machines.",
+    help="RPC servers that compute layers on other machines.",
 )  # fmt: skip
 N_GPU_LAYERS = click.option(
     "-ngl", "--n-gpu-layers", "--gpu-layers", type=GpuLayers(-1), default=-1, show_default=True,
     metavar="N",
-    help="Layers to offload to the GPU (-1 or all: all). No effect in a build without GPU support.",
+    help="Layers to offload to GPUs and RPC servers (-1 or all: all). No effect if there are none.",
 )  # fmt: skip
 BATCH_SIZE = click.option(
     "-b", "--batch-size", type=Whole(1), default=512, show_default=True, metavar="N",

@@ -27,7 +27,8 @@ Examples:
 
 Commands on another machine use this one with --rpc 192.168.1.20:50052.
 
-The connection has no password and no encryption: whoever reaches the port can run programs as you.
+The protocol has no password and no encryption: anyone who can reach the port may be able to run
+programs as you.
 Use trusted networks only, or a tunnel (ssh -L 50052:127.0.0.1:50052 MACHINE).
 """
 
@@ -71,8 +72,8 @@ def rpc_server(host: str, port: int, threads: int | None, verbose: bool) -> None
     ]
     if not is_loopback(host):
         say(
-            f"warning: whoever reaches port {port} of {host} can run programs as you, because the"
-            " protocol has no password and no encryption; use it in trusted networks only"
+            f"warning: anyone who can reach port {port} of {host} may be able to run programs as"
+            " you: the protocol has no password and no encryption; use trusted networks only"
         )
     for number in SIGNALS:
         signal.signal(number, _end)

@@ -30,7 +30,7 @@ _CAPS = 24  # RPC_CONN_CAPS_SIZE of ggml-rpc/transport.h: bytes
 _VERSION = (7, 0)  # RPC_PROTO_MAJOR_VERSION and the newest RPC_PROTO_MINOR_VERSION of ggml-rpc.h
 _CPU, *_GPUS = 0, 1, 2  # GGML_BACKEND_DEVICE_TYPE_CPU, _GPU and _IGPU
 
-_current = threading.local()  # .servers: whose devices models get that this thread loads
+_current = threading.local()  # .servers: the Servers for models that this thread loads
 
 
 def parse_servers(text: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class Servers:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Put layers of the models that this thread loads in the block on the servers.
+        """Offload layers to the servers, of all models that this thread loads inside the block.
 
         Without servers, those of an outer block are used. An exception closes the connections.
         """
@@ -235,18 +235,15 @@ def _is_lost(address: str) -> bool:
 
 
 def _connect(address: str) -> list[int]:
-    """Add a user of the connection to a server, which is made if there is none.
-
-    Return its devices.
-    """
+    """Connect to a server, or share the connection that exists, and return its devices."""
     _refuse_unsupported()
     refuse_after_fork()
     lib = _library()
     if address in _connections:
         if _is_lost(address):
             raise RazorError(
-                f"the connection to the RPC server {address} was lost; close the models that used"
-                " it first"
+                f"the connection to the RPC server {address} was lost; first close the models that"
+                " used it"
             )
     else:
         check_server(address)
@@ -273,8 +270,8 @@ def check_server(address: str, timeout: float = TIMEOUT) -> None:
             size, major, minor, patch = struct.unpack("<QBBB", _receive(server, 11))
     except TimeoutError:
         raise RazorError(
-            f"the RPC server {address} did not answer within {timeout:g} seconds; it may be busy"
-            f" with another client (it serves one at a time), or no RPC server: {START}"
+            f"no RPC server answered at {address} within {timeout:g} seconds; it may be busy with"
+            f" another client (it serves one at a time), or be another program: {START}"
         ) from None
     except (socket.gaierror, UnicodeError):  # the latter: a part of the name is too long
         raise RazorError(
@@ -290,7 +287,7 @@ def check_server(address: str, timeout: float = TIMEOUT) -> None:
     if major != _VERSION[0] or minor > _VERSION[1]:
         raise RazorError(
             f"the RPC server {address} has protocol version {major}.{minor}.{patch}, expected"
-            f" {_VERSION[0]}.{_VERSION[1]}; run the same release of razor-local on both machines"
+            f" {_VERSION[0]}.{_VERSION[1]}; run the same release of llama.cpp on both machines"
         )
 
 

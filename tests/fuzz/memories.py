@@ -298,7 +298,7 @@ def choose_log(rng: random.Random, size: int) -> Log:
 
     Args:
         rng: draws it.
-        size: the bytes of the log of a text, which has up to six blocks.
+        size: bytes of an unlimited log after one text (up to six blocks).
     """
     limit = rng.choice([0, 0, 0, size // 8, size // 6, size // 2, size])
     return rng.choice([Log("off"), Log("ram", limit), Log("disk", limit)])

@@ -144,7 +144,7 @@ class Fuzzer:
             self.fail("a rollback was refused, although each sequence can go back")
 
     def remove_part(self) -> None:
-        """A part that is not the end cannot be removed."""
+        """Try to remove tokens that are not at the end, which must be refused."""
         s = self.rng.randrange(N_SEQ)
         n = self.seqs.held[s]
         if n < 3:

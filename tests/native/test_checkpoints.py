@@ -104,8 +104,12 @@ def test_their_number_and_size_are_limited(arch) -> None:
         assert llama.prefill(PROMPT[:20]).n_reused == 0
 
 
-def test_a_full_attention_model_has_none() -> None:
+def test_a_full_attention_model_needs_none() -> None:
     with open_llama("llama") as llama:
         llama.prefill(PROMPT)
         llama.prefill(PROMPT + MESSAGE)
-        assert llama.memory().checkpoints == 0
+        assert llama.memory().checkpoints is None
+    with open_llama("llama", razor=False) as llama:
+        assert _rewind(llama) == "the full cache can go back to any token"
+    with open_llama("lfm2", razor=False) as llama:
+        assert _rewind(llama) == "the full cache can go back to 0 checkpoints (0.0 MiB)"

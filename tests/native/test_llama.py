@@ -509,7 +509,7 @@ def test_logprobs_with_logits_all_after_a_rollback():
 
 
 class Drafts:
-    """A draft model that knows the text, but for some wrong tokens in some of its drafts."""
+    """A draft model that proposes the expected text, with some wrong tokens."""
 
     def __init__(self, tokens, size):
         self.tokens, self.size, self.rng = tokens, size, np.random.default_rng(0)

@@ -59,7 +59,6 @@ def test_some_layers_stay_on_this_machine(addresses: str, upstream_attention: No
 def test_local_layers_keep_razors_attention(addresses: str) -> None:
     with closing(Llama(DEFAULT_MODEL, n_ctx=N_CTX)) as llama:
         want = answer(llama)
-    options = {"n_ctx": N_CTX, "rpc_servers": addresses}
     for options in ({"n_gpu_layers": 3}, {"offload_kqv": False}):
         llama = Llama(DEFAULT_MODEL, n_ctx=N_CTX, rpc_servers=addresses, **options)
         with closing(llama):
@@ -98,7 +97,7 @@ def test_a_lost_server_is_reported() -> None:
                 use()
         assert time.monotonic() - start < 10
         assert answer(other) == want
-        with pytest.raises(RazorError, match="close the models that used it first"):
+        with pytest.raises(RazorError, match="first close the models that used it"):
             Llama(DEFAULT_MODEL, n_ctx=N_CTX, rpc_servers=server.address)
         llama.close()
         with RpcServer(int(server.address.split(":")[1])):

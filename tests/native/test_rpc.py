@@ -48,7 +48,7 @@ def test_servers_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(RazorError, match="no RPC server can be reached at"):
             Llama(DEFAULT_MODEL, rpc_servers=address)
         listener.listen()
-        with pytest.raises(RazorError, match="did not answer within"):
+        with pytest.raises(RazorError, match="no RPC server answered at"):
             Llama(DEFAULT_MODEL, rpc_servers=address)
     with pytest.raises(RazorError, match="there is no machine"):
         Llama(DEFAULT_MODEL, rpc_servers="no.such.machine.invalid:1")
@@ -124,7 +124,7 @@ def test_an_open_server_is_warned_about() -> None:
         assert p.stdout is not None and p.stderr is not None
         assert p.stdout.readline().startswith("listening on 0.0.0.0:")
         p.terminate()
-        assert p.stderr.read().startswith("warning: whoever reaches port ")
+        assert p.stderr.read().startswith("warning: anyone who can reach port ")
 
 
 def test_addresses_that_the_server_refuses(servers: list[RpcServer]) -> None:

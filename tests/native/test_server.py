@@ -358,7 +358,7 @@ def test_other_sites(server, headers, status):
 
 
 def test_preflight_requests(server):
-    """They are answered as by llama.cpp's server: without leave for other sites."""
+    """The answer is the one of llama.cpp's server: no other site is allowed."""
     for origin, allowed in ("https://evil.example", None), ("http://localhost:3000",) * 2:
         connection = server.connect()
         connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin})

@@ -161,7 +161,7 @@ class TestLlamaPage:
             browser.element(f"{ASSISTANT} [aria-label='Message version 2 of 2']")
             browser.wait(SENT)
 
-            # /tools answers 403 without --tools, and the page asks for it
+            # the page requests /tools, which answers 403 without --tools
             errors = [text for text in browser.errors() if "/tools - " not in text]
             assert errors == []
             assert all(url.startswith(f"http://{server.address}/") for url in browser.requests())

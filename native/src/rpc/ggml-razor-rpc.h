@@ -1,9 +1,9 @@
 #pragma once
 
-// lost connections to RPC servers, which upstream answers by ending the process
+// handles lost connections to RPC servers, on which upstream aborts; compiled into ggml-rpc
 //
-// compiled into ggml-rpc. With a callback, all commands to a server whose connection is lost do nothing, and their output is zeros:
-// freeing buffers still works, and libllama asks ggml_razor_rpc_is_lost() before it uses a result
+// once a callback is set, commands to a lost server do nothing and return zeros: buffers can still be freed,
+// and callers must check llama_razor_lost_server() before they use a result
 
 #include "ggml-backend.h"
 
@@ -12,7 +12,7 @@
 
 // these two are proc addresses of the backend
 extern "C" {
-    // call callback when a connection is lost, in another thread than the one that computes, instead of ending the process
+    // when a connection is lost, call callback (in the thread that sends commands) instead of aborting
     GGML_BACKEND_API void ggml_razor_rpc_set_callback(void (*callback)(const char * endpoint));
 
     GGML_BACKEND_API bool ggml_razor_rpc_is_lost(const char * endpoint);
@@ -27,7 +27,7 @@ bool ggml_razor_rpc_check(bool status, const std::string & endpoint, void * outp
 // return false for operations that call a function of this process
 bool ggml_razor_rpc_supports_op(const ggml_tensor * op);
 
-// notice that a machine does not answer any more, and close the connection in programs that replace this one (exec)
+// set keepalive and timeouts, so that a machine that stops responding is noticed, and close-on-exec
 void ggml_razor_rpc_set_options(int sockfd);
 
 // return nullptr for a name that is unknown

@@ -83,9 +83,9 @@ static void razor_set_override(const common_json & config) {
     }
 }
 
-// a server that computes layers on another machine does not answer any more
+// called when the connection to an RPC server is lost
 static void razor_on_lost(const char * endpoint) {
-    fprintf(stderr, "error: the connection to the RPC server %s was lost; start it again, and then this server\n", endpoint);
+    fprintf(stderr, "error: the connection to the RPC server %s was lost; restart that server, then restart this one\n", endpoint);
     _Exit(1);
 }
 
