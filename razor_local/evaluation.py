@@ -113,9 +113,14 @@ def refresh_logits(llama: Llama) -> None:
     """Evaluate the last token again where the logits in memory are not known to be its."""
     if llama.n_tokens == 0:
         raise RazorError("no tokens have been evaluated; evaluate a prompt first")
-    if llama._requires_eval:
+    if not _has_logits(llama):
         tokens = llama._input_ids.tolist()
         evaluate(llama, tokens[rewind(llama, tokens) :])
+
+
+def _has_logits(llama: Llama) -> bool:
+    """Return True if the logits in memory are those after n_tokens, which callers can change."""
+    return not llama._requires_eval and n_cached(llama) == llama.n_tokens
 
 
 def rewind(llama: Llama, tokens: list[int]) -> int:
@@ -125,7 +130,7 @@ def rewind(llama: Llama, tokens: list[int]) -> int:
     """
     llama._check_tokens(tokens)
     same = common_prefix(llama, tokens)
-    if same == len(tokens) == llama.n_tokens and not llama._requires_eval:
+    if same == len(tokens) == llama.n_tokens and _has_logits(llama):
         return same
     keep = min(same, len(tokens) - 1)
     if keep == 0:
@@ -142,13 +147,34 @@ def go_back(llama: Llama, n: int) -> int:
     """
     llama._requires_eval = True
     llama.n_tokens = n  # before the cache, which may hold more but not less
-    if llama._ctx.kv_cache_seq_rm(-1, n, -1):
+    if _windows_reach(llama, n) and llama._ctx.kv_cache_seq_rm(-1, n, -1):
         return n
+    return _restore_checkpoint(llama)
+
+
+def _windows_reach(llama: Llama, n: int) -> bool:
+    """Return False if sliding windows have lost tokens that position n attends to.
+
+    llama.cpp's own cache of such layers does not check this itself. Tokens outside the window can
+    be overwritten, also in a cache of the whole context, after a state was loaded.
+    """
+    n_swa = C.llama_model_n_swa(llama._model.model)
+    if n_swa == 0 or (llama._plan is not None and llama._plan.active):
+        return True
+    return C.llama_memory_seq_pos_min(llama._ctx.memory, 0) <= max(0, n - n_swa)
+
+
+def _restore_checkpoint(llama: Llama) -> int:
+    """Take the cache back to a checkpoint within the first n_tokens, or clear it.
+
+    Returns:
+        The number of tokens that it keeps.
+    """
     before = llama._input_ids
     llama.n_tokens = 0  # until all layers hold the same tokens
     if llama._checkpoints is not None:
         n = llama._checkpoints.restore(before)
-        if n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1):
+        if n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1) and n_cached(llama) == n:
             llama.n_tokens = n
             return n
     clear_cache(llama)
@@ -209,7 +235,7 @@ def eval_batch(llama: Llama, batch: list[int], wanted: list[bool] | None = None)
     code = C.llama_decode(llama._ctx.ctx, native_batch)
     if code != 0:
         reason = library.reason("")
-        _after_failed_decode(llama, batch, n_past)
+        _after_failed_decode(llama, batch, n_past, code)
         if code == _ABORTED:
             raise _AbortedError("the computation was stopped")
         full = code == _NO_SLOT and reason in ("", "the context is full")
@@ -228,9 +254,12 @@ def eval_batch(llama: Llama, batch: list[int], wanted: list[bool] | None = None)
     llama._requires_eval = wanted is not None and not wanted[-1]
 
 
-def _after_failed_decode(llama: Llama, batch: list[int], n_past: int) -> None:
+def _after_failed_decode(llama: Llama, batch: list[int], n_past: int, code: int) -> None:
     """Set n_tokens to what the cache holds: part of the batch may have been evaluated."""
     llama._requires_eval = True
+    if llama._is_recurrent and code != _NO_SLOT:  # it holds part of a ubatch
+        _restore_checkpoint(llama)
+        return
     if llama._logits_all:  # the logits of that part were not kept
         return
     n = n_cached(llama)

@@ -184,6 +184,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._one = ids, C.llama_batch_get_one(ids, 1)  # a batch of one token, and that token
         self._pieces: dict[int, bytes] = {}  # by token, as they are asked for
         self._ends: dict[int, bool] = {}  # likewise
+        self._is_recurrent = self._needs_checkpoints = False
         self._checkpoints: Checkpoints | None = None
         self._logits_row = -1  # of the last token, in the logits of the last batch
         self._state_fingerprint: bytes | None = None
@@ -262,7 +263,12 @@ class Llama(PlainMessages, llama_cpp.Llama):
             if refusal is not None:
                 raise refusal
             self._check_plan()
-            self._needs_checkpoints = not kwargs.get("vocab_only") and self._has_partial_states()
+            if not kwargs.get("vocab_only"):
+                model = self._model.model
+                hybrid = C.llama_model_is_hybrid(model)
+                self._is_recurrent = hybrid or C.llama_model_is_recurrent(model)
+                has_windows = C.llama_model_n_swa(model) > 0 and not self.context_params.swa_full
+                self._needs_checkpoints = self._is_recurrent or has_windows
             if self._needs_checkpoints and rewind != "off":
                 self._checkpoints = Checkpoints(self.ctx, rewind_limit or limit_in_ram())
 
@@ -535,13 +541,6 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if str(error).startswith("Failed to load model"):
             return kind(f"{model_path} could not be loaded: {reason}")
         return None
-
-    def _has_partial_states(self) -> bool:
-        """Return True if some layers cannot go back to any token, even with a rewind log."""
-        model = self._model.model
-        if C.llama_model_is_recurrent(model) or C.llama_model_is_hybrid(model):
-            return True
-        return C.llama_model_n_swa(model) > 0 and not self.context_params.swa_full
 
     def _check_plan(self) -> None:
         """Check that the plan that all tools print is what the library allocated."""

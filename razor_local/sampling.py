@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
+_IDS = "an array of token ids"
 _SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 
 
@@ -86,7 +87,15 @@ def _draft(llama: Llama, token: int) -> list[int]:
     room = min(llama._n_ctx - llama.n_tokens, llama.n_batch) - 1
     before = np.append(llama._input_ids, np.intc(token))
     assert llama.draft_model is not None
-    return [int(t) for t in llama.draft_model(before)[: max(0, min(room, SLACK))]]
+    draft: Any = llama.draft_model(before)
+    if not isinstance(draft, (list, np.ndarray)):
+        raise RazorError(f"the draft model returned {type(draft).__name__}, expected {_IDS}")
+    ids = np.asarray(draft) if len(draft) else np.empty(0, np.intc)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise RazorError(
+            f"the draft model returned {ids.dtype} of shape {list(ids.shape)}, expected {_IDS}"
+        )
+    return ids[: max(0, min(room, SLACK))].tolist()
 
 
 def _begin(llama: Llama, tokens: list[int], reset: bool) -> None:

@@ -101,6 +101,7 @@ def razor_environment(
             elif value:
                 config[name] = value[: struct.n_retrieval]
     if plan is not None and plan.active:
+        config["kv_bytes"] = plan.kv_bytes * n_slots
         config["kv_bytes_full"] = plan.kv_bytes_full * n_slots
     return {ENV: json.dumps(config)} if config else {}
 

@@ -113,3 +113,45 @@ def test_a_full_attention_model_needs_none() -> None:
         assert _rewind(llama) == "the full cache can go back to any token"
     with open_llama("lfm2", razor=False) as llama:
         assert _rewind(llama) == "the full cache can go back to 0 checkpoints (0.0 MiB)"
+
+
+@pytest.mark.parametrize("razor", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "lfm2", "qwen35", "gemma3"])
+def test_a_stopped_prompt_leaves_a_valid_cache(arch, razor) -> None:
+    """Part of a ubatch may be in a recurrent state when the computation stops."""
+    with open_llama(arch, razor, n_ubatch=16) as llama, open_llama(arch, razor) as fresh:
+        for n_calls in range(1, 30, 4):
+            left = iter([False] * n_calls)
+            llama.prefill(PROMPT[:40])
+            llama.prefill(PROMPT, stop=lambda left=left: next(left, True))
+            n = llama.n_tokens
+            llama.eval(OTHER[:5])
+            fresh.reset()
+            fresh.eval(PROMPT[:n] + OTHER[:5])
+            np.testing.assert_allclose(llama._last_logits(), fresh._last_logits(), atol=1e-3)
+            llama.reset()
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "gpt-oss"])
+@pytest.mark.parametrize("razor", [True, False])
+def test_windows_that_were_overwritten_after_a_state_was_loaded(arch, razor) -> None:
+    with open_llama(arch, razor, swa_full=True) as llama:
+        llama.eval(PROMPT[:200])
+        llama.load_state(llama.save_state())
+        llama.eval(PROMPT[200:300])
+        llama.prefill(PROMPT[:60] + OTHER)
+        check_logits(llama, arch, razor, PROMPT[:60] + OTHER)
+
+
+@pytest.mark.parametrize("arch", ["llama", "lfm2", "gemma3"])
+def test_logits_of_a_longer_text_are_not_used(arch) -> None:
+    """Callers can lower n_tokens, and the logits in memory are then of the longer text."""
+    with open_llama(arch) as llama:
+        llama.eval(PROMPT)
+        llama.n_tokens = 200
+        first = llama.sample(temp=0)
+        llama.eval(PROMPT[200:])
+        llama.n_tokens = 200
+        generated = next(llama.generate(PROMPT[:200], temp=0))
+    with open_llama(arch) as fresh:
+        assert first == generated == next(fresh.generate(PROMPT[:200], temp=0))

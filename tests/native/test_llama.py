@@ -553,6 +553,15 @@ def test_drafts_do_not_change_the_answer(options, size):
     assert lengths[:300] == list(range(len(tokens), len(tokens) + 300))
 
 
+@pytest.mark.parametrize("draft", [None, 3, "text", [[1, 2]], [1.5], np.array([np.nan]), [1, -5]])
+def test_drafts_that_are_not_tokens(draft):
+    with closing(Llama(DEFAULT_MODEL, n_ctx=1024, draft_model=lambda _: draft)) as llama:
+        with pytest.raises(RazorError, match=r"token"):
+            llama("one two three", max_tokens=4)
+        llama.draft_model = lambda _: []
+        assert llama("one two three", max_tokens=4)
+
+
 @pytest.mark.parametrize(("razor", "precision"), [(True, 1e-3), (False, 0.05)])
 def test_drafts_in_a_completion(razor, precision):
     options = {"max_tokens": 20, "temperature": 0, "logprobs": 2}

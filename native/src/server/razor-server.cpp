@@ -106,9 +106,12 @@ common_init_result_ptr razor_server_init(common_params & params) {
 
     const char * env = getenv(RAZOR_SERVER_ENV);
 
+    uint64_t kv_bytes = 0; // as planned
+
     try {
         const auto config = common_json::parse(env && *env ? env : "{}");
 
+        kv_bytes            = config.value<uint64_t>("kv_bytes",      0);
         razor_kv_bytes_full = config.value<uint64_t>("kv_bytes_full", 0);
         razor_set_override(config);
     } catch (const std::exception & err) {
@@ -129,6 +132,10 @@ common_init_result_ptr razor_server_init(common_params & params) {
         razor_n_slots = params.n_parallel;
 
         razor_server_update(ctx);
+
+        if (razor_get_stats().kv_bytes != kv_bytes) {
+            razor_kv_bytes_full = 0; // options of llama-server have changed the cache
+        }
 
         llama_razor_layer_stats layer = {};
         layer.size = sizeof(layer);

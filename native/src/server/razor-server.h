@@ -17,8 +17,8 @@ struct Response;
 // maximum size of the body of a request in bytes
 constexpr size_t RAZOR_SERVER_MAX_BODY = 32u << 20;
 
-// a JSON object: the members of llama_razor_params, which override the metadata of the model, and kv_bytes_full, the size of a full
-// cache in bytes; all are optional
+// a JSON object: the members of llama_razor_params, which override the metadata of the model, and the sizes in bytes of the
+// cache as planned and of a full cache (kv_bytes, kv_bytes_full); all are optional
 #define RAZOR_SERVER_ENV "RAZOR_LOCAL_SERVER"
 
 // load the model and create its context with the parameters of RAZOR_SERVER_ENV
