@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,10 +210,18 @@ def _check_options(options: dict[str, Any]) -> None:
     if options["api_key"] == "":
         raise click.UsageError("--api-key is empty")
     has_key = options["api_key"] is not None or any(arg.startswith("--api-key") for arg in extra)
-    if not (is_loopback(options["host"]) or has_key or options["insecure"]):
+    host = options["host"]
+    for name, value in pairwise(extra):  # the last one wins
+        host = value if name == "--host" else host
+    if not (is_loopback(host) or has_key or options["insecure"]):
         raise click.UsageError(
-            f"other machines can reach {options['host']}: set a key with --api-key (or in"
-            " LLAMA_API_KEY), or pass --insecure to serve everyone"
+            f"other machines can reach {host}: set a key with --api-key (or in LLAMA_API_KEY), or"
+            " pass --insecure before -- to serve everyone"
+        )
+    if "--swa-full" in extra or "LLAMA_ARG_SWA_FULL" in os.environ:
+        raise click.UsageError(
+            "--swa-full (LLAMA_ARG_SWA_FULL) is not supported: llama-server gives wrong answers"
+            " with it after a prompt was restored from main memory or a file"
         )
 
 

@@ -128,6 +128,8 @@ def test_other_machines_need_a_key(serve):
     for host in ("0.0.0.0", "::", "name.example"):
         code, stderr = serve("--host", host)
         assert code == 2 and f"other machines can reach {host}: set a key" in stderr
+    code, stderr = serve("--", "--host", "127.0.0.1", "--host", "0.0.0.0")
+    assert code == 2 and "other machines can reach 0.0.0.0: set a key" in stderr
     assert serve("--host", "0.0.0.0", "--insecure")[0]["--host"] == "0.0.0.0"
     assert serve("--host", "0.0.0.0", "--", "--api-key-file", "keys")[0]["--host"] == "0.0.0.0"
 
@@ -138,6 +140,7 @@ def test_other_machines_need_a_key(serve):
         (["--no-razor", "--budget", 0.2], 2, "--budget and --no-razor exclude each other"),
         (["--no-razor", "-ctlk", "q8_0"], 2, "--cache-type-local-k and --no-razor exclude"),
         (["--api-key", ""], 2, "--api-key is empty"),
+        (["--", "--swa-full"], 2, "--swa-full (LLAMA_ARG_SWA_FULL) is not supported"),
         (["--parallel", 0], 2, "0 is not in the range"),
         (["--port", 65536], 2, "65536 is not in the range"),
         (["no-such.gguf"], 1, "no-such.gguf: No such file"),

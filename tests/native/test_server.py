@@ -443,6 +443,14 @@ def test_options_of_the_profile():
         assert server.say(PROMPT).startswith(ANSWER)
 
 
+def test_options_of_llama_server_that_change_the_cache():
+    """The size of a full cache is not known then."""
+    with Server("-c", 4096, "--parallel", 2, "--", "-c", 4096) as server:
+        assert re.search(r": 2 slots of 2048 tokens, KV cache [0-9.]+ MiB$", server.line)
+        assert "kv_bytes_full" not in server.get("/props")[1]["razor"]
+        assert "razor:kv_bytes_full" not in server.get("/metrics")[1]
+
+
 def test_unknown_options_of_llama_server():
     with pytest.raises(AssertionError, match="invalid argument: --nonsense"):
         Server("-c", 1024, "--", "--nonsense")

@@ -79,6 +79,7 @@ def test_the_environment_of_a_profile():
         PROFILE.window_divisor,
     )
     assert (config["type_k_local"], config["type_v_local"]) == (8, -1)
+    assert config["kv_bytes"] == 3 * plan.kv_bytes
     assert config["kv_bytes_full"] == 3 * plan.kv_bytes_full
     assert "scope" not in config
 
