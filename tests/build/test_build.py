@@ -424,7 +424,7 @@ def test_options_are_listed_everywhere() -> None:
     options = re.findall(
         r"^razor_option\((RAZOR_\w+)", (NATIVE / "options.cmake").read_text(), re.M
     )
-    assert len(options) == 6
+    assert len(options) == 8
     pyproject, readme = (ROOT / "pyproject.toml").read_text(), (NATIVE / "README.md").read_text()
     for name in [*options, "RAZOR_LOCAL_SDIST"]:
         assert f'{{ env = "{name}" }}' in pyproject, name

@@ -31,8 +31,8 @@ LESS = {
     "eval longbench": ("-c", "-c 2k"),
     "verify": ("-c|-n", "-c 2048 -n 1000"),
 }
-# run by test_model_hub.py and test_cli_serve.py
-ELSEWHERE = re.compile(r"razor-local (models (pull|path|rm)|serve)")
+# run by test_model_hub.py, test_cli_serve.py and test_rpc.py
+ELSEWHERE = re.compile(r"razor-local (models (pull|path|rm)|serve|rpc-server)|--rpc")
 
 
 @pytest.fixture(scope="module")
