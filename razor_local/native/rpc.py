@@ -1,7 +1,7 @@
 """Connect to RPC servers, whose devices compute a part of a model on other machines.
 
-ggml's RPC backend ends the process if it cannot connect, and waits without end for a server that is
-busy with another client. The address and the server are therefore checked first.
+ggml's RPC backend aborts if it cannot connect, and waits forever for a server that is busy with
+another client. The address and the server are therefore checked first.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def is_supported() -> bool:
 
 
 def local_devices() -> list[int]:
-    """Return the GPUs of this machine that the library uses; integrated ones if there is no other.
+    """Return the GPUs of this machine that the library uses. Integrated GPUs are the last choice.
 
     llama.cpp chooses the same ones if it is not given a list.
     """
@@ -275,7 +275,7 @@ def check_server(address: str, timeout: float = TIMEOUT) -> None:
         ) from None
     except (socket.gaierror, UnicodeError):  # the latter: a part of the name is too long
         raise RazorError(
-            f"there is no machine {host!r} for the RPC server {address}; correct the address"
+            f"the machine {host!r} of the RPC server {address} was not found; correct the address"
         ) from None
     except OSError as error:
         raise RazorError(

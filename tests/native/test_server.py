@@ -231,7 +231,7 @@ def test_an_edit_far_back_reuses_the_beginning(where):
 
 
 def test_the_limit_of_the_rewind_log():
-    """What no longer fits is computed again."""
+    """Tokens that the log has dropped are computed again."""
     text = text_with(FACT, 4000)
     with Server("-c", 8192, "--parallel", 1, "--rewind-limit", "2M") as server:
         server.say(text)

@@ -510,7 +510,7 @@ def log_file() -> int:
                 return int(fd)
         except OSError:
             continue
-    raise AssertionError("there is no file of a log")
+    raise AssertionError("no log file is open")
 
 
 def _rss() -> int:
