@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 _GENERATE = inspect.signature(llama_cpp.Llama.generate)
-_IDS = "an array of token ids"
 _SAMPLE = inspect.signature(llama_cpp.Llama.sample)
 
 
@@ -88,12 +87,13 @@ def _draft(llama: Llama, token: int) -> list[int]:
     before = np.append(llama._input_ids, np.intc(token))
     assert llama.draft_model is not None
     draft: Any = llama.draft_model(before)
-    if not isinstance(draft, (list, np.ndarray)):
-        raise RazorError(f"the draft model returned {type(draft).__name__}, expected {_IDS}")
-    ids = np.asarray(draft) if len(draft) else np.empty(0, np.intc)
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+    try:
+        ids = np.asarray(draft)
+    except ValueError:  # rows of different lengths
+        ids = np.empty((0, 0), object)
+    if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
         raise RazorError(
-            f"the draft model returned {ids.dtype} of shape {list(ids.shape)}, expected {_IDS}"
+            f"the draft model returned {type(draft).__name__}, expected an array of token ids"
         )
     return ids[: max(0, min(room, SLACK))].tolist()
 

@@ -553,7 +553,9 @@ def test_drafts_do_not_change_the_answer(options, size):
     assert lengths[:300] == list(range(len(tokens), len(tokens) + 300))
 
 
-@pytest.mark.parametrize("draft", [None, 3, "text", [[1, 2]], [1.5], np.array([np.nan]), [1, -5]])
+@pytest.mark.parametrize(
+    "draft", [None, 3, "text", [[1, 2]], [1.5], [1, -5], np.array([np.nan]), np.array(3), [[1], []]]
+)
 def test_drafts_that_are_not_tokens(draft):
     with closing(Llama(DEFAULT_MODEL, n_ctx=1024, draft_model=lambda _: draft)) as llama:
         with pytest.raises(RazorError, match=r"token"):
