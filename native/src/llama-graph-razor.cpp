@@ -1,5 +1,7 @@
 #include "llama-graph-razor.h"
 
+#include "llama-razor-prefill.h"
+
 #include "llama-batch.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
@@ -15,7 +17,7 @@ llm_graph_razor_seq::llm_graph_razor_seq(
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_kv_cache_razor_context * mctx) :
-    hparams(hparams), mctx(mctx), i_seq(i_seq), n_tokens(n_tokens), n_kv_full(mctx->get_n_kv()) {
+    hparams(hparams), mctx(mctx), prefill(mctx->get_prefill()), i_seq(i_seq), n_tokens(n_tokens), n_kv_full(mctx->get_n_kv()) {
 
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -59,6 +61,10 @@ llm_graph_razor_seq::llm_graph_razor_seq(
 
     rows = input(any_device ? GGML_TYPE_I64 : GGML_TYPE_I32, n_rows*n_tokens, 1, "razor_inp_rows");
 
+    if (prefill) {
+        prefill_rows = input(GGML_TYPE_I32, n_rows*n_tokens, 1, "razor_inp_prefill_rows");
+    }
+
     if (n_heads > 0) {
         heads = input(GGML_TYPE_I32, n_heads*n_tokens, 1, "razor_inp_heads");
     }
@@ -88,6 +94,10 @@ llm_graph_razor_seq::llm_graph_razor_seq(
 
         // flash attention requires an F16 mask
         group.mask = input(cparams.flash_attn ? GGML_TYPE_F16 : GGML_TYPE_F32, group.n_kv, n_tokens, "razor_inp_mask");
+
+        if (prefill) {
+            group.prefill_mask = input(group.mask->type, prefill->n_kv(get_step().pos0 + n_tokens), n_tokens, "razor_inp_prefill_mask");
+        }
 
         uint32_t n_local_max = 0;
         bool     any_batch   = false;
@@ -328,6 +338,10 @@ void llm_graph_razor_seq::set_input() {
 
     set_input_rows();
 
+    if (prefill) {
+        set_input_prefill();
+    }
+
     if (heads && heads->buffer) {
         set_input_heads();
     }
@@ -479,6 +493,89 @@ void llm_graph_razor_seq::set_input_rows() const {
     }
 }
 
+// the mask of the cells before the batch, then that of the batch
+template<typename T>
+static void set_input_prefill_mask(
+        T * data,
+        const llama_razor_group & group,
+        const llama_kv_cache_razor::group_step & past,
+        const llama_razor_prefill & prefill,
+        uint32_t pos0,
+        uint32_t n_kv,
+        uint32_t n_tokens) {
+    if (prefill.n_past > 0) {
+        set_input_past(data, group, past, prefill.pos0, prefill.n_past);
+    }
+
+    const uint32_t n_seen = prefill.n_past + pos0 - prefill.pos0;
+
+    std::fill(data + prefill.n_past, data + n_seen, llama_cast<T>(0.0f));
+    std::fill(data + n_seen,         data + n_kv,   llama_cast<T>(-INFINITY));
+
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        T * row = data + (size_t) i*n_kv;
+
+        if (i > 0) {
+            std::copy(row - n_kv, row, row);
+        }
+
+        row[n_seen + i] = llama_cast<T>(0.0f);
+    }
+}
+
+void llm_graph_razor_seq::set_input_prefill() const {
+    const auto & plan = mctx->get_kv().get_plan();
+    const auto & step = get_step();
+
+    for (size_t g = 0; g < groups.size(); ++g) {
+        ggml_tensor * mask = groups[g].prefill_mask;
+
+        if (!mask->buffer) {
+            continue;
+        }
+
+        GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
+
+        llama_kv_cache_razor::group_step past;
+
+        past.frontier = prefill->past.groups[g].frontier;
+        past.slot     = prefill->past.groups[g].slot;
+
+        auto set_mask = [&](auto * data) {
+            set_input_prefill_mask(data, plan.groups[g], past, *prefill, step.pos0, mask->ne[0], n_tokens);
+        };
+
+        if (mask->type == GGML_TYPE_F16) {
+            set_mask((ggml_fp16_t *) mask->data);
+        } else {
+            set_mask((float *) mask->data);
+        }
+    }
+
+    if (prefill_rows->buffer) {
+        GGML_ASSERT(ggml_backend_buffer_is_host(prefill_rows->buffer));
+
+        const uint32_t first = prefill->n_past + step.pos0 - prefill->pos0;
+
+        for (const auto & order : orders) {
+            int32_t * data = (int32_t *) prefill_rows->data + order.offs_rows*n_tokens;
+
+            int64_t row = 0;
+
+            for (const auto & heads_kv : order.groups) {
+                for (const uint32_t h : heads_kv) {
+                    for (uint32_t i = 0; i < n_tokens; ++i) {
+                        data[i*order.n_head_kv + h] = row + first + i;
+                    }
+                    row += prefill->cells;
+                }
+            }
+
+            GGML_ASSERT(row <= std::numeric_limits<int32_t>::max());
+        }
+    }
+}
+
 void llm_graph_razor_seq::set_input_heads() const {
     GGML_ASSERT(ggml_backend_buffer_is_host(heads->buffer));
 
@@ -573,7 +670,8 @@ void llm_graph_razor_seq::set_input_fold(size_t i_group) const {
 bool llm_graph_razor_seq::can_reuse(const llama_kv_cache_razor_context * mctx_new) {
     mctx = mctx_new;
 
-    if (mctx->get_n_kv() != n_kv_full) {
+    // the graph of a layer that reads a prompt has the positions of its ubatch
+    if (prefill || mctx->get_prefill() || mctx->get_n_kv() != n_kv_full) {
         return false;
     }
 
@@ -754,6 +852,42 @@ void llm_graph_razor_seq::build_store_v_trans(const llm_graph_context & g, const
     }
 }
 
+void llm_graph_razor_seq::build_prefill_past(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const {
+    ggml_context * ctx0 = g.ctx0;
+
+    const auto & plan = mctx->get_kv().get_plan();
+
+    int64_t row = (int64_t) order.groups[0].size()*prefill->cells;
+
+    for (size_t i = 0; i < groups.size(); ++i) {
+        const auto & past = prefill->past;
+
+        const int64_t n_used = plan.groups[i].n_used(past.n_high, past.groups[i].frontier);
+
+        for (size_t j = 0; j < order.groups[i + 1].size(); ++j) {
+            for (auto [store, dst] : { std::make_pair(layer.k_local, prefill->k), std::make_pair(layer.v_local, prefill->v) }) {
+                ggml_tensor * src = view_local(ctx0, layer, store, i);
+
+                src = ggml_view_2d(ctx0, src, src->ne[0], n_used, src->nb[1], j*src->nb[2]);
+                dst = ggml_view_2d(ctx0, dst, dst->ne[0], n_used, dst->nb[1], row*dst->nb[1]);
+
+                ggml_build_forward_expand(g.gf, ggml_cpy(ctx0, src, dst));
+            }
+
+            row += prefill->cells;
+        }
+    }
+}
+
+void llm_graph_razor_seq::build_prefill_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const {
+    ggml_tensor * idxs = get_on_device(g, layer, prefill_rows);
+
+    idxs = ggml_view_1d(g.ctx0, idxs, order.n_head_kv*n_tokens, order.offs_rows*n_tokens*ggml_element_size(idxs));
+
+    ggml_build_forward_expand(g.gf, ggml_set_rows(g.ctx0, prefill->k, reshape_rows(g.ctx0, k_cur), idxs));
+    ggml_build_forward_expand(g.gf, ggml_set_rows(g.ctx0, prefill->v, reshape_rows(g.ctx0, v_cur), idxs));
+}
+
 ggml_tensor * llm_graph_razor_seq::build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const {
     ggml_tensor * idxs = ggml_view_2d(g.ctx0, get_on_device(g, layer, heads), cur->ne[1], n_tokens,
             cur->ne[1]*sizeof(int32_t), offs*n_tokens*sizeof(int32_t));
@@ -786,6 +920,13 @@ ggml_tensor * llm_graph_razor_seq::build_attn(
 
     GGML_ASSERT((!k_cur || k_cur->ne[1] == n_head_kv) && (uint32_t) q_cur->ne[2] == n_tokens);
 
+    // the layer whose part of the graph is computed, if one layer alone reads a prompt
+    const bool reads = prefill && prefill->il == (uint32_t) il && layer.n_local > 0;
+
+    if (reads && prefill->copies_past(get_step().pos0)) {
+        build_prefill_past(g, layer, order);
+    }
+
     // 1. fold, before the new tokens overwrite its rows and attend to the compensation token
     // a layer without K reads the cache of an earlier one, which folds and stores
     for (size_t i = 0; k_cur && i < groups.size(); ++i) {
@@ -806,8 +947,15 @@ ggml_tensor * llm_graph_razor_seq::build_attn(
         }
     }
 
+    if (reads) {
+        build_prefill_store(g, layer, k_cur, v_cur, order);
+    }
+
     // 3. attention of all groups of heads as one operation, if possible
-    if (g.cparams.flash_attn && (layer.attn || (!sinks && (n_tokens == 1 ? layer.device_token : layer.device_batch)))) {
+    if (reads && g.cparams.flash_attn && layer.attn && order.sequence.size() <= 1 + RAZOR_ATTN_MAX_SPLIT) {
+        return build_attn_own(g, kq_mask, layer, order, q_cur, sinks, kq_scale);
+    }
+    if (!reads && g.cparams.flash_attn && (layer.attn || (!sinks && (n_tokens == 1 ? layer.device_token : layer.device_batch)))) {
         return build_attn_own(g, kq_mask, layer, order, q_cur, sinks, kq_scale);
     }
 
@@ -883,7 +1031,27 @@ ggml_tensor * llm_graph_razor_seq::build_attn(
         return attend(view(layer.k), kv.get_v_trans() ? view_trans(layer.v) : view(layer.v), kv.get_v_trans(), order.first[0], kq_mask);
     };
 
+    auto attend_prefill = [&](size_t i) {
+        ggml_tensor * mask = groups[i].prefill_mask;
+
+        size_t row = order.groups[0].size()*prefill->cells;
+        for (size_t j = 0; j < i; ++j) {
+            row += order.groups[j + 1].size()*prefill->cells;
+        }
+
+        auto view = [&](ggml_tensor * src) {
+            return ggml_view_3d(ctx0, src, src->ne[0], mask->ne[0], order.groups[i + 1].size(),
+                    src->nb[1], prefill->cells*src->nb[1], row*src->nb[1]);
+        };
+
+        return attend(view(prefill->k), view(prefill->v), false, order.first[i + 1], mask);
+    };
+
     auto attend_local = [&](size_t i) {
+        if (reads) {
+            return attend_prefill(i);
+        }
+
         auto view = [&](ggml_tensor * src) {
             src = view_local(ctx0, layer, src, i);
 
@@ -995,7 +1163,12 @@ ggml_tensor * llm_graph_razor_seq::build_attn_own(
     attn.kernel = layer.attn;
     attn.n_gqa  = order.n_head/order.n_head_kv;
 
-    if (order.split) {
+    const bool reads = prefill && prefill->il == layer.il;
+
+    if (reads) {
+        attn.k_local = prefill->k;
+        attn.v_local = prefill->v;
+    } else if (order.split) {
         attn.k_local = layer.k_local;
         attn.v_local = layer.v_local;
     }
@@ -1005,11 +1178,20 @@ ggml_tensor * llm_graph_razor_seq::build_attn_own(
 
     attn.groups.push_back({ &order.groups[0], kq_mask, first_full, plan.n_ctx });
 
+    int64_t first_prefill = reads ? (int64_t) order.groups[0].size()*prefill->cells : 0;
+
     for (size_t i = 0; i < groups.size(); ++i) {
-        if (!order.groups[i + 1].empty()) {
-            attn.groups.push_back({ &order.groups[i + 1], groups[i].mask, first + (int64_t) plan.first_row(layer.il, i), plan.groups[i].cells });
-            i_local = i;
+        if (order.groups[i + 1].empty()) {
+            continue;
         }
+
+        if (reads) {
+            attn.groups.push_back({ &order.groups[i + 1], groups[i].prefill_mask, first_prefill, prefill->cells });
+            first_prefill += order.groups[i + 1].size()*prefill->cells;
+        } else {
+            attn.groups.push_back({ &order.groups[i + 1], groups[i].mask, first + (int64_t) plan.first_row(layer.il, i), plan.groups[i].cells });
+        }
+        i_local = i;
     }
     if (attn.groups.size() == 1) {
         attn.groups.push_back({ &order.groups[1], groups[0].mask, first, plan.groups[0].cells });
@@ -1132,5 +1314,13 @@ uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
     // attention) and 2 folds of 15 nodes; with several sequences 5 views and a concatenation
     const uint32_t n_seqs = std::min(kv->get_n_stream(), llama_kv_cache_razor::MAX_SEQS);
 
-    return n_seqs*(20 + 70*kv->get_plan().groups.size() + (n_seqs > 1 ? 6 : 0))*kv->get_plan().n_layer();
+    const uint32_t n_all = n_seqs*(20 + 70*kv->get_plan().groups.size() + (n_seqs > 1 ? 6 : 0))*kv->get_plan().n_layer();
+
+    // if one layer reads a prompt, it copies the rows of each local head (views included), and stores K and V once more
+    uint32_t n_heads = 0;
+    for (uint32_t il = 0; kv->get_plan().full_prefill && il < kv->get_plan().n_layer(); ++il) {
+        n_heads = std::max(n_heads, kv->get_plan().n_local(il));
+    }
+
+    return n_all + (n_heads > 0 ? 8*n_heads + 20 : 0);
 }

@@ -89,6 +89,9 @@ private:
         // only for a transposed V cache, the key is the number of heads
         std::map<uint32_t, ggml_tensor *> v_rows; // I64 [n_local*n_tokens] rows in the view of the group's heads
 
+        // only if one layer reads a prompt: replaces the mask
+        ggml_tensor * prefill_mask = nullptr; // F32/F16 [cells, n_tokens]
+
         uint32_t n_kv;
         uint32_t n_fold;
     };
@@ -102,6 +105,7 @@ private:
     void set_input_rows_as(T * rows_data) const;
 
     void set_input_rows() const;
+    void set_input_prefill() const;
     void set_input_heads() const;
     void set_input_slopes() const;
     void set_input_fold(size_t i_group) const;
@@ -126,6 +130,10 @@ private:
     void build_store_device(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const;
 
     void build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const;
+
+    // only if one layer reads a prompt: copy the cache of the local heads as of before the batch, and store K and V, in temporary rows
+    void build_prefill_past(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const;
+    void build_prefill_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const;
 
     // return the rows of each token in another order, which starts at offs in heads
     ggml_tensor * build_gather(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * cur, size_t offs) const;
@@ -162,6 +170,9 @@ private:
 
     std::vector<group_input> groups; // one per group of the plan
 
+    // only if one layer reads a prompt: as rows, for the temporary rows of K and V, and never split
+    ggml_tensor * prefill_rows = nullptr; // I32 [n]
+
     // for each order and token: the rows of the KV heads, in the order of the model
     // if the order is split: for each group and token
     ggml_tensor * rows      = nullptr; // I32 [n] rows of the layer's K and V, I64 for the operations of ggml-razor.h
@@ -186,6 +197,8 @@ private:
     const llama_hparams hparams;
 
     const llama_kv_cache_razor_context * mctx;
+
+    llama_razor_prefill * const prefill; // nullptr if all layers read the ubatch
 
     const uint32_t i_seq; // in the ubatch
 

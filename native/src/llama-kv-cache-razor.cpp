@@ -1,6 +1,7 @@
 #include "llama-kv-cache-razor.h"
 
 #include "llama-razor-error.h"
+#include "llama-razor-prefill.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -315,7 +316,17 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
         return llama_razor_refuse_batch("the context is full");
     }
 
-    return std::make_unique<llama_kv_cache_razor_context>(this, std::move(sinfos), std::move(ubatches));
+    std::shared_ptr<llama_razor_prefill> prefill;
+
+    if (plan.full_prefill && llama_razor_prefill::is_useful(*this, ubatches)) {
+        try {
+            prefill = std::make_shared<llama_razor_prefill>(this, sinfos, ubatches);
+        } catch (const std::bad_alloc &) {
+            return llama_razor_refuse_batch("out of memory for reading the prompt with full attention, read prompts with razor (prefill)");
+        }
+    }
+
+    return std::make_unique<llama_kv_cache_razor_context>(this, std::move(sinfos), std::move(ubatches), std::move(prefill));
 }
 
 const char * llama_kv_cache_razor::split_batch(
@@ -452,10 +463,27 @@ void llama_kv_cache_razor::clear(bool data) {
     }
 
     last_steps.clear();
+    last_is_prefill = false;
 
     for (uint32_t s = 0; rewind && s < n_stream; ++s) {
         rewind->clear(s);
     }
+}
+
+void llama_kv_cache_razor::save_cells(uint32_t strm, llama_kv_cells & cells, uint32_t & head) const {
+    cells = v_cells[strm];
+    head  = v_heads[strm];
+}
+
+void llama_kv_cache_razor::restore(uint32_t strm, const llama_kv_cells & cells, uint32_t head, const stream_state & st) {
+    v_cells[strm] = cells;
+    v_heads[strm] = head;
+
+    streams[strm] = st;
+}
+
+bool llama_kv_cache_razor::owns(ggml_backend_buffer_t buf) const {
+    return std::any_of(ctxs_bufs.begin(), ctxs_bufs.end(), [&](const auto & x) { return x.second.get() == buf; });
 }
 
 void llama_kv_cache_razor::clear_stream(uint32_t strm) {
@@ -618,6 +646,13 @@ void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
     auto & st = streams[strm];
 
     LLAMA_LOG_WARN("%s: the ubatch at position %d did not complete\n", __func__, p0);
+
+    // the layers hold different tokens
+    if (last_is_prefill) {
+        clear_stream(strm);
+
+        return;
+    }
 
     // some layers may have folded and others may not
     const auto & groups = it->groups;
@@ -783,21 +818,26 @@ uint32_t llama_kv_cache_razor::n_rollback(uint32_t strm) const {
     return n_tokens(strm) - n_left;
 }
 
-std::vector<llama_kv_cache_razor::step_info> llama_kv_cache_razor::apply_local(const llama_ubatch & ubatch) {
+std::vector<llama_kv_cache_razor::step_info> llama_kv_cache_razor::apply_local(const llama_ubatch & ubatch, const llama_razor_prefill * prefill) {
     const uint32_t n = ubatch.n_tokens/ubatch.n_seqs_unq;
 
     last_steps.clear();
+    last_is_prefill = prefill != nullptr;
 
     for (uint32_t i = 0; i < ubatch.n_tokens; i += n) {
-        last_steps.push_back(apply_seq(get_stream(ubatch.seq_id[i][0]), ubatch.pos[i], n));
+        last_steps.push_back(apply_seq(get_stream(ubatch.seq_id[i][0]), ubatch.pos[i], n, prefill));
     }
 
     return last_steps;
 }
 
-llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens) {
+llama_kv_cache_razor::step_info llama_kv_cache_razor::apply_seq(
+        uint32_t strm,
+        uint32_t pos0,
+        uint32_t n_tokens,
+        const llama_razor_prefill * prefill) {
     if (rewind) {
-        log_fold(strm, pos0);
+        log_fold(strm, pos0, prefill);
     }
 
     auto & st = streams[strm];
@@ -1170,7 +1210,7 @@ void llama_kv_cache_razor::synchronize() const {
     copy_streams();
 }
 
-void llama_kv_cache_razor::log_fold(uint32_t strm, uint32_t pos0) {
+void llama_kv_cache_razor::log_fold(uint32_t strm, uint32_t pos0, const llama_razor_prefill * prefill) {
     const auto & st = streams[strm];
 
     std::vector<rewind_group> groups(plan.groups.size());
@@ -1203,9 +1243,17 @@ void llama_kv_cache_razor::log_fold(uint32_t strm, uint32_t pos0) {
 
     synchronize();
 
-    rewind->add(strm, pos0, [&](size_t il, uint8_t * data) {
+    auto fill = [&](size_t il, uint8_t * data) {
         for_each_rewind_piece(layers_razor[il], strm, pos0, groups, data, ggml_backend_tensor_get_2d);
-    });
+    };
+
+    // the layers fold one after the other while a prompt is read layer by layer
+    if (!prefill || prefill->il == 0) {
+        rewind->add(strm, pos0);
+    }
+    for (size_t il = prefill ? prefill->il : 0; il < (prefill ? prefill->il + 1 : layers_razor.size()); ++il) {
+        rewind->write(strm, pos0, il, fill);
+    }
 }
 
 llama_kv_cache_razor::rewind_step llama_kv_cache_razor::plan_rewind(uint32_t strm, uint32_t p0, uint32_t pos) const {
@@ -1324,10 +1372,6 @@ void llama_kv_cache_razor::apply_rewind(const rewind_step & step) {
     st.n_high = step.n_high;
 }
 
-const llama_hparams & llama_kv_cache_razor::get_model_hparams() const {
-    return model.hparams;
-}
-
 bool llama_kv_cache_razor::has_devices() const {
     return !model.devices.empty();
 }
@@ -1343,8 +1387,9 @@ llama_kv_cache_razor_context::llama_kv_cache_razor_context(llama_kv_cache_razor 
 llama_kv_cache_razor_context::llama_kv_cache_razor_context(
         llama_kv_cache_razor * kv,
         slot_info_vec_t sinfos,
-        std::vector<llama_ubatch> ubatches) :
-    llama_kv_cache_context(kv, sinfos, std::move(ubatches)), kv_razor(kv) {
+        std::vector<llama_ubatch> ubatches,
+        std::shared_ptr<llama_razor_prefill> prefill) :
+    llama_kv_cache_context(kv, sinfos, std::move(ubatches)), kv_razor(kv), prefill(std::move(prefill)) {
 
     for (auto & sinfo : sinfos) {
         cells.push_back(std::move(sinfo.idxs));
@@ -1358,7 +1403,7 @@ bool llama_kv_cache_razor_context::next() {
 }
 
 bool llama_kv_cache_razor_context::apply() {
-    steps = kv_razor->apply_local(get_ubatch());
+    steps = kv_razor->apply_local(get_ubatch(), prefill.get());
 
     return llama_kv_cache_context::apply();
 }

@@ -13,7 +13,10 @@
 #include "llama-razor-plan.h"
 #include "llama-razor-rewind.h"
 
+#include <memory>
 #include <vector>
+
+class llama_razor_prefill;
 
 //
 // llama_kv_cache_razor
@@ -176,9 +179,9 @@ const llama_razor_rewind_params & rewind,
     // undo the ubatch, or clear the sequence if rows that are needed for it were overwritten
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
 
-    // to be called for each ubatch before its graph is built
+    // to be called for each ubatch before its graph is built; prefill is nullptr if all layers read it
     // return a step for each of its sequences, which have the same number of tokens
-    std::vector<step_info> apply_local(const llama_ubatch & ubatch);
+    std::vector<step_info> apply_local(const llama_ubatch & ubatch, const llama_razor_prefill * prefill);
 
     // return the step with the largest graph
     step_info full_step() const;
@@ -197,7 +200,7 @@ const llama_razor_rewind_params & rewind,
     // return the layer whose cache the layer reads: itself, except in models whose layers share caches
     int32_t get_source(int32_t il) const { return sources[il]; }
 
-    const llama_hparams & get_model_hparams() const;
+    const llama_model & get_model() const { return model; }
 
     uint32_t n_tokens(uint32_t strm) const;
 
@@ -207,6 +210,18 @@ const llama_razor_rewind_params & rewind,
     stream_range streams_of(llama_seq_id seq_id) const;
 
     void clear_stream(uint32_t strm);
+
+    // copy the cells of the retrieval heads
+    void save_cells(uint32_t strm, llama_kv_cells & cells, uint32_t & head) const;
+
+    // bring the cells and the frontiers of a stream back to what they were; rows that were overwritten since are not restored
+    void restore(uint32_t strm, const llama_kv_cells & cells, uint32_t head, const stream_state & st);
+
+    // wait for computations, so that rows can be read and written
+    void synchronize() const;
+
+    // return true if the tensors of the cache are in this buffer
+    bool owns(ggml_backend_buffer_t buf) const;
 
     // return nullptr if the rewind log is off
     const llama_razor_rewind * get_rewind() const { return rewind.get(); }
@@ -224,6 +239,10 @@ const llama_razor_rewind_params & rewind,
 
     const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs() const { return ctxs_bufs; }
 
+    // written by llama_razor_prefill, see llama_razor_stats
+    float    prefill_done  = 0.0f;
+    uint64_t prefill_bytes = 0;
+
 private:
     const llama_cparams & cparams;
 
@@ -238,8 +257,9 @@ private:
 
     std::vector<int32_t> sources; // layer -> layer whose cache it reads
 
-    // result of the last apply_local()
+    // result of the last apply_local(), and whether one layer alone read its ubatch
     std::vector<step_info> last_steps;
+    bool last_is_prefill = false;
 
     // the context of the cache, nullptr before the first decode
     llama_context * lctx = nullptr;
@@ -286,11 +306,8 @@ private:
 
     void init_rewind(const llama_razor_rewind_params & params);
 
-    // wait for computations, so that rows can be read and written
-    void synchronize() const;
-
     // add what the fold before position pos0 drops to the rewind log, before it is computed
-    void log_fold(uint32_t strm, uint32_t pos0);
+    void log_fold(uint32_t strm, uint32_t pos0, const llama_razor_prefill * prefill);
 
     rewind_step plan_rewind(uint32_t strm, uint32_t p0, uint32_t pos) const;
 
@@ -311,7 +328,7 @@ private:
             uint8_t * data, F && f) const;
 
     // advance a stream by tokens that follow pos0
-    step_info apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens);
+    step_info apply_seq(uint32_t strm, uint32_t pos0, uint32_t n_tokens, const llama_razor_prefill * prefill);
 
     // make a sequence unusable, if it has tokens
     void set_broken(llama_seq_id seq_id, const char * why);
@@ -346,12 +363,18 @@ public:
     llama_kv_cache_razor_context(
             llama_kv_cache_razor * kv,
             slot_info_vec_t sinfos,
-            std::vector<llama_ubatch> ubatches);
+            std::vector<llama_ubatch> ubatches,
+            std::shared_ptr<llama_razor_prefill> prefill = nullptr);
 
     bool next()  override;
     bool apply() override;
 
     const llama_kv_cache_razor & get_kv() const { return *kv_razor; }
+
+    // return nullptr if all layers read the ubatch
+    llama_razor_prefill * get_prefill() const { return prefill.get(); }
+
+    const std::shared_ptr<llama_razor_prefill> & get_shared_prefill() const { return prefill; }
 
     // return the number of sequences of the ubatch
     uint32_t n_seqs() const { return steps.size(); }
@@ -363,6 +386,8 @@ public:
 
 private:
     llama_kv_cache_razor * kv_razor;
+
+    std::shared_ptr<llama_razor_prefill> prefill;
 
     std::vector<llama_kv_cache_razor::step_info> steps;
 

@@ -115,7 +115,7 @@ bool llama_memory_razor::can_keep(uint32_t strm, uint32_t n) const {
     // the token at position n must not attend to tokens that are gone
     const llama_pos pos_min = swa->seq_pos_min(strm);
 
-    const auto & hparams = kv->get_model_hparams();
+    const auto & hparams = kv->get_model().hparams;
 
     return pos_min <= 0 || llama_hparams::is_masked_swa(hparams.n_swa, hparams.swa_type, pos_min - 1, n);
 }

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <numeric>
 
 #include <fcntl.h>
 
@@ -320,7 +321,7 @@ llama_razor_rewind::llama_razor_rewind(const llama_razor_rewind_params & params,
     }
 }
 
-void llama_razor_rewind::add(uint32_t strm, uint32_t start, const std::function<void(size_t part, uint8_t * data)> & fill) {
+void llama_razor_rewind::add(uint32_t strm, uint32_t start) {
     if (!failure.empty()) {
         return;
     }
@@ -339,7 +340,7 @@ void llama_razor_rewind::add(uint32_t strm, uint32_t start, const std::function<
         return;
     }
 
-    // 2. write the block
+    // 2. add the block
     const int64_t slot = store->alloc();
     if (slot < 0) {
         end("out of memory");
@@ -356,18 +357,22 @@ void llama_razor_rewind::add(uint32_t strm, uint32_t start, const std::function<
         delete slot;
     }) };
 
-    size_t offset = 0;
-    for (size_t i = 0; i < parts.size(); ++i) {
-        if (!store->write(slot, offset, parts[i], [&](uint8_t * data) { fill(i, data); })) {
-            end(strerror(errno));
+    blocks.push_back(std::move(cur));
+}
 
-            return;
-        }
-
-        offset += parts[i];
+void llama_razor_rewind::write(uint32_t strm, uint32_t start, size_t part, const std::function<void(size_t part, uint8_t * data)> & fill) {
+    if (!has(strm, start, start)) {
+        return;
     }
 
-    blocks.push_back(std::move(cur));
+    const auto & blocks = streams[strm];
+
+    const int64_t slot   = *blocks[(start - blocks.front().start)/n_step].slot;
+    const size_t  offset = std::accumulate(parts.begin(), parts.begin() + part, size_t(0));
+
+    if (!store->write(slot, offset, parts[part], [&](uint8_t * data) { fill(part, data); })) {
+        end(strerror(errno));
+    }
 }
 
 void llama_razor_rewind::cut(uint32_t strm, uint32_t pos) {

@@ -54,9 +54,12 @@ public:
     // throws std::runtime_error if the file cannot be created
     llama_razor_rewind(const llama_razor_rewind_params & params, uint32_t n_stream, uint32_t n_step, std::vector<size_t> parts);
 
-    // add the block of the fold before position start to a stream, call fill(part, data) for each of its parts
-    // the oldest blocks of all streams are dropped if the limit is reached. If the block cannot be stored, the log ends
-    void add(uint32_t strm, uint32_t start, const std::function<void(size_t part, uint8_t * data)> & fill);
+    // add the block of the fold before position start to a stream; its parts must be written afterwards, in ascending order
+    // the oldest blocks of all streams are dropped if the limit is reached. If there is no memory for the block, the log ends
+    void add(uint32_t strm, uint32_t start);
+
+    // call fill(part, data) for a part of a block, if the stream has the block. If the part cannot be stored, the log ends
+    void write(uint32_t strm, uint32_t start, size_t part, const std::function<void(size_t part, uint8_t * data)> & fill);
 
     // drop the blocks of folds after position pos
     void cut(uint32_t strm, uint32_t pos);

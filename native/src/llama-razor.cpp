@@ -127,6 +127,10 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
             snprintf(res.rewind_failure, sizeof(res.rewind_failure), "%s", rewind->get_failure().c_str());
         }
 
+        res.full_prefill  = plan.full_prefill;
+        res.prefill_done  = kv->prefill_done;
+        res.prefill_bytes = kv->prefill_bytes;
+
         bool any_host   = false;
         bool all_host   = true;
         bool any_device = false;

@@ -43,7 +43,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 8
+#define LLAMA_RAZOR_API_VERSION 9
 #define LLAMA_RAZOR_MAX_WINDOWS 4  // maximum number of different windows
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
 #define LLAMA_RAZOR_REWIND_OFF  0  // no rewind log
@@ -70,6 +70,7 @@ struct llama_razor_params {
     uint32_t rewind;          // LLAMA_RAZOR_REWIND_*
     uint64_t rewind_limit;    // bytes of the rewind log, 0: unlimited. When it is reached, the oldest part is dropped
     const char * rewind_folder; // of the file
+    uint32_t full_prefill;    // 1: read prompts with full attention, layer by layer, and compress the cache afterwards
 };
 
 // statistics of a context
@@ -103,6 +104,9 @@ struct llama_razor_stats {
     uint64_t rewind_limit;    // bytes
     uint64_t rewind_bytes;    // size of the rewind log of all sequences, in memory or in its file; not part of kv_bytes
     char     rewind_failure[64]; // why the rewind log has ended, "" if it has not
+    uint32_t full_prefill;    // 1: prompts are read with full attention
+    float    prefill_done;    // the part of the batch that was read, 0..1, while a batch is read with full attention
+    uint64_t prefill_bytes;   // size of the largest temporary buffers of a batch that was read with full attention; not part of kv_bytes
 };
 
 struct llama_razor_layer_stats {

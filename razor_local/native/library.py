@@ -26,7 +26,7 @@ from .structs import REWIND, BufferStats, LayerStats, Memory, Params, SeqStats, 
 if TYPE_CHECKING:
     from ..profile import Profile
 
-API_VERSION = 8  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 9  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
@@ -146,6 +146,7 @@ def make_params(
     rewind: str = "off",
     rewind_limit: int = 0,
     rewind_folder: str = "",
+    full_prefill: bool = False,
 ) -> Params:
     """Return what override() takes.
 
@@ -157,6 +158,7 @@ def make_params(
         rewind: where the rewind log is: "off", "ram" or "disk".
         rewind_limit: its maximum size in bytes, 0: unlimited.
         rewind_folder: the folder of its file.
+        full_prefill: read prompts with full attention.
     """
     params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
     params.type_k_local = KV_TYPES[type_k_local].ggml_id if type_k_local else -1
@@ -172,6 +174,7 @@ def make_params(
     params.rewind = REWIND[rewind]
     params.rewind_limit = rewind_limit
     params.rewind_folder = os.fsencode(rewind_folder) or None
+    params.full_prefill = full_prefill
     params.n_retrieval = heads.size
     params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
     if profile.scope is not None:

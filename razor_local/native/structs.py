@@ -7,12 +7,13 @@ from ctypes import (
     c_bool,
     c_char,
     c_char_p,
+    c_float,
     c_int32,
     c_int64,
     c_size_t,
-    c_uint8,
     c_uint32,
     c_uint64,
+    c_uint8,
     c_void_p,
 )
 
@@ -42,6 +43,7 @@ class Params(ctypes.Structure):
         ("rewind", c_uint32),
         ("rewind_limit", c_uint64),
         ("rewind_folder", c_char_p),
+        ("full_prefill", c_uint32),
     ]
 
 
@@ -77,6 +79,9 @@ class Stats(ctypes.Structure):
         ("rewind_limit", c_uint64),
         ("rewind_bytes", c_uint64),
         ("rewind_failure", c_char * 64),
+        ("full_prefill", c_uint32),
+        ("prefill_done", c_float),
+        ("prefill_bytes", c_uint64),
     ]
 
 
