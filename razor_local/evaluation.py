@@ -81,10 +81,20 @@ def prefill(
         )
     keep = rewind(llama, tokens)
     last = len(tokens) - checkpoints.MARGIN
-    asked = Callback(lambda _data: stop is not None and bool(stop()), on_error=True)
+    full = llama._full_prefill and not llama._logits_all
+    n_full = len(tokens) - 1 if full else 0
+
+    def interrupted(_data: int | None) -> bool:
+        if llama.n_tokens < n_full:
+            done = llama.n_tokens + library.stats(llama.ctx).prefill_done * (n_full - llama.n_tokens)
+            report(int(done), len(tokens), "reading the prompt")
+        return stop is not None and bool(stop())
+
+    asked = Callback(interrupted, on_error=True)
     llama._abort_callback = C.ggml_abort_callback(asked.call)
+    watched = stop is not None or n_full > 0
     try:
-        if stop is not None:
+        if watched:
             C.llama_set_abort_callback(llama._ctx.ctx, llama._abort_callback, None)
         while llama.n_tokens < len(tokens):
             if stop is not None and stop():
@@ -97,16 +107,33 @@ def prefill(
                     llama._checkpoints.save(llama._input_ids)
                 end = last if n < last < end else end
             try:
-                evaluate(llama, tokens[n:end])
+                if n < n_full:
+                    _read_fully(llama, tokens[n:n_full])
+                else:
+                    evaluate(llama, tokens[n:end])
             except _AbortedError:
                 asked.check()
                 return Prefill(keep, max(llama.n_tokens - keep, 0), False)
             asked.check()
         report(llama.n_tokens, len(tokens), "reading the prompt")
     finally:
-        if stop is not None:
+        if watched:
             C.llama_set_abort_callback(llama._ctx.ctx, _NO_CALLBACK, None)
     return Prefill(keep, len(tokens) - keep, True)
+
+
+def _read_fully(llama: Llama, tokens: list[int]) -> None:
+    """Evaluate tokens that all heads attend to, before the cache is compressed.
+
+    The last token of a prompt is evaluated afterwards, like those of the answer. So its logits are
+    the same if the prompt is asked again, when the cache still holds the other tokens.
+    """
+    tokens = after_cached(llama, tokens)
+    library.lib.llama_razor_set_full_prefill(llama.ctx, True)
+    try:
+        eval_batch(llama, tokens)
+    finally:
+        library.lib.llama_razor_set_full_prefill(llama.ctx, False)
 
 
 def refresh_logits(llama: Llama) -> None:

@@ -19,9 +19,22 @@ from .common.machine import n_cores
 from .common.progress import Progress, Stop
 from .completion import complete
 from .completion_request import read_chat_request, replace_gbnf
-from .errors import GGUFError, LibraryError, MemoryFullError, RazorError, UnsupportedError
+from .errors import (
+    GGUFError,
+    LibraryError,
+    MemoryFullError,
+    RazorError,
+    UnsupportedError,
+    options,
+)
 from .evaluation import Prefill
-from .llama_options import choose_cache, out_of_memory, refuse_arguments, type_name
+from .llama_options import (
+    choose_cache,
+    out_of_memory,
+    refuse_arguments,
+    refuse_prefill,
+    type_name,
+)
 from .memory import Memory, SequenceStats, read_memory, read_sequence
 from .model_file import open_model
 from .native.callbacks import Callback
@@ -88,6 +101,12 @@ class Llama(PlainMessages, llama_cpp.Llama):
         recurrent states have no log: unless this is "off", copies of them are kept in main memory
         at the beginning and the end of each of the last prompts, and the cache goes back to one of
         these checkpoints.
+    prefill: how prompts are read. "full": with full attention, and the cache is compressed
+        afterwards, as in the paper; answers lose less, and reading takes as long as with a full
+        cache and temporary buffers for one layer. "razor": with the compressed cache, which is
+        faster in long prompts. "auto" is "full", but "razor" where that is not supported: with
+        sliding windows, recurrent layers, and some rare architectures. It is for prompts that are
+        answered (generate(), completions and Chat); eval() reads with the compressed cache.
     rewind_limit: maximum bytes of the log, and separately of all checkpoints. When one of them
         reaches it, its oldest part is dropped. By default it is 4 GiB, or 10 % of what is free (on
         disk or in main memory) if that is less.
@@ -145,6 +164,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         compensation: bool | None = None,
         rewind: str = "auto",
         rewind_limit: int | None = None,
+        prefill: str = "auto",
         progress: Callable[[float], object] | None = None,
         wait: bool = False,
         n_ctx: int | str = 512,
@@ -174,6 +194,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             "type_v_local": type_v_local,
             "rewind": rewind,
             "rewind_limit": rewind_limit,
+            "prefill": prefill,
             "rpc_servers": rpc_servers,
             "wait": wait,
         }
@@ -186,11 +207,14 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._ends: dict[int, bool] = {}  # likewise
         self._is_recurrent = self._needs_checkpoints = False
         self._checkpoints: Checkpoints | None = None
+        self._full_prefill = False
+        self._why_no_full_prefill: str | None = None
         self._logits_row = -1  # of the last token, in the logits of the last batch
         self._state_fingerprint: bytes | None = None
         self._abort_callback: Any = None  # of prefill(); lives as long as it may be called
         kwargs["n_gpu_layers"] = n_gpu_layers
         refuse_arguments(os.fspath(model_path), n_ctx, kwargs)
+        refuse_prefill(prefill)
         kwargs["n_threads"] = kwargs.get("n_threads") or n_cores()
         kwargs["n_threads_batch"] = kwargs.get("n_threads_batch") or kwargs["n_threads"]
         type_k, type_v = type_name(type_k), type_name(type_v)
@@ -263,6 +287,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             if refusal is not None:
                 raise refusal
             self._check_plan()
+            self._choose_prefill(prefill)
             if not kwargs.get("vocab_only"):
                 model = self._model.model
                 hybrid = C.llama_model_is_hybrid(model)
@@ -288,6 +313,11 @@ class Llama(PlainMessages, llama_cpp.Llama):
         """Return the memory of the cache and the model, as counted by the native library."""
         memory = read_memory(
             library, self.ctx, self._plan, self._why, self.n_tokens, self._n_ctx, self._why_no_log
+        )
+        memory = replace(
+            memory,
+            prefill="full" if self._full_prefill else "razor",
+            prefill_why=self._why_no_full_prefill,
         )
         if not self._needs_checkpoints:
             return memory
@@ -541,6 +571,24 @@ class Llama(PlainMessages, llama_cpp.Llama):
         if str(error).startswith("Failed to load model"):
             return kind(f"{model_path} could not be loaded: {reason}")
         return None
+
+    def _choose_prefill(self, asked: str) -> None:
+        """Choose how prompts are read, see the argument prefill."""
+        active = self._plan is not None and self._plan.active
+        if asked == "razor" or not active:
+            self._why_no_full_prefill = options(prefill="razor") if active else self._why
+            return
+        self._full_prefill = library.lib.llama_razor_set_full_prefill(self.ctx, True)
+        if self._full_prefill:
+            library.lib.llama_razor_set_full_prefill(self.ctx, False)
+            return
+        self._why_no_full_prefill = library.last_error()
+        if asked == "full":
+            self.close()
+            raise UnsupportedError(
+                f"{self._why_no_full_prefill}; pass {options(prefill='razor')} or"
+                f" {options(prefill='auto')}"
+            )
 
     def _check_plan(self) -> None:
         """Check that the plan that all tools print is what the library allocated."""

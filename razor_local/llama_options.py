@@ -94,6 +94,14 @@ def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) 
         raise UnsupportedError(f"lora_path is {lora!r}, which is not a file; name a LoRA adapter")
 
 
+def refuse_prefill(prefill: Any) -> None:
+    """Refuse another value than those that the argument prefill of Llama has."""
+    if prefill not in ("auto", "full", "razor"):
+        raise UnsupportedError(
+            f"{option('prefill')} is {prefill!r}, expected 'auto', 'full' or 'razor'"
+        )
+
+
 def _refuse_razor(razor: Any) -> None:
     is_path = isinstance(razor, (str, os.PathLike)) and bool(os.fspath(razor))
     # a misspelt "auto" would be a file that does not exist

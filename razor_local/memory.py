@@ -49,6 +49,10 @@ class Memory:
         rewind_why: why the log is off, or why it ended; None while it is in use.
         checkpoints, checkpoint_bytes: number and size of the checkpoints of sliding windows and
             recurrent states; None for a model that needs none to go back.
+        prefill: how prompts are read: with full attention ("full") or with the compressed cache
+            ("razor"). prefill_why: why it is not "full"; None if it is.
+        prefill_bytes: the largest temporary buffers so far of a prompt that was read with full
+            attention. They are freed when it has been read, and are not part of kv_bytes.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.
     """
 
@@ -77,6 +81,9 @@ class Memory:
     rewind_why: str | None = None
     checkpoints: int | None = None
     checkpoint_bytes: int = 0
+    prefill: str = "razor"
+    prefill_why: str | None = None
+    prefill_bytes: int = 0
 
     @property
     def share(self) -> float:
@@ -151,6 +158,7 @@ def read_memory(
         rewind=next(name for name, mode in REWIND.items() if mode == stats.rewind),
         rewind_bytes=stats.rewind_bytes,
         rewind_limit=stats.rewind_limit,
+        prefill_bytes=stats.prefill_bytes,
         rewind_why=failure or why_no_log or (None if stats.active else why),
         **types,
     )

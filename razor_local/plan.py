@@ -216,6 +216,20 @@ class Plan:
         full = self.kv_bytes_full
         return self.kv_bytes / full if full else 1.0
 
+    def prefill_bytes(self, n_tokens: int, n_embd: int) -> int:
+        """Return the bytes of the temporary buffers of a prompt read with full attention.
+
+        These are the states of all tokens between two layers (f32), and K and V of one layer.
+
+        Args:
+            n_tokens: tokens of the prompt, the first in the cache.
+            n_embd: elements of a token's state.
+        """
+        types, shape = (self.type_k_local, self.type_v_local), self.shape
+        rows = sum(map(row_size, types, (shape.head_dim_k, shape.head_dim_v)))
+        heads = max((layer.n_head_kv for layer in self.layers if layer.n_local), default=0)
+        return 4 * n_embd * n_tokens + heads * rows * (-(-n_tokens // 256) * 256)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain numbers, strings, lists and dicts, for JSON."""
         return {

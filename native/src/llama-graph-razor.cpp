@@ -1318,9 +1318,9 @@ uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
 
     // if one layer reads a prompt, it copies the rows of each local head (views included), and stores K and V once more
     uint32_t n_heads = 0;
-    for (uint32_t il = 0; kv->get_plan().full_prefill && il < kv->get_plan().n_layer(); ++il) {
+    for (uint32_t il = 0; il < kv->get_plan().n_layer(); ++il) {
         n_heads = std::max(n_heads, kv->get_plan().n_local(il));
     }
 
-    return n_all + (n_heads > 0 ? 8*n_heads + 20 : 0);
+    return n_all + 8*n_heads + 20;
 }

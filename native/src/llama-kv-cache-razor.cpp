@@ -318,11 +318,11 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
 
     std::shared_ptr<llama_razor_prefill> prefill;
 
-    if (plan.full_prefill && llama_razor_prefill::is_useful(*this, ubatches)) {
+    if (full_prefill && llama_razor_prefill::is_useful(*this, ubatches)) {
         try {
             prefill = std::make_shared<llama_razor_prefill>(this, sinfos, ubatches);
         } catch (const std::bad_alloc &) {
-            return llama_razor_refuse_batch("out of memory for reading the prompt with full attention, read prompts with razor (prefill)");
+            return llama_razor_refuse_batch("out of memory for reading a prompt with full attention, read prompts with razor instead");
         }
     }
 

@@ -322,8 +322,6 @@ static std::unique_ptr<llama_razor_plan> razor_plan_choose(const llama_model & m
     // 4. make the plan and check that it saves something
     llama_razor_plan plan = razor_plan_make(*profile, mask, heads->scope, model, cparams.n_ctx_seq);
 
-    plan.full_prefill = profile->full_prefill;
-
     plan.types       = { params.type_k, params.type_v };
     plan.types_local = {
         profile->type_k_local < 0 ? params.type_k : (ggml_type) profile->type_k_local,

@@ -79,8 +79,6 @@ struct llama_razor_plan {
     uint32_t block       = 0;
     uint32_t n_comp      = 0;
 
-    bool full_prefill = false; // prompts are read with full attention, see llama-razor-prefill.h
-
     llama_razor_types types;       // of retrieval heads
     llama_razor_types types_local; // of local heads
 

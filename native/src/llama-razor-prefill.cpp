@@ -1,5 +1,6 @@
 #include "llama-razor-prefill.h"
 
+#include "llama-memory-razor.h"
 #include "llama-razor-error.h"
 
 #include "llama-batch.h"
@@ -16,6 +17,47 @@
 //
 // llama_razor_prefill
 //
+
+// return the index of the node with the states after a layer, -1 if there is none
+static int razor_find_states(ggml_cgraph * gf, uint32_t il, int64_t n_embd, int64_t n_tokens) {
+    const std::string name = format("l_out-%u", il);
+
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        const ggml_tensor * t = ggml_graph_node(gf, i);
+
+        if (name == t->name) {
+            const bool fits = t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && t->ne[0] == n_embd && t->ne[1] == n_tokens && ggml_nrows(t) == n_tokens;
+
+            return fits ? i : -1;
+        }
+    }
+
+    return -1;
+}
+
+std::string llama_razor_prefill::find_unsupported(llama_context & ctx, const llama_kv_cache_razor * kv) {
+    const auto & model = ctx.get_model();
+
+    if (!kv) {
+        return llama_razor_get_cache(ctx.get_memory()) ? "models with sliding windows or recurrent layers cannot read prompts with full attention" :
+            "razor is not active in this context";
+    }
+
+    const uint32_t n_layer  = model.hparams.n_layer();
+    const uint32_t n_tokens = std::min(ctx.get_cparams().n_ubatch, 2u);
+
+    const auto mctx = ctx.get_memory()->init_full();
+
+    ggml_cgraph * gf = ctx.graph_reserve(n_tokens, 1, 1, mctx.get(), true);
+
+    for (uint32_t il = 0; gf && il + 1 < n_layer; ++il) {
+        if (kv->get_source(il) != (int32_t) il || razor_find_states(gf, il, model.hparams.n_embd, n_tokens) < 0) {
+            return format("the layers of %s cannot read a prompt one after the other", llm_arch_name(model.arch));
+        }
+    }
+
+    return gf ? "" : "out of memory";
+}
 
 bool llama_razor_prefill::is_useful(const llama_kv_cache_razor & kv, const std::vector<llama_ubatch> & ubatches) {
     const auto & plan = kv.get_plan();
@@ -176,28 +218,13 @@ ggml_cgraph * llama_razor_prefill::cut_graph(llm_graph_result * res, const llama
     const int      n_nodes = ggml_graph_n_nodes(gf);
 
     // 1. find the tensors before and after the layer
-    auto find = [&](uint32_t il) {
-        for (int i = 0; i < n_nodes; ++i) {
-            if (format("l_out-%u", il) == ggml_graph_node(gf, i)->name) {
-                return i;
-            }
-        }
-        return -1;
-    };
-
-    auto is_state = [&](int i) {
-        const ggml_tensor * t = i < 0 ? nullptr : ggml_graph_node(gf, i);
-
-        return t && t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && t->ne[0] == states->ne[0] && t->ne[1] == ubatch.n_tokens && ggml_nrows(t) == t->ne[1];
-    };
-
     const bool is_first = il == 0;
     const bool is_last  = il + 1 == n_layer;
 
-    const int i_inp = is_first ? -1          : find(il - 1);
-    const int i_out = is_last  ? n_nodes - 1 : find(il);
+    const int i_inp = is_first ? -1          : razor_find_states(gf, il - 1, states->ne[0], ubatch.n_tokens);
+    const int i_out = is_last  ? n_nodes - 1 : razor_find_states(gf, il,     states->ne[0], ubatch.n_tokens);
 
-    bool found = (is_first || is_state(i_inp)) && (is_last || is_state(i_out)) && i_inp < i_out;
+    bool found = (is_first || i_inp >= 0) && i_inp < i_out;
 
     // 2. take the input of the layer from the states
     std::vector<ggml_tensor *> nodes;
@@ -275,8 +302,7 @@ ggml_cgraph * llama_razor_prefill::cut_graph(llm_graph_result * res, const llama
     }
 
     if (!found) {
-        llama_razor_error_set(format("the layers of %s cannot be read one after the other, read prompts with razor (prefill)",
-                    llm_arch_name(kv->get_model().arch)));
+        llama_razor_error_set(format("the layers of %s cannot read a prompt one after the other", llm_arch_name(kv->get_model().arch)));
 
         return nullptr;
     }
@@ -325,7 +351,7 @@ int llama_razor_prefill_layers(
             }
         }
     } catch (const std::bad_alloc &) {
-        llama_razor_error_set("out of memory for reading the prompt with full attention, read prompts with razor (prefill)");
+        llama_razor_error_set("out of memory for reading a prompt with full attention, read prompts with razor instead");
 
         status = GGML_STATUS_ALLOC_FAILED;
     }
@@ -336,6 +362,12 @@ int llama_razor_prefill_layers(
     prefill->kv->clear_stream(prefill->strm);
 
     return status == GGML_STATUS_ABORTED ? 2 : status == GGML_STATUS_ALLOC_FAILED ? -2 : -3;
+}
+
+bool llama_razor_prefill_is_on(const llama_memory_i * memory) {
+    const auto * kv = dynamic_cast<const llama_kv_cache_razor *>(memory);
+
+    return kv && kv->full_prefill;
 }
 
 ggml_cgraph * llama_razor_prefill_graph(llm_graph_result * res, const llama_memory_context_i * mctx, const llama_ubatch & ubatch) {

@@ -15,6 +15,7 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 
 class llm_graph_result;
 
@@ -27,6 +28,9 @@ public:
             std::vector<llama_ubatch> ubatches);
 
     ~llama_razor_prefill();
+
+    // return why the context cannot read prompts with full attention, "" if it can; kv is nullptr if it has other memory
+    static std::string find_unsupported(llama_context & ctx, const llama_kv_cache_razor * kv);
 
     // return true if local heads would drop tokens of the batch while it is read
     static bool is_useful(const llama_kv_cache_razor & kv, const std::vector<llama_ubatch> & ubatches);
@@ -92,6 +96,9 @@ private:
 int llama_razor_prefill_layers(
         llama_memory_context_ptr & mctx,
         const std::function<ggml_status(const llama_ubatch & ubatch)> & compute);
+
+// return true if a batch can have more tokens than n_batch
+bool llama_razor_prefill_is_on(const llama_memory_i * memory);
 
 // return the graph that is to be computed in mctx, nullptr on failure
 ggml_cgraph * llama_razor_prefill_graph(llm_graph_result * res, const llama_memory_context_i * mctx, const llama_ubatch & ubatch);

@@ -316,9 +316,6 @@ bool llama_razor_set_override(const llama_razor_params * params) {
             res->type_k_local = params->type_k_local;
             res->type_v_local = params->type_v_local;
 
-            razor_check_range("full_prefill", params->full_prefill, 0, 1);
-            res->full_prefill = params->full_prefill != 0;
-
             razor_check_range("rewind", params->rewind, RAZOR_REWIND_OFF, RAZOR_REWIND_FILE);
 
             if (params->rewind == RAZOR_REWIND_FILE && !params->rewind_folder) {

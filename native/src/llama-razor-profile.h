@@ -30,8 +30,6 @@ struct llama_razor_profile {
     int32_t  type_k_local   = -1;    // enum ggml_type of the rows of local heads, -1: as in the context
     int32_t  type_v_local   = -1;
 
-    bool     full_prefill   = false; // read prompts with full attention
-
     llama_razor_rewind_params rewind;
 
     std::vector<uint8_t>  retrieval; // 0/1 per KV head, layer-major

@@ -3,6 +3,7 @@
 #include "llama-memory-razor.h"
 #include "llama-razor-error.h"
 #include "llama-razor-full.h"
+#include "llama-razor-prefill.h"
 
 #include "llama-context.h"
 #include "llama-ext.h"
@@ -127,7 +128,7 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
             snprintf(res.rewind_failure, sizeof(res.rewind_failure), "%s", rewind->get_failure().c_str());
         }
 
-        res.full_prefill  = plan.full_prefill;
+        res.full_prefill  = kv->full_prefill;
         res.prefill_done  = kv->prefill_done;
         res.prefill_bytes = kv->prefill_bytes;
 
@@ -158,6 +159,26 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
     }
 
     *stats = res;
+
+    return true;
+}
+
+bool llama_razor_set_full_prefill(llama_context * ctx, bool full) {
+    llama_razor_error_set("");
+
+    auto * kv = dynamic_cast<llama_kv_cache_razor *>(ctx->get_memory());
+
+    const std::string why = full && !(kv && kv->can_prefill) ? llama_razor_prefill::find_unsupported(*ctx, kv) : "";
+    if (!why.empty()) {
+        llama_razor_error_set(why);
+
+        return false;
+    }
+
+    if (kv) {
+        kv->can_prefill  = kv->can_prefill || full;
+        kv->full_prefill = full;
+    }
 
     return true;
 }

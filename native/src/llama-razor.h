@@ -70,7 +70,6 @@ struct llama_razor_params {
     uint32_t rewind;          // LLAMA_RAZOR_REWIND_*
     uint64_t rewind_limit;    // bytes of the rewind log, 0: unlimited. When it is reached, the oldest part is dropped
     const char * rewind_folder; // of the file
-    uint32_t full_prefill;    // 1: read prompts with full attention, layer by layer, and compress the cache afterwards
 };
 
 // statistics of a context
@@ -104,9 +103,9 @@ struct llama_razor_stats {
     uint64_t rewind_limit;    // bytes
     uint64_t rewind_bytes;    // size of the rewind log of all sequences, in memory or in its file; not part of kv_bytes
     char     rewind_failure[64]; // why the rewind log has ended, "" if it has not
-    uint32_t full_prefill;    // 1: prompts are read with full attention
-    float    prefill_done;    // the part of the batch that was read, 0..1, while a batch is read with full attention
-    uint64_t prefill_bytes;   // size of the largest temporary buffers of a batch that was read with full attention; not part of kv_bytes
+    uint32_t full_prefill;    // see llama_razor_set_full_prefill()
+    float    prefill_done;    // while a batch is read with full attention: the part of it that was read, 0..1
+    uint64_t prefill_bytes;   // size of the largest temporary buffers of such a batch; not part of kv_bytes
 };
 
 struct llama_razor_layer_stats {
@@ -176,6 +175,13 @@ LLAMA_API bool llama_razor_get_buffer(const struct llama_context * ctx, uint32_t
 
 // i is less than the number of buffer types that the context uses; razor need not be active
 LLAMA_API bool llama_razor_get_memory(const struct llama_context * ctx, uint32_t i, struct llama_razor_memory * memory);
+
+// read prompts with full attention: from now on, all heads attend to all tokens of a batch that is decoded, and the cache is compressed
+// layer by layer. This needs temporary buffers for one layer. The batch can have more than n_batch tokens
+// local heads attend to tokens of earlier batches as without this, so that the results depend on how tokens are split into batches
+// a batch that ends before anything is folded, or has several sequences, is decoded as without this
+// return false and set llama_razor_last_error() if the context does not support it
+LLAMA_API bool llama_razor_set_full_prefill(struct llama_context * ctx, bool full);
 
 // receive the log of llama.cpp and ggml from now on: keep its last error lines, print all of it to stderr if print is set
 LLAMA_API void llama_razor_log_keep(bool print);

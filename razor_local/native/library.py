@@ -43,6 +43,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_razor_get_seq": ([c_void_p, c_int32, ctypes.POINTER(SeqStats)], c_bool),
     "llama_razor_get_buffer": ([c_void_p, c_uint32, ctypes.POINTER(BufferStats)], c_bool),
     "llama_razor_get_memory": ([c_void_p, c_uint32, ctypes.POINTER(Memory)], c_bool),
+    "llama_razor_set_full_prefill": ([c_void_p, c_bool], c_bool),
     "llama_razor_log_keep": ([c_bool], None),
     "llama_razor_log_clear": ([], None),
     "llama_razor_log_get": ([c_char_p, c_int32], c_int32),
@@ -146,7 +147,6 @@ def make_params(
     rewind: str = "off",
     rewind_limit: int = 0,
     rewind_folder: str = "",
-    full_prefill: bool = False,
 ) -> Params:
     """Return what override() takes.
 
@@ -158,7 +158,6 @@ def make_params(
         rewind: where the rewind log is: "off", "ram" or "disk".
         rewind_limit: its maximum size in bytes, 0: unlimited.
         rewind_folder: the folder of its file.
-        full_prefill: read prompts with full attention.
     """
     params = Params(size=ctypes.sizeof(Params), own_attention=own_attention or profile is not None)
     params.type_k_local = KV_TYPES[type_k_local].ggml_id if type_k_local else -1
@@ -174,7 +173,6 @@ def make_params(
     params.rewind = REWIND[rewind]
     params.rewind_limit = rewind_limit
     params.rewind_folder = os.fsencode(rewind_folder) or None
-    params.full_prefill = full_prefill
     params.n_retrieval = heads.size
     params.retrieval = (c_uint8 * heads.size)(*heads.tolist())
     if profile.scope is not None:

@@ -43,7 +43,6 @@ class Params(ctypes.Structure):
         ("rewind", c_uint32),
         ("rewind_limit", c_uint64),
         ("rewind_folder", c_char_p),
-        ("full_prefill", c_uint32),
     ]
 
 

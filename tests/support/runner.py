@@ -62,7 +62,6 @@ class Override:
     rewind: str = "off"  # or "ram" or "disk"
     rewind_limit: int = 0  # bytes, 0: unlimited
     rewind_folder: str = ""
-    full_prefill: bool = False
 
 
 OFF = Override(enabled=False)
@@ -172,7 +171,6 @@ def raw_params(value: Override) -> Params:
         params.scope = (ctypes.c_uint32 * max(1, len(value.scope)))(*value.scope)
     params.rewind, params.rewind_limit = REWIND[value.rewind], value.rewind_limit
     params.rewind_folder = value.rewind_folder.encode() or None
-    params.full_prefill = value.full_prefill
     return params
 
 
