@@ -536,13 +536,8 @@ void llm_graph_razor_seq::set_input_prefill() const {
 
         GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
 
-        llama_kv_cache_razor::group_step past;
-
-        past.frontier = prefill->past.groups[g].frontier;
-        past.slot     = prefill->past.groups[g].slot;
-
         auto set_mask = [&](auto * data) {
-            set_input_prefill_mask(data, plan.groups[g], past, *prefill, step.pos0, mask->ne[0], n_tokens);
+            set_input_prefill_mask(data, plan.groups[g], prefill->steps_past[g], *prefill, step.pos0, mask->ne[0], n_tokens);
         };
 
         if (mask->type == GGML_TYPE_F16) {
@@ -855,14 +850,10 @@ void llm_graph_razor_seq::build_store_v_trans(const llm_graph_context & g, const
 void llm_graph_razor_seq::build_prefill_past(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const {
     ggml_context * ctx0 = g.ctx0;
 
-    const auto & plan = mctx->get_kv().get_plan();
-
     int64_t row = (int64_t) order.groups[0].size()*prefill->cells;
 
     for (size_t i = 0; i < groups.size(); ++i) {
-        const auto & past = prefill->past;
-
-        const int64_t n_used = plan.groups[i].n_used(past.n_high, past.groups[i].frontier);
+        const int64_t n_used = prefill->n_used(i);
 
         for (size_t j = 0; j < order.groups[i + 1].size(); ++j) {
             for (auto [store, dst] : { std::make_pair(layer.k_local, prefill->k), std::make_pair(layer.v_local, prefill->v) }) {
@@ -923,14 +914,14 @@ ggml_tensor * llm_graph_razor_seq::build_attn(
     // the layer whose part of the graph is computed, if one layer alone reads a prompt
     const bool reads = prefill && prefill->il == (uint32_t) il && layer.n_local > 0;
 
-    if (reads && prefill->copies_past(get_step().pos0)) {
-        build_prefill_past(g, layer, order);
-    }
-
     // 1. fold, before the new tokens overwrite its rows and attend to the compensation token
     // a layer without K reads the cache of an earlier one, which folds and stores
     for (size_t i = 0; k_cur && i < groups.size(); ++i) {
         build_folds(g, layer, i);
+    }
+
+    if (reads && prefill->copies_past(get_step().pos0)) {
+        build_prefill_past(g, layer, order);
     }
 
     // 2. store K and V

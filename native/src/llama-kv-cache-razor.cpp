@@ -303,6 +303,11 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
 
     llama_razor_error_set("");
 
+    // upstream has room for so many outputs, which is n_batch by default
+    if (full_prefill && balloc.get_n_outputs() > cparams.n_outputs_max) {
+        return llama_razor_refuse_batch("the batch has more outputs than n_outputs_max (n_batch by default), ask for the logits of fewer tokens");
+    }
+
     std::vector<llama_ubatch> ubatches;
 
     const char * why = split_batch(balloc, n_ubatch, false, ubatches);
@@ -1202,6 +1207,10 @@ void llama_kv_cache_razor::for_each_rewind_piece(
     }
 }
 
+ggml_backend_sched_t llama_kv_cache_razor::get_sched() const {
+    return lctx->get_sched();
+}
+
 void llama_kv_cache_razor::synchronize() const {
     if (lctx) {
         ggml_backend_sched_synchronize(lctx->get_sched());
@@ -1403,6 +1412,10 @@ bool llama_kv_cache_razor_context::next() {
 }
 
 bool llama_kv_cache_razor_context::apply() {
+    if (prefill) {
+        prefill->reset_plan();
+    }
+
     steps = kv_razor->apply_local(get_ubatch(), prefill.get());
 
     return llama_kv_cache_context::apply();

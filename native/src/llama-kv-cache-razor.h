@@ -220,6 +220,9 @@ const llama_razor_rewind_params & rewind,
     // wait for computations, so that rows can be read and written
     void synchronize() const;
 
+    // the scheduler of the context, after its first decode
+    ggml_backend_sched_t get_sched() const;
+
     // return true if the tensors of the cache are in this buffer
     bool owns(ggml_backend_buffer_t buf) const;
 

@@ -90,10 +90,15 @@ llama_razor_prefill::llama_razor_prefill(
 
     const auto & plan = kv->get_plan();
 
-    if (pos0 > 0) {
-        for (size_t g = 0; g < plan.groups.size(); ++g) {
-            n_past = std::max(n_past, plan.groups[g].n_used(past.n_high, past.groups[g].frontier));
-        }
+    for (size_t g = 0; g < plan.groups.size(); ++g) {
+        llama_kv_cache_razor::group_step step;
+
+        step.frontier = plan.groups[g].frontier(pos0);
+        step.slot     = past.groups[g].slot ^ (step.frontier > past.groups[g].frontier ? 1 : 0);
+
+        steps_past.push_back(step);
+
+        n_past = pos0 > 0 ? std::max(n_past, n_used(g)) : 0;
     }
 
     const llama_ubatch & last = ubatches.back();
@@ -108,6 +113,26 @@ llama_razor_prefill::llama_razor_prefill(
 llama_razor_prefill::~llama_razor_prefill() {
     kv->synchronize();
     kv->prefill_done = 0.0f;
+
+    reset_plan();
+}
+
+void llama_razor_prefill::reset_plan() const {
+    uint8_t buf[16*1024];
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ sizeof(buf),
+        /*.mem_buffer =*/ buf,
+        /*.no_alloc   =*/ true,
+    };
+
+    ggml_context_ptr ctx(ggml_init(params));
+
+    ggml_cgraph * gf = ggml_new_graph_custom(ctx.get(), 4, false);
+
+    ggml_build_forward_expand(gf, ggml_dup(ctx.get(), ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 1)));
+
+    ggml_backend_sched_reserve(kv->get_sched(), gf);
 }
 
 size_t llama_razor_prefill::n_bytes() const {

@@ -43,11 +43,18 @@ public:
     ggml_cgraph * cut_graph(llm_graph_result * res, const llama_ubatch & ubatch);
 
     // return the cells that the local heads of a group attend to in an ubatch that ends before pos
-    // these are the cells in which the cache was before the batch, and then those of the tokens of the batch
+    // these are a copy of their cells before the batch, and then the tokens of the batch
     uint32_t n_kv(uint32_t pos) const { return std::min<uint32_t>(cells, GGML_PAD(n_past + pos - pos0, 256)); }
 
-    // return true if the layer's cache as of before the batch has to be copied in this ubatch
+    // return true if the cache before the batch has to be copied in the ubatch that begins at pos, after its fold
     bool copies_past(uint32_t pos) const { return pos == pos0 && n_past > 0; }
+
+    // return the number of cells of a local head that were in use before the batch
+    uint32_t n_used(size_t i_group) const { return kv->get_plan().groups[i_group].n_used(past.n_high, steps_past[i_group].frontier); }
+
+    // let ggml plan the memory of the next graph anew
+    // it keeps the plan of the last graph if the next one has as many nodes and inputs, but those of two layers can be in different orders
+    void reset_plan() const;
 
     // return the size of the temporary buffers in bytes
     size_t n_bytes() const;
@@ -60,8 +67,9 @@ public:
     uint32_t n_past = 0; // temporary cells for the cache as of before the batch
     uint32_t cells  = 0; // temporary cells of each head
 
-    // before the batch
-    llama_kv_cache_razor::stream_state past;
+    // before the batch, and what the local heads of each group see of that: the frontiers are those of the first token of the batch
+    llama_kv_cache_razor::stream_state            past;
+    std::vector<llama_kv_cache_razor::group_step> steps_past;
 
     // temporary rows of the current layer, `cells` for each of its KV heads: those of the retrieval heads first, then group by group
     ggml_tensor * k = nullptr; // [n_embd_head_k, rows]

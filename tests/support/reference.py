@@ -8,6 +8,8 @@ ubatches, ring or accumulators. In a local KV head, a token at position p attend
   - the window [F(p), p],
 with F(p) = max(N0, B * floor(p / B) - L), L of the head. A retrieval head attends to [0, p].
 
+With Razor.prompts, F of all tokens of a prompt is that of its first token.
+
 With Razor.types, rows of K and V and means are rounded to the KV types of their heads.
 """
 
@@ -36,6 +38,8 @@ class Razor:
         scopes: a row per layer, as in a profile. None if all local heads have the same window.
         windows: L of each head, 0 if it keeps everything. None if scopes is None.
         types: KV types of retrieval heads and of local heads. None: rows are not rounded.
+        prompts: the first position and the end of each batch that is read with full attention.
+            Its tokens see what its first one sees, and all of the batch up to themselves.
     """
 
     mask: tuple[tuple[int, ...], ...]
@@ -46,6 +50,7 @@ class Razor:
     scopes: tuple[tuple[int, ...], ...] | None = None
     windows: tuple[tuple[int, ...], ...] | None = None
     types: tuple[Types, Types] | None = None
+    prompts: tuple[tuple[int, int], ...] = ()
 
     def rounding(self, local: bool, part: int, head_dim: int) -> Callable[..., np.ndarray]:
         """Return the function that rounds rows of K (part 0) or V (part 1) of a head.
@@ -77,7 +82,10 @@ class Razor:
         Args:
             window: L of the head; None means the largest one.
         """
-        start = self.block * (np.asarray(p) // self.block)
+        p = np.array(p)
+        for first, end in self.prompts:
+            p = np.where((first <= p) & (p < end), first, p)
+        start = self.block * (p // self.block)
         return np.maximum(self.sink_tokens, start - (self.window if window is None else window))
 
 

@@ -130,6 +130,7 @@ def razor_api() -> ctypes.CDLL:
         ("get_layer", [ctx, u32, ctypes.POINTER(LayerStats)], ctypes.c_bool),
         ("get_seq", [ctx, ctypes.c_int32, ctypes.POINTER(SeqStats)], ctypes.c_bool),
         ("get_buffer", [ctx, u32, ctypes.POINTER(BufferStats)], ctypes.c_bool),
+        ("set_full_prefill", [ctx, ctypes.c_bool], ctypes.c_bool),
     ):
         func = getattr(lib, f"llama_razor_{name}")
         func.argtypes, func.restype = args, result
@@ -335,6 +336,22 @@ class Context:
             parts.append(logits)
             start += size
         return np.concatenate(parts)
+
+    def set_full_prefill(self, full: bool) -> bool:
+        """Call llama_razor_set_full_prefill. The reason for False is in last_error()."""
+        return bool(razor_api().llama_razor_set_full_prefill(self.ptr, full))
+
+    def read(self, tokens: Sequence[int]) -> np.ndarray:
+        """Decode tokens in one call with full attention. Returns logits f32 [n, n_vocab]."""
+        if not self.set_full_prefill(True):
+            raise RuntimeError(last_error())
+        try:
+            status, logits = self.try_decode(tokens)
+        finally:
+            self.set_full_prefill(False)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}: {last_error()}")
+        return logits
 
     def decode_sequences(self, batch: Sequence[tuple[int, int, int]]) -> np.ndarray:
         """Decode tokens of several sequences in one call.
