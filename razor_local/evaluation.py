@@ -8,14 +8,16 @@ the last token.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from . import checkpoints, native
+from .available_memory import available_ram
 from .common.progress import Progress, Stop, silent
-from .errors import ContextFullError, RazorError, UnsupportedError, option
+from .errors import ContextFullError, RazorError, UnsupportedError, option, options
 from .native.callbacks import Callback
 from .native.loaded import C, library, llama_cpp
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _ABORTED = 2  # llama_decode: stopped by the abort callback
 _NO_SLOT = 1  # llama_decode: no room for the batch
+_NO_BUFFERS = "out of memory for reading a prompt with full attention"  # of the native library
+_SMALL = 2**28  # bytes that a prompt may take without asking how much is free
 _NO_CALLBACK = C.ggml_abort_callback()
 
 
@@ -37,6 +41,10 @@ class Prefill(NamedTuple):
 
 class _AbortedError(RazorError):
     pass
+
+
+class _NoMemoryError(RazorError):
+    """The temporary buffers for a prompt cannot be allocated. The cache is as before."""
 
 
 def evaluate(llama: Llama, tokens: Sequence[int]) -> None:
@@ -81,13 +89,16 @@ def prefill(
         )
     keep = rewind(llama, tokens)
     last = len(tokens) - checkpoints.MARGIN
-    full = llama._full_prefill and not llama._logits_all
-    n_full = len(tokens) - 1 if full else 0
+    n_full = len(tokens) - 1 if _reads_fully(llama, len(tokens) - 1 - keep) else 0
 
-    def interrupted(_data: int | None) -> bool:
-        if llama.n_tokens < n_full:
-            done = llama.n_tokens + library.stats(llama.ctx).prefill_done * (n_full - llama.n_tokens)
-            report(int(done), len(tokens), "reading the prompt")
+    reported = time.monotonic()
+
+    def interrupted(_data: int | None) -> bool:  # called for each operation
+        nonlocal reported
+        if llama.n_tokens < n_full and time.monotonic() > reported + 0.1:
+            reported = time.monotonic()
+            done = library.stats(llama.ctx).prefill_done * (n_full - llama.n_tokens)
+            report(llama.n_tokens + int(done), len(tokens), "reading the prompt")
         return stop is not None and bool(stop())
 
     asked = Callback(interrupted, on_error=True)
@@ -111,6 +122,11 @@ def prefill(
                     _read_fully(llama, tokens[n:n_full])
                 else:
                     evaluate(llama, tokens[n:end])
+            except _NoMemoryError as error:
+                if llama._razor_args["prefill"] == "full":
+                    raise
+                llama._why_no_full_prefill = str(error)
+                n_full = 0
             except _AbortedError:
                 asked.check()
                 return Prefill(keep, max(llama.n_tokens - keep, 0), False)
@@ -120,6 +136,28 @@ def prefill(
         if watched:
             C.llama_set_abort_callback(llama._ctx.ctx, _NO_CALLBACK, None)
     return Prefill(keep, len(tokens) - keep, True)
+
+
+def _reads_fully(llama: Llama, n_tokens: int) -> bool:
+    """Return True if a prompt is read with full attention, and the memory suffices for that."""
+    if not llama._full_prefill or llama._logits_all or n_tokens < 2:
+        return False
+    llama._why_no_full_prefill = None
+    assert llama._plan is not None
+    n_bytes = llama._plan.prefill_bytes(n_tokens, llama.n_embd())
+    if n_bytes < _SMALL or llama.memory().devices or n_bytes < available_ram():
+        return True
+    llama._why_no_full_prefill = _no_room(n_tokens, n_bytes)
+    if llama._razor_args["prefill"] == "full":
+        raise RazorError(f"{llama._why_no_full_prefill}; use {options(prefill='razor')}")
+    return False
+
+
+def _no_room(n_tokens: int, n_bytes: int) -> str:
+    return (
+        f"there is no memory for the temporary buffers of a prompt of {n_tokens:,} tokens"
+        f" ({n_bytes / 2**20:,.1f} MiB)"
+    )
 
 
 def _read_fully(llama: Llama, tokens: list[int]) -> None:
@@ -265,6 +303,9 @@ def eval_batch(llama: Llama, batch: list[int], wanted: list[bool] | None = None)
         _after_failed_decode(llama, batch, n_past, code)
         if code == _ABORTED:
             raise _AbortedError("the computation was stopped")
+        if reason == _NO_BUFFERS:
+            assert llama._plan is not None
+            raise _NoMemoryError(_no_room(n, llama._plan.prefill_bytes(n, llama.n_embd())))
         full = code == _NO_SLOT and reason in ("", "the context is full")
         what = f"{n} tokens after {n_past} in a context of {llama._n_ctx}"
         if full:

@@ -251,6 +251,23 @@ static void set_input_mask(
     }
 }
 
+// the distances from position pos to the positions below n that are sinks or in the ring
+template<typename T>
+static void set_input_row_distances(
+        T * row,
+        const llama_razor_group & group,
+        const llama_kv_cache_razor::group_step & step,
+        uint32_t pos,
+        uint32_t n) {
+    for (uint32_t p = 0; p < std::min(group.sink_tokens, n); ++p) {
+        row[group.cell(p)] = llama_cast<T>(-(float) (pos - p));
+    }
+
+    for (uint32_t p = step.frontier; p < n; ++p) {
+        row[group.cell(p)] = llama_cast<T>(-(float) (pos - p));
+    }
+}
+
 // with ALiBi, the mask holds distances
 template<typename T>
 static void set_input_distances(
@@ -265,17 +282,9 @@ static void set_input_distances(
     std::fill(data, data + (size_t) n_tokens*n_kv, llama_cast<T>(-INFINITY));
 
     for (uint32_t i = 0; i < n_tokens; ++i) {
-        T * row = data + (size_t) i*n_kv;
-
         const uint32_t pos = pos0 + i;
 
-        for (uint32_t p = 0; p < std::min(group.sink_tokens, pos + 1); ++p) {
-            row[group.cell(p)] = llama_cast<T>(-(float) (pos - p));
-        }
-
-        for (uint32_t p = step.frontier; p <= pos; ++p) {
-            row[group.cell(p)] = llama_cast<T>(-(float) (pos - p));
-        }
+        set_input_row_distances(data + (size_t) i*n_kv, group, step, pos, pos + 1);
     }
 }
 
@@ -523,6 +532,30 @@ static void set_input_prefill_mask(
     }
 }
 
+template<typename T>
+static void set_input_prefill_distances(
+        T * data,
+        const llama_razor_group & group,
+        const llama_kv_cache_razor::group_step & past,
+        const llama_razor_prefill & prefill,
+        uint32_t pos0,
+        uint32_t n_kv,
+        uint32_t n_tokens) {
+    std::fill(data, data + (size_t) n_tokens*n_kv, llama_cast<T>(-INFINITY));
+
+    for (uint32_t i = 0; i < n_tokens; ++i) {
+        T * row = data + (size_t) i*n_kv;
+
+        const uint32_t pos = pos0 + i;
+
+        set_input_row_distances(row, group, past, pos, prefill.pos0);
+
+        for (uint32_t p = prefill.pos0; p <= pos; ++p) {
+            row[prefill.n_past + p - prefill.pos0] = llama_cast<T>(-(float) (pos - p));
+        }
+    }
+}
+
 void llm_graph_razor_seq::set_input_prefill() const {
     const auto & plan = mctx->get_kv().get_plan();
     const auto & step = get_step();
@@ -537,7 +570,11 @@ void llm_graph_razor_seq::set_input_prefill() const {
         GGML_ASSERT(ggml_backend_buffer_is_host(mask->buffer));
 
         auto set_mask = [&](auto * data) {
-            set_input_prefill_mask(data, plan.groups[g], prefill->steps_past[g], *prefill, step.pos0, mask->ne[0], n_tokens);
+            if (hparams.use_alibi) {
+                set_input_prefill_distances(data, plan.groups[g], prefill->steps_past[g], *prefill, step.pos0, mask->ne[0], n_tokens);
+            } else {
+                set_input_prefill_mask(data, plan.groups[g], prefill->steps_past[g], *prefill, step.pos0, mask->ne[0], n_tokens);
+            }
         };
 
         if (mask->type == GGML_TYPE_F16) {

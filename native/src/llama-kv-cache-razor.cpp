@@ -327,7 +327,7 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
         try {
             prefill = std::make_shared<llama_razor_prefill>(this, sinfos, ubatches);
         } catch (const std::bad_alloc &) {
-            return llama_razor_refuse_batch("out of memory for reading a prompt with full attention, read prompts with razor instead");
+            return llama_razor_refuse_batch("out of memory for reading a prompt with full attention");
         }
     }
 

@@ -108,6 +108,12 @@ llama_razor_prefill::llama_razor_prefill(
     kv->save_cells(strm, cells_past, head_past);
 
     init_states();
+
+    // fail before anything is computed if there is no memory for the rows of a layer
+    while (kv->get_layer(il).n_local == 0) {
+        il++;
+    }
+    init_rows();
 }
 
 llama_razor_prefill::~llama_razor_prefill() {
@@ -376,7 +382,7 @@ int llama_razor_prefill_layers(
             }
         }
     } catch (const std::bad_alloc &) {
-        llama_razor_error_set("out of memory for reading a prompt with full attention, read prompts with razor instead");
+        llama_razor_error_set("out of memory for reading a prompt with full attention");
 
         status = GGML_STATUS_ALLOC_FAILED;
     }

@@ -53,6 +53,7 @@ def stats(llama: Llama, conversation: Chat) -> str:
         ("weights", f"{size_text(memory.weights_bytes)}, {_weights_type(llama)}"),
         ("KV cache", _kv(memory).removeprefix("KV cache ") + types),
         ("heads", _heads(llama)),
+        ("prompts", _prompts(memory)),
         ("rewind", _rewind(llama)),
         ("compute", f"{size_text(memory.compute_bytes)} of buffers"),
         ("context", f"{conversation.n_used:,} of {memory.n_ctx:,} tokens used"),
@@ -77,6 +78,15 @@ def _heads(llama: Llama) -> str:
         f"{plan.retrieval_kv_heads} of {plan.kv_heads} keep every token; the others keep {first}the"
         f" last {plan.windows_text}, and {between} ({llama.stats().n_folded:,} so far)"
     )
+
+
+def _prompts(memory: Memory) -> str:
+    if not memory.active:
+        return "read with full attention"
+    if memory.prefill_why is not None:
+        return f"read with the compressed cache: {memory.prefill_why}"
+    size = f" (buffers of up to {size_text(memory.prefill_bytes)})" if memory.prefill_bytes else ""
+    return f"read with full attention, then compressed{size}"
 
 
 def _rewind(llama: Llama) -> str:

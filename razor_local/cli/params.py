@@ -220,6 +220,12 @@ REWIND = click.option(
     help="Where to keep what the cache drops, so that it can go back without evaluating again;"
     " auto: on disk, off if the cache is on a GPU.",
 )  # fmt: skip
+PREFILL = click.option(
+    "--prefill", type=click.Choice(["auto", "full", "razor"]), default="auto", show_default=True,
+    help="How to read prompts. full: with full attention, and compress the cache afterwards; razor:"
+    " with the compressed cache, which is faster in long prompts; auto: full, but razor for models"
+    " with sliding windows or recurrent layers.",
+)  # fmt: skip
 REWIND_LIMIT = click.option(
     "--rewind-limit", type=Size(), metavar="SIZE",
     help="Maximum size of --rewind, such as 512M or 3G.  [default: 4G, at most 10 % of what is"

@@ -269,4 +269,3 @@ def test_the_reference_of_prompts_differs_from_both_others() -> None:
     assert [int(razor.frontier(p)) for p in (0, 299, 300, 350, 499, 500)] == [
         4, 4, 232, 296, 296, 424,
     ]  # fmt: skip
-
