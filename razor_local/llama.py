@@ -104,9 +104,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
     prefill: how prompts are read. "full": with full attention, and the cache is compressed
         afterwards, as in the paper; answers lose less, and reading takes as long as with a full
         cache and temporary buffers for one layer. "razor": with the compressed cache, which is
-        faster in long prompts. "auto" is "full", but "razor" where that is not supported: with
-        sliding windows, recurrent layers, and some rare architectures. It is for prompts that are
-        answered (generate(), completions and Chat); eval() reads with the compressed cache.
+        faster in long prompts. "auto" is "full", but "razor" where that is not supported (with
+        sliding windows, recurrent layers, and some rare architectures) or the cache is on a device,
+        where the speed of "full" has not been measured. It is for prompts that are answered
+        (generate(), completions and Chat); eval() reads with the compressed cache.
     rewind_limit: maximum bytes of the log, and separately of all checkpoints. When one of them
         reaches it, its oldest part is dropped. By default it is 4 GiB, or 10 % of what is free (on
         disk or in main memory) if that is less.
@@ -287,7 +288,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
             if refusal is not None:
                 raise refusal
             self._check_plan()
-            self._choose_prefill(prefill)
+            self._choose_prefill(prefill, on_device)
             if not kwargs.get("vocab_only"):
                 model = self._model.model
                 hybrid = C.llama_model_is_hybrid(model)
@@ -572,11 +573,15 @@ class Llama(PlainMessages, llama_cpp.Llama):
             return kind(f"{model_path} could not be loaded: {reason}")
         return None
 
-    def _choose_prefill(self, asked: str) -> None:
+    def _choose_prefill(self, asked: str, on_device: bool) -> None:
         """Choose how prompts are read, see the argument prefill."""
         active = self._plan is not None and self._plan.active
         if asked == "razor" or not active:
             self._why_no_full_prefill = options(prefill="razor") if active else self._why
+            return
+        if asked == "auto" and on_device:
+            full = options(prefill="full")
+            self._why_no_full_prefill = f"the cache is on a device; {full} changes this"
             return
         self._full_prefill = library.lib.llama_razor_set_full_prefill(self.ctx, True)
         if self._full_prefill:

@@ -52,6 +52,7 @@ OPTIONS = {
     "flash_attn=True": "-fa on",
     "prefill": "--prefill",
     "prefill='auto'": "--prefill auto",
+    "prefill='full'": "--prefill full",
     "prefill='razor'": "--prefill razor",
     "rewind": "--rewind",
     "rewind='off'": "--rewind off",

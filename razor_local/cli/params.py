@@ -224,7 +224,7 @@ PREFILL = click.option(
     "--prefill", type=click.Choice(["auto", "full", "razor"]), default="auto", show_default=True,
     help="How to read prompts. full: with full attention, and compress the cache afterwards; razor:"
     " with the compressed cache, which is faster in long prompts; auto: full, but razor for models"
-    " with sliding windows or recurrent layers.",
+    " with sliding windows or recurrent layers, and on GPUs.",
 )  # fmt: skip
 REWIND_LIMIT = click.option(
     "--rewind-limit", type=Size(), metavar="SIZE",

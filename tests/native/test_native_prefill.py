@@ -128,6 +128,22 @@ def test_a_prompt_equals_a_full_cache(plan: str, cache: str, model) -> None:
     assert np.abs(got - want).max() <= tolerance
 
 
+def test_a_prompt_exceeds_a_batch(model) -> None:
+    tokens = runner.random_tokens(900, model.n_vocab, 3)
+    with context(model, PLANS["window-24"], n_batch=1024) as ctx:
+        want = ctx.read(tokens)
+    with context(model, PLANS["window-24"], n_batch=64, n_ubatch=64) as ctx:
+        assert ctx.try_decode(tokens[:64])[0] == 0
+        ctx.clear()
+        assert ctx.set_full_prefill(True)
+        status, logits = ctx.try_decode(tokens, 0, last_only=True)
+        assert status == 0
+        np.testing.assert_allclose(logits, want[-1:], atol=1e-5)
+        ctx.clear()
+        assert ctx.try_decode(tokens[:65], 0)[0] == 1  # 65 outputs
+        assert "the batch has more outputs than n_outputs_max" in runner.last_error()
+
+
 @pytest.mark.parametrize("local", ["q8_0", "f16"])
 def test_local_heads_with_types_of_their_own(local: str, model) -> None:
     types = (("f16", "f16"), (local, local))
