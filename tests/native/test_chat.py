@@ -263,9 +263,8 @@ def test_stop_inside_the_computation_of_a_prompt(llama, monkeypatch):
     text = f"{text_with(FACT)}\n\n{QUESTION}"
     assert list(chat.say(text, stop=lambda: next(calls, None) is None)) == []
     assert chat.last.ended == "stopped" and chat.messages == []
-    assert 0 < llama.n_tokens < chat.last.n_prompt, "the part that was evaluated should be kept"
+    assert llama.n_tokens == 0, "no layer but the last one would know all of a part"
     assert "48213" in "".join(chat.say(text))
-    assert chat.last.n_reused > 0
 
 
 def test_a_long_prompt_is_refused_with_the_size_that_would_hold_it(llama):

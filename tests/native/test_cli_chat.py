@@ -487,7 +487,7 @@ evaluation.eval_batch = slowly
 
 
 def test_ctrl_c_while_the_prompt_is_read_takes_the_message_back():
-    with terminal("-b", "64", code=SLOW_PREFILL) as t:
+    with terminal("-b", "64", "--prefill", "razor", code=SLOW_PREFILL) as t:
         t.expect(">>>")
         t.send(paste(f"{TEXT}\n\n{QUESTION}") + "\r")
         t.expect("reading the prompt")

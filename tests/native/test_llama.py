@@ -624,6 +624,7 @@ def test_prefill_reuses_what_it_can_and_is_what_generate_starts_from(llama):
     assert llama.prefill(tokens + expected[:5]).n_reused >= 700
     assert llama.prefill(tokens[:300]) == (299, 1, True), "a fold lies in between"
     assert llama.stats().n_tokens == 300
+    llama.reset()
     assert llama.prefill(tokens).complete
     assert greedy(llama, tokens) == expected
     with pytest.raises(RazorError, match="no tokens"):
@@ -682,8 +683,8 @@ def test_an_exception_in_a_progress_function_leaves_a_valid_cache(llama):
     llama.reset()
     with pytest.raises(KeyboardInterrupt):
         llama.prefill(tokens, progress=progress)
-    assert llama.n_tokens == 512
-    assert llama.prefill(tokens) == (512, 188, True)
+    assert llama.n_tokens in (0, 699), "a prompt that was not read by all layers is dropped"
+    assert llama.prefill(tokens).complete
 
 
 def test_a_full_context_is_an_error_with_numbers_and_no_harm(llama):
@@ -858,7 +859,45 @@ def test_a_prompt_reports_progress(llama):
     tokens, seen = prompt(llama, 1100), []
     llama.reset()
     llama.prefill(tokens, progress=lambda *call: seen.append(call))
-    assert seen == [(done, 1100, "reading the prompt") for done in (0, 512, 1024, 1100)]
+    done = [n for n, _, _ in seen]
+    assert seen == [(n, 1100, "reading the prompt") for n in done]
+    assert done == sorted(done) and [done[0], *done[-2:]] == [0, 1099, 1100]
+
+
+def test_how_prompts_are_read(llama):
+    tokens = prompt(llama, 1100)
+    for prefill, full in (("auto", True), ("full", True), ("razor", False)):
+        with closing(Llama(DEFAULT_MODEL, n_ctx=2048, prefill=prefill)) as model:
+            assert model.memory().prefill == ("full" if full else "razor")
+            assert model.memory().prefill_why == (None if full else "prefill='razor'")
+            assert model.prefill(tokens) == (0, 1100, True)
+            asked = model.plan.prefill_bytes(1099, model.n_embd()) if full else 0
+            assert model.memory().prefill_bytes == asked
+            first = logits(model)
+            model.eval([1])
+            assert model.prefill(tokens) == (1099, 1, True)
+            np.testing.assert_array_equal(logits(model), first)
+    with closing(Llama(DEFAULT_MODEL, n_ctx=2048, razor=False)) as model:
+        assert "razor" in model.memory().prefill_why
+    with pytest.raises(UnsupportedError, match="prefill is 'fast', expected 'auto', 'full' or"):
+        Llama(DEFAULT_MODEL, prefill="fast")
+
+
+def test_a_prompt_without_memory_for_its_buffers(monkeypatch):
+    monkeypatch.setattr(evaluation, "_SMALL", 0)
+    monkeypatch.setattr(evaluation, "available_ram", lambda: 2**20)
+    with closing(Llama(DEFAULT_MODEL, n_ctx=2048)) as model:
+        tokens = prompt(model, 1100)
+        assert model.prefill(tokens).complete
+        why = r"no memory for the temporary buffers of a prompt of 1,099 tokens \(\d\.\d MiB\)"
+        assert re.search(why, model.memory().prefill_why)
+        assert model.memory().prefill_bytes == 0
+        model.reset()
+        assert model.prefill(tokens[:200]).complete and model.memory().prefill_why is None
+    with closing(Llama(DEFAULT_MODEL, n_ctx=2048, prefill="full")) as model:
+        with pytest.raises(RazorError, match=f"{why}; use prefill='razor'"):
+            model.prefill(tokens)
+        assert model.prefill(tokens[:200]).complete
 
 
 def test_a_plan_that_the_library_does_not_follow_is_noticed(monkeypatch):

@@ -43,8 +43,8 @@ for _name in LOOPS:
 
 @pytest.fixture(scope="module")
 def both() -> tuple[Llama, Llama]:
-    threads = {"n_threads": 1, "n_threads_batch": 1}
-    return tuple(cls(DEFAULT_MODEL, n_ctx=2048, n_batch=256, **threads) for cls in (Llama, Stock))
+    options = {"n_threads": 1, "n_threads_batch": 1, "prefill": "razor"}  # the base class evaluates
+    return tuple(cls(DEFAULT_MODEL, n_ctx=2048, n_batch=256, **options) for cls in (Llama, Stock))
 
 
 def answer(llama: Llama, *args, stream=False, **kwargs):
