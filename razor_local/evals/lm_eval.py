@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @register_model("razor")
-class RazorLM(TemplateLM):
+class RazorLM(TemplateLM):  # type: ignore[misc]  # it has no types
     """A GGUF model that runs with one policy.
 
     Prompts longer than the context lose their beginning, with a warning, as in the harness's other
@@ -206,7 +206,7 @@ class RazorLM(TemplateLM):
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         most = int(options.get("max_gen_toks") or MAX_GEN_TOKENS)
-        sampling = {"temp": 0.0}
+        sampling: dict[str, Any] = {"temp": 0.0}
         if options.get("do_sample", False):
             sampling = {
                 "temp": float(options.get("temperature", 1.0)),

@@ -143,7 +143,8 @@ def bos_text(model: Llama) -> str:
     vocab = C.llama_model_get_vocab(model.model)
     if not C.llama_vocab_get_add_bos(vocab) or model.token_bos() < 0:
         return ""
-    return C.llama_vocab_get_text(vocab, model.token_bos()).decode("utf-8", "replace")
+    text: bytes = C.llama_vocab_get_text(vocab, model.token_bos())
+    return text.decode("utf-8", "replace")
 
 
 def message(text: str, question: str) -> str:

@@ -79,7 +79,7 @@ class Template:
         answer = _exchange(request.encode() + b"\n")
         if "text" in answer:
             _check_unicode(answer["text"], "surrogateescape")
-            return answer["text"]
+            return str(answer["text"])
         sentence = f"the model's chat template {answer['what']}: {answer['reason']}"
         if answer["what"] == REFUSES:
             raise RazorError(sentence)
@@ -132,7 +132,7 @@ def isolate_formatters() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(llama_chat_format, name)
 
-    llama_cpp.llama.llama_chat_format = Formats()  # type: ignore[assignment]
+    vars(llama_cpp.llama)["llama_chat_format"] = Formats()
 
 
 class _Child:
@@ -210,7 +210,8 @@ def _exchange(request: bytes) -> dict[str, Any]:
             child.end()
             raise
         if line.endswith(b"\n"):
-            return json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
+            return answer
         code = child.end()
     if expired or (code is not None and code == -getattr(signal, "SIGPROF", 0)):
         what = f"takes more than {MAX_SECONDS:g} s"
