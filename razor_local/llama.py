@@ -549,6 +549,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
         super().close()
         self._servers.close()
 
+    def __del__(self) -> None:
+        if Closed is not None:  # a frozen application clears the modules before this at its end
+            super().__del__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**llama_cpp.Llama.__getstate__(self), **self._razor_args}
 

@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
-from ..common.child import python_command
+from ..common.child import TEMPLATES, is_frozen, python_command
 from ..errors import GGUFError, RazorError
 
 MAX_SECONDS = 10.0  # of CPU time; real templates take milliseconds
@@ -142,7 +142,9 @@ class _Child:
         self.ended = False
         self.parent = os.getpid()  # a forked copy of this process must not use the same pipes
         self.process = subprocess.Popen(
-            python_command(
+            [sys.executable, TEMPLATES]
+            if is_frozen()
+            else python_command(
                 "sys.path += sys.argv[1:]; from razor_local.prompt.templates import serve; serve()",
                 *filter(None, sys.path),  # the package may be in a folder that was added to it
             ),
