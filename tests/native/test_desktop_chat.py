@@ -11,7 +11,6 @@ import pytest
 from tests.support.desktop import WHY_MISSING, desktop_session
 from tests.support.native_build import ROOT
 
-EXAMPLE = ROOT / "examples/desktop_chat.py"
 MAX_GAP = 0.06  # seconds in which the window does not react
 TRIES = 3  # on a machine that other tests keep busy
 
@@ -35,7 +34,3 @@ def test_its_types():
     command = [sys.executable, "-m", "mypy", "--strict", "examples/desktop_chat.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def test_it_is_short_enough_to_read():
-    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 270
