@@ -24,7 +24,7 @@ from razor_local.models import resolve
 
 N_CTX = 8192
 POLL_MS = 33  # how often the window reads its queue
-MEMORY_SECONDS = 0.1  # how often the worker reports the memory
+MEMORY_SECONDS = 0.1  # how often the worker reports the memory while it runs
 
 # -- the worker: all that touches the model
 
@@ -88,7 +88,7 @@ class Worker(threading.Thread):
                     self._say(request[1])
             except Stopped:
                 self.events.put(Failed("cancelled"))
-            except (RazorError, OSError) as error:  # one sentence each
+            except Exception as error:  # RazorError and OSError are one sentence each
                 self.events.put(Failed(str(error)))
         self._close()
 
@@ -106,8 +106,7 @@ class Worker(threading.Thread):
             raise RazorError("no model is loaded; enter one above")
         for piece in self._chat.say(text, self._progress, self._cancelled.is_set):
             self.events.put(piece)
-            if monotonic() - self._reported > MEMORY_SECONDS:
-                self._report_memory()
+            self._report_memory(MEMORY_SECONDS)
         self._report_memory()
         self.events.put(Ready(self._chat.last))
 
@@ -119,9 +118,10 @@ class Worker(threading.Thread):
         if self._cancelled.is_set():
             raise Stopped
         self.events.put(Busy(label.capitalize(), done / total if total else 0))
+        self._report_memory(MEMORY_SECONDS)
 
-    def _report_memory(self) -> None:
-        if self._llama is not None:
+    def _report_memory(self, wait: float = 0) -> None:
+        if self._llama is not None and monotonic() - self._reported >= wait:
             self.events.put(self._llama.memory())
             self._reported = monotonic()
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from .common.progress import Progress, Stop
 from .errors import ContextFullError, RazorError, options
@@ -25,15 +25,28 @@ from .prompt.templates import Template
 
 if TYPE_CHECKING:
     import numpy as np
+    from llama_cpp.llama_grammar import LlamaGrammar
     from typing_extensions import Unpack
 
     from .evaluation import Prefill
     from .llama_arguments import GenerateArguments
 
-# {"role": "system" | "user" | "assistant", "content": text}. An answer also has its "tokens"
-# as long as the conversation holds them as generated, and the model's reasoning before it as
-# "reasoning_content", which the chat template may leave out of the next prompt.
-Message = dict[str, Any]
+
+class _Message(TypedDict):
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+class Message(_Message, total=False):
+    """A message of a conversation.
+
+    An answer also has its tokens as long as the conversation holds them as generated, and the
+    model's reasoning before it, which the chat template may leave out of the next prompt.
+    """
+
+    tokens: list[int]
+    reasoning_content: str
+
 
 LOOP_PERIOD = 64  # tokens of the longest period that counts as a loop
 LOOP_TOKENS = 256  # repeated tokens that end an answer; rows of dashes or zeros are shorter
@@ -230,7 +243,7 @@ class Chat:
         self.drop_oldest = drop_oldest
         self.ignore_end = ignore_end
         self.max_tokens = max_tokens
-        self.grammar: Any = None  # a llama_cpp.LlamaGrammar that answers follow
+        self.grammar: LlamaGrammar | None = None  # that answers follow
         self.last: Turn | None = None
         self._render = chat_template(model) if render == "auto" else render
         self._sampling: Sampling | None = None
@@ -267,7 +280,8 @@ class Chat:
     def set_system(self, text: str | None) -> None:
         """Replace the system prompt (None removes it) and keep the rest of the conversation."""
         rest = [m for m in self.messages if m["role"] != "system"]
-        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+        first: list[Message] = [{"role": "system", "content": text}] if text else []
+        self.messages = first + rest
 
     def clear(self) -> None:
         """Forget the conversation and keep the system prompt."""
@@ -573,4 +587,6 @@ def _checked(message: Any) -> Message:
 
 
 def _without_tokens(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "tokens"}
+    copy = message.copy()
+    copy.pop("tokens", None)
+    return copy

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..chat import Message
 from ..common.machine import n_cores
 from ..errors import UnsupportedError, option
 from ..model_setup import DEFAULT_MODEL, ModelSetup
@@ -130,7 +131,7 @@ class RazorLM(TemplateLM):  # type: ignore[misc]  # it has no types
         return source.decode("utf-8", "replace") if chat_template and source else ""
 
     def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        self, chat_history: list[Message], add_generation_prompt: bool = True
     ) -> str:
         if add_generation_prompt:
             return self._render(chat_history)

@@ -94,7 +94,7 @@ class Prompts:
     def n_turn(self, question: str) -> int:
         """Count the tokens that another question adds to a conversation, without its answer."""
         turns = [("user", "a"), ("assistant", "b"), ("user", question)]
-        messages = [{"role": role, "content": content} for role, content in turns]
+        messages: list[Message] = [{"role": role, "content": text} for role, text in turns]
         prompt = self.render(messages)
         n = len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
         return n - self.n_prompt("a") + TURN_SLACK
