@@ -94,7 +94,7 @@ class Worker(threading.Thread):
 
     def _load(self, model: str) -> None:
         self.events.put(Busy("Looking for the model", 0))
-        path = resolve(model, progress=self._progress)
+        path = resolve(model, progress=self._downloading)
         self._close()  # first, so that two models never share the memory
         self._llama = Llama(path, n_ctx=N_CTX, razor="auto", progress=self._loaded)
         self._chat = Chat(self._llama, drop_oldest=True)
@@ -114,9 +114,12 @@ class Worker(threading.Thread):
         self.events.put(Busy("Loading the model", part))
         return not self._cancelled.is_set()
 
-    def _progress(self, done: float, total: float, label: str) -> None:
+    def _downloading(self, done: float, total: float, label: str) -> None:
+        self._progress(done, total, label)
         if self._cancelled.is_set():
             raise Stopped
+
+    def _progress(self, done: float, total: float, label: str) -> None:
         self.events.put(Busy(label.capitalize(), done / total if total else 0))
         self._report_memory(MEMORY_SECONDS)
 
