@@ -1,4 +1,4 @@
-"""The examples of docs/embedding.md run, and a type checker accepts them."""
+"""The examples of docs/embedding.md run, and a type checker accepts them and the README's."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def test_examples(name, tmp_path):
 
 
 def test_types_of_the_examples(tmp_path):
-    for i, name in enumerate(NAMES):
-        (tmp_path / f"example_{i}.py").write_text(BLOCKS[name][0], encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (in_readme,) = re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    for i, code in enumerate([in_readme, *(BLOCKS[name][0] for name in NAMES)]):
+        (tmp_path / f"example_{i}.py").write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", tmp_path],
         cwd=ROOT, capture_output=True, text=True,
