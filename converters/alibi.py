@@ -159,7 +159,7 @@ def _largest_difference(a: np.ndarray, c: np.ndarray) -> float:
         multiplier = low + width * np.geomspace(1e-9, 1, 100)
         with np.errstate(divide="ignore", invalid="ignore"):
             linear = (h**2 / (4 * (multiplier[:, None] - values))).sum(axis=1)
-        return mu / 2 + c @ c / (2 * mu) + np.nanmin(multiplier + linear)
+        return float(mu / 2 + c @ c / (2 * mu) + np.nanmin(multiplier + linear))
 
     low, high = math.log(longest / 16), math.log(longest)
     x1, x2 = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
@@ -263,7 +263,7 @@ class _Attention:
 
     def folded(self, weight: np.ndarray, gamma: np.ndarray) -> np.ndarray:
         """Multiply weight by the normalization's weight. The z of a LayerNorm has mean 0."""
-        folded = weight * gamma
+        folded: np.ndarray = weight * gamma
         if self.shape.arch in LAYER_NORM:
             folded -= folded.mean(axis=1, keepdims=True)
         return folded
@@ -296,7 +296,8 @@ class _Attention:
         """Return a vector, f64 [size]; zeros for an optional one that is missing."""
         if optional and name not in self.tensors:
             return np.zeros(size)
-        return self.rows(name, (size,), 0, 1)[0]
+        row: np.ndarray = self.rows(name, (size,), 0, 1)[0]
+        return row
 
     def rows(self, name: str, dims: tuple[int, ...], start: int, count: int) -> np.ndarray:
         """Return some rows of a tensor, dequantized: f64 [count, dims[0]]."""

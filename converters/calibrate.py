@@ -385,7 +385,13 @@ def _add_up(attention: np.ndarray, starts: np.ndarray, copies: np.ndarray) -> tu
 @cache
 def _kernel() -> Callable[..., tuple[float, float]]:
     """Compile _add_up(). It reads a few numbers per row, so one thread is enough."""
-    from numba import njit
+    try:
+        from numba import njit
+    except ImportError as error:
+        raise UnsupportedError(
+            f"measuring heads needs numba ({error}); install it, or import it in an application"
+            " that PyInstaller bundles"
+        ) from error
 
     try:
         kernel = njit(cache=True, nogil=True)(_add_up)

@@ -13,10 +13,10 @@ import secrets
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 from .common.progress import Progress, Stop
 from .errors import ContextFullError, RazorError, options
@@ -25,13 +25,28 @@ from .prompt.templates import Template
 
 if TYPE_CHECKING:
     import numpy as np
+    from llama_cpp.llama_grammar import LlamaGrammar
+    from typing_extensions import Unpack
 
-    from .llama import Llama, Prefill
+    from .evaluation import Prefill
+    from .llama_arguments import GenerateArguments
 
-# {"role": "system" | "user" | "assistant", "content": text}. An answer also has its "tokens"
-# as long as the conversation holds them as generated, and the model's reasoning before it as
-# "reasoning_content", which the chat template may leave out of the next prompt.
-Message = dict[str, Any]
+
+class _Message(TypedDict):
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+class Message(_Message, total=False):
+    """A message of a conversation.
+
+    An answer also has its tokens as long as the conversation holds them as generated, and the
+    model's reasoning before it, which the chat template may leave out of the next prompt.
+    """
+
+    tokens: list[int]
+    reasoning_content: str
+
 
 LOOP_PERIOD = 64  # tokens of the longest period that counts as a loop
 LOOP_TOKENS = 256  # repeated tokens that end an answer; rows of dashes or zeros are shorter
@@ -42,7 +57,12 @@ class Model(Protocol):
     """The parts of razor_local.Llama that Chat uses."""
 
     n_tokens: int
+    model_path: str
 
+    @property
+    def model(self) -> Any: ...  # a llama_model pointer
+    def token_bos(self) -> int: ...
+    def token_eos(self) -> int: ...
     def n_ctx(self) -> int: ...
     def n_ctx_train(self) -> int: ...
     def n_vocab(self) -> int: ...
@@ -58,8 +78,10 @@ class Model(Protocol):
         progress: Progress | None = ...,
         stop: Stop | None = ...,
     ) -> Prefill: ...
-    def generate(self, tokens: Sequence[int], **sampling: Any) -> Iterable[int]: ...
-    def request(self, make: Callable[[Model], Iterator[str]]) -> Iterator[str]: ...
+    def generate(
+        self, tokens: Sequence[int], **sampling: Unpack[GenerateArguments]
+    ) -> Iterable[int]: ...
+    def request(self, make: Callable[[Model], Iterator[str]]) -> Generator[str, None, None]: ...
 
 
 @dataclass(frozen=True)
@@ -134,18 +156,19 @@ class Loop:
         return found
 
 
-def has_chat_template(model: Llama) -> bool:
+def has_chat_template(model: Model) -> bool:
     """Return True if the model has a chat template; base models have none."""
     return _template_source(model) is not None
 
 
-def _template_source(model: Llama) -> bytes | None:
+def _template_source(model: Model) -> bytes | None:
     from llama_cpp import llama_cpp as C
 
-    return C.llama_model_chat_template(model.model, None)
+    source: bytes | None = C.llama_model_chat_template(model.model, None)
+    return source
 
 
-def chat_template(model: Llama) -> Callable[[list[Message]], str]:
+def chat_template(model: Model) -> Callable[[list[Message]], str]:
     """Return a function that renders messages with the model's chat template, up to the answer.
 
     Raises RazorError if the model has no chat template or a malformed one. The function raises
@@ -161,9 +184,8 @@ def chat_template(model: Llama) -> Callable[[list[Message]], str]:
         )
 
     def text_of(token: int) -> str:
-        return C.llama_vocab_get_text(C.llama_model_get_vocab(model.model), token).decode(
-            "utf-8", "replace"
-        )
+        text: bytes = C.llama_vocab_get_text(C.llama_model_get_vocab(model.model), token)
+        return text.decode("utf-8", "replace")
 
     bos, eos = model.token_bos(), model.token_eos()
     template = Template(source.decode("utf-8", "replace"))
@@ -184,21 +206,30 @@ class Chat:
 
     n_dropped counts the messages and answers that were dropped to make room for others.
 
+        chat = Chat(Llama("model.gguf", n_ctx=8192), system="Answer in one sentence.")
+        for piece in chat.say("What is a KV cache?"):
+            print(piece, end="", flush=True)
+
     Args:
-        render: see chat_template(). With None, the answer continues the text of the message, which
-            may contain control tokens.
+        model: a razor_local.Llama.
+        render: a function that turns the messages into a prompt. "auto" is chat_template(model).
+            With None, the answer continues the text of the message, which may contain control
+            tokens.
+        system: the system prompt.
         max_tokens: maximum tokens of an answer, None for as many as fit. A prompt must leave room
             for them (None: for a sixteenth of the context, at most 256).
         end_loops: whether to end an answer that repeats itself endlessly, see Loop.
         ignore_end: whether to keep the model from ending its answer. A grammar takes precedence.
         drop_oldest: whether a message that does not fit drops the oldest messages after the system
             prompt, with their answers.
+
+    Raises what chat_template() raises.
     """
 
     def __init__(
         self,
         model: Model,
-        render: Callable[[list[Message]], str] | None,
+        render: Callable[[list[Message]], str] | Literal["auto"] | None = "auto",
         *,
         system: str | None = None,
         max_tokens: int | None = None,
@@ -212,9 +243,9 @@ class Chat:
         self.drop_oldest = drop_oldest
         self.ignore_end = ignore_end
         self.max_tokens = max_tokens
-        self.grammar: Any = None  # a llama_cpp.LlamaGrammar that answers follow
+        self.grammar: LlamaGrammar | None = None  # that answers follow
         self.last: Turn | None = None
-        self._render = render
+        self._render = chat_template(model) if render == "auto" else render
         self._sampling: Sampling | None = None
         self.sampling = sampling or Sampling()
         self._known: Known | None = None  # up to the last answer; None: not computed yet
@@ -249,7 +280,8 @@ class Chat:
     def set_system(self, text: str | None) -> None:
         """Replace the system prompt (None removes it) and keep the rest of the conversation."""
         rest = [m for m in self.messages if m["role"] != "system"]
-        self.messages = ([{"role": "system", "content": text}] if text else []) + rest
+        first: list[Message] = [{"role": "system", "content": text}] if text else []
+        self.messages = first + rest
 
     def clear(self) -> None:
         """Forget the conversation and keep the system prompt."""
@@ -312,7 +344,7 @@ class Chat:
 
     def say(
         self, text: str, progress: Progress | None = None, stop: Stop | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Add a user message and stream the answer in pieces of text. `last` describes the turn.
 
         Pieces of the model's reasoning are of the class Thought, a str. progress is called, in
@@ -327,7 +359,7 @@ class Chat:
 
     def regenerate(
         self, progress: Progress | None = None, stop: Stop | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Stream another answer to the last message, drawn with another seed.
 
         Its first token replaces the current answer; a turn that is stopped earlier changes nothing.
@@ -337,7 +369,7 @@ class Chat:
 
     def edit(
         self, text: str, progress: Progress | None = None, stop: Stop | None = None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Stream the answer to text, which replaces the last message and its answer.
 
         They are replaced at the first token of the new answer. Raises what regenerate() raises.
@@ -457,7 +489,7 @@ class Chat:
 
     def _rendered(self, messages: list[Message]) -> str:
         if self._render is None:
-            return messages[-1]["content"]
+            return str(messages[-1]["content"])
         return self._render(self.model.mark_plain([_without_tokens(m) for m in messages]))
 
     def _system_messages(self) -> list[Message]:
@@ -555,4 +587,6 @@ def _checked(message: Any) -> Message:
 
 
 def _without_tokens(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "tokens"}
+    copy = message.copy()
+    copy.pop("tokens", None)
+    return copy

@@ -108,7 +108,8 @@ def complete(llama: Any, request: dict[str, Any]) -> Generator[dict[str, Any], N
 
 
 def _text(llama: Any, tokens: Sequence[int]) -> str:
-    return llama.detokenize(list(tokens)).decode("utf-8", "ignore")
+    data: bytes = llama.detokenize(list(tokens))
+    return data.decode("utf-8", "ignore")
 
 
 def _piece_reader(llama: Any, prompt: list[int]) -> Callable[[int], bytes]:
@@ -116,11 +117,12 @@ def _piece_reader(llama: Any, prompt: list[int]) -> Callable[[int], bytes]:
     from llama_cpp.llama_tokenizer import LlamaTokenizer
 
     if type(llama.tokenizer_) is LlamaTokenizer:
-        return llama.piece
+        of_token: Callable[[int], bytes] = llama.piece
+        return of_token
     before = list(prompt)  # tokenizers of other libraries need the tokens before
 
     def piece(token: int) -> bytes:
-        found = llama.detokenize([token], prev_tokens=before)
+        found: bytes = llama.detokenize([token], prev_tokens=before)
         before.append(token)
         return found
 

@@ -9,12 +9,15 @@ import secrets
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import ContextFullError, RazorError, StateError, option
 from .json_schema import read_schema, refuse
+
+if TYPE_CHECKING:
+    from llama_cpp.llama_grammar import LlamaGrammar
 
 _ANY_SEED = (-1, 0xFFFF_FFFF)  # llama.cpp's LLAMA_DEFAULT_SEED: another one each time
 # chat handlers in which the model can choose a tool, and the tool_choice that they read as "auto"
@@ -175,18 +178,18 @@ def replace_gbnf() -> None:
         try:
             return gbnf_of("a tool", json.loads(schema))
         except RazorError:
-            return original(schema, prop_order)
+            return str(original(schema, prop_order))
 
     llama_grammar.json_schema_to_gbnf = json_schema_to_gbnf
 
 
-def grammar_of(what: str, schema: Any) -> Any:
+def grammar_of(what: str, schema: Any) -> LlamaGrammar:
     """Return the grammar of a JSON schema. Raises RazorError if it cannot enforce the schema.
 
     Args:
         what: where the schema comes from, for errors
     """
-    from llama_cpp import LlamaGrammar
+    from llama_cpp.llama_grammar import LlamaGrammar
 
     return LlamaGrammar.from_string(gbnf_of(what, schema), verbose=False)
 
@@ -195,7 +198,7 @@ def gbnf_of(what: str, schema: Any) -> str:
     """Return the text of grammar_of()'s grammar. Raises the same errors."""
     from llama_cpp.llama_grammar import PRIMITIVE_RULES, STRING_FORMAT_RULES, SchemaConverter
 
-    class Converter(SchemaConverter):  # type: ignore[misc]
+    class Converter(SchemaConverter):
         def _format_literal(self, literal: str) -> str:
             """Quote JSON for a grammar. The base class does not escape backslashes."""
             with suppress(UnicodeEncodeError):  # a lone surrogate stays escaped
@@ -205,7 +208,8 @@ def gbnf_of(what: str, schema: Any) -> str:
             return '"' + literal.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     read, definitions = read_schema(what, schema)
-    converter = Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+    make: Any = Converter  # its methods have no types
+    converter = make(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
     converter._refs = definitions
     # present from the start, so that no rule of a property takes their names
     for name, rule in (PRIMITIVE_RULES | STRING_FORMAT_RULES).items():
@@ -221,7 +225,7 @@ def gbnf_of(what: str, schema: Any) -> str:
         bare = _QUOTED.sub(" ", rule)
         if len(_GROUPS.findall(bare)) + len(set(_NAMES.findall(bare))) > _MAX_RULE:
             refuse(what, "it has too many optional properties or repetitions in one place")
-    return converter.format_grammar()
+    return str(converter.format_grammar())
 
 
 def _with_logit_bias(llama: Any, request: dict[str, Any]) -> list[Any]:
@@ -298,9 +302,9 @@ def _suffix_tokens(llama: Any, suffix: Any) -> list[int]:
     if not suffix:
         return []
     if llama.metadata.get("tokenizer.ggml.add_space_prefix", "true") != "true":
-        return llama.tokenize(suffix.encode(), False, False)
+        return list(llama.tokenize(suffix.encode(), False, False))
     # so that the tokenizer adds no space before the suffix
-    return llama.tokenize(f"☺{suffix}".encode(), False, False)[2:]
+    return list(llama.tokenize(f"☺{suffix}".encode(), False, False)[2:])
 
 
 def read_sampling(llama: Any, request: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
@@ -338,7 +342,7 @@ def _load_cached(llama: Any, prompt: list[int]) -> None:
     from llama_cpp import Llama
 
     def n_same(tokens: np.ndarray) -> int:
-        return Llama.longest_token_prefix(tokens.tolist(), prompt)
+        return int(Llama.longest_token_prefix(tokens.tolist(), prompt))
 
     def tell(what: str) -> None:
         if llama.verbose:

@@ -223,10 +223,11 @@ def _windows_reach(llama: Llama, n: int) -> bool:
     llama.cpp's own cache of such layers does not check this itself. Tokens outside the window can
     be overwritten, also in a cache of the whole context, after a state was loaded.
     """
-    n_swa = C.llama_model_n_swa(llama._model.model)
+    n_swa: int = C.llama_model_n_swa(llama._model.model)
     if n_swa == 0 or (llama._plan is not None and llama._plan.active):
         return True
-    return C.llama_memory_seq_pos_min(llama._ctx.memory, 0) <= max(0, n - n_swa)
+    first: int = C.llama_memory_seq_pos_min(llama._ctx.memory, 0)
+    return first <= max(0, n - n_swa)
 
 
 def _restore_checkpoint(llama: Llama) -> int:
@@ -340,7 +341,8 @@ def _after_failed_decode(llama: Llama, batch: list[int], n_past: int, code: int)
 
 def n_cached(llama: Llama) -> int:
     """Return the number of tokens in the cache itself."""
-    return C.llama_memory_seq_pos_max(llama._ctx.memory, 0) + 1
+    last: int = C.llama_memory_seq_pos_max(llama._ctx.memory, 0)
+    return last + 1
 
 
 def clear_cache(llama: Llama) -> None:

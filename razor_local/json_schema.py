@@ -9,6 +9,7 @@ from __future__ import annotations
 import graphlib
 import json
 import re
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any, NoReturn
 from urllib.parse import unquote
@@ -33,7 +34,7 @@ _OF_TYPE = {  # the keywords that each type has
 }
 _ALONE = ("$ref", "allOf", "anyOf", "oneOf", "const", "enum")
 _FORMATS = ("date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5")
-_IS = {
+_IS: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "array": lambda value: isinstance(value, list),
     "string": lambda value: isinstance(value, str),

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, ParamSpec, TypeVar, overload
 
 import numpy as np
 
@@ -48,8 +48,29 @@ from .prompt.templates import isolate_formatters
 from .rewind_log import choose_rewind_log, limit_in_ram
 from .state import load_state, save_state
 
+if TYPE_CHECKING:
+    from llama_cpp.llama_types import (
+        ChatCompletionRequestMessage,
+        CreateChatCompletionResponse,
+        CreateChatCompletionStreamResponse,
+        CreateCompletionResponse,
+        CreateCompletionStreamResponse,
+    )
+    from typing_extensions import Unpack
 
-class _Untouched(nullcontext):
+    from .llama_arguments import (
+        ChatArguments,
+        CompletionArguments,
+        GenerateArguments,
+        LoadArguments,
+        SampleArguments,
+    )
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Untouched(nullcontext[None]):
     """In place of what sends stdout and stderr of all threads to /dev/null while a model loads.
 
     The native log goes to native/log.py, so there is nothing to hide.
@@ -72,8 +93,8 @@ class _Batch(llama_cpp._internals.LlamaBatch):
 
 # the classes of these names are replaced
 llama_cpp._internals.LlamaBatch = _Batch  # type: ignore[misc]
-llama_cpp.llama.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
-llama_cpp._internals.suppress_stdout_stderr = _Untouched  # type: ignore[misc, assignment]
+for module in (llama_cpp.llama, llama_cpp._internals):
+    vars(module)["suppress_stdout_stderr"] = _Untouched
 
 isolate_formatters()
 replace_gbnf()
@@ -177,8 +198,9 @@ class Llama(PlainMessages, llama_cpp.Llama):
         n_gpu_layers: int = -1,
         rpc_servers: str | Sequence[str] | None = None,
         verbose: bool = False,
-        **kwargs: Any,
+        **arguments: Unpack[LoadArguments],
     ) -> None:
+        kwargs: dict[str, Any] = {**arguments}
         if retrieval is not None:
             if budget is not None:
                 raise UnsupportedError(
@@ -374,7 +396,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         return self._request(evaluation.prefill, self, tokens, progress, stop)
 
     def generate(
-        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+        self, tokens: Sequence[int], *args: Any, **kwargs: Unpack[GenerateArguments]
     ) -> Generator[int, Sequence[int] | None, None]:
         """Yield the tokens that follow, without end, like the base class.
 
@@ -383,15 +405,17 @@ class Llama(PlainMessages, llama_cpp.Llama):
         """
         return self._requests.generate(lambda: sampling.generate(self, tokens, *args, **kwargs))
 
-    @functools.wraps(llama_cpp.Llama.sample)
-    def sample(self, *args: Any, **kwargs: Any) -> int:  # type: ignore[override]  # by wraps()
+    def sample(self, *args: Any, **kwargs: Unpack[SampleArguments]) -> int:
+        """Draw a token from the logits of the last one, like the base class."""
         return self._request(sampling.sample, self, *args, **kwargs)
 
     def reset(self) -> None:
         """Forget all tokens. The next request evaluates its own from the start."""
         self._request(evaluation.reset, self)
 
-    def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
+    def embed(
+        self, input: str | list[str], *args: Any, **kwargs: Any
+    ) -> Any:  # a list or lists of numbers, and with return_count a tuple
         """Embed like the base class. Raises RazorError for a text without tokens."""
         if not self.context_params.embeddings:
             raise UnsupportedError("embed() needs a Llama that was made with embedding=True")
@@ -399,9 +423,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
             if not isinstance(text, str) or not self.tokenize(text.encode()):
                 # the base class writes outside of its batch for a text without tokens
                 raise RazorError(f"{text!r} cannot be embedded; expected a text with tokens")
-        return self._request(llama_cpp.Llama.embed, Inside(self), input, *args, **kwargs)
+        inside: Any = Inside(self)
+        return self._request(llama_cpp.Llama.embed, inside, input, *args, **kwargs)
 
-    def request(self, make: Callable[[Llama], Iterator[Any]]) -> Generator[Any, Any, Any]:
+    def request(self, make: Callable[[Llama], Iterator[T]]) -> Generator[T, Any, Any]:
         """Run a generator as one request: nothing else uses the model until it is over.
 
         make(llama) returns the generator; it uses the model through its argument only.
@@ -409,15 +434,58 @@ class Llama(PlainMessages, llama_cpp.Llama):
         inside: Any = Inside(self)
         return self._requests.generate(lambda: make(inside))
 
+    # a type checker learns from stream what is returned, and that only messages and prompt are
+    # passed by position
+    @overload  # type: ignore[override]
+    def create_chat_completion(
+        self,
+        messages: Sequence[ChatCompletionRequestMessage],
+        *,
+        stream: Literal[False] = False,
+        **arguments: Unpack[ChatArguments],
+    ) -> CreateChatCompletionResponse: ...
+
+    @overload
+    def create_chat_completion(
+        self,
+        messages: Sequence[ChatCompletionRequestMessage],
+        *,
+        stream: Literal[True],
+        **arguments: Unpack[ChatArguments],
+    ) -> Generator[CreateChatCompletionStreamResponse, None, None]: ...
+
     @functools.wraps(llama_cpp.Llama.create_chat_completion)
-    def create_chat_completion(  # type: ignore[override]  # by wraps()
-        self, *args: Any, **kwargs: Any
-    ) -> Any:
+    def create_chat_completion(self, *args: Any, **kwargs: Any) -> Any:
         request = _CHAT.bind(self, *args, **kwargs).arguments
         request = read_chat_request(request, self.chat_handler is not None, self.chat_format or "")
         for name in ("messages", "functions", "tools"):
             request[name] = self.mark_plain(request.get(name))
         return llama_cpp.Llama.create_chat_completion(**request)
+
+    @overload  # type: ignore[override]
+    def create_completion(
+        self,
+        prompt: str | list[int],
+        *,
+        stream: Literal[False] = False,
+        **arguments: Unpack[CompletionArguments],
+    ) -> CreateCompletionResponse: ...
+
+    @overload
+    def create_completion(
+        self,
+        prompt: str | list[int],
+        *,
+        stream: Literal[True],
+        **arguments: Unpack[CompletionArguments],
+    ) -> Generator[CreateCompletionStreamResponse, None, None]: ...
+
+    @functools.wraps(llama_cpp.Llama.create_completion)
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        return super().create_completion(*args, **kwargs)
+
+    if TYPE_CHECKING:
+        __call__ = create_completion  # type: ignore[assignment]  # as create_completion()
 
     def n_ctx_train(self) -> int:
         """Return the context size for which the model was trained, in tokens."""
@@ -449,7 +517,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
     def is_special(self, token: int) -> bool:
         """Return True for a control token, such as a turn marker of the chat template."""
         self._check_token(token)
-        return C.llama_vocab_is_control(self._model.vocab, token)
+        return bool(C.llama_vocab_is_control(self._model.vocab, token))
 
     # -- state --
 
@@ -482,8 +550,12 @@ class Llama(PlainMessages, llama_cpp.Llama):
         super().close()
         self._servers.close()
 
+    def __del__(self) -> None:
+        if Closed is not None:  # a frozen application clears the modules before this at its end
+            super().__del__()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **self._razor_args}
+        return {**llama_cpp.Llama.__getstate__(self), **self._razor_args}
 
     # -- internals --
 
@@ -509,8 +581,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
             raise RazorError(f"loading {self.model_path} was stopped: progress() returned False")
         return True
 
-    def _request(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def open_one() -> Any:
+    def _request(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        def open_one() -> T:
             _ = self._ctx.ctx  # raises if it is closed
             return function(*args, **kwargs)
 

@@ -15,13 +15,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from . import native
 from .errors import RazorError
 
 if TYPE_CHECKING:
     from .llama import Llama
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.005  # how often a waiting request looks whether it is next
 
@@ -59,7 +62,7 @@ class Requests:
         self._what, self._wait = what, wait
         self._queue: deque[_Request] = deque()
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return function(*args, **kwargs), called as a request.
 
         Raises:
@@ -70,7 +73,7 @@ class Requests:
             self._enter(request)
             return function(*args, **kwargs)
 
-    def generate(self, make: Callable[[], Iterator[Any]]) -> Generator[Any, Any, Any]:
+    def generate(self, make: Callable[[], Iterator[T]]) -> Generator[T, Any, Any]:
         """Return a generator that begins a request, and then yields from make()."""
         request = _Request()
         generator = self._generate(request, make)
@@ -83,8 +86,8 @@ class Requests:
         return owner is not None and not owner.is_suspended
 
     def _generate(
-        self, request: _Request, make: Callable[[], Iterator[Any]]
-    ) -> Generator[Any, Any, Any]:
+        self, request: _Request, make: Callable[[], Iterator[T]]
+    ) -> Generator[T, Any, Any]:
         request.thread = threading.get_ident()
         with request.held:
             self._enter(request)

@@ -95,7 +95,8 @@ def _draft(llama: Llama, token: int) -> list[int]:
         raise RazorError(
             f"the draft model returned {type(draft).__name__}, expected an array of token ids"
         )
-    return ids[: max(0, min(room, SLACK))].tolist()
+    first: list[int] = ids[: max(0, min(room, SLACK))].tolist()
+    return first
 
 
 def _begin(llama: Llama, tokens: list[int], reset: bool) -> None:
@@ -138,7 +139,8 @@ class Sampler:
 
     def sample(self, ctx: Any, idx: int = -1) -> int:
         if not self._processors:
-            return self._sampler.sample(ctx, idx)
+            drawn: int = self._sampler.sample(ctx, idx)
+            return drawn
         llama = self._llama
         logits = np.ctypeslib.as_array(ctx.get_logits_ith(idx), shape=(llama._n_vocab,))
         original = logits.copy()
@@ -148,7 +150,7 @@ class Sampler:
         requires_eval = llama._requires_eval
         llama._requires_eval = True  # while the library's logits are not the model's
         logits[:] = changed
-        token = self._sampler.sample(ctx, idx)
+        token: int = self._sampler.sample(ctx, idx)
         logits[:] = original
         llama._requires_eval = requires_eval
         return token

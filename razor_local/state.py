@@ -131,7 +131,7 @@ def belongs_to(sealed: bytes, llama: Llama) -> bool:
     """Return whether a sealed state was saved with the model and the options of a Llama."""
     if len(sealed) < _SEAL.size:
         return False
-    return _SEAL.unpack(sealed[-_SEAL.size :])[1] == _fingerprint_of(llama)
+    return bool(_SEAL.unpack(sealed[-_SEAL.size :])[1] == _fingerprint_of(llama))
 
 
 def fingerprint(parts: tuple[Header, ...], options: tuple[Any, ...]) -> bytes:

@@ -63,7 +63,7 @@ class _Nvml:
 
     def read(self) -> int:
         try:
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu)
+            return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu))
         except pynvml.NVMLError as error:
             raise OSError(f"{self.name} does not report its energy ({error})") from None
 

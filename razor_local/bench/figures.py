@@ -217,7 +217,7 @@ def prompt_seconds(points: Sequence[dict[str, Any]], side: str, n_tokens: int) -
     The seconds per token are interpolated linearly between the middles of the batches. This is
     exact as long as each earlier token adds the same work per token.
     """
-    known = [
+    known: list[tuple[float, float]] = [
         (r["depth"] + r["tokens"] / 2, statistics.median(r["ms"][side]) / 1e3 / r["tokens"])
         for r in points
     ]

@@ -127,21 +127,23 @@ class Context:
 
     def step(self) -> float:
         """Decode one token, remove it from the cache again, and return the seconds."""
-        return self.worker.ask("step", self.key)
+        seconds: float = self.worker.ask("step", self.key)
+        return seconds
 
     def steps(self, n: int) -> list[float]:
         """Repeat step() n times and return the seconds of each."""
-        return self.worker.ask("steps", self.key, n)
+        seconds: list[float] = self.worker.ask("steps", self.key, n)
+        return seconds
 
     def append(self, n_tokens: int) -> float:
         """Decode a batch of n_tokens, keep them in the cache, and return the seconds."""
-        seconds = self.worker.ask("append", self.key, n_tokens)
+        seconds: float = self.worker.ask("append", self.key, n_tokens)
         self.depth += n_tokens
         return seconds
 
     def run(self, n_tokens: int) -> list[float]:
         """Decode n_tokens one by one, keep them in the cache, and return the seconds of each."""
-        seconds = self.worker.ask("run", self.key, n_tokens)
+        seconds: list[float] = self.worker.ask("run", self.key, n_tokens)
         self.depth += n_tokens
         return seconds
 
@@ -157,7 +159,8 @@ class Context:
         For a stock build they are read from its log, to 0.01 MiB, or None if the log has no such
         line.
         """
-        return self.worker.ask("kv_bytes", self.key)
+        n_bytes: int | None = self.worker.ask("kv_bytes", self.key)
+        return n_bytes
 
     def device_bytes(self) -> int | None:
         """Return the bytes of the model's and the context's buffers on GPUs and other devices.
@@ -165,7 +168,8 @@ class Context:
         Return None without such a device. For a stock build the bytes are read from its log, to
         0.01 MiB.
         """
-        return self.worker.ask("device_bytes", self.key)
+        n_bytes: int | None = self.worker.ask("device_bytes", self.key)
+        return n_bytes
 
     def close(self) -> None:
         self.worker.ask("close", self.key)
@@ -327,7 +331,8 @@ class SessionContext:
         import numpy as np
 
         rng = np.random.default_rng(self.depth)
-        return rng.integers(0, self.session.n_vocab, n).tolist()
+        tokens: list[int] = rng.integers(0, self.session.n_vocab, n).tolist()
+        return tokens
 
     def fill(self, depth: int) -> None:
         """Fill the cache with depth tokens of random rows."""
@@ -414,7 +419,7 @@ class SessionContext:
                 return None
             return sum(found.get(name, 0) for found in logged if found for name in devices)
         buffers = [m for m in self.native.memory(self.ctx) if not m.is_host]
-        return sum(m.weights + m.cache + m.compute for m in buffers)
+        return sum(int(m.weights + m.cache + m.compute) for m in buffers)
 
 
 def _peak_rss() -> int | None:

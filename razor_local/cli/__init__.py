@@ -85,7 +85,8 @@ class _Group(Group):
         if name not in COMMANDS:
             return None
         name = name.replace("-", "_")
-        return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+        command: click.Command = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -62,11 +62,10 @@ def chat(model: Path | None, **options: Any) -> None:
 
     llama, chosen = generation.load(model or DEFAULT_MODEL, options)
 
-    from ..chat import Chat, chat_template
+    from ..chat import Chat
 
     conversation = Chat(
         llama,
-        chat_template(llama),
         system=options["system"],
         max_tokens=options["predict"],
         drop_oldest=options["on_full"] == "drop-oldest",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 MAX_BYTES_PER_TOKEN = 64  # of a file that may fit the context; real texts have about 4
-SETTINGS: dict[str, click.ParamType] = {
+SETTINGS: dict[str, click.ParamType[Any]] = {
     "temp": Number(0),
     "top_k": Whole(0, 2**31 - 1),
     "top_p": Number(0, 1),

@@ -117,7 +117,7 @@ def _native_report(problems: list[str]) -> dict[str, Any] | None:
         )
         return None
     try:
-        found = json.loads(child.stdout.splitlines()[-1])
+        found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         problems.append(f"the library cannot be examined ({reason}); {REINSTALL}")
@@ -189,7 +189,7 @@ def probe() -> None:
 
 def _default_model(problems: list[str]) -> dict[str, Any] | None:
     from ..model_file import ModelFile
-    from .chat import DEFAULT_MODEL
+    from ..model_setup import DEFAULT_MODEL
 
     try:
         model = ModelFile(DEFAULT_MODEL)

@@ -427,7 +427,7 @@ def grammar(options: dict[str, Any]) -> Any:
         return None
     if not text.strip():
         raise RazorError(f"{file or '--grammar'} is empty, expected a grammar with a rule 'root'")
-    from llama_cpp import LlamaGrammar
+    from llama_cpp.llama_grammar import LlamaGrammar
 
     return LlamaGrammar.from_string(text, verbose=False)
 

@@ -32,7 +32,7 @@ TYPED_MODEL = "razor_local.model"  # key of click's context
 RPC_SERVERS = "razor_local.rpc"  # key of click's context: addresses of RPC servers
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes such as 3G, 512M, 8GiB or 1500000000; G and GiB are 1024 MiB."""
 
     name = "size"
@@ -46,7 +46,7 @@ class Size(click.ParamType):
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-class ContextSize(click.ParamType):
+class ContextSize(click.ParamType[int | str]):
     """A number of tokens such as 8192 or 32k, 0 for the trained length, or "auto"."""
 
     name = "tokens"
@@ -54,8 +54,10 @@ class ContextSize(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | str:
-        if isinstance(value, int) or value == "auto":
+        if isinstance(value, int):
             return value
+        if value == "auto":
+            return "auto"
         n = _tokens(value)
         if n is None:
             self.fail(
@@ -66,7 +68,7 @@ class ContextSize(click.ParamType):
         return n
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType[int]):
     """A number of tokens such as 512, 32k or 1M (k = 1024)."""
 
     name = "tokens"
@@ -103,10 +105,10 @@ class Number(click.FloatRange):
         return super().convert(number, param, ctx)
 
 
-class ListOf(click.ParamType):
+class ListOf(click.ParamType[tuple[Any, ...]]):
     """Values of another type, separated by commas."""
 
-    def __init__(self, item: click.ParamType, name: str) -> None:
+    def __init__(self, item: click.ParamType[Any], name: str) -> None:
         self.item, self.name = item, name
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
@@ -141,7 +143,7 @@ class OnOffAuto(click.Choice[str]):
         return super().convert(value, param, ctx)
 
 
-class Prediction(click.ParamType):
+class Prediction(click.ParamType[int | None]):
     """A number of tokens to generate; -1 becomes None."""
 
     name = "tokens"
@@ -280,7 +282,7 @@ def report_kind(as_json: bool, output: Path | None) -> str:
 PROMPT_ALONE = "without MODEL before it, a prompt needs -p"
 
 
-class ModelFile(click.ParamType):
+class ModelFile(click.ParamType["Path | ModelName"]):
     """A path of a GGUF file, or a name of a model; prefix: what is put before the name."""
 
     name = "model"
@@ -292,7 +294,8 @@ class ModelFile(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> Path | ModelName:
         if not isinstance(value, str):
-            return value
+            chosen: Path | ModelName = value  # the default
+            return chosen
         from ..models import parse
 
         takes_prompt = ctx is not None and any(p.name == "prompt" for p in ctx.command.params)

@@ -114,7 +114,7 @@ def _redirect_library(verbose: bool) -> None:
 def _free_port(host: str) -> int:
     with socket.socket() as listener:
         listener.bind((host, 0))
-        return listener.getsockname()[1]
+        return int(listener.getsockname()[1])
 
 
 def _end(*_: Any) -> None:

@@ -68,7 +68,7 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
     MODEL is a GGUF file, or a name such as llama3.2:1b ('razor-local models search' shows them).
     Without MODEL, pass the prompt with -p.
     """
-    from ..chat import Chat, chat_template, has_chat_template
+    from ..chat import Chat, has_chat_template
 
     generation.check_options(options)
     grammar = generation.grammar(options)
@@ -92,7 +92,7 @@ def run(model: Path | None, plain: bool, as_json: bool, **options: Any) -> None:
             say(f"note: the full cache runs: {memory.why}")
         chat = Chat(
             llama,
-            None if plain else chat_template(llama),
+            None if plain else "auto",
             system=options["system"],
             max_tokens=options["predict"],
             sampling=generation.sampling(options, generation.default_temp(model)),

@@ -237,7 +237,7 @@ class MessageReader:
 
     def _read_line(self, prompt: str, begin: str = "") -> str:
         if self._session is not None:
-            return self._session.prompt(prompt, default=begin)
+            return str(self._session.prompt(prompt, default=begin))
         print(prompt + printable(begin), end="", flush=True, file=sys.stderr)
         line = sys.stdin.readline()
         if not line:

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import sys
 
+from ..errors import RazorError
+
+# argument with which an application that PyInstaller made renders chat templates, see
+# pyinstaller/rthooks
+TEMPLATES = "--razor-local-templates"
+
+
+def is_frozen() -> bool:
+    """Return True in an application that PyInstaller made. Its executable runs no Python code."""
+    return bool(getattr(sys, "frozen", False))
+
 
 def python_command(code: str, *args: str) -> list[str]:
-    """Return the command that runs code with args in sys.argv[1:].
+    """Return the command that runs code with args in sys.argv[1:]. Raises RazorError if frozen.
 
     The current folder is taken off sys.path. Otherwise a json.py there would be imported instead
     of the standard library's.
     """
+    if is_frozen():
+        raise RazorError(
+            f"{sys.executable} is a frozen application and cannot run Python code; use the"
+            " razor-local command for this"
+        )
     return [
         sys.executable,
         "-c",

@@ -37,7 +37,7 @@ def n_cores() -> int:
 
 def free_memory() -> int:
     """Return the bytes that can be allocated without swapping."""
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)
 
 
 def describe_code() -> dict[str, Any]:

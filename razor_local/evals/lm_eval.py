@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..chat import Message
 from ..common.machine import n_cores
 from ..errors import UnsupportedError, option
 from ..model_setup import DEFAULT_MODEL, ModelSetup
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @register_model("razor")
-class RazorLM(TemplateLM):
+class RazorLM(TemplateLM):  # type: ignore[misc]  # it has no types
     """A GGUF model that runs with one policy.
 
     Prompts longer than the context lose their beginning, with a warning, as in the harness's other
@@ -130,7 +131,7 @@ class RazorLM(TemplateLM):
         return source.decode("utf-8", "replace") if chat_template and source else ""
 
     def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        self, chat_history: list[Message], add_generation_prompt: bool = True
     ) -> str:
         if add_generation_prompt:
             return self._render(chat_history)
@@ -206,7 +207,7 @@ class RazorLM(TemplateLM):
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         most = int(options.get("max_gen_toks") or MAX_GEN_TOKENS)
-        sampling = {"temp": 0.0}
+        sampling: dict[str, Any] = {"temp": 0.0}
         if options.get("do_sample", False):
             sampling = {
                 "temp": float(options.get("temperature", 1.0)),

@@ -90,7 +90,7 @@ class Text:
     n_vocab: int
 
     def window(self, window: Window) -> np.ndarray:
-        tokens = self.tokens[window.start : window.end].copy()
+        tokens: np.ndarray = self.tokens[window.start : window.end].copy()
         if self.bos is not None:
             tokens[0] = self.bos
         return tokens

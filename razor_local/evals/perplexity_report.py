@@ -44,8 +44,8 @@ class PerplexityReport:
     @property
     def missing(self) -> int:
         """The number of windows that were not read yet, if the run was interrupted."""
-        wanted = self.head["settings"]["n_windows"] * len(self.head["policies"])
-        return wanted - sum(r["kind"] == "window" for r in self.records)
+        wanted: int = self.head["settings"]["n_windows"] * len(self.head["policies"])
+        return wanted - [r["kind"] for r in self.records].count("window")
 
     def _rows(self, buckets: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         caches = {r["policy"]: r for r in self.records if r["kind"] == "cache"}

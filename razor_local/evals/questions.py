@@ -94,7 +94,7 @@ class Prompts:
     def n_turn(self, question: str) -> int:
         """Count the tokens that another question adds to a conversation, without its answer."""
         turns = [("user", "a"), ("assistant", "b"), ("user", question)]
-        messages = [{"role": role, "content": content} for role, content in turns]
+        messages: list[Message] = [{"role": role, "content": text} for role, text in turns]
         prompt = self.render(messages)
         n = len(self.model.tokenize(prompt.encode(), add_bos=False, special=True))
         return n - self.n_prompt("a") + TURN_SLACK
@@ -143,7 +143,8 @@ def bos_text(model: Llama) -> str:
     vocab = C.llama_model_get_vocab(model.model)
     if not C.llama_vocab_get_add_bos(vocab) or model.token_bos() < 0:
         return ""
-    return C.llama_vocab_get_text(vocab, model.token_bos()).decode("utf-8", "replace")
+    text: bytes = C.llama_vocab_get_text(vocab, model.token_bos())
+    return text.decode("utf-8", "replace")
 
 
 def message(text: str, question: str) -> str:

@@ -103,7 +103,7 @@ class Report:
     @property
     def missing(self) -> int:
         """The number of samples without an answer, if the run was interrupted."""
-        wanted = self.head["settings"]["n_samples"] * len(self.policies)
+        wanted: int = self.head["settings"]["n_samples"] * len(self.policies)
         return wanted - len(self.answers)
 
     def to_dict(self) -> dict[str, Any]:

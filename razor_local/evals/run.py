@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.journal import Journal
 from ..common.machine import describe_code, describe_machine
@@ -17,6 +17,9 @@ from ..model_shape import ModelShape
 from ..plan import N_CTX_PAD
 from .policies import Policy
 from .questions import Answerer, Sample
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 VERSION = 1  # of the records
 
@@ -166,8 +169,8 @@ def run_questions(
 
 def open_llama(
     setup: ModelSetup, policy: Policy, n_ctx: int, stop: Stop | None = None, **options: Any
-) -> Any:
-    """Open a razor_local.Llama with the policy's cache. Raises Stopped while it loads."""
+) -> Llama:
+    """Open a Llama with the policy's cache. Raises Stopped while it loads."""
     from ..llama import Llama
 
     return Llama(

@@ -173,7 +173,8 @@ class Header:
             raw = file.read(entry.end - entry.data)
         if len(raw) != entry.end - entry.data:
             raise GGUFError(f"{self.path}: the file shrank while it was being read")
-        return np.frombuffer(raw, dtype=_NUMPY[element]).copy()
+        values: np.ndarray = np.frombuffer(raw, dtype=_NUMPY[element]).copy()
+        return values
 
     def _checked(self, key: str, kinds: tuple[int, ...]) -> Entry | None:
         entry = self.entries.get(key)

@@ -7,7 +7,7 @@ the process. A bad number is refused here, before the file is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -17,11 +17,12 @@ MAX_N_CTX = 2**31 - 1  # the bindings take it for an int
 MAX_VOCAB = 2_000_000  # llama.cpp allocates this many tokens for a model without a vocabulary
 ROPE_SCALING_TYPES = ("none", "linear", "yarn", "longrope")
 
-# by key without the architecture: the expected values in words, and a check
-_POSITIVE = ("above 0", lambda value: value > 0)
-_NOT_NEGATIVE = ("0 or more", lambda value: value >= 0)
-_DIVISOR = ("1 or more", lambda value: value >= 1)
-_RANGES = {
+# the expected values in words, and a check
+_Check = tuple[str, Callable[[float], bool]]
+_POSITIVE: _Check = ("above 0", lambda value: value > 0)
+_NOT_NEGATIVE: _Check = ("0 or more", lambda value: value >= 0)
+_DIVISOR: _Check = ("1 or more", lambda value: value >= 1)
+_RANGES: dict[str, _Check] = {  # by key without the architecture
     "context_length": (f"0 to {MAX_N_CTX}", lambda value: 0 <= value <= MAX_N_CTX),
     "vocab_size": (f"0 to {MAX_VOCAB}", lambda value: 0 <= value <= MAX_VOCAB),
     "rope.freq_base": _POSITIVE,
@@ -41,10 +42,10 @@ _RANGES = {
     "ssm.time_step_rank": _DIVISOR,
     "wkv.head_size": _DIVISOR,
 }
-_EPSILON = ("0 to 1", lambda value: 0 <= value <= 1)
+_EPSILON: _Check = ("0 to 1", lambda value: 0 <= value <= 1)
 
 # for these architectures only: others do not divide by the key and allow 0
-_RANGES_OF_ARCHS = {
+_RANGES_OF_ARCHS: dict[str, tuple[tuple[str, ...], _Check]] = {
     "ssm.group_count": (
         ("mamba2", "nemotron_h", "nemotron_h_moe", "granitehybrid", "falcon-h1", "qwen3next",
          "qwen35", "qwen35moe", "qwen4exp"),

@@ -343,7 +343,7 @@ def _no_bar() -> type:
     """A progress bar for http_get that shows nothing."""
     from tqdm import tqdm
 
-    class NoBar(tqdm):
+    class NoBar(tqdm):  # type: ignore[misc]  # it has no types
         def __init__(self, *_: object, **__: object) -> None:
             super().__init__(disable=True)
 

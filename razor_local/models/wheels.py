@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from ..common.child import python_command
+from ..common.child import is_frozen, python_command
 from ..common.files import cache_folder, check_room, new_file
 from ..common.progress import Progress, silent
 from ..errors import RazorError
@@ -70,6 +70,8 @@ def download(entry: Entry, progress: Progress | None = None) -> Path:
 
 def _run_installer(wheel: Wheel, temp: Path, progress: Progress | None) -> None:
     """Let pip put the wheel, or uv its content, into temp/target; both check its sha256."""
+    if is_frozen():
+        raise RazorError("a frozen application has no pip to ask the Python package registry")
     report = progress or silent
     requirements, target, log = temp / "requirements.txt", temp / "target", temp / "log"
     pin = f"{wheel.package}=={wheel.version}"

@@ -16,7 +16,7 @@ from ctypes import c_bool, c_char_p, c_int32, c_uint8, c_uint32, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import LibraryError
 from ..plan import KV_TYPES
@@ -31,6 +31,7 @@ LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's 
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
 
+Out = TypeVar("Out", Stats, LayerStats, SeqStats, BufferStats, Memory)
 
 # name: (argument types, result type)
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
@@ -132,7 +133,7 @@ class Native:
                 found.append(self._get("llama_razor_get_memory", Memory(), ctx, len(found)))
         return found
 
-    def _get(self, function: str, out: Any, *args: Any) -> Any:
+    def _get(self, function: str, out: Out, *args: Any) -> Out:
         out.size = ctypes.sizeof(out)
         if not getattr(self.lib, function)(*args, ctypes.byref(out)):
             raise IndexError(f"{function}{args[1:]} has nothing for this context")

@@ -33,8 +33,7 @@ def error_lines(lib: ctypes.CDLL) -> list[str]:
 _ended = threading.Lock()
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-def on_end(sentence: bytes) -> None:
+def _on_end(sentence: bytes) -> None:
     """Print a sentence before a failed assertion or an uncaught exception ends the process."""
     if not _ended.acquire(blocking=False):  # several threads may fail at once
         return
@@ -42,3 +41,6 @@ def on_end(sentence: bytes) -> None:
     line = f"Error: {printable(said)}; the model file is malformed, or this is a bug\n"
     with contextlib.suppress(OSError):  # stderr may be closed
         os.write(2, line.encode())
+
+
+on_end = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(_on_end)

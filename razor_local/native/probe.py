@@ -95,7 +95,7 @@ class AttentionProbe(Control):
         if outputs is not None:
             flags = (c_int8 * len(part))(*outputs.tolist())
             batch.logits = flags
-        code = self.C.llama_decode(ctx, batch)
+        code: int = self.C.llama_decode(ctx, batch)
         self.C.llama_synchronize(ctx)
         return code
 

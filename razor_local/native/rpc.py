@@ -231,7 +231,7 @@ def _refuse_unsupported() -> None:
 def _is_lost(address: str) -> bool:
     is_lost = _library().ggml_razor_rpc_is_lost
     is_lost.argtypes, is_lost.restype = [c_char_p], c_bool
-    return is_lost(address.encode())
+    return bool(is_lost(address.encode()))
 
 
 def _connect(address: str) -> list[int]:

@@ -54,6 +54,7 @@ def read(lib: ctypes.CDLL, pointer: int) -> np.ndarray:
     size = lib.ggml_nbytes(pointer)
     data = np.empty(size, np.uint8)
     lib.ggml_backend_tensor_get(pointer, data.ctypes.data, 0, size)
-    return np.lib.stride_tricks.as_strided(
+    values: np.ndarray = np.lib.stride_tricks.as_strided(
         data.view(dtype), tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
     ).copy()
+    return values

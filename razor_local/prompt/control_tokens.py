@@ -242,4 +242,4 @@ class PlainMessages(_Base):
     def _adds_bos(self) -> bool:
         from llama_cpp import llama_cpp as C
 
-        return C.llama_vocab_get_add_bos(self._model.vocab)
+        return bool(C.llama_vocab_get_add_bos(self._model.vocab))

@@ -23,7 +23,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
-from ..common.child import python_command
+from ..common.child import TEMPLATES, is_frozen, python_command
 from ..errors import GGUFError, RazorError
 
 MAX_SECONDS = 10.0  # of CPU time; real templates take milliseconds
@@ -79,7 +79,7 @@ class Template:
         answer = _exchange(request.encode() + b"\n")
         if "text" in answer:
             _check_unicode(answer["text"], "surrogateescape")
-            return answer["text"]
+            return str(answer["text"])
         sentence = f"the model's chat template {answer['what']}: {answer['reason']}"
         if answer["what"] == REFUSES:
             raise RazorError(sentence)
@@ -132,7 +132,7 @@ def isolate_formatters() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(llama_chat_format, name)
 
-    llama_cpp.llama.llama_chat_format = Formats()  # type: ignore[assignment]
+    vars(llama_cpp.llama)["llama_chat_format"] = Formats()
 
 
 class _Child:
@@ -142,7 +142,9 @@ class _Child:
         self.ended = False
         self.parent = os.getpid()  # a forked copy of this process must not use the same pipes
         self.process = subprocess.Popen(
-            python_command(
+            [sys.executable, TEMPLATES]
+            if is_frozen()
+            else python_command(
                 "sys.path += sys.argv[1:]; from razor_local.prompt.templates import serve; serve()",
                 *filter(None, sys.path),  # the package may be in a folder that was added to it
             ),
@@ -210,7 +212,8 @@ def _exchange(request: bytes) -> dict[str, Any]:
             child.end()
             raise
         if line.endswith(b"\n"):
-            return json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
+            return answer
         code = child.end()
     if expired or (code is not None and code == -getattr(signal, "SIGPROF", 0)):
         what = f"takes more than {MAX_SECONDS:g} s"

@@ -353,7 +353,8 @@ class Capture:
         self.found.clear()
 
     def _op(self, pointer: int) -> str:
-        return self.lib.ggml_op_desc(pointer).decode()
+        name: bytes = self.lib.ggml_op_desc(pointer)
+        return name.decode()
 
     def _name(self, pointer: int | None) -> str:
         return Tensor.from_address(pointer).name.decode("utf-8", "replace") if pointer else ""

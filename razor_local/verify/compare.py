@@ -150,7 +150,8 @@ def kl_divergence(full: np.ndarray, razor: np.ndarray) -> np.ndarray:
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(axis=1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    logarithms: np.ndarray = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return logarithms
 
 
 def _errors(diff: np.ndarray, out: np.ndarray, heads: np.ndarray) -> Errors:

@@ -190,7 +190,8 @@ def rotate(rows: np.ndarray, size: int) -> np.ndarray:
     matrix is orthonormal and its own inverse, so q.k does not change.
     """
     x = np.asarray(rows, np.float32).reshape(-1, size)
-    return (x @ _hadamard(size)).astype(np.float32).reshape(rows.shape)
+    rotated: np.ndarray = (x @ _hadamard(size)).astype(np.float32).reshape(rows.shape)
+    return rotated
 
 
 def rotation_sizes(
@@ -367,6 +368,8 @@ def _kernel() -> Callable[..., np.ndarray]:
     # Products may be fused and sums reordered, but -inf and NaN keep their meaning.
     options: dict[str, Any] = {"parallel": True, "fastmath": {"contract", "reassoc"}}
     try:
-        return numba.njit(cache=True, **options)(_attend)
+        compiled = numba.njit(cache=True, **options)(_attend)
     except RuntimeError:  # numba found no folder to cache the code in
-        return numba.njit(**options)(_attend)
+        compiled = numba.njit(**options)(_attend)
+    function: Callable[..., np.ndarray] = compiled
+    return function

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from contextlib import closing
 
 import pytest
 
 from razor_local import ContextFullError, Llama, RazorError
 from razor_local.chat import Chat, Sampling, chat_template
 from razor_local.cli.chat import DEFAULT_MODEL
+from tests.support.embedded_model import write_without_template
 from tests.support.scripted_model import ScriptedModel, make, render, roles
 from tests.support.texts import FACT, QUESTION, text_with
 
@@ -220,7 +222,7 @@ def llama():
 
 
 def test_the_built_in_model_finds_a_fact_with_razor_active(llama):
-    chat = Chat(llama, chat_template(llama), sampling=GREEDY)
+    chat = Chat(llama, sampling=GREEDY)
     seen = []
     answer = "".join(chat.say(f"{text_with(FACT)}\n\n{QUESTION}", lambda *n: seen.append(n)))
     assert "48213" in answer and chat.last.ended == "end"
@@ -230,6 +232,13 @@ def test_the_built_in_model_finds_a_fact_with_razor_active(llama):
     answer = "".join(chat.say(QUESTION))
     assert "48213" in answer
     assert chat.last.n_reused >= chat.last.n_prompt - 40 and chat.last.n_evaluated <= 40
+
+
+def test_a_model_without_a_chat_template(tmp_path):
+    with closing(Llama(write_without_template(tmp_path / "base.gguf"), n_ctx=512)) as base:
+        with pytest.raises(RazorError, match="has no chat template"):
+            Chat(base)
+        assert "".join(Chat(base, None, max_tokens=2).say("The code")) != ""
 
 
 def test_cached_turns_answer_as_a_fresh_context_would(llama):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,16 @@ def test_llama_cpp_imported_before_with_our_library(library):
     folder = str(library.path.parent)
     result = run(f"import llama_cpp; {IMPORT}; print('fine')", LLAMA_CPP_LIB_PATH=folder)
     assert result.stdout == "fine\n", result.stdout + result.stderr
+
+
+def test_llama_cpp_imported_before_without_a_library():
+    """uv installs the bindings alone, so their import fails, and razor_local still works."""
+    if (Path(find_spec("llama_cpp").origin).parent / "lib").exists():
+        pytest.skip("these bindings have a library of their own")
+    code = "import importlib, contextlib\n with contextlib.suppress(FileNotFoundError):"
+    code += f"\n  importlib.import_module('llama_cpp')\n  exit(2)\n {IMPORT}\n import llama_cpp"
+    result = run(f"{code}; print('fine')")
+    assert result.stdout == "fine\n", result.stderr
 
 
 def test_another_llama_cpp_named_in_the_environment_is_not_used(stock_folder):

@@ -18,7 +18,7 @@ ROOMS = (
     "prompt", "chat", "native", "bindings", "ownership", "json_schema", "completion_request",
     "completion", "memory", "available_memory", "rewind_log", "fit", "llama_options",
     "checkpoints", "evaluation", "sampling", "state", "llama", "sessions", "converters", "evals",
-    "auto_profile", "bench", "verify", "server", "cli", "__main__",
+    "auto_profile", "bench", "verify", "server", "pyinstaller", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
-"""Draw the screenshots of docs/chat.md and docs/server.md.
+"""Draw the screenshots of docs/chat.md, docs/server.md and docs/embedding.md.
 
     uv run python -m tests.tools.screenshots            # with the built-in model
     uv run python -m tests.tools.screenshots --model smollm2:135m
     RAZOR_WEB_UI=ON uv run python -m tests.tools.screenshots --page
+    uv run python -m tests.tools.screenshots --desktop
 
 The built-in model gives docs/chat.png, and a chat model docs/chat-markdown.png: real chats on a
-terminal in memory. --page gives docs/server.png, a chat in a headless Chromium.
+terminal in memory. --page gives docs/server.png, a chat in a headless Chromium,
+and --desktop docs/desktop.png, examples/desktop_chat.py on a virtual screen.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from razor_local.evals.haystack import MadeText
 from tests.support.browser import Browser
+from tests.support.desktop import desktop_session
 from tests.support.server import Server
 from tests.support.terminal import Terminal, terminal
 from tests.support.texts import FACT, QUESTION
@@ -139,8 +142,12 @@ def main() -> None:
         "--model", help="chat model for docs/chat-markdown.png; draws only this picture"
     )
     parser.add_argument("--page", action="store_true", help="draw only docs/server.png")
+    parser.add_argument("--desktop", action="store_true", help="draw only docs/desktop.png")
     args = parser.parse_args()
     model = args.model
+    if args.desktop:
+        print(desktop_session(DOCS / "desktop.png"))
+        return
     if args.page:
         page(DOCS / "server.png")
     elif model is None:
