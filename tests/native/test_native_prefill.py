@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,10 @@ from tests.support.device import examples
 from tests.support.native_cases import F32_TOLERANCE, FLASH_F32, weights
 from tests.support.reference import Razor
 from tests.support.tiny_models import TinySpec
+from tests.tools.architectures import RESULTS, RUNS
 
+FOUND = json.loads(RESULTS.read_text())
+TRIED = sorted(arch for arch, found in FOUND.items() if found["result"] == RUNS)
 N_CTX = 1024
 SPEC = TinySpec("llama", 3, 4, 2, 32, seed=47, sharpness=1.0)
 MASK = ((0, 1), (0, 0), (1, 0))
@@ -267,7 +271,42 @@ def test_other_sequences_are_not_touched(model) -> None:
         assert ctx.stats().prefill_bytes == size
 
 
-def test_refusals(model) -> None:
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe", "phi3", "falcon", "gpt2", "bloom", "mpt"])
+def test_architectures_read_prompts(arch: str) -> None:
+    """As a full cache does; the slow test tries all of them."""
+    assert reads_like_a_full_cache(arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TRIED)
+def test_all_architectures_read_prompts(arch: str) -> None:
+    assert reads_like_a_full_cache(arch) != is_refused(arch)
+
+
+def is_refused(arch: str) -> bool:
+    header = ModelFile(arch_models.path_of(arch)).shape
+    return header.sliding is not None or header.recurrent_bytes > 0
+
+
+def reads_like_a_full_cache(arch: str) -> bool:
+    """Return False if the library refuses to read prompts of the architecture."""
+    path = arch_models.path_of(arch)
+    tokens, mask = arch_runs.tokens_of(path), arch_runs.mask_of(arch_runs.layers_of(path))
+    local = runner.Override(mask, window=64, compensation=arch_runs.compensates(path))
+    full = replace(local, retrieval=b"\1" * len(mask), window=1500, own_attention=True)
+    params: dict[str, Any] = {"n_ctx": 2048, "type_k": "f16", "type_v": "f16", "swa_full": False}
+    with runner.Model(path) as model:
+        with context(model, local, **params) as ctx:
+            if not ctx.set_full_prefill(True):
+                return False
+            got = ctx.read(tokens)
+            assert ctx.stats().prefill_bytes > 0
+        with context(model, full, **params) as ctx:
+            np.testing.assert_array_equal(got, ctx.decode(tokens))
+    return True
+
+
+def test_refusals_to_read_fully(model) -> None:
     with context(model, runner.OFF) as ctx:
         assert not ctx.set_full_prefill(True)
         assert runner.last_error() == "razor is not active in this context"

@@ -28,7 +28,7 @@ SOURCES = ROOT / "native/src"
 RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-razor-device.cpp"
 PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
 CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
-REWIND = "llama-razor-rewind.cpp"
+REWIND, PREFILL = "llama-razor-rewind.cpp", "llama-razor-prefill.cpp"
 RPC, RPC_BACKEND = "llama-razor-rpc.cpp", "rpc/ggml-razor-rpc.cpp"
 MEMORY, FULL = "llama-memory-razor.cpp", "llama-razor-full.cpp"
 ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
@@ -124,6 +124,22 @@ BREAKS = [
     Break("abort-keeps-fold", CACHE, "                unfold(st.groups[g], groups[g].fold_from);\n", "", "test_abort_in_a_batch_of_sequences test_abort_at_every_node"),
     Break("abort-with-lost-rows", CACHE, "overwritten || (groups[g].n_fold > 0 &&", "overwritten || (false &&", "test_abort_at_every_node"),
     Break("gaps-accepted", CACHE, "if (ubatch.pos[i] != (llama_pos) next[s]) {", "if (false) {", "test_positions_must_follow"),
+    # prompts with full attention
+    Break("prefill-sees-the-future", GRAPH, "row[n_seen + i] = llama_cast<T>(0.0f);", "row[std::min(n_seen + i + 1, n_kv - 1)] = llama_cast<T>(0.0f);", "test_prompts_equal_the_reference test_any_conversation_equals_the_reference test_a_prompt_equals_a_full_cache"),
+    Break("prefill-without-the-past", GRAPH, "if (reads && prefill->copies_past(get_step().pos0)) {", "if (false) {", "test_prompts_equal_the_reference test_a_state_after_a_prompt"),
+    Break("prefill-at-an-old-frontier", PREFILL, "step.frontier = plan.groups[g].frontier(pos0);", "step.frontier = past.groups[g].frontier;", "test_any_conversation_equals_the_reference"),
+    Break("prefill-of-other-heads", GRAPH, "data[i*order.n_head_kv + h] = row + first + i;", "data[i*order.n_head_kv + (h + 1) % order.n_head_kv] = row + first + i;", "test_prompts_equal_the_reference test_architectures_read_prompts"),
+    Break("prefill-without-distances", GRAPH, "            row[prefill.n_past + p - prefill.pos0] = llama_cast<T>(-(float) (pos - p));", "            row[prefill.n_past + p - prefill.pos0] = llama_cast<T>(0.0f);", "test_architectures_read_prompts"),
+    Break("prefill-of-types-unlike-the-cache", PREFILL, "layer.v_local->type, layer.v_local->ne[0], n_rows", "GGML_TYPE_F32, layer.v_local->ne[0], n_rows", "test_local_heads_with_types_of_their_own test_a_prompt_equals_a_full_cache"),
+    Break("prefill-keeps-frontiers", CACHE, "    v_heads[strm] = head;\n\n    streams[strm] = st;", "    v_heads[strm] = head;", "test_prompts_equal_the_reference"),
+    Break("prefill-keeps-a-stale-plan", PREFILL, "    ggml_backend_sched_reserve(kv->get_sched(), gf);\n", "", "test_the_rewind_log_of_a_prompt"),
+    Break("prefill-logs-one-layer", CACHE, "for (size_t il = prefill ? prefill->il : 0;", "for (size_t il = 0;", "test_going_back_into_a_prompt test_the_rewind_log_of_a_prompt"),
+    Break("prefill-keeps-an-aborted-prompt", PREFILL, "    prefill->kv->clear_stream(prefill->strm);\n", "", "test_progress_and_abort_in_every_layer"),
+    Break("prefill-keeps-an-aborted-last-layer", CACHE, "if (last_is_prefill) {", "if (false) {", "test_progress_and_abort_in_every_layer"),
+    Break("prefill-counts-no-rows", PREFILL, "for (const auto * buf : { &buf_states, &buf_rows }) {", "for (const auto * buf : { &buf_states }) {", "test_temporary_buffers"),
+    Break("prefill-of-many-outputs", CACHE, "full_prefill && balloc.get_n_outputs() > cparams.n_outputs_max", "false", "test_a_prompt_exceeds_a_batch"),
+    Break("prefill-of-mixed-batches", PREFILL, "u.n_seqs_unq != 1 || u.seq_id[0][0] != first.seq_id[0][0]", "false", "test_other_sequences_are_not_touched"),
+    Break("prefill-of-sliding-windows", PREFILL, "    if (!kv) {\n        return llama_razor_get_cache", "    if (false) {\n        return llama_razor_get_cache", "test_refusals_to_read_fully"),
     # rewind log
     Break("rewind-without-rows", CACHE, "want.end  = std::min(p0, first_in_ring(st.n_high));", "want.end  = want.from;", "test_rewinds_to_random_positions test_an_aborted_fold_is_undone"),
     Break("rewind-across-the-end-of-the-ring", CACHE, "std::min(std::min(end, want.end) - pos, group.sink_tokens + group.ring() - cell)", "std::min(end, want.end) - pos", "test_rewinds_to_random_positions"),
@@ -185,7 +201,7 @@ BREAKS = [
     Break("sequences-not-counted", RAZOR, "plan.n_rows_retrieval(il)*t->nb[1]*t->ne[2]", "plan.n_rows_retrieval(il)*t->nb[1]", "test_bytes_of_sequences"),
     Break("removal-not-asked", CACHE, "if (!is_shorter && !can_remove(s, p0, p1)) {", "if (false) {", "test_removal_from_all_sequences test_rollbacks_of_sequences"),
     Break("removal-from-short-sequences", CACHE, "seq_id < 0 && n_stream > 1 && n_tokens(s) < (uint32_t) p0", "false", "test_removal_from_all_sequences"),
-    Break("removal-of-all-sequences", CACHE, "        clear_stream(strm);\n\n        return;", "        clear(false);\n\n        return;", "test_removal_of_a_sequence"),
+    Break("removal-of-all-sequences", CACHE, "    if (p0 == 0 && p1 >= n) {\n        clear_stream(strm);", "    if (p0 == 0 && p1 >= n) {\n        clear(false);", "test_removal_of_a_sequence"),
     Break("others-kept", CACHE, "if ((llama_seq_id) s != seq_id) {", "if (false) {", "test_keeping_one_sequence"),
     Break("other-sequence-unusable", CACHE, "streams[seq_id].broken = true;", "streams[0].broken = true;", "test_shifts_of_one_sequence"),
     Break("copy-of-cells-alone", CACHE, "    copies.emplace_back(seq_id_src, seq_id_dst);", "", "test_copies_are_bit_identical"),
@@ -296,6 +312,7 @@ NO_BREAK = {
     "test_matrix_covers_what_it_says": "checks the tests' own cases",
     "test_tight_plans_are_tight": "checks the tests' own plans",
     "test_header_constants_match": "compares Python with a header",
+    "test_the_reference_of_prompts_differs_from_both_others": "checks the reference itself",
     "test_sizes_of_the_structures": "compares Python with Python",
     "test_states_and_rollbacks": "operations of upstream's cache, which the patches do not change",
     "test_patches_stay_small": "counts lines",
