@@ -312,6 +312,7 @@ NO_BREAK = {
     "test_matrix_covers_what_it_says": "checks the tests' own cases",
     "test_tight_plans_are_tight": "checks the tests' own plans",
     "test_header_constants_match": "compares Python with a header",
+    "test_all_architectures_read_prompts": "the slow form of test_architectures_read_prompts",
     "test_the_reference_of_prompts_differs_from_both_others": "checks the reference itself",
     "test_sizes_of_the_structures": "compares Python with Python",
     "test_states_and_rollbacks": "operations of upstream's cache, which the patches do not change",
