@@ -126,7 +126,7 @@ BREAKS = [
     Break("gaps-accepted", CACHE, "if (ubatch.pos[i] != (llama_pos) next[s]) {", "if (false) {", "test_positions_must_follow"),
     # prompts with full attention
     Break("prefill-sees-the-future", GRAPH, "row[n_seen + i] = llama_cast<T>(0.0f);", "row[std::min(n_seen + i + 1, n_kv - 1)] = llama_cast<T>(0.0f);", "test_prompts_equal_the_reference test_any_conversation_equals_the_reference test_a_prompt_equals_a_full_cache"),
-    Break("prefill-without-the-past", GRAPH, "if (reads && prefill->copies_past(get_step().pos0)) {", "if (false) {", "test_prompts_equal_the_reference test_a_state_after_a_prompt"),
+    Break("prefill-without-the-past", GRAPH, "if (reads && prefill->copies_past(get_step().pos0)) {", "if (false) {", "test_prompts_equal_the_reference"),
     Break("prefill-at-an-old-frontier", PREFILL, "step.frontier = plan.groups[g].frontier(pos0);", "step.frontier = past.groups[g].frontier;", "test_any_conversation_equals_the_reference"),
     Break("prefill-of-other-heads", GRAPH, "data[i*order.n_head_kv + h] = row + first + i;", "data[i*order.n_head_kv + (h + 1) % order.n_head_kv] = row + first + i;", "test_prompts_equal_the_reference test_architectures_read_prompts"),
     Break("prefill-without-distances", GRAPH, "            row[prefill.n_past + p - prefill.pos0] = llama_cast<T>(-(float) (pos - p));", "            row[prefill.n_past + p - prefill.pos0] = llama_cast<T>(0.0f);", "test_architectures_read_prompts"),
@@ -224,7 +224,7 @@ BREAKS = [
     Break("abort-of-all-sequences", CACHE, "            clear_stream(strm);\n\n            return;", "            clear(false);\n\n            return;", "test_abort_that_loses_a_sequence"),
     # states
     Break("state-without-sums", CACHE, "[&](ggml_tensor * t, size_t offset, size_t size) { io.read_tensor(t, offset, size); }", "[&](ggml_tensor * t, size_t offset, size_t size) { if (t->ne[1] == N_SLOTS) { std::vector<uint8_t> b(size); io.read(b.data(), size); } else { io.read_tensor(t, offset, size); } }",
-          "test_state_continues_bit_identically test_state_in_another_process test_state"),
+          "test_a_state_after_a_prompt test_state_continues_bit_identically test_state_in_another_process test_state"),
     Break("state-of-other-heads", CACHE, "        for (const uint32_t h : plan.retrieval[il]) {\n            add(h);\n        }", "", "test_state_of_another_plan_is_refused"),
     Break("state-of-other-window", CACHE, "        add(group.window);\n        add(group.block);", "", "test_state_of_another_plan_is_refused test_state"),
     Break("state-of-stock", CACHE, "if (magic != RAZOR_STATE_MAGIC) {", "if (false) {", "test_stock_state_is_refused"),
