@@ -76,7 +76,8 @@ def with_prompts(plan: Razor, steps: list[tuple[str, int]]) -> Razor:
     return replace(plan, prompts=tuple(spans))
 
 
-CONVERSATION = [("prompt", 420), ("token", 90), ("prompt", 230), ("token", 40), ("prompt", 1)]
+# the second prompt begins with a fold
+CONVERSATION = [("prompt", 420), ("token", 92), ("prompt", 230), ("token", 40), ("prompt", 1)]
 
 
 @pytest.mark.parametrize("flash_attn", FLASH_F32)

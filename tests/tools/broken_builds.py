@@ -127,7 +127,7 @@ BREAKS = [
     # prompts with full attention
     Break("prefill-sees-the-future", GRAPH, "row[n_seen + i] = llama_cast<T>(0.0f);", "row[std::min(n_seen + i + 1, n_kv - 1)] = llama_cast<T>(0.0f);", "test_prompts_equal_the_reference test_any_conversation_equals_the_reference test_a_prompt_equals_a_full_cache"),
     Break("prefill-without-the-past", GRAPH, "if (reads && prefill->copies_past(get_step().pos0)) {", "if (false) {", "test_prompts_equal_the_reference"),
-    Break("prefill-at-an-old-frontier", PREFILL, "step.frontier = plan.groups[g].frontier(pos0);", "step.frontier = past.groups[g].frontier;", "test_any_conversation_equals_the_reference"),
+    Break("prefill-at-an-old-frontier", PREFILL, "step.frontier = plan.groups[g].frontier(pos0);", "step.frontier = past.groups[g].frontier;", "test_prompts_equal_the_reference"),
     Break("prefill-of-other-heads", GRAPH, "data[i*order.n_head_kv + h] = row + first + i;", "data[i*order.n_head_kv + (h + 1) % order.n_head_kv] = row + first + i;", "test_prompts_equal_the_reference test_architectures_read_prompts"),
     Break("prefill-without-distances", GRAPH, "            row[prefill.n_past + p - prefill.pos0] = llama_cast<T>(-(float) (pos - p));", "            row[prefill.n_past + p - prefill.pos0] = llama_cast<T>(0.0f);", "test_architectures_read_prompts"),
     Break("prefill-of-types-unlike-the-cache", PREFILL, "layer.v_local->type, layer.v_local->ne[0], n_rows", "GGML_TYPE_F32, layer.v_local->ne[0], n_rows", "test_local_heads_with_types_of_their_own test_a_prompt_equals_a_full_cache"),
