@@ -22,6 +22,7 @@ class ModelSetup:
 
     lib: folder of a stock build, None for the package's own library.
     rpc: addresses of RPC servers, see native.rpc.parse_servers().
+    prefill: how prompts are read, see Llama.
     """
 
     model: str
@@ -34,6 +35,7 @@ class ModelSetup:
     n_gpu_layers: int = 0
     lib: str | None = None
     rpc: str | None = None
+    prefill: str = "auto"
 
     @cached_property
     def file(self) -> ModelFile:

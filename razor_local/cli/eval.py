@@ -15,6 +15,7 @@ from .interrupt import stop_on_interrupt
 from .params import (
     DEFAULT_MODEL,
     N_GPU_LAYERS,
+    PREFILL,
     RPC,
     THREADS,
     ListOf,
@@ -232,6 +233,7 @@ Examples:
 )
 @_HAYSTACK
 @_PREDICT
+@PREFILL
 @_options(_MODEL_OPTIONS)
 @_HEAT
 @_CURVE
@@ -293,6 +295,7 @@ Examples:
 )
 @_HAYSTACK
 @_PREDICT
+@PREFILL
 @_options(_MODEL_OPTIONS)
 @_HEAT
 @_CURVE
@@ -465,6 +468,7 @@ Examples:
     is_flag=True,
     help="Cut texts that are too long in the middle, instead of leaving them out.",
 )
+@PREFILL
 @_options(_MODEL_OPTIONS)
 @_HEAT
 @_CURVE

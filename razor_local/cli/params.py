@@ -502,7 +502,7 @@ def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
 
     Args:
         options: sidecar, budget, window_min, window_divisor, sinks, threads and n_gpu_layers, which
-            bench and eval share, and rpc of bench.
+            bench and eval share, rpc of bench, and prefill of eval.
     """
     from ..common.machine import n_cores
     from ..model_setup import ModelSetup
@@ -517,4 +517,5 @@ def model_setup(model: Path, options: dict[str, Any]) -> ModelSetup:
         n_threads=options["threads"] or n_cores(),
         n_gpu_layers=options["n_gpu_layers"],
         rpc=options.get("rpc"),
+        prefill=options.get("prefill", "auto"),
     )

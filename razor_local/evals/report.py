@@ -167,6 +167,9 @@ def head_lines(head: dict[str, Any]) -> Iterator[str]:
 def _markdown(report: Report) -> Iterator[str]:
     head, settings = report.head, report.head["settings"]
     yield from head_lines(head)
+    prefill = head.get("setup", {}).get("prefill", "auto")
+    if prefill != "auto":
+        yield f"- prompts read with --prefill {prefill}"
     if "haystack" in settings:
         yield f"- haystack: {one_line(settings['haystack'])}"
     yield (

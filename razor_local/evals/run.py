@@ -181,6 +181,7 @@ def open_llama(
         n_gpu_layers=setup.n_gpu_layers,
         progress=lambda _part: check_stop(stop),
         rewind="off",
+        prefill=setup.prefill,
         **policy.llama_args(),
         **options,
     )
