@@ -16,15 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import aarch64
-from tests.support.native_build import ROOT, run
+from tests.support import aarch64, native_build
+from tests.support.native_build import run
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="needs Linux on x86-64"
     ),
-    pytest.mark.xdist_group("wheels"),
 ]
 
 QUESTION = "The secret code of Marlow is 48213. What is the secret code of Marlow?"
@@ -42,12 +41,13 @@ print(llama_cpp.llama_print_system_info().decode())
 
 
 @pytest.fixture(scope="session")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheels() -> Path:
+    """The folder of the wheels. Other processes wait for the first one's build."""
     if folder := os.environ.get("RAZOR_WHEELS"):
         return Path(folder).resolve()
-    folder = tmp_path_factory.mktemp("wheels")
-    run(["uv", "run", "--script", ROOT / ".ci/wheels", folder])
-    return folder
+    with native_build.locked("wheels") as folder:
+        run(["uv", "run", "--script", native_build.ROOT / ".ci/wheels", folder])
+        return folder
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +93,9 @@ def test_verify_passes(installed: Path) -> None:
     assert "passed" in output([installed / "bin/razor-local", "verify"], installed).lower()
 
 
-def test_the_server_is_there(installed: Path) -> None:
+def test_the_server_needs_no_compiler(installed: Path) -> None:
     (server,) = installed.glob("lib/python3.*/site-packages/razor_local/bin/llama-server")
-    assert "version" in output([server, "--version"], installed) or True
+    assert "--ctx-size" in output([server, "--help"], installed)
 
 
 def test_the_best_cpu_backend_answers_as_haswell_does(installed: Path) -> None:
