@@ -90,7 +90,7 @@ def test_chat_answers(installed: Path) -> None:
 
 
 def test_verify_passes(installed: Path) -> None:
-    assert "passed" in output([installed / "bin/razor-local", "verify"], installed).lower()
+    assert "\npass: all" in output([installed / "bin/razor-local", "verify"], installed)
 
 
 def test_the_server_needs_no_compiler(installed: Path) -> None:
@@ -106,10 +106,10 @@ def test_the_best_cpu_backend_answers_as_haswell_does(installed: Path) -> None:
     python = installed / "bin/python"
     answer, features = output([python, "-c", CODE], installed).splitlines()
     has_avx512 = "avx512vl" in Path("/proc/cpuinfo").read_text()
-    assert answer == ANSWER and ("AVX512 = 1" in features) == has_avx512
+    assert ANSWER in answer and ("AVX512 = 1" in features) == has_avx512
     command = [qemu, "-cpu", "Haswell", python, "-c", CODE]
-    answer, features = output(command, installed).splitlines()
-    assert answer == ANSWER and "AVX2 = 1" in features and "AVX512" not in features
+    emulated_answer, features = output(command, installed).splitlines()
+    assert emulated_answer == answer and "AVX2 = 1" in features and "AVX512" not in features
 
 
 def test_64_bit_arm(wheels: Path, tmp_path: Path) -> None:
@@ -124,4 +124,4 @@ def test_64_bit_arm(wheels: Path, tmp_path: Path) -> None:
         "--platform=manylinux2014_aarch64", "razor-local",
     ])  # fmt: skip
     answer, features = output([python, "-c", CODE], tmp_path).splitlines()
-    assert answer == ANSWER and "NEON = 1" in features
+    assert ANSWER in answer and "NEON = 1" in features
