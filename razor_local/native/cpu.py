@@ -11,7 +11,7 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import os
-from ctypes import c_char_p, c_void_p
+from ctypes import c_char_p, c_int, c_void_p
 from pathlib import Path
 
 from ..errors import LibraryError
@@ -41,11 +41,20 @@ def use_best_backend(lib: ctypes.CDLL, folder: Path) -> None:
     load = ctypes.CFUNCTYPE(c_void_p, c_char_p)(("ggml_backend_load", lib))
     unload = ctypes.CFUNCTYPE(None, c_void_p)(("ggml_backend_unload", lib))
     linked = find(b"CPU")
-    best = load(os.fsencode(path))
+    callback, data = c_void_p(), c_void_p()
+    lib.ggml_log_get(ctypes.byref(callback), ctypes.byref(data))
+    lib.ggml_log_set(_ignore, None)
+    best = load(os.fsencode(path))  # logs the path
+    lib.ggml_log_set(callback, data)
     if not best:
         raise LibraryError(f"{path} cannot be loaded; reinstall razor-local")
     if best != linked:  # loaded before
         unload(linked)
+
+
+@ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+def _ignore(level: int, text: bytes, data: int) -> None:
+    """Be a log callback that prints nothing."""
 
 
 def _score(path: Path) -> int:

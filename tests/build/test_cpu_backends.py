@@ -17,6 +17,8 @@ static const char * cpu = "linked";
 const void * ggml_backend_reg_by_name(const char * name) { return cpu; }
 const void * ggml_backend_load(const char * path) { return cpu[0] == 'l' ? "loaded" : cpu; }
 void ggml_backend_unload(const void * reg) { cpu = reg == cpu && cpu[0] == 'l' ? "best" : "none"; }
+void ggml_log_get(void ** callback, void ** data) { *callback = *data = 0; }
+void ggml_log_set(void * callback, void * data) {}
 const char * registered(void) { return cpu; }
 """
 

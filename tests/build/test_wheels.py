@@ -30,7 +30,7 @@ QUESTION = "The secret code of Marlow is 48213. What is the secret code of Marlo
 ANSWER = "The secret code of Marlow is 48213."
 # the answer, and the features of the CPU backend
 CODE = f"""
-import llama_cpp, razor_local
+import razor_local, llama_cpp
 from razor_local import Llama
 from razor_local.cli.chat import DEFAULT_MODEL
 llama = Llama(DEFAULT_MODEL, n_ctx=2048)
