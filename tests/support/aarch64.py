@@ -51,6 +51,8 @@ def _unpack(folder: Path) -> None:
     (folder / "apt.conf").write_text(APT.format(folder=folder))
     env = {**os.environ, "APT_CONFIG": str(folder / "apt.conf")}
     native_build.run(["apt-get", "update"], env)
-    native_build.run(["apt-get", "install", "--yes", "--download-only", "python3"], env)
+    native_build.run(
+        ["apt-get", "install", "--yes", "--download-only", "python3", "libstdc++6"], env
+    )
     for package in folder.glob("apt/cache/archives/*.deb"):
         subprocess.run(["dpkg-deb", "--extract", package, folder / "root"], check=True)
