@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import LibraryError
 
 LIBRARY = "libggml-cpu.so"
+_ignore = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda level, text, data: None)  # a log
 
 
 def best_backend(folder: Path) -> Path | None:
@@ -50,11 +51,6 @@ def use_best_backend(lib: ctypes.CDLL, folder: Path) -> None:
         raise LibraryError(f"{path} cannot be loaded; reinstall razor-local")
     if best != linked:  # loaded before
         unload(linked)
-
-
-@ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
-def _ignore(level: int, text: bytes, data: int) -> None:
-    """Be a log callback that prints nothing."""
 
 
 def _score(path: Path) -> int:
