@@ -112,7 +112,7 @@ def test_the_best_cpu_backend_answers_as_haswell_does(installed: Path) -> None:
     assert emulated_answer == answer and "AVX2 = 1" in features and "AVX512" not in features
 
 
-def test_64_bit_arm(wheels: Path, tmp_path: Path) -> None:
+def test_64_bit_arm(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing := [name for name in aarch64.NEEDS if shutil.which(name) is None]:
         pytest.skip(f"needs {' and '.join(missing)}")
     python = aarch64.python()
@@ -123,5 +123,6 @@ def test_64_bit_arm(wheels: Path, tmp_path: Path) -> None:
         f"--find-links={wheels}", f"--python-version={version.strip()}", *platforms,
         "--platform=manylinux2014_aarch64", "razor-local",
     ])  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # children do not import from their folder
     answer, features = output([python, "-c", CODE], tmp_path).splitlines()
     assert ANSWER in answer and "NEON = 1" in features
