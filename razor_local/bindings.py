@@ -27,16 +27,19 @@ class Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             from .errors import LibraryError
-            from .native import library_folder
+            from .native import library_folder, use_best_backend
 
             try:
-                os.environ[VARIABLE] = str(library_folder())
+                folder = library_folder()
             except LibraryError:
-                pass  # the bindings may have a library of their own
+                run(module)  # the bindings may have a library of their own
+                return
+            os.environ[VARIABLE] = str(folder)
             try:
                 run(module)
             finally:
                 os.environ.pop(VARIABLE, None)
+            use_best_backend(module.llama_cpp._lib, folder)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -158,7 +158,7 @@ def serve(model: Path, **options: Any) -> None:
     Options after -- are passed to llama-server.
     """
     from ..server.build import build_server, find_server
-    from ..server.command import check_port, razor_environment
+    from ..server.command import check_port, library_environment, razor_environment
 
     _check_options(options)
     check_port(options["host"], options["port"])
@@ -179,6 +179,7 @@ def serve(model: Path, **options: Any) -> None:
     arguments = _arguments(server, model, context, slots, options)
     read = {param.envvar for param in click.get_current_context().command.params}
     environment = {name: value for name, value in os.environ.items() if name not in read}
+    environment |= library_environment()
     environment |= razor_environment(
         context.profile,
         plan,

@@ -5,6 +5,7 @@ Importing this loads nothing; load() does.
 
 from __future__ import annotations
 
+from .cpu import best_backend, use_best_backend
 from .fork import computed, is_forked, refuse_after_fork
 from .library import (
     API_VERSION,
@@ -34,6 +35,7 @@ __all__ = [
     "Params",
     "SeqStats",
     "Stats",
+    "best_backend",
     "computed",
     "file_of",
     "is_disabled",
@@ -42,4 +44,5 @@ __all__ = [
     "load",
     "make_params",
     "refuse_after_fork",
+    "use_best_backend",
 ]

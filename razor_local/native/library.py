@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import LibraryError
 from ..plan import KV_TYPES
-from . import errors, log, rpc
+from . import cpu, errors, log, rpc
 from .structs import REWIND, BufferStats, LayerStats, Memory, Params, SeqStats, Stats
 
 if TYPE_CHECKING:
@@ -229,6 +229,7 @@ def load() -> Native:
     if lib.ggml_backend_reg_count() == 0:  # a build whose backends are plug-ins
         lib.ggml_backend_load_all_from_path(os.fsencode(folder))
     log.show(lib, False)
+    cpu.use_best_backend(lib, folder)
     lib.llama_razor_set_end_callback(log.on_end)
     errors.raise_in_bindings(bindings, lib)
     rpc.install(bindings, lib)

@@ -106,6 +106,18 @@ def razor_environment(
     return {ENV: json.dumps(config)} if config else {}
 
 
+def library_environment() -> dict[str, str]:
+    """Return the environment variables that make a server use the best CPU backend.
+
+    Raises LibraryError.
+    """
+    backend = native.best_backend(native.library_folder())
+    if backend is None:
+        return {}
+    folders = [str(backend.parent), os.environ.get("LD_LIBRARY_PATH")]
+    return {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}
+
+
 def _utf8(folder: bytes) -> str:
     try:
         return folder.decode()
