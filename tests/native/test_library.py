@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -191,3 +192,25 @@ def test_llama_cpp_imported_after_razor_local(library):
     )
     result = run(code)
     assert result.stdout == f"{library.path}\nFalse False\nLlama\n", result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_libraries_of_the_current_folder_are_not_loaded(tmp_path) -> None:
+    """llama.cpp would load any backend from there."""
+    source = tmp_path / "attack.c"
+    source.write_text(
+        "#include <stdio.h>\n"
+        'static void __attribute__((constructor)) run(void) { fclose(fopen("attacked", "w")); }\n'
+    )
+    for name in ("blas", "cpu", "cuda", "rpc", "vulkan"):
+        library = tmp_path / f"libggml-{name}-attack.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    code = (
+        "from razor_local.native.loaded import library\n"
+        "library.lib.ggml_backend_load_all()\n"
+        "print(library.lib.ggml_backend_reg_count() > 0)"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
+    assert not (tmp_path / "attacked").exists()
