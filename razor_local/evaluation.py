@@ -89,7 +89,7 @@ def prefill(
         )
     keep = rewind(llama, tokens)
     last = len(tokens) - checkpoints.MARGIN
-    n_full = len(tokens) - 1 if _reads_fully(llama, len(tokens) - 1 - keep) else 0
+    n_full = len(tokens) - 1 if _reads_fully(llama, keep, len(tokens) - 1) else 0
 
     reported = time.monotonic()
 
@@ -138,12 +138,15 @@ def prefill(
     return Prefill(keep, len(tokens) - keep, True)
 
 
-def _reads_fully(llama: Llama, n_tokens: int) -> bool:
+def _reads_fully(llama: Llama, first: int, end: int) -> bool:
     """Return True if a prompt is read with full attention, and the memory suffices for that."""
-    if not llama._full_prefill or llama._logits_all or n_tokens < 2:
+    if not llama._full_prefill or llama._logits_all:
         return False
-    llama._why_no_full_prefill = None
     assert llama._plan is not None
+    llama._why_no_full_prefill = None
+    if not llama._plan.folds_between(first, end):
+        return False
+    n_tokens = end - first
     n_bytes = llama._plan.prefill_bytes(n_tokens, llama.n_embd())
     if n_bytes < _SMALL or llama.memory().devices or n_bytes < available_ram():
         return True

@@ -216,6 +216,17 @@ class Plan:
         full = self.kv_bytes_full
         return self.kv_bytes / full if full else 1.0
 
+    def folds_between(self, first: int, end: int) -> bool:
+        """Return True if a prompt at positions [first, end) folds after its first tokens.
+
+        Only then does it differ whether the prompt is read with full attention.
+        """
+        if not self.active:
+            return False
+        window, last = self.groups[-1].window, end - 1
+        next_fold = max(first, self.sink_tokens + window) // self.block * self.block + self.block
+        return next_fold <= last and last // self.block * self.block - window > self.sink_tokens
+
     def prefill_bytes(self, n_tokens: int, n_embd: int) -> int:
         """Return the bytes of the temporary buffers of a prompt read with full attention.
 

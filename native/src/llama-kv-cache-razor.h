@@ -242,10 +242,11 @@ const llama_razor_rewind_params & rewind,
 
     const std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> & bufs() const { return ctxs_bufs; }
 
-    // see llama_razor_set_full_prefill() and llama_razor_stats; the last two are written by llama_razor_prefill
+    // see llama_razor_set_full_prefill() and llama_razor_stats; the last three are written by llama_razor_prefill
     bool     full_prefill  = false;
     bool     can_prefill   = false; // llama_razor_prefill::find_unsupported() found nothing
     float    prefill_done  = 0.0f;
+    uint64_t prefill_count = 0;
     uint64_t prefill_bytes = 0;
 
 private:

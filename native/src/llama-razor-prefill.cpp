@@ -234,6 +234,7 @@ llama_memory_context_ptr llama_razor_prefill::start_layer(const std::shared_ptr<
     self.il = il;
     self.init_rows();
 
+    self.kv->prefill_count += il == 0;
     self.kv->prefill_bytes = std::max<uint64_t>(self.kv->prefill_bytes, self.n_bytes());
 
     return std::make_unique<llama_kv_cache_razor_context>(self.kv, self.sinfos, self.ubatches, prefill);

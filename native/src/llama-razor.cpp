@@ -130,6 +130,7 @@ bool llama_razor_get_stats(const llama_context * ctx, llama_razor_stats * stats)
 
         res.full_prefill  = kv->full_prefill;
         res.prefill_done  = kv->prefill_done;
+        res.prefill_count = kv->prefill_count;
         res.prefill_bytes = kv->prefill_bytes;
 
         bool any_host   = false;

@@ -105,6 +105,7 @@ struct llama_razor_stats {
     char     rewind_failure[64]; // why the rewind log has ended, "" if it has not
     uint32_t full_prefill;    // see llama_razor_set_full_prefill()
     float    prefill_done;    // while a batch is read with full attention: the part of it that was read, 0..1
+    uint64_t prefill_count;   // number of batches that were read with full attention
     uint64_t prefill_bytes;   // size of the largest temporary buffers of such a batch; not part of kv_bytes
 };
 

@@ -80,6 +80,7 @@ class Stats(ctypes.Structure):
         ("rewind_failure", c_char * 64),
         ("full_prefill", c_uint32),
         ("prefill_done", c_float),
+        ("prefill_count", c_uint64),
         ("prefill_bytes", c_uint64),
     ]
 

@@ -226,6 +226,25 @@ def test_temporary_buffers(model, tiny) -> None:
         assert after.prefill_done == 0 and not after.full_prefill
 
 
+@pytest.mark.parametrize("window", [24, 100, 130])
+def test_the_plan_knows_when_it_matters(window: int, model, tiny) -> None:
+    """The library needs temporary buffers exactly for the prompts that the plan names."""
+    shape = ModelFile(tiny(SPEC)).shape
+    heads = split_heads(np.array([x for row in MASK for x in row], np.uint8), shape.n_head_kv)
+    profile = Profile(heads, window_min=window, window_divisor=0)
+    plan = make_plan(shape, profile, N_CTX, "f32", "f32", True)
+    tokens = runner.random_tokens(N_CTX, model.n_vocab, 11)
+    with context(model, reference.make_razor(MASK, window)) as ctx:
+        for first in (0, 1, 63, 64, 127, 128, 200, 256, 320):
+            for n in (1, 63, 64, 65, 127, 128, 129, 192, 193):
+                ctx.clear()
+                ctx.decode(tokens[:first])
+                before = ctx.stats().prefill_count
+                ctx.read(tokens[first : first + n])
+                read = ctx.stats().prefill_count > before
+                assert read == plan.folds_between(first, first + n), (first, n)
+
+
 def test_progress_and_abort_in_every_layer(model) -> None:
     """An aborted prompt leaves an empty sequence, which can be used again."""
     tokens = runner.random_tokens(600, model.n_vocab, 9)

@@ -140,6 +140,7 @@ BREAKS = [
     Break("prefill-counts-no-rows", PREFILL, "for (const auto * buf : { &buf_states, &buf_rows }) {", "for (const auto * buf : { &buf_states }) {", "test_temporary_buffers"),
     Break("prefill-of-many-outputs", CACHE, "full_prefill && balloc.get_n_outputs() > cparams.n_outputs_max", "false", "test_a_prompt_exceeds_a_batch"),
     Break("prefill-of-mixed-batches", PREFILL, "u.n_seqs_unq != 1 || u.seq_id[0][0] != first.seq_id[0][0]", "false", "test_other_sequences_are_not_touched"),
+    Break("prefill-of-short-prompts", PREFILL, " || plan.frontier_end(first.pos[0]) > (uint32_t) last.pos[0]", "", "test_the_plan_knows_when_it_matters"),
     Break("prefill-of-sliding-windows", PREFILL, "    if (!kv) {\n        return llama_razor_get_cache", "    if (false) {\n        return llama_razor_get_cache", "test_refusals_to_read_fully"),
     # rewind log
     Break("rewind-without-rows", CACHE, "want.end  = std::min(p0, first_in_ring(st.n_high));", "want.end  = want.from;", "test_rewinds_to_random_positions test_an_aborted_fold_is_undone"),
