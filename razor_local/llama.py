@@ -339,7 +339,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         )
         memory = replace(
             memory,
-            prefill="full" if self._full_prefill else "razor",
+            prefill="full" if self._full_prefill or not memory.active else "razor",
             prefill_why=self._why_no_full_prefill,
         )
         if not self._needs_checkpoints:
@@ -647,9 +647,10 @@ class Llama(PlainMessages, llama_cpp.Llama):
 
     def _choose_prefill(self, asked: str, on_device: bool) -> None:
         """Choose how prompts are read, see the argument prefill."""
-        active = self._plan is not None and self._plan.active
-        if asked == "razor" or not active:
-            self._why_no_full_prefill = options(prefill="razor") if active else self._why
+        if self._plan is None or not self._plan.active:
+            return  # a full cache reads everything with full attention
+        if asked == "razor":
+            self._why_no_full_prefill = options(prefill="razor")
             return
         if asked == "auto" and on_device:
             full = options(prefill="full")

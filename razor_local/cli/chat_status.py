@@ -82,7 +82,7 @@ def _heads(llama: Llama) -> str:
 
 def _prompts(memory: Memory) -> str:
     if not memory.active:
-        return "read with full attention"
+        return "read with full attention"  # and nothing is compressed
     if memory.prefill_why is not None:
         return f"read with the compressed cache: {memory.prefill_why}"
     size = f" (buffers of up to {size_text(memory.prefill_bytes)})" if memory.prefill_bytes else ""

@@ -878,7 +878,7 @@ def test_how_prompts_are_read(llama):
             assert model.prefill(tokens) == (1099, 1, True)
             np.testing.assert_array_equal(logits(model), first)
     with closing(Llama(DEFAULT_MODEL, n_ctx=2048, razor=False)) as model:
-        assert "razor" in model.memory().prefill_why
+        assert (model.memory().prefill, model.memory().prefill_why) == ("full", None)
     with pytest.raises(UnsupportedError, match="prefill is 'fast', expected 'auto', 'full' or"):
         Llama(DEFAULT_MODEL, prefill="fast")
 
