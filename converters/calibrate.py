@@ -389,7 +389,7 @@ def _kernel() -> Callable[..., tuple[float, float]]:
         from numba import njit
     except ImportError as error:
         raise UnsupportedError(
-            f"measuring heads needs numba ({error}); install it, or import it in an application"
+            f"measuring heads needs numba ({error}); install it, or import it in the application"
             " that PyInstaller bundles"
         ) from error
 

@@ -1,10 +1,10 @@
-"""A desktop chat in one window: streaming, cancel, and the memory of the KV cache while it runs.
+"""Chat with a model in a window that streams and cancels answers, and shows the KV cache's memory.
 
     python examples/desktop_chat.py [MODEL]
 
-MODEL is a GGUF file or a name such as smollm2:135m; by default the small built-in model. One worker
-thread owns the model. The window never waits for it: both sides only put messages into queues, and
-the window reads its queue 30 times per second. docs/embedding.md explains the parts.
+MODEL is a GGUF file or a name such as smollm2:135m. The default is the small built-in model. One
+worker thread owns the model. The window never waits for it: both sides only put messages into
+queues, and the window reads its queue 30 times per second. docs/embedding.md explains the parts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker waits for a request. turn: the numbers of the answer that has just ended."""
+    """The worker waits for a request. turn describes the answer that has just ended."""
 
     turn: Turn | None = None
 
@@ -51,7 +51,7 @@ Event = str | Memory | Busy | Ready | Failed  # str: a piece of the answer
 
 
 class Worker(threading.Thread):
-    """Load models and answer messages, one after another, and report to events."""
+    """Load models and answer messages, one after another, and put reports into events."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)  # the window may be closed while a model loads
@@ -73,7 +73,7 @@ class Worker(threading.Thread):
         self._cancelled.set()
 
     def quit(self) -> None:
-        """Cancel what runs, free the model, and end the thread."""
+        """Cancel the running request, free the model, and end the thread."""
         self._requests.put(("quit", ""))
         self.cancel()
 

@@ -85,7 +85,7 @@ def _auto_profile(*args: Any, **options: Any) -> Any:
 _hooks.auto_profile = _auto_profile
 
 
-if not TYPE_CHECKING:  # a type checker knows the names, and reports others
+if not TYPE_CHECKING:  # with __getattr__(), a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":

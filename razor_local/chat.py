@@ -212,9 +212,9 @@ class Chat:
 
     Args:
         model: a razor_local.Llama.
-        render: a function that turns the messages into a prompt. "auto" is chat_template(model).
-            With None, the answer continues the text of the message, which may contain control
-            tokens.
+        render: a function that turns the messages into a prompt. "auto" uses the model's chat
+            template, see chat_template(). With None, the answer continues the text of the
+            message, which may contain control tokens.
         system: the system prompt.
         max_tokens: maximum tokens of an answer, None for as many as fit. A prompt must leave room
             for them (None: for a sixteenth of the context, at most 256).
@@ -243,7 +243,7 @@ class Chat:
         self.drop_oldest = drop_oldest
         self.ignore_end = ignore_end
         self.max_tokens = max_tokens
-        self.grammar: LlamaGrammar | None = None  # that answers follow
+        self.grammar: LlamaGrammar | None = None  # answers follow it
         self.last: Turn | None = None
         self._render = chat_template(model) if render == "auto" else render
         self._sampling: Sampling | None = None

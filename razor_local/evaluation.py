@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _ABORTED = 2  # llama_decode: stopped by the abort callback
 _NO_SLOT = 1  # llama_decode: no room for the batch
 _NO_BUFFERS = "out of memory for reading a prompt with full attention"  # of the native library
-_SMALL = 2**28  # bytes that a prompt may take without asking how much is free
+_SMALL = 2**28  # smaller buffers are allocated without checking the free memory, in bytes
 _NO_CALLBACK = C.ggml_abort_callback()
 
 
@@ -44,7 +44,7 @@ class _AbortedError(RazorError):
 
 
 class _NoMemoryError(RazorError):
-    """The temporary buffers for a prompt cannot be allocated. The cache is as before."""
+    """The temporary buffers for a prompt cannot be allocated. The cache has not changed."""
 
 
 def evaluate(llama: Llama, tokens: Sequence[int]) -> None:
@@ -164,10 +164,11 @@ def _no_room(n_tokens: int, n_bytes: int) -> str:
 
 
 def _read_fully(llama: Llama, tokens: list[int]) -> None:
-    """Evaluate tokens that all heads attend to, before the cache is compressed.
+    """Evaluate tokens with full attention, and compress the cache afterwards.
 
-    The last token of a prompt is evaluated afterwards, like those of the answer. So its logits are
-    the same if the prompt is asked again, when the cache still holds the other tokens.
+    The last token of a prompt is not among them: it is evaluated afterwards, like those of the
+    answer. If the same prompt follows while the cache holds its other tokens, the last token is
+    evaluated in the same way, and its logits are the same.
     """
     tokens = after_cached(llama, tokens)
     library.lib.llama_razor_set_full_prefill(llama.ctx, True)

@@ -122,16 +122,16 @@ class Llama(PlainMessages, llama_cpp.Llama):
         recurrent states have no log: unless this is "off", copies of them are kept in main memory
         at the beginning and the end of each of the last prompts, and the cache goes back to one of
         these checkpoints.
-    prefill: how prompts are read. "full": with full attention, and the cache is compressed
-        afterwards, as in the paper; answers lose less, and reading takes as long as with a full
-        cache and temporary buffers for one layer. "razor": with the compressed cache, which is
-        faster in long prompts. "auto" is "full", but "razor" where that is not supported (with
-        sliding windows, recurrent layers, and some rare architectures) or the cache is on a device,
-        where the speed of "full" has not been measured. It is for prompts that are answered
-        (generate(), completions and Chat); eval() reads with the compressed cache.
     rewind_limit: maximum bytes of the log, and separately of all checkpoints. When one of them
         reaches it, its oldest part is dropped. By default it is 4 GiB, or 10 % of what is free (on
         disk or in main memory) if that is less.
+    prefill: how prompts are read. "full": with full attention; the cache is compressed afterwards,
+        as in the paper. Answers lose less, but reading takes as long as with a full cache, and
+        needs temporary buffers for one layer. "razor": with the compressed cache, which is faster
+        for long prompts. "auto" is "full", but "razor" if the model does not support "full"
+        (sliding windows, recurrent layers and some rare architectures) or if the cache is on a
+        device, where the speed of "full" has not been measured. This applies to prompts of
+        prefill(), generate(), completions and Chat; eval() always reads with the compressed cache.
     progress: called with the part done (0 to 1) while the model loads and, with razor="auto",
         before that while the heads are measured (0 to 1 for each step). Returning False stops
         either. This is llama.cpp's convention; elsewhere progress= is a common.progress.Progress.
@@ -434,8 +434,8 @@ class Llama(PlainMessages, llama_cpp.Llama):
         inside: Any = Inside(self)
         return self._requests.generate(lambda: make(inside))
 
-    # a type checker learns from stream what is returned, and that only messages and prompt are
-    # passed by position
+    # the overloads give type checkers the return type for each value of stream, and accept only
+    # messages and prompt by position
     @overload  # type: ignore[override]
     def create_chat_completion(
         self,
@@ -551,7 +551,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._servers.close()
 
     def __del__(self) -> None:
-        if Closed is not None:  # a frozen application clears the modules before this at its end
+        if Closed is not None:  # when a frozen application exits, it clears the modules first
             super().__del__()
 
     def __getstate__(self) -> dict[str, Any]:

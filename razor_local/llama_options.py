@@ -95,7 +95,7 @@ def refuse_arguments(model_path: str, n_ctx: int | str, kwargs: dict[str, Any]) 
 
 
 def refuse_prefill(prefill: Any) -> None:
-    """Refuse another value than those that the argument prefill of Llama has."""
+    """Raise UnsupportedError for a value that Llama(prefill=) does not accept."""
     if prefill not in ("auto", "full", "razor"):
         raise UnsupportedError(
             f"{option('prefill')} is {prefill!r}, expected 'auto', 'full' or 'razor'"

@@ -52,8 +52,8 @@ class Memory:
         prefill: how prompts are read: with full attention ("full", as a full cache always does) or
             with the compressed cache ("razor").
         prefill_why: why it is not "full", or was not for the last prompt; None if it is.
-        prefill_bytes: the largest temporary buffers so far of a prompt that was read with full
-            attention. They are freed when it has been read, and are not part of kv_bytes.
+        prefill_bytes: size of the largest temporary buffers so far. A prompt that is read with full
+            attention needs them; they are freed afterwards, and are not part of kv_bytes.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.
     """
 

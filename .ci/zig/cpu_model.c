@@ -1,6 +1,7 @@
-// The features that __builtin_cpu_supports() reads: Zig's own runtime has a stub that supports none.
+// The CPU features that __builtin_cpu_supports() reads. The stub in Zig's own runtime reports none.
 //
-// Only those that native/src asks for. Bits as in libgcc's enum processor_features.
+// This file has only the features that native/src asks for. The bits are those of libgcc's enum
+// processor_features.
 
 #include <cpuid.h>
 

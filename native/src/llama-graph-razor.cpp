@@ -502,7 +502,7 @@ void llm_graph_razor_seq::set_input_rows() const {
     }
 }
 
-// the mask of the cells before the batch, then that of the batch
+// the mask of the cells from before the batch, followed by that of the tokens of the batch
 template<typename T>
 static void set_input_prefill_mask(
         T * data,
@@ -702,7 +702,7 @@ void llm_graph_razor_seq::set_input_fold(size_t i_group) const {
 bool llm_graph_razor_seq::can_reuse(const llama_kv_cache_razor_context * mctx_new) {
     mctx = mctx_new;
 
-    // the graph of a layer that reads a prompt has the positions of its ubatch
+    // the graph of a layer that reads a prompt depends on the positions of its ubatch
     if (prefill || mctx->get_prefill() || mctx->get_n_kv() != n_kv_full) {
         return false;
     }
@@ -948,7 +948,7 @@ ggml_tensor * llm_graph_razor_seq::build_attn(
 
     GGML_ASSERT((!k_cur || k_cur->ne[1] == n_head_kv) && (uint32_t) q_cur->ne[2] == n_tokens);
 
-    // the layer whose part of the graph is computed, if one layer alone reads a prompt
+    // true in the layer whose part of the graph is computed while one layer reads a prompt
     const bool reads = prefill && prefill->il == (uint32_t) il && layer.n_local > 0;
 
     // 1. fold, before the new tokens overwrite its rows and attend to the compensation token
@@ -1344,7 +1344,7 @@ uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
 
     const uint32_t n_all = n_seqs*(20 + 70*kv->get_plan().groups.size() + (n_seqs > 1 ? 6 : 0))*kv->get_plan().n_layer();
 
-    // if one layer reads a prompt, it copies the rows of each local head (views included), and stores K and V once more
+    // a layer that reads a prompt also copies the rows of each local head (with views), and stores K and V a second time
     uint32_t n_heads = 0;
     for (uint32_t il = 0; il < kv->get_plan().n_layer(); ++il) {
         n_heads = std::max(n_heads, kv->get_plan().n_local(il));

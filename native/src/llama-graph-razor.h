@@ -89,7 +89,7 @@ private:
         // only for a transposed V cache, the key is the number of heads
         std::map<uint32_t, ggml_tensor *> v_rows; // I64 [n_local*n_tokens] rows in the view of the group's heads
 
-        // only if one layer reads a prompt: replaces the mask
+        // replaces the mask while one layer reads a prompt, otherwise nullptr
         ggml_tensor * prefill_mask = nullptr; // F32/F16 [cells, n_tokens]
 
         uint32_t n_kv;
@@ -131,7 +131,7 @@ private:
 
     void build_store_v_trans(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * v_cur, const head_order & order) const;
 
-    // only if one layer reads a prompt: copy the cache of the local heads as of before the batch, and store K and V, in temporary rows
+    // while one layer reads a prompt: copy the cells that local heads had before the batch to temporary rows, and store K and V there
     void build_prefill_past(const llm_graph_context & g, const razor_layer & layer, const head_order & order) const;
     void build_prefill_store(const llm_graph_context & g, const razor_layer & layer, ggml_tensor * k_cur, ggml_tensor * v_cur, const head_order & order) const;
 
@@ -170,7 +170,7 @@ private:
 
     std::vector<group_input> groups; // one per group of the plan
 
-    // only if one layer reads a prompt: as rows, for the temporary rows of K and V, and never split
+    // while one layer reads a prompt: like rows, but indices of the temporary rows of K and V, and in one part even if the order is split
     ggml_tensor * prefill_rows = nullptr; // I32 [n]
 
     // for each order and token: the rows of the KV heads, in the order of the model

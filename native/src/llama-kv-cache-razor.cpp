@@ -303,9 +303,9 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
 
     llama_razor_error_set("");
 
-    // upstream has room for so many outputs, which is n_batch by default
+    // upstream's output buffer has n_outputs_max rows
     if (full_prefill && balloc.get_n_outputs() > cparams.n_outputs_max) {
-        return llama_razor_refuse_batch("the batch has more outputs than n_outputs_max (n_batch by default), ask for the logits of fewer tokens");
+        return llama_razor_refuse_batch("the batch has more outputs than n_outputs_max (n_batch by default); request the logits of fewer tokens");
     }
 
     std::vector<llama_ubatch> ubatches;
@@ -652,7 +652,7 @@ void llama_kv_cache_razor::abort_ubatch(llama_seq_id seq_id, llama_pos p0) {
 
     LLAMA_LOG_WARN("%s: the ubatch at position %d did not complete\n", __func__, p0);
 
-    // the layers hold different tokens
+    // if one layer was reading a prompt, the layers hold different tokens
     if (last_is_prefill) {
         clear_stream(strm);
 
@@ -1256,7 +1256,7 @@ void llama_kv_cache_razor::log_fold(uint32_t strm, uint32_t pos0, const llama_ra
         for_each_rewind_piece(layers_razor[il], strm, pos0, groups, data, ggml_backend_tensor_get_2d);
     };
 
-    // the layers fold one after the other while a prompt is read layer by layer
+    // while a prompt is read layer by layer, each layer folds and writes its part of the block by itself
     if (!prefill || prefill->il == 0) {
         rewind->add(strm, pos0);
     }

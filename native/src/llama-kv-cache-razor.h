@@ -179,7 +179,7 @@ const llama_razor_rewind_params & rewind,
     // undo the ubatch, or clear the sequence if rows that are needed for it were overwritten
     void abort_ubatch(llama_seq_id seq_id, llama_pos p0);
 
-    // to be called for each ubatch before its graph is built; prefill is nullptr if all layers read it
+    // to be called for each ubatch before its graph is built; prefill is nullptr if all layers read the ubatch
     // return a step for each of its sequences, which have the same number of tokens
     std::vector<step_info> apply_local(const llama_ubatch & ubatch, const llama_razor_prefill * prefill);
 
@@ -214,13 +214,13 @@ const llama_razor_rewind_params & rewind,
     // copy the cells of the retrieval heads
     void save_cells(uint32_t strm, llama_kv_cells & cells, uint32_t & head) const;
 
-    // bring the cells and the frontiers of a stream back to what they were; rows that were overwritten since are not restored
+    // restore saved cells and the state of a stream; rows that were overwritten since then are not restored
     void restore(uint32_t strm, const llama_kv_cells & cells, uint32_t head, const stream_state & st);
 
     // wait for computations, so that rows can be read and written
     void synchronize() const;
 
-    // the scheduler of the context, after its first decode
+    // return the scheduler of the context; only after the first decode
     ggml_backend_sched_t get_sched() const;
 
     // return true if the tensors of the cache are in this buffer
@@ -263,7 +263,7 @@ private:
 
     std::vector<int32_t> sources; // layer -> layer whose cache it reads
 
-    // result of the last apply_local(), and whether one layer alone read its ubatch
+    // result of the last apply_local(), and whether only one layer read its ubatch
     std::vector<step_info> last_steps;
     bool last_is_prefill = false;
 

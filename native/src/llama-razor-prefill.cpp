@@ -18,7 +18,7 @@
 // llama_razor_prefill
 //
 
-// return the index of the node with the states after a layer, -1 if there is none
+// return the index of the node with the hidden states after a layer, -1 if it is missing
 static int razor_find_states(ggml_cgraph * gf, uint32_t il, int64_t n_embd, int64_t n_tokens) {
     const std::string name = format("l_out-%u", il);
 
@@ -52,7 +52,7 @@ std::string llama_razor_prefill::find_unsupported(llama_context & ctx, const lla
 
     for (uint32_t il = 0; gf && il + 1 < n_layer; ++il) {
         if (kv->get_source(il) != (int32_t) il || razor_find_states(gf, il, model.hparams.n_embd, n_tokens) < 0) {
-            return format("the layers of %s cannot read a prompt one after the other", llm_arch_name(model.arch));
+            return format("%s models cannot read a prompt one layer at a time", llm_arch_name(model.arch));
         }
     }
 
@@ -70,7 +70,7 @@ bool llama_razor_prefill::is_useful(const llama_kv_cache_razor & kv, const std::
         return false;
     }
 
-    // batches of several sequences are read together, as without this
+    // the layers read batches of several sequences together, as usual
     if (std::any_of(ubatches.begin(), ubatches.end(), [&](const auto & u) { return u.n_seqs_unq != 1 || u.seq_id[0][0] != first.seq_id[0][0]; })) {
         return false;
     }
@@ -109,7 +109,7 @@ llama_razor_prefill::llama_razor_prefill(
 
     init_states();
 
-    // fail before anything is computed if there is no memory for the rows of a layer
+    // allocate the rows of the first layer with local heads, to fail before anything is computed
     while (kv->get_layer(il).n_local == 0) {
         il++;
     }
@@ -264,7 +264,8 @@ ggml_cgraph * llama_razor_prefill::cut_graph(llm_graph_result * res, const llama
         nodes.push_back(ggml_graph_node(gf, i));
     }
 
-    // the inputs must be allocated because upstream sets most of them in any case, except for the masks and razor's own
+    // all inputs must be allocated, because upstream sets most of them even if the layer does not read them; only the masks and razor's own
+    // inputs are checked first
     std::vector<ggml_tensor *> inputs;
     for (int i = 0; i < n_nodes; ++i) {
         for (ggml_tensor * src : ggml_graph_node(gf, i)->src) {
@@ -334,7 +335,7 @@ ggml_cgraph * llama_razor_prefill::cut_graph(llm_graph_result * res, const llama
     }
 
     if (!found) {
-        llama_razor_error_set(format("the layers of %s cannot read a prompt one after the other", llm_arch_name(kv->get_model().arch)));
+        llama_razor_error_set(format("%s models cannot read a prompt one layer at a time", llm_arch_name(kv->get_model().arch)));
 
         return nullptr;
     }

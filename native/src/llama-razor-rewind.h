@@ -55,7 +55,7 @@ public:
     llama_razor_rewind(const llama_razor_rewind_params & params, uint32_t n_stream, uint32_t n_step, std::vector<size_t> parts);
 
     // add the block of the fold before position start to a stream; its parts must be written afterwards, in ascending order
-    // the oldest blocks of all streams are dropped if the limit is reached. If there is no memory for the block, the log ends
+    // if the limit is reached, the oldest blocks of all streams are dropped. If the block cannot be allocated, the log ends
     void add(uint32_t strm, uint32_t start);
 
     // call fill(part, data) for a part of a block, if the stream has the block. If the part cannot be stored, the log ends

@@ -104,7 +104,7 @@ struct llama_razor_stats {
     uint64_t rewind_bytes;    // size of the rewind log of all sequences, in memory or in its file; not part of kv_bytes
     char     rewind_failure[64]; // why the rewind log has ended, "" if it has not
     uint32_t full_prefill;    // see llama_razor_set_full_prefill()
-    float    prefill_done;    // while a batch is read with full attention: the part of it that was read, 0..1
+    float    prefill_done;    // progress of the batch that is being read with full attention, 0..1; otherwise 0
     uint64_t prefill_count;   // number of batches that were read with full attention
     uint64_t prefill_bytes;   // size of the largest temporary buffers of such a batch; not part of kv_bytes
 };
@@ -177,11 +177,11 @@ LLAMA_API bool llama_razor_get_buffer(const struct llama_context * ctx, uint32_t
 // i is less than the number of buffer types that the context uses; razor need not be active
 LLAMA_API bool llama_razor_get_memory(const struct llama_context * ctx, uint32_t i, struct llama_razor_memory * memory);
 
-// read prompts with full attention: from now on, all heads attend to all tokens of a batch that is decoded, and the cache is compressed
-// layer by layer. This needs temporary buffers for one layer. The batch can have more than n_batch tokens
-// local heads attend to tokens of earlier batches as without this, so that the results depend on how tokens are split into batches
-// a batch that ends before anything is folded, or has several sequences, is decoded as without this
-// return false and set llama_razor_last_error() if the context does not support it
+// read prompts with full attention: from now on, all heads attend to all tokens of a decoded batch, and the cache is compressed layer by
+// layer. This needs temporary buffers for one layer. The batch can have more than n_batch tokens
+// local heads see earlier batches only in compressed form, as usual, so the results depend on how tokens are split into batches
+// a batch that ends before the next fold, or has several sequences, is decoded as usual
+// return false and set llama_razor_last_error() if the context does not support this
 LLAMA_API bool llama_razor_set_full_prefill(struct llama_context * ctx, bool full);
 
 // receive the log of llama.cpp and ggml from now on: keep its last error lines, print all of it to stderr if print is set

@@ -224,9 +224,9 @@ REWIND = click.option(
 )  # fmt: skip
 PREFILL = click.option(
     "--prefill", type=click.Choice(["auto", "full", "razor"]), default="auto", show_default=True,
-    help="How to read prompts. full: with full attention, and compress the cache afterwards; razor:"
-    " with the compressed cache, which is faster in long prompts; auto: full, but razor for models"
-    " with sliding windows or recurrent layers, and on GPUs.",
+    help="How to read prompts. full: with full attention; the cache is compressed afterwards."
+    " razor: with the compressed cache, which is faster for long prompts but finds fewer facts."
+    " auto: full, but razor on GPUs and for models with sliding windows or recurrent layers.",
 )  # fmt: skip
 REWIND_LIMIT = click.option(
     "--rewind-limit", type=Size(), metavar="SIZE",

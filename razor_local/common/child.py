@@ -6,13 +6,13 @@ import sys
 
 from ..errors import RazorError
 
-# argument with which an application that PyInstaller made renders chat templates, see
+# with this argument, an application made by PyInstaller renders chat templates, see
 # pyinstaller/rthooks
 TEMPLATES = "--razor-local-templates"
 
 
 def is_frozen() -> bool:
-    """Return True in an application that PyInstaller made. Its executable runs no Python code."""
+    """Return True in an application made by PyInstaller, which cannot run code with -c."""
     return bool(getattr(sys, "frozen", False))
 
 

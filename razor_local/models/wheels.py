@@ -71,7 +71,7 @@ def download(entry: Entry, progress: Progress | None = None) -> Path:
 def _run_installer(wheel: Wheel, temp: Path, progress: Progress | None) -> None:
     """Let pip put the wheel, or uv its content, into temp/target; both check its sha256."""
     if is_frozen():
-        raise RazorError("a frozen application has no pip to ask the Python package registry")
+        raise RazorError("a frozen application has no pip to download from a package registry")
     report = progress or silent
     requirements, target, log = temp / "requirements.txt", temp / "target", temp / "log"
     pin = f"{wheel.package}=={wheel.version}"

@@ -49,12 +49,12 @@ def use_best_backend(lib: ctypes.CDLL, folder: Path) -> None:
     lib.ggml_log_set(callback, data)
     if not best:
         raise LibraryError(f"{path} cannot be loaded; reinstall razor-local")
-    if best != linked:  # loaded before
+    if best != linked:  # equal if it was loaded before
         unload(linked)
 
 
 def _score(path: Path) -> int:
-    """Return ggml's score of a CPU backend, 0: this CPU lacks some of its instructions."""
+    """Return ggml's score of a CPU backend: 0 if this CPU lacks some of its instructions."""
     try:
         backend = ctypes.CDLL(str(path))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Bundle razor_local into an application with PyInstaller, which finds this by an entry point."""
+"""Bundle razor_local into an application. PyInstaller finds this package by an entry point."""
 
 from __future__ import annotations
 

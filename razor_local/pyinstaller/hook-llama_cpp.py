@@ -1,3 +1,3 @@
-"""Leave out what Llama.from_pretrained() downloads with; razor_local.models imports it itself."""
+"""Leave out huggingface_hub, unless razor_local.models or the application imports it."""
 
 excludedimports = ["huggingface_hub"]

@@ -1,3 +1,3 @@
-"""Leave out the windows and notebooks in which tqdm can show its bars."""
+"""Leave out the GUI and notebook packages in which tqdm can show its bars."""
 
 excludedimports = ["matplotlib", "IPython", "ipywidgets", "pandas", "tkinter"]

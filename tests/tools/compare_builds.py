@@ -2,9 +2,9 @@
 
     python -m tests.tools.compare_builds FOLDER_A FOLDER_B [MODEL.gguf] [--rounds N] [--threads N]
 
-Folders contain libllama, as RAZOR_LOCAL_LIB does. Each round evaluates a prompt and decodes tokens
-with A and with B, in a process each. It prints the median ratio of the speeds, B to A, and the
-middle half of the ratios. Without MODEL, the built-in model runs.
+Each folder contains libllama, as RAZOR_LOCAL_LIB does. Each round evaluates a prompt and decodes
+tokens with A and with B, in one process each. The program prints the median ratio of the speeds
+(B to A) and the middle half of the ratios. Without MODEL, it uses the built-in model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Render chat templates in the process that razor_local.prompt.templates starts for this.
 
-Its executable is the application, which must not start again.
+The executable of this process is the application itself, whose own code must not run again.
 """
 
 from __future__ import annotations
