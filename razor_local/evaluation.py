@@ -147,7 +147,7 @@ def _reads_fully(llama: Llama, first: int, end: int) -> bool:
     if not llama._plan.folds_between(first, end):
         return False
     n_tokens = end - first
-    n_bytes = llama._plan.prefill_bytes(n_tokens, llama.n_embd())
+    n_bytes = llama._plan.prefill_bytes(n_tokens, llama.n_embd(), first)
     if n_bytes < _SMALL or llama.memory().devices or n_bytes < available_ram():
         return True
     llama._why_no_full_prefill = _no_room(n_tokens, n_bytes)
@@ -310,7 +310,7 @@ def eval_batch(llama: Llama, batch: list[int], wanted: list[bool] | None = None)
             raise _AbortedError("the computation was stopped")
         if reason == _NO_BUFFERS:
             assert llama._plan is not None
-            raise _NoMemoryError(_no_room(n, llama._plan.prefill_bytes(n, llama.n_embd())))
+            raise _NoMemoryError(_no_room(n, llama._plan.prefill_bytes(n, llama.n_embd(), n_past)))
         full = code == _NO_SLOT and reason in ("", "the context is full")
         what = f"{n} tokens after {n_past} in a context of {llama._n_ctx}"
         if full:

@@ -339,7 +339,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         )
         memory = replace(
             memory,
-            prefill="full" if self._full_prefill or not memory.active else "razor",
+            prefill="razor" if self._why_no_full_prefill else "full",
             prefill_why=self._why_no_full_prefill,
         )
         if not self._needs_checkpoints:

@@ -49,9 +49,9 @@ class Memory:
         rewind_why: why the log is off, or why it ended; None while it is in use.
         checkpoints, checkpoint_bytes: number and size of the checkpoints of sliding windows and
             recurrent states; None for a model that needs none to go back.
-        prefill: how prompts are read: with full attention ("full", as a full cache always does) or
-            with the compressed cache ("razor").
-        prefill_why: why it is not "full", or was not for the last prompt; None if it is.
+        prefill: how the last prompt was read and the next one probably is: with full attention
+            ("full", as a full cache always does) or with the compressed cache ("razor").
+        prefill_why: why it is not "full"; None if it is.
         prefill_bytes: size of the largest temporary buffers so far. A prompt that is read with full
             attention needs them; they are freed afterwards, and are not part of kv_bytes.
         devices: names of the devices, besides the CPU, that hold a part of the model or cache.

@@ -227,19 +227,25 @@ class Plan:
         next_fold = max(first, self.sink_tokens + window) // self.block * self.block + self.block
         return next_fold <= last and last // self.block * self.block - window > self.sink_tokens
 
-    def prefill_bytes(self, n_tokens: int, n_embd: int) -> int:
+    def prefill_bytes(self, n_tokens: int, n_embd: int, first: int = 0) -> int:
         """Return the bytes of the temporary buffers of a prompt read with full attention.
 
-        These are the states of all tokens between two layers (f32), and K and V of one layer.
+        These are the hidden states of all tokens between two layers (f32), and K and V of one layer.
 
         Args:
-            n_tokens: tokens of the prompt, the first in the cache.
-            n_embd: elements of a token's state.
+            n_tokens: tokens of the prompt.
+            n_embd: elements of a hidden state.
+            first: position of the first token. A copy of what local heads hold before it is needed.
         """
         types, shape = (self.type_k_local, self.type_v_local), self.shape
         rows = sum(map(row_size, types, (shape.head_dim_k, shape.head_dim_v)))
         heads = max((layer.n_head_kv for layer in self.layers if layer.n_local), default=0)
-        return 4 * n_embd * n_tokens + heads * rows * (-(-n_tokens // 256) * 256)
+        start = first // self.block * self.block
+        past = max(
+            (g.cells if start - g.window > self.sink_tokens else first for g in self.groups),
+            default=0,
+        )
+        return 4 * n_embd * n_tokens + heads * rows * (-(-(past + n_tokens) // 256) * 256)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain numbers, strings, lists and dicts, for JSON."""

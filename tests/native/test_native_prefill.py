@@ -224,6 +224,12 @@ def test_temporary_buffers(model, tiny) -> None:
         assert after.prefill_bytes == plan.prefill_bytes(700, n_embd) > 0
         assert after.kv_bytes == before.kv_bytes == plan.kv_bytes
         assert after.prefill_done == 0 and not after.full_prefill
+    for first in (1, 40, 90, 200):
+        with context(model, PLANS["window-24"]) as ctx:
+            ctx.decode(tokens[:first])
+            ctx.read(tokens[first:])
+            asked = plan.prefill_bytes(700 - first, n_embd, first)
+            assert ctx.stats().prefill_bytes == asked
 
 
 @pytest.mark.parametrize("window", [24, 100, 130])
