@@ -230,7 +230,7 @@ class Plan:
     def prefill_bytes(self, n_tokens: int, n_embd: int, first: int = 0) -> int:
         """Return the bytes of the temporary buffers of a prompt read with full attention.
 
-        These are the hidden states of all tokens between two layers (f32), and K and V of one layer.
+        These are the hidden states of all tokens between two layers (f32), and K and V of a layer.
 
         Args:
             n_tokens: tokens of the prompt.
