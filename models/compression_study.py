@@ -214,10 +214,7 @@ def comparison(window: int, block: int) -> list[Policy]:
 
     Those with several compensation tokens have a smaller window, so that all take the same bytes.
     """
-    made = [
-        Policy("folded during prefill"),
-        Policy("folded during prefill, all heads local", all_local=True),
-    ]
+    made = [Policy("as the runtime"), Policy("as the runtime, all heads local", all_local=True)]
     for begin, when in ((0, "after the prompt"), (32, "before the question")):
         made += [
             Policy(f"compressed {when}", begin=begin),
