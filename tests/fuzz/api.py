@@ -55,7 +55,8 @@ class Finding(AssertionError):
 def make_llama(path: Path, razor: bool) -> Llama:
     retrieval = tuple(np.array([1, 0], np.uint8) for _ in range(SPEC.n_layer))
     profile = Profile(retrieval=retrieval, window_min=96, window_divisor=0)
-    return Llama(path, razor=profile if razor else False, **OPTIONS)
+    # a fresh context reads what the other one may have read in several prompts
+    return Llama(path, razor=profile if razor else False, prefill="razor", **OPTIONS)
 
 
 def logits_of(llama: Llama, tokens: list[int]) -> np.ndarray:

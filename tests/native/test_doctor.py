@@ -7,7 +7,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from razor_local.cli import chat, doctor, main
+from razor_local import model_setup
+from razor_local.cli import doctor, main
 from razor_local.native import API_VERSION, load
 
 
@@ -85,7 +86,7 @@ def test_a_library_that_ends_the_process(monkeypatch, probe, expected):
 
 def test_the_built_in_model(monkeypatch, tmp_path):
     path = tmp_path / "model.gguf"
-    monkeypatch.setattr(chat, "DEFAULT_MODEL", path)
+    monkeypatch.setattr(model_setup, "DEFAULT_MODEL", path)
     assert "built-in model is missing" in problems()[0]
     path.write_bytes(b"GGUF but no more")
     assert "built-in model cannot be read" in problems()[0]

@@ -13,7 +13,7 @@ from tests.support.other_models import MODELS, N_VOCAB, make_other
 from tests.support.tiny_models import ARCHS, TinySpec, razor_kv
 
 NATIVE = Path(__file__).parents[2] / "native"
-MAX_ADDED_LINES = 90
+MAX_ADDED_LINES = 100
 MAX_ADDED_LINES_SERVER = 40
 
 KV = [("f32", False), ("f16", False), ("f16", True), ("q8_0", True), ("q4_0", True)]
@@ -113,7 +113,7 @@ def test_override_is_dropped(tiny) -> None:
 
 
 def test_patches_stay_small() -> None:
-    """Call sites only: at most 90 added lines in the library, and 40 in llama-server."""
+    """Call sites only: at most 100 added lines in the library, and 40 in llama-server."""
     patches = sorted((NATIVE / "patches").glob("*.patch"))
     assert patches, f"no *.patch in {NATIVE / 'patches'}"
     added = {
