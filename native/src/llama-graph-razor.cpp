@@ -1191,7 +1191,7 @@ ggml_tensor * llm_graph_razor_seq::build_attn_own(
     attn.kernel = layer.attn;
     attn.n_gqa  = order.n_head/order.n_head_kv;
 
-    const bool reads = prefill && prefill->il == layer.il;
+    const bool reads = prefill && prefill->il == layer.il && layer.n_local > 0;
 
     if (reads) {
         attn.k_local = prefill->k;

@@ -31,6 +31,7 @@ PLANS = {
     "window-24": reference.make_razor(MASK, 24),
     "all layers alike": reference.make_razor(((0, 1),) * 3, 40),
     "no retrieval heads": reference.make_razor(((0, 0),) * 3, 40),
+    "layers without local heads": reference.make_razor(((1, 1), (0, 1), (1, 1)), 40),
     "no compensation": reference.make_razor(MASK, 30, compensation=False),
     "no sinks": reference.make_razor(MASK, 64, sink_tokens=0),
     "several windows": reference.make_scoped(((24, 0), (130, 60), (60, 24)), N_CTX),
