@@ -103,7 +103,7 @@ def prefill(
 
     asked = Callback(interrupted, on_error=True)
     llama._abort_callback = C.ggml_abort_callback(asked.call)
-    watched = stop is not None or n_full > 0
+    watched = stop is not None or (progress is not None and n_full > 0)
     try:
         if watched:
             C.llama_set_abort_callback(llama._ctx.ctx, llama._abort_callback, None)
@@ -124,7 +124,7 @@ def prefill(
                     evaluate(llama, tokens[n:end])
             except _NoMemoryError as error:
                 if llama._razor_args["prefill"] == "full":
-                    raise
+                    raise RazorError(f"{error}; use {options(prefill='razor')}") from None
                 llama._why_no_full_prefill = str(error)
                 n_full = 0
             except _AbortedError:
@@ -158,8 +158,8 @@ def _reads_fully(llama: Llama, first: int, end: int) -> bool:
 
 def _no_room(n_tokens: int, n_bytes: int) -> str:
     return (
-        f"there is no memory for the temporary buffers of a prompt of {n_tokens:,} tokens"
-        f" ({n_bytes / 2**20:,.1f} MiB)"
+        f"the temporary buffers of a prompt of {n_tokens:,} tokens ({n_bytes / 2**20:,.1f} MiB)"
+        " do not fit into the free memory"
     )
 
 

@@ -889,13 +889,13 @@ def test_a_prompt_without_memory_for_its_buffers(monkeypatch):
     with closing(Llama(DEFAULT_MODEL, n_ctx=2048)) as model:
         tokens = prompt(model, 1100)
         assert model.prefill(tokens).complete
-        why = r"no memory for the temporary buffers of a prompt of 1,099 tokens \(\d\.\d MiB\)"
+        why = r"the temporary buffers of a prompt of 1,099 tokens \(\d\.\d MiB\) do not fit"
         assert re.search(why, model.memory().prefill_why)
         assert model.memory().prefill_bytes == 0
         model.reset()
         assert model.prefill(tokens[:200]).complete and model.memory().prefill_why is None
     with closing(Llama(DEFAULT_MODEL, n_ctx=2048, prefill="full")) as model:
-        with pytest.raises(RazorError, match=f"{why}; use prefill='razor'"):
+        with pytest.raises(RazorError, match=f"{why} into the free memory; use prefill='razor'"):
             model.prefill(tokens)
         assert model.prefill(tokens[:200]).complete
 

@@ -300,7 +300,7 @@ def test_other_sequences_are_not_touched(model) -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3moe", "phi3", "falcon", "gpt2", "bloom", "mpt"])
 def test_architectures_read_prompts(arch: str) -> None:
-    """As a full cache does; the slow test tries all of them."""
+    """Compare some architectures with a full cache; the slow test compares all of them."""
     assert reads_like_a_full_cache(arch)
 
 
