@@ -118,10 +118,10 @@ def prefill(
                     llama._checkpoints.save(llama._input_ids)
                 end = last if n < last < end else end
             try:
-                if n < n_full:
-                    _read_fully(llama, tokens[n:n_full])
-                else:
+                if n >= n_full:
                     evaluate(llama, tokens[n:end])
+                elif not _take(llama, tokens[:n_full], progress, stop):
+                    _read_fully(llama, tokens[n:n_full])
             except _NoMemoryError as error:
                 if llama._razor_args["prefill"] == "full":
                     raise RazorError(f"{error}; use {options(prefill='razor')}") from None
@@ -176,6 +176,50 @@ def _read_fully(llama: Llama, tokens: list[int]) -> None:
         eval_batch(llama, tokens)
     finally:
         library.lib.llama_razor_set_full_prefill(llama.ctx, False)
+
+
+def set_source(llama: Llama, source: Llama | None) -> bool:
+    """From now on, take the keys and values of prompts from a full cache that reads them first.
+
+    If several caches of one model read the same prompts, the source reads each prompt only once.
+    The cache is the same to the bit as one that read the prompt with full attention itself.
+
+    Args:
+        source: a full cache with the same model and KV types, in main memory, with razor's
+            attention. It has to stay open. None: llama reads its prompts itself.
+
+    Returns:
+        False if llama has to read its prompts itself.
+    """
+    llama._source = None
+    if source is None or not llama._full_prefill:
+        return source is None
+    if not library.lib.llama_razor_set_source(llama.ctx, source.ctx):
+        return False
+    library.lib.llama_razor_set_source(llama.ctx, None)
+    llama._source = source
+    return True
+
+
+def _take(llama: Llama, tokens: list[int], progress: Progress | None, stop: Stop | None) -> bool:
+    """Fill the cache with the first tokens of a prompt, which the source reads.
+
+    Returns:
+        False if llama has to read them: it has no source, or has dropped some tokens already, so
+        that the others would be read differently.
+    """
+    source, plan = llama._source, llama._plan
+    if source is None or plan is None or plan.folds_between(0, llama.n_tokens):
+        return False
+    if not source.prefill(tokens, progress, stop).complete:
+        raise _AbortedError("the computation was stopped")
+    tokens = after_cached(llama, tokens[llama.n_tokens :])
+    library.lib.llama_razor_set_source(llama.ctx, source.ctx)
+    try:
+        eval_batch(llama, tokens, [False] * len(tokens))
+    finally:
+        library.lib.llama_razor_set_source(llama.ctx, None)
+    return True
 
 
 def refresh_logits(llama: Llama) -> None:

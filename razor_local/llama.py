@@ -231,6 +231,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
         self._is_recurrent = self._needs_checkpoints = False
         self._checkpoints: Checkpoints | None = None
         self._full_prefill = False
+        self._source: Llama | None = None  # see evaluation.set_source()
         self._why_no_full_prefill: str | None = None
         self._logits_row = -1  # of the last token, in the logits of the last batch
         self._state_fingerprint: bytes | None = None

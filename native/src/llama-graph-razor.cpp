@@ -1,6 +1,7 @@
 #include "llama-graph-razor.h"
 
 #include "llama-razor-prefill.h"
+#include "llama-razor-source.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -17,7 +18,7 @@ llm_graph_razor_seq::llm_graph_razor_seq(
         const llama_hparams & hparams,
         const llama_cparams & cparams,
         const llama_kv_cache_razor_context * mctx) :
-    hparams(hparams), mctx(mctx), prefill(mctx->get_prefill()), i_seq(i_seq), n_tokens(n_tokens), n_kv_full(mctx->get_n_kv()) {
+    hparams(hparams), mctx(mctx), prefill(mctx->get_prefill()), source(mctx->get_kv().source.get()), i_seq(i_seq), n_tokens(n_tokens), n_kv_full(mctx->get_n_kv()) {
 
     const auto & kv   = mctx->get_kv();
     const auto & plan = kv.get_plan();
@@ -63,6 +64,10 @@ llm_graph_razor_seq::llm_graph_razor_seq(
 
     if (prefill) {
         prefill_rows = input(GGML_TYPE_I32, n_rows*n_tokens, 1, "razor_inp_prefill_rows");
+    }
+
+    if (source) {
+        source_rows = input(GGML_TYPE_I32, n_tokens, 1, "razor_inp_source_rows");
     }
 
     if (n_heads > 0) {
@@ -349,6 +354,12 @@ void llm_graph_razor_seq::set_input() {
 
     if (prefill) {
         set_input_prefill();
+    }
+
+    if (source_rows && source_rows->buffer) {
+        const auto rows_source = source->cache->find_rows(step.strm, step.pos0, step.pos0 + n_tokens);
+
+        ggml_backend_tensor_set(source_rows, rows_source.data(), 0, ggml_nbytes(source_rows));
     }
 
     if (heads && heads->buffer) {
@@ -703,7 +714,7 @@ bool llm_graph_razor_seq::can_reuse(const llama_kv_cache_razor_context * mctx_ne
     mctx = mctx_new;
 
     // the graph of a layer that reads a prompt depends on the positions of its ubatch
-    if (prefill || mctx->get_prefill() || mctx->get_n_kv() != n_kv_full) {
+    if (source || mctx->get_kv().source || prefill || mctx->get_prefill() || mctx->get_n_kv() != n_kv_full) {
         return false;
     }
 
@@ -947,6 +958,17 @@ ggml_tensor * llm_graph_razor_seq::build_attn(
     const int64_t n_gqa     = n_head/n_head_kv;
 
     GGML_ASSERT((!k_cur || k_cur->ne[1] == n_head_kv) && (uint32_t) q_cur->ne[2] == n_tokens);
+
+    if (source) {
+        auto get = [&](ggml_tensor * cache, int64_t n_embd_head) {
+            cache = ggml_reshape_2d(ctx0, cache, cache->ne[0], cache->ne[1]*cache->ne[2]);
+
+            return ggml_reshape_3d(ctx0, ggml_get_rows(ctx0, cache, source_rows), n_embd_head, n_head_kv, n_tokens);
+        };
+
+        k_cur = get(source->cache->get_k_rows(il), k_cur->ne[0]);
+        v_cur = get(source->cache->get_v_rows(il), v_cur->ne[0]);
+    }
 
     // true in the layer whose part of the graph is computed while one layer reads a prompt
     const bool reads = prefill && prefill->il == (uint32_t) il && layer.n_local > 0;
@@ -1350,5 +1372,8 @@ uint32_t llama_razor_n_nodes(const llama_memory_i * memory) {
         n_heads = std::max(n_heads, kv->get_plan().n_local(il));
     }
 
-    return n_all + 8*n_heads + 20;
+    // if K and V come from another cache, each layer takes them from its rows
+    const uint32_t n_source = 8*kv->get_plan().n_layer();
+
+    return n_all + 8*n_heads + n_source + 20;
 }

@@ -177,6 +177,9 @@ private:
     // if the order is split: for each group and token
     ggml_tensor * rows      = nullptr; // I32 [n] rows of the layer's K and V, I64 for the operations of ggml-razor.h
 
+    // while K and V come from another cache: the rows of the tokens there
+    ggml_tensor * source_rows = nullptr; // I32 [n_tokens]
+
     // for each order and token: the heads in the order of the graph
     ggml_tensor * heads     = nullptr; // I32 [n]
 
@@ -198,7 +201,8 @@ private:
 
     const llama_kv_cache_razor_context * mctx;
 
-    llama_razor_prefill * const prefill; // nullptr if all layers read the ubatch
+    llama_razor_prefill      * const prefill; // nullptr if all layers read the ubatch
+    const llama_razor_source * const source;  // nullptr if the model computes K and V
 
     const uint32_t i_seq; // in the ubatch
 

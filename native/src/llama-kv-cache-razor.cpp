@@ -2,6 +2,7 @@
 
 #include "llama-razor-error.h"
 #include "llama-razor-prefill.h"
+#include "llama-razor-source.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -288,6 +289,8 @@ void llama_kv_cache_razor::init_rotation() {
     }
 }
 
+llama_kv_cache_razor::~llama_kv_cache_razor() = default;
+
 llama_memory_context_ptr llama_razor_refuse_batch(const char * why) {
     LLAMA_LOG_ERROR("razor: %s\n", why);
     llama_razor_error_set(why);
@@ -321,9 +324,18 @@ llama_memory_context_ptr llama_kv_cache_razor::init_batch(
         return llama_razor_refuse_batch("the context is full");
     }
 
+    if (source) {
+        if (!source->has(ubatches)) {
+            return llama_razor_refuse_batch("the source does not hold these tokens");
+        }
+        if (balloc.get_n_outputs() > 0) {
+            return llama_razor_refuse_batch("tokens from a source have no outputs");
+        }
+    }
+
     std::shared_ptr<llama_razor_prefill> prefill;
 
-    if (full_prefill && llama_razor_prefill::is_useful(*this, ubatches)) {
+    if (full_prefill && !source && llama_razor_prefill::is_useful(*this, ubatches)) {
         try {
             prefill = std::make_shared<llama_razor_prefill>(this, sinfos, ubatches);
         } catch (const std::bad_alloc &) {
@@ -1208,7 +1220,7 @@ void llama_kv_cache_razor::for_each_rewind_piece(
 }
 
 ggml_backend_sched_t llama_kv_cache_razor::get_sched() const {
-    return lctx->get_sched();
+    return lctx ? lctx->get_sched() : nullptr;
 }
 
 void llama_kv_cache_razor::synchronize() const {
@@ -1412,8 +1424,8 @@ bool llama_kv_cache_razor_context::next() {
 }
 
 bool llama_kv_cache_razor_context::apply() {
-    if (prefill) {
-        prefill->reset_plan();
+    if (prefill || kv_razor->source) {
+        llama_razor_reset_plan(*kv_razor);
     }
 
     steps = kv_razor->apply_local(get_ubatch(), prefill.get());

@@ -17,6 +17,7 @@
 #include <vector>
 
 class llama_razor_prefill;
+class llama_razor_source;
 
 //
 // llama_kv_cache_razor
@@ -126,7 +127,7 @@ public:
 const llama_razor_rewind_params & rewind,
         const layer_reuse_cb & reuse = nullptr);
 
-    ~llama_kv_cache_razor() = default;
+    ~llama_kv_cache_razor();
 
     //
     // llama_memory_i
@@ -220,7 +221,7 @@ const llama_razor_rewind_params & rewind,
     // wait for computations, so that rows can be read and written
     void synchronize() const;
 
-    // return the scheduler of the context; only after the first decode
+    // return the scheduler of the context, nullptr before the first decode
     ggml_backend_sched_t get_sched() const;
 
     // return true if the tensors of the cache are in this buffer
@@ -248,6 +249,9 @@ const llama_razor_rewind_params & rewind,
     float    prefill_done  = 0.0f;
     uint64_t prefill_count = 0;
     uint64_t prefill_bytes = 0;
+
+    // where K and V of decoded tokens come from, nullptr: the model computes them; see llama_razor_set_source()
+    std::unique_ptr<llama_razor_source> source;
 
 private:
     const llama_cparams & cparams;

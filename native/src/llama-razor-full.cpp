@@ -49,6 +49,31 @@ llama_memory_context_ptr llama_kv_cache_full::init_full() {
     return std::make_unique<llama_kv_cache_full_context>(this);
 }
 
+std::vector<int32_t> llama_kv_cache_full::find_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if ((uint32_t) seq_id >= n_seq_max) {
+        return {};
+    }
+
+    const uint32_t strm  = seq_to_stream[seq_id];
+    const auto &   cells = v_cells[strm];
+
+    std::vector<int32_t> res(p1 - p0);
+
+    size_t n_found = 0;
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (!cells.is_empty(i) && cells.seq_has(i, seq_id) && cells.pos_get(i) >= p0 && cells.pos_get(i) < p1) {
+            res[cells.pos_get(i) - p0] = strm*cells.size() + i;
+            n_found++;
+        }
+    }
+
+    if (n_found != res.size()) {
+        res.clear();
+    }
+
+    return res;
+}
+
 llama_memory_i * llama_razor_create_full(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const auto & hparams = model.hparams;
 

@@ -26,6 +26,15 @@ public:
 
     llama_memory_context_ptr init_full() override;
 
+    bool has_layer(int32_t il) const { return map_layer_ids.count(il) > 0; }
+
+    // a row has the K or V of all KV heads for one token: [n_embd, n_cells, n_stream]
+    ggml_tensor * get_k_rows(int32_t il) const { return layers[map_layer_ids.at(il)].k; }
+    ggml_tensor * get_v_rows(int32_t il) const { return layers[map_layer_ids.at(il)].v; }
+
+    // return the rows of the positions [p0, p1) of a sequence, none if the cache lacks one of them
+    std::vector<int32_t> find_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
     const razor_attn_kernel kernel;
 };
 

@@ -2,6 +2,7 @@
 
 #include "llama-memory-razor.h"
 #include "llama-razor-error.h"
+#include "llama-razor-source.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -120,10 +121,14 @@ llama_razor_prefill::~llama_razor_prefill() {
     kv->synchronize();
     kv->prefill_done = 0.0f;
 
-    reset_plan();
+    llama_razor_reset_plan(*kv);
 }
 
-void llama_razor_prefill::reset_plan() const {
+void llama_razor_reset_plan(const llama_kv_cache_razor & kv) {
+    if (!kv.get_sched()) {
+        return;
+    }
+
     uint8_t buf[16*1024];
 
     ggml_init_params params = {
@@ -138,7 +143,7 @@ void llama_razor_prefill::reset_plan() const {
 
     ggml_build_forward_expand(gf, ggml_dup(ctx.get(), ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 1)));
 
-    ggml_backend_sched_reserve(kv->get_sched(), gf);
+    ggml_backend_sched_reserve(kv.get_sched(), gf);
 }
 
 size_t llama_razor_prefill::n_bytes() const {
@@ -264,19 +269,6 @@ ggml_cgraph * llama_razor_prefill::cut_graph(llm_graph_result * res, const llama
         nodes.push_back(ggml_graph_node(gf, i));
     }
 
-    // all inputs must be allocated, because upstream sets most of them even if the layer does not read them; only the masks and razor's own
-    // inputs are checked first
-    std::vector<ggml_tensor *> inputs;
-    for (int i = 0; i < n_nodes; ++i) {
-        for (ggml_tensor * src : ggml_graph_node(gf, i)->src) {
-            src = src && src->view_src ? src->view_src : src;
-
-            if (src && (src->flags & GGML_TENSOR_FLAG_INPUT) && src->op == GGML_OP_NONE && strncmp(src->name, "razor_", 6) != 0) {
-                inputs.push_back(src);
-            }
-        }
-    }
-
     const size_t offs = (ubatch.pos[0] - pos0)*states->nb[1];
 
     if (found && !is_first) {
@@ -292,34 +284,12 @@ ggml_cgraph * llama_razor_prefill::cut_graph(llm_graph_result * res, const llama
     }
 
     // 3. build the graph of the layer
-    const size_t n_max = res->get_max_nodes();
-
-    ggml_init_params params = {
-        /*.mem_size   =*/ 8*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_max, false),
-        /*.mem_buffer =*/ NULL,
-        /*.no_alloc   =*/ true,
-    };
-
-    ctx_graph.reset(ggml_init(params));
-    if (!ctx_graph) {
-        llama_razor_error_set("out of memory");
-
+    ggml_cgraph * cut = llama_razor_cut_graph(res, nodes, ctx_graph);
+    if (!cut) {
         return nullptr;
     }
 
-    ggml_context * ctx = ctx_graph.get();
-    ggml_cgraph  * cut = ggml_new_graph_custom(ctx, n_max, false);
-
     const std::unordered_set<const ggml_tensor *> own(nodes.begin(), nodes.end());
-
-    for (ggml_tensor * input : inputs) {
-        ggml_build_forward_expand(cut, input);
-    }
-    for (ggml_tensor * node : nodes) {
-        if (node->flags & GGML_TENSOR_FLAG_COMPUTE) {
-            ggml_build_forward_expand(cut, node);
-        }
-    }
 
     // 4. nodes of other layers are computed again, so they must not read a cache
     for (int i = 0; i < ggml_graph_n_nodes(cut); ++i) {
@@ -341,12 +311,55 @@ ggml_cgraph * llama_razor_prefill::cut_graph(llm_graph_result * res, const llama
     }
 
     if (!is_last) {
-        ggml_tensor * dst = ggml_view_2d(ctx, states, states->ne[0], ubatch.n_tokens, states->nb[1], offs);
+        ggml_tensor * dst = ggml_view_2d(ctx_graph.get(), states, states->ne[0], ubatch.n_tokens, states->nb[1], offs);
 
-        ggml_build_forward_expand(cut, ggml_cpy(ctx, ggml_graph_node(gf, i_out), dst));
+        ggml_build_forward_expand(cut, ggml_cpy(ctx_graph.get(), ggml_graph_node(gf, i_out), dst));
     }
 
     return res->gf = cut;
+}
+
+ggml_cgraph * llama_razor_cut_graph(llm_graph_result * res, const std::vector<ggml_tensor *> & nodes, ggml_context_ptr & ctx) {
+    ggml_cgraph * gf = res->get_gf();
+
+    // 1. make a graph with room for a few more nodes of the caller
+    const size_t n_max = res->get_max_nodes();
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ 8*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_max, false),
+        /*.mem_buffer =*/ NULL,
+        /*.no_alloc   =*/ true,
+    };
+
+    ctx.reset(ggml_init(params));
+    if (!ctx) {
+        llama_razor_error_set("out of memory");
+
+        return nullptr;
+    }
+
+    ggml_cgraph * cut = ggml_new_graph_custom(ctx.get(), n_max, false);
+
+    // 2. all inputs must be allocated, because upstream sets most of them even if the nodes do not read them; only the masks and razor's
+    // own inputs are checked first
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        for (ggml_tensor * src : ggml_graph_node(gf, i)->src) {
+            src = src && src->view_src ? src->view_src : src;
+
+            if (src && (src->flags & GGML_TENSOR_FLAG_INPUT) && src->op == GGML_OP_NONE && strncmp(src->name, "razor_", 6) != 0) {
+                ggml_build_forward_expand(cut, src);
+            }
+        }
+    }
+
+    // 3. add the nodes
+    for (ggml_tensor * node : nodes) {
+        if (node->flags & GGML_TENSOR_FLAG_COMPUTE) {
+            ggml_build_forward_expand(cut, node);
+        }
+    }
+
+    return cut;
 }
 
 //
@@ -400,11 +413,15 @@ int llama_razor_prefill_layers(
 bool llama_razor_prefill_is_on(const llama_memory_i * memory) {
     const auto * kv = dynamic_cast<const llama_kv_cache_razor *>(memory);
 
-    return kv && kv->full_prefill;
+    return kv && (kv->full_prefill || kv->source);
 }
 
 ggml_cgraph * llama_razor_prefill_graph(llm_graph_result * res, const llama_memory_context_i * mctx, const llama_ubatch & ubatch) {
     const auto * ctx = dynamic_cast<const llama_kv_cache_razor_context *>(mctx);
+
+    if (ctx && ctx->get_kv().source) {
+        return ctx->get_kv().source->cut_graph(res);
+    }
 
     return ctx && ctx->get_prefill() ? ctx->get_prefill()->cut_graph(res, ubatch) : res->get_gf();
 }

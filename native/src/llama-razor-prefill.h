@@ -52,10 +52,6 @@ public:
     // return the number of cells of a local head that were in use before the batch
     uint32_t n_used(size_t i_group) const { return kv->get_plan().groups[i_group].n_used(past.n_high, steps_past[i_group].frontier); }
 
-    // make ggml plan the memory of the next graph again
-    // it would keep the plan of the last graph if both have as many nodes and inputs, but those of two layers can be in different orders
-    void reset_plan() const;
-
     // return the size of the temporary buffers in bytes
     size_t n_bytes() const;
 
@@ -97,6 +93,14 @@ private:
     void init_rows();
 };
 
+// make ggml plan the memory of the next graph again
+// it would keep the plan of the last graph if both have as many nodes and inputs, but parts of two graphs can have them in different orders
+void llama_razor_reset_plan(const llama_kv_cache_razor & kv);
+
+// return a graph that computes only these nodes of a graph and what they need; its memory is in ctx
+// return nullptr and set llama_razor_last_error() if memory is missing
+ggml_cgraph * llama_razor_cut_graph(llm_graph_result * res, const std::vector<ggml_tensor *> & nodes, ggml_context_ptr & ctx);
+
 // if the context reads prompts with full attention, and if that makes a difference, read the batch with all layers but the last one
 // compute(ubatch) computes an ubatch in mctx; mctx is replaced with the context in which the last layer reads the batch
 // return 0, or what llama_decode() returns for a failed computation, after which the sequence is empty
@@ -104,8 +108,9 @@ int llama_razor_prefill_layers(
         llama_memory_context_ptr & mctx,
         const std::function<ggml_status(const llama_ubatch & ubatch)> & compute);
 
-// return true if prompts are read with full attention; a batch can then have more tokens than n_batch
+// return true if a batch can have more tokens than n_batch: if prompts are read with full attention or come from another cache
 bool llama_razor_prefill_is_on(const llama_memory_i * memory);
 
-// return the graph to compute in mctx: the part of one layer if it reads a prompt, otherwise the whole graph; nullptr on failure
+// return the graph to compute in mctx: the part of one layer if it reads a prompt, what stores and folds if K and V come from another
+// cache, otherwise the whole graph; nullptr on failure
 ggml_cgraph * llama_razor_prefill_graph(llm_graph_result * res, const llama_memory_context_i * mctx, const llama_ubatch & ubatch);

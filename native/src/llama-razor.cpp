@@ -4,6 +4,7 @@
 #include "llama-razor-error.h"
 #include "llama-razor-full.h"
 #include "llama-razor-prefill.h"
+#include "llama-razor-source.h"
 
 #include "llama-context.h"
 #include "llama-ext.h"
@@ -180,6 +181,37 @@ bool llama_razor_set_full_prefill(llama_context * ctx, bool full) {
         kv->can_prefill  = kv->can_prefill || full;
         kv->full_prefill = full;
     }
+
+    return true;
+}
+
+bool llama_razor_set_source(llama_context * ctx, llama_context * source) {
+    llama_razor_error_set("");
+
+    auto * kv = dynamic_cast<llama_kv_cache_razor *>(ctx->get_memory());
+
+    if (!source) {
+        if (kv && kv->source) {
+            kv->source.reset();
+
+            llama_razor_reset_plan(*kv);
+        }
+
+        return true;
+    }
+
+    const auto * cache = dynamic_cast<const llama_kv_cache_full *>(source->get_memory());
+
+    const std::string why = llama_razor_source::find_unsupported(kv, cache);
+    if (!why.empty()) {
+        llama_razor_error_set(why);
+
+        return false;
+    }
+
+    llama_synchronize(source);
+
+    kv->source = std::make_unique<llama_razor_source>(kv, cache);
 
     return true;
 }

@@ -43,7 +43,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_RAZOR_API_VERSION 9
+#define LLAMA_RAZOR_API_VERSION 10
 #define LLAMA_RAZOR_MAX_WINDOWS 4  // maximum number of different windows
 #define LLAMA_RAZOR_SLACK       64 // tokens that can always be rolled back, even across a fold (at most one block)
 #define LLAMA_RAZOR_REWIND_OFF  0  // no rewind log
@@ -183,6 +183,14 @@ LLAMA_API bool llama_razor_get_memory(const struct llama_context * ctx, uint32_t
 // a batch that ends before the next fold, or has several sequences, is decoded as usual
 // return false and set llama_razor_last_error() if the context does not support this
 LLAMA_API bool llama_razor_set_full_prefill(struct llama_context * ctx, bool full);
+
+// take K and V of the tokens that are decoded from now on from the same positions of the full cache of another context of the model,
+// instead of computing them. The tokens have no outputs, and a batch can have more than n_batch of them. The cache is the same as after
+// the prompt was read with full attention
+// both caches have to be in main memory, with flash attention, and have the same KV types
+// NULL: compute them again. The source has to exist, and to keep these tokens, until then
+// return false and set llama_razor_last_error() if the contexts do not support this
+LLAMA_API bool llama_razor_set_source(struct llama_context * ctx, struct llama_context * source);
 
 // receive the log of llama.cpp and ggml from now on: keep its last error lines, print all of it to stderr if print is set
 LLAMA_API void llama_razor_log_keep(bool print);

@@ -592,7 +592,9 @@ class _Run:
         head = describe_run(what, self.setup, self.shape, self.policies, **settings)
         journal: Journal
         with open_journal(self.options["resume"], head) as journal, stop_on_interrupt() as stop:
-            run_questions(self.setup, self.policies, samples, score, journal, head, bar, stop)
+            run_questions(
+                self.setup, self.shape, self.policies, samples, score, journal, head, bar, stop
+            )
         assert journal.head is not None
         return Report(journal.head, journal.records)
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from ..common.inputs import read_text_file
 from ..common.journal import Journal
-from ..common.machine import free_memory
 from ..common.progress import Clock, Progress, Stop, check_stop, silent
 from ..errors import RazorError
 from ..model_setup import ModelSetup
@@ -31,11 +30,10 @@ from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
 from .policies import Policy
 from .questions import Prompts
-from .run import describe_cache, open_llama
+from .run import describe_cache, group_policies, open_llama
 
 BLOCK = 128  # tokens
 N_BATCH = 256  # tokens of a context whose logits are in memory at a time; a multiple of BLOCK
-BESIDE = 256 << 20  # a guess for the bytes of a context besides its cache and logits
 REFERENCE = Policy("full-f16", "full-f16", None, "f16")
 
 
@@ -127,7 +125,8 @@ def run_perplexity(
     RazorError if a context cannot be created, Stopped between two batches.
     """
     done = {(r["policy"], r["window"]) for r in journal.records if r["kind"] == "window"}
-    groups = _groups(shape, policies, n_ctx, text.n_vocab, setup.n_gpu_layers)
+    logits = N_BATCH * text.n_vocab * 4
+    groups = group_policies(setup, shape, policies, n_ctx, [REFERENCE], logits)
     work = [
         (group, [w for w in windows if any((p.name, w.start) not in done for p in group)])
         for group in groups
@@ -206,32 +205,6 @@ def run_facts(
                     "logprob": round(float(outcome.logprob.mean()), 6),
                 }
             )
-
-
-def _groups(
-    shape: ModelShape, policies: Sequence[Policy], n_ctx: int, n_vocab: int, n_gpu_layers: int
-) -> list[list[Policy]]:
-    """Group policies, in their order, whose contexts fit in memory together.
-
-    With layers on a GPU each group has one policy, because the memory there is not known here.
-    """
-    from llama_cpp import llama_cpp as C
-
-    def size(policy: Policy) -> int:
-        return policy.plan(shape, n_ctx).kv_bytes + N_BATCH * n_vocab * 4 + BESIDE
-
-    free = free_memory()
-    if n_gpu_layers and C.llama_supports_gpu_offload():
-        free = 0
-    groups: list[list[Policy]] = [[]]
-    room = free // 2 - size(REFERENCE)
-    for policy in policies:
-        if groups[-1] and size(policy) > room:
-            groups.append([])
-            room = free // 2 - size(REFERENCE)
-        groups[-1].append(policy)
-        room -= size(policy)
-    return groups
 
 
 def _read_window(

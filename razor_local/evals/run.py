@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..common.journal import Journal
-from ..common.machine import describe_code, describe_machine
+from ..common.machine import describe_code, describe_machine, free_memory
 from ..common.progress import Clock, Progress, Stop, check_stop
+from ..evaluation import set_source
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..plan import N_CTX_PAD
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 VERSION = 1  # of the records
+BESIDE = 256 << 20  # a guess for the bytes of a context besides its cache and logits
 
 
 def describe_run(
@@ -106,6 +111,7 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
 
 def run_questions(
     setup: ModelSetup,
+    shape: ModelShape,
     policies: Sequence[Policy],
     samples: Sequence[Sample],
     score: Callable[[Sample, list[str]], float],
@@ -114,11 +120,13 @@ def run_questions(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> None:
-    """Ask the questions that have no answer in the journal, by length and policy.
+    """Ask the questions that have no answer in the journal, by length.
 
-    A context is as large as its length, because the window depends on it. The journal gets a record
-    of the cache for each policy and length, and one with the answers and their score for each
-    sample. Raises RazorError if a context cannot be created, Stopped; finished answers are kept.
+    A context is as large as its length, because the window depends on it. As many policies as
+    memory allows answer a sample one after the other, and those that read prompts with full
+    attention share what one full cache has read. The journal gets a record of the cache for each
+    policy and length, and one with the answers and their score for each sample. Raises RazorError
+    if a context cannot be created, Stopped; finished answers are kept.
     """
     done = {
         (r["policy"], r["task"], r["length"], r["depth"], r["index"])
@@ -129,42 +137,116 @@ def run_questions(
     def is_done(policy: Policy, sample: Sample) -> bool:
         return (policy.name, *sample.key().values()) in done
 
-    rows = [
-        (length, policy, [s for s in samples if s.length == length and not is_done(policy, s)])
-        for length in dict.fromkeys(s.length for s in samples)
-        for policy in policies
-    ]
-    clock = Clock(progress, sum(sum(_costs(some)) for _, _, some in rows))
+    lengths = dict.fromkeys(sample.length for sample in samples)
+    rows = []
+    for length in lengths:
+        some = [s for s in samples if s.length == length]
+        left = [p for p in policies if not all(is_done(p, s) for s in some)]
+        for group in group_policies(setup, shape, left, length, _sources(shape, left, length)):
+            rows.append((length, group, some))
+    total = sum(
+        cost
+        for _, group, some in rows
+        for policy in group
+        for sample, cost in zip(some, _costs(some), strict=True)
+        if not is_done(policy, sample)
+    )
+    clock = Clock(progress, total)
     if journal.head is None:
         journal.begin(head)
-    for length, policy, some in rows:
-        if not some:
-            continue
-        what = f"{policy.name}, {length:,} tokens"
-        clock.show(f"{what}: loading")
-        answerer = Answerer(open_llama(setup, policy, length, stop))
-        try:
-            cache = {"kind": "cache", "policy": policy.name, "length": length}
-            if not journal.has(cache):
-                journal.add(cache | describe_cache(answerer.llama))
+    for length, group, some in rows:
+        with ExitStack() as stack:
+
+            def load(policy: Policy, length: int = length, stack: ExitStack = stack) -> Llama:
+                clock.show(f"{policy.name}, {length:,} tokens: loading")
+                return stack.enter_context(closing(open_llama(setup, policy, length, stop)))
+
+            answerers = {policy.name: Answerer(load(policy)) for policy in group}
+            for source in _sources(shape, group, length):
+                sharing = [answerers[p.name].llama for p in group if _may_share(p, source)]
+                if any(llama._full_prefill for llama in sharing):
+                    full = load(source)
+                    for llama in sharing:
+                        set_source(llama, full)
+            for policy in group:
+                cache = {"kind": "cache", "policy": policy.name, "length": length}
+                if not journal.has(cache):
+                    journal.add(cache | describe_cache(answerers[policy.name].llama))
             for sample, cost in zip(some, _costs(some), strict=True):
-                depth = "" if sample.depth is None else f" at {sample.depth:g} %"
-                label = f"{what}: {sample.task}{depth}"
-                clock.show(label)
-                answers = answerer.ask(sample, lambda *_, label=label: clock.show(label), stop)
-                journal.add(
-                    {"kind": "answer", "policy": policy.name}
-                    | sample.key()
-                    | {
-                        "n_prompt": sample.n_prompt,
-                        "expected": [list(question.answers) for question in sample.questions],
-                        "answers": answers,
-                        "score": score(sample, answers),
-                    }
-                )
-                clock.done(cost)
-        finally:
-            answerer.llama.close()
+                for policy in group:
+                    if is_done(policy, sample):
+                        continue
+                    depth = "" if sample.depth is None else f" at {sample.depth:g} %"
+                    label = f"{policy.name}, {length:,} tokens: {sample.task}{depth}"
+                    clock.show(label)
+                    answerer = answerers[policy.name]
+                    answers = answerer.ask(sample, lambda *_, what=label: clock.show(what), stop)
+                    journal.add(
+                        {"kind": "answer", "policy": policy.name}
+                        | sample.key()
+                        | {
+                            "n_prompt": sample.n_prompt,
+                            "expected": [list(q.answers) for q in sample.questions],
+                            "answers": answers,
+                            "score": score(sample, answers),
+                        }
+                    )
+                    clock.done(cost)
+
+
+def group_policies(
+    setup: ModelSetup,
+    shape: ModelShape,
+    policies: Sequence[Policy],
+    n_ctx: int,
+    beside: Sequence[Policy],
+    n_bytes: int = 0,
+) -> list[list[Policy]]:
+    """Group policies, in their order, whose contexts fit in memory together.
+
+    With layers on a GPU each group has one policy, because the memory there is not known here.
+
+    Args:
+        beside: policies whose contexts are open beside each group.
+        n_bytes: what each context needs besides its cache and a guess.
+    """
+    from llama_cpp import llama_cpp as C
+
+    def size(policy: Policy) -> int:
+        return policy.plan(shape, n_ctx).kv_bytes + n_bytes + BESIDE
+
+    free = free_memory() // 2 - sum(map(size, beside))
+    if setup.n_gpu_layers and C.llama_supports_gpu_offload():
+        free = 0
+    groups: list[list[Policy]] = []
+    room = 0
+    for policy in policies:
+        if not groups or size(policy) > room:
+            groups.append([])
+            room = free
+        groups[-1].append(policy)
+        room -= size(policy)
+    return groups
+
+
+def _sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[Policy]:
+    """Return a full cache for each KV type that at least two of the policies share."""
+    every_head = [np.ones(n, np.uint8) for n in shape.n_head_kv]
+    sources: list[Policy] = []
+    for policy in policies:
+        if policy.profile is None or any(_may_share(policy, source) for source in sources):
+            continue
+        profile = replace(policy.profile, retrieval=tuple(every_head), scope=None)
+        source = Policy(f"source-{policy.kv_type}", "source", profile, policy.kv_type)
+        if sum(_may_share(p, source) and p.plan(shape, n_ctx).active for p in policies) > 1:
+            sources.append(source)
+    return sources
+
+
+def _may_share(policy: Policy, source: Policy) -> bool:
+    """Return True if the policy has local heads and the KV type of the source in all heads."""
+    same = policy.local_type in (None, policy.kv_type) and policy.kv_type == source.kv_type
+    return policy.profile is not None and same
 
 
 def open_llama(

@@ -26,7 +26,7 @@ from .structs import REWIND, BufferStats, LayerStats, Memory, Params, SeqStats, 
 if TYPE_CHECKING:
     from ..profile import Profile
 
-API_VERSION = 9  # LLAMA_RAZOR_API_VERSION this file was written for
+API_VERSION = 10  # LLAMA_RAZOR_API_VERSION this file was written for
 LIB_ENV = "RAZOR_LOCAL_LIB"  # a folder with libllama, instead of the package's own (development)
 DISABLE_ENV = "RAZOR_LOCAL_DISABLE"  # LLAMA_RAZOR_DISABLE_ENV
 REINSTALL = "reinstall razor-local (see 'razor-local doctor')"
@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "llama_razor_get_buffer": ([c_void_p, c_uint32, ctypes.POINTER(BufferStats)], c_bool),
     "llama_razor_get_memory": ([c_void_p, c_uint32, ctypes.POINTER(Memory)], c_bool),
     "llama_razor_set_full_prefill": ([c_void_p, c_bool], c_bool),
+    "llama_razor_set_source": ([c_void_p, c_void_p], c_bool),
     "llama_razor_log_keep": ([c_bool], None),
     "llama_razor_log_clear": ([], None),
     "llama_razor_log_get": ([c_char_p, c_int32], c_int32),

@@ -172,7 +172,7 @@ def test_stop_keeps_whole_answers(tmp_path) -> None:
         with open_journal(tmp_path / "run.jsonl", head) as journal:
             with pytest.raises(Stopped) if n < 100 else nullcontext():
                 run_questions(
-                    setup, policies, samples, score, journal, head,
+                    setup, shape, policies, samples, score, journal, head,
                     stop=lambda j=journal, n=n: sum("score" in r for r in j.records) >= n,
                 )  # fmt: skip
             answers = [r for r in journal.records if r["kind"] == "answer"]
@@ -193,7 +193,7 @@ def test_ctrl_c_keeps_whole_answers(tmp_path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     end = time.monotonic() + 120
-    while not journal.exists() or journal.read_text().count("\n") < 3:
+    while not journal.exists() or '"kind": "answer"' not in journal.read_text():
         assert time.monotonic() < end and child.poll() is None
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
@@ -201,7 +201,7 @@ def test_ctrl_c_keeps_whole_answers(tmp_path) -> None:
     assert child.returncode != 0 and out == ""
     assert "run the same command again to continue from" in err and "Traceback" not in err
     kinds = [json.loads(line)["kind"] for line in journal.read_text().splitlines()]
-    assert kinds[:3] == ["head", "cache", "answer"]
+    assert kinds[:2] == ["head", "cache"] and "answer" in kinds
     assert os.listdir(tmp_path) == ["run.jsonl"]
 
 

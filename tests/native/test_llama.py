@@ -7,7 +7,7 @@ import pickle
 import re
 import shutil
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import count
 from threading import Thread
 
@@ -29,6 +29,7 @@ from razor_local import (
     read_model_shape,
 )
 from razor_local.cli.chat import DEFAULT_MODEL
+from razor_local.evaluation import set_source
 from razor_local.llama import llama_cpp
 from razor_local.plan import KV_TYPES
 from tests.support import tiny_models
@@ -528,7 +529,7 @@ def test_drafts_do_not_change_the_answer(options, size):
             tokens = llama.tokenize(text_with(FACT, 700).encode())[:1400]
             seen = []
             for token in llama.generate(tokens, temp=0, **wanted):
-                seen.append((token, llama._last_logits()[token]))
+                seen.append((token, llama._logits()[token]))
                 if len(seen) == 300:
                     break
             assert llama.n_tokens == len(tokens) + 299
@@ -917,11 +918,11 @@ def test_full_caches_on_cpus_have_our_attention(plain):
             memory = llama.memory()
             assert not memory.active and memory.own_attention == own
             llama.eval(tokens)
-            whole = llama._last_logits().copy()
+            whole = llama._logits().copy()
             llama.prefill(tokens[:-1])
             llama.eval(tokens[-1:])
             if own:
-                np.testing.assert_allclose(llama._last_logits(), whole, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(llama._logits(), whole, rtol=0, atol=1e-5)
     assert Llama(DEFAULT_MODEL, n_ctx=2048).memory().own_attention
 
 
@@ -961,3 +962,40 @@ def test_what_razor_cannot_be(razor):
     assert str(caught.value) == (
         f"razor is {razor!r}, expected True, False, 'auto', a Profile or the path of a sidecar"
     )
+
+
+def test_caches_share_what_a_source_reads():
+    """They are the same as caches that read their prompts themselves."""
+    n_head_kv = read_model_shape(DEFAULT_MODEL).n_head_kv
+    every = Profile(retrieval=tuple(np.ones(n, np.uint8) for n in n_head_kv))
+    with ExitStack() as stack:
+
+        def open_llama(**options):
+            return stack.enter_context(closing(Llama(DEFAULT_MODEL, n_ctx=2048, **options)))
+
+        alone, first, second = open_llama(), open_llama(), open_llama(window=128)
+        source = open_llama(razor=every)
+        assert set_source(first, source) and set_source(second, source)
+        tokens = prompt(alone, 1500)
+        for end in (1500, 1200, 1499):
+            for llama in (alone, first, second):
+                llama.reset()
+            assert alone.prefill(tokens[:end]) == first.prefill(tokens[:end])
+            assert first.save_state().llama_state == alone.save_state().llama_state
+            assert np.array_equal(logits(first), logits(alone))
+            assert source.n_tokens == end - 1 and second.prefill(tokens[:end]).complete
+        # a conversation: the second prompt is read by each cache, after what it has dropped
+        more = [*tokens[:1499], *prompt(alone, 400)]
+        assert alone.prefill(more) == first.prefill(more)
+        assert np.array_equal(logits(first), logits(alone)) and source.n_tokens == 1498
+        # a stop while the source reads
+        alone.reset()
+        first.reset()
+        assert not first.prefill(tokens[::-1], stop=lambda: source.n_tokens == 0).complete
+        assert first.n_tokens == 0
+        assert first.prefill(tokens).complete and alone.prefill(tokens).complete
+        assert np.array_equal(logits(first), logits(alone))
+        assert not set_source(open_llama(type_k="q8_0"), source)
+        assert not set_source(open_llama(prefill="razor"), source)
+        assert not set_source(source, source)
+        assert set_source(first, None) and first._source is None

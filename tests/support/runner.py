@@ -131,6 +131,7 @@ def razor_api() -> ctypes.CDLL:
         ("get_seq", [ctx, ctypes.c_int32, ctypes.POINTER(SeqStats)], ctypes.c_bool),
         ("get_buffer", [ctx, u32, ctypes.POINTER(BufferStats)], ctypes.c_bool),
         ("set_full_prefill", [ctx, ctypes.c_bool], ctypes.c_bool),
+        ("set_source", [ctx, ctx], ctypes.c_bool),
     ):
         func = getattr(lib, f"llama_razor_{name}")
         func.argtypes, func.restype = args, result
@@ -290,7 +291,11 @@ class Context:
     # decoding
 
     def try_decode(
-        self, tokens: Sequence[int], pos: int | None = None, last_only: bool = False
+        self,
+        tokens: Sequence[int],
+        pos: int | None = None,
+        last_only: bool = False,
+        outputs: bool = True,
     ) -> tuple[int, np.ndarray]:
         """Call llama_decode. Return its status and, if it is 0, logits f32 [n_outputs, n_vocab]."""
         llama, n = bindings(), len(tokens)
@@ -301,14 +306,16 @@ class Context:
             for i, token in enumerate(tokens):
                 batch.token[i], batch.pos[i] = int(token), pos + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = not last_only or i == n - 1
+                batch.logits[i] = outputs and (not last_only or i == n - 1)
             status = llama.llama_decode(self.ptr, batch)
         finally:
             llama.llama_batch_free(batch)
         if status != 0:
             return status, np.empty((0, self.model.n_vocab), np.float32)
         self.n_past = pos + n
-        rows = 1 if last_only else n
+        rows = 0 if not outputs else 1 if last_only else n
+        if rows == 0:
+            return 0, np.empty((0, self.model.n_vocab), np.float32)
         logits = llama.llama_get_logits(self.ptr)
         shape = (rows, self.model.n_vocab)
         return 0, np.ctypeslib.as_array(logits, shape).copy()
@@ -352,6 +359,21 @@ class Context:
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status}: {last_error()}")
         return logits
+
+    def set_source(self, source: Context | None) -> bool:
+        """Call llama_razor_set_source. The reason for False is in last_error()."""
+        return bool(razor_api().llama_razor_set_source(self.ptr, source and source.ptr))
+
+    def take(self, tokens: Sequence[int], source: Context) -> None:
+        """Decode tokens in one call with the keys and values of another context."""
+        if not self.set_source(source):
+            raise RuntimeError(last_error())
+        try:
+            status, _ = self.try_decode(tokens, outputs=False)
+        finally:
+            self.set_source(None)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}: {last_error()}")
 
     def decode_sequences(self, batch: Sequence[tuple[int, int, int]]) -> np.ndarray:
         """Decode tokens of several sequences in one call.

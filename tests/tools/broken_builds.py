@@ -29,6 +29,7 @@ RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-ra
 PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
 CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
 REWIND, PREFILL = "llama-razor-rewind.cpp", "llama-razor-prefill.cpp"
+SOURCE = "llama-razor-source.cpp"
 RPC, RPC_BACKEND = "llama-razor-rpc.cpp", "rpc/ggml-razor-rpc.cpp"
 MEMORY, FULL = "llama-memory-razor.cpp", "llama-razor-full.cpp"
 ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
@@ -114,6 +115,18 @@ BREAKS = [
     Break("rpc-loss-ends-the-process", RPC, "set_callback([](const char * /* endpoint */) {});", "set_callback(nullptr);", "test_a_lost_server_is_reported"),
     Break("rpc-loss-forever", RPC_BACKEND, "razor_lost.erase(endpoint);", "", "test_a_lost_server_is_reported"),
     Break("rpc-functions-are-sent", RPC_BACKEND, "        case GGML_OP_CUSTOM:\n            return false;", "            return false;", "test_local_layers_keep_razors_attention"),
+    # keys and values from a full cache
+    Break("source-of-other-positions", FULL, "res[cells.pos_get(i) - p0] = strm*cells.size() + i;", "res[cells.pos_get(i) - p0] = strm*cells.size() + (i + 1) % cells.size();", "test_the_cache_is_that_of_a_prompt_that_was_read"),
+    Break("source-of-keys-for-values", GRAPH, "get(source->cache->get_v_rows(il)", "get(source->cache->get_k_rows(il)", "test_the_cache_is_that_of_a_prompt_that_was_read"),
+    Break("source-of-some-layers", SOURCE, "for (int i = 0; i < ggml_graph_n_nodes(res->get_gf()); ++i) {", "for (int i = ggml_graph_n_nodes(res->get_gf())/2; i < ggml_graph_n_nodes(res->get_gf()); ++i) {", "test_the_cache_is_that_of_a_prompt_that_was_read"),
+    Break("source-in-a-reused-graph", GRAPH, "if (source || mctx->get_kv().source || prefill", "if (prefill", "test_the_cache_is_that_of_a_prompt_that_was_read test_any_splits_give_the_same_cache"),
+    Break("source-without-the-tokens", CACHE, "if (!source->has(ubatches)) {", "if (false) {", "test_tokens_that_the_source_lacks"),
+    Break("source-with-outputs", CACHE, "if (balloc.get_n_outputs() > 0) {", "if (false) {", "test_tokens_that_the_source_lacks"),
+    Break("source-of-other-types", SOURCE, "if (k->type != plan.types.k ||", "if (false && k->type != plan.types.k ||", "test_refusals"),
+    Break("source-of-other-local-types", SOURCE, " || k->type != plan.types_local.k || v->type != plan.types_local.v", "", "test_refusals"),
+    Break("source-of-another-shape", SOURCE, "if (k->ne[0] != n_head_kv*hparams.n_embd_head_k(il) || v->ne[0] != n_head_kv*hparams.n_embd_head_v(il)) {", "if (false) {", "test_another_model_is_refused"),
+    Break("source-without-flash-attention", SOURCE, "if (kv->get_v_trans()) {", "if (false) {", "test_refusals"),
+    Break("source-with-small-batches", PREFILL, "kv->full_prefill || kv->source", "kv->full_prefill", "test_the_cache_is_that_of_a_prompt_that_was_read"),
     # rollback, abort
     Break("rollback-without-unfold", CACHE, "            unfold(st.groups[g], frontier);\n", "",
           "test_rollbacks_of_sequences test_every_length_can_be_rolled_back test_rolled_back_tokens_leave_nothing test_random_operations test_a_rollback_leaves_nothing"),
@@ -121,7 +134,7 @@ BREAKS = [
     Break("rollback-always-refused", CACHE, "    if (plan.n_comp > 0 && st.groups[i_group].frontier_prev != (int64_t) to) {\n        return false;\n    }", "    return false;", "test_every_length_can_be_rolled_back"),
     Break("high-water-forgotten", CACHE, "st.n_high = std::max(st.n_high, n_end);", "st.n_high = n_end;", "test_rows_overwritten_before_a_rollback_are_remembered"),
     Break("clear-keeps-folds", CACHE, "        st = empty_state();\n    }\n\n    last_step", "    }\n\n    last_step", "test_emptied_cache_starts_from_zero"),
-    Break("abort-keeps-fold", CACHE, "                unfold(st.groups[g], groups[g].fold_from);\n", "", "test_abort_in_a_batch_of_sequences test_abort_at_every_node"),
+    Break("abort-keeps-fold", CACHE, "                unfold(st.groups[g], groups[g].fold_from);\n", "", "test_abort_in_a_batch_of_sequences test_abort_at_every_node test_an_abort_leaves_whole_ubatches"),
     Break("abort-with-lost-rows", CACHE, "overwritten || (groups[g].n_fold > 0 &&", "overwritten || (false &&", "test_abort_at_every_node"),
     Break("gaps-accepted", CACHE, "if (ubatch.pos[i] != (llama_pos) next[s]) {", "if (false) {", "test_positions_must_follow"),
     # prompts with full attention
@@ -133,7 +146,7 @@ BREAKS = [
     Break("prefill-of-types-unlike-the-cache", PREFILL, "layer.v_local->type, layer.v_local->ne[0], n_rows", "GGML_TYPE_F32, layer.v_local->ne[0], n_rows", "test_a_prompt_equals_a_full_cache"),
     Break("prefill-of-exact-rows", PREFILL, "layer.k_local->type, layer.k_local->ne[0], n_rows);\n    v = ggml_new_tensor_2d(ctx_rows.get(), layer.v_local->type,", "GGML_TYPE_F32, layer.k_local->ne[0], n_rows);\n    v = ggml_new_tensor_2d(ctx_rows.get(), GGML_TYPE_F32,", "test_local_heads_with_types_of_their_own"),
     Break("prefill-keeps-frontiers", CACHE, "    v_heads[strm] = head;\n\n    streams[strm] = st;", "    v_heads[strm] = head;", "test_prompts_equal_the_reference"),
-    Break("prefill-keeps-a-stale-plan", PREFILL, "    ggml_backend_sched_reserve(kv->get_sched(), gf);\n", "", "test_the_rewind_log_of_a_prompt"),
+    Break("prefill-keeps-a-stale-plan", PREFILL, "    ggml_backend_sched_reserve(kv.get_sched(), gf);\n", "", "test_the_rewind_log_of_a_prompt"),
     Break("prefill-logs-one-layer", CACHE, "for (size_t il = prefill ? prefill->il : 0;", "for (size_t il = 0;", "test_going_back_into_a_prompt test_the_rewind_log_of_a_prompt"),
     Break("prefill-keeps-an-aborted-prompt", PREFILL, "    prefill->kv->clear_stream(prefill->strm);\n", "", "test_progress_and_abort_in_every_layer"),
     Break("prefill-keeps-an-aborted-last-layer", CACHE, "if (last_is_prefill) {", "if (false) {", "test_progress_and_abort_in_every_layer"),
