@@ -47,10 +47,27 @@ if (NOT status EQUAL 0)
 endif()
 message(CHECK_PASS "${output}")
 
+# the instructions of CPUs that are compiled in
+
+set(razor_avx2 OFF)
+if (RAZOR_NATIVE)
+    message(STATUS "razor_local: CPU instructions: all of this machine (RAZOR_NATIVE=ON)")
+elseif (NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|i.86)$")
+    message(STATUS "razor_local: CPU instructions: those of every ${CMAKE_SYSTEM_PROCESSOR} CPU (RAZOR_NATIVE=OFF)")
+elseif (RAZOR_AVX2)
+    set(razor_avx2 ON)
+    message(STATUS "razor_local: CPU instructions: AVX2, BMI2, FMA and F16C (RAZOR_NATIVE=OFF)")
+else()
+    message(STATUS "razor_local: CPU instructions: those of every x86-64 CPU, which is slow (RAZOR_AVX2=OFF)")
+endif()
+
 # configure: shared libraries, nothing else unless asked for
 
 set(BUILD_SHARED_LIBS        ON)
 set(GGML_NATIVE              ${RAZOR_NATIVE} CACHE BOOL "" FORCE)
+foreach (feature SSE42 AVX AVX2 BMI2 FMA F16C) # ggml's own defaults depend on SOURCE_DATE_EPOCH and on earlier configures
+    set(GGML_${feature}      ${razor_avx2} CACHE BOOL "" FORCE)
+endforeach()
 set(GGML_CUDA                ${RAZOR_CUDA}   CACHE BOOL "" FORCE)
 set(GGML_METAL               ${RAZOR_METAL}  CACHE BOOL "" FORCE)
 set(GGML_METAL_EMBED_LIBRARY ${RAZOR_METAL}  CACHE BOOL "" FORCE)

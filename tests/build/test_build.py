@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -424,7 +425,7 @@ def test_options_are_listed_everywhere() -> None:
     options = re.findall(
         r"^razor_option\((RAZOR_\w+)", (NATIVE / "options.cmake").read_text(), re.M
     )
-    assert len(options) == 8
+    assert len(options) == 9
     pyproject, readme = (ROOT / "pyproject.toml").read_text(), (NATIVE / "README.md").read_text()
     for name in [*options, "RAZOR_LOCAL_SDIST"]:
         assert f'{{ env = "{name}" }}' in pyproject, name
@@ -468,6 +469,30 @@ def compiled_by(folder: Path) -> list[str]:
     """Build again; names of the objects that were compiled."""
     output = run_cmake("--build", folder / "build")
     return [Path(x).name for x in re.findall(r"Building \S+ object (\S+)", output)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs x86-64")
+@pytest.mark.parametrize("date", [None, "0"])
+def test_cpu_instructions_depend_on_the_options_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, date: str | None
+) -> None:
+    """Neither SOURCE_DATE_EPOCH nor an earlier configure of the folder changes them."""
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    if date is not None:
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
+    haswell = {"-mavx2", "-mbmi2", "-mfma", "-mf16c"}
+    for options, flags, says in [
+        (["-DRAZOR_NATIVE=ON"], {"-march=native"}, "all of this machine"),
+        (["-DRAZOR_NATIVE=OFF"], haswell, "AVX2, BMI2, FMA and F16C"),
+        (["-DRAZOR_NATIVE=OFF", "-DRAZOR_AVX2=OFF"], set(), "those of every x86-64 CPU"),
+        (["-DRAZOR_NATIVE=OFF", "-DRAZOR_AVX2=ON"], haswell, "AVX2, BMI2, FMA and F16C"),
+    ]:
+        output = run_cmake("-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options)
+        assert f"razor_local: CPU instructions: {says}" in output
+        ninja = (tmp_path / "build.ninja").read_text()
+        (used,) = re.findall(r"/ggml-cpu\.c\.o:.*?\n  FLAGS = (.*?)\n", ninja, re.S)
+        assert {*used.split()} & {"-march=native", *haswell} == flags
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from tests.support import native_build
 from tests.support.native_build import ROOT, cache_dir
 
 _INPUTS = ["CMakeLists.txt", "native/llama-cpp-python.txt", "native/*.cmake", "native/*.py"]
-_OPTIONS = ["RAZOR_CUDA", "RAZOR_METAL", "RAZOR_VULKAN", "RAZOR_RPC", "RAZOR_NATIVE", "CC", "CXX"]
-_OPTIONS += ["CFLAGS", "CXXFLAGS", "CMAKE_ARGS"]
+_OPTIONS = ["RAZOR_CUDA", "RAZOR_METAL", "RAZOR_VULKAN", "RAZOR_RPC", "RAZOR_NATIVE", "RAZOR_AVX2"]
+_OPTIONS += ["CC", "CXX", "CFLAGS", "CXXFLAGS", "CMAKE_ARGS"]
 
 
 def stock_lib_dir() -> Path:
