@@ -98,6 +98,25 @@ def test_the_server_needs_no_compiler(installed: Path) -> None:
     assert "--ctx-size" in output([server, "--help"], installed)
 
 
+def test_threads_that_wait_yield_the_core(installed: Path) -> None:
+    """Two threads on one core decode as fast as one does, within a factor of 30; 2,000 without."""
+    code = """
+import os, time
+from razor_local import Llama
+from razor_local.cli.chat import DEFAULT_MODEL
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for n_threads in (1, 2):
+    llama = Llama(DEFAULT_MODEL, n_ctx=512, n_threads=n_threads)
+    llama.eval([1])
+    begin = time.perf_counter()
+    for token in range(20):
+        llama.eval([token])
+    print(time.perf_counter() - begin)
+"""
+    one, two = map(float, output([installed / "bin/python", "-c", code], installed).split())
+    assert two < 30 * one
+
+
 def test_the_best_cpu_backend_answers_as_haswell_does(installed: Path) -> None:
     """With AVX-512 only where the CPU has it; the emulated CPU has AVX2."""
     qemu = shutil.which("qemu-x86_64")
