@@ -2,6 +2,7 @@
 
 include(CheckLanguage)
 
+message(STATUS "razor_local: this compiles llama.cpp with CMake, Ninja and a C and C++ compiler, in about 3 minutes on two cores (CUDA takes much longer)")
 message(CHECK_START "razor_local: C and C++ compiler")
 check_language(C)
 check_language(CXX)
@@ -12,7 +13,7 @@ if (NOT CMAKE_C_COMPILER OR NOT CMAKE_CXX_COMPILER)
         set(named " (CC is '$ENV{CC}', CXX is '$ENV{CXX}')")
     endif()
     message(FATAL_ERROR
-        "No C and C++ compiler was found${named}: install one (Debian and Ubuntu: apt install g++, Fedora: dnf "
+        "razor_local is compiled when it is installed from source, and no C and C++ compiler was found${named}: install one (Debian and Ubuntu: apt install g++, Fedora: dnf "
         "install gcc-c++, macOS: xcode-select --install, Windows: Visual Studio Build Tools) or name "
         "yours in the environment variables CC and CXX.")
 endif()

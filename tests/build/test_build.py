@@ -335,10 +335,33 @@ def test_no_compiler(project: Project, tmp_path: Path) -> None:
     """A PATH with nothing in it, as in a container that has Python and CMake alone."""
     (tmp_path / "bin").mkdir()
     env = {"CC": "", "CXX": "", "PATH": str(tmp_path / "bin")}
-    says = "No C and C++ compiler was found: install one (Debian and Ubuntu: apt install g++"
-    refused(project.configure(**env), says)
-    says = "No C and C++ compiler was found (CC is 'no-such-cc', CXX is 'no-such-c++'): install one"
+    says = "no C and C++ compiler was found: install one (Debian and Ubuntu: apt install g++"
+    result = project.configure(**env)
+    refused(result, says)
+    assert "this compiles llama.cpp with CMake, Ninja and a C and C++ compiler" in result[1]
+    says = "no C and C++ compiler was found (CC is 'no-such-cc', CXX is 'no-such-c++'): install one"
     refused(project.configure(CC="no-such-cc", CXX="no-such-c++"), says)
+
+
+@pytest.mark.slow
+def test_pip_says_that_a_compiler_is_needed(tmp_path: Path) -> None:
+    """pip shows the output of a build only if it fails."""
+    run = ["uv", "build", "--quiet", "--sdist", f"--out-dir={tmp_path}", ROOT]
+    subprocess.run(run, check=True)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/uname").symlink_to(shutil.which("uname") or "uname")
+    kept = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "CMAKE_ARGS")}
+    done = subprocess.run(
+        [tmp_path / "env/bin/pip", "install", "--no-deps", *tmp_path.glob("*.tar.gz")],
+        env={**kept, "PATH": f"{tmp_path}/env/bin:{tmp_path}/bin"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said = " ".join(done.stdout.split())
+    assert done.returncode != 0 and "Traceback" not in said, said
+    assert "razor_local is compiled when it is installed from source, and no C and C++" in said
 
 
 def test_sdist_option(project: Project, tmp_path: Path) -> None:
