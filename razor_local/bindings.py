@@ -1,9 +1,15 @@
-"""Make `import llama_cpp` after `import razor_local` load the patched library."""
+"""Make `import llama_cpp` load the patched library.
+
+It does so after `import razor_local`, and in the wheel of the bindings that .ci/wheels makes also
+without it: the package llama_cpp in that wheel calls use_library().
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -13,8 +19,29 @@ from typing import Any
 VARIABLE = "LLAMA_CPP_LIB_PATH"  # the bindings read it once, when they are imported
 
 
+@contextmanager
+def use_library() -> Iterator[None]:
+    """Set VARIABLE in the block, which imports llama_cpp, unless somebody else has."""
+    from .errors import LibraryError
+    from .native import library_folder, use_best_backend
+
+    try:
+        folder = None if VARIABLE in os.environ else library_folder()
+    except LibraryError:  # the bindings may have a library of their own
+        folder = None
+    if folder is None:
+        yield
+        return
+    os.environ[VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+    use_best_backend(sys.modules["llama_cpp.llama_cpp"]._lib, folder)
+
+
 class Finder(MetaPathFinder):
-    """Set VARIABLE while llama_cpp is imported, unless somebody else has."""
+    """Import llama_cpp with use_library(), unless VARIABLE is set."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "llama_cpp" or VARIABLE in os.environ:
@@ -26,20 +53,8 @@ class Finder(MetaPathFinder):
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            from .errors import LibraryError
-            from .native import library_folder, use_best_backend
-
-            try:
-                folder = library_folder()
-            except LibraryError:
-                run(module)  # the bindings may have a library of their own
-                return
-            os.environ[VARIABLE] = str(folder)
-            try:
+            with use_library():
                 run(module)
-            finally:
-                os.environ.pop(VARIABLE, None)
-            use_best_backend(module.llama_cpp._lib, folder)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -21,7 +21,7 @@ FILES = {
 }
 WHEELS = {
     "razor_local-1.2.3-py3-none-manylinux_2_28_x86_64.whl": ">=3.10",
-    "llama_cpp_python-0.9.1-py3-none-any.whl": ">=3.8",
+    "llama_cpp_python-0.9.1+razor-py3-none-any.whl": ">=3.8",
 }
 
 
