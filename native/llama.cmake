@@ -100,6 +100,8 @@ else()
     set(razor_origin "$ORIGIN")
 endif()
 set(CMAKE_INSTALL_RPATH "${razor_origin};${razor_origin}/../lib")
+set(RAZOR_RPATH "" CACHE STRING "more folders in which the libraries look for others, such as CUDA's")
+list(APPEND CMAKE_INSTALL_RPATH ${RAZOR_RPATH})
 
 add_subdirectory(${razor_tree} ${CMAKE_BINARY_DIR}/llama EXCLUDE_FROM_ALL)
 
