@@ -83,6 +83,24 @@ def output(command: list, folder: Path) -> str:
     return done.stdout
 
 
+def test_an_environment_is_small(installed: Path) -> None:
+    """site-packages with pip and the compiled Python files, as `du -sb` counts."""
+    (folder,) = installed.glob("lib/python3.*/site-packages")
+    n_bytes = sum(path.lstat().st_size for path in folder.rglob("*"))
+    print(f"{n_bytes / 1e6:.0f} MB")
+    assert n_bytes < 250e6
+
+
+def test_llama_cpp_may_be_imported_first(installed: Path) -> None:
+    first = (
+        "import llama_cpp; from razor_local import Llama; print(issubclass(Llama, llama_cpp.Llama))"
+    )
+    assert output([installed / "bin/python", "-c", first], installed) == "True\n"
+    second = "import razor_local, llama_cpp; print(llama_cpp.llama_cpp._lib._name)"
+    name = output([installed / "bin/python", "-c", second], installed)
+    assert name.endswith("/razor_local/lib/libllama.so\n")
+
+
 def test_chat_answers(installed: Path) -> None:
     assert ANSWER in output(
         [installed / "bin/razor-local", "chat", "-st", "-p", QUESTION], installed
