@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import find_spec, module_from_spec, spec_from_loader
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from razor_local import LibraryError, native
-from tests.support.native_build import ROOT
+from tests.support.native_build import wheels_script
 
 IMPORT = "from razor_local import Llama"
 
@@ -148,13 +147,10 @@ def test_llama_cpp_imported_before_without_a_library():
 @pytest.mark.parametrize("code", ["import llama_cpp, razor_local", "import razor_local, llama_cpp"])
 def test_the_bindings_of_wheels_load_our_library(tmp_path, library, code):
     """.ci/wheels changes them, so that they need no import before."""
-    wheels = SourceFileLoader("wheels", str(ROOT / ".ci/wheels"))
-    module = module_from_spec(spec_from_loader("wheels", wheels))
-    wheels.exec_module(module)
     package = tmp_path / "llama_cpp"
     ignored = shutil.ignore_patterns("lib", "__pycache__")
     shutil.copytree(Path(find_spec("llama_cpp").origin).parent, package, ignore=ignored)
-    module.load_library_of_razor_local(package)
+    wheels_script().load_library_of_razor_local(package)
     code += f"; print(llama_cpp.__file__, llama_cpp.llama_cpp._lib._name); {IMPORT}; print('fine')"
     result = run(code, PYTHONPATH=tmp_path)
     assert result.stdout == f"{package}/__init__.py {library.path}\nfine\n", result.stderr

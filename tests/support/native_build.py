@@ -13,7 +13,10 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 try:
     import fcntl
@@ -94,3 +97,13 @@ def run(command: list, env: Mapping[str, str] | None = None) -> None:
 def tool(name: str) -> str | None:
     """Find a program in this Python environment, or else in PATH."""
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def wheels_script() -> ModuleType:
+    """Import .ci/wheels, without the packages that it needs to build."""
+    loader = SourceFileLoader("wheels", str(ROOT / ".ci/wheels"))
+    spec = spec_from_loader("wheels", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
