@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from .params import (
     write_report,
 )
 from .parser import Group
-from .terminal import ProgressBar, echo
+from .terminal import ProgressBar, echo, progress_of_run
 
 if TYPE_CHECKING:
     from ..common.journal import Journal
@@ -591,21 +591,8 @@ class _Run:
             )
         return tuple(chosen)
 
-    @contextmanager
-    def progress(self) -> Iterator[ProgressBar]:
-        with ProgressBar() as bar:
-            try:
-                yield bar
-            except KeyboardInterrupt:
-                bar.close()
-                journal = self.options["resume"]
-                echo(
-                    "Interrupted; no results were kept (use --resume FILE to keep them)."
-                    if journal is None
-                    else f"Interrupted; run the same command again to continue from {journal}.",
-                    err=True,
-                )
-                raise
+    def progress(self) -> AbstractContextManager[ProgressBar]:
+        return progress_of_run(self.options["resume"])
 
     def ask(
         self,
