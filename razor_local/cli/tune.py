@@ -456,6 +456,8 @@ def _plot(tuner: Tuner, tuned: Tuned, path: Path) -> None:
             at = row["kv_bytes"] / 2**20, row["kl"]
             ax.plot(*at, "*", color="C3", markersize=11, label="chosen")
     ax.set(xscale="log", yscale="log", xlabel="KV cache, MiB", ylabel="KL divergence, nats")
+    for kind in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        kind(lambda x, _: f"{x:g}")
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize="x-small")
     save_figure(figure, path)

@@ -79,13 +79,11 @@ class Space:
         return low
 
 
-class _OutOfTries(Exception):
-    pass
+class OutOfTries(Exception):
+    """No more candidates may be measured. It ends a search, which returns what it has."""
 
 
-def find_smallest(
-    space: Space, holds: Callable[[Candidate], bool], below: int, tries: int
-) -> Candidate | None:
+def find_smallest(space: Space, holds: Callable[[Candidate], bool], below: int) -> Candidate | None:
     """Return the smallest candidate that holds, None if none was found.
 
     1. For each pair of types and each of the coarse cells: try the most heads with which the
@@ -95,7 +93,8 @@ def find_smallest(
     A candidate is not tried if one that has all of it did not hold.
 
     Args:
-        holds: whether a candidate is good enough. Called at most tries times.
+        holds: whether a candidate is good enough. It is called once for each, and may raise
+            OutOfTries.
         below: bytes that a candidate must not reach.
     """
     failed: list[Candidate] = []
@@ -103,12 +102,9 @@ def find_smallest(
     limit = below
 
     def is_good(candidate: Candidate) -> bool:
-        nonlocal tries, best, limit
+        nonlocal best, limit
         if any(other.has_all_of(candidate) for other in failed):
             return False
-        if not tries:
-            raise _OutOfTries
-        tries -= 1
         if not holds(candidate):
             failed.append(candidate)
             return False
@@ -132,24 +128,19 @@ def find_smallest(
         for types, cells in product(space.types, space.coarse()):
             explore(cells, types)
         _refine(space, lambda: best, explore)
-    except _OutOfTries:
+    except OutOfTries:
         pass
     return best
 
 
-def find_best(
-    space: Space,
-    loss: Callable[[Candidate], float],
-    at_most: int,
-    tries: int,
-) -> list[Candidate]:
+def find_best(space: Space, loss: Callable[[Candidate], float], at_most: int) -> list[Candidate]:
     """Return the candidates of at most this size that were measured, the least loss first.
 
     Only those with the most heads that fit are measured: for each pair of types the coarse cells,
     then the cells between the best ones and their neighbors.
 
     Args:
-        loss: what a candidate loses. Called at most tries times.
+        loss: what a candidate loses. It is called once for each, and may raise OutOfTries.
     """
     measured: dict[Candidate, float] = {}
 
@@ -158,8 +149,6 @@ def find_best(
         candidate = Candidate(n_heads, cells, *types)
         if n_heads < 0 or any(other.has_all_of(candidate) for other in measured):
             return
-        if len(measured) == tries:
-            raise _OutOfTries
         measured[candidate] = loss(candidate)
 
     def ranked() -> list[Candidate]:
@@ -169,7 +158,7 @@ def find_best(
         for types, cells in product(space.types, space.coarse()):
             explore(cells, types)
         _refine(space, lambda: next(iter(ranked()), None), explore)
-    except _OutOfTries:
+    except OutOfTries:
         pass
     return ranked()
 

@@ -26,10 +26,10 @@ from .facts import ROOM, Examiner, Outcome, make_exam
 from .haystack import MadeText
 from .perplexity import N_BATCH, REFERENCE, Text, Window, log_softmax
 from .policies import Policy, type_fits
-from .proof import MAX_LOSS, is_enough
+from .proof import is_as_good, is_enough
 from .questions import Prompts
 from .run import open_llama
-from .search import Candidate, Space, find_best, find_smallest, pareto
+from .search import Candidate, OutOfTries, Space, find_best, find_smallest, pareto
 
 # retrieval heads, then local heads
 TYPES = (
@@ -274,17 +274,16 @@ class Tuner:
         return self._examiner.ask(policy.profile, policy.kv_type, policy.kv_type, policy.local_type)
 
     def keeps_facts(self, candidate: Candidate) -> bool:
-        """Return True if the plan finds the facts that the full cache finds, or nothing shows it.
+        """Return True if the plan is as good as the full f16 cache, within the limits of `convert`.
 
-        The facts show nothing if the full cache itself finds few of them.
+        If the full cache itself finds few facts, they show nothing, and every plan is good enough.
         """
         full = self.facts(self.full("f16"))
         if full is None or not is_enough(full):
             return True
         razor = self.facts(candidate)
         assert razor is not None  # the same questions were asked of the full cache
-        loss = float(full.logprob.mean() - razor.logprob.mean())
-        return razor.n_found >= full.n_found and loss <= MAX_LOSS
+        return is_as_good(razor, full)
 
 
 @dataclass(frozen=True)
@@ -327,8 +326,13 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
     measured: dict[Candidate, Figures] = {}
     lost: set[Candidate] = set()
 
+    full = {t: tuner.full(t) for t in FULL_TYPES if type_fits(tuner.shape, t)}
+
     def measure(candidate: Candidate) -> Figures:
-        measured[candidate] = tuner.measure(candidate)
+        if candidate not in measured:
+            if len(measured) == len(full) + tuner.tries:
+                raise OutOfTries
+            measured[candidate] = tuner.measure(candidate)
         return measured[candidate]
 
     def keeps_facts(candidate: Candidate) -> bool:
@@ -339,7 +343,6 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
     def loss(candidate: Candidate) -> float:
         return measure(candidate).kl
 
-    full = {t: tuner.full(t) for t in FULL_TYPES if type_fits(tuner.shape, t)}
     for candidate in full.values():
         measure(candidate)
     best: Candidate | None = None
@@ -347,17 +350,14 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
         bound = goal.max_kl
         enough = {t for t, c in full.items() if measured[c].kl <= bound}
         below = min(measured[full[t]].kv_bytes for t in enough)  # f16 is always among them
-        types = tuple(pair for pair in space.types if pair[0] in enough)
-        best = find_smallest(
-            replace(space, types=types),
-            lambda c: loss(c) <= bound and keeps_facts(c),
-            below,
-            tuner.tries,
-        )
+        space = replace(space, types=tuple(pair for pair in space.types if pair[0] in enough))
+        best = find_smallest(space, lambda c: loss(c) <= bound, below)
+        if best is not None and not keeps_facts(best):  # the facts decide, and are asked for always
+            best = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), below)
         why = _why_none(measured, full, lost, bound, below)
     else:
         assert goal.max_bytes is not None
-        ranked = find_best(space, loss, goal.max_bytes, tuner.tries)
+        ranked = find_best(space, loss, goal.max_bytes)
         best = next((c for c in ranked if keeps_facts(c)), None)
         fits = [c for c in full.values() if measured[c].kv_bytes <= goal.max_bytes]
         better = [c for c in fits if best is None or measured[c].kl <= measured[best].kl]

@@ -7,7 +7,15 @@ from itertools import product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from razor_local.evals.search import TYPES, Candidate, Space, find_best, find_smallest, pareto
+from razor_local.evals.search import (
+    TYPES,
+    Candidate,
+    OutOfTries,
+    Space,
+    find_best,
+    find_smallest,
+    pareto,
+)
 
 BITS = {"q4_0": 9, "q8_0": 17, "f16": 32}
 PAIRS = (("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "q8_0"), ("f16", "f16"), ("q4_0", "q4_0"))
@@ -57,7 +65,7 @@ def test_the_smallest_plan_that_holds_is_found(data) -> None:
         assert space.size(c) < below
         return loss(c) <= bound
 
-    found = find_smallest(space, holds, below, 10_000)
+    found = find_smallest(space, holds, below)
     assert len(asked) == len(set(asked)), "no plan is measured twice"
     some = [c for c in every(space, space.coarse()) if loss(c) <= bound and space.size(c) < below]
     assert (found is None) == (not some)
@@ -76,10 +84,12 @@ def test_what_is_returned_holds_even_if_more_is_not_better(data, tries) -> None:
     asked: dict[Candidate, bool] = {}
 
     def holds(c: Candidate) -> bool:
+        if len(asked) == tries:
+            raise OutOfTries
         asked[c] = hash((seed, c)) % 3 == 0
         return asked[c]
 
-    found = find_smallest(space, holds, 1 << 60, tries)
+    found = find_smallest(space, holds, 1 << 60)
     assert len(asked) <= tries
     held = [c for c, good in asked.items() if good]
     assert found == min(held, key=space.size, default=None) or space.size(found) == min(
@@ -100,14 +110,21 @@ def test_the_best_plan_of_a_size_is_found(data) -> None:
         assert space.size(c) <= at_most
         return loss(c)
 
-    found = find_best(space, measure, at_most, 10_000)
+    found = find_best(space, measure, at_most)
     assert sorted(found) == sorted(set(asked)) and len(asked) == len(found)
     assert [loss(c) for c in found] == sorted(map(loss, found))
     some = [c for c in every(space, space.coarse()) if space.size(c) <= at_most]
     assert bool(found) == bool(some)
     if some:
         assert loss(found[0]) <= min(map(loss, some)) + 1e-9
-    assert len(find_best(space, loss, at_most, 3)) <= 3
+
+    def thrice(c: Candidate) -> float:
+        if len(asked) == 3:
+            raise OutOfTries
+        return measure(c)
+
+    asked.clear()
+    assert len(find_best(space, thrice, at_most)) == len(asked) <= 3
 
 
 def test_few_plans_are_measured() -> None:
@@ -125,7 +142,7 @@ def test_few_plans_are_measured() -> None:
         return quantized[c.kv_type] * c.n_heads / 90 + local + forgotten
 
     space, asked = Space(90, cells, PAIRS, size, 13), []
-    found = find_smallest(space, lambda c: asked.append(c) or loss(c) <= 0.01, 90 * 8192 * 17, 100)
+    found = find_smallest(space, lambda c: asked.append(c) or loss(c) <= 0.01, 90 * 8192 * 17)
     assert found is not None and len(asked) <= 40, len(asked)
     exact = min((c for c in every(space, list(cells)) if loss(c) <= 0.01), key=size)
     assert size(found) <= 1.05 * size(exact)
