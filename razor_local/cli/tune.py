@@ -99,7 +99,7 @@ Examples:
 @click.option(
     "--plans",
     type=click.IntRange(1),
-    default=40,
+    default=24,
     show_default=True,
     metavar="N",
     help="Maximum number of plans to measure.",
