@@ -262,7 +262,8 @@ def test_heads_without_scores_are_measured(book, tmp_path, monkeypatch) -> None:
 
     from razor_local.scores import profile_scores
 
-    model = embedded_model.without_profile(tmp_path / "model.gguf")
+    template = open_model(DEFAULT_MODEL).header.string("tokenizer.chat_template", 1 << 20)
+    model = embedded_model.write_variant(tmp_path / "model.gguf", template)
     profile = read_profile(DEFAULT_MODEL)
     assert profile is not None
     scores = profile_scores(profile, open_model(DEFAULT_MODEL).shape)
