@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ class Tuner:
         self.why_no_facts: str | None = None
         self._progress, self._stop = progress, stop
         self._full: list[np.ndarray] = []
+        self._heads: dict[int, Profile] = {}  # by the number of retrieval heads
         self._examiner: Examiner | None = None
         self._stack = ExitStack()
         reads = len(windows) * (len(FULL_TYPES) + tries) + 2 + tries // 2
@@ -120,11 +122,14 @@ class Tuner:
             raise UnsupportedError(
                 f"a context of {self.n_ctx:,} tokens is too small to tune; use a larger one"
             )
-        return Space(len(flat), cells, types, lambda c: self.plan(c).kv_bytes, int(flat.sum()))
+        size = cache(lambda c: self.plan(c).kv_bytes)
+        return Space(len(flat), cells, types, size, int(flat.sum()))
 
     def profile(self, candidate: Candidate) -> Profile:
-        profile = with_budget(self.base, self.shape, candidate.n_heads / len(self.base.flat()))
-        return profile.with_options(window_of(candidate.cells, self.base), None, None)
+        n = candidate.n_heads
+        if n not in self._heads:
+            self._heads[n] = with_budget(self.base, self.shape, n / len(self.base.flat()))
+        return self._heads[n].with_options(window_of(candidate.cells, self.base), None, None)
 
     def plan(self, candidate: Candidate) -> Plan:
         return self.policy(candidate).plan(self.shape, self.n_ctx)

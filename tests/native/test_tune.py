@@ -138,7 +138,7 @@ def test_a_memory_bound(book, tmp_path) -> None:
     ("more", "text"),
     [
         (["--max-kl", 0.1, "--memory", "1M"], "--max-kl and --memory exclude each other"),
-        (["--max-kl", 0], "0.0 is not in the range x>0"),
+        (["--max-kl", 0], "0.0 is not in the range 0<x<=100"),
         (["-c", "64k"], "tokens, expected at least the context"),
         (["--tokens", 1], "--tokens is 1, expected 2 to"),
         (["--plot", "a.bmp"], "is not the name of a picture"),
