@@ -20,6 +20,7 @@ from .common.progress import Progress, Stop, silent
 from .errors import ContextFullError, RazorError, UnsupportedError, option, options
 from .native.callbacks import Callback
 from .native.loaded import C, library, llama_cpp
+from .native.prefill import full_attention
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -171,11 +172,8 @@ def _read_fully(llama: Llama, tokens: list[int]) -> None:
     evaluated in the same way, and its logits are the same.
     """
     tokens = after_cached(llama, tokens)
-    library.lib.llama_razor_set_full_prefill(llama.ctx, True)
-    try:
+    with full_attention(library, llama.ctx):
         eval_batch(llama, tokens)
-    finally:
-        library.lib.llama_razor_set_full_prefill(llama.ctx, False)
 
 
 def set_source(llama: Llama, source: Llama | None) -> bool:

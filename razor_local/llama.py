@@ -25,7 +25,6 @@ from .errors import (
     MemoryFullError,
     RazorError,
     UnsupportedError,
-    options,
 )
 from .evaluation import Prefill
 from .llama_options import (
@@ -39,6 +38,7 @@ from .memory import Memory, SequenceStats, read_memory, read_sequence
 from .model_file import open_model
 from .native.callbacks import Callback
 from .native.loaded import C, library, llama_cpp
+from .native.prefill import is_on_device, why_compressed
 from .native.rpc import Servers, lost_sentence, lost_server
 from .ownership import Closed, Inside, Requests
 from .plan import KV_TYPES, Plan
@@ -264,8 +264,7 @@ class Llama(PlainMessages, llama_cpp.Llama):
                 if cache.plan.active and kwargs.get("swa_full") is None:
                     kwargs["swa_full"] = False  # else layers with a sliding window keep everything
 
-            on_device = C.llama_supports_gpu_offload() and n_gpu_layers != 0
-            on_device = on_device and kwargs.get("offload_kqv", True)
+            on_device = is_on_device(C, n_gpu_layers, kwargs.get("offload_kqv", True))
             log, self._why_no_log = choose_rewind_log(rewind, rewind_limit, on_device)
 
             native.refuse_after_fork()
@@ -650,24 +649,12 @@ class Llama(PlainMessages, llama_cpp.Llama):
         """Choose how prompts are read, see the argument prefill."""
         if self._plan is None or not self._plan.active:
             return  # a full cache reads everything with full attention
-        if asked == "razor":
-            self._why_no_full_prefill = options(prefill="razor")
-            return
-        if asked == "auto" and on_device:
-            full = options(prefill="full")
-            self._why_no_full_prefill = f"the cache is on a device; {full} changes this"
-            return
-        self._full_prefill = library.lib.llama_razor_set_full_prefill(self.ctx, True)
-        if self._full_prefill:
-            library.lib.llama_razor_set_full_prefill(self.ctx, False)
-            return
-        self._why_no_full_prefill = library.last_error()
-        if asked == "full":
+        try:
+            self._why_no_full_prefill = why_compressed(library, self.ctx, asked, on_device)
+        except UnsupportedError:
             self.close()
-            raise UnsupportedError(
-                f"{self._why_no_full_prefill}; pass {options(prefill='razor')} or"
-                f" {options(prefill='auto')}"
-            )
+            raise
+        self._full_prefill = self._why_no_full_prefill is None
 
     def _check_plan(self) -> None:
         """Check that the plan that all tools print is what the library allocated."""

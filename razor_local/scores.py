@@ -332,13 +332,13 @@ def with_scopes_by_score(profile: Profile, shape: ModelShape, n_ctx: int) -> Pro
 def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
     """Return the profile with another budget, met exactly.
 
-    Heads that `convert` chose by score come first, those that it added to find planted facts
-    included; all others follow by their strength. Raises ProfileError where the profile has no
-    scores.
+    Heads that `tune` chose, or `convert` by score, come first, those that it added to find planted
+    facts included; all others follow by their strength. Raises ProfileError where the profile has
+    no scores.
     """
     scores = profile_scores(profile, shape)
     retrieval = choose_heads(scores, budget=budget)
-    if profile.calibration.get("select") == "score":
+    if profile.calibration.get("select") in ("score", "tune"):
         chosen, strength = profile.flat(), head_strength(scores)
         order = np.lexsort((-strength, 1 - chosen.astype(np.int64)))
         flat = np.zeros_like(chosen)
@@ -349,9 +349,11 @@ def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
 
 
 def _measured(record: dict[str, str | int]) -> dict[str, str | int]:
-    """Return the record without the keys of a head choice and its planted facts."""
+    """Return the record without the keys of a head choice and what was measured of it."""
     chosen = ("select", "induction", "echo", "budget", "retrieval")
-    return {k: v for k, v in record.items() if k not in chosen and not k.startswith("facts")}
+    return {
+        k: v for k, v in record.items() if k not in chosen and not k.startswith(("facts", "tune_"))
+    }
 
 
 def profile_scores(profile: Profile, shape: ModelShape) -> Scores:

@@ -29,6 +29,7 @@ COMMANDS = {
     "rpc-server": "Compute layers of models for other machines.",
     "run": "Answer one prompt, or continue a text.",
     "serve": "Serve a model over HTTP, with OpenAI's API.",
+    "tune": "Find the smallest KV cache that predicts like the full one.",
     "models": "List, find, download and remove models.",
     "verify": "Check RazorAttention on this machine against a reference.",
 }

@@ -12,7 +12,7 @@ import click
 from . import generation
 from .chat_loop import Display, converse
 from .chat_status import describe
-from .params import DEFAULT_MODEL
+from .params import DEFAULT_MODEL, say_tuned
 from .parser import Command
 from .terminal import say
 
@@ -99,6 +99,7 @@ def chat(model: Path | None, **options: Any) -> None:
     facts = None if profile is None else facts_line(profile)
     if facts is not None:
         say(facts)
+    say_tuned(profile, llama.plan)
     if model is None:
         say(DEFAULT_MODEL_HINT)
     if loaded is not None:

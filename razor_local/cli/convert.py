@@ -242,7 +242,7 @@ def convert(
     if scope_by is not None:
         check_scopes_by_score(shape, ctx_size or shape.n_ctx_train, **options)
     if output is None:
-        output = _cache_path(file)
+        output = cache_path(file)
         force = True  # replace an earlier measurement
     texts = measuring["haystack"].glob("*.txt") if measuring["haystack"] is not None else ()
     check_outputs([output, measuring["save_scores"]], [heads, scopes, measuring["scores"], *texts])
@@ -321,7 +321,7 @@ def convert(
         click.get_current_context().exit(1)
 
 
-def _cache_path(file: ModelFile) -> Path:
+def cache_path(file: ModelFile) -> Path:
     """Return the path in the profile cache. Raises ConvertError if it would not be used."""
     from .. import profile_cache
     from ..errors import ConvertError

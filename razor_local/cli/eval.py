@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from .params import (
     write_report,
 )
 from .parser import Group
-from .terminal import ProgressBar, echo
+from .terminal import ProgressBar, echo, progress_of_run
 
 if TYPE_CHECKING:
     from ..common.journal import Journal
@@ -175,6 +175,15 @@ _HAYSTACK = click.option(
     type=PATH,
     metavar="DIR",
     help="Folder of .txt files to hide the facts in.  [default: generated sentences]",
+)
+_PREFILL_OF_PROMPT = click.option(
+    "--prefill",
+    type=click.Choice(["auto", "full", "razor"]),
+    default="auto",
+    show_default=True,
+    help="How to read the prompts of --prompt, which it needs. full: with full attention; the cache"
+    " is compressed afterwards. razor: with the compressed cache. auto: full, but razor on GPUs and"
+    " for models with sliding windows or recurrent layers.",
 )
 _PREDICT = click.option(
     "-n",
@@ -331,6 +340,7 @@ PERPLEXITY_EPILOG = """
 \b
 Examples:
   razor-local eval perplexity --text book.txt
+  razor-local eval perplexity model-razor.gguf --text book.txt -c 8k --prompt 7k
   razor-local eval perplexity model-razor.gguf --text book.txt -c 16k --plot positions.png
   razor-local eval perplexity model-razor.gguf --text book.txt --budget 0.05,0.1,0.2 \\
       --plot-curve kl.png
@@ -356,6 +366,14 @@ Examples:
     " context.  [default: the window size]",
 )
 @click.option("--windows", type=click.IntRange(1), metavar="N", help="Maximum number of windows.")
+@click.option(
+    "--prompt",
+    type=Tokens(),
+    metavar="TOKENS",
+    help="Read the first tokens of each window as a prompt, and only count those after it, as those"
+    " of an answer.  [default: read everything with the compressed cache, and count it]",
+)
+@_PREFILL_OF_PROMPT
 @_options(_MODEL_OPTIONS)
 @click.option(
     "--plot",
@@ -370,6 +388,9 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     The divergence is from the full f16 cache, by position in the context. Neither measure shows
     lost facts, so each policy is also asked for facts planted in a second text that fills the
     context.
+
+    With --prompt, a window is what a user sees: a prompt that is read by --prefill, and an answer
+    that is predicted from the compressed cache.
     """
     from ..evals.perplexity import (
         context_size,
@@ -386,13 +407,21 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     )
     from ..evals.run import describe_run, open_journal
 
+    prompt = options["prompt"] or 0
+    source = click.get_current_context().get_parameter_source("prefill")
+    if not prompt and source is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError(
+            "--prefill needs --prompt TOKENS, without which every token is read with the"
+            " compressed cache"
+        )
     run = _Run(model, options, [text])
     n_ctx = context_size(run.shape, options["ctx_size"])
     stride = options["stride"] or n_ctx
+    described = {"prompt": prompt} if prompt else {}
     with run.progress() as bar:
         bar(0, 1, "reading the text")
         content = read_text(run.setup, text)
-        windows = make_windows(len(content.tokens), n_ctx, stride, options["windows"])
+        windows = make_windows(len(content.tokens), n_ctx, stride, options["windows"], prompt)
         head = describe_run(
             "perplexity",
             run.setup,
@@ -405,14 +434,16 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
             n_ctx=n_ctx,
             stride=stride,
             n_windows=len(windows),
+            **described,
         )
         with open_journal(options["resume"], head) as journal, stop_on_interrupt() as stop:
             run_perplexity(
                 run.setup, run.shape, run.policies, content, windows, n_ctx, journal, head, bar,
-                stop,
+                stop, prompt,
             )  # fmt: skip
+            prefill = options["prefill"] if prompt else "razor"
             try:
-                run_facts(run.setup, run.shape, run.policies, n_ctx, journal, bar, stop)
+                run_facts(run.setup, run.shape, run.policies, n_ctx, journal, bar, stop, prefill)
             except RazorError as error:  # all windows are read
                 echo(f"Note: no facts were planted: {error}.", err=True)
     assert journal.head is not None
@@ -560,21 +591,8 @@ class _Run:
             )
         return tuple(chosen)
 
-    @contextmanager
-    def progress(self) -> Iterator[ProgressBar]:
-        with ProgressBar() as bar:
-            try:
-                yield bar
-            except KeyboardInterrupt:
-                bar.close()
-                journal = self.options["resume"]
-                echo(
-                    "Interrupted; no results were kept (use --resume FILE to keep them)."
-                    if journal is None
-                    else f"Interrupted; run the same command again to continue from {journal}.",
-                    err=True,
-                )
-                raise
+    def progress(self) -> AbstractContextManager[ProgressBar]:
+        return progress_of_run(self.options["resume"])
 
     def ask(
         self,

@@ -353,7 +353,7 @@ def _with_types(
 def _print_profile(
     console: Console, shape: ModelShape, found: FoundProfile | None, no_convert: str | None = None
 ) -> None:
-    from ..profile import facts_line, scopes_text
+    from ..profile import facts_line, scopes_text, tune_line
 
     profile = None if found is None else found.profile
     heads = " ".join(
@@ -389,6 +389,9 @@ def _print_profile(
         facts = facts_line(profile)
         if facts is not None:
             console.print(f"proof    {facts}")
+        tuned = tune_line(profile)
+        if tuned is not None:
+            console.print(f"tuned    {tuned}")
     if found is not None:
         console.print(f"source   {printable(str(found), one_line=True)}")
 

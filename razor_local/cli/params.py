@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..models import Download
     from ..models.names import ModelName
     from ..plan import Plan
+    from ..profile import Profile
 
 TYPED_MODEL = "razor_local.model"  # key of click's context
 RPC_SERVERS = "razor_local.rpc"  # key of click's context: addresses of RPC servers
@@ -459,6 +460,17 @@ def cache_text(plan: Plan, about: str = "") -> str:
         f"KV cache at {plan.n_ctx:,} tokens: {about}{size} instead of {full}"
         f" (-{1 - plan.share:.0%})".replace("%", " %")
     )
+
+
+def say_tuned(profile: Profile | None, plan: Plan | None) -> None:
+    """Say what a tuned profile was measured at, and whether the plan differs from that."""
+    from ..profile import tune_line, tune_note
+
+    if profile is None or plan is None or not plan.active:
+        return
+    for line in (tune_line(profile), tune_note(profile, plan)):
+        if line is not None:
+            say(line if line.startswith("note") else f"tuned: {line}")
 
 
 def duration_text(seconds: float) -> str:

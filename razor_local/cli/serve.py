@@ -36,6 +36,7 @@ from .params import (
     count_text,
     flash_attention,
     model_argument,
+    say_tuned,
 )
 from .parser import Command
 from .terminal import ProgressBar, say
@@ -165,6 +166,7 @@ def serve(model: Path, **options: Any) -> None:
     context = _context(model, options)
     slots = _choose_slots(model, context, options)
     plan = _plan(model, context, slots)
+    say_tuned(context.profile, plan)
     if slots.need.why_inactive is not None:
         say(f"the full cache runs: {slots.need.why_inactive}")
     if slots.why_fewer is not None:

@@ -21,6 +21,8 @@ from ..errors import RazorError
 from ..printable import printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from .history import History
@@ -314,6 +316,23 @@ class MessageReader:
         parts = re.split("(" + "|".join(map(re.escape, self._pastes)) + ")", line)
         texts = [self._pastes.get(part, part.strip(" ")) for part in parts]
         return "\n\n".join(text for text in texts if text)
+
+
+@contextlib.contextmanager
+def progress_of_run(journal: Path | None) -> Iterator[ProgressBar]:
+    """Show the progress of a run that --resume continues, and say so when it is interrupted."""
+    with ProgressBar() as bar:
+        try:
+            yield bar
+        except KeyboardInterrupt:
+            bar.close()
+            echo(
+                "Interrupted; no results were kept (use --resume FILE to keep them)."
+                if journal is None
+                else f"Interrupted; run the same command again to continue from {journal}.",
+                err=True,
+            )
+            raise
 
 
 class ProgressBar:

@@ -5,14 +5,16 @@ found if each token of the value is the most likely one after the tokens before 
 instruction following, takes a few tokens per question, and yields a log probability that separates
 caches that find the same facts.
 
-Every cache reads the text once, and its state is loaded again for each question.
+Every cache reads the text once, like a prompt of a Llama, and its state is loaded again for each
+question. The questions are read with the compressed cache, as those of a later turn of a chat are.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,6 +28,7 @@ from ..common.progress import Progress, Stop
 from ..errors import RazorError, UnsupportedError
 from ..model_shape import ModelShape
 from ..native.models import load_model, new_context
+from ..native.prefill import full_attention, is_on_device, why_compressed
 from ..native.probe import AttentionProbe, attention_context
 from ..plan import KV_TYPES, N_CTX_PAD
 from ..profile import Profile
@@ -286,7 +289,10 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
 
 
 class Examiner:
-    """A loaded model that answers the questions of an exam, with one context after the other."""
+    """A loaded model that answers the questions of an exam, with one context after the other.
+
+    prefill: how razor contexts read the text, as in Llama.
+    """
 
     def __init__(
         self,
@@ -297,17 +303,20 @@ class Examiner:
         n_gpu_layers: int,
         progress: Progress | None = None,
         stop: Stop | None = None,
+        prefill: str = "auto",
     ) -> None:
         from llama_cpp import llama_cpp as C
 
         self._path, self._shape, self._exam, self._C = path, shape, exam, C
         self._n_threads, self._n_gpu_layers = n_threads or n_cores(), n_gpu_layers
+        self._prefill = prefill
         self._lib = native.load()
         self._probe = _FactProbe(self._lib.lib, C, shape, progress, stop)
         self._stack = ExitStack()
 
     def __enter__(self) -> Examiner:
         self._C.llama_backend_init()
+        self._on_device = is_on_device(self._C, self._n_gpu_layers)
         self._model = self._stack.enter_context(
             load_model(self._lib, self._C, self._path, self._n_gpu_layers, self._probe)
         )
@@ -376,20 +385,29 @@ class Examiner:
         override = native.make_params(profile, type_k_local=local_type, type_v_local=local_type)
         return new_context(self._lib, self._C, self._model, params, override, failed)
 
+    def _read(self, ctx: int, report: Callable[[float], object]) -> None:
+        """Read the text. report: called with the number of tokens read."""
+        prefix, lib, on_device = self._exam.prefix, self._lib, self._on_device
+        is_razor = bool(lib.stats(ctx).active)
+        if is_razor and why_compressed(lib, ctx, self._prefill, on_device) is None:
+            with self._probe.during(lambda: report(lib.stats(ctx).prefill_done * len(prefix))):
+                with full_attention(lib, ctx):
+                    self._decode(ctx, 0, prefix, np.zeros(len(prefix), np.int8))
+            report(len(prefix))
+            return
+        for start in range(0, len(prefix), N_UBATCH):
+            part = prefix[start : start + N_UBATCH]
+            self._decode(ctx, start, part, np.zeros(len(part), np.int8))
+            report(start + len(part))
+
     def _take(self, ctx: int, what: str, read_attention: bool = False) -> Outcome:
         """Read the text once, and ask each question after it."""
         # 1. Read the text.
         exam, probe, C = self._exam, self._probe, self._C
-        n_prefix = len(exam.prefix)
-        work = [min(N_UBATCH, n_prefix - i) for i in range(0, n_prefix, N_UBATCH)]
-        work += [len(question.tokens) for question in exam.questions]
-        done = 0
-        probe.progress(done, sum(work), what)
-        for start in range(0, n_prefix, N_UBATCH):
-            part = exam.prefix[start : start + N_UBATCH]
-            self._decode(ctx, start, part, np.zeros(len(part), np.int8))
-            done += len(part)
-            probe.progress(done, sum(work), what)
+        done = n_prefix = len(exam.prefix)
+        work = n_prefix + sum(len(question.tokens) for question in exam.questions)
+        probe.progress(0, work, what)
+        self._read(ctx, lambda n: probe.progress(n, work, what))
         # 2. Save the state.
         size = C.llama_state_get_size(ctx)
         state = (ctypes.c_uint8 * size)()
@@ -420,7 +438,7 @@ class Examiner:
             log_sum = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
             logprob.append(float((logits[np.arange(n), value] - log_sum).sum()))
             done += len(question.tokens)
-            probe.progress(done, sum(work), what)
+            probe.progress(done, work, what)
         return Outcome(np.array(found), np.array(logprob))
 
     def _decode(self, ctx: int, start: int, part: np.ndarray, outputs: np.ndarray) -> None:
@@ -448,6 +466,23 @@ class _FactProbe(AttentionProbe):
     ) -> None:
         super().__init__(lib, C, shape, progress, stop)
         self.sums = [np.zeros(n) for n in self.n_head]
+        self._report: Callable[[], object] | None = None
+        self._reported = 0.0
+
+    @contextmanager
+    def during(self, report: Callable[[], object]) -> Iterator[None]:
+        """Call report() every tenth of a second while the block computes."""
+        self._report = report
+        try:
+            yield
+        finally:
+            self._report = None
+
+    def on_operation(self, data: int | None) -> bool:
+        if self._report is not None and time.monotonic() > self._reported + 0.1:
+            self._reported = time.monotonic()
+            self._report()
+        return super().on_operation(data)
 
     def on_head(self, il: int, ih: int, attention: np.ndarray) -> None:
         start, end = self.fact

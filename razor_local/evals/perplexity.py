@@ -4,6 +4,11 @@ The text is split into windows of one context each. All contexts read a window i
 batch. The logits of a batch are compared with those of the full f16 cache and then dropped. Only
 sums over blocks of BLOCK tokens are kept, and the whole report is computed from them.
 
+The first tokens of a window can be a prompt. A context reads it like other prompts, which is with
+full attention by default, and only the predictions after it count: they are made with the
+compressed cache, as those of an answer are. Without a prompt, everything is read with the
+compressed cache.
+
 These figures do not show whether a fact in the text is still found. Each policy therefore also
 answers questions about planted facts (facts.py), in a context of the same size.
 """
@@ -33,6 +38,7 @@ from .questions import Prompts
 from .run import describe_cache, group_policies, open_llama
 
 BLOCK = 128  # tokens
+MIN_PROMPT = 2  # tokens: the last one is evaluated with those that follow, for its logits
 N_BATCH = 256  # tokens of a context whose logits are in memory at a time; a multiple of BLOCK
 REFERENCE = Policy("full-f16", "full-f16", None, "f16")
 
@@ -41,7 +47,8 @@ REFERENCE = Policy("full-f16", "full-f16", None, "f16")
 class Window:
     """Tokens [start, end) of the text, of which those from position first on count.
 
-    The others were counted in an earlier window, or have no token before them.
+    The others are those of the prompt, were counted in an earlier window, or have no token before
+    them.
     """
 
     start: int
@@ -49,13 +56,27 @@ class Window:
     first: int
 
 
-def make_windows(n_tokens: int, n_ctx: int, stride: int, most: int | None = None) -> list[Window]:
-    """Make windows of n_ctx tokens that begin every stride tokens. Each token counts once.
+def make_windows(
+    n_tokens: int, n_ctx: int, stride: int, most: int | None = None, prompt: int = 0
+) -> list[Window]:
+    """Make windows of n_ctx tokens that begin every stride tokens. Each token counts at most once.
 
     Tokens at the end that do not fill a window are left out, unless the whole text is shorter than
-    one. Raises RazorError for a text that is too short, or a stride that is longer than a window or
-    not a multiple of BLOCK.
+    one.
+
+    Args:
+        most: maximum number of windows.
+        prompt: tokens of each window that are read as a prompt and do not count.
+
+    Raises:
+        RazorError: the text is too short, the stride is longer than a window or not a multiple of
+            BLOCK, or a prompt leaves no tokens to count.
     """
+    if prompt and not MIN_PROMPT <= prompt < min(n_ctx, n_tokens):
+        raise RazorError(
+            f"the prompt of a window has {prompt:,} tokens, expected {MIN_PROMPT} to"
+            f" {min(n_ctx, n_tokens) - 1:,}, so that tokens of the window follow it"
+        )
     if not 0 < stride <= n_ctx or (stride < n_ctx and stride % BLOCK):
         raise RazorError(
             f"the stride is {stride} tokens, expected a multiple of {BLOCK} up to the context"
@@ -64,11 +85,12 @@ def make_windows(n_tokens: int, n_ctx: int, stride: int, most: int | None = None
     if n_tokens < 2 * BLOCK:
         raise RazorError(f"the text has {n_tokens} tokens, expected at least {2 * BLOCK}")
     if n_tokens < n_ctx:
-        return [Window(0, n_tokens, 1)]
+        return [Window(0, n_tokens, max(prompt, 1))]
     starts = range(0, n_tokens - n_ctx + 1, stride)
+    repeated = [1 if start == 0 or stride == n_ctx else n_ctx - stride for start in starts]
     windows = [
-        Window(start, start + n_ctx, 1 if start == 0 or stride == n_ctx else n_ctx - stride)
-        for start in starts
+        Window(start, start + n_ctx, max(first, prompt))
+        for start, first in zip(starts, repeated, strict=True)
     ]
     return windows[:most]
 
@@ -118,11 +140,13 @@ def run_perplexity(
     head: dict[str, Any],
     progress: Progress | None = None,
     stop: Stop | None = None,
+    prompt: int = 0,
 ) -> None:
     """Add a record for each policy and window that is not in the journal yet.
 
-    Each window is read by a full f16 cache and as many policies at once as memory allows. Raises
-    RazorError if a context cannot be created, Stopped between two batches.
+    Each window is read by a full f16 cache and as many policies at once as memory allows. prompt:
+    tokens of each window that are read as a prompt. Raises RazorError if a context cannot be
+    created, Stopped between two batches.
     """
     done = {(r["policy"], r["window"]) for r in journal.records if r["kind"] == "window"}
     logits = N_BATCH * text.n_vocab * 4
@@ -151,14 +175,15 @@ def run_perplexity(
                 if not journal.has(cache):
                     journal.add(cache | describe_cache(sides[policy.name]))
             for window in some:
-                found = _read_window(sides, text.window(window), window.first, clock, stop)
-                sums = [found[policy.name] for policy in group]
-                for policy, blocks in zip(group, sums, strict=True):
-                    if (policy.name, window.start) not in done:
-                        journal.add(
-                            {"kind": "window", "policy": policy.name, "window": window.start}
-                            | {name: np.round(v, 9).tolist() for name, v in blocks.items()}
-                        )
+                found = _read_window(sides, text.window(window), window.first, prompt, clock, stop)
+                for policy in group:
+                    if (policy.name, window.start) in done:
+                        continue
+                    record = {"kind": "window", "policy": policy.name, "window": window.start}
+                    if prompt:
+                        record["prefill"] = sides[policy.name].memory().prefill
+                    blocks = found[policy.name].items()
+                    journal.add(record | {name: np.round(v, 9).tolist() for name, v in blocks})
 
 
 def run_facts(
@@ -169,12 +194,13 @@ def run_facts(
     journal: Journal,
     progress: Progress | None = None,
     stop: Stop | None = None,
+    prefill: str = "razor",
 ) -> None:
     """Add a record of the planted facts that each policy finds, unless the journal has it.
 
     All facts are in the part that the local heads of every policy have folded. If no policy has
-    local heads, the last third of the text has no facts. Raises UnsupportedError if the context is
-    too short for this, Stopped.
+    local heads, the last third of the text has no facts. prefill: how the text is read, as in
+    Llama. Raises UnsupportedError if the context is too short for this, Stopped.
     """
     some = [p for p in policies if not journal.has({"kind": "facts", "policy": p.name})]
     if not some:
@@ -186,7 +212,7 @@ def run_facts(
     (progress or silent)(0, 1, "planting facts")
     exam = make_exam(Prompts(setup.file), MadeText(), n_tokens, reach, sinks)
     with Examiner(
-        Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress, stop
+        Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress, stop, prefill
     ) as examiner:
         for policy in some:
             outcome = examiner.ask(
@@ -208,7 +234,12 @@ def run_facts(
 
 
 def _read_window(
-    sides: dict[str, Any], tokens: np.ndarray, first: int, clock: Clock, stop: Stop | None
+    sides: dict[str, Any],
+    tokens: np.ndarray,
+    first: int,
+    prompt: int,
+    clock: Clock,
+    stop: Stop | None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Sum over the blocks of a window, for each side (see _compare()).
 
@@ -216,13 +247,20 @@ def _read_window(
         sides: the contexts, with the reference first.
         tokens: the tokens of the window.
         first: the first position whose prediction counts.
+        prompt: number of tokens that are read as a prompt.
     """
     n = len(tokens)
     names = ("n", "nll", "full_nll", "kl", "same")
     sums = {side: {name: np.zeros(-(-n // BLOCK)) for name in names} for side in sides}
-    for llama in sides.values():
+    begin = max(prompt - 1, 0)  # the last token of the prompt predicts the first one that counts
+    for side, llama in sides.items():
         llama.reset()
-    for start in range(0, n, N_BATCH):
+        if begin:
+            clock.show(f"{side}, a prompt of {prompt:,} tokens")
+            llama.prefill(tokens[:begin].tolist(), stop=stop)
+            check_stop(stop)
+            clock.done(begin)
+    for start in range(begin, n, N_BATCH):
         batch = tokens[start : start + N_BATCH]
         positions = np.arange(start, start + len(batch)) + 1  # a row predicts the next token
         counted = (positions >= first) & (positions < n)

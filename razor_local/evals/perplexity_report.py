@@ -133,6 +133,12 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
         f"- {settings['text']}: {settings['n_windows']:,} windows of {settings['n_ctx']:,} tokens,"
         f" one every {settings['stride']:,} tokens, from a text of {settings['n_tokens']:,} tokens"
     )
+    prompt = settings.get("prompt", 0)
+    if prompt:
+        yield (
+            f"- the first {prompt:,} tokens of each window are a prompt, and those after it count;"
+            f" {_prompts_line(report)}"
+        )
     yield "- compared with a full f16 cache; 95 % confidence intervals; KL divergence in nats"
     if any(r["kind"] == "facts" for r in report.records):
         yield (
@@ -179,6 +185,19 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
     )
     yield ""
     yield f"Measured {report.head['date']}."
+
+
+def _prompts_line(report: PerplexityReport) -> str:
+    """Say how razor read the prompts."""
+    active = {r["policy"] for r in report.records if r["kind"] == "cache" and r["active"]}
+    windows = [r for r in report.records if r["kind"] == "window" and r["policy"] in active]
+    named = {
+        way: ", ".join(dict.fromkeys(r["policy"] for r in windows if r["prefill"] == way))
+        for way in ("full", "razor")
+    }
+    if not named["razor"]:
+        return "all policies read it with full attention"
+    return f"read with the compressed cache: {named['razor']}"
 
 
 def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Path:

@@ -99,7 +99,7 @@ def make_policies(
     shape = setup.file.shape
     if names is None:
         chosen = DEFAULT_FOR_BUDGETS if budgets else DEFAULT
-        names = [name for name in chosen if _fits(shape, _split(name)[1][0])]
+        names = [name for name in chosen if type_fits(shape, _split(name)[1][0])]
     wanted = [_split(name) for name in names]
     if budgets:
         if not any(kind.startswith("razor") for kind, _, _ in wanted):
@@ -203,7 +203,8 @@ def _profile(
     return replace(base, retrieval=split_heads(chosen, shape.n_head_kv), compensation=compensation)
 
 
-def _fits(shape: ModelShape, kv_type: str) -> bool:
+def type_fits(shape: ModelShape, kv_type: str) -> bool:
+    """Return True if rows of the model's heads can have this KV type."""
     try:
         return bool(row_size(kv_type, shape.head_dim_k) and row_size(kv_type, shape.head_dim_v))
     except UnsupportedError:

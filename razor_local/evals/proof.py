@@ -3,7 +3,8 @@
 Head scores measure how heads treat random tokens. They do not show whether the model still finds
 facts with the chosen heads, and neither does a small KL divergence on plain text. Therefore the
 full cache and a razor context, whose local heads have folded every fact, read the same text and
-answer the same questions (evals/facts.py).
+answer the same questions (evals/facts.py). Razor reads the text like the prompts of users: with
+full attention, except on devices and where that is not supported.
 
 If facts are lost, heads are added in order of their *fact score*: the attention of the query heads
 of the full cache from a question and its answer to the sentence of the fact. Attention to a fact

@@ -82,13 +82,15 @@ def _describe_policy(policy: Policy) -> dict[str, Any]:
     }
 
 
+def run_identity(head: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be equal for a run to be resumed."""
+    names = ("version", "eval", "model", "setup", "policies", "settings", "code")
+    cpu = (head.get("machine") or {}).get("cpu")  # the load may differ
+    return {name: head.get(name) for name in names} | {"machine": cpu}
+
+
 def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
     """Open the journal of an evaluation. Raises RazorError for a file of another run, OSError."""
-
-    def identity(head: dict[str, Any]) -> dict[str, Any]:
-        names = ("version", "eval", "model", "setup", "policies", "settings", "code")
-        cpu = (head.get("machine") or {}).get("cpu")  # the load may differ
-        return {name: head.get(name) for name in names} | {"machine": cpu}
 
     def check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Format the records as at the end of a run, which fails if they are malformed."""
@@ -106,7 +108,7 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
         for kind in ("json", "md"):
             report.format_report(report.Report(head, records), kind)
 
-    return Journal(path, head, "an evaluation", identity, check)
+    return Journal(path, head, "an evaluation", run_identity, check)
 
 
 def run_questions(

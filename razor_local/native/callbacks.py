@@ -68,7 +68,7 @@ class Control:
             C.llama_progress_callback, c_float, self._on_load, on_error=False
         )
         self.abort_callback = self._make(
-            C.ggml_abort_callback, c_void_p, lambda _data: self.stopped, on_error=True
+            C.ggml_abort_callback, c_void_p, self.on_operation, on_error=True
         )
 
     @property
@@ -78,6 +78,10 @@ class Control:
             asked = self._stop is not None and self._stop()
             self._stopped = asked or any(callback.error for callback, _ in self._callbacks)
         return self._stopped
+
+    def on_operation(self, _data: int | None) -> bool:
+        """Return whether a computation ends now. Called before each of its operations."""
+        return self.stopped
 
     def check(self) -> None:
         """Raise the exception of a callback, or Stopped if stop() is or was true."""

@@ -345,6 +345,39 @@ def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
     assert positions["streaming-f16", 256] > positions["streaming-f16", 0]
 
 
+@pytest.mark.parametrize("prefill", ["auto", "razor"])
+def test_only_what_follows_a_prompt_counts(book, prefill) -> None:
+    """The prompt is read by --prefill, and what follows with the compressed cache."""
+    window = ["--window-min", 64, "--window-divisor", 0, "-t", 1, "--policies", "full,razor"]
+    args = ["perplexity", "--text", book, "-c", 512, "--windows", 1, *window]
+    found = report(*args, "--prompt", 300, "--prefill", prefill)
+    assert found["head"]["settings"]["prompt"] == 300
+    setup = ModelSetup(
+        str(DEFAULT_MODEL), window_min=64, window_divisor=0, n_threads=1, prefill=prefill
+    )
+    tokens = read_text(setup, book).window(run_window(book)).tolist()
+    logits = {}
+    for policy in make_policies(setup, ["full", "razor"])[1]:
+        llama = open_llama(setup, policy, 512)
+        llama.prefill(tokens[:299])
+        logits[policy.name] = np.concatenate([x.copy() for x in llama.eval_logits(tokens[299:511])])
+        assert llama.memory().prefill == ("razor" if prefill == policy.series[:5] else "full")
+        llama.close()
+    kl = kl_divergence(logits["full-f16"], logits["razor-f16"])
+    row = {row["policy"]: row for row in found["rows"]}["razor-f16"]
+    assert row["n"] == len(kl) == 212 and row["kl"] == pytest.approx(kl.mean(), rel=1e-2)
+    whole = {r["policy"]: r for r in report(*args)["by_position"] if r["from_position"] == 256}
+    compressed = whole["razor-f16"]["kl"]  # of tokens 256 to 511, read with the compressed cache
+    assert (row["kl"] == pytest.approx(compressed, rel=0.4)) or prefill == "auto"
+    text = run(*args, "--prompt", 300, "--prefill", prefill).stdout
+    line = "- the first 300 tokens of each window are a prompt, and those after it count; "
+    how = {
+        "auto": "all policies read it with full attention",
+        "razor": "read with the compressed cache: razor-f16",
+    }
+    assert f"{line}{how[prefill]}\n" in text
+
+
 def run_window(book):
     return Window(0, 512, 1)
 
@@ -443,6 +476,14 @@ def test_a_context_too_short_for_facts_is_noted(book) -> None:
         (["perplexity", "--text", "/nowhere.txt"], "/nowhere.txt: No such file"),
         (["perplexity", "--text", str(DEFAULT_MODEL)], "is not a text in UTF-8"),
         (["perplexity", "--text", __file__, "--stride", "100"], "the stride is 100 tokens"),
+        (
+            ["perplexity", "--text", __file__, "--prefill", "full"],
+            "--prefill needs --prompt TOKENS",
+        ),
+        (
+            ["perplexity", "--text", __file__, "-c", "512", "--prompt", "512"],
+            "the prompt of a window has 512 tokens, expected 2 to 511",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(args, text, tmp_path, monkeypatch) -> None:

@@ -246,6 +246,18 @@ def test_models_without_a_profile_have_full_caches(tiny) -> None:
 
 @given(st.integers(2 * BLOCK, 9000), st.integers(1, 8), st.integers(1, 16))
 @settings(max_examples=80, deadline=None)
+def test_tokens_of_a_prompt_do_not_count(n_tokens, n_256, n_128) -> None:
+    n_ctx, stride = 256 * n_256, min(BLOCK * n_128, 256 * n_256)
+    prompt = min(n_ctx, n_tokens) // 2
+    plain = make_windows(n_tokens, n_ctx, stride)
+    with_prompt = make_windows(n_tokens, n_ctx, stride, prompt=prompt)
+    for one, other in zip(plain, with_prompt, strict=True):
+        assert (one.start, one.end) == (other.start, other.end)
+        assert other.first == max(one.first, prompt) < other.end - other.start
+
+
+@given(st.integers(2 * BLOCK, 9000), st.integers(1, 8), st.integers(1, 16))
+@settings(max_examples=80, deadline=None)
 def test_each_token_counts_once(n_tokens, n_256, n_128) -> None:
     n_ctx, stride = 256 * n_256, min(BLOCK * n_128, 256 * n_256)
     windows = make_windows(n_tokens, n_ctx, stride)
@@ -264,6 +276,9 @@ def test_windows_that_cannot_be_cut_are_refused() -> None:
         make_windows(5000, 1024, 2048)
     with pytest.raises(RazorError, match="the text has 10 tokens"):
         make_windows(10, 1024, 1024)
+    for prompt in (1, 1024):
+        with pytest.raises(RazorError, match="expected 2 to 1,023, so that tokens"):
+            make_windows(5000, 1024, 1024, prompt=prompt)
     assert make_windows(5000, 1024, 1024, 2) == [Window(0, 1024, 1), Window(1024, 2048, 1)]
 
 

@@ -53,9 +53,11 @@ def exam_of(n_tokens: int = module.N_TOKENS, n_questions: int | None = None) -> 
     return replace(exam, questions=exam.questions[:n_questions])
 
 
-def take(profile: Profile | None, exam: Exam, kv_type: str = "f16") -> Outcome:
+def take(
+    profile: Profile | None, exam: Exam, kv_type: str = "f16", prefill: str = "auto"
+) -> Outcome:
     shape = read_model_shape(MODEL)
-    with Examiner(MODEL, shape, exam, None, 0, lambda *_: None) as examiner:
+    with Examiner(MODEL, shape, exam, None, 0, lambda *_: None, prefill=prefill) as examiner:
         return examiner.ask(profile, kv_type, kv_type)
 
 
@@ -125,17 +127,22 @@ def test_the_full_cache_and_its_fact_scores_are_those_of_float64_attention():
     assert np.abs(scores - expected_scores).max() <= 5e-3
 
 
+@pytest.mark.parametrize("prefill", ["auto", "razor"])
 @pytest.mark.parametrize("heads", [(), ((1, 0), (1, 3)), ((1, 0), (1, 1), (1, 2), (1, 3))])
-def test_razor_is_that_of_the_float64_reference(heads):
+def test_razor_is_that_of_the_float64_reference(heads, prefill):
+    """The text is read like a prompt: with full attention, unless that is not wanted."""
     exam = exam_of(700, 3)
     profile = with_heads(*heads, window_min=700 // 3, window_divisor=0)
     mask = [layer.tolist() for layer in profile.retrieval]
     razor = reference.make_razor(mask, 700 // 3, profile.sink_tokens)
+    if prefill == "auto":
+        razor = replace(razor, prompts=((0, len(exam.prefix)),))
     expected, _ = reference_outcome(exam, razor)
-    outcome = take(profile, exam)
+    outcome = take(profile, exam, prefill=prefill)
     assert outcome.found.tolist() == expected.found.tolist()
     error = np.abs(outcome.logprob - expected.logprob)
-    assert (error <= 0.1 + 0.01 * np.abs(expected.logprob)).all()
+    # the reference multiplies in float64, the model quantized weights and activations
+    assert (error <= 0.1 + 0.03 * np.abs(expected.logprob)).all()
 
 
 def test_full_caches_of_other_types():

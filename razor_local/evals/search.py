@@ -1,0 +1,196 @@
+"""Search the plan of a KV cache: how many heads keep everything, how much others keep, and types.
+
+This needs no model. A function says how good a candidate is, at the price of minutes, so the search
+asks it as rarely as it can. It assumes that a candidate with at least as much of everything is at
+least as good. If that is wrong, it may miss a better candidate, but what it returns was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+# types by precision; what is not named here (bf16, f32) is not searched
+TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A plan.
+
+    Attributes:
+        n_heads: retrieval heads, in the order of their strength. All heads: a full cache.
+        cells: of each local head.
+        kv_type, local_type: KV types of retrieval heads and of local heads.
+    """
+
+    n_heads: int
+    cells: int
+    kv_type: str = "f16"
+    local_type: str = "f16"
+
+    def has_all_of(self, other: Candidate) -> bool:
+        """Return True if it keeps at least as much as the other, in types as precise."""
+        types = ((self.kv_type, other.kv_type), (self.local_type, other.local_type))
+        return (
+            self.n_heads >= other.n_heads
+            and self.cells >= other.cells
+            and all(TYPES.index(a) >= TYPES.index(b) for a, b in types)
+        )
+
+
+@dataclass(frozen=True)
+class Space:
+    """The candidates.
+
+    Attributes:
+        n_heads: KV heads of the model; candidates have fewer retrieval heads than that.
+        cells: the cells to choose from, in ascending order.
+        types: pairs of KV types, in the order in which they are tried.
+        size: bytes of the cache. It grows with the heads, the cells and the precision.
+        likely: the number of retrieval heads that is tried first.
+    """
+
+    n_heads: int
+    cells: tuple[int, ...]
+    types: tuple[tuple[str, str], ...]
+    size: Callable[[Candidate], int]
+    likely: int
+
+    def coarse(self) -> list[int]:
+        """Return about every second power of the square root of two, the middle ones first."""
+        chosen, at = [], 1
+        while at <= len(self.cells):
+            chosen.append(self.cells[at - 1])
+            at = max(at + 1, round(at * 1.6))
+        middle = len(chosen) // 2
+        return sorted(chosen, key=lambda cells: abs(chosen.index(cells) - middle))
+
+    def most_heads(self, cells: int, types: tuple[str, str], below: int) -> int:
+        """Return the largest number of retrieval heads of a size below this, -1 if none has."""
+        low, high = -1, self.n_heads - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.size(Candidate(middle, cells, *types)) < below:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+class OutOfTries(Exception):
+    """No more candidates may be measured. It ends a search, which returns what it has."""
+
+
+def find_smallest(space: Space, holds: Callable[[Candidate], bool], below: int) -> Candidate | None:
+    """Return the smallest candidate that holds, None if none was found.
+
+    1. For each pair of types and each of the coarse cells: try the most heads with which the
+       candidate is smaller than the best one. If it holds, find the fewest heads by bisection.
+    2. Do the same for the cells between the best ones and their neighbors.
+
+    A candidate is not tried if one that has all of it did not hold.
+
+    Args:
+        holds: whether a candidate is good enough. It is called once for each, and may raise
+            OutOfTries.
+        below: bytes that a candidate must not reach.
+    """
+    failed: list[Candidate] = []
+    best: Candidate | None = None
+    limit = below
+
+    def is_good(candidate: Candidate) -> bool:
+        nonlocal best, limit
+        if any(other.has_all_of(candidate) for other in failed):
+            return False
+        if not holds(candidate):
+            failed.append(candidate)
+            return False
+        best, limit = candidate, space.size(candidate)
+        return True
+
+    def explore(cells: int, types: tuple[str, str]) -> None:
+        high = space.most_heads(cells, types, limit)
+        if high < 0 or not is_good(Candidate(high, cells, *types)):
+            return
+        low, middle = -1, space.likely
+        while high - low > 1:
+            middle = middle if low < middle < high else (low + high) // 2
+            if is_good(Candidate(middle, cells, *types)):
+                high = middle
+            else:
+                low = middle
+            middle = -1
+
+    try:
+        for types, cells in product(space.types, space.coarse()):
+            explore(cells, types)
+        _refine(space, lambda: best, explore)
+    except OutOfTries:
+        pass
+    return best
+
+
+def find_best(space: Space, loss: Callable[[Candidate], float], at_most: int) -> list[Candidate]:
+    """Return the candidates of at most this size that were measured, the least loss first.
+
+    Only those with the most heads that fit are measured: for each pair of types the coarse cells,
+    then the cells between the best ones and their neighbors.
+
+    Args:
+        loss: what a candidate loses. It is called once for each, and may raise OutOfTries.
+    """
+    measured: dict[Candidate, float] = {}
+
+    def explore(cells: int, types: tuple[str, str]) -> None:
+        n_heads = space.most_heads(cells, types, at_most + 1)
+        candidate = Candidate(n_heads, cells, *types)
+        if n_heads < 0 or any(other.has_all_of(candidate) for other in measured):
+            return
+        measured[candidate] = loss(candidate)
+
+    def ranked() -> list[Candidate]:
+        return sorted(measured, key=lambda c: (measured[c], space.size(c)))
+
+    try:
+        for types, cells in product(space.types, space.coarse()):
+            explore(cells, types)
+        _refine(space, lambda: next(iter(ranked()), None), explore)
+    except OutOfTries:
+        pass
+    return ranked()
+
+
+def _refine(
+    space: Space,
+    best: Callable[[], Candidate | None],
+    explore: Callable[[int, tuple[str, str]], None],
+) -> None:
+    """Explore the cells halfway to the neighbors of the best ones until there are none."""
+    coarse = sorted(space.coarse())
+    seen = set(coarse)
+    while True:
+        now = best()
+        if now is None:
+            return
+        at = space.cells.index(now.cells)
+        known = sorted(space.cells.index(cells) for cells in seen)
+        below = max((i for i in known if i < at), default=at)
+        above = min((i for i in known if i > at), default=at)
+        new = [i for i in ((below + at) // 2, (at + above) // 2) if space.cells[i] not in seen]
+        if not new:
+            return
+        for i in new:
+            seen.add(space.cells[i])
+            explore(space.cells[i], (now.kv_type, now.local_type))
+
+
+def pareto(points: Sequence[tuple[int, float]]) -> list[int]:
+    """Return the indices of points (bytes, loss) that no other one beats in both, by bytes."""
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front

@@ -1,0 +1,444 @@
+"""Measure plans of a model on a text, for the search of the smallest one (search.py).
+
+Each plan reads the beginning of the text as a prompt, and predicts the tokens after it from its
+compressed cache. Its predictions are compared with those of the full f16 cache, which reads the
+text once; its log probabilities are kept. A plan that is close enough also has to find the planted
+facts (facts.py) that the full cache finds.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from ..common.journal import Journal
+from ..common.progress import Clock, Progress, Stop, check_stop
+from ..errors import RazorError, UnsupportedError
+from ..model_setup import ModelSetup
+from ..model_shape import ModelShape
+from ..plan import COMPENSATION_CELLS, N_CTX_PAD, SLACK, Plan, fold_block
+from ..profile import Profile, kv_options
+from ..scores import with_budget
+from .facts import ROOM, Examiner, Outcome, make_exam
+from .haystack import MadeText
+from .perplexity import N_BATCH, REFERENCE, Text, Window, log_softmax
+from .policies import Policy, type_fits
+from .proof import is_as_good, is_enough
+from .questions import Prompts
+from .run import open_llama
+from .search import Candidate, OutOfTries, Space, find_best, find_smallest, pareto
+
+# retrieval heads, then local heads
+TYPES = (
+    ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0"),
+)  # fmt: skip
+FULL_TYPES = ("f16", "q8_0", "q5_0", "q4_0")  # of full caches, for comparison
+MAX_CELLS = 2  # local heads keep at most this part of the context, so that facts fit before it
+
+
+def window_of(cells: int, profile: Profile) -> int:
+    """Return the largest window that takes at most this number of cells, 0 if none does."""
+    room = cells - profile.sink_tokens - SLACK
+    room -= COMPENSATION_CELLS if profile.compensation else 0
+    return next((w for w in range(room, 0, -1) if w + fold_block(w) <= room), 0)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of a plan.
+
+    Attributes:
+        kl: mean KL divergence from the full f16 cache over the counted tokens, in nats.
+        kl_worst: the mean over the tenth of them with the largest divergence.
+        same_top: the share of tokens where both find the same one most likely.
+        kv_bytes: bytes of the cache, counted by the native library.
+        prefill: how the prompt was read, "full" or "razor".
+    """
+
+    kl: float
+    kl_worst: float
+    same_top: float
+    kv_bytes: int
+    prefill: str
+
+
+class Tuner:
+    """A model, a text, and what was measured of the plans so far.
+
+    Args:
+        base: the profile whose heads and scores decide the order of the heads.
+        windows: the parts of the text that are read; window.first is the length of the prompt.
+        tries: maximum number of plans to measure.
+    """
+
+    def __init__(
+        self,
+        setup: ModelSetup,
+        shape: ModelShape,
+        base: Profile,
+        text: Text,
+        windows: list[Window],
+        n_ctx: int,
+        tries: int,
+        journal: Journal,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        self.setup, self.shape, self.text, self.windows = setup, shape, text, windows
+        self.base = replace(base, scope=None)
+        self.n_ctx, self.tries, self._journal = n_ctx, tries, journal
+        self.why_no_facts: str | None = None
+        self._progress, self._stop = progress, stop
+        self._full: list[np.ndarray] = []
+        self._heads: dict[int, Profile] = {}  # by the number of retrieval heads
+        self._examiner: Examiner | None = None
+        self._stack = ExitStack()
+        reads = len(windows) * (len(FULL_TYPES) + tries) + 2 + tries // 2
+        self._clock = Clock(progress, reads)
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    # -- plans --
+
+    @property
+    def space(self) -> Space:
+        """Return the plans to choose from. Raises UnsupportedError if there are none."""
+        cells = tuple(
+            n
+            for n in range(N_CTX_PAD, self.n_ctx // MAX_CELLS + 1, N_CTX_PAD)
+            if window_of(n, self.base)
+        )
+        types = tuple(pair for pair in TYPES if all(type_fits(self.shape, t) for t in pair))
+        flat = self.base.flat()
+        if not cells or not types:
+            raise UnsupportedError(
+                f"a context of {self.n_ctx:,} tokens is too small to tune; use a larger one"
+            )
+        size = cache(lambda c: self.plan(c).kv_bytes)
+        return Space(len(flat), cells, types, size, int(flat.sum()))
+
+    def profile(self, candidate: Candidate) -> Profile:
+        n = candidate.n_heads
+        if n not in self._heads:
+            self._heads[n] = with_budget(self.base, self.shape, n / len(self.base.flat()))
+        return self._heads[n].with_options(window_of(candidate.cells, self.base), None, None)
+
+    def plan(self, candidate: Candidate) -> Plan:
+        return self.policy(candidate).plan(self.shape, self.n_ctx)
+
+    def policy(self, candidate: Candidate) -> Policy:
+        """Return the policy of a candidate, whose name has all that identifies it."""
+        if candidate.n_heads == len(self.base.flat()):
+            return Policy(name := f"full-{candidate.kv_type}", name, None, candidate.kv_type)
+        window = window_of(candidate.cells, self.base)
+        types = f"{candidate.kv_type}+{candidate.local_type}"
+        return Policy(
+            f"razor-{candidate.n_heads}-heads-{window}-{types}",
+            f"razor-{types}",
+            self.profile(candidate),
+            candidate.kv_type,
+            local_type=candidate.local_type,
+        )
+
+    def full(self, kv_type: str) -> Candidate:
+        """Return a full cache as a candidate."""
+        return Candidate(len(self.base.flat()), self.n_ctx, kv_type, kv_type)
+
+    # -- measurements --
+
+    def measure(self, candidate: Candidate) -> Figures:
+        """Return the figures of a plan, which are measured once. Raises RazorError, Stopped."""
+        if candidate == self.full("f16"):  # it is what the others are compared with
+            return Figures(0.0, 0.0, 1.0, self.plan(candidate).kv_bytes, "full")
+        key = {"kind": "plan", "policy": self.policy(candidate).name}
+        for record in self._journal.records:
+            if all(record.get(name) == value for name, value in key.items()):
+                self._clock.done(len(self.windows))
+                return Figures(**{name: record[name] for name in Figures.__dataclass_fields__})
+        figures = self._compare(self.policy(candidate))
+        plan = {
+            "n_heads": candidate.n_heads,
+            "cells": candidate.cells,
+            "kv_type": candidate.kv_type,
+            "local_type": candidate.local_type,
+        }
+        self._journal.add(key | plan | vars(figures))
+        return figures
+
+    def _compare(self, policy: Policy) -> Figures:
+        if not self._full:
+            self._full = [x for x, *_ in self._read(REFERENCE)]
+        found = self._read(policy)
+        kl, same = [], []
+        for full, (ours, *_) in zip(self._full, found, strict=True):
+            for start in range(0, len(full), N_BATCH):
+                p, q = (x[start : start + N_BATCH].astype(np.float64) for x in (full, ours))
+                kl.append((np.exp(p) * (p - q)).sum(axis=1))
+                same.append(p.argmax(axis=1) == q.argmax(axis=1))
+        each = np.sort(np.concatenate(kl))[::-1]
+        worst = each[: max(len(each) // 10, 1)]
+        return Figures(
+            round(float(each.mean()), 9),
+            round(float(worst.mean()), 9),
+            round(float(np.concatenate(same).mean()), 6),
+            *found[-1][1:],
+        )
+
+    def _read(self, policy: Policy) -> list[tuple[np.ndarray, int, str]]:
+        """Read each window: the log probabilities f32 [counted, n_vocab], bytes, prefill."""
+        found = []
+        self._clock.show(f"{policy.name}: loading")
+        llama = open_llama(self.setup, policy, self.n_ctx, self._stop, n_batch=N_BATCH)
+        try:
+            for window in self.windows:
+                tokens = self.text.window(window).tolist()
+                prompt = window.first - 1  # its last token predicts the first one that counts
+                llama.reset()
+                llama.prefill(
+                    tokens[:prompt],
+                    lambda done, total, _: self._clock.show(
+                        f"{policy.name}, {done:,.0f} of {total:,.0f} tokens"
+                    ),
+                    self._stop,
+                )
+                check_stop(self._stop)
+                rows = []
+                for logits in llama.eval_logits(tokens[prompt:-1]):
+                    check_stop(self._stop)
+                    rows.append(log_softmax(logits).astype(np.float32))
+                whole = np.concatenate(rows)
+                if not np.isfinite(whole.max()):
+                    raise RazorError(
+                        f"{policy.name} computes logits that are not numbers; the model file is"
+                        " damaged, or its values are too large for their types"
+                    )
+                memory = llama.memory()
+                found.append((whole, memory.kv_bytes, memory.prefill))
+                self._clock.done(1)
+        finally:
+            llama.close()
+        return found
+
+    def facts(self, candidate: Candidate) -> Outcome | None:
+        """Return how a plan answers the questions about planted facts, None if it cannot be asked.
+
+        The first call also asks the full cache.
+        """
+        if self.why_no_facts is not None:
+            return None
+        policy = self.policy(candidate)
+        for record in self._journal.records:
+            if record["kind"] == "facts" and record["policy"] == policy.name:
+                return Outcome(np.array(record["found"], bool), np.array(record["logprob"]))
+        try:
+            outcome = self._ask(policy)
+        except UnsupportedError as error:
+            self.why_no_facts = str(error)
+            return None
+        self._journal.add(
+            {
+                "kind": "facts",
+                "policy": policy.name,
+                "found": outcome.found.tolist(),
+                "logprob": np.round(outcome.logprob, 6).tolist(),
+            }
+        )
+        self._clock.done(1)
+        return outcome
+
+    def _ask(self, policy: Policy) -> Outcome:
+        if self._examiner is None:
+            reach = self.n_ctx // MAX_CELLS
+            exam = make_exam(
+                Prompts(self.setup.file),
+                MadeText(),
+                self.n_ctx - ROOM,
+                reach,
+                self.base.sink_tokens,
+            )
+            self._examiner = self._stack.enter_context(
+                Examiner(
+                    Path(self.setup.model),
+                    self.shape,
+                    exam,
+                    self.setup.n_threads,
+                    self.setup.n_gpu_layers,
+                    lambda *_: self._clock.show("planting facts"),
+                    self._stop,
+                    self.setup.prefill,
+                )
+            )
+        return self._examiner.ask(policy.profile, policy.kv_type, policy.kv_type, policy.local_type)
+
+    def keeps_facts(self, candidate: Candidate) -> bool:
+        """Return True if the plan is as good as the full f16 cache, within the limits of `convert`.
+
+        If the full cache itself finds few facts, they show nothing, and every plan is good enough.
+        """
+        full = self.facts(self.full("f16"))
+        if full is None or not is_enough(full):
+            return True
+        razor = self.facts(candidate)
+        assert razor is not None  # the same questions were asked of the full cache
+        return is_as_good(razor, full)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What to search for: the fewest bytes within max_kl, or the least KL within max_bytes."""
+
+    max_kl: float | None
+    max_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The outcome of a search.
+
+    Attributes:
+        best: the plan that reaches the goal and is smaller than each full cache that does.
+        why: why there is none, otherwise "".
+        measured: the figures of every plan and full cache, in the order of measuring.
+        lost_facts: plans that were close enough, but lost facts.
+    """
+
+    best: Candidate | None
+    why: str
+    measured: dict[Candidate, Figures]
+    lost_facts: set[Candidate] = field(default_factory=set)
+
+    def front(self) -> list[Candidate]:
+        """Return the plans and full caches that no other one beats in both bytes and KL."""
+        some = [c for c in self.measured if c not in self.lost_facts]
+        points = [(self.measured[c].kv_bytes, self.measured[c].kl) for c in some]
+        return [some[i] for i in pareto(points)]
+
+
+def tune(tuner: Tuner, goal: Goal) -> Tuned:
+    """Search the best plan of a model.
+
+    Raises RazorError, and Stopped; the journal keeps what was measured.
+    """
+    space = tuner.space
+    measured: dict[Candidate, Figures] = {}
+    lost: set[Candidate] = set()
+
+    full = {t: tuner.full(t) for t in FULL_TYPES if type_fits(tuner.shape, t)}
+
+    def measure(candidate: Candidate) -> Figures:
+        if candidate not in measured:
+            if len(measured) == len(full) + tuner.tries:
+                raise OutOfTries
+            measured[candidate] = tuner.measure(candidate)
+        return measured[candidate]
+
+    def keeps_facts(candidate: Candidate) -> bool:
+        if not tuner.keeps_facts(candidate):
+            lost.add(candidate)
+        return candidate not in lost
+
+    def loss(candidate: Candidate) -> float:
+        return measure(candidate).kl
+
+    for candidate in full.values():
+        measure(candidate)
+    best: Candidate | None = None
+    if goal.max_kl is not None:
+        bound = goal.max_kl
+        enough = {t for t, c in full.items() if measured[c].kl <= bound}
+        below = min(measured[full[t]].kv_bytes for t in enough)  # f16 is always among them
+        space = replace(space, types=tuple(pair for pair in space.types if pair[0] in enough))
+        best = find_smallest(space, lambda c: loss(c) <= bound, below)
+        if best is not None and not keeps_facts(best):  # the facts decide, and are asked for always
+            best = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), below)
+        why = _why_none(measured, full, lost, bound, below)
+    else:
+        assert goal.max_bytes is not None
+        ranked = find_best(space, loss, goal.max_bytes)
+        best = next((c for c in ranked if keeps_facts(c)), None)
+        fits = [c for c in full.values() if measured[c].kv_bytes <= goal.max_bytes]
+        better = [c for c in fits if best is None or measured[c].kl <= measured[best].kl]
+        if better:
+            name = tuner.policy(min(better, key=lambda c: measured[c].kl)).name
+            best, why = None, f"the full cache {name} fits these bytes and loses less"
+        elif ranked:
+            why = f"each of the {len(ranked)} plans that fit loses planted facts"
+        else:
+            smallest = min(space.size(Candidate(0, space.cells[0], *t)) for t in space.types)
+            why = f"the smallest plan takes {smallest:,} bytes, expected up to {goal.max_bytes:,}"
+    return Tuned(best, "" if best is not None else why, measured, lost)
+
+
+def _why_none(
+    measured: dict[Candidate, Figures],
+    full: dict[str, Candidate],
+    lost: set[Candidate],
+    bound: float,
+    below: int,
+) -> str:
+    """Say why no plan holds, and which one comes closest."""
+    plans = {c: f for c, f in measured.items() if c not in full.values() and c not in lost}
+    (smallest,) = (t for t, c in full.items() if measured[c].kv_bytes == below)
+    why = f"none of the plans that are smaller than the full {smallest} cache has a KL divergence"
+    why += f" of at most {bound:g} nats"
+    why += f" and finds all facts ({len(lost)} lost some)" if lost else ""
+    if plans:
+        c, f = min(plans.items(), key=lambda item: item[1].kl)
+        why += (
+            f"; the best one has {f.kl:.4f} nats with {f.kv_bytes:,} bytes ({c.n_heads} retrieval"
+            f" heads, types {c.kv_type} and {c.local_type})"
+        )
+    return why
+
+
+def options_of(candidate: Candidate) -> str:
+    """Return the options of the commands with which a plan runs as it was measured."""
+    kv, local = candidate.kv_type, candidate.local_type
+    return kv_options(kv, kv, local, local)
+
+
+def tuned_profile(tuner: Tuner, tuned: Tuned, goal: Goal, text: str) -> Profile:
+    """Return the profile of the best plan, with what it was measured at."""
+    assert tuned.best is not None
+    best, figures = tuned.best, tuned.measured[tuned.best]
+    profile = tuner.profile(best)
+    n_full = tuned.measured[tuner.full("f16")].kv_bytes
+    record: dict[str, str | int] = {
+        "select": "tune",
+        "tune_kl": f"{figures.kl:.6f}",
+        "tune_kl_worst": f"{figures.kl_worst:.6f}",
+        "tune_tokens": sum(w.end - w.start - w.first for w in tuner.windows),
+        "tune_context": tuner.n_ctx,
+        "tune_prefill": figures.prefill,
+        "tune_kv_bytes": str(figures.kv_bytes),
+        "tune_kv_bytes_full": str(n_full),
+        "tune_options": options_of(best),
+        "tune_text": text[:200],
+    }
+    if goal.max_kl is not None:
+        record["tune_max_kl"] = f"{goal.max_kl:g}"
+    else:
+        record["tune_max_bytes"] = str(goal.max_bytes)
+    full, razor = tuner.facts(tuner.full("f16")), None
+    if full is not None and is_enough(full):
+        razor = tuner.facts(best)
+    if full is not None and razor is not None:
+        record |= {
+            "facts": len(full.found),
+            "facts_found": razor.n_found,
+            "facts_found_full": full.n_found,
+            "facts_tokens": tuner.n_ctx,
+            "facts_window": window_of(best.cells, tuner.base),
+            "facts_kv_bytes": str(figures.kv_bytes),
+            "facts_kv_bytes_full": str(n_full),
+        }
+    kept = {k: v for k, v in profile.calibration.items() if k not in ("select", "budget")}
+    return replace(profile, calibration=kept | record)
