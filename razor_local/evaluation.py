@@ -209,8 +209,9 @@ def _take(llama: Llama, tokens: list[int], progress: Progress | None, stop: Stop
     source, plan = llama._source, llama._plan
     if source is None or plan is None or plan.folds_between(0, llama.n_tokens):
         return False
-    if not source.prefill(tokens, progress, stop).complete:
-        raise _AbortedError("the computation was stopped")
+    if common_prefix(source, tokens) < len(tokens):
+        if not source.prefill(tokens, progress, stop).complete:
+            raise _AbortedError("the computation was stopped")
     tokens = after_cached(llama, tokens[llama.n_tokens :])
     library.lib.llama_razor_set_source(llama.ctx, source.ctx)
     try:

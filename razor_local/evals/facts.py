@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import native
-from ..common.machine import n_cores
+from ..common.machine import free_memory, n_cores
 from ..common.progress import Progress, Stop
 from ..errors import RazorError, UnsupportedError
 from ..model_shape import ModelShape
 from ..native.models import load_model, new_context
 from ..native.prefill import full_attention, is_on_device, why_compressed
 from ..native.probe import AttentionProbe, attention_context
-from ..plan import KV_TYPES, N_CTX_PAD
+from ..plan import KV_TYPES, N_CTX_PAD, make_plan
 from ..profile import Profile
 from .haystack import Haystack
 from .needle import NAMES
@@ -310,6 +310,7 @@ class Examiner:
         self._path, self._shape, self._exam, self._C = path, shape, exam, C
         self._n_threads, self._n_gpu_layers = n_threads or n_cores(), n_gpu_layers
         self._prefill = prefill
+        self._sources: dict[str, int] = {}  # contexts by their KV type
         self._lib = native.load()
         self._probe = _FactProbe(self._lib.lib, C, shape, progress, stop)
         self._stack = ExitStack()
@@ -364,7 +365,35 @@ class Examiner:
         local_type: the KV type of local heads; None: type_k and type_v.
         """
         with self._context(profile, type_k, type_v, local_type) as ctx:
-            return self._take(ctx, what)
+            source = None
+            if profile is not None and local_type in (None, type_k) and type_k == type_v:
+                source = self._source(ctx, profile, type_k)
+            return self._take(ctx, what, source=source)
+
+    def _source(self, ctx: int, profile: Profile, kv_type: str) -> int | None:
+        """Return a full cache that has read the text, if a context can take it from there.
+
+        So the text is read only once for all contexts of one KV type that would read it with full
+        attention. None if the context reads it with the compressed cache, or memory is short.
+        """
+        lib, exam = self._lib, self._exam
+        if not lib.stats(ctx).active or self._why_compressed(ctx) is not None:
+            return None
+        if kv_type not in self._sources:
+            every = Profile(tuple(map(np.ones_like, profile.retrieval)), compensation=False)
+            n_bytes = make_plan(self._shape, None, exam.n_ctx, kv_type, kv_type).kv_bytes
+            if n_bytes > free_memory() // 4:
+                return None
+            source = self._stack.enter_context(self._context(every, kv_type, kv_type, None))
+            if not lib.lib.llama_razor_set_source(ctx, source):
+                return None
+            lib.lib.llama_razor_set_source(ctx, None)
+            self._read(source, lambda _: None)
+            self._sources[kv_type] = source
+        return self._sources[kv_type]
+
+    def _why_compressed(self, ctx: int) -> str | None:
+        return why_compressed(self._lib, ctx, self._prefill, self._on_device)
 
     def _context(
         self, profile: Profile | None, type_k: str, type_v: str, local_type: str | None
@@ -385,11 +414,21 @@ class Examiner:
         override = native.make_params(profile, type_k_local=local_type, type_v_local=local_type)
         return new_context(self._lib, self._C, self._model, params, override, failed)
 
-    def _read(self, ctx: int, report: Callable[[float], object]) -> None:
-        """Read the text. report: called with the number of tokens read."""
-        prefix, lib, on_device = self._exam.prefix, self._lib, self._on_device
-        is_razor = bool(lib.stats(ctx).active)
-        if is_razor and why_compressed(lib, ctx, self._prefill, on_device) is None:
+    def _read(self, ctx: int, report: Callable[[float], object], source: int | None = None) -> None:
+        """Read the text, or take it from a source that has read it.
+
+        report: called with the number of tokens read.
+        """
+        prefix, lib = self._exam.prefix, self._lib
+        if source is not None:
+            lib.lib.llama_razor_set_source(ctx, source)
+            try:
+                self._decode(ctx, 0, prefix, np.zeros(len(prefix), np.int8))
+            finally:
+                lib.lib.llama_razor_set_source(ctx, None)
+            report(len(prefix))
+            return
+        if lib.stats(ctx).active and self._why_compressed(ctx) is None:
             with self._probe.during(lambda: report(lib.stats(ctx).prefill_done * len(prefix))):
                 with full_attention(lib, ctx):
                     self._decode(ctx, 0, prefix, np.zeros(len(prefix), np.int8))
@@ -400,14 +439,16 @@ class Examiner:
             self._decode(ctx, start, part, np.zeros(len(part), np.int8))
             report(start + len(part))
 
-    def _take(self, ctx: int, what: str, read_attention: bool = False) -> Outcome:
+    def _take(
+        self, ctx: int, what: str, read_attention: bool = False, source: int | None = None
+    ) -> Outcome:
         """Read the text once, and ask each question after it."""
         # 1. Read the text.
         exam, probe, C = self._exam, self._probe, self._C
         done = n_prefix = len(exam.prefix)
         work = n_prefix + sum(len(question.tokens) for question in exam.questions)
         probe.progress(0, work, what)
-        self._read(ctx, lambda n: probe.progress(n, work, what))
+        self._read(ctx, lambda n: probe.progress(n, work, what), source)
         # 2. Save the state.
         size = C.llama_state_get_size(ctx)
         state = (ctypes.c_uint8 * size)()

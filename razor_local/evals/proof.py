@@ -3,8 +3,9 @@
 Head scores measure how heads treat random tokens. They do not show whether the model still finds
 facts with the chosen heads, and neither does a small KL divergence on plain text. Therefore the
 full cache and a razor context, whose local heads have folded every fact, read the same text and
-answer the same questions (evals/facts.py). Razor reads the text like the prompts of users: with
-full attention, except on devices and where that is not supported.
+answer the same questions (evals/facts.py). Razor reads the text with the compressed cache, as
+`serve` and caches on devices do, although other prompts are read with full attention by default: it
+is the harder test.
 
 If facts are lost, heads are added in order of their *fact score*: the attention of the query heads
 of the full cache from a question and its answer to the sentence of the fact. Attention to a fact
@@ -145,7 +146,9 @@ def prove(
         base.window_min + plan.block,
         base.sink_tokens,
     )
-    with Examiner(model.path, shape, exam, n_threads, n_gpu_layers, progress, stop) as examiner:
+    with Examiner(
+        model.path, shape, exam, n_threads, n_gpu_layers, progress, stop, prefill="razor"
+    ) as examiner:
         full, per_query_head = examiner.full()
         fact_scores = group_max(per_query_head, shape.n_head, shape.n_head_kv)
 

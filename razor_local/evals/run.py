@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ..evaluation import set_source
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..plan import N_CTX_PAD
+from ..profile import Profile
 from .policies import Policy
 from .questions import Answerer, Sample
 
@@ -165,7 +166,11 @@ def run_questions(
 
             answerers = {policy.name: Answerer(load(policy)) for policy in group}
             for source in _sources(shape, group, length):
-                sharing = [answerers[p.name].llama for p in group if _may_share(p, source)]
+                sharing = [
+                    answerers[p.name].llama
+                    for p in group
+                    if may_share(p) and p.kv_type == source.kv_type
+                ]
                 if any(llama._full_prefill for llama in sharing):
                     full = load(source)
                     for llama in sharing:
@@ -233,22 +238,22 @@ def group_policies(
 
 def _sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[Policy]:
     """Return a full cache for each KV type that at least two of the policies share."""
-    every_head = [np.ones(n, np.uint8) for n in shape.n_head_kv]
-    sources: list[Policy] = []
-    for policy in policies:
-        if policy.profile is None or any(_may_share(policy, source) for source in sources):
-            continue
-        profile = replace(policy.profile, retrieval=tuple(every_head), scope=None)
-        source = Policy(f"source-{policy.kv_type}", "source", profile, policy.kv_type)
-        if sum(_may_share(p, source) and p.plan(shape, n_ctx).active for p in policies) > 1:
-            sources.append(source)
-    return sources
+    active = [policy for policy in policies if policy.plan(shape, n_ctx).active]
+    types = [policy.kv_type for policy in active if may_share(policy)]
+    return [exact_full(shape, t) for t in dict.fromkeys(types) if types.count(t) > 1]
 
 
-def _may_share(policy: Policy, source: Policy) -> bool:
-    """Return True if the policy has local heads and the KV type of the source in all heads."""
-    same = policy.local_type in (None, policy.kv_type) and policy.kv_type == source.kv_type
-    return policy.profile is not None and same
+def may_share(policy: Policy) -> bool:
+    """Return True if the cache of a policy can take what a full cache of its KV type has read."""
+    return policy.profile is not None and policy.local_type in (None, policy.kv_type)
+
+
+def exact_full(shape: ModelShape, kv_type: str) -> Policy:
+    """Return a full cache with razor_local's attention where it runs, which is exact on CPUs."""
+    every_head = tuple(np.ones(n, np.uint8) for n in shape.n_head_kv)
+    return Policy(
+        name := f"exact-{kv_type}", name, Profile(every_head, compensation=False), kv_type
+    )
 
 
 def open_llama(

@@ -8,16 +8,19 @@ facts (facts.py) that the full cache finds.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..common.journal import Journal
+from ..common.machine import free_memory
 from ..common.progress import Clock, Progress, Stop, check_stop
 from ..errors import RazorError, UnsupportedError
+from ..evaluation import set_source
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..plan import COMPENSATION_CELLS, N_CTX_PAD, SLACK, Plan, fold_block
@@ -25,12 +28,15 @@ from ..profile import Profile, kv_options
 from ..scores import with_budget
 from .facts import ROOM, Examiner, Outcome, make_exam
 from .haystack import MadeText
-from .perplexity import N_BATCH, REFERENCE, Text, Window, log_softmax
+from .perplexity import N_BATCH, Text, Window, log_softmax
 from .policies import Policy, type_fits
 from .proof import is_as_good, is_enough
 from .questions import Prompts
-from .run import open_llama
+from .run import exact_full, may_share, open_llama
 from .search import Candidate, OutOfTries, Space, find_best, find_smallest, pareto
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 # retrieval heads, then local heads
 TYPES = (
@@ -96,6 +102,7 @@ class Tuner:
         self._full: list[np.ndarray] = []
         self._heads: dict[int, Profile] = {}  # by the number of retrieval heads
         self._examiner: Examiner | None = None
+        self._sources: dict[str, Llama] = {}  # full caches by their KV type
         self._stack = ExitStack()
         reads = len(windows) * (len(FULL_TYPES) + tries) + 2 + tries // 2
         self._clock = Clock(progress, reads)
@@ -175,13 +182,13 @@ class Tuner:
 
     def _compare(self, policy: Policy) -> Figures:
         if not self._full:
-            self._full = [x for x, *_ in self._read(REFERENCE)]
+            self._full = [x for x, *_ in self._read(exact_full(self.shape, "f16"))]
         found = self._read(policy)
         kl, same = [], []
         for full, (ours, *_) in zip(self._full, found, strict=True):
             for start in range(0, len(full), N_BATCH):
                 p, q = (x[start : start + N_BATCH].astype(np.float64) for x in (full, ours))
-                kl.append((np.exp(p) * (p - q)).sum(axis=1))
+                kl.append(np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0))
                 same.append(p.argmax(axis=1) == q.argmax(axis=1))
         each = np.sort(np.concatenate(kl))[::-1]
         worst = each[: max(len(each) // 10, 1)]
@@ -198,6 +205,8 @@ class Tuner:
         self._clock.show(f"{policy.name}: loading")
         llama = open_llama(self.setup, policy, self.n_ctx, self._stop, n_batch=N_BATCH)
         try:
+            if len(self.windows) == 1 and may_share(policy) and llama._full_prefill:
+                set_source(llama, self._source(policy.kv_type))
             for window in self.windows:
                 tokens = self.text.window(window).tolist()
                 prompt = window.first - 1  # its last token predicts the first one that counts
@@ -226,6 +235,16 @@ class Tuner:
         finally:
             llama.close()
         return found
+
+    def _source(self, kv_type: str) -> Llama | None:
+        """Return a full cache that reads the prompt once for all plans of a KV type."""
+        if kv_type not in self._sources:
+            policy = exact_full(self.shape, kv_type)
+            if policy.plan(self.shape, self.n_ctx).kv_bytes > free_memory() // 4:
+                return None
+            llama = open_llama(self.setup, policy, self.n_ctx, self._stop)
+            self._sources[kv_type] = self._stack.enter_context(closing(llama))
+        return self._sources[kv_type]
 
     def facts(self, candidate: Candidate) -> Outcome | None:
         """Return how a plan answers the questions about planted facts, None if it cannot be asked.

@@ -121,7 +121,7 @@ def test_the_server_needs_no_compiler(installed: Path) -> None:
 
 
 def test_threads_that_wait_yield_the_core(installed: Path) -> None:
-    """Two threads on one core: 4 times the time of one, 100 times with other work, 2,000 without."""
+    """Two threads on one core take 4 times as long as one, with other work 100 times."""
     code = """
 import os, time
 from razor_local import Llama

