@@ -112,7 +112,7 @@ def test_the_smallest_plan_is_written_with_what_it_was_measured_at(book, tmp_pat
 def test_if_nothing_holds_the_best_is_named_and_nothing_is_written(
     book, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(tune_module, "TYPES", (("q4_0", "q4_0"),))
+    monkeypatch.setattr(tune_module, "TYPES", (("f16", "q4_0"),))
     out = tmp_path / "out.gguf"
     code, stdout, stderr = run(*args(book, "--max-kl", 1e-7, "--plans", 2, "-o", out))
     assert code == 1 and not out.exists()
@@ -274,7 +274,7 @@ def test_heads_without_scores_are_measured(book, tmp_path, monkeypatch) -> None:
     assert profile is not None
     scores = profile_scores(profile, open_model(DEFAULT_MODEL).shape)
     calls = []
-    monkeypatch.setattr(tune_module, "TYPES", (("q4_0", "q4_0"),))
+    monkeypatch.setattr(tune_module, "TYPES", (("f16", "q4_0"),))
     monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: calls.append(1) or scores)
     more = [model, "--plans", 1, "--max-kl", 1e-7, "--resume", tmp_path / "run.jsonl"]
     for _ in range(2):
