@@ -13,7 +13,7 @@ if (NOT CMAKE_C_COMPILER OR NOT CMAKE_CXX_COMPILER)
         set(named " (CC is '$ENV{CC}', CXX is '$ENV{CXX}')")
     endif()
     message(FATAL_ERROR
-        "razor_local is compiled when it is installed from source, and no C and C++ compiler was found${named}: install one (Debian and Ubuntu: apt install g++, Fedora: dnf "
+        "razor_local is compiled when it is installed from source, but no C and C++ compiler was found${named}: install one (Debian and Ubuntu: apt install g++, Fedora: dnf "
         "install gcc-c++, macOS: xcode-select --install, Windows: Visual Studio Build Tools) or name "
         "yours in the environment variables CC and CXX.")
 endif()

@@ -47,11 +47,11 @@ if (NOT status EQUAL 0)
 endif()
 message(CHECK_PASS "${output}")
 
-# the instructions of CPUs that are compiled in
+# CPU instructions that the library may use
 
 set(razor_avx2 OFF)
 if (RAZOR_NATIVE)
-    message(STATUS "razor_local: CPU instructions: all of this machine (RAZOR_NATIVE=ON)")
+    message(STATUS "razor_local: CPU instructions: all of this machine's CPU (RAZOR_NATIVE=ON)")
 elseif (NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|i.86)$")
     message(STATUS "razor_local: CPU instructions: those of every ${CMAKE_SYSTEM_PROCESSOR} CPU (RAZOR_NATIVE=OFF)")
 elseif (RAZOR_AVX2)
@@ -65,7 +65,7 @@ endif()
 
 set(BUILD_SHARED_LIBS        ON)
 set(GGML_NATIVE              ${RAZOR_NATIVE} CACHE BOOL "" FORCE)
-foreach (feature SSE42 AVX AVX2 BMI2 FMA F16C) # ggml's own defaults depend on SOURCE_DATE_EPOCH and on earlier configures
+foreach (feature SSE42 AVX AVX2 BMI2 FMA F16C) # ggml's defaults depend on SOURCE_DATE_EPOCH and on earlier configure runs
     set(GGML_${feature}      ${razor_avx2} CACHE BOOL "" FORCE)
 endforeach()
 set(GGML_CUDA                ${RAZOR_CUDA}   CACHE BOOL "" FORCE)
@@ -100,7 +100,7 @@ else()
     set(razor_origin "$ORIGIN")
 endif()
 set(CMAKE_INSTALL_RPATH "${razor_origin};${razor_origin}/../lib")
-set(RAZOR_RPATH "" CACHE STRING "more folders in which the libraries look for others, such as CUDA's")
+set(RAZOR_RPATH "" CACHE STRING "additional folders in which the libraries look for others, such as CUDA's")
 list(APPEND CMAKE_INSTALL_RPATH ${RAZOR_RPATH})
 
 add_subdirectory(${razor_tree} ${CMAKE_BINARY_DIR}/llama EXCLUDE_FROM_ALL)

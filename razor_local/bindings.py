@@ -1,7 +1,7 @@
 """Make `import llama_cpp` load the patched library.
 
-It does so after `import razor_local`, and in the wheel of the bindings that .ci/wheels makes also
-without it: the package llama_cpp in that wheel calls use_library().
+This works after `import razor_local`. With the wheel of the bindings that .ci/wheels builds, it
+works without that import, too: the package llama_cpp in that wheel calls use_library().
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ VARIABLE = "LLAMA_CPP_LIB_PATH"  # the bindings read it once, when they are impo
 
 @contextmanager
 def use_library() -> Iterator[None]:
-    """Set VARIABLE in the block, which imports llama_cpp, unless somebody else has."""
+    """Set VARIABLE while the block imports llama_cpp, unless it is already set."""
     from .errors import LibraryError
     from .native import library_folder, use_best_backend
 
     try:
         folder = None if VARIABLE in os.environ else library_folder()
-    except LibraryError:  # the bindings may have a library of their own
+    except LibraryError:  # the bindings may have their own library
         folder = None
     if folder is None:
         yield

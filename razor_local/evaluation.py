@@ -177,14 +177,14 @@ def _read_fully(llama: Llama, tokens: list[int]) -> None:
 
 
 def set_source(llama: Llama, source: Llama | None) -> bool:
-    """From now on, take the keys and values of prompts from a full cache that reads them first.
+    """From now on, take the keys and values of prompts from a full cache, which reads them first.
 
     If several caches of one model read the same prompts, the source reads each prompt only once.
-    The cache is the same to the bit as one that read the prompt with full attention itself.
+    The cache is bit-identical to one that read the prompt itself with full attention.
 
     Args:
-        source: a full cache with the same model and KV types, in main memory, with razor's
-            attention. It has to stay open. None: llama reads its prompts itself.
+        source: a full cache of the same model with the same KV types, in main memory, with
+            razor_local's attention. It must stay open. None: llama reads its prompts itself.
 
     Returns:
         False if llama has to read its prompts itself.
@@ -203,8 +203,8 @@ def _take(llama: Llama, tokens: list[int], progress: Progress | None, stop: Stop
     """Fill the cache with the first tokens of a prompt, which the source reads.
 
     Returns:
-        False if llama has to read them: it has no source, or has dropped some tokens already, so
-        that the others would be read differently.
+        False if llama has to read them itself, because it has no source or has already dropped
+        tokens, so that later tokens would differ from those of the source.
     """
     source, plan = llama._source, llama._plan
     if source is None or plan is None or plan.folds_between(0, llama.n_tokens):

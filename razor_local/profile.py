@@ -225,7 +225,7 @@ def facts_line(profile: Profile) -> str | None:
 
 
 def kv_options(type_k: str, type_v: str, type_k_local: str, type_v_local: str) -> str:
-    """Return the options with which the commands run these KV types, "" for f16."""
+    """Return the command-line options that select these KV types, "" for f16."""
     named = (
         ("-ctk", type_k, "f16"),
         ("-ctv", type_v, "f16"),
@@ -236,7 +236,7 @@ def kv_options(type_k: str, type_v: str, type_k_local: str, type_v_local: str) -
 
 
 def tune_note(profile: Profile, plan: Plan) -> str | None:
-    """Return which options the profile was tuned with if the plan has other KV types or context."""
+    """Return a note if the profile was tuned with other KV types or another context size."""
     options = kv_options(plan.type_k, plan.type_v, plan.type_k_local, plan.type_v_local)
     tuned, n_ctx = profile.calibration.get("tune_options"), profile.calibration.get("tune_context")
     if tune_line(profile) is None or not plan.active or (options, plan.n_ctx) == (tuned, n_ctx):
@@ -245,7 +245,7 @@ def tune_note(profile: Profile, plan: Plan) -> str | None:
 
 
 def tune_line(profile: Profile) -> str | None:
-    """Return what `tune` measured, None if it did not make the profile.
+    """Return the measurements of `tune`, None if the profile has no valid ones.
 
     For example "KL divergence 0.0084 nats from the full f16 cache (0.0513 in the worst tenth of 512
     tokens), 41.2 of 180.0 MiB at 8,192 tokens with -ctk q8_0 -ctv q8_0".

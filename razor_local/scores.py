@@ -332,9 +332,8 @@ def with_scopes_by_score(profile: Profile, shape: ModelShape, n_ctx: int) -> Pro
 def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
     """Return the profile with another budget, met exactly.
 
-    Heads that `tune` chose, or `convert` by score, come first, those that it added to find planted
-    facts included; all others follow by their strength. Raises ProfileError where the profile has
-    no scores.
+    Heads that `tune` chose, or that `convert` chose by score or added to find planted facts, come
+    first. All others follow by strength. Raises ProfileError if the profile has no scores.
     """
     scores = profile_scores(profile, shape)
     retrieval = choose_heads(scores, budget=budget)
@@ -349,7 +348,7 @@ def with_budget(profile: Profile, shape: ModelShape, budget: float) -> Profile:
 
 
 def _measured(record: dict[str, str | int]) -> dict[str, str | int]:
-    """Return the record without the keys of a head choice and what was measured of it."""
+    """Return the record without the keys that describe a choice of heads and its measurements."""
     chosen = ("select", "induction", "echo", "budget", "retrieval")
     return {
         k: v for k, v in record.items() if k not in chosen and not k.startswith(("facts", "tune_"))

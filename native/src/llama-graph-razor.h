@@ -177,7 +177,7 @@ private:
     // if the order is split: for each group and token
     ggml_tensor * rows      = nullptr; // I32 [n] rows of the layer's K and V, I64 for the operations of ggml-razor.h
 
-    // while K and V come from another cache: the rows of the tokens there
+    // the rows of the tokens in the source, if K and V come from another cache
     ggml_tensor * source_rows = nullptr; // I32 [n_tokens]
 
     // for each order and token: the heads in the order of the graph

@@ -250,7 +250,7 @@ const llama_razor_rewind_params & rewind,
     uint64_t prefill_count = 0;
     uint64_t prefill_bytes = 0;
 
-    // where K and V of decoded tokens come from, nullptr: the model computes them; see llama_razor_set_source()
+    // the source of K and V of decoded tokens, nullptr if the model computes them; see llama_razor_set_source()
     std::unique_ptr<llama_razor_source> source;
 
 private:

@@ -32,7 +32,7 @@ public:
     ggml_tensor * get_k_rows(int32_t il) const { return layers[map_layer_ids.at(il)].k; }
     ggml_tensor * get_v_rows(int32_t il) const { return layers[map_layer_ids.at(il)].v; }
 
-    // return the rows of the positions [p0, p1) of a sequence, none if the cache lacks one of them
+    // return the rows of the positions [p0, p1) of a sequence; empty if the cache lacks any of them
     std::vector<int32_t> find_rows(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     const razor_attn_kernel kernel;

@@ -94,10 +94,10 @@ private:
 };
 
 // make ggml plan the memory of the next graph again
-// it would keep the plan of the last graph if both have as many nodes and inputs, but parts of two graphs can have them in different orders
+// otherwise it keeps the plan of the last graph if both have the same number of nodes and inputs, although their order can differ
 void llama_razor_reset_plan(const llama_kv_cache_razor & kv);
 
-// return a graph that computes only these nodes of a graph and what they need; its memory is in ctx
+// return a graph that computes only these nodes of a graph and their inputs; its memory is in ctx
 // return nullptr and set llama_razor_last_error() if memory is missing
 ggml_cgraph * llama_razor_cut_graph(llm_graph_result * res, const std::vector<ggml_tensor *> & nodes, ggml_context_ptr & ctx);
 
@@ -108,9 +108,9 @@ int llama_razor_prefill_layers(
         llama_memory_context_ptr & mctx,
         const std::function<ggml_status(const llama_ubatch & ubatch)> & compute);
 
-// return true if a batch can have more tokens than n_batch: if prompts are read with full attention or come from another cache
+// return true if a batch can have more tokens than n_batch, because prompts are read with full attention or come from another cache
 bool llama_razor_prefill_is_on(const llama_memory_i * memory);
 
-// return the graph to compute in mctx: the part of one layer if it reads a prompt, what stores and folds if K and V come from another
-// cache, otherwise the whole graph; nullptr on failure
+// return the graph to compute in mctx: the part of one layer if it reads a prompt, the part that stores and folds if K and V come from
+// another cache, otherwise the whole graph; nullptr on failure
 ggml_cgraph * llama_razor_prefill_graph(llm_graph_result * res, const llama_memory_context_i * mctx, const llama_ubatch & ubatch);

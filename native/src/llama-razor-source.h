@@ -2,9 +2,9 @@
 
 // filling a cache with the keys and values of a full cache
 //
-// when a prompt has been read with full attention, its keys and values do not depend on what a cache drops afterwards. So contexts with
-// different plans can take them from one full cache instead of reading the prompt themselves. The graph of an ubatch then consists of the
-// operations that store and fold
+// the keys and values of a prompt that was read with full attention do not depend on what a cache drops afterwards. So contexts with
+// different plans can take them from one full cache instead of reading the prompt themselves. The graph of an ubatch is then cut down to
+// the operations that store and fold
 
 #include "llama-kv-cache-razor.h"
 #include "llama-razor-full.h"
@@ -17,7 +17,7 @@ class llama_razor_source {
 public:
     llama_razor_source(const llama_kv_cache_razor * kv, const llama_kv_cache_full * cache);
 
-    // return why kv cannot take keys and values from the cache, "" if it can; either is nullptr if a context has another memory
+    // return why kv cannot take keys and values from the cache, "" if it can; nullptr: the context has another type of memory
     static std::string find_unsupported(const llama_kv_cache_razor * kv, const llama_kv_cache_full * cache);
 
     // return true if the cache holds the tokens of the ubatches

@@ -184,11 +184,11 @@ LLAMA_API bool llama_razor_get_memory(const struct llama_context * ctx, uint32_t
 // return false and set llama_razor_last_error() if the context does not support this
 LLAMA_API bool llama_razor_set_full_prefill(struct llama_context * ctx, bool full);
 
-// take K and V of the tokens that are decoded from now on from the same positions of the full cache of another context of the model,
-// instead of computing them. The tokens have no outputs, and a batch can have more than n_batch of them. The cache is the same as after
-// the prompt was read with full attention
-// both caches have to be in main memory, with flash attention, and have the same KV types
-// NULL: compute them again. The source has to exist, and to keep these tokens, until then
+// from now on, take K and V of decoded tokens from the full cache of another context of the model instead of computing them
+// each token is taken from the same sequence and position. The tokens have no outputs, and a batch can have more than n_batch of them
+// the result is the same cache as if the prompt was read with full attention
+// both caches must be in main memory, use flash attention and have the same KV types
+// NULL: compute K and V again. Until then the source must exist and keep these tokens
 // return false and set llama_razor_last_error() if the contexts do not support this
 LLAMA_API bool llama_razor_set_source(struct llama_context * ctx, struct llama_context * source);
 

@@ -181,9 +181,9 @@ _PREFILL_OF_PROMPT = click.option(
     type=click.Choice(["auto", "full", "razor"]),
     default="auto",
     show_default=True,
-    help="How to read the prompts of --prompt, which it needs. full: with full attention; the cache"
-    " is compressed afterwards. razor: with the compressed cache. auto: full, but razor on GPUs and"
-    " for models with sliding windows or recurrent layers.",
+    help="How to read prompts; needs --prompt. full: with full attention; the cache is compressed"
+    " afterwards. razor: with the compressed cache. auto: full, but razor on GPUs and for models"
+    " with sliding windows or recurrent layers.",
 )
 _PREDICT = click.option(
     "-n",
@@ -370,8 +370,8 @@ Examples:
     "--prompt",
     type=Tokens(),
     metavar="TOKENS",
-    help="Read the first tokens of each window as a prompt, and only count those after it, as those"
-    " of an answer.  [default: read everything with the compressed cache, and count it]",
+    help="Read the first tokens of each window as a prompt, and measure only the tokens after it,"
+    " like an answer.  [default: no prompt; the compressed cache reads every token]",
 )
 @_PREFILL_OF_PROMPT
 @_options(_MODEL_OPTIONS)
@@ -389,8 +389,8 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     lost facts, so each policy is also asked for facts planted in a second text that fills the
     context.
 
-    With --prompt, a window is what a user sees: a prompt that is read by --prefill, and an answer
-    that is predicted from the compressed cache.
+    With --prompt, each window resembles a chat: --prefill sets how the prompt is read, and the
+    tokens after it are predicted from the compressed cache, like an answer.
     """
     from ..evals.perplexity import (
         context_size,
@@ -411,8 +411,8 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     source = click.get_current_context().get_parameter_source("prefill")
     if not prompt and source is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError(
-            "--prefill needs --prompt TOKENS, without which every token is read with the"
-            " compressed cache"
+            "--prefill needs --prompt TOKENS: without a prompt, the compressed cache reads every"
+            " token"
         )
     run = _Run(model, options, [text])
     n_ctx = context_size(run.shape, options["ctx_size"])

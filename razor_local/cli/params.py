@@ -463,7 +463,7 @@ def cache_text(plan: Plan, about: str = "") -> str:
 
 
 def say_tuned(profile: Profile | None, plan: Plan | None) -> None:
-    """Say what a tuned profile was measured at, and whether the plan differs from that."""
+    """Print the measurements of a tuned profile, and a note if the plan runs differently."""
     from ..profile import tune_line, tune_note
 
     if profile is None or plan is None or not plan.active:

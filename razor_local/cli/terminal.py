@@ -320,7 +320,7 @@ class MessageReader:
 
 @contextlib.contextmanager
 def progress_of_run(journal: Path | None) -> Iterator[ProgressBar]:
-    """Show the progress of a run that --resume continues, and say so when it is interrupted."""
+    """Show the progress of a run. If it is interrupted, say how to continue it with --resume."""
     with ProgressBar() as bar:
         try:
             yield bar

@@ -1,4 +1,4 @@
-"""razor-local tune: search the plan with the smallest KV cache that predicts like the full one."""
+"""razor-local tune: search for the smallest KV cache that predicts like the full one."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ Examples:
     "--memory",
     type=Size(),
     metavar="SIZE",
-    help="Search the smallest divergence within this size of the KV cache instead.",
+    help="Find the smallest divergence with a KV cache of at most this size instead.",
 )
 @click.option(
     "--vram",
     type=Size(),
     metavar="SIZE",
-    help="The same, with the size of weights, buffers and KV cache together, such as 8GiB.",
+    help="Like --memory, for weights, buffers and KV cache together, such as 8GiB.",
 )
 @click.option(
     "-c",
@@ -86,7 +86,7 @@ Examples:
     default=512,
     show_default=True,
     metavar="TOKENS",
-    help="Tokens after the prompt that are compared in each window.",
+    help="Number of tokens to compare after the prompt of each window.",
 )
 @click.option(
     "--windows",
@@ -94,7 +94,7 @@ Examples:
     default=1,
     show_default=True,
     metavar="N",
-    help="Parts of the text to read, of one context each.",
+    help="Number of parts of the text to read, each as long as the context.",
 )
 @click.option(
     "--plans",
@@ -105,7 +105,7 @@ Examples:
     help="Maximum number of plans to measure.",
 )
 @PREFILL
-@click.option("--sidecar", type=PATH, help="Sidecar with the profile of the model to begin with.")
+@click.option("--sidecar", type=PATH, help="Sidecar with the profile to start from.")
 @click.option(
     "--sink-tokens",
     "--sinks",
@@ -139,7 +139,7 @@ Examples:
     "--plot",
     type=PATH,
     metavar="PICTURE",
-    help="Draw the divergence over the bytes of all measured plans (.png, .svg, .pdf).",
+    help="Plot the divergence of all measured plans over their KV bytes (.png, .svg, .pdf).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
@@ -149,15 +149,16 @@ Examples:
     help="Write the report to this file, not to stdout; as JSON if its name ends in .json.",
 )
 def tune(model: Path, text: Path, **options: Any) -> None:
-    """Search the smallest KV cache that predicts like the full one.
+    """Search for the smallest KV cache that predicts like the full one.
 
-    A plan says which KV heads keep every token, how large the window of the others is, and the KV
-    types of both. Each plan reads the beginning of the text as a prompt, and its predictions of the
-    tokens after it are compared with those of the full f16 cache. A plan that loses planted facts
-    is not chosen.
+    A plan sets which KV heads keep every token, how large the window of the others is, and the KV
+    types of both. Each plan reads the beginning of the text as a prompt. Its predictions of the
+    tokens after the prompt are compared with those of the full f16 cache. A plan that loses planted
+    facts is not chosen.
 
-    The best plan is written as a profile into a sidecar. KV types are options of the commands, so
-    tune prints them. If no plan holds, nothing is written, and the exit code is 1.
+    The best plan is written as a profile into a sidecar. A profile does not set KV types, so tune
+    prints the options to use. If no plan reaches the goal, nothing is written, and the exit code is
+    1.
     """
     from ..common.figure import make_figure
     from ..common.files import check_outputs
@@ -225,7 +226,7 @@ def tune(model: Path, text: Path, **options: Any) -> None:
         )
         from ..common.journal import Journal
 
-        with Journal(journal_path, head, "a search of a plan", run_identity, _check) as journal:
+        with Journal(journal_path, head, "a plan search", run_identity, _check) as journal:
             if journal.head is None:
                 journal.begin(head)
             base = _base(setup, options, journal, bar, stop)
@@ -252,12 +253,12 @@ def tune(model: Path, text: Path, **options: Any) -> None:
     words = ["razor-local chat", command_word(file.path), "-c", str(n_ctx), options_of(tuned.best)]
     if options["output"] is not None and output != file.sidecar_path:
         words.append(f"--sidecar {shlex.quote(str(output))}")
-    echo(f"{output}: the profile of the plan", err=True)
+    echo(f"{output}: the profile of the chosen plan", err=True)
     echo(f"Next: {' '.join(filter(None, words))}", err=True)
 
 
 def _cache_room(file: ModelFile, n_ctx: int, options: dict[str, Any]) -> int:
-    """Return the bytes that are left for the KV cache of --vram. Raises RazorError."""
+    """Return the bytes of --vram that are left for the KV cache. Raises RazorError."""
     from ..fit import ContextOptions, DryModel
 
     with DryModel(file, n_gpu_layers=options["n_gpu_layers"]) as dry:
@@ -265,7 +266,7 @@ def _cache_room(file: ModelFile, n_ctx: int, options: dict[str, Any]) -> int:
     room: int = options["vram"] - need.weights - need.compute
     if room <= 0:
         raise RazorError(
-            f"weights and buffers take {size_text(need.weights + need.compute)}, --vram is"
+            f"weights and buffers take {size_text(need.weights + need.compute)}, but --vram is"
             f" {size_text(options['vram'])}; use a smaller model or quantization"
         )
     return room
@@ -274,7 +275,7 @@ def _cache_room(file: ModelFile, n_ctx: int, options: dict[str, Any]) -> int:
 def _base(
     setup: ModelSetup, options: dict[str, Any], journal: Journal, bar: Progress, stop: Stop
 ) -> Profile:
-    """Return the profile whose scores order the heads. They are measured if it has none."""
+    """Return the profile whose scores order the heads. Measure them if there are none."""
     from dataclasses import replace
 
     from ..auto_profile import prove_profile
@@ -330,7 +331,7 @@ def _profile_of(record: dict[str, Any], shape: ModelShape) -> Profile:
 
 
 def _check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Use all fields of a journal, which fails if they are malformed."""
+    """Raise an error if a field of the journal is missing or malformed."""
     from ..evals.tune import Figures
 
     for record in records:
@@ -394,7 +395,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _report(
     tuner: Tuner, tuned: Tuned, head: dict[str, Any], options: dict[str, Any], file: Path | None
 ) -> None:
-    """Print the Pareto front and the full caches, or write the report of all plans."""
+    """Print the Pareto front and the full caches, or write a report of all plans."""
     from ..common.compact_json import compact_json
     from ..common.markdown import markdown_table
 
@@ -424,13 +425,13 @@ def _report(
     n_ctx, prompt, n_windows = (head["settings"][k] for k in ("n_ctx", "prompt", "n_windows"))
     console.print(
         f"KL divergence from the full f16 cache, in nats, over {n_windows * (n_ctx - prompt):,}"
-        f" tokens, each after a prompt of {prompt:,} or more\n"
+        f" tokens, each after at least {prompt:,} tokens\n"
     )
     console.print(table)
 
 
 def _plot(tuner: Tuner, tuned: Tuned, path: Path) -> None:
-    """Draw the divergence over the bytes, both logarithmic."""
+    """Plot the divergence over the bytes, on logarithmic axes."""
     from ..common.figure import make_figure, save_figure
 
     figure = make_figure(path, (6.4, 4.4), "leave out the plot")
@@ -450,7 +451,7 @@ def _plot(tuner: Tuner, tuned: Tuned, path: Path) -> None:
                 ax.annotate(f" {name}", (at_x, at_y), fontsize="x-small")
     front = [r for r in rows if r["front"]]
     x, y = [r["kv_bytes"] / 2**20 for r in front], [r["kl"] for r in front]
-    ax.plot(x, y, "-", color="C1", linewidth=1, label="no plan beats these")
+    ax.plot(x, y, "-", color="C1", linewidth=1, label="Pareto front")
     for row in rows:
         if row["chosen"]:
             at = row["kv_bytes"] / 2**20, row["kl"]

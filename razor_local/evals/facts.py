@@ -5,8 +5,8 @@ found if each token of the value is the most likely one after the tokens before 
 instruction following, takes a few tokens per question, and yields a log probability that separates
 caches that find the same facts.
 
-Every cache reads the text once, like a prompt of a Llama, and its state is loaded again for each
-question. The questions are read with the compressed cache, as those of a later turn of a chat are.
+Every cache reads the text once, as Llama reads a prompt, and its state is restored for each
+question. Questions are read with the compressed cache, like the later turns of a chat.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ class Examiner:
         self._path, self._shape, self._exam, self._C = path, shape, exam, C
         self._n_threads, self._n_gpu_layers = n_threads or n_cores(), n_gpu_layers
         self._prefill = prefill
-        self._sources: dict[str, int] = {}  # contexts by their KV type
+        self._sources: dict[str, int] = {}  # contexts of full caches, by KV type
         self._lib = native.load()
         self._probe = _FactProbe(self._lib.lib, C, shape, progress, stop)
         self._stack = ExitStack()
@@ -371,10 +371,11 @@ class Examiner:
             return self._take(ctx, what, source=source)
 
     def _source(self, ctx: int, profile: Profile, kv_type: str) -> int | None:
-        """Return a full cache that has read the text, if a context can take it from there.
+        """Return a full cache that has read the text, None if a context cannot take it from there.
 
-        So the text is read only once for all contexts of one KV type that would read it with full
-        attention. None if the context reads it with the compressed cache, or memory is short.
+        All contexts of one KV type that read with full attention share this cache, so that the text
+        is read only once. A context cannot take the text if it reads with the compressed cache, or
+        if there is not enough memory for the full cache.
         """
         lib, exam = self._lib, self._exam
         if not lib.stats(ctx).active or self._why_compressed(ctx) is not None:
@@ -417,7 +418,8 @@ class Examiner:
     def _read(self, ctx: int, report: Callable[[float], object], source: int | None = None) -> None:
         """Read the text, or take it from a source that has read it.
 
-        report: called with the number of tokens read.
+        Args:
+            report: called with the number of tokens read so far.
         """
         prefix, lib = self._exam.prefix, self._lib
         if source is not None:

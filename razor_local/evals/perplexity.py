@@ -4,10 +4,9 @@ The text is split into windows of one context each. All contexts read a window i
 batch. The logits of a batch are compared with those of the full f16 cache and then dropped. Only
 sums over blocks of BLOCK tokens are kept, and the whole report is computed from them.
 
-The first tokens of a window can be a prompt. A context reads it like other prompts, which is with
-full attention by default, and only the predictions after it count: they are made with the
-compressed cache, as those of an answer are. Without a prompt, everything is read with the
-compressed cache.
+The first tokens of a window can be a prompt. A context reads it like any prompt: with full
+attention by default. Only the predictions after it count, which are made with the compressed cache,
+like those of an answer. Without a prompt, the compressed cache reads everything.
 
 These figures do not show whether a fact in the text is still found. Each policy therefore also
 answers questions about planted facts (facts.py), in a context of the same size.
@@ -39,7 +38,7 @@ from .questions import Prompts
 from .run import describe_cache, exact_full, group_policies, may_share, open_llama
 
 BLOCK = 128  # tokens
-MIN_PROMPT = 2  # tokens: the last one is evaluated with those that follow, for its logits
+MIN_PROMPT = 2  # tokens; the last one is evaluated with those that follow, because its logits count
 N_BATCH = 256  # tokens of a context whose logits are in memory at a time; a multiple of BLOCK
 
 
@@ -47,7 +46,7 @@ N_BATCH = 256  # tokens of a context whose logits are in memory at a time; a mul
 class Window:
     """Tokens [start, end) of the text, of which those from position first on count.
 
-    The others are those of the prompt, were counted in an earlier window, or have no token before
+    The others belong to the prompt, were counted in an earlier window, or have no token before
     them.
     """
 
@@ -144,12 +143,16 @@ def run_perplexity(
 ) -> None:
     """Add a record for each policy and window that is not in the journal yet.
 
-    Each window is read by a full f16 cache and as many policies at once as memory allows. That
-    cache has razor_local's attention, which is exact on CPUs: with llama.cpp's, which sums in f16,
-    the policies would have a divergence of .001 to .005 where they drop nothing.
+    Each window is read by a full f16 cache and as many policies at once as memory allows. The full
+    cache uses razor_local's attention, which is exact on CPUs. With llama.cpp's attention, which
+    sums in f16, even policies that drop nothing would have a divergence of 0.001 to 0.005.
 
-    prompt: tokens of each window that are read as a prompt. Raises RazorError if a context cannot
-    be created, Stopped between two batches.
+    Args:
+        prompt: number of tokens of each window that are read as a prompt.
+
+    Raises:
+        RazorError: a context cannot be created.
+        Stopped: stop() returned True between two batches.
     """
     done = {(r["policy"], r["window"]) for r in journal.records if r["kind"] == "window"}
     reference = exact_full(shape, "f16")
@@ -204,8 +207,14 @@ def run_facts(
     """Add a record of the planted facts that each policy finds, unless the journal has it.
 
     All facts are in the part that the local heads of every policy have folded. If no policy has
-    local heads, the last third of the text has no facts. prefill: how the text is read, as in
-    Llama. Raises UnsupportedError if the context is too short for this, Stopped.
+    local heads, the last third of the text has no facts.
+
+    Args:
+        prefill: how to read the text, as in Llama.
+
+    Raises:
+        UnsupportedError: the context is too short for this.
+        Stopped: stop() returned True.
     """
     some = [p for p in policies if not journal.has({"kind": "facts", "policy": p.name})]
     if not some:

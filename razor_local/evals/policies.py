@@ -204,7 +204,7 @@ def _profile(
 
 
 def type_fits(shape: ModelShape, kv_type: str) -> bool:
-    """Return True if rows of the model's heads can have this KV type."""
+    """Return True if the K and V rows of the model's heads can be stored in this KV type."""
     try:
         return bool(row_size(kv_type, shape.head_dim_k) and row_size(kv_type, shape.head_dim_v))
     except UnsupportedError:

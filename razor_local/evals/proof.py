@@ -4,8 +4,8 @@ Head scores measure how heads treat random tokens. They do not show whether the 
 facts with the chosen heads, and neither does a small KL divergence on plain text. Therefore the
 full cache and a razor context, whose local heads have folded every fact, read the same text and
 answer the same questions (evals/facts.py). Razor reads the text with the compressed cache, as
-`serve` and caches on devices do, although other prompts are read with full attention by default: it
-is the harder test.
+`serve` and contexts on GPUs do. Other contexts read prompts with full attention by default, but the
+compressed cache is the harder test.
 
 If facts are lost, heads are added in order of their *fact score*: the attention of the query heads
 of the full cache from a question and its answer to the sentence of the fact. Attention to a fact

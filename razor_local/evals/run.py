@@ -84,7 +84,7 @@ def _describe_policy(policy: Policy) -> dict[str, Any]:
 
 
 def run_identity(head: dict[str, Any]) -> dict[str, Any]:
-    """Return what must be equal for a run to be resumed."""
+    """Return the fields of a header that must match before a run may be resumed."""
     names = ("version", "eval", "model", "setup", "policies", "settings", "code")
     cpu = (head.get("machine") or {}).get("cpu")  # the load may differ
     return {name: head.get(name) for name in names} | {"machine": cpu}
@@ -125,11 +125,11 @@ def run_questions(
 ) -> None:
     """Ask the questions that have no answer in the journal, by length.
 
-    A context is as large as its length, because the window depends on it. As many policies as
-    memory allows answer a sample one after the other, and those that read prompts with full
-    attention share what one full cache has read. The journal gets a record of the cache for each
-    policy and length, and one with the answers and their score for each sample. Raises RazorError
-    if a context cannot be created, Stopped; finished answers are kept.
+    The context size equals the length, because the window depends on it. The contexts of as many
+    policies as memory allows are open together, and answer each sample in turn. Those that read
+    prompts with full attention take the prompt from one full cache. The journal gets a record of
+    the cache for each policy and length, and one with the answers and their score for each sample.
+    Raises RazorError if a context cannot be created, Stopped; finished answers are kept.
     """
     done = {
         (r["policy"], r["task"], r["length"], r["depth"], r["index"])
@@ -214,8 +214,8 @@ def group_policies(
     With layers on a GPU each group has one policy, because the memory there is not known here.
 
     Args:
-        beside: policies whose contexts are open beside each group.
-        n_bytes: what each context needs besides its cache and a guess.
+        beside: policies whose contexts are open together with each group.
+        n_bytes: bytes that each context needs in addition to its cache and BESIDE.
     """
     from llama_cpp import llama_cpp as C
 
@@ -237,19 +237,19 @@ def group_policies(
 
 
 def _sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[Policy]:
-    """Return a full cache for each KV type that at least two of the policies share."""
+    """Return a full cache for each KV type that at least two of the policies can share."""
     active = [policy for policy in policies if policy.plan(shape, n_ctx).active]
     types = [policy.kv_type for policy in active if may_share(policy)]
     return [exact_full(shape, t) for t in dict.fromkeys(types) if types.count(t) > 1]
 
 
 def may_share(policy: Policy) -> bool:
-    """Return True if the cache of a policy can take what a full cache of its KV type has read."""
+    """Return True if a policy can take keys and values from a full cache of its KV type."""
     return policy.profile is not None and policy.local_type in (None, policy.kv_type)
 
 
 def exact_full(shape: ModelShape, kv_type: str) -> Policy:
-    """Return a full cache with razor_local's attention where it runs, which is exact on CPUs."""
+    """Return a full cache with razor_local's attention, if supported; it is exact on CPUs."""
     every_head = tuple(np.ones(n, np.uint8) for n in shape.n_head_kv)
     return Policy(
         name := f"exact-{kv_type}", name, Profile(every_head, compensation=False), kv_type

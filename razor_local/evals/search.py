@@ -1,8 +1,9 @@
-"""Search the plan of a KV cache: how many heads keep everything, how much others keep, and types.
+"""Search for the best plan of a KV cache: retrieval heads, cells of local heads, and KV types.
 
-This needs no model. A function says how good a candidate is, at the price of minutes, so the search
-asks it as rarely as it can. It assumes that a candidate with at least as much of everything is at
-least as good. If that is wrong, it may miss a better candidate, but what it returns was measured.
+This needs no model. A function measures how good a candidate is. It can take minutes, so the search
+calls it as rarely as possible. The search assumes that a candidate with at least as much of
+everything is at least as good. If that is wrong, it may miss a better candidate, but the candidate
+that it returns was measured.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-# types by precision; what is not named here (bf16, f32) is not searched
+# KV types in ascending precision; bf16 and f32 are not searched
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
 
 
@@ -20,8 +21,8 @@ class Candidate:
     """A plan.
 
     Attributes:
-        n_heads: retrieval heads, in the order of their strength. All heads: a full cache.
-        cells: of each local head.
+        n_heads: number of retrieval heads, the strongest ones. All heads: a full cache.
+        cells: number of cells of each local head.
         kv_type, local_type: KV types of retrieval heads and of local heads.
     """
 
@@ -31,7 +32,7 @@ class Candidate:
     local_type: str = "f16"
 
     def has_all_of(self, other: Candidate) -> bool:
-        """Return True if it keeps at least as much as the other, in types as precise."""
+        """Return True if it keeps at least as much as the other, in types at least as precise."""
         types = ((self.kv_type, other.kv_type), (self.local_type, other.local_type))
         return (
             self.n_heads >= other.n_heads
@@ -45,11 +46,11 @@ class Space:
     """The candidates.
 
     Attributes:
-        n_heads: KV heads of the model; candidates have fewer retrieval heads than that.
-        cells: the cells to choose from, in ascending order.
+        n_heads: number of KV heads of the model; candidates have fewer retrieval heads.
+        cells: numbers of cells to choose from, in ascending order.
         types: pairs of KV types, in the order in which they are tried.
         size: bytes of the cache. It grows with the heads, the cells and the precision.
-        likely: the number of retrieval heads that is tried first.
+        likely: number of retrieval heads that the bisection tries first.
     """
 
     n_heads: int
@@ -59,7 +60,7 @@ class Space:
     likely: int
 
     def coarse(self) -> list[int]:
-        """Return about every second power of the square root of two, the middle ones first."""
+        """Return some of the cells, each about 1.6 times the one before, the middle ones first."""
         chosen, at = [], 1
         while at <= len(self.cells):
             chosen.append(self.cells[at - 1])
@@ -68,7 +69,7 @@ class Space:
         return sorted(chosen, key=lambda cells: abs(chosen.index(cells) - middle))
 
     def most_heads(self, cells: int, types: tuple[str, str], below: int) -> int:
-        """Return the largest number of retrieval heads of a size below this, -1 if none has."""
+        """Return the largest number of retrieval heads that takes fewer bytes, -1 if none does."""
         low, high = -1, self.n_heads - 1
         while low < high:
             middle = (low + high + 1) // 2
@@ -80,22 +81,22 @@ class Space:
 
 
 class OutOfTries(Exception):
-    """No more candidates may be measured. It ends a search, which returns what it has."""
+    """No more candidates may be measured: the search ends and returns what it has."""
 
 
 def find_smallest(space: Space, holds: Callable[[Candidate], bool], below: int) -> Candidate | None:
-    """Return the smallest candidate that holds, None if none was found.
+    """Return the smallest candidate that is good enough, None if none was found.
 
-    1. For each pair of types and each of the coarse cells: try the most heads with which the
-       candidate is smaller than the best one. If it holds, find the fewest heads by bisection.
+    1. For each pair of types and each of the coarse cells, try the candidate with the most heads
+       that is smaller than the best one. If it holds, find the fewest heads by bisection.
     2. Do the same for the cells between the best ones and their neighbors.
 
-    A candidate is not tried if one that has all of it did not hold.
+    A candidate is not tried if another one that keeps at least as much did not hold.
 
     Args:
-        holds: whether a candidate is good enough. It is called once for each, and may raise
+        holds: returns True if a candidate is good enough. Called once per candidate; may raise
             OutOfTries.
-        below: bytes that a candidate must not reach.
+        below: candidates must take fewer bytes than this.
     """
     failed: list[Candidate] = []
     best: Candidate | None = None
@@ -134,13 +135,14 @@ def find_smallest(space: Space, holds: Callable[[Candidate], bool], below: int) 
 
 
 def find_best(space: Space, loss: Callable[[Candidate], float], at_most: int) -> list[Candidate]:
-    """Return the candidates of at most this size that were measured, the least loss first.
+    """Return the measured candidates, which take at most this size, with the least loss first.
 
-    Only those with the most heads that fit are measured: for each pair of types the coarse cells,
-    then the cells between the best ones and their neighbors.
+    Only candidates with the most heads that fit are measured: for each pair of types with the
+    coarse cells, then with the cells between the best ones and their neighbors.
 
     Args:
-        loss: what a candidate loses. It is called once for each, and may raise OutOfTries.
+        loss: returns the loss of a candidate. Called once per candidate; may raise OutOfTries.
+        at_most: maximum bytes of a candidate.
     """
     measured: dict[Candidate, float] = {}
 
@@ -168,7 +170,7 @@ def _refine(
     best: Callable[[], Candidate | None],
     explore: Callable[[int, tuple[str, str]], None],
 ) -> None:
-    """Explore the cells halfway to the neighbors of the best ones until there are none."""
+    """Explore the cells halfway between the best ones and their neighbors until none are left."""
     coarse = sorted(space.coarse())
     seen = set(coarse)
     while True:
@@ -188,7 +190,7 @@ def _refine(
 
 
 def pareto(points: Sequence[tuple[int, float]]) -> list[int]:
-    """Return the indices of points (bytes, loss) that no other one beats in both, by bytes."""
+    """Return the indices of the Pareto-optimal points (bytes, loss), in ascending bytes."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i]):
         if not front or points[i][1] < points[front[-1]][1]:

@@ -1,9 +1,9 @@
-"""Measure plans of a model on a text, for the search of the smallest one (search.py).
+"""Measure plans of a model on a text, for the plan search in search.py.
 
 Each plan reads the beginning of the text as a prompt, and predicts the tokens after it from its
 compressed cache. Its predictions are compared with those of the full f16 cache, which reads the
-text once; its log probabilities are kept. A plan that is close enough also has to find the planted
-facts (facts.py) that the full cache finds.
+text once; the log probabilities of the full cache are kept. A plan that is close enough must also
+find the planted facts (facts.py) that the full cache finds.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from .search import Candidate, OutOfTries, Space, find_best, find_smallest, pare
 if TYPE_CHECKING:
     from ..llama import Llama
 
-# retrieval heads, then local heads
+# KV types of retrieval heads and of local heads, in the order in which they are tried
 TYPES = (
     ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0"),
 )  # fmt: skip
 FULL_TYPES = ("f16", "q8_0", "q5_0", "q4_0")  # of full caches, for comparison
-MAX_CELLS = 2  # local heads keep at most this part of the context, so that facts fit before it
+MAX_CELLS = 2  # local heads keep at most 1/MAX_CELLS of the context, so that facts fit before it
 
 
 def window_of(cells: int, profile: Profile) -> int:
-    """Return the largest window that takes at most this number of cells, 0 if none does."""
+    """Return the largest window that fits in this number of cells, 0 if none does."""
     room = cells - profile.sink_tokens - SLACK
     room -= COMPENSATION_CELLS if profile.compensation else 0
     return next((w for w in range(room, 0, -1) if w + fold_block(w) <= room), 0)
@@ -55,12 +55,12 @@ def window_of(cells: int, profile: Profile) -> int:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of a plan.
+    """The measurements of a plan.
 
     Attributes:
         kl: mean KL divergence from the full f16 cache over the counted tokens, in nats.
-        kl_worst: the mean over the tenth of them with the largest divergence.
-        same_top: the share of tokens where both find the same one most likely.
+        kl_worst: mean KL divergence over the tenth of them with the largest divergence.
+        same_top: share of tokens for which both caches predict the same most likely token.
         kv_bytes: bytes of the cache, counted by the native library.
         prefill: how the prompt was read, "full" or "razor".
     """
@@ -73,7 +73,7 @@ class Figures:
 
 
 class Tuner:
-    """A model, a text, and what was measured of the plans so far.
+    """A model, a text, and the measurements of plans so far.
 
     Args:
         base: the profile whose heads and scores decide the order of the heads.
@@ -102,7 +102,7 @@ class Tuner:
         self._full: list[np.ndarray] = []
         self._heads: dict[int, Profile] = {}  # by the number of retrieval heads
         self._examiner: Examiner | None = None
-        self._sources: dict[str, Llama] = {}  # full caches by their KV type
+        self._sources: dict[str, Llama] = {}  # full caches by KV type
         self._stack = ExitStack()
         reads = len(windows) * (len(FULL_TYPES) + tries) + 2 + tries // 2
         self._clock = Clock(progress, reads)
@@ -142,9 +142,9 @@ class Tuner:
         return self.policy(candidate).plan(self.shape, self.n_ctx)
 
     def policy(self, candidate: Candidate) -> Policy:
-        """Return the policy of a candidate, whose name has all that identifies it."""
+        """Return the policy of a candidate. Its name identifies the candidate."""
         if candidate.n_heads == len(self.base.flat()):
-            return Policy(name := f"full-{candidate.kv_type}", name, None, candidate.kv_type)
+            return exact_full(self.shape, candidate.kv_type)
         window = window_of(candidate.cells, self.base)
         types = f"{candidate.kv_type}+{candidate.local_type}"
         return Policy(
@@ -162,8 +162,8 @@ class Tuner:
     # -- measurements --
 
     def measure(self, candidate: Candidate) -> Figures:
-        """Return the figures of a plan, which are measured once. Raises RazorError, Stopped."""
-        if candidate == self.full("f16"):  # it is what the others are compared with
+        """Return the figures of a plan, which is measured only once. Raises RazorError, Stopped."""
+        if candidate == self.full("f16"):  # the others are compared with it
             return Figures(0.0, 0.0, 1.0, self.plan(candidate).kv_bytes, "full")
         key = {"kind": "plan", "policy": self.policy(candidate).name}
         for record in self._journal.records:
@@ -200,13 +200,17 @@ class Tuner:
         )
 
     def _read(self, policy: Policy) -> list[tuple[np.ndarray, int, str]]:
-        """Read each window: the log probabilities f32 [counted, n_vocab], bytes, prefill."""
+        """Return (log probabilities f32 [counted, n_vocab], KV bytes, prefill) of each window."""
         found = []
         self._clock.show(f"{policy.name}: loading")
-        llama = open_llama(self.setup, policy, self.n_ctx, self._stop, n_batch=N_BATCH)
+        source = self._source(policy.kv_type) if may_share(policy) else None
+        if source is not None and policy.name == exact_full(self.shape, policy.kv_type).name:
+            llama, source = source, None
+        else:
+            llama = open_llama(self.setup, policy, self.n_ctx, self._stop, n_batch=N_BATCH)
         try:
-            if len(self.windows) == 1 and may_share(policy) and llama._full_prefill:
-                set_source(llama, self._source(policy.kv_type))
+            if source is not None and llama._full_prefill:
+                set_source(llama, source)
             for window in self.windows:
                 tokens = self.text.window(window).tolist()
                 prompt = window.first - 1  # its last token predicts the first one that counts
@@ -233,23 +237,30 @@ class Tuner:
                 found.append((whole, memory.kv_bytes, memory.prefill))
                 self._clock.done(1)
         finally:
-            llama.close()
+            if llama not in self._sources.values():
+                llama.close()
         return found
 
     def _source(self, kv_type: str) -> Llama | None:
-        """Return a full cache that reads the prompt once for all plans of a KV type."""
+        """Return a full cache that reads the prompt once for all plans of a KV type.
+
+        None if there are several windows, whose prompts it would have to read again for each
+        plan, or if memory is short.
+        """
+        if len(self.windows) > 1:
+            return None
         if kv_type not in self._sources:
             policy = exact_full(self.shape, kv_type)
             if policy.plan(self.shape, self.n_ctx).kv_bytes > free_memory() // 4:
                 return None
-            llama = open_llama(self.setup, policy, self.n_ctx, self._stop)
+            llama = open_llama(self.setup, policy, self.n_ctx, self._stop, n_batch=N_BATCH)
             self._sources[kv_type] = self._stack.enter_context(closing(llama))
         return self._sources[kv_type]
 
     def facts(self, candidate: Candidate) -> Outcome | None:
-        """Return how a plan answers the questions about planted facts, None if it cannot be asked.
+        """Return how a plan answers the questions about planted facts, None if there are none.
 
-        The first call also asks the full cache.
+        why_no_facts then has the reason.
         """
         if self.why_no_facts is not None:
             return None
@@ -298,9 +309,9 @@ class Tuner:
         return self._examiner.ask(policy.profile, policy.kv_type, policy.kv_type, policy.local_type)
 
     def keeps_facts(self, candidate: Candidate) -> bool:
-        """Return True if the plan is as good as the full f16 cache, within the limits of `convert`.
+        """Return True if the plan finds the facts of the full f16 cache, within `convert`'s limits.
 
-        If the full cache itself finds few facts, they show nothing, and every plan is good enough.
+        If the full cache itself finds too few facts for a comparison, every plan is good enough.
         """
         full = self.facts(self.full("f16"))
         if full is None or not is_enough(full):
@@ -323,10 +334,10 @@ class Tuned:
     """The outcome of a search.
 
     Attributes:
-        best: the plan that reaches the goal and is smaller than each full cache that does.
-        why: why there is none, otherwise "".
+        best: the best plan that reaches the goal, None if there is none or a full cache is better.
+        why: why best is None, otherwise "".
         measured: the figures of every plan and full cache, in the order of measuring.
-        lost_facts: plans that were close enough, but lost facts.
+        lost_facts: plans that lost planted facts.
     """
 
     best: Candidate | None
@@ -335,16 +346,16 @@ class Tuned:
     lost_facts: set[Candidate] = field(default_factory=set)
 
     def front(self) -> list[Candidate]:
-        """Return the plans and full caches that no other one beats in both bytes and KL."""
+        """Return the Pareto front of bytes and KL: plans that keep the facts, and full caches."""
         some = [c for c in self.measured if c not in self.lost_facts]
         points = [(self.measured[c].kv_bytes, self.measured[c].kl) for c in some]
         return [some[i] for i in pareto(points)]
 
 
 def tune(tuner: Tuner, goal: Goal) -> Tuned:
-    """Search the best plan of a model.
+    """Search for the best plan of a model.
 
-    Raises RazorError, and Stopped; the journal keeps what was measured.
+    Raises RazorError, Stopped; the journal keeps the measurements.
     """
     space = tuner.space
     measured: dict[Candidate, Figures] = {}
@@ -376,7 +387,7 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
         below = min(measured[full[t]].kv_bytes for t in enough)  # f16 is always among them
         space = replace(space, types=tuple(pair for pair in space.types if pair[0] in enough))
         best = find_smallest(space, lambda c: loss(c) <= bound, below)
-        if best is not None and not keeps_facts(best):  # the facts decide, and are asked for always
+        if best is not None and not keeps_facts(best):  # now ask each one for facts
             best = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), below)
         why = _why_none(measured, full, lost, bound, below)
     else:
@@ -386,13 +397,13 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
         fits = [c for c in full.values() if measured[c].kv_bytes <= goal.max_bytes]
         better = [c for c in fits if best is None or measured[c].kl <= measured[best].kl]
         if better:
-            name = tuner.policy(min(better, key=lambda c: measured[c].kl)).name
-            best, why = None, f"the full cache {name} fits these bytes and loses less"
+            name = f"full-{min(better, key=lambda c: measured[c].kl).kv_type}"
+            best, why = None, f"the full cache {name} fits in these bytes and is as close or closer"
         elif ranked:
             why = f"each of the {len(ranked)} plans that fit loses planted facts"
         else:
             smallest = min(space.size(Candidate(0, space.cells[0], *t)) for t in space.types)
-            why = f"the smallest plan takes {smallest:,} bytes, expected up to {goal.max_bytes:,}"
+            why = f"the smallest plan takes {smallest:,} bytes, more than {goal.max_bytes:,}"
     return Tuned(best, "" if best is not None else why, measured, lost)
 
 
@@ -403,7 +414,7 @@ def _why_none(
     bound: float,
     below: int,
 ) -> str:
-    """Say why no plan holds, and which one comes closest."""
+    """Return a message: why no plan reaches the goal, and which one comes closest."""
     plans = {c: f for c, f in measured.items() if c not in full.values() and c not in lost}
     (smallest,) = (t for t, c in full.items() if measured[c].kv_bytes == below)
     why = f"none of the plans that are smaller than the full {smallest} cache has a KL divergence"
@@ -419,13 +430,13 @@ def _why_none(
 
 
 def options_of(candidate: Candidate) -> str:
-    """Return the options of the commands with which a plan runs as it was measured."""
+    """Return the command-line options that select the KV types of a plan."""
     kv, local = candidate.kv_type, candidate.local_type
     return kv_options(kv, kv, local, local)
 
 
 def tuned_profile(tuner: Tuner, tuned: Tuned, goal: Goal, text: str) -> Profile:
-    """Return the profile of the best plan, with what it was measured at."""
+    """Return the profile of the best plan, with its measurements."""
     assert tuned.best is not None
     best, figures = tuned.best, tuned.measured[tuned.best]
     profile = tuner.profile(best)

@@ -80,7 +80,7 @@ class Control:
         return self._stopped
 
     def on_operation(self, _data: int | None) -> bool:
-        """Return whether a computation ends now. Called before each of its operations."""
+        """Return True to stop the computation. Called before each of its operations."""
         return self.stopped
 
     def check(self) -> None:

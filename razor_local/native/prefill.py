@@ -43,9 +43,10 @@ def why_compressed(lib: Native, ctx: int, asked: str, on_device: bool) -> str | 
 
 @contextmanager
 def full_attention(lib: Native, ctx: int) -> Iterator[None]:
-    """Read the batches that the block decodes with full attention, where why_compressed() is None.
+    """Use full attention for the batches that the block decodes.
 
-    The cache is compressed afterwards. A batch can then have more than n_batch tokens.
+    This requires that why_compressed() returns None. The cache is compressed after each batch. A
+    batch in the block can have more than n_batch tokens.
     """
     lib.lib.llama_razor_set_full_prefill(ctx, True)
     try:

@@ -361,7 +361,7 @@ def test_pip_says_that_a_compiler_is_needed(tmp_path: Path) -> None:
     )
     said = " ".join(done.stdout.split())
     assert done.returncode != 0 and "Traceback" not in said, said
-    assert "razor_local is compiled when it is installed from source, and no C and C++" in said
+    assert "razor_local is compiled when it is installed from source, but no C and C++" in said
 
 
 def test_sdist_option(project: Project, tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_cpu_instructions_depend_on_the_options_only(
         monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
     haswell = {"-mavx2", "-mbmi2", "-mfma", "-mf16c"}
     for options, flags, says in [
-        (["-DRAZOR_NATIVE=ON"], {"-march=native"}, "all of this machine"),
+        (["-DRAZOR_NATIVE=ON"], {"-march=native"}, "all of this machine's CPU"),
         (["-DRAZOR_NATIVE=OFF"], haswell, "AVX2, BMI2, FMA and F16C"),
         (["-DRAZOR_NATIVE=OFF", "-DRAZOR_AVX2=OFF"], set(), "those of every x86-64 CPU"),
         (["-DRAZOR_NATIVE=OFF", "-DRAZOR_AVX2=ON"], haswell, "AVX2, BMI2, FMA and F16C"),

@@ -1,4 +1,4 @@
-"""The check of the CUDA wheel in .ci/wheels, with libraries of one line."""
+"""Tests of the check of CUDA wheels in .ci/wheels, with one-line libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def driver(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cublas(tmp_path: Path) -> Path:
-    """A library where pip puts NVIDIA's."""
+    """Return a library in the folder where pip installs NVIDIA's."""
     source = "void cublasCreate_v2(void) {}"
     return compile(tmp_path / "nvidia/cu13/lib/libcublas.so.13", source)
 

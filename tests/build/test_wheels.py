@@ -84,7 +84,7 @@ def output(command: list, folder: Path) -> str:
 
 
 def test_an_environment_is_small(installed: Path) -> None:
-    """without pip and the compiled Python files, which uv does not install."""
+    """The size excludes pip and compiled Python files, which uv does not install."""
     (folder,) = installed.glob("lib/python3.*/site-packages")
     n_bytes = sum(
         path.lstat().st_size
@@ -121,7 +121,7 @@ def test_the_server_needs_no_compiler(installed: Path) -> None:
 
 
 def test_threads_that_wait_yield_the_core(installed: Path) -> None:
-    """Two threads on one core take 4 times as long as one, with other work 100 times."""
+    """Two threads on one core take 4 times as long as one, or 100 times on a busy machine."""
     code = """
 import os, time
 from razor_local import Llama

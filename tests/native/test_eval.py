@@ -357,7 +357,7 @@ def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
 
 @pytest.mark.parametrize("prefill", ["auto", "razor"])
 def test_only_what_follows_a_prompt_counts(book, prefill) -> None:
-    """The prompt is read by --prefill, and what follows with the compressed cache."""
+    """--prefill sets how the prompt is read; the rest is read with the compressed cache."""
     window = ["--window-min", 64, "--window-divisor", 0, "-t", 1, "--policies", "full,razor"]
     args = ["perplexity", "--text", book, "-c", 512, "--windows", 1, *window]
     found = report(*args, "--prompt", 300, "--prefill", prefill)

@@ -146,7 +146,7 @@ def test_llama_cpp_imported_before_without_a_library():
 
 @pytest.mark.parametrize("code", ["import llama_cpp, razor_local", "import razor_local, llama_cpp"])
 def test_the_bindings_of_wheels_load_our_library(tmp_path, library, code):
-    """.ci/wheels changes them, so that they need no import before."""
+    """.ci/wheels changes them so that razor_local need not be imported first."""
     package = tmp_path / "llama_cpp"
     ignored = shutil.ignore_patterns("lib", "__pycache__")
     shutil.copytree(Path(find_spec("llama_cpp").origin).parent, package, ignore=ignored)

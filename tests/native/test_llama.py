@@ -965,7 +965,7 @@ def test_what_razor_cannot_be(razor):
 
 
 def test_caches_share_what_a_source_reads():
-    """They are the same as caches that read their prompts themselves."""
+    """The caches are the same as if they had read their prompts themselves."""
     n_head_kv = read_model_shape(DEFAULT_MODEL).n_head_kv
     every = Profile(retrieval=tuple(np.ones(n, np.uint8) for n in n_head_kv))
     with ExitStack() as stack:

@@ -50,7 +50,7 @@ def context(model: runner.Model, plan: Any, kv_type: str = "f16", **params: Any)
 @pytest.mark.parametrize("kv_type", TYPES)
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_cache_is_that_of_a_prompt_that_was_read(plan: str, kv_type: str, model) -> None:
-    """to the bit, and so are the logits of all tokens after it."""
+    """Both caches are bit-identical, and so are the logits of all tokens after the prompt."""
     tokens = runner.random_tokens(900, model.n_vocab, 1)
     with (
         context(model, FULL, kv_type) as full,
@@ -95,7 +95,7 @@ def test_any_splits_give_the_same_cache(plan, n_ubatch, splits, back, model) -> 
         back = min(back, n - 1)
         if back and parts.seq_rm(n - back):
             parts.take(tokens[n - back :], full)
-        # means are added up in other orders if a rollback undid a fold
+        # means are summed in a different order if a rollback undid a fold
         assert np.abs(parts.decode(tokens[:1]) - whole.decode(tokens[:1])).max() <= 1e-5
 
 

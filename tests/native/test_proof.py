@@ -130,7 +130,7 @@ def test_the_full_cache_and_its_fact_scores_are_those_of_float64_attention():
 @pytest.mark.parametrize("prefill", ["auto", "razor"])
 @pytest.mark.parametrize("heads", [(), ((1, 0), (1, 3)), ((1, 0), (1, 1), (1, 2), (1, 3))])
 def test_razor_is_that_of_the_float64_reference(heads, prefill):
-    """The text is read like a prompt: with full attention, unless that is not wanted."""
+    """The text is read like a prompt: with full attention, unless prefill is "razor"."""
     exam = exam_of(700, 3)
     profile = with_heads(*heads, window_min=700 // 3, window_divisor=0)
     mask = [layer.tolist() for layer in profile.retrieval]
@@ -141,7 +141,7 @@ def test_razor_is_that_of_the_float64_reference(heads, prefill):
     outcome = take(profile, exam, prefill=prefill)
     assert outcome.found.tolist() == expected.found.tolist()
     error = np.abs(outcome.logprob - expected.logprob)
-    # the reference multiplies in float64, the model quantized weights and activations
+    # the reference multiplies in float64; the model multiplies quantized weights and activations
     share = 0.03 if prefill == "auto" else 0.01
     assert (error <= 0.1 + share * np.abs(expected.logprob)).all()
 

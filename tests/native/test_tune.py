@@ -32,7 +32,7 @@ N_CTX, TOKENS = 1024, 128
 
 @pytest.fixture(autouse=True)
 def _commit(monkeypatch) -> None:
-    """Someone may commit while the tests run, and a journal of another commit is refused."""
+    """Fix the commit: someone may commit during the tests, and then journals are refused."""
     monkeypatch.setattr(run_module, "describe_code", lambda: {"version": "1", "commit": "abc"})
 
 
@@ -211,7 +211,7 @@ def test_facts_change_the_choice() -> None:
 def test_a_full_cache_that_is_as_good_is_named() -> None:
     tuned = tune(Scripted(False), Goal(None, 60_000_000))
     assert tuned.best is None and tuned.why == (
-        "the full cache full-f16 fits these bytes and loses less"
+        "the full cache full-f16 fits in these bytes and is as close or closer"
     )
 
 

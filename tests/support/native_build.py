@@ -100,7 +100,7 @@ def tool(name: str) -> str | None:
 
 
 def wheels_script() -> ModuleType:
-    """Import .ci/wheels, without the packages that it needs to build."""
+    """Import .ci/wheels as a module. This needs none of the packages for building."""
     loader = SourceFileLoader("wheels", str(ROOT / ".ci/wheels"))
     spec = spec_from_loader("wheels", loader)
     assert spec is not None

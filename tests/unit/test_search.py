@@ -1,4 +1,4 @@
-"""The search of a plan, with functions instead of a model."""
+"""Tests of the plan search, with functions instead of a model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def spaces(draw):
 
 @st.composite
 def monotone(draw, space: Space):
-    """A loss that falls with heads, cells and precision."""
+    """Return a loss that decreases with heads, cells and precision."""
     a, b, c, d = (draw(st.floats(0, 3)) for _ in range(4))
 
     def loss(x: Candidate) -> float:
