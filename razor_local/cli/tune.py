@@ -164,7 +164,7 @@ def tune(model: Path, text: Path, **options: Any) -> None:
     from ..common.files import check_outputs
     from ..converters.write import check_output, write_sidecar
     from ..evals.perplexity import context_size, make_windows, read_text
-    from ..evals.run import describe_run, run_identity
+    from ..evals.run import describe_run
     from ..evals.tune import Goal, Tuner, tuned_profile
     from ..evals.tune import tune as search
 
@@ -210,6 +210,11 @@ def tune(model: Path, text: Path, **options: Any) -> None:
                 f" ({n_ctx:,}); use a longer text or a smaller -c"
             )
         windows = make_windows(len(content.tokens), n_ctx, n_ctx, options["windows"], prompt)
+        if len(windows) < options["windows"]:
+            raise RazorError(
+                f"--windows is {options['windows']:,}, but {text} has only {len(content.tokens):,}"
+                f" tokens, enough for {len(windows):,} of {n_ctx:,} tokens each; use fewer"
+            )
         head = describe_run(
             "tune",
             setup,
@@ -226,7 +231,7 @@ def tune(model: Path, text: Path, **options: Any) -> None:
         )
         from ..common.journal import Journal
 
-        with Journal(journal_path, head, "a plan search", run_identity, _check) as journal:
+        with Journal(journal_path, head, "a plan search", _identity, _check) as journal:
             if journal.head is None:
                 journal.begin(head)
             base = _base(setup, options, journal, bar, stop)
@@ -330,6 +335,16 @@ def _profile_of(record: dict[str, Any], shape: ModelShape) -> Profile:
     return profile
 
 
+def _identity(head: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be equal for a search to be resumed. Its goal and its length may differ."""
+    from ..evals.run import run_identity
+
+    found = run_identity(head)
+    free = ("plans", "max_kl", "max_bytes")
+    settings = {name: v for name, v in found["settings"].items() if name not in free}
+    return found | {"settings": settings}
+
+
 def _check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Raise an error if a field of the journal is missing or malformed."""
     from ..evals.tune import Figures
@@ -337,8 +352,8 @@ def _check(head: dict[str, Any], records: list[dict[str, Any]]) -> None:
     for record in records:
         if record["kind"] == "plan":
             figures = [record[name] for name in Figures.__dataclass_fields__]
-            if not all(isinstance(value, (int, float)) for value in figures[:4]):
-                raise ValueError(f"figures {figures}")
+            if not all(0 <= value < float("inf") for value in figures[:4]):
+                raise ValueError("a figure is negative or not a number")
         elif record["kind"] == "facts":
             if len(record["found"]) != len(record["logprob"]) or not record["found"]:
                 raise ValueError("facts")

@@ -71,11 +71,6 @@ def make_windows(
         RazorError: the text is too short, the stride is longer than a window or not a multiple of
             BLOCK, or a prompt leaves no tokens to count.
     """
-    if prompt and not MIN_PROMPT <= prompt < min(n_ctx, n_tokens):
-        raise RazorError(
-            f"the prompt of a window has {prompt:,} tokens, expected {MIN_PROMPT} to"
-            f" {min(n_ctx, n_tokens) - 1:,}, so that tokens of the window follow it"
-        )
     if not 0 < stride <= n_ctx or (stride < n_ctx and stride % BLOCK):
         raise RazorError(
             f"the stride is {stride} tokens, expected a multiple of {BLOCK} up to the context"
@@ -83,6 +78,11 @@ def make_windows(
         )
     if n_tokens < 2 * BLOCK:
         raise RazorError(f"the text has {n_tokens} tokens, expected at least {2 * BLOCK}")
+    if prompt and not MIN_PROMPT <= prompt < min(n_ctx, n_tokens):
+        raise RazorError(
+            f"the prompt of a window has {prompt:,} tokens, expected {MIN_PROMPT} to"
+            f" {min(n_ctx, n_tokens) - 1:,}, so that tokens of the window follow it"
+        )
     if n_tokens < n_ctx:
         return [Window(0, n_tokens, max(prompt, 1))]
     starts = range(0, n_tokens - n_ctx + 1, stride)

@@ -358,6 +358,12 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
     Raises RazorError, Stopped; the journal keeps the measurements.
     """
     space = tuner.space
+    smallest = min(space.size(Candidate(0, space.cells[0], *types)) for types in space.types)
+    if goal.max_bytes is not None and smallest > goal.max_bytes:
+        raise RazorError(
+            f"the smallest plan takes {smallest:,} bytes, more than {goal.max_bytes:,}; allow more"
+            " bytes, or use a smaller context"
+        )
     measured: dict[Candidate, Figures] = {}
     lost: set[Candidate] = set()
 
@@ -399,11 +405,8 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
         if better:
             name = f"full-{min(better, key=lambda c: measured[c].kl).kv_type}"
             best, why = None, f"the full cache {name} fits in these bytes and is as close or closer"
-        elif ranked:
-            why = f"each of the {len(ranked)} plans that fit loses planted facts"
         else:
-            smallest = min(space.size(Candidate(0, space.cells[0], *t)) for t in space.types)
-            why = f"the smallest plan takes {smallest:,} bytes, more than {goal.max_bytes:,}"
+            why = f"each of the {len(ranked)} plans that fit loses planted facts"
     return Tuned(best, "" if best is not None else why, measured, lost)
 
 

@@ -98,8 +98,11 @@ def test_the_smallest_plan_is_written_with_what_it_was_measured_at(book, tmp_pat
         tune_note(profile, other)
         == f"note: the profile was tuned with -c {N_CTX} " + (chosen["options"])
     )
-    # the journal: nothing is measured again, and damaged ones are refused
+    # the journal: nothing is measured again, also with another goal, and damaged ones are refused
     lines = journal.read_text()
+    code, _, stderr = run(*args(book, *more[:-1], 0.03, "--force"))
+    assert code == 0 and "from another run" not in stderr
+    journal.write_text(lines)
     code, stdout, stderr = run(*args(book, *more, "--force"))
     assert code == 0 and journal.read_text() == lines
     assert "chosen" in stdout and f"-c {N_CTX} {chosen['options']} --sidecar {out}" in stderr
@@ -136,6 +139,8 @@ def test_a_memory_bound(book, tmp_path) -> None:
     assert chosen["kl"] == min(row["kl"] for row in razor if not row["lost_facts"])
     code, _, stderr = run(*args(book, "--memory", "1K", "--plans", 1, "-o", out, "--force"))
     assert code == 1 and "the smallest plan takes" in stderr
+    code, _, stderr = run(*args(book, "--windows", 99, "-o", out, "--force"))
+    assert code == 1 and "--windows is 99, but" in stderr and "use fewer" in stderr
     code, _, stderr = run(*args(book, "--vram", "1M", "--plans", 1, "-o", out, "--force"))
     assert code == 1 and "weights and buffers take" in stderr
 
