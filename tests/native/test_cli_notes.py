@@ -15,6 +15,7 @@ NEEDED = {  # options without which a command ends before it reads its model
     "convert": ("--scope-by", "score"),
     "eval longbench": ("--data", "/no"),
     "eval perplexity": ("--text", "/no"),
+    "tune": ("--text", "/no"),
 }
 ROUNDED = "note: the context has 512 tokens, because llama.cpp rounds 300 up to a multiple of 256\n"
 

@@ -533,7 +533,7 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path, book) -> None:
     args = ["perplexity", model, "--text", book, "-c", 512, "--windows", 1, "--policies", "razor"]
     done = run(*args, "--json")
     assert done.exit_code == 1 and done.stdout == ""
-    assert "full-f16 computes logits that are not numbers within tokens 0 to 256" in done.stderr
+    assert "exact-f16 computes logits that are not numbers within tokens 0 to 256" in done.stderr
 
 
 def test_a_journal_of_another_kind_is_refused(tmp_path) -> None:

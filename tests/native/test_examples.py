@@ -29,6 +29,10 @@ LESS = {
     "eval ruler": ("-c|--samples", "-c 1k --samples 1"),
     "eval perplexity": ("-c", "-c 512 --windows 1"),
     "eval longbench": ("-c", "-c 2k"),
+    "tune": (
+        "-c|-o|--max-kl|--memory|--vram|--resume",
+        "-c 512 --tokens 64 --plans 2 -o tuned.gguf --force",
+    ),
     "verify": ("-c|-n", "-c 2048 -n 1000"),
 }
 # run by test_model_hub.py, test_cli_serve.py and test_rpc.py

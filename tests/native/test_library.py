@@ -184,7 +184,7 @@ def test_library_and_code_of_different_versions(monkeypatch, library):
     import llama_cpp
 
     monkeypatch.setattr(native.library, "API_VERSION", 99)
-    with pytest.raises(LibraryError, match="razor API version 9, but this Python code needs 99"):
+    with pytest.raises(LibraryError, match="razor API version 10, but this Python code needs 99"):
         native.load.__wrapped__()
     monkeypatch.undo()
     monkeypatch.setattr(llama_cpp, "__version__", "0.3.35")

@@ -343,7 +343,7 @@ def test_struct_sizes_are_checked(tiny) -> None:
 
 def test_version_and_build_info() -> None:
     api = runner.razor_api()
-    assert api.llama_razor_api_version() == 9
+    assert api.llama_razor_api_version() == 10
     version, sha256, *options = api.llama_razor_build_info().decode().split(" ")
     pin = (Path(__file__).parents[2] / "native" / "llama-cpp-python.txt").read_text()
     assert version in pin and re.fullmatch("[0-9a-f]{64}", sha256) and sha256 in pin
