@@ -26,7 +26,7 @@ from .params import (
     write_report,
 )
 from .parser import Command
-from .terminal import ProgressBar, echo
+from .terminal import ProgressBar, echo, progress_of_run
 
 if TYPE_CHECKING:
     from ..bench.batches import Settings
@@ -259,26 +259,15 @@ def _measure(model: Path | None, options: dict[str, Any]) -> Report:
     setup = _setup(model, options)
     if setup.rpc is None:
         setup = replace(setup, n_gpu_layers=_gpu_layers(setup.n_gpu_layers))
-    with ProgressBar() as bar:
-        try:
-            head, records = run_bench(
-                setup,
-                settings,
-                stock_lib=options["stock_lib"],
-                resume=options["resume"],
-                only=options["only"] or KINDS,
-                progress=bar,
-            )
-        except KeyboardInterrupt:
-            bar.close()
-            journal = options["resume"]
-            echo(
-                "Interrupted; no results were kept (use --resume FILE to keep them)."
-                if journal is None
-                else f"Interrupted; run the same command again to continue from {journal}.",
-                err=True,
-            )
-            raise
+    with progress_of_run(options["resume"]) as bar:
+        head, records = run_bench(
+            setup,
+            settings,
+            stock_lib=options["stock_lib"],
+            resume=options["resume"],
+            only=options["only"] or KINDS,
+            progress=bar,
+        )
     return Report(head, records)
 
 

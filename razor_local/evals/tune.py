@@ -323,7 +323,7 @@ class Tuner:
 
 @dataclass(frozen=True)
 class Goal:
-    """What to search for: the fewest bytes within max_kl, or the least KL within max_bytes."""
+    """The goal of a search: the smallest cache within max_kl, or the lowest KL within max_bytes."""
 
     max_kl: float | None
     max_bytes: int | None
