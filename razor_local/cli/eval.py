@@ -42,8 +42,10 @@ MAX_LENGTH = 32768  # of the default lengths
 POLICIES_HELP = """
 \b
 Policies (--policies). A name can end in a KV type (razor-q8_0), or in one for
-retrieval heads and one for local heads (razor-f16+q8_0):
+retrieval heads and one for local heads (razor-f16+q8_0), and in a window in tokens
+(razor:1024, razor-q8_0:1024):
   full           llama.cpp's own cache
+  exact          a full cache with razor_local's attention, which is exact on CPUs
   razor          the profile; razor@0.1: another share of retrieval heads
   razor-no-comp  the same without compensation tokens
   local          every KV head local, with compensation
@@ -83,8 +85,8 @@ _MODEL_OPTIONS = (
         type=ListOf(click.STRING, "name,..."),
         multiple=True,
         help="Policies to compare; differences are relative to the first.  [default: all except"
-        " heads=FILE, with full and razor in f16, q8_0 and q4_0; with --budget: full, razor and"
-        " local]",
+        " exact and heads=FILE, with full and razor in f16, q8_0 and q4_0; with --budget: full,"
+        " razor and local]",
     ),
     click.option(
         "--budget",

@@ -33,9 +33,9 @@ from ..model_shape import ModelShape
 from ..plan import padded_n_ctx
 from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
-from .policies import Policy
+from .policies import Policy, exact_full, may_share
 from .questions import Prompts
-from .run import describe_cache, exact_full, group_policies, may_share, open_llama
+from .run import describe_cache, group_policies, open_llama
 
 BLOCK = 128  # tokens
 MIN_PROMPT = 2  # tokens; the last one is evaluated with those that follow, because its logits count
@@ -162,7 +162,11 @@ def run_perplexity(
         (group, [w for w in windows if any((p.name, w.start) not in done for p in group)])
         for group in groups
     ]
-    total = sum((len(group) + 1) * (w.end - w.start) for group, some in work for w in some)
+    total = sum(
+        len({reference.name, *(p.name for p in group)}) * (w.end - w.start)
+        for group, some in work
+        for w in some
+    )
     clock = Clock(progress, total)
     if journal.head is None:
         journal.begin(head)
@@ -172,7 +176,7 @@ def run_perplexity(
         clock.show("loading")
         with ExitStack() as stack:
             sides: dict[str, Any] = {}
-            for policy in (reference, *group):
+            for policy in {p.name: p for p in (reference, *group)}.values():
                 llama = open_llama(setup, policy, n_ctx, stop, n_batch=N_BATCH)
                 stack.callback(llama.close)
                 sides[policy.name] = llama

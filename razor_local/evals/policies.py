@@ -1,6 +1,7 @@
 """The named policies of a KV cache that are compared on the same weights and questions.
 
     full            llama.cpp's own cache
+    exact           a full cache with razor_local's attention, if supported; exact on CPUs
     razor           the profile of the model
     razor-no-comp   the same heads without compensation tokens
     local           every KV head local, with compensation
@@ -10,7 +11,8 @@
 
 A KV type may follow each name (razor-q8_0; the default is f16), and the type of local heads may
 follow after a plus (razor-f16+q8_0). A budget may follow razor and razor-no-comp (razor-q8_0@0.1):
-the share of retrieval heads, chosen again by the scores in the profile.
+the share of retrieval heads, chosen again by the scores in the profile. A window in tokens may
+follow every policy with local heads (razor-q8_0:1024, razor-q8_0@0.1:1024), heads=FILE excepted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ from ..model_shape import ModelShape
 from ..plan import KV_TYPES, Plan, make_plan, row_size
 from ..profile import Profile, split_heads
 
-KINDS = ("full", "razor", "razor-no-comp", "local", "streaming", "random-heads", "heads=FILE")
+KINDS = (
+    "full", "exact", "razor", "razor-no-comp", "local", "streaming", "random-heads", "heads=FILE",
+)  # fmt: skip
+FULL = ("full", "exact")
 DEFAULT = (
     "full-f16", "full-q8_0", "full-q4_0", "razor-f16", "razor-q8_0", "razor-q4_0", "local-f16",
     "streaming-f16", "razor-no-comp-f16", "random-heads-f16",
@@ -44,7 +49,7 @@ class Policy:
 
     Attributes:
         series: the name without the budget.
-        profile: the profile, or None for a full cache.
+        profile: the profile, or None for llama.cpp's own cache.
         budget: the share of retrieval heads, or None for the profile's.
         local_type: the KV type of local heads, or None for kv_type.
     """
@@ -102,23 +107,27 @@ def make_policies(
         names = [name for name in chosen if type_fits(shape, _split(name)[1][0])]
     wanted = [_split(name) for name in names]
     if budgets:
-        if not any(kind.startswith("razor") for kind, _, _ in wanted):
+        if not any(kind.startswith("razor") for kind, *_ in wanted):
             raise RazorError(
                 "there is no policy to give budgets to; add razor-f16 or razor-q8_0 to the policies"
             )
         wanted = [
-            (kind, types, share)
-            for kind, types, own in wanted
+            (kind, types, share, window)
+            for kind, types, own, window in wanted
             for share in ((own, *budgets) if kind.startswith("razor") and own is None else (own,))
         ]
     base = None
-    if any(kind != "full" for kind, _, _ in wanted):
+    if any(kind not in FULL for kind, *_ in wanted):
         shape, base = setup.read()
     policies: dict[tuple[Any, ...], Policy] = {}
-    for kind, (kv_type, local_type), budget in wanted:
-        series = f"{kind}-{kv_type}" + (f"+{local_type}" if local_type else "")
-        name = series if budget is None else f"{series}@{budget:g}"
+    for kind, (kv_type, local_type), budget, window in wanted:
+        types = f"{kind}-{kv_type}" + (f"+{local_type}" if local_type else "")
+        after = "" if window is None else f":{window}"
+        series = types + after
+        name = series if budget is None else f"{types}@{budget:g}{after}"
         profile = _profile(kind, budget, base, shape, setup, seed)
+        if profile is not None:
+            profile = profile.with_options(window, None, None)
         policy = Policy(name, series, profile, kv_type, budget, local_type)
         policy.plan(shape, shape.n_ctx_train or 4096)  # raises if the type does not fit the head
         heads = b"" if profile is None else _heads(profile)
@@ -132,24 +141,28 @@ def _heads(profile: Profile) -> bytes:
     return b"".join(array.tobytes() for array in arrays)
 
 
-def _split(name: str) -> tuple[str, tuple[str, str | None], float | None]:
-    """Split a policy's name into kind, KV types (the second one for local heads) and budget."""
-    rest, budget = name, None
-    match = re.fullmatch(r"(razor.*)@([0-9.]+)", name)
+def _split(name: str) -> tuple[str, tuple[str, str | None], float | None, int | None]:
+    """Split a policy's name into kind, KV types (the second for local heads), budget and window."""
+    rest, budget, window = name, None, None
+    match = re.fullmatch(r"(?!heads=|full|exact)(.+):(\d{1,9})", name)
+    if match:
+        rest, window = match[1], int(match[2])
+    match = re.fullmatch(r"(razor.*)@([0-9.]+)", rest)
     if match:
         rest, budget = match[1], _share(match[2], name)
     kind, _, types = rest.rpartition("-")
     kv_type, plus, local_type = types.partition("+")
-    if kv_type not in KV_TYPES or (plus and (local_type not in KV_TYPES or kind == "full")):
+    if kv_type not in KV_TYPES or (plus and (local_type not in KV_TYPES or kind in FULL)):
         kind, kv_type, local_type = rest, "f16", ""
     file = kind.startswith("heads=") and len(kind) > len("heads=")
     seeded = re.fullmatch(r"random-heads=\d{1,9}", kind)
     if not (kind in KINDS[:-1] or file or seeded):
         raise RazorError(
             f"{name!r} is not a policy, expected one of {', '.join(KINDS)}, each with or without a"
-            " KV type as in razor-q8_0 or razor-f16+q8_0"
+            " KV type as in razor-q8_0 or razor-f16+q8_0, and, where it has local heads, with or"
+            " without a window as in razor-q8_0:1024"
         )
-    return kind, (kv_type, local_type or None), budget
+    return kind, (kv_type, local_type or None), budget, window
 
 
 def _share(text: str, name: str) -> float:
@@ -172,6 +185,8 @@ def _profile(
 ) -> Profile | None:
     if kind == "full":
         return None
+    if kind == "exact":
+        return exact_full(shape, "f16").profile
     assert base is not None
     if budget is not None:
         from ..scores import with_budget
@@ -201,6 +216,19 @@ def _profile(
         rng = np.random.default_rng(int(kind.partition("=")[2] or seed))
         chosen[rng.choice(len(flat), int(flat.sum()), replace=False)] = 1
     return replace(base, retrieval=split_heads(chosen, shape.n_head_kv), compensation=compensation)
+
+
+def exact_full(shape: ModelShape, kv_type: str) -> Policy:
+    """Return a full cache with razor_local's attention, if supported; it is exact on CPUs."""
+    every_head = tuple(np.ones(n, np.uint8) for n in shape.n_head_kv)
+    return Policy(
+        name := f"exact-{kv_type}", name, Profile(every_head, compensation=False), kv_type
+    )
+
+
+def may_share(policy: Policy) -> bool:
+    """Return True if a policy can take keys and values from a full cache of its KV type."""
+    return policy.profile is not None and policy.local_type in (None, policy.kv_type)
 
 
 def type_fits(shape: ModelShape, kv_type: str) -> bool:

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..common.journal import Journal
 from ..common.machine import describe_code, describe_machine, free_memory
 from ..common.progress import Clock, Progress, Stop, check_stop
@@ -19,8 +17,7 @@ from ..evaluation import set_source
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..plan import N_CTX_PAD
-from ..profile import Profile
-from .policies import Policy
+from .policies import Policy, exact_full, may_share
 from .questions import Answerer, Sample
 
 if TYPE_CHECKING:
@@ -172,7 +169,8 @@ def run_questions(
                     if may_share(p) and p.kv_type == source.kv_type
                 ]
                 if any(llama._full_prefill for llama in sharing):
-                    full = load(source)
+                    own = answerers.get(source.name)
+                    full = load(source) if own is None else own.llama
                     for llama in sharing:
                         set_source(llama, full)
             for policy in group:
@@ -237,23 +235,16 @@ def group_policies(
 
 
 def _sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[Policy]:
-    """Return a full cache for each KV type that at least two of the policies can share."""
+    """Return the full caches from which other policies take their prompts.
+
+    That is one for each KV type that two policies share, or one policy if the full cache itself is
+    another.
+    """
     active = [policy for policy in policies if policy.plan(shape, n_ctx).active]
     types = [policy.kv_type for policy in active if may_share(policy)]
-    return [exact_full(shape, t) for t in dict.fromkeys(types) if types.count(t) > 1]
-
-
-def may_share(policy: Policy) -> bool:
-    """Return True if a policy can take keys and values from a full cache of its KV type."""
-    return policy.profile is not None and policy.local_type in (None, policy.kv_type)
-
-
-def exact_full(shape: ModelShape, kv_type: str) -> Policy:
-    """Return a full cache with razor_local's attention, if supported; it is exact on CPUs."""
-    every_head = tuple(np.ones(n, np.uint8) for n in shape.n_head_kv)
-    return Policy(
-        name := f"exact-{kv_type}", name, Profile(every_head, compensation=False), kv_type
-    )
+    sources = [exact_full(shape, t) for t in dict.fromkeys(types)]
+    names = {policy.name for policy in policies}
+    return [s for s in sources if s.name in names or types.count(s.kv_type) > 1]
 
 
 def open_llama(

@@ -29,10 +29,10 @@ from ..scores import with_budget
 from .facts import ROOM, Examiner, Outcome, make_exam
 from .haystack import MadeText
 from .perplexity import N_BATCH, Text, Window, log_softmax
-from .policies import Policy, type_fits
+from .policies import Policy, exact_full, may_share, type_fits
 from .proof import is_as_good, is_enough
 from .questions import Prompts
-from .run import exact_full, may_share, open_llama
+from .run import open_llama
 from .search import Candidate, OutOfTries, Space, find_best, find_smallest, pareto
 
 if TYPE_CHECKING:

@@ -23,12 +23,11 @@ from razor_local.evals import run as run_module
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.needle import NeedleSettings, make_samples, score
 from razor_local.evals.perplexity import Window, read_text, run_facts, run_perplexity
-from razor_local.evals.policies import make_policies
+from razor_local.evals.policies import exact_full, make_policies
 from razor_local.evals.questions import Prompts
 from razor_local.evals.report import Report, format_report
 from razor_local.evals.run import (
     describe_run,
-    exact_full,
     open_journal,
     open_llama,
     run_questions,

@@ -15,7 +15,7 @@ from razor_local.evals import tune as tune_module
 from razor_local.evals.facts import Outcome
 from razor_local.evals.haystack import MadeText
 from razor_local.evals.perplexity import make_windows, read_text
-from razor_local.evals.run import exact_full
+from razor_local.evals.policies import exact_full
 from razor_local.evals.search import Candidate
 from razor_local.evals.tune import FULL_TYPES, Goal, Tuner, tune, window_of
 from razor_local.model_file import open_model, read_profile
