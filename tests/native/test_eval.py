@@ -91,6 +91,24 @@ def test_razor_finds_what_the_full_cache_finds_and_streaming_does_not(needles) -
     assert found["missing"] == 0
 
 
+def test_the_exact_full_cache_reads_the_prompts_of_the_others(tmp_path, monkeypatch) -> None:
+    """Windows are compared in one run, which gives the answers of runs on their own."""
+    loaded, load = [], open_llama
+    monkeypatch.setattr(
+        run_module,
+        "open_llama",
+        lambda setup, policy, *a: loaded.append(policy.name) or load(setup, policy, *a),
+    )
+    together = report(*NEEDLE, "--policies", "exact,razor:128,razor:64")
+    assert loaded == ["exact-f16", "razor-f16:128", "razor-f16:64"]
+    alone = report(*NEEDLE, *WINDOW, "--policies", "razor")
+    answers = {(a["policy"], *a["answers"]) for a in together["answers"]}
+    assert {("razor-f16:128", *a["answers"]) for a in alone["answers"]} < answers
+    rows = {row["policy"]: row for row in together["rows"]}
+    assert rows["razor-f16:128"]["kv_bytes"] == alone["rows"][0]["kv_bytes"]
+    assert rows["razor-f16:64"]["kv_bytes"] < rows["razor-f16:128"]["kv_bytes"]
+
+
 def reopened(path, lines) -> Report:
     """What a run would report of a journal that it resumes."""
     path.write_text("".join(lines))
@@ -309,8 +327,12 @@ def book(tmp_path_factory):
 def test_perplexity_and_divergence_are_those_of_the_logits(book) -> None:
     args = ["perplexity", "--text", book, "-c", 512, "--windows", 1, "-t", 1, "--sinks", 2,
             "--window-min", 64, "--window-divisor", 0]  # fmt: skip
-    found = report(*args, "--policies", "full,razor,streaming,full-q4_0")
+    found = report(*args, "--policies", "full,razor,streaming,full-q4_0,exact,razor:96")
     rows = {row["policy"]: row for row in found["rows"]}
+    exact, wider = rows["exact-f16"], rows["razor-f16:96"]
+    assert (exact["kl"], exact["ratio"], exact["same_top"]) == (0, 1, 1)  # it is the reference
+    assert exact["kv_bytes"] == rows["full-f16"]["kv_bytes"]
+    assert 0 < wider["kl"] < rows["razor-f16"]["kl"] < rows["streaming-f16"]["kl"]
     setup = ModelSetup(
         str(DEFAULT_MODEL), sink_tokens=2, window_min=64, window_divisor=0, n_threads=1
     )

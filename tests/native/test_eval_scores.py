@@ -150,7 +150,9 @@ def test_policies_keep_what_their_names_say() -> None:
     assert (by_name["random-heads-f16"].profile.flat() != profile.flat()).any()
 
 
-@pytest.mark.parametrize("name", [*DEFAULT, "razor-f16+q8_0", "local-q8_0+q4_0"])
+@pytest.mark.parametrize(
+    "name", [*DEFAULT, "exact", "razor-f16+q8_0", "local-q8_0+q4_0", "razor-q8_0@0.2:64"]
+)
 def test_the_cache_takes_the_bytes_of_the_plan(name) -> None:
     setup = replace(SETUP, window_min=100, window_divisor=0)
     shape, (policy,) = make_policies(setup, [name])
@@ -158,9 +160,27 @@ def test_the_cache_takes_the_bytes_of_the_plan(name) -> None:
     try:
         memory = llama.memory()
         assert memory.kv_bytes == policy.plan(shape, 1024).kv_bytes
-        assert memory.n_ctx == 1024 and memory.active == (policy.profile is not None)
+        assert memory.n_ctx == 1024
+        assert memory.active == (name not in ("exact", "full-f16", "full-q8_0", "full-q4_0"))
+        assert memory.own_attention == (not name.startswith("full"))
     finally:
         llama.close()
+
+
+def test_a_window_follows_the_name_of_a_policy() -> None:
+    setup = replace(SETUP, window_min=100, window_divisor=5)
+    names = ["razor", "razor:64", "local-q8_0+q4_0:32", "razor-q8_0@0.2:64", "random-heads=3:48"]
+    shape, policies = make_policies(setup, names)
+    assert [(p.name, p.series, p.plan(shape, 2048).window) for p in policies] == [
+        ("razor-f16", "razor-f16", 409),
+        ("razor-f16:64", "razor-f16:64", 64),
+        ("local-q8_0+q4_0:32", "local-q8_0+q4_0:32", 32),
+        ("razor-q8_0@0.2:64", "razor-q8_0:64", 64),
+        ("random-heads=3-f16:48", "random-heads=3-f16:48", 48),
+    ]
+    for p in policies:
+        assert make_policies(setup, [p.name])[1][0].name == p.name
+    assert [p.budget for p in make_policies(setup, ["razor:64"], [0.1, 0.3])[1]] == [None, 0.1, 0.3]
 
 
 def test_random_heads_are_drawn_by_the_seed() -> None:
@@ -213,6 +233,10 @@ def test_a_head_list_is_a_policy(tmp_path) -> None:
         (["razor-q9_0"], [], RazorError, "is not a policy"),
         (["razor-f16+q9_0"], [], RazorError, "is not a policy"),
         (["full-f16+q8_0"], [], RazorError, "each with or without a KV type as in razor-q8_0 or"),
+        (["full:512"], [], RazorError, "and, where it has local heads, with or without a window"),
+        (["exact-f16:512"], [], RazorError, "'exact-f16:512' is not a policy"),
+        (["razor:"], [], RazorError, "'razor:' is not a policy"),
+        (["razor:0"], [], ProfileError, "window is 0, expected 1 to"),
         (["razor@2"], [], RazorError, "is not a share from 0 to 1"),
         (["full"], [0.1], RazorError, "no policy to give budgets to"),
         (["heads=/nowhere.tsv"], [], OSError, "nowhere"),
@@ -222,7 +246,7 @@ def test_a_head_list_is_a_policy(tmp_path) -> None:
 def test_what_is_no_policy_is_told(names, budgets, error, text, tmp_path) -> None:
     profile = read_profile(DEFAULT_MODEL)
     setup = SETUP
-    if error is ProfileError:
+    if names == ["razor@0.3"]:
         profile = replace(profile, echo_score=None, induction_score=None)
         setup = ModelSetup(str(write_copy(DEFAULT_MODEL, tmp_path / "unscored.gguf", profile)))
     with pytest.raises(error, match=text):
