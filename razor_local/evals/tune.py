@@ -393,8 +393,14 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
         below = min(measured[full[t]].kv_bytes for t in enough)  # f16 is always among them
         space = replace(space, types=tuple(pair for pair in space.types if pair[0] in enough))
         best = find_smallest(space, lambda c: loss(c) <= bound, below)
-        if best is not None and not keeps_facts(best):  # now ask each one for facts
-            best = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), below)
+        if best is not None and not keeps_facts(best):
+            # the plans that were measured come first: asking for facts is quicker than a new plan
+            held = [c for c in measured if c not in full.values() and measured[c].kl <= bound]
+            held = sorted((c for c in held if measured[c].kv_bytes < below), key=space.size)
+            best = next((c for c in held if keeps_facts(c)), None)
+            limit = below if best is None else space.size(best)
+            better = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), limit)
+            best = better or best
         why = _why_none(measured, full, lost, bound, below)
     else:
         assert goal.max_bytes is not None

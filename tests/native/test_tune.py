@@ -28,6 +28,7 @@ from tests.support.cli import run
 from tests.support.journals import damaged
 
 N_CTX, TOKENS = 1024, 128
+N_HEADS = 24  # of the built-in model
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +212,24 @@ def test_facts_change_the_choice() -> None:
     assert not set(large.front()) & large.lost_facts
     best = tune(Scripted(True), Goal(None, 20_000_000)).best
     assert best is not None and best.n_heads >= 8
+
+
+@pytest.mark.parametrize("tries", [9, 14])
+def test_every_measured_plan_is_asked_for_facts_before_new_ones(tries) -> None:
+    """Few questions decide, so a plan can keep the facts though one with more heads loses them."""
+    first = tune(Scripted(False, tries), Goal(0.025, None))
+    held = [c for c, f in first.measured.items() if f.kl <= 0.025 and c.n_heads < N_HEADS]
+    smallest, keeper, *_ = sorted(held, key=lambda c: first.measured[c].kv_bytes)
+    assert smallest == first.best
+
+    class KeptByOne(Scripted):
+        def facts(self, candidate):
+            outcome = super().facts(candidate)
+            outcome.found[:5] = candidate in (keeper, self.full("f16"))
+            return outcome
+
+    tuned = tune(KeptByOne(False, tries), Goal(0.025, None))
+    assert tuned.best == keeper and smallest in tuned.lost_facts
 
 
 def test_a_full_cache_that_is_as_good_is_named() -> None:
