@@ -291,6 +291,12 @@ class Plan:
         }
 
 
+def split_type(text: str) -> tuple[str, str]:
+    """Return the KV types of K and V: those of "q8_0/q4_0", or one for both of "q8_0"."""
+    type_k, _, type_v = text.partition("/")
+    return type_k, type_v or type_k
+
+
 def make_plan(
     shape: ModelShape,
     profile: Profile | None,

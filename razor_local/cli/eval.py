@@ -41,9 +41,9 @@ MAX_LENGTH = 32768  # of the default lengths
 
 POLICIES_HELP = """
 \b
-Policies (--policies). A name can end in a KV type (razor-q8_0), or in one for
-retrieval heads and one for local heads (razor-f16+q8_0), and in a window in tokens
-(razor:1024, razor-q8_0:1024):
+Policies (--policies). A name can end in a KV type (razor-q8_0), in one for K and
+one for V (full-q8_0/q4_0), in types for retrieval heads and for local heads
+(razor-f16+q8_0), and in a window in tokens (razor:1024, razor-q8_0:1024):
   full           llama.cpp's own cache
   exact          a full cache with razor_local's attention, which is exact on CPUs
   razor          the profile; razor@0.1: another share of retrieval heads

@@ -40,6 +40,7 @@ MIN_TOKENS = 640  # a shorter text would hold little but the facts
 ROOM = 128  # tokens of the context for a question and its answer
 MARGIN = 64  # tokens between the last fact and what local heads keep
 N_UBATCH = 512
+_Types = tuple[str, str, str, str]  # KV types: K, V, K of local heads, V of local heads
 SEED = 0  # fixed, so that repeated runs ask the same questions
 
 
@@ -310,7 +311,7 @@ class Examiner:
         self._path, self._shape, self._exam, self._C = path, shape, exam, C
         self._n_threads, self._n_gpu_layers = n_threads or n_cores(), n_gpu_layers
         self._prefill = prefill
-        self._sources: dict[str, int] = {}  # contexts of full caches, by KV type
+        self._sources: dict[_Types, int] = {}  # contexts of full caches
         self._lib = native.load()
         self._probe = _FactProbe(self._lib.lib, C, shape, progress, stop)
         self._stack = ExitStack()
@@ -357,62 +358,62 @@ class Examiner:
         profile: Profile | None,
         type_k: str = "f16",
         type_v: str = "f16",
-        local_type: str | None = None,
+        type_k_local: str | None = None,
+        type_v_local: str | None = None,
         what: str = "planting facts",
     ) -> Outcome:
         """Ask a context with flash attention. With profile None it has a full cache.
 
-        local_type: the KV type of local heads; None: type_k and type_v.
+        type_k_local, type_v_local: KV types of local heads; None: type_k and type_v.
         """
-        with self._context(profile, type_k, type_v, local_type) as ctx:
+        types = (type_k, type_v, type_k_local or type_k, type_v_local or type_v)
+        with self._context(profile, types) as ctx:
             source = None
-            if profile is not None and local_type in (None, type_k) and type_k == type_v:
-                source = self._source(ctx, profile, type_k)
+            if profile is not None and types[:2] == types[2:]:
+                source = self._source(ctx, profile, types)
             return self._take(ctx, what, source=source)
 
-    def _source(self, ctx: int, profile: Profile, kv_type: str) -> int | None:
+    def _source(self, ctx: int, profile: Profile, types: _Types) -> int | None:
         """Return a full cache that has read the text, None if a context cannot take it from there.
 
-        All contexts of one KV type that read with full attention share this cache, so that the text
-        is read only once. A context cannot take the text if it reads with the compressed cache, or
-        if there is not enough memory for the full cache.
+        All contexts with the same KV types that read with full attention share this cache, so that
+        the text is read only once. A context cannot take the text if it reads with the compressed
+        cache, or if there is not enough memory for the full cache.
         """
         lib, exam = self._lib, self._exam
         if not lib.stats(ctx).active or self._why_compressed(ctx) is not None:
             return None
-        if kv_type not in self._sources:
+        if types not in self._sources:
             every = Profile(tuple(map(np.ones_like, profile.retrieval)), compensation=False)
-            n_bytes = make_plan(self._shape, None, exam.n_ctx, kv_type, kv_type).kv_bytes
+            n_bytes = make_plan(self._shape, None, exam.n_ctx, *types[:2]).kv_bytes
             if n_bytes > free_memory() // 4:
                 return None
-            source = self._stack.enter_context(self._context(every, kv_type, kv_type, None))
+            source = self._stack.enter_context(self._context(every, types))
             if not lib.lib.llama_razor_set_source(ctx, source):
                 return None
             lib.lib.llama_razor_set_source(ctx, None)
             self._read(source, lambda _: None)
-            self._sources[kv_type] = source
-        return self._sources[kv_type]
+            self._sources[types] = source
+        return self._sources[types]
 
     def _why_compressed(self, ctx: int) -> str | None:
         return why_compressed(self._lib, ctx, self._prefill, self._on_device)
 
-    def _context(
-        self, profile: Profile | None, type_k: str, type_v: str, local_type: str | None
-    ) -> AbstractContextManager[int]:
+    def _context(self, profile: Profile | None, types: _Types) -> AbstractContextManager[int]:
         params = self._C.llama_context_default_params()
         params.n_ctx = self._exam.n_ctx
         params.n_batch = params.n_ubatch = N_UBATCH
         params.n_threads = params.n_threads_batch = self._n_threads
         params.n_outputs_max = self._exam.n_outputs
         params.flash_attn_type = self._C.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k, params.type_v = (KV_TYPES[name].ggml_id for name in (type_k, type_v))
+        params.type_k, params.type_v = (KV_TYPES[name].ggml_id for name in types[:2])
         params.abort_callback = self._probe.abort_callback
         params.no_perf = True
 
         def failed(why: str) -> RazorError:
             return UnsupportedError(f"no context could be created for {self._path} ({why})")
 
-        override = native.make_params(profile, type_k_local=local_type, type_v_local=local_type)
+        override = native.make_params(profile, type_k_local=types[2], type_v_local=types[3])
         return new_context(self._lib, self._C, self._model, params, override, failed)
 
     def _read(self, ctx: int, report: Callable[[float], object], source: int | None = None) -> None:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,15 +27,17 @@ from ..common.inputs import read_text_file
 from ..common.journal import Journal
 from ..common.progress import Clock, Progress, Stop, check_stop, silent
 from ..errors import RazorError
-from ..evaluation import set_source
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..plan import padded_n_ctx
 from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
-from .policies import Policy, exact_full, may_share
+from .policies import Policy, exact_full
 from .questions import Prompts
-from .run import describe_cache, group_policies, open_llama
+from .run import describe_cache, group_policies, open_llama, prompt_sources, share_prompts
+
+if TYPE_CHECKING:
+    from ..llama import Llama
 
 BLOCK = 128  # tokens
 MIN_PROMPT = 2  # tokens; the last one is evaluated with those that follow, because its logits count
@@ -157,7 +159,9 @@ def run_perplexity(
     done = {(r["policy"], r["window"]) for r in journal.records if r["kind"] == "window"}
     reference = exact_full(shape, "f16")
     logits = N_BATCH * text.n_vocab * 4
-    groups = group_policies(setup, shape, policies, n_ctx, [reference], logits)
+    sources = prompt_sources(shape, (reference, *policies), n_ctx) if prompt else []
+    beside = {p.name: p for p in (reference, *sources)}
+    groups = group_policies(setup, shape, policies, n_ctx, list(beside.values()), logits)
     work = [
         (group, [w for w in windows if any((p.name, w.start) not in done for p in group)])
         for group in groups
@@ -175,13 +179,14 @@ def run_perplexity(
             continue
         clock.show("loading")
         with ExitStack() as stack:
-            sides: dict[str, Any] = {}
-            for policy in {p.name: p for p in (reference, *group)}.values():
+
+            def load(policy: Policy, stack: ExitStack = stack) -> Llama:
                 llama = open_llama(setup, policy, n_ctx, stop, n_batch=N_BATCH)
-                stack.callback(llama.close)
-                sides[policy.name] = llama
-                if may_share(policy) and policy.kv_type == "f16":
-                    set_source(llama, sides[reference.name])
+                return stack.enter_context(closing(llama))
+
+            sides = {p.name: load(p) for p in {p.name: p for p in (reference, *group)}.values()}
+            for source in sources:
+                share_prompts(source, group, sides, load)
             for policy in group:
                 cache = {"kind": "cache", "policy": policy.name}
                 if not journal.has(cache):
@@ -233,13 +238,8 @@ def run_facts(
         Path(setup.model), shape, exam, setup.n_threads, setup.n_gpu_layers, progress, stop, prefill
     ) as examiner:
         for policy in some:
-            outcome = examiner.ask(
-                policy.profile,
-                policy.kv_type,
-                policy.kv_type,
-                policy.local_type,
-                f"planting facts: {policy.name}",
-            )
+            what = f"planting facts: {policy.name}"
+            outcome = examiner.ask(policy.profile, **policy.types, what=what)
             journal.add(
                 {
                     "kind": "facts",

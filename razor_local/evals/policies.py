@@ -9,10 +9,11 @@
     random-heads    as many retrieval heads as the profile has, drawn at random
     heads=FILE      the retrieval heads of another profile, sidecar, head list or file of scores
 
-A KV type may follow each name (razor-q8_0; the default is f16), and the type of local heads may
-follow after a plus (razor-f16+q8_0). A budget may follow razor and razor-no-comp (razor-q8_0@0.1):
-the share of retrieval heads, chosen again by the scores in the profile. A window in tokens may
-follow every policy with local heads (razor-q8_0:1024, razor-q8_0@0.1:1024), heads=FILE excepted.
+A KV type may follow each name (razor-q8_0; the default is f16), or one for K and one for V
+(full-q8_0/q4_0), and the types of local heads may follow after a plus (razor-f16+q8_0). A budget
+may follow razor and razor-no-comp (razor-q8_0@0.1): the share of retrieval heads, chosen again by
+the scores in the profile. A window in tokens may follow every policy with local heads
+(razor-q8_0:1024, razor-q8_0@0.1:1024), heads=FILE excepted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from ..errors import RazorError, UnsupportedError
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
-from ..plan import KV_TYPES, Plan, make_plan, row_size
+from ..plan import KV_TYPES, Plan, make_plan, row_size, split_type
 from ..profile import Profile, split_heads
 
 KINDS = (
@@ -50,8 +51,9 @@ class Policy:
     Attributes:
         series: the name without the budget.
         profile: the profile, or None for llama.cpp's own cache.
+        kv_type: the KV type, or those of K and V as in "q8_0/q4_0".
         budget: the share of retrieval heads, or None for the profile's.
-        local_type: the KV type of local heads, or None for kv_type.
+        local_type: the same of local heads, or None for kv_type.
     """
 
     name: str
@@ -61,21 +63,21 @@ class Policy:
     budget: float | None = None
     local_type: str | None = None
 
+    @property
+    def types(self) -> dict[str, Any]:
+        """Return the KV types as arguments of make_plan(), Llama and Examiner.ask()."""
+        type_k, type_v = split_type(self.kv_type)
+        local = split_type(self.local_type) if self.local_type else (None, None)
+        return {
+            "type_k": type_k, "type_v": type_v, "type_k_local": local[0], "type_v_local": local[1],
+        }  # fmt: skip
+
     def plan(self, shape: ModelShape, n_ctx: int) -> Plan:
-        return make_plan(
-            shape, self.profile, n_ctx, self.kv_type, self.kv_type,
-            type_k_local=self.local_type, type_v_local=self.local_type,
-        )  # fmt: skip
+        return make_plan(shape, self.profile, n_ctx, **self.types)
 
     def llama_args(self) -> dict[str, Any]:
         """Return the arguments of razor_local.Llama."""
-        return {
-            "razor": self.profile if self.profile is not None else False,
-            "type_k": self.kv_type,
-            "type_v": self.kv_type,
-            "type_k_local": self.local_type,
-            "type_v_local": self.local_type,
-        }
+        return {"razor": self.profile if self.profile is not None else False} | self.types
 
 
 def make_policies(
@@ -152,17 +154,28 @@ def _split(name: str) -> tuple[str, tuple[str, str | None], float | None, int | 
         rest, budget = match[1], _share(match[2], name)
     kind, _, types = rest.rpartition("-")
     kv_type, plus, local_type = types.partition("+")
-    if kv_type not in KV_TYPES or (plus and (local_type not in KV_TYPES or kind in FULL)):
+    if not _is_type(kv_type) or (plus and (not _is_type(local_type) or kind in FULL)):
         kind, kv_type, local_type = rest, "f16", ""
+    kv_type, local_type = (_shortest(types) for types in (kv_type, local_type))
     file = kind.startswith("heads=") and len(kind) > len("heads=")
     seeded = re.fullmatch(r"random-heads=\d{1,9}", kind)
     if not (kind in KINDS[:-1] or file or seeded):
         raise RazorError(
             f"{name!r} is not a policy, expected one of {', '.join(KINDS)}, each with or without a"
-            " KV type as in razor-q8_0 or razor-f16+q8_0, and, where it has local heads, with or"
-            " without a window as in razor-q8_0:1024"
+            " KV type as in razor-q8_0, full-q8_0/q4_0 or razor-f16+q8_0, and, where it has local"
+            " heads, with or without a window as in razor-q8_0:1024"
         )
     return kind, (kv_type, local_type or None), budget, window
+
+
+def _is_type(text: str) -> bool:
+    return text.count("/") <= 1 and all(name in KV_TYPES for name in text.split("/"))
+
+
+def _shortest(types: str) -> str:
+    """Return "q8_0" for "q8_0/q8_0"."""
+    type_k, type_v = split_type(types)
+    return type_k if type_k == type_v else types
 
 
 def _share(text: str, name: str) -> float:
@@ -233,7 +246,8 @@ def may_share(policy: Policy) -> bool:
 
 def type_fits(shape: ModelShape, kv_type: str) -> bool:
     """Return True if the K and V rows of the model's heads can be stored in this KV type."""
+    type_k, type_v = split_type(kv_type)
     try:
-        return bool(row_size(kv_type, shape.head_dim_k) and row_size(kv_type, shape.head_dim_v))
+        return bool(row_size(type_k, shape.head_dim_k) and row_size(type_v, shape.head_dim_v))
     except UnsupportedError:
         return False

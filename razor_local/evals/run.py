@@ -142,7 +142,9 @@ def run_questions(
     for length in lengths:
         some = [s for s in samples if s.length == length]
         left = [p for p in policies if not all(is_done(p, s) for s in some)]
-        for group in group_policies(setup, shape, left, length, _sources(shape, left, length)):
+        for group in group_policies(
+            setup, shape, left, length, prompt_sources(shape, left, length)
+        ):
             rows.append((length, group, some))
     total = sum(
         cost
@@ -162,17 +164,9 @@ def run_questions(
                 return stack.enter_context(closing(open_llama(setup, policy, length, stop)))
 
             answerers = {policy.name: Answerer(load(policy)) for policy in group}
-            for source in _sources(shape, group, length):
-                sharing = [
-                    answerers[p.name].llama
-                    for p in group
-                    if may_share(p) and p.kv_type == source.kv_type
-                ]
-                if any(llama._full_prefill for llama in sharing):
-                    own = answerers.get(source.name)
-                    full = load(source) if own is None else own.llama
-                    for llama in sharing:
-                        set_source(llama, full)
+            for source in prompt_sources(shape, group, length):
+                llamas = {name: answerer.llama for name, answerer in answerers.items()}
+                share_prompts(source, group, llamas, load)
             for policy in group:
                 cache = {"kind": "cache", "policy": policy.name, "length": length}
                 if not journal.has(cache):
@@ -234,7 +228,7 @@ def group_policies(
     return groups
 
 
-def _sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[Policy]:
+def prompt_sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[Policy]:
     """Return the full caches from which other policies take their prompts.
 
     That is one for each KV type that two policies share, or one policy if the full cache itself is
@@ -245,6 +239,25 @@ def _sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[
     sources = [exact_full(shape, t) for t in dict.fromkeys(types)]
     names = {policy.name for policy in policies}
     return [s for s in sources if s.name in names or types.count(s.kv_type) > 1]
+
+
+def share_prompts(
+    source: Policy,
+    policies: Sequence[Policy],
+    llamas: dict[str, Llama],
+    load: Callable[[Policy], Llama],
+) -> None:
+    """Make policies take their prompts from a full cache (see set_source()).
+
+    Args:
+        llamas: the contexts by the names of their policies; the source can be among them.
+        load: opens a context of the source otherwise.
+    """
+    sharing = [llamas[p.name] for p in policies if may_share(p) and p.kv_type == source.kv_type]
+    if any(llama._full_prefill for llama in sharing):
+        full = llamas.get(source.name) or load(source)
+        for llama in sharing:
+            set_source(llama, full)
 
 
 def open_llama(

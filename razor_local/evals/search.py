@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from ..plan import split_type
+
 # KV types in ascending precision; bf16 and f32 are not searched
 TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
 
@@ -23,7 +25,8 @@ class Candidate:
     Attributes:
         n_heads: number of retrieval heads, the strongest ones. All heads: a full cache.
         cells: number of cells of each local head.
-        kv_type, local_type: KV types of retrieval heads and of local heads.
+        kv_type, local_type: KV types of retrieval heads and of local heads, for K and V or, as in
+            "q8_0/q4_0", one for each.
     """
 
     n_heads: int
@@ -33,11 +36,14 @@ class Candidate:
 
     def has_all_of(self, other: Candidate) -> bool:
         """Return True if it keeps at least as much as the other, in types at least as precise."""
-        types = ((self.kv_type, other.kv_type), (self.local_type, other.local_type))
+        ours, theirs = (
+            [TYPES.index(t) for types in (c.kv_type, c.local_type) for t in split_type(types)]
+            for c in (self, other)
+        )
         return (
             self.n_heads >= other.n_heads
             and self.cells >= other.cells
-            and all(TYPES.index(a) >= TYPES.index(b) for a, b in types)
+            and all(a >= b for a, b in zip(ours, theirs, strict=True))
         )
 
 

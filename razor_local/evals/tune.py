@@ -23,7 +23,7 @@ from ..errors import RazorError, UnsupportedError
 from ..evaluation import set_source
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
-from ..plan import COMPENSATION_CELLS, N_CTX_PAD, SLACK, Plan, fold_block
+from ..plan import COMPENSATION_CELLS, N_CTX_PAD, SLACK, Plan, fold_block, split_type
 from ..profile import Profile, kv_options
 from ..scores import with_budget
 from .facts import ROOM, Examiner, Outcome, make_exam
@@ -306,7 +306,7 @@ class Tuner:
                     self.setup.prefill,
                 )
             )
-        return self._examiner.ask(policy.profile, policy.kv_type, policy.kv_type, policy.local_type)
+        return self._examiner.ask(policy.profile, **policy.types)
 
     def keeps_facts(self, candidate: Candidate) -> bool:
         """Return True if the plan finds the facts of the full f16 cache, within `convert`'s limits.
@@ -399,8 +399,8 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
             held = sorted((c for c in held if measured[c].kv_bytes < below), key=space.size)
             best = next((c for c in held if keeps_facts(c)), None)
             limit = below if best is None else space.size(best)
-            better = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), limit)
-            best = better or best
+            smaller = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), limit)
+            best = smaller or best
         why = _why_none(measured, full, lost, bound, below)
     else:
         assert goal.max_bytes is not None
@@ -440,8 +440,7 @@ def _why_none(
 
 def options_of(candidate: Candidate) -> str:
     """Return the command-line options that select the KV types of a plan."""
-    kv, local = candidate.kv_type, candidate.local_type
-    return kv_options(kv, kv, local, local)
+    return kv_options(*split_type(candidate.kv_type), *split_type(candidate.local_type))
 
 
 def tuned_profile(tuner: Tuner, tuned: Tuned, goal: Goal, text: str) -> Profile:

@@ -452,7 +452,12 @@ def test_perplexity_shows_planted_facts_beside_the_divergence(book, tmp_path, mo
     from razor_local.evals.facts import Examiner
 
     asked, ask = [], Examiner.ask
-    monkeypatch.setattr(Examiner, "ask", lambda *a: asked.append(a[-1]) or ask(*a))
+
+    def noted(self, *args, what: str, **types):
+        asked.append(what)
+        return ask(self, *args, what=what, **types)
+
+    monkeypatch.setattr(Examiner, "ask", noted)
     text = run(*args).stdout
     assert asked == ["planting facts: local-f16"]
     assert f"| {found['local-f16']} of 20 |" in text

@@ -151,8 +151,12 @@ def test_policies_keep_what_their_names_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*DEFAULT, "exact", "razor-f16+q8_0", "local-q8_0+q4_0", "razor-q8_0@0.2:64"]
-)
+    "name",
+    [
+        *DEFAULT, "exact", "razor-f16+q8_0", "local-q8_0+q4_0", "razor-q8_0@0.2:64",
+        "full-q8_0/q4_0", "razor-q5_1/q4_0+q8_0/q5_0",
+    ],
+)  # fmt: skip
 def test_the_cache_takes_the_bytes_of_the_plan(name) -> None:
     setup = replace(SETUP, window_min=100, window_divisor=0)
     shape, (policy,) = make_policies(setup, [name])
@@ -161,7 +165,7 @@ def test_the_cache_takes_the_bytes_of_the_plan(name) -> None:
         memory = llama.memory()
         assert memory.kv_bytes == policy.plan(shape, 1024).kv_bytes
         assert memory.n_ctx == 1024
-        assert memory.active == (name not in ("exact", "full-f16", "full-q8_0", "full-q4_0"))
+        assert memory.active == (not name.startswith(("exact", "full")))
         assert memory.own_attention == (not name.startswith("full"))
     finally:
         llama.close()
@@ -232,9 +236,16 @@ def test_a_head_list_is_a_policy(tmp_path) -> None:
         (["rasor"], [], RazorError, "'rasor' is not a policy, expected one of full"),
         (["razor-q9_0"], [], RazorError, "is not a policy"),
         (["razor-f16+q9_0"], [], RazorError, "is not a policy"),
-        (["full-f16+q8_0"], [], RazorError, "each with or without a KV type as in razor-q8_0 or"),
+        (
+            ["full-f16+q8_0"],
+            [],
+            RazorError,
+            "each with or without a KV type as in razor-q8_0, full",
+        ),
         (["full:512"], [], RazorError, "and, where it has local heads, with or without a window"),
         (["exact-f16:512"], [], RazorError, "'exact-f16:512' is not a policy"),
+        (["full-q8_0/q4_0/q4_0"], [], RazorError, "is not a policy"),
+        (["razor-q8_0/"], [], RazorError, "is not a policy"),
         (["razor:"], [], RazorError, "'razor:' is not a policy"),
         (["razor:0"], [], ProfileError, "window is 0, expected 1 to"),
         (["razor@2"], [], RazorError, "is not a share from 0 to 1"),
