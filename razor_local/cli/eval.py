@@ -344,14 +344,20 @@ Examples:
   razor-local eval perplexity --text book.txt
   razor-local eval perplexity model-razor.gguf --text book.txt -c 8k --prompt 7k
   razor-local eval perplexity model-razor.gguf --text book.txt -c 16k --plot positions.png
-  razor-local eval perplexity model-razor.gguf --text book.txt --budget 0.05,0.1,0.2 \\
-      --plot-curve kl.png
+  razor-local eval perplexity model-razor.gguf --text books --windows 8 -c 8k --prompt 7k \\
+      --policies={full,razor}-{f16,q8_0,q4_0} --plot-curve kl.png
 """
 
 
 @eval.command(epilog=PERPLEXITY_EPILOG)
 @model_argument()
-@click.option("--text", type=PATH, required=True, metavar="FILE", help="Text to read, in UTF-8.")
+@click.option(
+    "--text",
+    type=PATH,
+    required=True,
+    metavar="PATH",
+    help="Text to read, in UTF-8, or a folder of .txt files, whose windows take turns.",
+)
 @click.option(
     "-c",
     "--ctx-size",
@@ -396,7 +402,6 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     """
     from ..evals.perplexity import (
         context_size,
-        make_windows,
         read_text,
         run_facts,
         run_perplexity,
@@ -423,7 +428,7 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     with run.progress() as bar:
         bar(0, 1, "reading the text")
         content = read_text(run.setup, text)
-        windows = make_windows(len(content.tokens), n_ctx, stride, options["windows"], prompt)
+        windows = content.windows(n_ctx, stride, options["windows"], prompt)
         head = describe_run(
             "perplexity",
             run.setup,

@@ -53,7 +53,13 @@ Examples:
 
 @click.command(cls=Command, epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
-@click.option("--text", type=PATH, required=True, metavar="FILE", help="Text to read, in UTF-8.")
+@click.option(
+    "--text",
+    type=PATH,
+    required=True,
+    metavar="PATH",
+    help="Text to read, in UTF-8, or a folder of .txt files, whose windows take turns.",
+)
 @click.option(
     "--max-kl",
     type=Number(0, 100, min_open=True),
@@ -163,7 +169,7 @@ def tune(model: Path, text: Path, **options: Any) -> None:
     from ..common.figure import make_figure
     from ..common.files import check_outputs
     from ..converters.write import check_output, write_sidecar
-    from ..evals.perplexity import context_size, make_windows, read_text
+    from ..evals.perplexity import context_size, read_text
     from ..evals.run import describe_run
     from ..evals.tune import Goal, Tuner, tuned_profile
     from ..evals.tune import tune as search
@@ -204,12 +210,13 @@ def tune(model: Path, text: Path, **options: Any) -> None:
     with progress_of_run(journal_path) as bar, stop_on_interrupt() as stop:
         bar(0, 1, "reading the text")
         content = read_text(setup, text)
-        if len(content.tokens) < n_ctx:
-            raise RazorError(
-                f"{text} has {len(content.tokens):,} tokens, expected at least the context"
-                f" ({n_ctx:,}); use a longer text or a smaller -c"
-            )
-        windows = make_windows(len(content.tokens), n_ctx, n_ctx, options["windows"], prompt)
+        for name, n_tokens in content.files or ((str(text), len(content.tokens)),):
+            if n_tokens < n_ctx:
+                raise RazorError(
+                    f"{name} has {n_tokens:,} tokens, expected at least the context ({n_ctx:,});"
+                    " use a longer text or a smaller -c"
+                )
+        windows = content.windows(n_ctx, n_ctx, options["windows"], prompt)
         if len(windows) < options["windows"]:
             raise RazorError(
                 f"--windows is {options['windows']:,}, but {text} has only {len(content.tokens):,}"

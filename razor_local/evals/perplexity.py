@@ -18,6 +18,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,11 +105,31 @@ class Text:
         tokens: int32, without BOS.
         bos: the token that replaces the first one of every window, as in training. None for models
             without it.
+        files: names and numbers of tokens of the files, if the text consists of several.
     """
 
     tokens: np.ndarray
     bos: int | None
     n_vocab: int
+    files: tuple[tuple[str, int], ...] = ()
+
+    def windows(
+        self, n_ctx: int, stride: int, most: int | None = None, prompt: int = 0
+    ) -> list[Window]:
+        """Make windows as make_windows() does, each in one file.
+
+        The first window of every file comes first, then the second of every file, and so on.
+        """
+        columns, begin = [], 0
+        for name, n_tokens in self.files or (("", len(self.tokens)),):
+            try:
+                some = make_windows(n_tokens, n_ctx, stride, most, prompt)
+            except RazorError as error:
+                raise RazorError(f"{name}: {error}" if name else str(error)) from None
+            columns.append([Window(begin + w.start, begin + w.end, w.first) for w in some])
+            begin += n_tokens
+        rows = zip_longest(*columns)
+        return [w for row in rows for w in row if w is not None][:most]
 
     def window(self, window: Window) -> np.ndarray:
         tokens: np.ndarray = self.tokens[window.start : window.end].copy()
@@ -118,16 +139,28 @@ class Text:
 
 
 def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
-    """Read a UTF-8 text file as the model's tokens. Raises RazorError, OSError."""
+    """Read a UTF-8 text file, or the .txt files of a folder, as the model's tokens.
+
+    Raises RazorError, OSError.
+    """
     from .questions import load_vocabulary
 
-    text = read_text_file(path)
+    path = Path(path)
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files:
+        raise RazorError(f"{path} has no .txt files, expected a text file or a folder with some")
+    texts = [read_text_file(file).encode() for file in files]
     vocab = load_vocabulary(setup.file)
-    plain, marked = (
-        vocab.tokenize(text.encode(), add_bos=add_bos, special=False) for add_bos in (False, True)
+    plain = [vocab.tokenize(text, add_bos=False, special=False) for text in texts]
+    a, marked = (vocab.tokenize(b"a", add_bos=bos, special=False) for bos in (False, True))
+    bos = marked[0] if len(marked) > len(a) else None
+    lengths = tuple((file.name, len(some)) for file, some in zip(files, plain, strict=True))
+    return Text(
+        np.array([token for some in plain for token in some], np.int32),
+        bos,
+        vocab.n_vocab(),
+        lengths if path.is_dir() else (),
     )
-    bos = marked[0] if len(marked) > len(plain) else None
-    return Text(np.array(plain, np.int32), bos, vocab.n_vocab())
 
 
 def run_perplexity(

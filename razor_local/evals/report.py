@@ -338,13 +338,14 @@ def draw_curves(
         panels: by title, points of (policy, bytes, value, low, high).
         label: the label of the values.
         path: the picture.
-        log: whether the values have a logarithmic axis.
+        log: whether both axes are logarithmic.
     """
-    figure = make_figure(path, (0.8 + 4.6 * max(len(panels), 1), 4.4), INSTEAD)
-    figure.set_layout_engine("constrained")
-    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
     series = {p["name"]: p["series"] for p in head["policies"]}
     names = list(dict.fromkeys(series.values()))
+    width = 0.8 + 4.6 * max(len(panels), 1) + (1.6 if len(names) > 8 else 0)
+    figure = make_figure(path, (width, 4.4), INSTEAD)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
     for ax, (title, points) in zip(axes, panels.items(), strict=False):
         for name in names:
             some = sorted((p for p in points if series[p[0]] == name), key=lambda p: p[1])
@@ -359,18 +360,28 @@ def draw_curves(
                 x,
                 y,
                 errors,
-                fmt="o-" if len(some) > 1 else "s",
+                fmt="oDv^"[names.index(name) // 10 % 4] + ("-" if len(some) > 1 else ""),
                 capsize=2,
                 label=name,
-                color=f"C{names.index(name)}",
+                color=f"C{names.index(name) % 10}",
                 markersize=4,
                 linewidth=1,
             )
         ax.set(title=title, xlabel="KV cache, MiB", ylabel=label)
-        ax.set_yscale("log" if log else "linear")
-        ax.set_xlim(left=0)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="x-small")
+        if log:
+            ax.set(xscale="log", yscale="log")
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("{x:g}")
+            ax.tick_params(axis="x", which="both", labelsize="x-small")
+        else:
+            ax.set_xlim(left=0)
+        ax.grid(alpha=0.3, which="both" if log else "major")
+        if len(names) <= 8:
+            ax.legend(fontsize="x-small")
+    if len(names) > 8:
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), fontsize="x-small", loc="outside right upper"
+        )
     model = head["model"]
     figure.suptitle(f"{head['eval']}: {one_line(model['name'] or model['file'])}", fontsize=9)
     return save_figure(figure, path)

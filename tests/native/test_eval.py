@@ -409,6 +409,29 @@ def test_only_what_follows_a_prompt_counts(book, prefill) -> None:
     assert f"{line}{how[prefill]}\n" in text
 
 
+def test_a_folder_of_texts(book, tmp_path) -> None:
+    """Each window lies in one file, and the files take turns."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    words = book.read_text()
+    for name, text in (("a.txt", words), ("b.txt", words[2000:])):
+        (folder / name).write_text(text)
+    args = ["-c", 256, "--policies", "full-q4_0", "-t", 1]
+    both = report("perplexity", "--text", folder, "--windows", 2, *args)
+    alone = [
+        report("perplexity", "--text", folder / n, "--windows", 1, *args)
+        for n in ("a.txt", "b.txt")
+    ]
+    (row,), rows = both["rows"], [found["rows"][0] for found in alone]
+    assert row["n"] == sum(r["n"] for r in rows)
+    assert row["kl"] == pytest.approx(np.mean([r["kl"] for r in rows]), rel=1e-6)
+    assert both["head"]["settings"]["text"] == "books"
+    for file in folder.iterdir():
+        file.unlink()
+    result = run("perplexity", "--text", folder, *args)
+    assert result.exit_code == 1 and "has no .txt files, expected a text file or a" in result.stderr
+
+
 def run_window(book):
     return Window(0, 512, 1)
 

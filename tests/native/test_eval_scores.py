@@ -15,7 +15,7 @@ from razor_local.cli.params import DEFAULT_MODEL
 from razor_local.errors import ProfileError, RazorError, UnsupportedError
 from razor_local.evals import needle, ruler
 from razor_local.evals.intervals import block_bootstrap, paired_difference, score_interval, wilson
-from razor_local.evals.perplexity import BLOCK, Window, log_softmax, make_windows
+from razor_local.evals.perplexity import BLOCK, Text, Window, log_softmax, make_windows
 from razor_local.evals.perplexity_report import position_buckets
 from razor_local.evals.policies import DEFAULT, make_policies
 from razor_local.evals.questions import Question, Sample
@@ -302,6 +302,26 @@ def test_each_token_counts_once(n_tokens, n_256, n_128) -> None:
     assert windows[-1].end > n_tokens - max(stride, 1) or n_tokens < n_ctx
     if stride < n_ctx:
         assert counted == list(range(1, windows[-1].end))
+
+
+@given(st.lists(st.integers(2 * BLOCK, 3000), min_size=1, max_size=5), st.integers(1, 12))
+@settings(max_examples=80, deadline=None)
+def test_the_windows_of_several_files_take_turns(lengths, most) -> None:
+    files = tuple((f"{i}.txt", n) for i, n in enumerate(lengths))
+    text = Text(np.zeros(sum(lengths), np.int32), None, 1000, files)
+    windows = text.windows(512, 512, None, 128)
+    ends = np.cumsum(lengths)
+    owners = [int(np.searchsorted(ends, w.start, "right")) for w in windows]
+    for i, n in enumerate(lengths):
+        begin = int(ends[i]) - n
+        own = [Window(w.start - begin, w.end - begin, w.first)
+               for w, owner in zip(windows, owners, strict=True) if owner == i]  # fmt: skip
+        assert own == make_windows(n, 512, 512, None, 128)
+    turns = [owners[:k].count(owner) for k, owner in enumerate(owners)]
+    assert turns == sorted(turns)
+    assert text.windows(512, 512, most, 128) == windows[:most]
+    with pytest.raises(RazorError, match="short.txt: the text has 10 tokens"):
+        Text(text.tokens, None, 1000, (*files, ("short.txt", 10))).windows(512, 512)
 
 
 def test_windows_that_cannot_be_cut_are_refused() -> None:
