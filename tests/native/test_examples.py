@@ -27,7 +27,7 @@ LESS = {
     "convert": ("--no-option", "--force"),
     "eval needle": ("-c|--samples", "-c 512 --samples 1 --depths 50"),
     "eval ruler": ("-c|--samples", "-c 1k --samples 1"),
-    "eval perplexity": ("-c", "-c 512 --windows 1"),
+    "eval perplexity": ("-c|--prompt", "-c 512 --windows 1"),
     "eval longbench": ("-c", "-c 2k"),
     "tune": (
         "-c|-o|--max-kl|--memory|--vram|--resume",
@@ -79,7 +79,7 @@ def runs(line: str, folder: Path) -> subprocess.CompletedProcess:
     (folder / "run.jsonl").unlink(missing_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        line, shell=True, cwd=folder, env=os.environ | {"PATH": path}, input="Hello",
+        ["bash", "-c", line], cwd=folder, env=os.environ | {"PATH": path}, input="Hello",
         capture_output=True, text=True,
     )  # fmt: skip
 
