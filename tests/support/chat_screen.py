@@ -92,17 +92,28 @@ class Screen:
     def type(self, text: str) -> list[str]:
         """Type a text. Return the new rows once the chat waits for input again, or has ended."""
         self._terminal.send(text)
-        while True:
-            running = self._terminal.settle(1.0)
-            self._stream.feed(self._terminal.raw[self._fed :])
-            self._fed = len(self._terminal.raw)
-            rows = [row.rstrip() for row in self._screen.display[self._row :]]
-            rows = rows[: max((i + 1 for i, row in enumerate(rows) if row), default=0)]
-            waits = rows and re.match(r"(>>>|\.\.\.)( |$)", rows[-1])
-            if not running or waits:
-                break
+        while not self._waits():
+            pass
+        rows = self._new_rows()
         self._row = self._screen.cursor.y
         return rows
+
+    def _waits(self) -> bool:
+        if not self._terminal.settle(0.1):
+            return True
+        rows = self._new_rows()
+        if len(rows) > 1 and rows[-1] in (">>>", "..."):  # below what was typed
+            return True
+        if not self._terminal.settle(1.0):
+            return True
+        rows = self._new_rows()
+        return bool(rows and re.match(r"(>>>|\.\.\.)( |$)", rows[-1]))
+
+    def _new_rows(self) -> list[str]:
+        self._stream.feed(self._terminal.raw[self._fed :])
+        self._fed = len(self._terminal.raw)
+        rows = [row.rstrip() for row in self._screen.display[self._row :]]
+        return rows[: max((i + 1 for i, row in enumerate(rows) if row), default=0)]
 
 
 def transcript(model: str | None = None) -> str:
