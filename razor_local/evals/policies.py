@@ -64,6 +64,11 @@ class Policy:
     local_type: str | None = None
 
     @property
+    def is_full(self) -> bool:
+        """Return True for the policies full and exact."""
+        return self.series.partition("-")[0] in FULL
+
+    @property
     def types(self) -> dict[str, Any]:
         """Return the KV types as arguments of make_plan(), Llama and Examiner.ask()."""
         type_k, type_v = split_type(self.kv_type)

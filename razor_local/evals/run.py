@@ -67,7 +67,7 @@ def _describe_policy(policy: Policy) -> dict[str, Any]:
     }
     if policy.local_type is not None:
         described["local_type"] = policy.local_type
-    if profile is None:
+    if profile is None or policy.is_full:
         return described | {"retrieval_kv_heads": None}
     heads = profile.flat()
     return described | {

@@ -43,7 +43,7 @@ TYPES = (
     ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0"),
 )  # fmt: skip
 FULL_TYPES = ("f16", "q8_0", "q5_0", "q4_0")  # of full caches, for comparison
-MAX_CELLS = 2  # local heads keep at most 1/MAX_CELLS of the context, so that facts fit before it
+CELLS_DIVISOR = 2  # local heads keep at most half of the context, so that facts fit before it
 
 
 def window_of(cells: int, profile: Profile) -> int:
@@ -120,7 +120,7 @@ class Tuner:
         """Return the plans to choose from. Raises UnsupportedError if there are none."""
         cells = tuple(
             n
-            for n in range(N_CTX_PAD, self.n_ctx // MAX_CELLS + 1, N_CTX_PAD)
+            for n in range(N_CTX_PAD, self.n_ctx // CELLS_DIVISOR + 1, N_CTX_PAD)
             if window_of(n, self.base)
         )
         types = tuple(pair for pair in TYPES if all(type_fits(self.shape, t) for t in pair))
@@ -286,7 +286,7 @@ class Tuner:
 
     def _ask(self, policy: Policy) -> Outcome:
         if self._examiner is None:
-            reach = self.n_ctx // MAX_CELLS
+            reach = self.n_ctx // CELLS_DIVISOR
             exam = make_exam(
                 Prompts(self.setup.file),
                 MadeText(),

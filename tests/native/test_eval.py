@@ -107,6 +107,7 @@ def test_the_exact_full_cache_reads_the_prompts_of_the_others(tmp_path, monkeypa
     rows = {row["policy"]: row for row in together["rows"]}
     assert rows["razor-f16:128"]["kv_bytes"] == alone["rows"][0]["kv_bytes"]
     assert rows["razor-f16:64"]["kv_bytes"] < rows["razor-f16:128"]["kv_bytes"]
+    assert together["head"]["policies"][0]["retrieval_kv_heads"] is None
 
 
 def reopened(path, lines) -> Report:
