@@ -110,6 +110,11 @@ Examples:
     metavar="N",
     help="Maximum number of plans to measure.",
 )
+@click.option(
+    "--one-window",
+    is_flag=True,
+    help="Give all layers the same window: do not search for windows by layer.",
+)
 @PREFILL
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile to start from.")
 @click.option(
@@ -161,6 +166,9 @@ def tune(model: Path, text: Path, **options: Any) -> None:
     types of both. Each plan reads the beginning of the text as a prompt. Its predictions of the
     tokens after the prompt are compared with those of the full f16 cache. A plan that loses planted
     facts is not chosen.
+
+    After the plans with one window for all layers, tune narrows the window of one layer at a time,
+    and then those of the layers that lose least by it (--one-window skips this).
 
     The best plan is written as a profile into a sidecar. A profile does not set KV types, so tune
     prints the options to use. If no plan reaches the goal, nothing is written, and the exit code is
@@ -244,7 +252,7 @@ def tune(model: Path, text: Path, **options: Any) -> None:
             base = _base(setup, options, journal, bar, stop)
             with Tuner(
                 setup, file.shape, base, content, windows, n_ctx, options["plans"], journal, bar,
-                stop,
+                stop, not options["one_window"],
             ) as tuner:  # fmt: skip
                 tuned = search(tuner, goal)
                 profile = (
@@ -380,7 +388,8 @@ def _rows(tuner: Tuner, tuned: Tuned) -> list[dict[str, Any]]:
             {
                 "plan": "full" if is_full else "razor",
                 "retrieval_kv_heads": candidate.n_heads,
-                "window": None if is_full else window_of(candidate.cells, tuner.base),
+                "window": None if is_full else window_of(candidate.cells, tuner.base) or None,
+                "windows": list(candidate.windows) or None,
                 "options": options_of(candidate),
                 "share": figures.kv_bytes / full,
                 "front": candidate in front,
@@ -398,12 +407,19 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def _window_text(row: dict[str, Any]) -> str:
+    if row["windows"] is not None:
+        low, high = min(row["windows"]), max(row["windows"])
+        return f"{low:,} to {high:,}" if low < high else f"{low:,}"
+    return "" if row["window"] is None else f"{row['window']:,}"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     notes = ["chosen"] * row["chosen"] + ["loses facts"] * row["lost_facts"]
     return [
         row["plan"],
         str(row["retrieval_kv_heads"]),
-        "" if row["window"] is None else f"{row['window']:,}",
+        _window_text(row),
         row["options"] or "f16",
         f"{row['kv_bytes']:,}",
         f"{row['share']:.1%}",

@@ -24,15 +24,17 @@ class Candidate:
 
     Attributes:
         n_heads: number of retrieval heads, the strongest ones. All heads: a full cache.
-        cells: number of cells of each local head.
+        cells: number of cells of each local head. With windows it is 0.
         kv_type, local_type: KV types of retrieval heads and of local heads, for K and V or, as in
             "q8_0/q4_0", one for each.
+        windows: the window of the local heads of each layer, in tokens; empty: one for all layers.
     """
 
     n_heads: int
     cells: int
     kv_type: str = "f16"
     local_type: str = "f16"
+    windows: tuple[int, ...] = ()
 
     def has_all_of(self, other: Candidate) -> bool:
         """Return True if it keeps at least as much as the other, in types at least as precise."""
@@ -193,6 +195,54 @@ def _refine(
         for i in new:
             seen.add(space.cells[i])
             explore(space.cells[i], (now.kv_type, now.local_type))
+
+
+def narrow(
+    windows: Sequence[int],
+    losses: Sequence[float],
+    weights: Sequence[float],
+    n_local: Sequence[int],
+) -> list[tuple[int, ...]]:
+    """Return plans with a window for each layer, from the largest windows to the smallest.
+
+    Each plan narrows the window of one layer of the plan before: the one that adds the least loss
+    per token that its heads no longer keep. The loss of a plan is estimated as the sum over the
+    layers of their weight times the loss of their window.
+
+    Args:
+        windows: the windows to choose from, in ascending order.
+        losses: for each window, the loss of a plan in which every layer has it.
+        weights: for each layer, its share of the loss.
+        n_local: for each layer, the number of local heads. Layers without any have windows[0].
+    """
+    at = [len(windows) - 1 if n else 0 for n in n_local]
+    path = [tuple(windows[i] for i in at)]
+
+    def price(layer: int) -> float:
+        i = at[layer]
+        added = weights[layer] * (losses[i - 1] - losses[i])
+        return added / (n_local[layer] * (windows[i] - windows[i - 1]))
+
+    while left := [layer for layer, i in enumerate(at) if i]:
+        at[min(left, key=price)] -= 1
+        path.append(tuple(windows[i] for i in at))
+    return path
+
+
+def last_that_holds(n: int, first: int, holds: Callable[[int], bool]) -> int:
+    """Return the largest index below n for which holds() is true, -1 if it is for none.
+
+    If holds() is true up to an index and false after it, the result is exact. first is tried first.
+    holds() is called once per index.
+    """
+    low, high, middle = -1, n, first
+    while high - low > 1:
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+        middle = (low + high) // 2
+    return low
 
 
 def pareto(points: Sequence[tuple[int, float]]) -> list[int]:

@@ -8,9 +8,11 @@ find the planted facts (facts.py) that the full cache finds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +35,16 @@ from .policies import Policy, exact_full, may_share, type_fits
 from .proof import is_as_good, is_enough
 from .questions import Prompts
 from .run import open_llama
-from .search import Candidate, OutOfTries, Space, find_best, find_smallest, pareto
+from .search import (
+    Candidate,
+    OutOfTries,
+    Space,
+    find_best,
+    find_smallest,
+    last_that_holds,
+    narrow,
+    pareto,
+)
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -43,7 +54,12 @@ TYPES = (
     ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0"),
 )  # fmt: skip
 FULL_TYPES = ("f16", "q8_0", "q5_0", "q4_0")  # of full caches, for comparison
+N_WINDOWS = 4  # different windows of a plan with windows by layer; plan.MAX_WINDOWS at most
+LEAST_WEIGHT = 1e-5  # nats; differences can be negative by chance
 CELLS_DIVISOR = 2  # local heads keep at most half of the context, so that facts fit before it
+
+
+MIN_WINDOW = 64  # tokens, of layers whose windows differ
 
 
 def window_of(cells: int, profile: Profile) -> int:
@@ -78,7 +94,8 @@ class Tuner:
     Args:
         base: the profile whose heads and scores decide the order of the heads.
         windows: the parts of the text that are read; window.first is the length of the prompt.
-        tries: maximum number of plans to measure.
+        tries: maximum number of plans with one window to measure.
+        by_layer: whether to search for windows by layer afterwards.
     """
 
     def __init__(
@@ -93,6 +110,7 @@ class Tuner:
         journal: Journal,
         progress: Progress | None = None,
         stop: Stop | None = None,
+        by_layer: bool = True,
     ) -> None:
         self.setup, self.shape, self.text, self.windows = setup, shape, text, windows
         self.base = replace(base, scope=None)
@@ -104,7 +122,11 @@ class Tuner:
         self._examiner: Examiner | None = None
         self._sources: dict[str, Llama] = {}  # full caches by KV type
         self._stack = ExitStack()
-        reads = len(windows) * (len(FULL_TYPES) + tries) + 2 + tries // 2
+        self.by_layer = by_layer
+        plans = len(FULL_TYPES) + tries
+        if by_layer:
+            plans += shape.n_layer + 2 * N_WINDOWS
+        reads = len(windows) * plans + 2 + tries // 2
         self._clock = Clock(progress, reads)
 
     def __enter__(self) -> Tuner:
@@ -136,7 +158,13 @@ class Tuner:
         n = candidate.n_heads
         if n not in self._heads:
             self._heads[n] = with_budget(self.base, self.shape, n / len(self.base.flat()))
-        return self._heads[n].with_options(window_of(candidate.cells, self.base), None, None)
+        if not candidate.windows:
+            return self._heads[n].with_options(window_of(candidate.cells, self.base), None, None)
+        scope = tuple(
+            np.where(heads == 1, 0, window).astype(np.uint32)
+            for heads, window in zip(self._heads[n].retrieval, candidate.windows, strict=True)
+        )
+        return replace(self._heads[n], scope=scope)
 
     def plan(self, candidate: Candidate) -> Plan:
         return self.policy(candidate).plan(self.shape, self.n_ctx)
@@ -145,8 +173,10 @@ class Tuner:
         """Return the policy of a candidate. Its name identifies the candidate."""
         if candidate.n_heads == len(self.base.flat()):
             return exact_full(self.shape, candidate.kv_type)
-        window = window_of(candidate.cells, self.base)
         types = f"{candidate.kv_type}+{candidate.local_type}"
+        window = str(window_of(candidate.cells, self.base))
+        if candidate.windows:
+            window = f"by-layer-{sha256(repr(candidate.windows).encode()).hexdigest()[:8]}"
         return Policy(
             f"razor-{candidate.n_heads}-heads-{window}-{types}",
             f"razor-{types}",
@@ -158,6 +188,13 @@ class Tuner:
     def full(self, kv_type: str) -> Candidate:
         """Return a full cache as a candidate."""
         return Candidate(len(self.base.flat()), self.n_ctx, kv_type, kv_type)
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """Return the windows that layers can have, in ascending order; () in a small context."""
+        half, least = self.n_ctx // CELLS_DIVISOR, max(self.n_ctx // 32, MIN_WINDOW)
+        some = (least, self.n_ctx // 8, self.n_ctx // 4, half - fold_block(half))
+        return some if least < self.n_ctx // 8 else ()
 
     # -- measurements --
 
@@ -176,6 +213,7 @@ class Tuner:
             "cells": candidate.cells,
             "kv_type": candidate.kv_type,
             "local_type": candidate.local_type,
+            "windows": candidate.windows,
         }
         self._journal.add(key | plan | vars(figures))
         return figures
@@ -371,7 +409,7 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
 
     def measure(candidate: Candidate) -> Figures:
         if candidate not in measured:
-            if len(measured) == len(full) + tuner.tries:
+            if not candidate.windows and len(measured) == len(full) + tuner.tries:
                 raise OutOfTries
             measured[candidate] = tuner.measure(candidate)
         return measured[candidate]
@@ -401,11 +439,24 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
             limit = below if best is None else space.size(best)
             smaller = find_smallest(space, lambda c: loss(c) <= bound and keeps_facts(c), limit)
             best = smaller or best
+        if best is not None and tuner.by_layer:
+            narrowest = narrow_layers(
+                tuner, best, loss, lambda c: loss(c) <= bound and keeps_facts(c)
+            )
+            if narrowest is not None and tuner.plan(narrowest).kv_bytes < space.size(best):
+                best = narrowest
         why = _why_none(measured, full, lost, bound, below)
     else:
         assert goal.max_bytes is not None
         ranked = find_best(space, loss, goal.max_bytes)
         best = next((c for c in ranked if keeps_facts(c)), None)
+        if best is not None and tuner.by_layer:
+            most = goal.max_bytes
+            fitting = narrow_layers(
+                tuner, best, loss, lambda c: tuner.plan(c).kv_bytes <= most, True
+            )
+            if fitting is not None and loss(fitting) < loss(best) and keeps_facts(fitting):
+                best = fitting
         fits = [c for c in full.values() if measured[c].kv_bytes <= goal.max_bytes]
         better = [c for c in fits if best is None or measured[c].kl <= measured[best].kl]
         if better:
@@ -414,6 +465,49 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
         else:
             why = f"each of the {len(ranked)} plans that fit loses planted facts"
     return Tuned(best, "" if best is not None else why, measured, lost)
+
+
+def narrow_layers(
+    tuner: Tuner,
+    best: Candidate,
+    loss: Callable[[Candidate], float],
+    holds: Callable[[Candidate], bool],
+    first: bool = False,
+) -> Candidate | None:
+    """Return a plan like the best one whose layers have different windows, None if none holds.
+
+    What a layer loses by a narrow window differs by more than ten times between layers. The layers
+    are narrowed one at a time (wide plan: every layer has the second largest window), and the sum
+    of these losses decides which windows are narrowed first (narrow()).
+
+    Args:
+        loss: measures a plan.
+        holds: returns True if a plan is good enough.
+        first: return the first plan that holds, the largest one, instead of the smallest one.
+    """
+    windows = tuner.layer_windows
+    n_local = [int(sum(heads == 0)) for heads in tuner.profile(best).retrieval]
+    if not windows or not any(n_local):
+        return None
+
+    def plan(of_layers: Sequence[int]) -> Candidate:
+        return Candidate(best.n_heads, 0, best.kv_type, best.local_type, tuple(of_layers))
+
+    n_layer = len(n_local)
+    losses = [loss(plan([window] * n_layer)) for window in windows]
+    wide = [windows[-2]] * n_layer
+    weights = np.full(n_layer, LEAST_WEIGHT)
+    for layer in np.flatnonzero(n_local).tolist():
+        one = [*wide[:layer], windows[0], *wide[layer + 1 :]]
+        weights[layer] = max(loss(plan(one)) - losses[-2], LEAST_WEIGHT)
+    path = [plan(p) for p in narrow(windows, losses, (weights / weights.sum()).tolist(), n_local)]
+    if first:
+        index = next((i for i, c in enumerate(path) if holds(c)), -1)
+    else:
+        size = tuner.plan(best).kv_bytes
+        at = min(range(len(path)), key=lambda i: abs(tuner.plan(path[i]).kv_bytes - size))
+        index = last_that_holds(len(path), at, lambda i: holds(path[i]))
+    return path[index] if index >= 0 else None
 
 
 def _why_none(
@@ -474,7 +568,7 @@ def tuned_profile(tuner: Tuner, tuned: Tuned, goal: Goal, text: str) -> Profile:
             "facts_found": razor.n_found,
             "facts_found_full": full.n_found,
             "facts_tokens": tuner.n_ctx,
-            "facts_window": window_of(best.cells, tuner.base),
+            "facts_window": max(best.windows, default=window_of(best.cells, tuner.base)),
             "facts_kv_bytes": str(figures.kv_bytes),
             "facts_kv_bytes_full": str(n_full),
         }

@@ -17,7 +17,7 @@ from razor_local.evals.haystack import MadeText
 from razor_local.evals.perplexity import make_windows, read_text
 from razor_local.evals.policies import exact_full
 from razor_local.evals.search import Candidate
-from razor_local.evals.tune import FULL_TYPES, Goal, Tuner, tune, window_of
+from razor_local.evals.tune import FULL_TYPES, Goal, Tuner, tune, tuned_profile, window_of
 from razor_local.model_file import open_model, read_profile
 from razor_local.model_setup import ModelSetup
 from razor_local.plan import make_plan
@@ -49,9 +49,12 @@ def args(book, *more: object) -> tuple[object, ...]:
     return ("tune", "--text", book, "-c", N_CTX, "--tokens", TOKENS, "-t", 1, *more)
 
 
+ONE = "--one-window"
+
+
 def test_the_smallest_plan_is_written_with_what_it_was_measured_at(book, tmp_path) -> None:
     out, journal = tmp_path / "out.gguf", tmp_path / "run.jsonl"
-    more = ["--plans", 6, "-o", out, "--resume", journal, "--max-kl", 0.02]
+    more = ["--plans", 6, "--one-window", "-o", out, "--resume", journal, "--max-kl", 0.02]
     code, stdout, stderr = run(*args(book, *more, "--json", "--plot", tmp_path / "p.svg"))
     assert code == 0, stderr
     report = json.loads(stdout)
@@ -131,7 +134,9 @@ def test_a_memory_bound(book, tmp_path) -> None:
     out = tmp_path / "out.gguf"
     full = make_plan(open_model(DEFAULT_MODEL).shape, None, N_CTX).kv_bytes
     size = full // 5
-    code, stdout, stderr = run(*args(book, "--memory", size, "--plans", 5, "-o", out, "--json"))
+    code, stdout, stderr = run(
+        *args(book, "--memory", size, "--plans", 5, ONE, "-o", out, "--json")
+    )
     assert code == 0, stderr
     rows = json.loads(stdout)["rows"]
     razor = [row for row in rows if row["plan"] == "razor"]
@@ -176,13 +181,15 @@ def test_the_default_place_is_refused_where_it_would_not_be_used(book) -> None:
 class Scripted(Tuner):
     """A tuner with a formula instead of a model."""
 
-    def __init__(self, facts: bool, tries: int = 50) -> None:
+    def __init__(self, facts: bool, tries: int = 50, by_layer: bool = False) -> None:
         setup = ModelSetup(str(DEFAULT_MODEL))
         journal = run_module.open_journal(None, {})
         windows = make_windows(8192, 8192, 8192, 1, 7680)
         base = read_profile(DEFAULT_MODEL)
         assert base is not None
-        super().__init__(setup, setup.file.shape, base, None, windows, 8192, tries, journal)  # type: ignore[arg-type]
+        super().__init__(
+            setup, setup.file.shape, base, None, windows, 8192, tries, journal, by_layer=by_layer
+        )  # type: ignore[arg-type]
         self.asked: list[Candidate] = []
         self._facts = facts
 
@@ -230,6 +237,64 @@ def test_every_measured_plan_is_asked_for_facts_before_new_ones(tries) -> None:
 
     tuned = tune(KeptByOne(False, tries), Goal(0.025, None))
     assert tuned.best == keeper and smallest in tuned.lost_facts
+
+
+LAYERS = (1.0, 0.01, 0.2, 0.01, 0.5, 0.01)  # what the layers of the built-in model lose
+
+
+class Layered(Scripted):
+    """A tuner whose layers lose much or little by a narrow window."""
+
+    def _compare(self, policy):
+        from razor_local.evals.tune import Figures
+
+        plan = policy.plan(self.shape, self.n_ctx)
+        kl = 0.0
+        for weight, layer in zip(LAYERS, plan.layers, strict=True):
+            kl += sum(weight / window for window in layer.windows if window)
+        return Figures(kl, 0.1, 0.9, plan.kv_bytes, "full")
+
+
+@pytest.mark.parametrize("goal", [Goal(0.01, None), Goal(None, 8_000_000)])
+def test_layers_that_lose_little_get_narrow_windows(goal) -> None:
+    one = tune(Layered(False), goal)
+    tuner = Layered(False, by_layer=True)
+    tuned = tune(tuner, goal)
+    assert one.best is not None and tuned.best is not None and tuned.best.windows
+    windows, local = tuned.best.windows, tuner.profile(tuned.best).retrieval
+    assert set(windows) <= set(tuner.layer_windows)
+    ranked = [windows[i] for i in (0, 4, 2, 1, 3, 5) if not local[i].all()]
+    assert ranked == sorted(ranked, reverse=True) and ranked[0] > ranked[-1]
+    figures, before = tuned.measured[tuned.best], one.measured[one.best]
+    if goal.max_kl is not None:
+        assert figures.kl <= goal.max_kl and figures.kv_bytes < before.kv_bytes
+    else:
+        assert figures.kv_bytes <= goal.max_bytes and figures.kl < before.kl
+    assert tuned.best in tuner.asked, "its facts were asked for"
+    # the profile is that of the plan
+    profile = tuned_profile(tuner, tuned, goal, "book.txt")
+    plan = make_plan(tuner.shape, profile, 8192, **tuner.policy(tuned.best).types)
+    assert plan.kv_bytes == figures.kv_bytes == int(profile.calibration["tune_kv_bytes"])
+    assert profile.calibration["facts_window"] == max(windows)
+
+
+def test_windows_by_layer_are_written_and_shown(book, tmp_path) -> None:
+    out, report = tmp_path / "out.gguf", tmp_path / "report.json"
+    more = ["--max-kl", 0.02, "--plans", 3, "-o", out, "--report", report]
+    code, _, stderr = run(*args(book, *more))
+    assert code == 0, stderr
+    rows = json.loads(report.read_text())["rows"]
+    (chosen,) = (row for row in rows if row["chosen"])
+    one = [row["kv_bytes"] for row in rows if row["window"] and row["kl"] <= 0.02]
+    assert chosen["windows"] is not None and chosen["kv_bytes"] < min(one) and chosen["kl"] <= 0.02
+    shape = open_model(DEFAULT_MODEL).shape
+    profile = read_sidecar(out, shape)
+    for heads, scopes, window in zip(
+        profile.retrieval, profile.scope, chosen["windows"], strict=True
+    ):
+        assert scopes.tolist() == [0 if head else window for head in heads]
+    shown = run("inspect", DEFAULT_MODEL, "--sidecar", out, "-c", N_CTX)[1]
+    assert "scopes of" in shown and "tuned" in shown
 
 
 def test_a_full_cache_that_is_as_good_is_named() -> None:

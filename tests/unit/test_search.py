@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +14,8 @@ from razor_local.evals.search import (
     Space,
     find_best,
     find_smallest,
+    last_that_holds,
+    narrow,
     pareto,
 )
 
@@ -157,3 +159,47 @@ def test_the_pareto_front_is_what_nothing_beats(points) -> None:
         assert any(a <= size and b <= loss for a, b in kept)
     for i, (size, loss) in enumerate(kept):
         assert not any(a <= size and b <= loss for a, b in kept[:i] + kept[i + 1 :])
+
+
+@given(st.data(), st.integers(1, 8), st.integers(2, 4))
+@settings(max_examples=200, deadline=None)
+def test_layers_are_narrowed_where_it_costs_least(data, n_layer, n_windows) -> None:
+    windows = sorted(
+        data.draw(st.sets(st.integers(64, 4096), min_size=n_windows, max_size=n_windows))
+    )
+    losses = sorted(
+        data.draw(st.lists(st.floats(0, 1), min_size=n_windows, max_size=n_windows)), reverse=True
+    )
+    weights = data.draw(st.lists(st.floats(1e-3, 1), min_size=n_layer, max_size=n_layer))
+    n_local = data.draw(st.lists(st.integers(0, 4), min_size=n_layer, max_size=n_layer))
+    path = narrow(windows, losses, weights, n_local)
+    assert path[0] == tuple(windows[-1] if n else windows[0] for n in n_local)
+    assert path[-1] == (windows[0],) * n_layer
+    assert len(path) == 1 + (n_windows - 1) * sum(n > 0 for n in n_local)
+    of = dict(zip(windows, losses, strict=True))
+
+    def loss(plan) -> float:
+        return sum(w * of[x] for w, x in zip(weights, plan, strict=True))
+
+    def kept(plan) -> int:
+        return sum(n * x for n, x in zip(n_local, plan, strict=True))
+
+    for before, after in pairwise(path):
+        changed = [i for i in range(n_layer) if before[i] != after[i]]
+        assert (
+            len(changed) == 1 and kept(after) < kept(before) and loss(after) >= loss(before) - 1e-9
+        )
+        price = (loss(after) - loss(before)) / (kept(before) - kept(after))
+        for i in range(n_layer):  # no other layer would have been cheaper
+            at = windows.index(before[i])
+            if n_local[i] and at:
+                other = (*before[:i], windows[at - 1], *before[i + 1 :])
+                assert price <= (loss(other) - loss(before)) / (kept(before) - kept(other)) + 1e-9
+
+
+@given(st.integers(1, 60), st.data())
+def test_the_last_that_holds_is_found(n, data) -> None:
+    last, first = data.draw(st.integers(-1, n - 1)), data.draw(st.integers(0, n - 1))
+    asked: list[int] = []
+    assert last_that_holds(n, first, lambda i: asked.append(i) or i <= last) == last
+    assert asked[0] == first and len(asked) == len(set(asked)) <= 2 + n.bit_length()
