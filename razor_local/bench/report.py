@@ -28,43 +28,48 @@ def _markdown(report: Report) -> Iterable[str]:
     yield f"# razor-local bench: {one_line(model['name'] or model['file'])}"
     yield ""
     yield from (f"- {line}" for line in describe_lines(report))
-    yield ""
-    yield "## Decoding"
-    yield ""
-    yield from markdown_table(
-        ["KV type", "tokens in cache", "context", "razor tok/s", "full tok/s", "faster by",
-         "full f16 tok/s", "faster by", "razor ms", "razor time / reading its bytes", "full"],
-        [
+    if any(r["razor_tok_s"] or r["full_tok_s"] for r in report.rows):
+        yield ""
+        yield "## Decoding"
+        yield ""
+        yield from markdown_table(
+            ["KV type", "tokens in cache", "context", "razor tok/s", "full tok/s", "faster by",
+             "full f16 tok/s", "faster by", "razor ms", "razor time / reading its bytes", "full"],
             [
-                kv(r), f"{r['depth']:,}", f"{r['n_ctx']:,}", number(r["razor_tok_s"]),
-                number(r["full_tok_s"]), ratio(r, "decode_ratio_full"),
-                number(r["full_f16_tok_s"]), ratio(r, "decode_ratio_full_f16"),
-                number(r["razor_ms"]), times(r["razor_over_read"]), times(r["full_over_read"]),
-            ]
-            for r in report.rows
-        ],
-    )  # fmt: skip
-    yield ""
-    yield "## Prefill"
-    yield ""
-    yield from markdown_table(
-        ["KV type", "prompt", "batch of", "at", "razor tok/s", "full tok/s", "faster by",
-         "first token after: razor", "full", "faster by", ""],
-        [
+                [
+                    kv(r), f"{r['depth']:,}", f"{r['n_ctx']:,}", number(r["razor_tok_s"]),
+                    number(r["full_tok_s"]), ratio(r, "decode_ratio_full"),
+                    number(r["full_f16_tok_s"]), ratio(r, "decode_ratio_full_f16"),
+                    number(r["razor_ms"]), times(r["razor_over_read"]), times(r["full_over_read"]),
+                ]
+                for r in report.rows
+            ],
+        )  # fmt: skip
+    timed = ("razor_prefill_tok_s", "full_prefill_tok_s", "razor_first_token_s",
+             "full_first_token_s")  # fmt: skip
+    if any(r[name] for r in report.rows for name in timed):
+        yield ""
+        yield "## Prefill"
+        yield ""
+        yield from markdown_table(
+            ["KV type", "prompt", "batch of", "at", "razor tok/s", "full tok/s", "faster by",
+             "first token after: razor", "full", "faster by", ""],
             [
-                kv(r), f"{max(r['depth'], 1):,}", count(r["prefill_batch"]),
-                count(r["prefill_at"]), number(r["razor_prefill_tok_s"]),
-                number(r["full_prefill_tok_s"]), ratio(r, "prefill_ratio"),
-                seconds(r["razor_first_token_s"]), seconds(r["full_first_token_s"]),
-                times(r["first_token_ratio"]), r["first_token"] or "",
-            ]
-            for r in report.rows
-        ],
-    )  # fmt: skip
-    yield ""
-    yield "## Memory"
-    yield ""
-    yield from _memory_table(report)
+                [
+                    kv(r), f"{max(r['depth'], 1):,}", count(r["prefill_batch"]),
+                    count(r["prefill_at"]), number(r["razor_prefill_tok_s"]),
+                    number(r["full_prefill_tok_s"]), ratio(r, "prefill_ratio"),
+                    seconds(r["razor_first_token_s"]), seconds(r["full_first_token_s"]),
+                    times(r["first_token_ratio"]), r["first_token"] or "",
+                ]
+                for r in report.rows
+            ],
+        )  # fmt: skip
+    if any(r["kind"] == "memory" for r in report.records):
+        yield ""
+        yield "## Memory"
+        yield ""
+        yield from _memory_table(report)
     if report.folds:
         yield ""
         yield "## Steps across folds"
@@ -145,7 +150,8 @@ def describe_lines(report: Report) -> Iterable[str]:
         yield f"Profile: {one_line(head['profile'])}."
     memory = machine["memory_total"]
     yield (
-        f"{machine['cpu']}, {machine['cores']} cores, {head['setup']['n_threads']} threads,"
+        f"{machine['cpu']}, {_number(machine['cores'], 'core')},"
+        f" {_number(head['setup']['n_threads'], 'thread')},"
         + (f" {memory / 2**30:.0f} GiB," if memory else "")
         + f" {machine['system']}"
         + (
@@ -167,9 +173,11 @@ def describe_lines(report: Report) -> Iterable[str]:
         f" {head['setup']['full_cache']}."
     )
     where = "two processes" if head["setup"]["full_cache"] == "another build" else "one process"
-    yield (
-        f"Flash attention is on. The sides run in {where} and take turns;"
-        ' "faster by" is the median of the paired ratios, with quartiles.'
+    timed = any(r["kind"] != "memory" for r in report.records)
+    yield f"Flash attention is on. The sides run in {where}" + (
+        ' and take turns; "faster by" is the median of the paired ratios, with quartiles.'
+        if timed
+        else "."
     )
     steps = max((r.get("steps", 1) for r in report.records if r["kind"] == "decode"), default=1)
     if steps > 1:
@@ -177,7 +185,8 @@ def describe_lines(report: Report) -> Iterable[str]:
             f"Where a step takes less than {SHORT_STEP * 1e3:.0f} ms, a turn is one warm-up step"
             f" and {steps} more, whose median counts."
         )
-    yield "Caches were filled with random rows, not by a prefill."
+    if timed:
+        yield "Caches were filled with random rows, not by a prefill."
     if any(row["first_token"] == "integrated" for row in report.rows):
         yield (
             'An "integrated" time to the first token was not measured: it is integrated over'
@@ -207,6 +216,10 @@ def _memory_table(report: Report) -> Iterable[str]:
     titles += ["peak RSS MiB decoding: razor", "full"]
     titles += ["device MiB: razor", "full"] if with_device else []
     return markdown_table(titles, rows)
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}" + "s" * (n != 1)
 
 
 def _gpu(gpu: dict[str, Any]) -> str:

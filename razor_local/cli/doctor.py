@@ -78,7 +78,7 @@ def examine() -> dict[str, Any]:
         "default_model": _default_model(problems),
     }
     for name, version in report["packages"].items():
-        if version is None:
+        if version is None and not any("llama_cpp is missing" in text for text in problems):
             problems.append(f"the Python package {name} is not installed; reinstall razor-local")
     unused = unused_gpu(native["build_options"]) if native else None
     return {**report, "notes": [unused] if unused else [], "problems": problems}

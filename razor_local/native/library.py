@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from ctypes import c_bool, c_char_p, c_int32, c_uint8, c_uint32, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -223,7 +224,8 @@ def load() -> Native:
     if build.version != bindings.__version__:
         raise LibraryError(
             f"{path} was built from llama-cpp-python {build.version}, but the installed bindings"
-            f" are {bindings.__version__}; install llama-cpp-python=={build.version}"
+            f" are {bindings.__version__}; install llama-cpp-python=={build.version} (with wheels:"
+            " from the folder of razor-local's, --find-links FOLDER)"
         )
     _check_dependencies(lib, path)
     # 4. Prepare the library: backends, log and error handling.
@@ -284,9 +286,16 @@ def _import_bindings(folder: Path) -> Any:
     try:
         import llama_cpp
         import llama_cpp.llama_cpp
-    except ModuleNotFoundError as error:
-        raise LibraryError(f"the Python package {error.name} is missing; {REINSTALL}") from error
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        if file := _other_llama_cpp():
+            raise LibraryError(
+                f"{file} hides the Python package llama_cpp; rename it, or start Python elsewhere"
+            ) from error
+        if isinstance(error, ModuleNotFoundError):
+            raise LibraryError(
+                f"the Python package {error.name} is missing; install llama-cpp-python from where"
+                " razor-local came from (docs/install.md; with wheels: --find-links FOLDER)"
+            ) from error
         raise LibraryError(
             f"{_library_in(folder)} cannot be loaded ({error}); {REINSTALL}"
         ) from error
@@ -297,6 +306,17 @@ def _import_bindings(folder: Path) -> Any:
         else:
             os.environ["LLAMA_CPP_LIB_PATH"] = before
     return llama_cpp
+
+
+def _other_llama_cpp() -> str | None:
+    """Return the file of a module llama_cpp that is not the bindings' package, if there is one."""
+    with contextlib.suppress(ImportError, ValueError):
+        spec = find_spec("llama_cpp")
+        if spec is not None and spec.origin is not None:
+            file = Path(spec.origin)
+            if file.name != "__init__.py" or not file.with_name("llama_cpp.py").is_file():
+                return spec.origin
+    return None
 
 
 def _parse_build(info: bytes) -> Build:

@@ -207,6 +207,22 @@ def test_llama_cpp_imported_after_razor_local(library):
     assert result.stdout == f"{library.path}\nFalse False\nLlama\n", result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("text", ["x = 1", "raise ImportError('mine')"])
+def test_a_module_that_hides_the_bindings_is_named(tmp_path, text):
+    (tmp_path / "llama_cpp.py").write_text(text)
+    script = tmp_path / "app.py"
+    script.write_text("from razor_local import Llama, RazorError\nLlama")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    expected = f"{tmp_path / 'llama_cpp.py'} hides the Python package llama_cpp; rename it, or"
+    assert result.returncode == 1 and expected in result.stderr, result.stderr
+
+
+def test_missing_bindings_are_named(library):
+    code = "import sys; sys.modules['llama_cpp'] = None; from razor_local import Llama"
+    result = run(code)
+    assert "the Python package llama_cpp is missing; install llama-cpp-python" in result.stdout
+
+
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 def test_libraries_of_the_current_folder_are_not_loaded(tmp_path) -> None:
     """llama.cpp would load any backend from there."""

@@ -164,6 +164,21 @@ def test_nothing_but_decoding_is_a_report_too(tmp_path) -> None:
     plot_report(report, tmp_path / "run.png")
 
 
+@pytest.mark.parametrize(
+    ("kind", "sections"),
+    [
+        ("memory", ["Memory"]),
+        ("decode", ["Decoding", "Prefill"]),  # the first token of an empty prompt is one step
+        ("energy", ["Energy (package-0; idle power included)"]),
+    ],
+)
+def test_sections_without_figures_are_left_out(kind, sections) -> None:
+    report = Report(HEAD, [r for r in make_report().records if r["kind"] == kind])
+    text = format_report(report, "md")
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == sections
+    assert ("faster by" in text) == (kind != "memory") and "\n\n\n" not in text
+
+
 def test_names_cannot_break_the_tables() -> None:
     report = make_report()
     report.head["model"]["name"] = "a | b\n# c <script>"
