@@ -85,8 +85,11 @@ def block_bootstrap(
     rng = np.random.default_rng(seed)
     n = len(weights)
     means = np.empty((N_BOOTSTRAP, sums.shape[1]))
-    for i in range(N_BOOTSTRAP):
-        drawn = np.bincount(rng.integers(0, n, n), minlength=n)
-        means[i] = drawn @ sums / (drawn @ weights)
+    n_rows = max(2**16 // n, 1)  # draws at a time, which bounds the memory
+    for start in range(0, N_BOOTSTRAP, n_rows):
+        rows = np.arange(start, min(start + n_rows, N_BOOTSTRAP))
+        places = rng.integers(0, n, (len(rows), n)) + n * (rows - start)[:, None]
+        drawn = np.bincount(places.ravel(), minlength=len(rows) * n).reshape(len(rows), n)
+        means[rows] = drawn @ sums / (drawn @ weights)[:, None]
     low, high = np.quantile(means, (0.025, 0.975), axis=0)
     return low, high
