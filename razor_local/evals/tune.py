@@ -54,12 +54,10 @@ TYPES = (
     ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0"),
 )  # fmt: skip
 FULL_TYPES = ("f16", "q8_0", "q5_0", "q4_0")  # of full caches, for comparison
+MIN_WINDOW = 64  # tokens, of layers whose windows differ
 N_WINDOWS = 4  # different windows of a plan with windows by layer; plan.MAX_WINDOWS at most
 LEAST_WEIGHT = 1e-5  # nats; differences can be negative by chance
 CELLS_DIVISOR = 2  # local heads keep at most half of the context, so that facts fit before it
-
-
-MIN_WINDOW = 64  # tokens, of layers whose windows differ
 
 
 def window_of(cells: int, profile: Profile) -> int:
