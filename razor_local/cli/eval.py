@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,9 +40,9 @@ MAX_LENGTH = 32768  # of the default lengths
 
 POLICIES_HELP = """
 \b
-Policies (--policies). A name can end in a KV type (razor-q8_0), in one for K and
-one for V (full-q8_0/q4_0), in types for retrieval heads and for local heads
-(razor-f16+q8_0), and in a window in tokens (razor:1024, razor-q8_0:1024):
+Policies (--policies). A name can end in a KV type (razor-q8_0), one for K and
+one for V (full-q8_0/q4_0), or one for retrieval heads and one for local heads
+(razor-f16+q8_0). A window in tokens can follow (razor:1024, razor-q8_0:1024):
   full           llama.cpp's own cache
   exact          a full cache with razor_local's attention, which is exact on CPUs
   razor          the profile; razor@0.1: another share of retrieval heads
@@ -356,7 +355,7 @@ Examples:
     type=PATH,
     required=True,
     metavar="PATH",
-    help="Text to read, in UTF-8, or a folder of .txt files, whose windows take turns.",
+    help="UTF-8 text to read, or a folder of .txt files to read in turns, a window at a time.",
 )
 @click.option(
     "-c",
@@ -402,9 +401,11 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
     """
     from ..evals.perplexity import (
         context_size,
+        describe_text,
         read_text,
         run_facts,
         run_perplexity,
+        text_files,
     )
     from ..evals.perplexity_report import (
         PerplexityReport,
@@ -421,7 +422,7 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
             "--prefill needs --prompt TOKENS: without a prompt, the compressed cache reads every"
             " token"
         )
-    run = _Run(model, options, [text])
+    run = _Run(model, options, [text, *text_files(text)])
     n_ctx = context_size(run.shape, options["ctx_size"])
     stride = options["stride"] or n_ctx
     described = {"prompt": prompt} if prompt else {}
@@ -435,9 +436,7 @@ def perplexity(model: Path | None, text: Path, **options: Any) -> None:
             run.shape,
             run.policies,
             seed=options["seed"],
-            text=text.name,
-            text_sha256=hashlib.sha256(content.tokens.tobytes()).hexdigest()[:16],
-            n_tokens=len(content.tokens),
+            **describe_text(content, text),
             n_ctx=n_ctx,
             stride=stride,
             n_windows=len(windows),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ Examples:
     type=PATH,
     required=True,
     metavar="PATH",
-    help="Text to read, in UTF-8, or a folder of .txt files, whose windows take turns.",
+    help="UTF-8 text to read, or a folder of .txt files to read in turns, a window at a time.",
 )
 @click.option(
     "--max-kl",
@@ -97,10 +96,9 @@ Examples:
 @click.option(
     "--windows",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="Number of parts of the text to read, each as long as the context.",
+    help="Number of parts of the text to read, each as long as the context.  [default: 1, or 1 of"
+    " each file of a folder]",
 )
 @click.option(
     "--plans",
@@ -108,12 +106,12 @@ Examples:
     default=24,
     show_default=True,
     metavar="N",
-    help="Maximum number of plans to measure.",
+    help="Maximum number of plans to measure with the same window in all layers.",
 )
 @click.option(
-    "--one-window",
+    "--same-window",
     is_flag=True,
-    help="Give all layers the same window: do not search for windows by layer.",
+    help="Use the same window in all layers; do not search for a window for each layer.",
 )
 @PREFILL
 @click.option("--sidecar", type=PATH, help="Sidecar with the profile to start from.")
@@ -162,22 +160,22 @@ Examples:
 def tune(model: Path, text: Path, **options: Any) -> None:
     """Search for the smallest KV cache that predicts like the full one.
 
-    A plan sets which KV heads keep every token, how large the window of the others is, and the KV
+    A plan sets which KV heads keep every token, how large the windows of the others are, and the KV
     types of both. Each plan reads the beginning of the text as a prompt. Its predictions of the
     tokens after the prompt are compared with those of the full f16 cache. A plan that loses planted
     facts is not chosen.
 
-    After the plans with one window for all layers, tune narrows the window of one layer at a time,
-    and then those of the layers that lose least by it (--one-window skips this).
+    At first all layers of a plan have the same window. Then tune measures what a narrow window
+    costs in each layer, and narrows the layers where it costs least (--same-window skips this).
 
-    The best plan is written as a profile into a sidecar. A profile does not set KV types, so tune
-    prints the options to use. If no plan reaches the goal, nothing is written, and the exit code is
-    1.
+    The best plan is written as a profile into the profile cache, or with -o into a sidecar. A
+    profile does not set KV types, so tune prints the options to use. If no plan reaches the goal,
+    nothing is written, and the exit code is 1.
     """
     from ..common.figure import make_figure
     from ..common.files import check_outputs
     from ..converters.write import check_output, write_sidecar
-    from ..evals.perplexity import context_size, read_text
+    from ..evals.perplexity import context_size, describe_text, read_text, text_files
     from ..evals.run import describe_run
     from ..evals.tune import Goal, Tuner, tuned_profile
     from ..evals.tune import tune as search
@@ -190,7 +188,8 @@ def tune(model: Path, text: Path, **options: Any) -> None:
     output, plot, journal_path = options["output"], options["plot"], options["resume"]
     report_file = options["report"]
     changes = {"budget": None, "window_min": None, "window_divisor": None}
-    check_outputs([journal_path, output, plot, report_file], [model, text, options["sidecar"]])
+    read = [model, text, *text_files(text), options["sidecar"]]
+    check_outputs([journal_path, output, plot, report_file], read)
     if plot is not None:
         make_figure(plot, (1, 1), "leave out the plot")
     setup = model_setup(model, options | changes)
@@ -224,19 +223,20 @@ def tune(model: Path, text: Path, **options: Any) -> None:
                     f"{name} has {n_tokens:,} tokens, expected at least the context ({n_ctx:,});"
                     " use a longer text or a smaller -c"
                 )
-        windows = content.windows(n_ctx, n_ctx, options["windows"], prompt)
-        if len(windows) < options["windows"]:
+        n_windows = options["windows"] or max(len(content.files), 1)
+        windows = content.windows(n_ctx, n_ctx, n_windows, prompt)
+        if len(windows) < n_windows:
             raise RazorError(
-                f"--windows is {options['windows']:,}, but {text} has only {len(content.tokens):,}"
-                f" tokens, enough for {len(windows):,} of {n_ctx:,} tokens each; use fewer"
+                f"--windows is {n_windows:,}, but {text} has only {len(content.tokens):,}"
+                f" tokens, enough for {len(windows):,} of {n_ctx:,} tokens each"
+                f"{', each in one file' if content.files else ''}; use fewer"
             )
         head = describe_run(
             "tune",
             setup,
             file.shape,
             (),
-            text=text.name,
-            text_sha256=hashlib.sha256(content.tokens.tobytes()).hexdigest()[:16],
+            **describe_text(content, text),
             n_ctx=n_ctx,
             prompt=prompt,
             n_windows=len(windows),
@@ -252,11 +252,13 @@ def tune(model: Path, text: Path, **options: Any) -> None:
             base = _base(setup, options, journal, bar, stop)
             with Tuner(
                 setup, file.shape, base, content, windows, n_ctx, options["plans"], journal, bar,
-                stop, not options["one_window"],
+                stop, not options["same_window"],
             ) as tuner:  # fmt: skip
                 tuned = search(tuner, goal)
                 profile = (
-                    None if tuned.best is None else tuned_profile(tuner, tuned, goal, text.name)
+                    None
+                    if tuned.best is None
+                    else tuned_profile(tuner, tuned, goal, head["settings"]["text"])
                 )
     # 3. Report.
     if profile is not None:

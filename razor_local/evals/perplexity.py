@@ -14,6 +14,7 @@ answers questions about planted facts (facts.py), in a context of the same size.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -26,6 +27,7 @@ import numpy as np
 
 from ..common.inputs import read_text_file
 from ..common.journal import Journal
+from ..common.markdown import one_line
 from ..common.progress import Clock, Progress, Stop, check_stop, silent
 from ..errors import RazorError
 from ..model_setup import ModelSetup
@@ -35,7 +37,7 @@ from .facts import ROOM, Examiner, make_exam
 from .haystack import MadeText
 from .policies import Policy, exact_full
 from .questions import Prompts
-from .run import describe_cache, group_policies, open_llama, prompt_sources, share_prompts
+from .run import SUMS, describe_cache, group_policies, open_llama, prompt_sources, share_prompts
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -80,7 +82,9 @@ def make_windows(
             f" ({n_ctx:,})"
         )
     if n_tokens < 2 * BLOCK:
-        raise RazorError(f"the text has {n_tokens} tokens, expected at least {2 * BLOCK}")
+        raise RazorError(
+            f"the text has {n_tokens} tokens, expected at least {2 * BLOCK}; use a longer one"
+        )
     if prompt and not MIN_PROMPT <= prompt < min(n_ctx, n_tokens):
         raise RazorError(
             f"the prompt of a window has {prompt:,} tokens, expected {MIN_PROMPT} to"
@@ -105,7 +109,8 @@ class Text:
         tokens: int32, without BOS.
         bos: the token that replaces the first one of every window, as in training. None for models
             without it.
-        files: names and numbers of tokens of the files, if the text consists of several.
+        files: name and number of tokens of each file, in the order of tokens, if the text is a
+            folder; otherwise empty.
     """
 
     tokens: np.ndarray
@@ -116,9 +121,9 @@ class Text:
     def windows(
         self, n_ctx: int, stride: int, most: int | None = None, prompt: int = 0
     ) -> list[Window]:
-        """Make windows as make_windows() does, each in one file.
+        """Make windows as make_windows() does, none of which spans two files.
 
-        The first window of every file comes first, then the second of every file, and so on.
+        The files take turns: first the first window of every file, then the second, and so on.
         """
         columns, begin = [], 0
         for name, n_tokens in self.files or (("", len(self.tokens)),):
@@ -138,6 +143,23 @@ class Text:
         return tokens
 
 
+def text_files(path: Path) -> list[Path]:
+    """Return the files that read_text() reads: those of a folder without hidden ones, or path."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.glob("*.txt") if not file.name.startswith("."))
+
+
+def describe_text(text: Text, path: Path) -> dict[str, Any]:
+    """Return settings of a run that identify a text, and how it is divided into files."""
+    settings: dict[str, Any] = {
+        "text": one_line(path.resolve().name),
+        "text_sha256": hashlib.sha256(text.tokens.tobytes()).hexdigest()[:16],
+        "n_tokens": len(text.tokens),
+    }
+    return settings | ({"files": [list(file) for file in text.files]} if text.files else {})
+
+
 def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
     """Read a UTF-8 text file, or the .txt files of a folder, as the model's tokens.
 
@@ -146,7 +168,7 @@ def read_text(setup: ModelSetup, path: str | os.PathLike[str]) -> Text:
     from .questions import load_vocabulary
 
     path = Path(path)
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    files = text_files(path)
     if not files:
         raise RazorError(f"{path} has no .txt files, expected a text file or a folder with some")
     texts = [read_text_file(file).encode() for file in files]
@@ -301,8 +323,7 @@ def _read_window(
         prompt: number of tokens that are read as a prompt.
     """
     n = len(tokens)
-    names = ("n", "nll", "full_nll", "kl", "same")
-    sums = {side: {name: np.zeros(-(-n // BLOCK)) for name in names} for side in sides}
+    sums = {side: {name: np.zeros(-(-n // BLOCK)) for name in SUMS} for side in sides}
     begin = max(prompt - 1, 0)  # the last token of the prompt predicts the first one that counts
     for side, llama in sides.items():
         llama.reset()

@@ -16,7 +16,7 @@ from ..common.figure import make_figure, save_figure
 from ..common.markdown import markdown_table
 from .intervals import block_bootstrap
 from .perplexity import BLOCK
-from .report import INSTEAD, draw_curves, head_lines, share
+from .report import IDLE, INSTEAD, draw_curves, draw_legend, head_lines, share
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,15 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
         yield f"- **unfinished: {report.missing:,} windows were not read yet**"
     yield ""
     rows = report.rows
+    full = {p["name"] for p in report.head["policies"] if p["retrieval_kv_heads"] is None}
+    idle = {r["policy"] for r in rows if not r["active"]} - full
     yield from markdown_table(
         ["policy", "KV bytes", "share of full f16", "planted facts found", "perplexity",
          "ratio to full", "KL divergence", "same top token, %", "tokens"],
         [
             [
-                r["policy"], f"{r['kv_bytes']:,}", share(r["share"]),
+                r["policy"] + ("\\*" if r["policy"] in idle else ""),
+                f"{r['kv_bytes']:,}", share(r["share"]),
                 "" if r["facts_found"] is None else f"{r['facts_found']} of {r['facts_asked']}",
                 f"{r['perplexity']:.3f}",
                 f"{r['ratio']:.4f} ({r['ratio_low']:.4f} to {r['ratio_high']:.4f})",
@@ -167,6 +170,9 @@ def _markdown(report: PerplexityReport) -> Iterator[str]:
             for r in rows
         ],
     )  # fmt: skip
+    if idle:
+        yield ""
+        yield IDLE
     found = {(r["policy"], r["from_position"]): r for r in report.by_position}
     buckets = position_buckets(settings["n_ctx"])
     yield ""
@@ -222,7 +228,7 @@ def plot_positions(report: PerplexityReport, path: str | os.PathLike[str]) -> Pa
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     ax.set(yscale="log", xlabel="position, tokens", ylabel="KL divergence, nats")
     ax.grid(alpha=0.3)
-    figure.legend(fontsize="x-small", loc="outside right upper")
+    draw_legend(figure, ax)
     return save_figure(figure, path)
 
 

@@ -9,11 +9,11 @@
     random-heads    as many retrieval heads as the profile has, drawn at random
     heads=FILE      the retrieval heads of another profile, sidecar, head list or file of scores
 
-A KV type may follow each name (razor-q8_0; the default is f16), or one for K and one for V
-(full-q8_0/q4_0), and the types of local heads may follow after a plus (razor-f16+q8_0). A budget
+Each name may be followed by a KV type (razor-q8_0; the default is f16) or by one type for K and one
+for V (full-q8_0/q4_0). The types of local heads may follow after a plus (razor-f16+q8_0). A budget
 may follow razor and razor-no-comp (razor-q8_0@0.1): the share of retrieval heads, chosen again by
-the scores in the profile. A window in tokens may follow every policy with local heads
-(razor-q8_0:1024, razor-q8_0@0.1:1024), heads=FILE excepted.
+the scores in the profile. A window in tokens may follow every policy with local heads except
+heads=FILE (razor-q8_0:1024, razor-q8_0@0.1:1024).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RazorError, UnsupportedError
+from ..errors import ProfileError, RazorError, UnsupportedError
 from ..model_setup import ModelSetup
 from ..model_shape import ModelShape
 from ..plan import KV_TYPES, Plan, make_plan, row_size, split_type
@@ -51,9 +51,9 @@ class Policy:
     Attributes:
         series: the name without the budget.
         profile: the profile, or None for llama.cpp's own cache.
-        kv_type: the KV type, or those of K and V as in "q8_0/q4_0".
+        kv_type: the KV type, or two types for K and V as in "q8_0/q4_0".
         budget: the share of retrieval heads, or None for the profile's.
-        local_type: the same of local heads, or None for kv_type.
+        local_type: the KV type or types of local heads, or None for kv_type.
     """
 
     name: str
@@ -131,10 +131,13 @@ def make_policies(
         types = f"{kind}-{kv_type}" + (f"+{local_type}" if local_type else "")
         after = "" if window is None else f":{window}"
         series = types + after
-        name = series if budget is None else f"{types}@{budget:g}{after}"
+        name = series if budget is None else f"{types}@{str(budget).removesuffix('.0')}{after}"
         profile = _profile(kind, budget, base, shape, setup, seed)
         if profile is not None:
-            profile = profile.with_options(window, None, None)
+            try:
+                profile = profile.with_options(window, None, None)
+            except ProfileError as error:
+                raise ProfileError(f"the policy {name!r}: {error}") from None
         policy = Policy(name, series, profile, kv_type, budget, local_type)
         policy.plan(shape, shape.n_ctx_train or 4096)  # raises if the type does not fit the head
         heads = b"" if profile is None else _heads(profile)
@@ -151,7 +154,7 @@ def _heads(profile: Profile) -> bytes:
 def _split(name: str) -> tuple[str, tuple[str, str | None], float | None, int | None]:
     """Split a policy's name into kind, KV types (the second for local heads), budget and window."""
     rest, budget, window = name, None, None
-    match = re.fullmatch(r"(?!heads=|full|exact)(.+):(\d{1,9})", name)
+    match = re.fullmatch(r"(?!heads=|full|exact)(.+):([0-9]+)", name)
     if match:
         rest, window = match[1], int(match[2])
     match = re.fullmatch(r"(razor.*)@([0-9.]+)", rest)
@@ -163,14 +166,14 @@ def _split(name: str) -> tuple[str, tuple[str, str | None], float | None, int | 
         kind, kv_type, local_type = rest, "f16", ""
     kv_type, local_type = (_shortest(types) for types in (kv_type, local_type))
     file = kind.startswith("heads=") and len(kind) > len("heads=")
-    seeded = re.fullmatch(r"random-heads=\d{1,9}", kind)
+    seeded = re.fullmatch(r"random-heads=[0-9]{1,9}", kind)
     if not (kind in KINDS[:-1] or file or seeded):
         raise RazorError(
-            f"{name!r} is not a policy, expected one of {', '.join(KINDS)}, each with or without a"
-            " KV type as in razor-q8_0, full-q8_0/q4_0 or razor-f16+q8_0, and, where it has local"
-            " heads, with or without a window as in razor-q8_0:1024"
+            f"{name!r} is not a policy, expected one of {', '.join(KINDS)}; a KV type can follow"
+            " (razor-q8_0, full-q8_0/q4_0, razor-f16+q8_0), and a window if there are local heads"
+            " (razor-q8_0:1024)"
         )
-    return kind, (kv_type, local_type or None), budget, window
+    return kind, (kv_type, local_type if local_type not in ("", kv_type) else None), budget, window
 
 
 def _is_type(text: str) -> bool:

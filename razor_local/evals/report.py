@@ -26,6 +26,7 @@ PURPOSE = {  # the first paragraph of a report
     "perplexity": "This report shows how much each cache policy changes the model's predictions of"
     " a plain text.",
 }
+IDLE = "\\* razor would save nothing in this context, so a full cache runs."
 INSTEAD = "leave out --plot and read the tables"
 
 
@@ -221,7 +222,7 @@ def _markdown(report: Report) -> Iterator[str]:
             )
     if idle:
         yield ""
-        yield "\\* razor would save nothing in this context, so a full cache runs."
+        yield IDLE
     yield ""
     yield f"Measured {head['date']}."
 
@@ -322,6 +323,19 @@ def plot_curve(report: Report, path: str | os.PathLike[str]) -> Path:
     return draw_curves(report.head, panels, "score, %", path)
 
 
+def draw_legend(figure: Any, ax: Any) -> None:
+    """Draw the legend of some axes beside the plot, in columns of 20 entries."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles,
+            labels,
+            fontsize="x-small",
+            loc="outside right upper",
+            ncols=-(-len(labels) // 20),
+        )
+
+
 def draw_curves(
     head: dict[str, Any],
     panels: Mapping[str, Iterable[tuple[str, int, float, float, float]]],
@@ -342,7 +356,7 @@ def draw_curves(
     """
     series = {p["name"]: p["series"] for p in head["policies"]}
     names = list(dict.fromkeys(series.values()))
-    width = 0.8 + 4.6 * max(len(panels), 1) + (1.6 if len(names) > 8 else 0)
+    width = 0.8 + 4.6 * max(len(panels), 1) + (1.6 * -(-len(names) // 20) if len(names) > 8 else 0)
     figure = make_figure(path, (width, 4.4), INSTEAD)
     figure.set_layout_engine("constrained")
     axes = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
@@ -376,12 +390,10 @@ def draw_curves(
         else:
             ax.set_xlim(left=0)
         ax.grid(alpha=0.3, which="both" if log else "major")
-        if len(names) <= 8:
+        if len(names) <= 8 and ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize="x-small")
     if len(names) > 8:
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), fontsize="x-small", loc="outside right upper"
-        )
+        draw_legend(figure, axes[0])
     model = head["model"]
     figure.suptitle(f"{head['eval']}: {one_line(model['name'] or model['file'])}", fontsize=9)
     return save_figure(figure, path)

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..common.journal import Journal
 from ..common.machine import describe_code, describe_machine, free_memory
 from ..common.progress import Clock, Progress, Stop, check_stop
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 VERSION = 1  # of the records
+SUMS = ("n", "nll", "full_nll", "kl", "same")  # of the blocks of a window of perplexity
 BESIDE = 256 << 20  # a guess for the bytes of a context besides its cache and logits
 
 
@@ -95,6 +98,10 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
         from . import perplexity_report, report
 
         if head["eval"] == "perplexity":
+            for record in records:
+                sums = [record[name] for name in SUMS] if record["kind"] == "window" else []
+                if not np.isfinite(np.array(sums, float)).all():
+                    raise ValueError(f"window {record['window']} has sums that are no numbers")
             for kind in ("json", "md"):
                 perplexity_report.format_report(
                     perplexity_report.PerplexityReport(head, records), kind
@@ -231,8 +238,8 @@ def group_policies(
 def prompt_sources(shape: ModelShape, policies: Sequence[Policy], n_ctx: int) -> list[Policy]:
     """Return the full caches from which other policies take their prompts.
 
-    That is one for each KV type that two policies share, or one policy if the full cache itself is
-    another.
+    There is one for each KV type that at least two of the policies share. One sharing policy is
+    enough if the full cache is itself among the policies.
     """
     active = [policy for policy in policies if policy.plan(shape, n_ctx).active]
     types = [policy.kv_type for policy in active if may_share(policy)]
@@ -250,8 +257,8 @@ def share_prompts(
     """Make policies take their prompts from a full cache (see set_source()).
 
     Args:
-        llamas: the contexts by the names of their policies; the source can be among them.
-        load: opens a context of the source otherwise.
+        llamas: the open contexts by policy name; the source may be among them.
+        load: opens a context for the source if it is not among them.
     """
     sharing = [llamas[p.name] for p in policies if may_share(p) and p.kv_type == source.kv_type]
     if any(llama._full_prefill for llama in sharing):

@@ -24,10 +24,11 @@ class Candidate:
 
     Attributes:
         n_heads: number of retrieval heads, the strongest ones. All heads: a full cache.
-        cells: number of cells of each local head. With windows it is 0.
-        kv_type, local_type: KV types of retrieval heads and of local heads, for K and V or, as in
-            "q8_0/q4_0", one for each.
-        windows: the window of the local heads of each layer, in tokens; empty: one for all layers.
+        cells: number of cells of each local head; 0 if windows is set.
+        kv_type, local_type: KV types of retrieval heads and of local heads. Each is one type for K
+            and V, or two as in "q8_0/q4_0".
+        windows: for each layer, the window of its local heads in tokens. Empty: all layers have the
+            same window, which follows from cells.
     """
 
     n_heads: int
@@ -205,9 +206,9 @@ def narrow(
 ) -> list[tuple[int, ...]]:
     """Return plans with a window for each layer, from the largest windows to the smallest.
 
-    Each plan narrows the window of one layer of the plan before: the one that adds the least loss
-    per token that its heads no longer keep. The loss of a plan is estimated as the sum over the
-    layers of their weight times the loss of their window.
+    Each plan narrows one layer of the previous plan by one step: the layer where this adds the
+    least loss per dropped token. The loss of a plan is estimated as the sum over all layers of the
+    layer's weight times the loss of its window.
 
     Args:
         windows: the windows to choose from, in ascending order.
@@ -230,10 +231,10 @@ def narrow(
 
 
 def last_that_holds(n: int, first: int, holds: Callable[[int], bool]) -> int:
-    """Return the largest index below n for which holds() is true, -1 if it is for none.
+    """Return the largest index below n for which holds() is true, -1 if there is none.
 
-    If holds() is true up to an index and false after it, the result is exact. first is tried first.
-    holds() is called once per index.
+    The result is exact only if holds() is true up to some index and false after it. The bisection
+    starts at the index first, and calls holds() at most once per index.
     """
     low, high, middle = -1, n, first
     while high - low > 1:

@@ -54,9 +54,9 @@ TYPES = (
     ("q8_0", "q8_0"), ("q8_0", "q4_0"), ("f16", "f16"), ("f16", "q8_0"), ("q4_0", "q4_0"),
 )  # fmt: skip
 FULL_TYPES = ("f16", "q8_0", "q5_0", "q4_0")  # of full caches, for comparison
-MIN_WINDOW = 64  # tokens, of layers whose windows differ
-N_WINDOWS = 4  # different windows of a plan with windows by layer; plan.MAX_WINDOWS at most
-LEAST_WEIGHT = 1e-5  # nats; differences can be negative by chance
+MIN_WINDOW = 64  # smallest window of a plan with windows by layer, in tokens
+N_WINDOWS = 4  # number of windows that such a plan chooses from; at most plan.MAX_WINDOWS
+LEAST_WEIGHT = 1e-5  # minimum loss of a layer, in nats: measured ones can be negative by chance
 CELLS_DIVISOR = 2  # local heads keep at most half of the context, so that facts fit before it
 
 
@@ -92,8 +92,8 @@ class Tuner:
     Args:
         base: the profile whose heads and scores decide the order of the heads.
         windows: the parts of the text that are read; window.first is the length of the prompt.
-        tries: maximum number of plans with one window to measure.
-        by_layer: whether to search for windows by layer afterwards.
+        tries: maximum number of plans to measure that have the same window in all layers.
+        by_layer: whether to search for a window for each layer afterwards.
     """
 
     def __init__(
@@ -430,7 +430,7 @@ def tune(tuner: Tuner, goal: Goal) -> Tuned:
         space = replace(space, types=tuple(pair for pair in space.types if pair[0] in enough))
         best = find_smallest(space, lambda c: loss(c) <= bound, below)
         if best is not None and not keeps_facts(best):
-            # the plans that were measured come first: asking for facts is quicker than a new plan
+            # ask the measured plans first: this is quicker than measuring a new plan
             held = [c for c in measured if c not in full.values() and measured[c].kl <= bound]
             held = sorted((c for c in held if measured[c].kv_bytes < below), key=space.size)
             best = next((c for c in held if keeps_facts(c)), None)
@@ -472,11 +472,11 @@ def narrow_layers(
     holds: Callable[[Candidate], bool],
     first: bool = False,
 ) -> Candidate | None:
-    """Return a plan like the best one whose layers have different windows, None if none holds.
+    """Return a plan with the heads and types of the best one, and a window for each layer.
 
-    What a layer loses by a narrow window differs by more than ten times between layers. The layers
-    are narrowed one at a time (wide plan: every layer has the second largest window), and the sum
-    of these losses decides which windows are narrowed first (narrow()).
+    Return None if no such plan holds. The cost of a narrow window differs more than tenfold between
+    layers. Each layer is therefore narrowed alone, while all others have the second largest window.
+    The losses weight the layers for narrow(), which decides which layer is narrowed next.
 
     Args:
         loss: measures a plan.

@@ -224,8 +224,8 @@ def load() -> Native:
     if build.version != bindings.__version__:
         raise LibraryError(
             f"{path} was built from llama-cpp-python {build.version}, but the installed bindings"
-            f" are {bindings.__version__}; install llama-cpp-python=={build.version} (with wheels:"
-            " from the folder of razor-local's, --find-links FOLDER)"
+            f" are {bindings.__version__}; install llama-cpp-python=={build.version} (if"
+            " razor-local came from a folder of wheels, add --find-links FOLDER)"
         )
     _check_dependencies(lib, path)
     # 4. Prepare the library: backends, log and error handling.
@@ -289,12 +289,13 @@ def _import_bindings(folder: Path) -> Any:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         if file := _other_llama_cpp():
             raise LibraryError(
-                f"{file} hides the Python package llama_cpp; rename it, or start Python elsewhere"
+                f"{file} hides the Python package llama_cpp; rename it, or move it to a folder"
+                " that Python does not search"
             ) from error
         if isinstance(error, ModuleNotFoundError):
             raise LibraryError(
-                f"the Python package {error.name} is missing; install llama-cpp-python from where"
-                " razor-local came from (docs/install.md; with wheels: --find-links FOLDER)"
+                f"the Python package {error.name} is missing; install it again with razor-local, as"
+                " docs/install.md describes (from a folder of wheels: --find-links FOLDER)"
             ) from error
         raise LibraryError(
             f"{_library_in(folder)} cannot be loaded ({error}); {REINSTALL}"

@@ -92,7 +92,7 @@ def test_razor_finds_what_the_full_cache_finds_and_streaming_does_not(needles) -
 
 
 def test_the_exact_full_cache_reads_the_prompts_of_the_others(tmp_path, monkeypatch) -> None:
-    """Windows are compared in one run, which gives the answers of runs on their own."""
+    """One run compares several windows, and gives the same answers as separate runs."""
     loaded, load = [], open_llama
     monkeypatch.setattr(
         run_module,
@@ -411,7 +411,7 @@ def test_only_what_follows_a_prompt_counts(book, prefill) -> None:
 
 
 def test_a_folder_of_texts(book, tmp_path) -> None:
-    """Each window lies in one file, and the files take turns."""
+    """No window spans two files, and the files take turns."""
     folder = tmp_path / "books"
     folder.mkdir()
     words = book.read_text()
@@ -427,10 +427,34 @@ def test_a_folder_of_texts(book, tmp_path) -> None:
     assert row["n"] == sum(r["n"] for r in rows)
     assert row["kl"] == pytest.approx(np.mean([r["kl"] for r in rows]), rel=1e-6)
     assert both["head"]["settings"]["text"] == "books"
+    # its files are not overwritten, and a journal is not resumed if they are divided otherwise
+    result = run("perplexity", "--text", folder, *args, "-o", folder / "b.txt")
+    assert result.exit_code == 1 and "b.txt is read by this command" in result.stderr
+    assert (folder / "b.txt").read_text() == words[2000:]
+    journal = tmp_path / "run.jsonl"
+    report("perplexity", "--text", folder, "--windows", 2, *args, "--resume", journal)
+    paragraphs = [*words.split("\n\n"), *words[2000:].split("\n\n")]
+    half = len(paragraphs) // 3
+    (folder / "a.txt").write_text("\n\n".join(paragraphs[:half]))
+    (folder / "b.txt").write_text("\n\n".join(paragraphs[half:]))
+    result = run("perplexity", "--text", folder, "--windows", 2, *args, "--resume", journal)
+    assert result.exit_code == 1 and "is from another run" in result.stderr
     for file in folder.iterdir():
-        file.unlink()
+        file.rename(folder / f".{file.name}")
     result = run("perplexity", "--text", folder, *args)
     assert result.exit_code == 1 and "has no .txt files, expected a text file or a" in result.stderr
+
+
+def test_full_caches_are_marked_and_nothing_to_draw_is_no_warning(book, tmp_path, recwarn) -> None:
+    picture = tmp_path / "p.png"
+    args = ["--text", book, "-c", 512, "--windows", 1, "-t", 1, "--policies", "exact,razor:4096"]
+    plots = ["--plot", picture, "--plot-curve", tmp_path / "c.png"]
+    result = run("perplexity", *args, *plots)
+    assert result.exit_code == 0 and picture.exists() and not len(recwarn)
+    assert "\n| exact-f16 |" in result.stdout and "\n| razor-f16:4096\\* |" in result.stdout
+    assert (
+        "\n\\* razor would save nothing in this context, so a full cache runs.\n" in result.stdout
+    )
 
 
 def run_window(book):

@@ -185,6 +185,15 @@ def test_a_window_follows_the_name_of_a_policy() -> None:
     for p in policies:
         assert make_policies(setup, [p.name])[1][0].name == p.name
     assert [p.budget for p in make_policies(setup, ["razor:64"], [0.1, 0.3])[1]] == [None, 0.1, 0.3]
+    # a name stands for one policy
+    assert [p.name for p in make_policies(setup, ["razor:64", "razor-f16+f16:64"])[1]] == [
+        "razor-f16:64"
+    ]
+    close = ["razor@0.12499999", "razor@0.12500001"]
+    assert [p.name for p in make_policies(setup, close)[1]] == [
+        "razor-f16@0.12499999",
+        "razor-f16@0.12500001",
+    ]
 
 
 def test_random_heads_are_drawn_by_the_seed() -> None:
@@ -240,14 +249,16 @@ def test_a_head_list_is_a_policy(tmp_path) -> None:
             ["full-f16+q8_0"],
             [],
             RazorError,
-            "each with or without a KV type as in razor-q8_0, full",
+            "a KV type can follow",
         ),
-        (["full:512"], [], RazorError, "and, where it has local heads, with or without a window"),
+        (["full:512"], [], RazorError, "and a window if there are local heads"),
         (["exact-f16:512"], [], RazorError, "'exact-f16:512' is not a policy"),
         (["full-q8_0/q4_0/q4_0"], [], RazorError, "is not a policy"),
         (["razor-q8_0/"], [], RazorError, "is not a policy"),
         (["razor:"], [], RazorError, "'razor:' is not a policy"),
-        (["razor:0"], [], ProfileError, "window is 0, expected 1 to"),
+        (["razor:0"], [], ProfileError, "the policy 'razor-f16:0': window is 0, expected 1 to"),
+        (["razor:99999999999"], [], ProfileError, "window is 99999999999, expected 1 to"),
+        (["razor:٦٤"], [], RazorError, "is not a policy"),
         (["razor@2"], [], RazorError, "is not a share from 0 to 1"),
         (["full"], [0.1], RazorError, "no policy to give budgets to"),
         (["heads=/nowhere.tsv"], [], OSError, "nowhere"),

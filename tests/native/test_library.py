@@ -220,7 +220,7 @@ def test_a_module_that_hides_the_bindings_is_named(tmp_path, text):
 def test_missing_bindings_are_named(library):
     code = "import sys; sys.modules['llama_cpp'] = None; from razor_local import Llama"
     result = run(code)
-    assert "the Python package llama_cpp is missing; install llama-cpp-python" in result.stdout
+    assert "the Python package llama_cpp is missing; install it again with" in result.stdout
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")

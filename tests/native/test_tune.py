@@ -49,12 +49,12 @@ def args(book, *more: object) -> tuple[object, ...]:
     return ("tune", "--text", book, "-c", N_CTX, "--tokens", TOKENS, "-t", 1, *more)
 
 
-ONE = "--one-window"
+SAME = "--same-window"
 
 
 def test_the_smallest_plan_is_written_with_what_it_was_measured_at(book, tmp_path) -> None:
     out, journal = tmp_path / "out.gguf", tmp_path / "run.jsonl"
-    more = ["--plans", 6, "--one-window", "-o", out, "--resume", journal, "--max-kl", 0.02]
+    more = ["--plans", 6, "--same-window", "-o", out, "--resume", journal, "--max-kl", 0.02]
     code, stdout, stderr = run(*args(book, *more, "--json", "--plot", tmp_path / "p.svg"))
     assert code == 0, stderr
     report = json.loads(stdout)
@@ -135,7 +135,7 @@ def test_a_memory_bound(book, tmp_path) -> None:
     full = make_plan(open_model(DEFAULT_MODEL).shape, None, N_CTX).kv_bytes
     size = full // 5
     code, stdout, stderr = run(
-        *args(book, "--memory", size, "--plans", 5, ONE, "-o", out, "--json")
+        *args(book, "--memory", size, "--plans", 5, SAME, "-o", out, "--json")
     )
     assert code == 0, stderr
     rows = json.loads(stdout)["rows"]
@@ -149,6 +149,20 @@ def test_a_memory_bound(book, tmp_path) -> None:
     assert code == 1 and "--windows is 99, but" in stderr and "use fewer" in stderr
     code, _, stderr = run(*args(book, "--vram", "1M", "--plans", 1, "-o", out, "--force"))
     assert code == 1 and "weights and buffers take" in stderr
+
+
+def test_the_files_of_a_folder_are_not_overwritten(book, tmp_path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "a.txt").write_text(book.read_text())
+    given = ("tune", "--text", folder, *args(book)[3:])
+    for more in (
+        ["-o", folder / "a.txt", "--force"],
+        ["-o", "o.gguf", "--report", folder / "a.txt"],
+    ):
+        code, _, stderr = run(*given, *more)
+        assert code == 1 and "a.txt is read by this command" in stderr
+    assert (folder / "a.txt").read_text() == book.read_text()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +237,7 @@ def test_facts_change_the_choice() -> None:
 
 @pytest.mark.parametrize("tries", [9, 14])
 def test_every_measured_plan_is_asked_for_facts_before_new_ones(tries) -> None:
-    """Few questions decide, so a plan can keep the facts though one with more heads loses them."""
+    """With few questions, a plan can keep facts that a larger plan loses by chance."""
     first = tune(Scripted(False, tries), Goal(0.025, None))
     held = [c for c, f in first.measured.items() if f.kl <= 0.025 and c.n_heads < N_HEADS]
     smallest, keeper, *_ = sorted(held, key=lambda c: first.measured[c].kv_bytes)
@@ -239,11 +253,11 @@ def test_every_measured_plan_is_asked_for_facts_before_new_ones(tries) -> None:
     assert tuned.best == keeper and smallest in tuned.lost_facts
 
 
-LAYERS = (1.0, 0.01, 0.2, 0.01, 0.5, 0.01)  # what the layers of the built-in model lose
+LAYERS = (1.0, 0.01, 0.2, 0.01, 0.5, 0.01)  # made-up weights of the six layers' losses
 
 
 class Layered(Scripted):
-    """A tuner whose layers lose much or little by a narrow window."""
+    """A tuner with made-up losses: a narrow window costs much in some layers, little in others."""
 
     def _compare(self, policy):
         from razor_local.evals.tune import Figures
