@@ -16,6 +16,7 @@ from .params import (
     N_GPU_LAYERS,
     PREFILL,
     RPC,
+    TEXT,
     THREADS,
     ListOf,
     Number,
@@ -350,13 +351,7 @@ Examples:
 
 @eval.command(epilog=PERPLEXITY_EPILOG)
 @model_argument()
-@click.option(
-    "--text",
-    type=PATH,
-    required=True,
-    metavar="PATH",
-    help="UTF-8 text to read, or a folder of .txt files to read in turns, a window at a time.",
-)
+@TEXT
 @click.option(
     "-c",
     "--ctx-size",

@@ -223,6 +223,13 @@ REWIND = click.option(
     help="Where to keep what the cache drops, so that it can go back without evaluating again;"
     " auto: on disk, off if the cache is on a GPU.",
 )  # fmt: skip
+TEXT = click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="PATH",
+    help="UTF-8 text to read, or a folder of .txt files to read in turns, a window at a time.",
+)
 PREFILL = click.option(
     "--prefill", type=click.Choice(["auto", "full", "razor"]), default="auto", show_default=True,
     help="How to read prompts. full: with full attention; the cache is compressed afterwards."

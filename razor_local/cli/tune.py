@@ -14,6 +14,7 @@ from .params import (
     DEFAULT_MODEL,
     N_GPU_LAYERS,
     PREFILL,
+    TEXT,
     THREADS,
     Number,
     Size,
@@ -52,13 +53,7 @@ Examples:
 
 @click.command(cls=Command, epilog=EPILOG)
 @model_argument(DEFAULT_MODEL)
-@click.option(
-    "--text",
-    type=PATH,
-    required=True,
-    metavar="PATH",
-    help="UTF-8 text to read, or a folder of .txt files to read in turns, a window at a time.",
-)
+@TEXT
 @click.option(
     "--max-kl",
     type=Number(0, 100, min_open=True),

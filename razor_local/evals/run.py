@@ -101,7 +101,7 @@ def open_journal(path: Path | None, head: dict[str, Any]) -> Journal:
             for record in records:
                 sums = [record[name] for name in SUMS] if record["kind"] == "window" else []
                 if not np.isfinite(np.array(sums, float)).all():
-                    raise ValueError(f"window {record['window']} has sums that are no numbers")
+                    raise ValueError(f"window {record['window']} has sums that are not finite")
             for kind in ("json", "md"):
                 perplexity_report.format_report(
                     perplexity_report.PerplexityReport(head, records), kind

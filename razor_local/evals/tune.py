@@ -55,7 +55,6 @@ TYPES = (
 )  # fmt: skip
 FULL_TYPES = ("f16", "q8_0", "q5_0", "q4_0")  # of full caches, for comparison
 MIN_WINDOW = 64  # smallest window of a plan with windows by layer, in tokens
-N_WINDOWS = 4  # number of windows that such a plan chooses from; at most plan.MAX_WINDOWS
 LEAST_WEIGHT = 1e-5  # minimum loss of a layer, in nats: measured ones can be negative by chance
 CELLS_DIVISOR = 2  # local heads keep at most half of the context, so that facts fit before it
 
@@ -123,7 +122,7 @@ class Tuner:
         self.by_layer = by_layer
         plans = len(FULL_TYPES) + tries
         if by_layer:
-            plans += shape.n_layer + 2 * N_WINDOWS
+            plans += shape.n_layer + 2 * len(self.layer_windows)
         reads = len(windows) * plans + 2 + tries // 2
         self._clock = Clock(progress, reads)
 
@@ -189,7 +188,10 @@ class Tuner:
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
-        """Return the windows that layers can have, in ascending order; () in a small context."""
+        """Return the windows that layers can have, in ascending order; () in a small context.
+
+        These are at most plan.MAX_WINDOWS.
+        """
         half, least = self.n_ctx // CELLS_DIVISOR, max(self.n_ctx // 32, MIN_WINDOW)
         some = (least, self.n_ctx // 8, self.n_ctx // 4, half - fold_block(half))
         return some if least < self.n_ctx // 8 else ()
