@@ -164,7 +164,6 @@ inline void read_rows(const razor_attn_rows & rows, int64_t c0, int n_rows, cons
 
     for (int c = 0; c < n_rows; ++c, src += rows.row_bytes, dst += n) {
         if (live[c] != -__builtin_inff()) {
-            __builtin_prefetch(src + TC*rows.row_bytes);
             read_row(rows, src, dst, n);
         } else {
             for (int d = 0; d < n; d += W) {
@@ -179,19 +178,14 @@ inline void read_rows(const razor_attn_rows & rows, int64_t c0, int n_rows, cons
 //
 
 // [W][n] -> [n][W] in columns of a matrix with rows of ld
-//
-// ahead: bytes from each row to one that is needed soon, 0: none
 template<typename row>
-inline void transpose(const char * src, size_t row_bytes, int n, float * dst, int ld, size_t ahead) {
+inline void transpose(const char * src, size_t row_bytes, int n, float * dst, int ld) {
     for (int i = 0; i < n; i += W) {
         vf a[W], b[W];
 
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {
             a[j] = row::load(src + j*row_bytes, i);
-            if (ahead && i*row::bytes % 64 == 0) {
-                __builtin_prefetch(src + j*row_bytes + ahead + i*row::bytes);
-            }
         }
 
         // what is W/2 apart is zipped log2(W) times
@@ -219,12 +213,23 @@ inline void transpose(const char * src, size_t row_bytes, int n, float * dst, in
 // products
 //
 
-// The hardware does not prefetch many short rows, so the loops that read rows of a cache prefetch those of the next tile: a
-// few at a time, because more than a core can wait for would stall it.
+// Rows of a cache that a product prefetches in its loop, nullptr: none. The hardware does not prefetch many short rows. Spread
+// over a loop they do not exceed what a core can wait for, and they go to L2: those of a tile would displace each other in L1,
+// where rows that are a power of two apart share a few sets.
+struct next_rows {
+    const char * data;
+    size_t       row_bytes;
+    size_t       n_bytes; // of a row
+};
+
+// the rows of the tile from cell c0 on
+inline next_rows get_next_rows(const razor_attn_rows & rows, int64_t c0) {
+    return { rows.data + c0*rows.row_bytes, rows.row_bytes, rows.n_bytes };
+}
 
 // C [MR, NV*W] = A [MR, n] * B [n, NV*W], or added to C; B starts at column col of rows of ldb bytes
 template<typename row_b, int MR, int NV>
-inline void product_block(int n, const float * a, int lda, const char * b, size_t ldb, int col, float * c, int ldc, bool add, size_t ahead) {
+inline void product_block(int n, const float * a, int lda, const char * b, size_t ldb, int col, float * c, int ldc, bool add, next_rows next) {
     vf acc[MR][NV];
 
 #pragma GCC unroll 4
@@ -235,6 +240,8 @@ inline void product_block(int n, const float * a, int lda, const char * b, size_
         }
     }
 
+    int due = 0; // TC rows in n steps
+
     for (int k = 0; k < n; ++k, b += ldb) {
         vf row[NV];
 
@@ -242,10 +249,11 @@ inline void product_block(int n, const float * a, int lda, const char * b, size_
         for (int j = 0; j < NV; ++j) {
             row[j] = row_b::load(b, col + j*W);
         }
-        if (ahead) {
-#pragma GCC unroll 4
-            for (int j = 0; j < NV*W*row_b::bytes; j += 64) {
-                __builtin_prefetch(b + ahead + col*row_b::bytes + j);
+        if (next.data) {
+            for (due += TC; due >= n; due -= n, next.data += next.row_bytes) {
+                for (size_t j = 0; j < next.n_bytes; j += 64) {
+                    __builtin_prefetch(next.data + j, 0, 1);
+                }
             }
         }
 #pragma GCC unroll 4
@@ -268,29 +276,32 @@ inline void product_block(int n, const float * a, int lda, const char * b, size_
 }
 
 template<typename row_b, int NV>
-inline void product_columns(int rows, int n, const float * a, int lda, const char * b, size_t ldb, int col, float * c, int ldc, bool add, size_t ahead) {
+inline void product_columns(int rows, int n, const float * a, int lda, const char * b, size_t ldb, int col, float * c, int ldc, bool add, next_rows next) {
     int i = 0;
     for (; i + 4 <= rows; i += 4) {
-        product_block<row_b, 4, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead);
+        product_block<row_b, 4, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, next);
+        next.data = nullptr;
     }
     switch (rows - i) {
-        case 3: product_block<row_b, 3, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead); break;
-        case 2: product_block<row_b, 2, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead); break;
-        case 1: product_block<row_b, 1, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, ahead); break;
+        case 3: product_block<row_b, 3, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, next); break;
+        case 2: product_block<row_b, 2, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, next); break;
+        case 1: product_block<row_b, 1, NV>(n, a + i*lda, lda, b, ldb, col, c + i*ldc, ldc, add, next); break;
     }
 }
 
-// C [rows, columns] = A [rows, n] * B [n, columns], or added to C
+// C [rows, columns] = A [rows, n] * B [n, columns], or added to C; the first block prefetches the next rows
 template<typename row_b>
-inline void product(int rows, int columns, int n, const float * a, int lda, const char * b, size_t ldb, float * c, int ldc, bool add, size_t ahead) {
+inline void product(int rows, int columns, int n, const float * a, int lda, const char * b, size_t ldb, float * c, int ldc, bool add, next_rows next) {
     constexpr int NV = RAZOR_REGISTERS >= 32 ? 4 : 2;
 
     int j = 0;
     for (; j + NV*W <= columns; j += NV*W) {
-        product_columns<row_b, NV>(rows, n, a, lda, b, ldb, j, c + j, ldc, add, ahead);
+        product_columns<row_b, NV>(rows, n, a, lda, b, ldb, j, c + j, ldc, add, next);
+        next.data = nullptr;
     }
     for (; j < columns; j += W) {
-        product_columns<row_b, 1>(rows, n, a, lda, b, ldb, j, c + j, ldc, add, ahead);
+        product_columns<row_b, 1>(rows, n, a, lda, b, ldb, j, c + j, ldc, add, next);
+        next.data = nullptr;
     }
 }
 
@@ -492,15 +503,15 @@ void attention(const razor_attn_task & t, float * scratch) {
 
         for (int c = 0; c < TC; c += W) {
             const bool in_place = whole && read_in_place(t.k.format, [&](auto row) {
-                transpose<decltype(row)>(t.k.data + (c0 + c)*t.k.row_bytes, t.k.row_bytes, d_k, kt + c, TC, TC*t.k.row_bytes);
+                transpose<decltype(row)>(t.k.data + (c0 + c)*t.k.row_bytes, t.k.row_bytes, d_k, kt + c, TC);
             });
             if (!in_place) {
                 read_rows(t.k, c0 + c, W, live + c, k, d_k);
-                transpose<row_f32>((const char *) k, d_k*sizeof(float), d_k, kt + c, TC, 0);
+                transpose<row_f32>((const char *) k, d_k*sizeof(float), d_k, kt + c, TC);
             }
         }
 
-        product<row_f32>(n_rows, TC, d_k, q, d_k, (const char *) kt, TC*sizeof(float), s, TC, false, 0);
+        product<row_f32>(n_rows, TC, d_k, q, d_k, (const char *) kt, TC*sizeof(float), s, TC, false, get_next_rows(t.k, c0 + TC));
 
         for (int i = 0; i < n_rows; ++i) {
             if (t.cap != 0.0f) {
@@ -511,11 +522,11 @@ void attention(const razor_attn_task & t, float * scratch) {
 
         // rows that are read once or twice need not be stored as F32
         const bool in_place = whole && n_rows <= 8 && read_in_place(t.v.format, [&](auto row) {
-            product<decltype(row)>(n_rows, d_v, TC, s, TC, t.v.data + c0*t.v.row_bytes, t.v.row_bytes, o, d_v, true, TC*t.v.row_bytes);
+            product<decltype(row)>(n_rows, d_v, TC, s, TC, t.v.data + c0*t.v.row_bytes, t.v.row_bytes, o, d_v, true, get_next_rows(t.v, c0 + TC));
         });
         if (!in_place) {
             read_rows(t.v, c0, TC, live, v, d_v);
-            product<row_f32>(n_rows, d_v, TC, s, TC, (const char *) v, d_v*sizeof(float), o, d_v, true, 0);
+            product<row_f32>(n_rows, d_v, TC, s, TC, (const char *) v, d_v*sizeof(float), o, d_v, true, get_next_rows(t.v, c0 + TC));
         }
     }
 

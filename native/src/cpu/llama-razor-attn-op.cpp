@@ -186,6 +186,8 @@ static void razor_attn_compute(ggml_tensor * dst, int /* ith */, int nth, void *
         razor_attn_get_rows(v->type, task.v);
         task.k.row_bytes = k->nb[op.by_token ? 2 : 1];
         task.v.row_bytes = v->nb[op.by_token ? 2 : 1];
+        task.k.n_bytes   = ggml_row_size(k->type, op.d_k);
+        task.v.n_bytes   = ggml_row_size(v->type, op.d_v);
 
         task.n_tokens = std::min(op.block_tokens, op.n_tokens - token);
 

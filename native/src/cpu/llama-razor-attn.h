@@ -23,7 +23,8 @@ enum razor_attn_format {
 // rows of K or V of one KV head
 struct razor_attn_rows {
     const char * data;
-    size_t       row_bytes;
+    size_t       row_bytes; // from one row to the next one
+    size_t       n_bytes;   // of a row
 
     razor_attn_format format;
 
