@@ -177,6 +177,48 @@ inline void read_rows(const razor_attn_rows & rows, int64_t c0, int n_rows, cons
 // transpose
 //
 
+// numbers i, j, k, l of a lane of 128 bits from number n on, and of each lane
+#define RAZOR_LANE(n, i, j, k, l) (n) + (i), (n) + (j), (n) + (k), (n) + (l)
+
+#if RAZOR_LANES == 16
+#define RAZOR_EACH_LANE(...) RAZOR_LANE(0, __VA_ARGS__), RAZOR_LANE(4, __VA_ARGS__), RAZOR_LANE(8, __VA_ARGS__), RAZOR_LANE(12, __VA_ARGS__)
+#elif RAZOR_LANES == 8
+#define RAZOR_EACH_LANE(...) RAZOR_LANE(0, __VA_ARGS__), RAZOR_LANE(4, __VA_ARGS__)
+#else
+#define RAZOR_EACH_LANE(...) RAZOR_LANE(0, __VA_ARGS__)
+#endif
+
+// lanes i and j of two vectors
+#define RAZOR_TWO_LANES(i, j) RAZOR_LANE(4*(i), 0, 1, 2, 3), RAZOR_LANE(4*(j), 0, 1, 2, 3)
+
+// lane j of vector 4*i + k <-> lane i of vector 4*j + k
+inline void transpose_lanes(vf * a) {
+#if RAZOR_LANES == 16
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+        const vf b0 = RAZOR_SHUFFLE(a[k + 0], a[k +  4], RAZOR_TWO_LANES(0, 1), RAZOR_TWO_LANES(4, 5));
+        const vf b1 = RAZOR_SHUFFLE(a[k + 0], a[k +  4], RAZOR_TWO_LANES(2, 3), RAZOR_TWO_LANES(6, 7));
+        const vf b2 = RAZOR_SHUFFLE(a[k + 8], a[k + 12], RAZOR_TWO_LANES(0, 1), RAZOR_TWO_LANES(4, 5));
+        const vf b3 = RAZOR_SHUFFLE(a[k + 8], a[k + 12], RAZOR_TWO_LANES(2, 3), RAZOR_TWO_LANES(6, 7));
+
+        a[k +  0] = RAZOR_SHUFFLE(b0, b2, RAZOR_TWO_LANES(0, 2), RAZOR_TWO_LANES(4, 6));
+        a[k +  4] = RAZOR_SHUFFLE(b0, b2, RAZOR_TWO_LANES(1, 3), RAZOR_TWO_LANES(5, 7));
+        a[k +  8] = RAZOR_SHUFFLE(b1, b3, RAZOR_TWO_LANES(0, 2), RAZOR_TWO_LANES(4, 6));
+        a[k + 12] = RAZOR_SHUFFLE(b1, b3, RAZOR_TWO_LANES(1, 3), RAZOR_TWO_LANES(5, 7));
+    }
+#elif RAZOR_LANES == 8
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+        const vf b = a[k];
+
+        a[k + 0] = RAZOR_SHUFFLE(b, a[k + 4], RAZOR_TWO_LANES(0, 2));
+        a[k + 4] = RAZOR_SHUFFLE(b, a[k + 4], RAZOR_TWO_LANES(1, 3));
+    }
+#else
+    (void) a;
+#endif
+}
+
 // [W][n] -> [n][W] in columns of a matrix with rows of ld
 template<typename row>
 inline void transpose(const char * src, size_t row_bytes, int n, float * dst, int ld) {
@@ -188,19 +230,20 @@ inline void transpose(const char * src, size_t row_bytes, int n, float * dst, in
             a[j] = row::load(src + j*row_bytes, i);
         }
 
-        // what is W/2 apart is zipped log2(W) times
+        // 4x4 numbers in each lane of 128 bits, then the lanes: shuffles across lanes are slower
 #pragma GCC unroll 4
-        for (int step = 1; step < W; step *= 2) {
-#pragma GCC unroll 8
-            for (int j = 0; j < W/2; ++j) {
-                b[2*j + 0] = RAZOR_SHUFFLE(a[j], a[j + W/2], RAZOR_ZIP_LO);
-                b[2*j + 1] = RAZOR_SHUFFLE(a[j], a[j + W/2], RAZOR_ZIP_HI);
-            }
-#pragma GCC unroll 16
-            for (int j = 0; j < W; ++j) {
-                a[j] = b[j];
-            }
+        for (int j = 0; j < W; j += 4) {
+            b[j + 0] = RAZOR_SHUFFLE(a[j + 0], a[j + 1], RAZOR_EACH_LANE(0, W + 0, 1, W + 1));
+            b[j + 1] = RAZOR_SHUFFLE(a[j + 0], a[j + 1], RAZOR_EACH_LANE(2, W + 2, 3, W + 3));
+            b[j + 2] = RAZOR_SHUFFLE(a[j + 2], a[j + 3], RAZOR_EACH_LANE(0, W + 0, 1, W + 1));
+            b[j + 3] = RAZOR_SHUFFLE(a[j + 2], a[j + 3], RAZOR_EACH_LANE(2, W + 2, 3, W + 3));
+
+            a[j + 0] = RAZOR_SHUFFLE(b[j + 0], b[j + 2], RAZOR_EACH_LANE(0, 1, W + 0, W + 1));
+            a[j + 1] = RAZOR_SHUFFLE(b[j + 0], b[j + 2], RAZOR_EACH_LANE(2, 3, W + 2, W + 3));
+            a[j + 2] = RAZOR_SHUFFLE(b[j + 1], b[j + 3], RAZOR_EACH_LANE(0, 1, W + 0, W + 1));
+            a[j + 3] = RAZOR_SHUFFLE(b[j + 1], b[j + 3], RAZOR_EACH_LANE(2, 3, W + 2, W + 3));
         }
+        transpose_lanes(a);
 
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {
