@@ -1,6 +1,7 @@
 #include "llama-kv-cache-razor.h"
 
 #include "llama-razor-error.h"
+#include "llama-razor-pages.h"
 #include "llama-razor-prefill.h"
 #include "llama-razor-source.h"
 
@@ -217,6 +218,8 @@ const llama_razor_rewind_params & rewind_params,
         if (!buf) {
             throw std::runtime_error("failed to allocate buffer for the KV cache");
         }
+
+        razor_use_huge_pages(buf);
 
         // the padding must not contain NaNs, and SLOT_ZERO is never written
         ggml_backend_buffer_clear(buf, 0);

@@ -1,6 +1,7 @@
 #include "llama-razor-full.h"
 
 #include "cpu/llama-razor-attn-op.h"
+#include "llama-razor-pages.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -8,6 +9,7 @@
 #include "llama-model.h"
 
 #include <numeric>
+#include <set>
 
 //
 // llama_kv_cache_full
@@ -22,6 +24,18 @@ llama_kv_cache_full::llama_kv_cache_full(
     llama_kv_cache(model, model.hparams, type_k, type_v, !cparams.flash_attn, cparams.offload_kqv, cparams.kv_unified,
             cparams.n_ctx_seq, cparams.n_seq_max, 1, model.hparams.n_swa, model.hparams.swa_type, nullptr, nullptr, nullptr, nullptr),
     kernel(kernel) {
+    std::set<ggml_backend_buffer_t> bufs;
+
+    for (const auto & layer : layers) {
+        for (const ggml_tensor * t : { layer.k, layer.v }) {
+            if (t) {
+                bufs.insert(t->buffer);
+            }
+        }
+    }
+    for (ggml_backend_buffer_t buf : bufs) {
+        razor_clear_in_huge_pages(buf);
+    }
 }
 
 // same as llama_kv_cache::init_batch(), except for the class of the result

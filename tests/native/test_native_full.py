@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -126,6 +131,32 @@ def test_states_and_rollbacks(tiny) -> None:
         assert np.isfinite(again).all()
         for ctx in contexts:
             ctx.close()
+
+
+def huge_page_bytes() -> int:
+    """Return the bytes of this process that lie in huge pages."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * sum(map(int, re.findall(r"AnonHugePages: +(\d+)", rollup)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+@pytest.mark.parametrize(
+    "razor", [OWN, runner.Override(retrieval=bytes([1, 0] * 3), window=64)], ids=["full", "razor"]
+)
+def test_caches_lie_in_huge_pages(razor, tiny) -> None:
+    size = 16 << 20
+    before = huge_page_bytes()
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.write(bytes(size))
+        if huge_page_bytes() - before < size // 2:
+            pytest.skip("this system has no huge pages to give")
+    with runner.Model(tiny(SPECS[0])) as model:
+        before = huge_page_bytes()
+        with runner.Context(model, razor, n_ctx=32768, flash_attn=True) as ctx:
+            found = huge_page_bytes() - before
+            # a buffer begins and ends with small pages
+            assert found >= ctx.stats().kv_bytes - (8 << 20) > size // 2
 
 
 def test_where_it_does_not_run(tiny, monkeypatch) -> None:

@@ -29,7 +29,7 @@ RAZOR, PROFILE, DEVICE = "llama-razor.cpp", "llama-razor-profile.cpp", "llama-ra
 PLAN, FRONTIER = "llama-razor-plan.cpp", "llama-razor-plan.h"
 CACHE, GRAPH = "llama-kv-cache-razor.cpp", "llama-graph-razor.cpp"
 REWIND, PREFILL = "llama-razor-rewind.cpp", "llama-razor-prefill.cpp"
-SOURCE = "llama-razor-source.cpp"
+SOURCE, PAGES = "llama-razor-source.cpp", "llama-razor-pages.cpp"
 RPC, RPC_BACKEND = "llama-razor-rpc.cpp", "rpc/ggml-razor-rpc.cpp"
 MEMORY, FULL = "llama-memory-razor.cpp", "llama-razor-full.cpp"
 ATTN, KERNEL = "cpu/llama-razor-attn-op.cpp", "cpu/llama-razor-attn-kernel.h"
@@ -88,6 +88,10 @@ BREAKS = [
     Break("attention-of-the-other-mask", GRAPH, "&order.groups[i + 1], groups[i].mask, first + (int64_t)", "&order.groups[i + 1], kq_mask, first + (int64_t)", "test_each_kernel_equals_the_reference"),
     Break("attention-of-the-wrong-rows", GRAPH, "plan.first_row(layer.il, i), plan.groups[i].cells });", "plan.first_row(layer.il, i), plan.groups[i].cells - 1 });", "test_each_kernel_equals_the_reference"),
     Break("heads-in-the-order-of-groups", ATTN, "(*group.heads)[j]*op.n_gqa", "(i_group == 0 ? j : j + (int64_t) op.groups[0].heads->size())*op.n_gqa", "test_each_kernel_equals_the_reference"),
+    Break("huge-pages-not-asked-for", PAGES, "madvise(pages.first, pages.size, MADV_HUGEPAGE)", "(void) 0", "test_caches_lie_in_huge_pages"),
+    Break("huge-pages-of-the-razor-cache-lost", CACHE, "        razor_use_huge_pages(buf);\n", "", "test_caches_lie_in_huge_pages"),
+    Break("small-pages-stay", PAGES, "madvise(pages.first, pages.size, MADV_DONTNEED) == 0", "true", "test_caches_lie_in_huge_pages"),
+    Break("pairs-of-a-lane-exchanged", KERNEL, "a[j + 0] = RAZOR_SHUFFLE(b[j + 0], b[j + 2], RAZOR_EACH_LANE(0, 1, W + 0, W + 1));", "a[j + 0] = RAZOR_SHUFFLE(b[j + 0], b[j + 2], RAZOR_EACH_LANE(2, 3, W + 2, W + 3));", "test_each_kernel_equals_the_reference"),
     Break("parts-not-weighted", KERNEL, "const float f     = exp_neg(splat(m - m_new))[0];", "const float f     = 1.0f;", "test_any_shape_and_any_cut_into_tasks"),
     Break("part-lost", ATTN, "group.n_chunks = (group.n_kv + chunk - 1)/chunk;", "group.n_chunks = std::max<int64_t>(1, group.n_kv/chunk);", "test_any_shape_and_any_cut_into_tasks"),
     Break("tasks-once-only", ATTN, "next.store(0, std::memory_order_relaxed);", "", "test_each_kernel_equals_the_reference test_several_threads"),
