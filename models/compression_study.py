@@ -243,6 +243,9 @@ def comparison(window: int, block: int) -> list[Policy]:
 
 # ---- the model ---------------------------------------------------------------------------------
 
+Attention = Callable[[int, Array, Array, Array], Array]
+# layer, q [n_head, n, d] with 1/sqrt(d) in it, k and v [n_head_kv, n, d] -> [n_head, n, d]
+
 
 @dataclass
 class Cache:
@@ -300,19 +303,15 @@ class Model:
         With policy None the cache is full. keep receives k and v of all tokens.
         """
         n_past = past.k[0].shape[1] if past else 0
-        positions = np.arange(n_past, n_past + len(tokens))
-        x = self.w["token_embd.weight"][tokens]
-        for layer in range(self.n_layer):
-            h = self._norm(f"blk.{layer}.attn_norm", x)
-            q, k, v = (self._heads(layer, name, h) for name in "qkv")
-            q, k = self._rope(q, positions) / np.sqrt(self.head_dim), self._rope(k, positions)
+        group = self.n_head // self.n_head_kv
+
+        def attention(layer: int, q: Array, k: Array, v: Array) -> Array:
             if past:
                 k = np.concatenate([past.k[layer], k], 1)
                 v = np.concatenate([past.v[layer], v], 1)
             if keep is not None:
                 keep.k.append(k)
                 keep.v.append(v)
-            group = self.n_head // self.n_head_kv
             out = np.empty_like(q)
             for head in range(self.n_head_kv):
                 heads = slice(head * group, (head + 1) * group)
@@ -320,11 +319,30 @@ class Model:
                 full = policy is None or policy.keeps_all(layer, head, chosen)
                 seen = None if full else Seen(policy, window, block, n_ctx)
                 out[heads] = attend(q[heads], k[head], v[head], n_past, seen)
-            x = (
-                x
-                + out.transpose(1, 0, 2).reshape(len(x), -1)
-                @ self.w[f"blk.{layer}.attn_output.weight"].T
-            )
+            return out
+
+        return self.forward(tokens, np.arange(n_past, n_past + len(tokens)), attention)
+
+    def forward(
+        self,
+        tokens: Array,
+        positions: Array,
+        attention: Attention,
+        report: Callable[[Array, Array], object] | None = None,
+    ) -> Array:
+        """Compute the states after the last norm, f32 [n, n_embd].
+
+        report gets the states before and after the attention of each layer.
+        """
+        x = self.w["token_embd.weight"][tokens]
+        for layer in range(self.n_layer):
+            h = self._norm(f"blk.{layer}.attn_norm", x)
+            q, k, v = (self._heads(layer, name, h) for name in "qkv")
+            q, k = self._rope(q, positions) / np.sqrt(self.head_dim), self._rope(k, positions)
+            out = attention(layer, q, k, v).transpose(1, 0, 2).reshape(len(x), -1)
+            before, x = x, x + out @ self.w[f"blk.{layer}.attn_output.weight"].T
+            if report:
+                report(before, x)
             h = self._norm(f"blk.{layer}.ffn_norm", x)
             gate, up = (h @ self.w[f"blk.{layer}.ffn_{name}.weight"].T for name in ("gate", "up"))
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[f"blk.{layer}.ffn_down.weight"].T
