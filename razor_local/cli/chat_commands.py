@@ -170,6 +170,11 @@ def _save(talk: Talk, argument: str) -> None:
         raise RazorError("expected a name: /save NAME")
     if talk.chat.last_message is None:
         raise RazorError("there is nothing to save yet")
+    if name != talk.session and name in sessions.names():
+        raise RazorError(
+            f"session {name} holds another conversation; choose another name, or remove it with"
+            f" '/sessions rm {name}'"
+        )
     with _stoppable("nothing was saved"):
         session = sessions.save(name, talk.llama, talk.chat)
     talk.session = name

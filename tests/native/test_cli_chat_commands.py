@@ -244,6 +244,8 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
         t.expect("other  20")
         t.expect("work  20")
         assert re.search(r", 6 messages, \d+ tokens, \d\.\d MiB, ", t.expect("razor-default"))
+        t.send("/save other\r")
+        t.expect("Error: session other holds another conversation; choose another name, or remove")
         t.send("/sessions rm ot\t\r")
         t.expect("session other is removed")
     with terminal("-c", "4096", XDG_DATA_HOME=str(tmp_path)) as t:
