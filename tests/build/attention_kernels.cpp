@@ -113,8 +113,8 @@ int main() {
             t.n_tokens = n_tokens; t.n_gqa = n_gqa; t.d_k = d_k; t.d_v = d_v;
             t.scale    = 1.0f/sqrtf(d_k);
             t.q = q.data(); t.q_head = d_k; t.q_token = d_k*n_gqa;
-            t.k = { k.data(), row_bytes(format, d_k), format, nullptr };
-            t.v = { v.data(), row_bytes(format, d_v), format, nullptr };
+            t.k = { k.data(), row_bytes(format, d_k), row_bytes(format, d_k), format, nullptr };
+            t.v = { v.data(), row_bytes(format, d_v), row_bytes(format, d_v), format, nullptr };
             t.mask  = mask.data(); t.mask_token = n_kv;
             t.slopes = i % 2 ? nullptr : slopes.data();
             t.cell0 = rng() % n_kv;
