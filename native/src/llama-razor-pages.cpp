@@ -6,6 +6,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 // Linux 5.14
+#endif
+
 // the whole pages of a buffer, because other data may share the first and the last one; none for memory of a driver
 struct razor_pages {
     void * first = nullptr;
@@ -39,7 +43,11 @@ void razor_clear_in_huge_pages(ggml_backend_buffer_t buf) {
     // small pages stay small until they are given back
     if (pages.size > 0 && madvise(pages.first, pages.size, MADV_DONTNEED) == 0) {
         razor_use_huge_pages(buf);
-        ggml_backend_buffer_clear(buf, 0);
+
+        // new pages are zero; take them now: a system that lacks memory should say so when the context is created
+        if (madvise(pages.first, pages.size, MADV_POPULATE_WRITE) != 0) {
+            ggml_backend_buffer_clear(buf, 0);
+        }
     }
 }
 
