@@ -258,7 +258,7 @@ def balanced_subset(k: Array, v: Array) -> tuple[Array, float]:
             both /= np.sqrt(np.outer(np.diag(both), np.diag(both)))
             walk = signs[start : start + 256]
             for i in range(len(rows)):
-                bias = np.clip(walk[:i] @ both[i, :i] / np.log(len(rows)), -1, 1)
+                bias = np.clip(walk[:i] @ both[i, :i] / max(np.log(len(rows)), 1), -1, 1)
                 walk[i] = 1 if rng.random() < 0.5 - bias / 2 else -1
         keep_plus = (signs > 0).sum() >= len(signs) / 2
         found = chosen[signs > 0] if keep_plus else chosen[signs < 0]

@@ -2,9 +2,10 @@
 
 #include "ggml-backend.h"
 
-// ask the system for huge pages, before the buffer is first written: attention reads whole caches, and address translation takes
-// a tenth of its time with pages of 4 KiB. Does nothing if the system does not support it, or the buffer is not in plain memory
+// ask the system for huge pages, before the buffer is first written. Attention reads whole caches, and with pages of 4 KiB it
+// spends about a tenth of its time on the translation of addresses. Does nothing on other systems than Linux, and for memory
+// of a driver
 void razor_use_huge_pages(ggml_backend_buffer_t buf);
 
-// the same for a buffer that was cleared before. It is zero afterwards, too
+// the same for a buffer that was cleared before; it is zero afterwards
 void razor_clear_in_huge_pages(ggml_backend_buffer_t buf);

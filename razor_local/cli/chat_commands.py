@@ -170,17 +170,36 @@ def _save(talk: Talk, argument: str) -> None:
         raise RazorError("expected a name: /save NAME")
     if talk.chat.last_message is None:
         raise RazorError("there is nothing to save yet")
-    if name != talk.session and name in sessions.names():
-        raise RazorError(
-            f"session {name} holds another conversation; choose another name, or remove it with"
-            f" '/sessions rm {name}'"
-        )
+    if name != talk.session:
+        _refuse_other_conversation(name, talk)
     with _stoppable("nothing was saved"):
         session = sessions.save(name, talk.llama, talk.chat)
     talk.session = name
     size = session.n_bytes / 2**20
     ways = f"'/load {name}' and 'chat --session {shlex.quote(name)}'"
     say(f"saved as {name} ({size:.1f} MiB); {ways} continue it")
+
+
+def _refuse_other_conversation(name: str, talk: Talk) -> None:
+    """Raise RazorError if saving would replace a session that this conversation does not continue.
+
+    Also raises OSError.
+    """
+    from .. import sessions
+
+    if not os.path.lexists(sessions.path_of(name)):
+        return
+    advice = f"choose another name, or remove it with '/sessions rm {name}'"
+    try:
+        saved = sessions.read(name).chat["messages"]
+    except (RazorError, OSError) as error:
+        raise RazorError(f"session {name} exists, and {sentence(error)}; {advice}") from None
+    now = talk.chat.messages[: len(saved)]
+    same = [(m["role"], m.get("content")) for m in now] == [
+        (m["role"], m.get("content")) for m in saved
+    ]
+    if not same:
+        raise RazorError(f"session {name} holds another conversation; {advice}")
 
 
 def _load(talk: Talk, argument: str) -> None:
@@ -210,6 +229,8 @@ def _sessions(talk: Talk, argument: str) -> None:
     action, _, name = argument.partition(" ")
     if action == "rm" and name.strip():
         sessions.remove(name.strip())
+        if name.strip() == talk.session:
+            talk.session = None
         say(f"session {name.strip()} is removed")
     elif argument:
         raise RazorError("expected /sessions, or /sessions rm NAME")
@@ -265,6 +286,8 @@ def _undo(talk: Talk, argument: str) -> None:
     text = talk.chat.undo()
     if text is None:
         raise RazorError("there is no message yet to take back; send one")
+    if talk.chat.last_message is None:
+        talk.session = None  # the next conversation is another one
     say(f"taken back: {_short(text)}")
 
 
@@ -340,6 +363,7 @@ def _short(text: str) -> str:
 
 def _clear(talk: Talk, argument: str) -> None:
     talk.chat.clear()
+    talk.session = None  # the next conversation is another one
     say("the conversation is empty")
 
 

@@ -244,8 +244,8 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
         t.expect("other  20")
         t.expect("work  20")
         assert re.search(r", 6 messages, \d+ tokens, \d\.\d MiB, ", t.expect("razor-default"))
-        t.send("/save other\r")
-        t.expect("Error: session other holds another conversation; choose another name, or remove")
+        t.send("/save other\r")  # it holds the beginning of this conversation
+        t.expect("saved as other (")
         t.send("/sessions rm ot\t\r")
         t.expect("session other is removed")
     with terminal("-c", "4096", XDG_DATA_HOME=str(tmp_path)) as t:
@@ -258,6 +258,30 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
         t.expect("to be read with the next message")
         t.expect(">>>")
         ask(t, QUESTION, "48213.")
+
+
+def test_a_saved_conversation_is_not_replaced_by_another_one(tmp_path):
+    folder = tmp_path / "razor_local" / "sessions"
+    with terminal("-c", "2048", "-n", "4", XDG_DATA_HOME=str(tmp_path)) as t:
+        t.expect(">>>")
+        t.send("hello\r")
+        t.expect(" %)")
+        t.send("/save work\r")
+        t.expect("saved as work (")
+        before = (folder / "work.session").read_bytes()
+        (folder / "bad.session").write_text("x")
+        for end in ("/clear", "/undo"):
+            t.send(f"{end}\r")
+            t.expect(">>>")
+            t.send("good morning\r")
+            t.expect(" %)")
+            t.send("/save work\r")
+            t.expect("Error: session work holds another conversation; choose another name, or")
+            t.send("/save\r")
+            t.expect("Error: expected a name: /save NAME")
+            t.send("/save bad\r")
+            t.expect("Error: session bad exists, and the file of session bad is damaged")
+        assert (folder / "work.session").read_bytes() == before
 
 
 def test_a_pipe_goes_on_with_a_session(tmp_path):

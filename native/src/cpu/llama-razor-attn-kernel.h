@@ -177,7 +177,7 @@ inline void read_rows(const razor_attn_rows & rows, int64_t c0, int n_rows, cons
 // transpose
 //
 
-// numbers i, j, k, l of a lane of 128 bits from number n on, and of each lane
+// indices of a shuffle: numbers i, j, k and l of the lane of 128 bits that begins at number n; the same of each lane
 #define RAZOR_LANE(n, i, j, k, l) (n) + (i), (n) + (j), (n) + (k), (n) + (l)
 
 #if RAZOR_LANES == 16
@@ -188,10 +188,10 @@ inline void read_rows(const razor_attn_rows & rows, int64_t c0, int n_rows, cons
 #define RAZOR_EACH_LANE(...) RAZOR_LANE(0, __VA_ARGS__)
 #endif
 
-// lanes i and j of two vectors
+// lanes i and j, counted over both vectors of a shuffle
 #define RAZOR_TWO_LANES(i, j) RAZOR_LANE(4*(i), 0, 1, 2, 3), RAZOR_LANE(4*(j), 0, 1, 2, 3)
 
-// lane j of vector 4*i + k <-> lane i of vector 4*j + k
+// exchange lane j of vector 4*i + k with lane i of vector 4*j + k
 inline void transpose_lanes(vf * a) {
 #if RAZOR_LANES == 16
 #pragma GCC unroll 4
@@ -256,9 +256,10 @@ inline void transpose(const char * src, size_t row_bytes, int n, float * dst, in
 // products
 //
 
-// Rows of a cache that a product prefetches in its loop, nullptr: none. The hardware does not prefetch many short rows. Spread
-// over a loop they do not exceed what a core can wait for, and they go to L2: those of a tile would displace each other in L1,
-// where rows that are a power of two apart share a few sets.
+// The rows that a product prefetches in its loop; if data is nullptr, it prefetches nothing.
+//
+// The hardware does not prefetch many short rows. The requests are spread over the loop, because a core can wait for a few of
+// them only, and the rows go to L2: rows that are a power of two apart share a few sets of L1, and would displace each other.
 struct next_rows {
     const char * data;
     size_t       row_bytes;
@@ -283,7 +284,7 @@ inline void product_block(int n, const float * a, int lda, const char * b, size_
         }
     }
 
-    int due = 0; // TC rows in n steps
+    int due = 0; // the TC next rows are spread over n steps
 
     for (int k = 0; k < n; ++k, b += ldb) {
         vf row[NV];
