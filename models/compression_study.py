@@ -244,7 +244,8 @@ def comparison(window: int, block: int) -> list[Policy]:
 # ---- the model ---------------------------------------------------------------------------------
 
 Attention = Callable[[int, Array, Array, Array], Array]
-# layer, q [n_head, n, d] with 1/sqrt(d) in it, k and v [n_head_kv, n, d] -> [n_head, n, d]
+# attention(layer, q, k, v): q [n_head, n, d] is already scaled by 1/sqrt(d), k and v
+# [n_head_kv, n, d]; returns [n_head, n, d]
 
 
 @dataclass
@@ -328,11 +329,11 @@ class Model:
         tokens: Array,
         positions: Array,
         attention: Attention,
-        report: Callable[[Array, Array], object] | None = None,
+        on_attention: Callable[[Array, Array], object] | None = None,
     ) -> Array:
         """Compute the states after the last norm, f32 [n, n_embd].
 
-        report gets the states before and after the attention of each layer.
+        on_attention gets the states before and after the attention of each layer.
         """
         x = self.w["token_embd.weight"][tokens]
         for layer in range(self.n_layer):
@@ -341,8 +342,8 @@ class Model:
             q, k = self._rope(q, positions) / np.sqrt(self.head_dim), self._rope(k, positions)
             out = attention(layer, q, k, v).transpose(1, 0, 2).reshape(len(x), -1)
             before, x = x, x + out @ self.w[f"blk.{layer}.attn_output.weight"].T
-            if report:
-                report(before, x)
+            if on_attention:
+                on_attention(before, x)
             h = self._norm(f"blk.{layer}.ffn_norm", x)
             gate, up = (h @ self.w[f"blk.{layer}.ffn_{name}.weight"].T for name in ("gate", "up"))
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[f"blk.{layer}.ffn_down.weight"].T

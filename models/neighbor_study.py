@@ -4,14 +4,15 @@
 
 The model (of llama architecture) reads a prompt with full attention, in numpy and F32. Each policy
 then keeps a part of the keys and values of each KV head, and everything after the prompt attends
-to this part. Each policy follows the rule of a paper; POLICIES names the papers. For each of four
-novels there are two prompts of -c tokens:
+to this part. Each policy is a variant of razor or the rule of a paper, which POLICIES cites. Each
+novel (NOVELS/*.txt) gives two prompts, which end within a context of -c tokens:
 
 - a piece of the novel: KL(full || policy) of the next token over the TAIL tokens after it, in nats;
 - a piece with planted facts (razor_local/evals/facts.py): the values that are found, and the
   change of their log probability.
 
-Bytes are those of the kept rows, means and matrices, as a share of the full f16 cache.
+Bytes count the kept rows, the compensation rows and the matrices of covariances, as a share of the
+full f16 cache. The basis of values of lower rank is not counted: it can be merged into the weights.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class Reader(Model):
         return prompt
 
     def go_on(self, parts: Sequence[Array], prompt: Prompt, kept: Cache) -> list[Array]:
-        """Return the log probabilities after each token of texts that go on with the prompt."""
+        """Return the next-token log probabilities at every token of each part.
+
+        The parts are alternative continuations of the prompt, and do not attend to one another.
+        """
         tokens = np.concatenate(parts)
         own = np.concatenate([np.full(len(part), i) for i, part in enumerate(parts)])
         order = np.concatenate([np.arange(len(part)) for part in parts])
@@ -132,10 +136,12 @@ class Head:
 
     Attributes:
         k, v: f32 [n, d], rows; weights: f32 [n], how many tokens each stands for.
-        tilt: f32 [d, d] or None: the value of the last row becomes v + clamp(tilt q) (MomentKV).
+        n_bytes: of all that the head keeps.
+        tilt: f32 [d, d] or None, covariance of the dropped values and keys: the value of the last
+            row, the compensation token, becomes v + clamp(tilt q) (MomentKV).
         limit: the norm to which tilt q is clamped.
-        spread: f32 [d] or None: variances of the keys of the last row; half the variance of its
-            logit, at most 1, is added to it.
+        spread: f32 [d] or None, variance of each component of the dropped keys: half the variance
+            of the logit, at most 1, is added to the logit of the compensation token.
     """
 
     k: Array
@@ -190,8 +196,8 @@ def stored(x: Array, kv_type: str) -> Array:
 class Options:
     """How a head stores what it keeps.
 
-    compensation: none, mean, moment (and variance), subset (BalanceKV).
-    rank: dimensions of the values that are kept, 0 for all.
+    compensation: "none", "mean", "moment", "variance", "moment variance" or "subset".
+    rank: principal components that are kept of each value, 0 for all.
     """
 
     type_k: str = "f16"
@@ -222,13 +228,13 @@ def keep(prompt: Prompt, layer: int, head: int, rows: Array, options: Options) -
     else:
         means, mean_values = k[dropped].mean(0)[None], v[dropped].mean(0)[None]
         counts = np.array([len(dropped)], np.float32)
-        centred_k, centred_v = k[dropped] - means, v[dropped] - mean_values
+        centered_k, centered_v = k[dropped] - means, v[dropped] - mean_values
         if "moment" in options.compensation:
-            made.tilt = centred_v.T @ centred_k / len(dropped)
-            made.limit = float(np.sqrt((centred_v**2).sum(1).mean()))
+            made.tilt = centered_v.T @ centered_k / len(dropped)
+            made.limit = float(np.sqrt((centered_v**2).sum(1).mean()))
             made.n_bytes += 4 * d * d
         if "variance" in options.compensation:
-            made.spread = centred_k.var(0)
+            made.spread = centered_k.var(0)
             made.n_bytes += 4 * d
     made.k = np.concatenate([made.k, stored(means, options.type_k)])
     made.v = np.concatenate([made.v, stored(mean_values, options.type_v)])
@@ -237,14 +243,15 @@ def keep(prompt: Prompt, layer: int, head: int, rows: Array, options: Options) -
     return made
 
 
-SUBSET = 64  # tokens that BalanceKV keeps of the dropped ones
+SUBSET = 64  # the subset is halved until it has fewer than twice as many tokens
 
 
 def balanced_subset(k: Array, v: Array) -> tuple[Array, float]:
-    """Choose at least SUBSET tokens that stand for all (BalanceKV, 2502.07861).
+    """Choose SUBSET to 2 * SUBSET - 1 tokens that stand for all (BalanceKV, 2502.07861).
 
-    A self-balancing walk gives each token a sign so that the signed sum of exp(k q) v stays small
-    for all q. The tokens with the more frequent sign are kept, and stand for the others, too.
+    A self-balancing walk gives each token a sign so that both halves have nearly the same sum of
+    exp(q k) v for all q. It compares the tokens within blocks of 256, by a Gaussian kernel of the
+    keys times the cosine similarity of the values. The larger half is kept.
     """
     rng = np.random.default_rng(0)
     chosen, weight = np.arange(len(k)), 1.0
@@ -278,7 +285,7 @@ class Setting:
         retrieval: bool [layers, n_head_kv], the profile's heads.
         strength: f64 [layers, n_head_kv], the larger of echo and induction score.
         window: tokens of the window of the policies.
-        mass: f64 [layers, n_head_kv], Prompt.mass of another text.
+    mass: f64 [layers, n_head_kv], Prompt.mass of the first novel, used for all prompts.
     """
 
     retrieval: Array
@@ -303,7 +310,7 @@ def full(setting: Setting, prompt: Prompt) -> Array:
 
 
 def by_mass(setting: Setting, prompt: Prompt) -> Array:
-    """The same number of retrieval heads, those that look furthest back."""
+    """Choose as many retrieval heads as the profile, by attention beyond the window."""
     order = np.argsort(-setting.mass, axis=None)[: setting.retrieval.sum()]
     chosen = np.zeros(setting.retrieval.size, bool)
     chosen[order] = True
@@ -316,23 +323,24 @@ def random_heads(setting: Setting, prompt: Prompt) -> Array:
 
 
 def all_local(setting: Setting, prompt: Prompt) -> Array:
-    """A window for all heads that takes the bytes of razor."""
-    return np.full(setting.retrieval.shape, same_bytes(setting, prompt))
+    """Give every head the same window, with razor's total budget."""
+    return np.full(setting.retrieval.shape, mean_budget(setting, prompt))
 
 
-def same_bytes(setting: Setting, prompt: Prompt) -> int:
+def mean_budget(setting: Setting, prompt: Prompt) -> int:
+    """Return the window with which all heads together keep as many tokens as razor does."""
     return int(np.where(setting.retrieval, prompt.n - SINKS, setting.window).mean())
 
 
 def headkv(setting: Setting, prompt: Prompt) -> Array:
     """HeadKV (2410.19258): each head gives 1/beta of its budget to a pool, shared by score."""
-    budget, beta = same_bytes(setting, prompt), 1.2
+    budget, beta = mean_budget(setting, prompt), 1.2
     share = setting.strength / setting.strength.sum()
     return budgets(budget - budget / beta + share * budget / beta * share.size, prompt)
 
 
 def by_score(setting: Setting, prompt: Prompt) -> Array:
-    """Windows of local heads in proportion to the score; retrieval heads keep everything."""
+    """Give each local head 64 tokens, and the rest in proportion to its score."""
     local = ~setting.retrieval
     share = setting.strength * local / (setting.strength * local).sum()
     windows = 64 + share * (setting.window - 64) * local.sum()
@@ -345,7 +353,7 @@ def squeeze(setting: Setting, prompt: Prompt) -> Array:
     The layers are grouped by k-means into three by their similarity. The budget that the most
     similar group gives up is shared by the others.
     """
-    budget, least = same_bytes(setting, prompt), 0.3
+    budget, least = mean_budget(setting, prompt), 0.3
     low = most_similar(np.array(prompt.similarity))
     more = budget * (1 + (1 - least) * low.sum() / (~low).sum())
     windows = np.where(low, least * budget, more)
@@ -358,22 +366,26 @@ def squeezed_razor(setting: Setting, prompt: Prompt) -> Array:
     local = (~setting.retrieval).sum(1)
     more = setting.window * (1 + 0.7 * local[low].sum() / local[~low].sum())
     windows = np.where(low, 0.3 * setting.window, more)
-    return np.where(setting.retrieval, 0, budgets(np.repeat(windows[:, None], 3, 1), prompt))
+    return np.where(
+        setting.retrieval,
+        0,
+        budgets(np.repeat(windows[:, None], setting.retrieval.shape[1], 1), prompt),
+    )
 
 
 def most_similar(x: Array) -> Array:
     """Return which values are in the highest of three groups (k-means)."""
-    centres = np.quantile(x, [0.1, 0.5, 0.9])
+    centers = np.quantile(x, [0.1, 0.5, 0.9])
     for _ in range(20):
-        group = np.abs(x[:, None] - centres).argmin(1)
-        centres = np.array(
-            [x[group == i].mean() if (group == i).any() else centres[i] for i in range(3)]
+        group = np.abs(x[:, None] - centers).argmin(1)
+        centers = np.array(
+            [x[group == i].mean() if (group == i).any() else centers[i] for i in range(3)]
         )
-    return group == centres.argmax()
+    return group == centers.argmax()
 
 
 def budgets(windows: Array, prompt: Prompt) -> Array:
-    """Round windows to tokens; those that reach the start keep everything."""
+    """Round down, to at least one token. A window that covers the prompt becomes 0 (everything)."""
     found = np.maximum(windows, 1).astype(int)
     return np.where(found >= prompt.n - SINKS, 0, found)
 
@@ -384,8 +396,8 @@ class Policy:
 
     Attributes:
         idea: what it is, with the paper.
-        rows: newest, or attended: the rows of a local head that the last query weights most,
-            times the norm of their values (LongFlow, 2603.11504), instead of the newest.
+        rows: which rows a local head keeps. "newest", or "attended": those with the largest product
+            of the last query's attention and the norm of the value (LongFlow, 2603.11504).
     """
 
     name: str
@@ -423,16 +435,18 @@ POLICIES = (
     Policy("full f16", "everything", full),
     Policy("full q8_0", "everything", full, Q8),
     Policy("full q4_0", "everything", full, Options("q4_0", "q4_0")),
-    Policy("razor", "the profile's heads"),
-    Policy("razor, twice the window", "the profile's heads", wide),
+    Policy("razor", "the retrieval heads of the profile"),
+    Policy("razor, twice the window", "the same with twice the window", wide),
     Policy("no compensation", "razor without compensation tokens",
            options=Options(compensation="none")),
     Policy("covariance", "value-key covariance, clamped (MomentKV, 2606.01563)",
            options=Options(compensation="moment")),
     Policy("variance", "half the variance of the logit, at most 1",
            options=Options(compensation="variance")),
-    Policy("covariance and variance", "both", options=Options(compensation="moment variance")),
-    Policy("subset", "a subset of 64 tokens by a self-balancing walk (BalanceKV, 2502.07861)",
+    Policy("covariance and variance",
+           "the last two together", options=Options(compensation="moment variance")),
+    Policy("subset",
+           "64 to 127 of the dropped tokens, by a self-balancing walk (BalanceKV, 2502.07861)",
            options=Options(compensation="subset")),
     Policy("16 sinks", "16 sink tokens", options=Options(sinks=16)),
     Policy("no sinks", "no sink tokens", options=Options(sinks=0)),
@@ -442,8 +456,8 @@ POLICIES = (
     Policy("q8_0, local q4_0", "retrieval heads q8_0, local heads q4_0", options=Q8,
            local=Options("q4_0", "q4_0")),
     Policy("windows by score", "windows of local heads in proportion to their score", by_score),
-    Policy("heads by mass", "as many heads, by attention beyond the window", by_mass),
-    Policy("random heads", "as many heads, at random", random_heads),
+    Policy("heads by mass", "as many retrieval heads, by attention beyond the window", by_mass),
+    Policy("random heads", "as many retrieval heads, at random", random_heads),
     Policy("all local", "no retrieval heads, one window", all_local),
     Policy("HeadKV", "budgets by score, no retrieval heads (2410.19258)", headkv),
     Policy("SqueezeAttention", "budgets by layer, no retrieval heads (2404.04793)", squeeze),
@@ -488,7 +502,12 @@ def run(
     names: Sequence[str],
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure all policies. A novel: slice, text with facts, questions, tokens of their values."""
+    """Measure all policies; the first one is the reference.
+
+    Args:
+        novels: for each, the tokens of a piece, those of a piece with planted facts, those of each
+            question with its answer, and how many tokens each value has.
+    """
     policies = [p for p in POLICIES if not names or p.name in names]
     kl: dict[str, list[float]] = {p.name: [] for p in policies}
     shares: dict[str, list[float]] = {p.name: [] for p in policies}
@@ -577,7 +596,11 @@ def main() -> None:
     @click.option("--sidecar", type=existing, required=True)
     @click.option("-c", "--ctx-size", type=Tokens(), default="4k", show_default=True)
     @click.option("--window", default=512, show_default=True)
-    @click.option("--policies", default="", help="Names, separated by ';'.")
+    @click.option(
+        "--policies",
+        default="",
+        help="Names, separated by ';'; the first one is the reference. [default: all]",
+    )
     @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
     def study(
         novels: Path,

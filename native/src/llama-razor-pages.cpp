@@ -40,11 +40,12 @@ void razor_use_huge_pages(ggml_backend_buffer_t buf) {
 void razor_clear_in_huge_pages(ggml_backend_buffer_t buf) {
     const razor_pages pages(buf);
 
-    // small pages stay small until they are given back
+    // pages that are mapped stay small: give them back first
     if (pages.size > 0 && madvise(pages.first, pages.size, MADV_DONTNEED) == 0) {
         razor_use_huge_pages(buf);
 
-        // new pages are zero; take them now: a system that lacks memory should say so when the context is created
+        // map the new pages, which are zero, now: if memory runs out, it should do so here and not while decoding; Linux before
+        // 5.14 has to write them
         if (madvise(pages.first, pages.size, MADV_POPULATE_WRITE) != 0) {
             ggml_backend_buffer_clear(buf, 0);
         }

@@ -7,5 +7,5 @@
 // of a driver
 void razor_use_huge_pages(ggml_backend_buffer_t buf);
 
-// the same for a buffer that was cleared before; it is zero afterwards
+// the same for a buffer of zeros that has pages already: gives them back, and takes huge ones
 void razor_clear_in_huge_pages(ggml_backend_buffer_t buf);

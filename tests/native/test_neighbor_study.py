@@ -64,7 +64,7 @@ def policy(study, name):
 def test_a_full_cache_and_razor_are_those_of_the_other_study(
     modules, model, prompt, setting, tokens
 ) -> None:
-    """Razor that begins to compress after the prompt; the fold frontier stays where it was."""
+    """The other study begins to compress at token N, with a fold frontier at N - WINDOW."""
     study, other = modules
     fixed = (np.array(MASK, bool), WINDOW, 1 << 20, 1024)
     cache = other.Cache()
@@ -73,7 +73,7 @@ def test_a_full_cache_and_razor_are_those_of_the_other_study(
     assert share == 1
     assert np.abs(found - whole).max() < 5e-3
     past = other.Cache([k[:, :N] for k in cache.k], [v[:, :N] for v in cache.v])
-    moved = replace(other.Policy("razor"), block=N - WINDOW + WINDOW)  # frontier: N - WINDOW
+    moved = replace(other.Policy("razor"), block=N)
     states = model.run(tokens[N:], moved, fixed[0], WINDOW, N, 1024, past=past)
     (found,), share = study.measure(model, setting, prompt, [tokens[N:]], policy(study, "razor"))
     want = model.log_probs(states)
@@ -108,7 +108,7 @@ def test_squeezed_layers_are_those_that_change_their_input_least(study) -> None:
 
 
 def test_a_subset_stands_for_all_rows(study) -> None:
-    """Sums over the subset come near those over all rows, nearer than those of a random half."""
+    """It approximates sums over all rows better than random subsets of the same size do."""
     rng = np.random.default_rng(3)
     k, v = rng.standard_normal((2, 1024, 16)).astype(np.float32)
     q = 0.3 * rng.standard_normal((64, 16))
@@ -153,7 +153,7 @@ def test_full_rank_changes_nothing_and_lower_rank_costs_less_bytes(study, prompt
 
 
 def test_longflow_keeps_what_the_last_query_weights(study, setting, prompt) -> None:
-    """Its rows contribute more to the last query's output than the newest do."""
+    """The rows that LongFlow keeps get more of the last query's attention than the newest do."""
     sums = {}
     for name in ("razor", "LongFlow"):
         head = policy(study, name).cache(setting, prompt)[2][1]

@@ -230,7 +230,7 @@ inline void transpose(const char * src, size_t row_bytes, int n, float * dst, in
             a[j] = row::load(src + j*row_bytes, i);
         }
 
-        // 4x4 numbers in each lane of 128 bits, then the lanes: shuffles across lanes are slower
+        // transpose 4x4 numbers in each lane of 128 bits, then exchange lanes, which takes slower shuffles
 #pragma GCC unroll 4
         for (int j = 0; j < W; j += 4) {
             b[j + 0] = RAZOR_SHUFFLE(a[j + 0], a[j + 1], RAZOR_EACH_LANE(0, W + 0, 1, W + 1));
@@ -284,7 +284,7 @@ inline void product_block(int n, const float * a, int lda, const char * b, size_
         }
     }
 
-    int due = 0; // the TC next rows are spread over n steps
+    int due = 0; // spreads TC prefetched rows evenly over n steps
 
     for (int k = 0; k < n; ++k, b += ldb) {
         vf row[NV];
@@ -296,7 +296,7 @@ inline void product_block(int n, const float * a, int lda, const char * b, size_
         if (next.data) {
             for (due += TC; due >= n; due -= n, next.data += next.row_bytes) {
                 for (size_t j = 0; j < next.n_bytes; j += 64) {
-                    __builtin_prefetch(next.data + j, 0, 1);
+                    __builtin_prefetch(next.data + j, 0, 2);
                 }
             }
         }
