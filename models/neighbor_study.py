@@ -571,9 +571,9 @@ def table(result: dict[str, Any]) -> str:
         f" razor; {result['n_ctx']:,} tokens, window {result['window']}, prompts read with full"
         " attention",
         f"- {result['novels']} novels; KL over {TAIL} tokens after a prompt, in nats, with 95 %"
-        " bootstrap intervals; found: values of planted facts, in answers begun for the model; lost,"
-        " won: compared with the full cache; log probability of the value: difference from the full"
-        " cache, in nats",
+        " bootstrap intervals; found: values of planted facts, in answers begun for the model;"
+        " lost, won: compared with the full cache; log probability of the value: difference from"
+        " the full cache, in nats",
         "",
         "| policy | what it is | share of full f16 | KL divergence, nats | found of"
         f" {result['rows'][0]['questions']} | lost, won | log probability |",
