@@ -132,7 +132,7 @@ def softmax(logits: Array) -> Array:
 
 @dataclass
 class Head:
-    """What one KV head keeps.
+    """The rows that one KV head keeps.
 
     Attributes:
         k, v: f32 [n, d], rows; weights: f32 [n], how many tokens each stands for.
@@ -279,7 +279,7 @@ def balanced_subset(k: Array, v: Array) -> tuple[Array, float]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all policies know of the model.
+    """Facts about the model that every policy gets.
 
     Attributes:
         retrieval: bool [layers, n_head_kv], the profile's heads.

@@ -10,7 +10,7 @@
 #define MADV_POPULATE_WRITE 23 // Linux 5.14
 #endif
 
-// the pages that lie in a buffer as a whole, because other data may share the first and the last one; none for memory of a driver
+// the pages that a CPU buffer covers completely: its first and last page may also hold other data. Empty for other buffers
 struct razor_pages {
     void * first = nullptr;
     size_t size  = 0;
