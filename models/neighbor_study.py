@@ -51,7 +51,7 @@ class Prompt:
         similarity: f64 [layers], cosine similarity of the states before and after attention,
             averaged over tokens (SqueezeAttention).
         mass: f64 [layers, n_head_kv], attention of the last queries to tokens that are neither
-            sinks nor within the window, averaged.
+            sinks nor within the window, averaged. Tokens after a query are not masked.
     """
 
     n: int
@@ -285,7 +285,7 @@ class Setting:
         retrieval: bool [layers, n_head_kv], the profile's heads.
         strength: f64 [layers, n_head_kv], the larger of echo and induction score.
         window: tokens of the window of the policies.
-    mass: f64 [layers, n_head_kv], Prompt.mass of the first novel, used for all prompts.
+        mass: f64 [layers, n_head_kv], Prompt.mass of the first novel, used for all prompts.
     """
 
     retrieval: Array
